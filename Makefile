@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# DeepSpeed's CUDA ops are compiled when first used, not at installation.
+export DS_BUILD_OPS = 0
+
+.PHONY: install quickstart test proofs style quality
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev]
+	touch $@
+
+quickstart: install
+	$(BIN)/accelerate launch -q --config_file accelerate_configs/single.yaml -m hfpretrain.train recipes/quickstart.yaml
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+proofs: install
+	$(BIN)/python -m pytest -m slow
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

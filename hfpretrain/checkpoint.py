@@ -1,0 +1,190 @@
+"""Full state: save, rotate, find the newest that verifies, resume. And the export: a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfpretrain import files
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+_TRAIN_STATE = "train_state.json"
+REFERENCE = "reference.safetensors"
+logger = logging.getLogger(__name__)
+
+
+def save(
+    accelerator: Accelerator,
+    folder: Path,
+    train_state: dict[str, Any],
+    write_engine_state: Callable[[Path], None],
+    keep_last: int,
+) -> Path:
+    """Write `folder/step-XXXXXXXX`, sealed; then remove all but the newest `keep_last`. All ranks must call it."""
+    path = folder / f"step-{train_state['step']:08d}"
+    if accelerator.is_main_process:
+        files.work_folder(path)
+    accelerator.wait_for_everyone()
+    work = path.with_name(path.name + files.INCOMPLETE)
+    write_engine_state(work)
+    torch.save(_rng_state(), work / f"rng-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (work / _TRAIN_STATE).write_text(json.dumps(train_state), encoding="utf-8")
+        files.seal(work, path, {"step": train_state["step"]})
+        for old in _checkpoints(folder)[keep_last:]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose every file verifies; those passed over are named in the log."""
+    for path in _checkpoints(folder):
+        reason = files.damage(path)
+        if reason is None:
+            return path
+        logger.warning("checkpoint %s is passed over: %s", path.name, reason)
+    return None
+
+
+def load(accelerator: Accelerator, path: Path, load_engine_state: Callable[[Path], None]) -> dict[str, Any]:
+    """Restore engine state and this rank's RNG from `path`; returns the train state. All ranks must call it."""
+    load_engine_state(path)
+    rng = path / f"rng-{accelerator.process_index}.pt"
+    if rng.exists():
+        _set_rng_state(torch.load(rng, weights_only=True))
+    return train_state(path)
+
+
+def train_state(path: Path) -> dict[str, Any]:
+    """The counters stored in a checkpoint."""
+    state: dict[str, Any] = json.loads((path / _TRAIN_STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Sealed checkpoints, newest first."""
+    return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def export(
+    config: PretrainedConfig, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, path: Path
+) -> None:
+    """A plain folder that `from_pretrained` reads: safetensors, config, generation config, tokenizer.
+
+    Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    assert not unexpected and tied.issuperset(missing), f"unexpected {unexpected}, missing {missing}"
+    model.tie_weights()
+    model.config.use_cache = True
+    work = files.work_folder(path)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    shutil.rmtree(path, ignore_errors=True)
+    work.rename(path)
+
+
+@torch.no_grad()
+def write_reference(model: Any, batch: dict[str, torch.Tensor], path: Path | None) -> None:
+    """Store a batch with the training process's logits for it, to which the export is compared.
+
+    All ranks must call it (sharded engines need them); only the one that gives `path` writes.
+    """
+    from safetensors.torch import save_file
+
+    training = model.training
+    model.eval()
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits.float().cpu()
+    model.train(training)
+    if path is not None:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}
+        save_file({**tensors, "logits": logits.contiguous()}, path)
+
+
+def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
+    """Load an export with plain transformers and compare it with the stored batch.
+
+    Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
+    token. Also a greedy sample, since the model is at hand.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stored = load_file(reference)
+    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    inputs = {name: tensor for name, tensor in stored.items() if name != "logits"}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits.float()
+    labels = stored["input_ids"][:, 1:].flatten()
+    losses = [
+        torch.nn.functional.cross_entropy(values[:, :-1].flatten(0, 1), labels, reduction="none")
+        for values in (stored["logits"], logits)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    torch.manual_seed(0)
+    prompt = torch.tensor([[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]])
+    sample = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=min(120, (getattr(model.config, "max_position_embeddings", None) or 128) - 1),
+        do_sample=True,
+        top_k=50,
+        temperature=0.8,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return {
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "loss_training": losses[0].mean().item(),
+        "loss_export": losses[1].mean().item(),
+        "max_token_loss_difference": (losses[0] - losses[1]).abs().max().item(),
+        "max_logit_difference": (stored["logits"] - logits).abs().max().item(),
+        "sample": tokenizer.decode(sample[0, 1:], skip_special_tokens=True),
+    }
+
+
+def verify_in_fresh_process(run: Path) -> dict[str, Any]:
+    """`verify_export` in a new interpreter that knows nothing of the launcher or the engine."""
+    launcher = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "DEEPSPEED_")
+    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(launcher) and name not in distributed
+    }
+    command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the export in {run} does not load:\n{result.stderr}")
+    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return report

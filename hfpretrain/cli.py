@@ -1,0 +1,172 @@
+"""Console subcommands that need one process. Heavy imports stand inside the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hfpretrain import __version__
+from hfpretrain.recipe import Problem, Recipe, RecipeError, dump_recipe, json_schema, load_recipe
+
+_OVERRIDES = "any number of --section.key=value may follow the recipe"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 the input is wrong."""
+    parser = _parser()
+    args, overrides = parser.parse_known_args(arguments)
+    if overrides and "recipe" not in args:
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hfpretrain").setLevel(logging.INFO)
+    try:
+        args.command(args, overrides)
+    except RecipeError as error:
+        print("error:", *error.problems, sep="\n  ", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hfpretrain", description="Pretraining of causal language models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        subparser.set_defaults(command=function)
+        return subparser
+
+    check = command("check", _check, f"validate a recipe, print it resolved and what follows; {_OVERRIDES}")
+    check.add_argument("recipe")
+    prepare = command("prepare", _prepare, f"make tokenizer and blocks; {_OVERRIDES}")
+    prepare.add_argument("recipe")
+    evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
+    evaluate.add_argument("model", help="folder or Hub id")
+    evaluate.add_argument("recipe", nargs="?", help="evaluate on this recipe's validation split")
+    evaluate.add_argument("--data", help="or on a text (.txt, one document) or JSON lines file (.jsonl, key `text`)")
+    evaluate.add_argument("--block-size", type=int, help="context in tokens; default: the recipe's or the model's")
+    evaluate.add_argument("--stride", type=int, help="advance windows by so many tokens; default: the block size")
+    evaluate.add_argument("--batch-size", type=int, default=8)
+    verify = command("verify", _verify, "check a run, checkpoint or prepared folder: complete, unaltered, loadable")
+    verify.add_argument("path")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    push = command("push", _push, "upload a run's exported model to the Hub")
+    push.add_argument("run")
+    push.add_argument("repo_id")
+    push.add_argument("--private", action="store_true")
+    command("schema", _schema, "print the JSON schema of recipes, for editors")
+    return parser
+
+
+def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
+    checks = []
+    try:
+        import transformers  # noqa: F401
+
+        from hfpretrain.model import config_problems
+
+        checks.append(config_problems)
+    except ImportError:
+        print("transformers is not installed: model.config is not checked", file=sys.stderr)
+    return load_recipe(args.recipe, overrides, checks=checks)
+
+
+def _check(args: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = _load(args, overrides)
+    print(dump_recipe(recipe), end="")
+    training, steps = recipe.training, recipe.training.num_steps
+    tokens = steps * training.tokens_per_step
+    print(f"# steps            {steps:,} of {training.tokens_per_step:,} tokens = {tokens:,} tokens")
+    sequences = training.tokens_per_step // recipe.data.block_size
+    per_device = sequences // training.micro_batch_size
+    print(
+        f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes = {per_device}"
+    )
+    parameters = _parameters(recipe)
+    if parameters is not None:
+        total, non_embedding = parameters
+        print(f"# parameters       {total:,} ({non_embedding:,} without embeddings)")
+        print(f"# tokens/parameter {tokens / total:.1f}")
+
+
+def _parameters(recipe: Recipe) -> tuple[int, int] | None:
+    """Parameter counts if torch is there and the vocabulary is known before the data are read."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None or recipe.model.config is None:
+        return None
+    from transformers import AutoConfig
+
+    from hfpretrain.model import num_parameters_of_config
+
+    config = dict(recipe.model.config)
+    if "vocab_size" not in config:
+        size, multiple = recipe.tokenizer.vocab_size, recipe.tokenizer.pad_to_multiple_of
+        if size is None:
+            print("# parameters       known once the tokenizer is: model.config has no vocab_size")
+            return None
+        config["vocab_size"] = -(-size // multiple) * multiple
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.setdefault(key, None)
+    return num_parameters_of_config(AutoConfig.for_model(**config))
+
+
+def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.prepare import prepare, summary
+
+    print(summary(prepare(_load(args, overrides))))
+
+
+def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    if (args.recipe is None) == (args.data is None):
+        raise RecipeError(Problem("evaluate", "give a recipe or --data FILE, one of the two"))
+    from hfpretrain.score import evaluate_checkpoint
+
+    recipe = _load(args, overrides) if args.recipe else None
+    result = evaluate_checkpoint(
+        args.model, recipe, args.data, block_size=args.block_size, stride=args.stride, batch_size=args.batch_size
+    )
+    print(json.dumps(result, indent=1))
+
+
+def _verify(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain import files
+
+    path = Path(args.path)
+    report: dict[str, Any] = {}
+    if files.manifest_of(path) is not None or path.name.startswith("step-"):
+        reason = files.damage(path)
+        if reason is not None:
+            raise RecipeError(Problem(str(path), reason))
+        report["files"] = len((files.manifest_of(path) or {"files": ()})["files"])
+    else:
+        from hfpretrain.checkpoint import REFERENCE, verify_export
+
+        run = path.parent if (path / "config.json").is_file() and (path.parent / REFERENCE).is_file() else path
+        if not (run / "model" / "config.json").is_file() or not (run / REFERENCE).is_file():
+            raise RecipeError(Problem(str(path), "neither a finished run, nor a checkpoint, nor prepared data"))
+        report = verify_export(run / "model", run / REFERENCE)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print(f"{path}: verified", *(f"  {key}: {value}" for key, value in report.items() if key != "sample"), sep="\n")
+
+
+def _push(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain.hub import push
+
+    run = Path(args.run)
+    print(push(run / "model" if (run / "model").is_dir() else run, args.repo_id, args.private))
+
+
+def _schema(_: argparse.Namespace, __: list[str]) -> None:
+    print(json.dumps(json_schema(), indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Config to model: built from scratch or loaded, checked against its config class, tested for document isolation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hfpretrain.recipe import ModelSection, Problem, RecipeError, unknown_key
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Names that many config classes give the longest context, through `attribute_map` or directly.
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
+    """Problems of `model.config` in a recipe's raw mapping: unknown keys, refused values, too short a context.
+
+    Needs transformers, not torch.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    section = mapping.get("model")
+    keywords = section.get("config") if isinstance(section, dict) else None
+    if not isinstance(keywords, dict) or not isinstance(keywords.get("model_type"), str):
+        return
+    model_type = keywords["model_type"]
+    if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        message = unknown_key(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).replace("unknown key", "no causal LM type")
+        yield Problem("model.config.model_type", f"{message} (got {model_type!r})")
+        return
+    known = known_config_keys(model_type)
+    unknown = [key for key in keywords if key != "model_type" and key not in known]
+    for key in unknown:
+        yield Problem(f"model.config.{key}", unknown_key(key, known))
+    try:
+        config = AutoConfig.for_model(**{key: value for key, value in keywords.items() if key not in unknown})
+    except Exception as error:  # a config class may raise anything; each says what it wants
+        yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
+        return
+    data = mapping.get("data")
+    block_size = data.get("block_size") if isinstance(data, dict) else None
+    yield from context_problems(config, block_size)
+    tokenizer = mapping.get("tokenizer")
+    wanted = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
+    if isinstance(wanted, int) and isinstance(keywords.get("vocab_size"), int) and keywords["vocab_size"] < wanted:
+        yield vocabulary_problem(keywords["vocab_size"], wanted)
+
+
+def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Problem]:
+    """A problem if blocks are longer than the positions a model has."""
+    for key in _CONTEXT_KEYS:
+        positions = getattr(config, key, None)
+        if isinstance(positions, int) and isinstance(block_size, int) and 0 < positions < block_size:
+            yield Problem("data.block_size", f"{block_size} is more than the model's {key} {positions}")
+            return
+
+
+def vocabulary_problem(vocab_size: int, tokenizer_size: int) -> Problem:
+    """The problem of a tokenizer with ids that the model has no embedding for."""
+    return Problem(
+        "model.config.vocab_size",
+        f"{vocab_size} is less than the tokenizer's {tokenizer_size} tokens; leave the key out and it follows the "
+        "tokenizer",
+    )
+
+
+def known_config_keys(model_type: str) -> set[str]:
+    """Keys that a config class reads: its fields, those of `PretrainedConfig`, and its attribute map's aliases."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    keys = {key for key in default.to_dict() if not key.startswith("_")}
+    for base in config_class.__mro__:
+        keys.update(key for key in getattr(base, "__annotations__", {}) if not key.startswith("_"))
+    return keys | set(config_class.attribute_map)
+
+
+def resolve_config(section: ModelSection, vocab_size: int, tokenizer: Any, block_size: int) -> PretrainedConfig:
+    """The model's config. For a new model `vocab_size` and the special ids default to the tokenizer's.
+
+    Raises `RecipeError` for a tokenizer larger than the vocabulary and for blocks longer than the context.
+    """
+    from transformers import AutoConfig
+
+    if section.config is not None:
+        defaults: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = AutoConfig.for_model(**{**defaults, **section.config})
+    else:
+        try:
+            config = AutoConfig.from_pretrained(
+                section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            message = (str(error).splitlines() or [""])[0]
+            raise RecipeError.at("model.pretrained", f"cannot load {section.pretrained!r}: {message}") from error
+    problems = list(context_problems(config, block_size))
+    if config.vocab_size < len(tokenizer):
+        problems.append(vocabulary_problem(config.vocab_size, len(tokenizer)))
+    if problems:
+        raise RecipeError(problems)
+    return config
+
+
+def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """The model on the CPU in float32: drawn from `seed`, or loaded from `section.pretrained`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    try:
+        if section.pretrained is None:
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=section.attn_implementation, dtype=torch.float32
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                section.pretrained,
+                config=config,
+                revision=section.revision,
+                attn_implementation=section.attn_implementation,
+                dtype=torch.float32,
+                trust_remote_code=section.trust_remote_code,
+            )
+    except (ImportError, ValueError) as error:
+        if "attention" not in str(error).lower() and "attn" not in str(error).lower():
+            raise
+        raise RecipeError.at("model.attn_implementation", str(error).splitlines()[0]) from error
+    if section.depth_scaled_init:
+        _depth_scaled_init(model)
+    if section.gradient_checkpointing:
+        # Reentrant checkpointing hides the gradient's arrival from DDP and ZeRO.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters of a model, in total and without the input and output embeddings; tied ones count once."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(p): p.numel() for module in embeddings if module is not None for p in module.parameters()}
+    return total, total - sum(weights.values())
+
+
+def num_parameters_of_config(config: PretrainedConfig) -> tuple[int, int]:
+    """`num_parameters` of the model a config describes, built on the meta device: no memory, seconds at any size."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return num_parameters(AutoModelForCausalLM.from_config(config))
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The stack of transformer blocks: the module list that holds the most parameters."""
+    import torch
+
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
+
+
+def residual_projections(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """The weights whose product is what a sub-layer adds to the residual stream, two in each block as a rule.
+
+    Found by structure: in a forward pass of two tokens, of the leaf modules inside a sub-layer, the last whose output
+    is the sub-layer's output; of fused experts the last matrix.
+    """
+    import torch
+
+    found: dict[int, torch.nn.Parameter] = {}
+    outputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def first_tensor(output: Any) -> torch.Tensor | None:
+        output = output[0] if isinstance(output, tuple) and output else output
+        return output if isinstance(output, torch.Tensor) else None
+
+    def remember(module: torch.nn.Module, _: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            outputs[module] = tensor.detach().reshape(-1)
+
+    hooks = []
+    sublayers = [child for layer in decoder_layers(model) for child in layer.children() if _matrices(child)]
+    for sublayer in sublayers:
+        hooks += [module.register_forward_hook(remember) for module in sublayer.modules()]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[0, 1]]), use_cache=False)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    for sublayer in sublayers:
+        leaves = [module for module in sublayer.modules() if _own_matrices(module) and module in outputs]
+        writers = [leaf for leaf in leaves if leaf is sublayer or torch.equal(outputs[leaf], outputs[sublayer])]
+        if writers:
+            weight = _own_matrices(writers[-1])[-1]
+            found[id(weight)] = weight
+    return list(found.values())
+
+
+def _own_matrices(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2]
+
+
+def _matrices(module: torch.nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _depth_scaled_init(model: PreTrainedModel) -> None:
+    import torch
+
+    projections, num_layers = residual_projections(model), len(decoder_layers(model))
+    std = getattr(model.config, "initializer_range", None)
+    if len(projections) < num_layers or std is None:
+        raise RecipeError.at(
+            "model.depth_scaled_init",
+            f"found {len(projections)} residual projections in {num_layers} layers of {type(model).__name__}; turn "
+            "it off for this model",
+        )
+    with torch.no_grad():
+        for weight in projections:
+            weight.normal_(0.0, std / math.sqrt(2 * num_layers))
+
+
+def isolates_documents(model: PreTrainedModel, length: int = 32) -> bool:
+    """Whether positions that restart keep packed documents apart in this very model.
+
+    Perturbs every token of the first of two documents in a row and requires exactly no change in the logits of the
+    second. Two rows, since some implementations hold for a batch of one only.
+    """
+    import torch
+
+    length = max(4, min(length, getattr(model.config, "max_position_embeddings", length) or length))
+    half = length // 2
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    input_ids = torch.randint(vocabulary, (2, length), generator=generator).to(device)
+    perturbed = input_ids.clone()
+    perturbed[:, :half] = (perturbed[:, :half] + 1) % vocabulary
+    positions = torch.cat([torch.arange(half), torch.arange(length - half)]).expand(2, -1).to(device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        try:
+            first, second = (
+                model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, half:]
+                for ids in (input_ids, perturbed)
+            )
+        except TypeError:  # a model without `position_ids` in its forward
+            return False
+        finally:
+            model.train(training)
+    return torch.equal(first, second)

@@ -1,0 +1,46 @@
+"""Decay groups, optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from hfpretrain.recipe import OptimizerSection, RecipeError, SchedulerSection
+
+
+def build_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
+    """AdamW whose decay applies to parameters with two or more dimensions, fused where torch has a kernel."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        fused=all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in parameters),
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection, num_training_steps: int) -> Any:
+    """The `transformers.get_scheduler` schedule, a `LambdaLR`. Raises `RecipeError` for keywords it does not take."""
+    try:
+        return get_scheduler(
+            section.name,
+            optimizer,
+            num_warmup_steps=section.num_warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=dict(section.scheduler_specific_kwargs),
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError.at("scheduler.scheduler_specific_kwargs", f"{section.name}: {error}") from error
+
+
+def set_step(scheduler: Any, step: int) -> None:
+    """Put a schedule at `step` optimizer steps done; its rate depends on that alone."""
+    scheduler.last_epoch = step - 1
+    scheduler.step()

@@ -1,0 +1,581 @@
+"""The recipe: the whole vocabulary of a run, its YAML form, dotted overrides and validation.
+
+This module knows no other module, no Hugging Face library and no recipe by name, so that `hfpretrain check`
+answers without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: the dotted `path` of the key, what is wrong, and the fix."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+class RecipeError(ValueError):
+    """The user's input is wrong; `problems` lists every place. Commands print it and exit with code 2."""
+
+    def __init__(self, problems: Problem | Sequence[Problem]):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    @classmethod
+    def at(cls, path: str, message: str) -> RecipeError:
+        """The error for a single key."""
+        return cls(Problem(path, message))
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, a docstring under every field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """What is trained: a new model from `config`, or an existing one from `pretrained`. Exactly one of the two."""
+
+    config: dict[str, Any] | None = None
+    """Keywords of `AutoConfig.for_model`: `model_type` and any key of that config class. `vocab_size`, `bos_token_id`,
+    `eos_token_id` and `pad_token_id` default to the tokenizer's."""
+    pretrained: str | None = None
+    """Folder or Hub id to go on from (`AutoModelForCausalLM.from_pretrained`)."""
+    revision: str | None = None
+    """Revision of `pretrained` on the Hub."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """Attention kernel, passed to transformers. Default: torch's own scaled dot product."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    depth_scaled_init: bool = False
+    """Draw the projections that write into the residual stream with standard deviation `initializer_range` /
+    sqrt(2 * layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
+    trust_remote_code: bool = False
+    """Run model code that comes with `pretrained`. Off: only classes of transformers itself."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of `config` (a new model) and `pretrained` (go on from a checkpoint)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` needs `model_type`, for example llama, qwen3, gpt2")
+        if self.pretrained is not None and self.depth_scaled_init:
+            raise ValueError("`depth_scaled_init` draws new weights and would overwrite those of `pretrained`")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("`revision` belongs to `pretrained`, which is not given")
+        return self
+
+
+class TokenizerSection(Section):
+    """A tokenizer that exists (`pretrained`), or one trained on the recipe's own training text (`algorithm`)."""
+
+    pretrained: str | None = None
+    """Folder or Hub id of a fast tokenizer."""
+    revision: str | None = None
+    """Revision of `pretrained` on the Hub."""
+    algorithm: Literal["byte_level_bpe", "character"] | None = None
+    """Train one: byte-level BPE (GPT-2's kind, any Unicode text survives) or one token per character."""
+    vocab_size: PositiveInt | None = None
+    """Size of a trained byte-level BPE vocabulary, special tokens included; at least 258."""
+    pad_to_multiple_of: PositiveInt = 64
+    """The model's vocabulary is the tokenizer's, rounded up to a multiple of this: matrix kernels want it."""
+    trust_remote_code: bool = False
+    """Run tokenizer code that comes with `pretrained`."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TokenizerSection:
+        if (self.pretrained is None) == (self.algorithm is None):
+            raise ValueError("give exactly one of `pretrained` (load) and `algorithm` (train)")
+        if (self.algorithm == "byte_level_bpe") != (self.vocab_size is not None):
+            raise ValueError("`vocab_size` goes with `algorithm: byte_level_bpe`, and is needed there")
+        if self.vocab_size is not None and self.vocab_size < 258:
+            raise ValueError("`vocab_size` must be at least 258: 256 bytes and 2 special tokens")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("`revision` belongs to `pretrained`, which is not given")
+        return self
+
+
+class SourceSection(Section):
+    """One source of documents. The names are those of `datasets.load_dataset`."""
+
+    path: str
+    """`text`, `json`, `parquet`, `csv` (with `data_files` or `data_dir`), a local folder, a Hub dataset id, or
+    `builtin:python-stdlib` (the modules of this machine's Python, one document each)."""
+    name: str | None = None
+    """Configuration of a Hub dataset."""
+    data_files: str | tuple[str, ...] | None = None
+    """Files or globs; compressed ones (gz, zst, xz, bz2) are read as they are."""
+    data_dir: str | None = None
+    """Folder with the files."""
+    split: str = "train"
+    """Split to read; slices such as `train[:90%]` work."""
+    revision: str | None = None
+    """Revision of a Hub dataset."""
+    sample_by: Literal["line", "paragraph", "document"] | None = None
+    """For `path: text`: a document is a line, a paragraph (blank lines between), or the whole file. Needed there."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the training tokens, relative to the other sources' weights. All sources have one or none has;
+    without, every block of every source is seen once per epoch."""
+
+    @model_validator(mode="after")
+    def _files(self) -> SourceSection:
+        if self.path in ("text", "json", "parquet", "csv") and self.data_files is None and self.data_dir is None:
+            raise ValueError(f"`path: {self.path}` needs `data_files` or `data_dir`")
+        if (self.path == "text") != (self.sample_by is not None):
+            raise ValueError("`sample_by` (line, paragraph or document) goes with `path: text`, and is needed there")
+        return self
+
+
+class DataSection(Section):
+    """Documents in, fixed blocks of tokens out."""
+
+    sources: tuple[SourceSection, ...] = Field(min_length=1)
+    """Where training text comes from."""
+    validation_sources: tuple[SourceSection, ...] = ()
+    """The sources' own validation splits. A training document equal to one of these is dropped and counted."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Without `validation_sources`: the share of the training sources that is held out."""
+    validation_by: Literal["document", "tail"] = "document"
+    """How it is drawn. `document`: by a hash of the document, so that a document keeps its side when others are
+    added. `tail`: the last part of each document's characters, for a corpus that is one long text."""
+    block_size: PositiveInt
+    """Tokens in one training sequence."""
+    prepared_dir: str | None = None
+    """Where prepared data live, one folder for each fingerprint, shared between runs. Default: `prepared` beside
+    `output_dir`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSection:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source a `weight` or none")
+        if any(source.weight is not None for source in self.validation_sources):
+            raise ValueError("`weight` has no meaning in `validation_sources`")
+        if self.validation_sources and self.validation_fraction:
+            raise ValueError("give `validation_sources` or `validation_fraction`, not both")
+        if self.block_size < 2:
+            raise ValueError("`block_size` must be at least 2: a token is predicted from the one before")
+        return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.validation_sources) or self.validation_fraction > 0
+
+
+class OptimizerSection(Section):
+    """`torch.optim.AdamW` by its own keyword names. Matrices decay, vectors (norms, biases) do not."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Running averages of gradient and square; 0.95 as in GPT-3 (Brown et al. 2020, appendix B)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator; torch's default."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of parameters with two or more dimensions; 0.1 as in GPT-3."""
+
+
+class SchedulerSection(Section):
+    """`transformers.get_scheduler` by its own keyword names; the number of training steps is the run's."""
+
+    name: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """The schedule; each is a function of the step alone, which makes a resume exact."""
+    num_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    scheduler_specific_kwargs: dict[str, Any] = {}
+    """Further keywords of that schedule, for example `min_lr_rate: 0.1` or `num_decay_steps: 1000`."""
+
+    @model_validator(mode="after")
+    def _arguments(self) -> SchedulerSection:
+        if self.name == "warmup_stable_decay" and "num_decay_steps" not in self.scheduler_specific_kwargs:
+            raise ValueError("`warmup_stable_decay` needs `scheduler_specific_kwargs: {num_decay_steps: ...}`")
+        if self.name in ("constant", "constant_with_warmup") and self.scheduler_specific_kwargs:
+            raise ValueError(f"`{self.name}` takes no `scheduler_specific_kwargs`")
+        if self.name == "constant" and self.num_warmup_steps:
+            raise ValueError("`constant` has no warm-up; use `constant_with_warmup`")
+        return self
+
+
+class TrainingSection(Section):
+    """How much is learned in a step and for how long."""
+
+    tokens_per_step: PositiveInt
+    """Tokens of one optimizer update over all processes; a multiple of `data.block_size`."""
+    micro_batch_size: PositiveInt
+    """Sequences per device in one forward pass. Gradient accumulation is derived from it."""
+    max_steps: PositiveInt | None = None
+    """Optimizer updates of the run. Give this or `max_tokens`."""
+    max_tokens: PositiveInt | None = None
+    """Tokens of the run; the last step stays within it."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm; null for none. 1.0 as in GPT-3."""
+    mixed_precision: MixedPrecision = "auto"
+    """`no` is float32. `auto`: what the launcher's file says, else bf16 where the hardware has it (GPUs from Ampere
+    on, CPUs with AMX or AVX512-BF16), else float32."""
+    document_masking: Literal["auto"] | bool = "auto"
+    """Attention ends at document boundaries. `auto`: on where the model's attention implementation isolates packed
+    documents, which is tested at start; `true` stops the run where it does not."""
+    compile: bool = False
+    """`torch.compile` the model."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.max_steps is None) == (self.max_tokens is None):
+            raise ValueError("give exactly one of `max_steps` and `max_tokens`")
+        if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
+            raise ValueError(f"`max_tokens` ({self.max_tokens}) is less than one step of {self.tokens_per_step} tokens")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.max_steps or typing.cast(int, self.max_tokens) // self.tokens_per_step
+
+
+class EvaluationSection(Section):
+    """Loss, perplexity, bits per byte over the whole validation split: at step 0, every `every_steps`, at the end."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between evaluations; null: only at step 0 and at the end."""
+
+
+class CheckpointSection(Section):
+    """Full state from which the same command resumes."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints; null: only the last step's."""
+    keep_last: PositiveInt = 2
+    """How many of the newest complete checkpoints stay."""
+
+
+class LoggingSection(Section):
+    """What is written while training; `metrics.jsonl` always is."""
+
+    every_steps: PositiveInt = 10
+    """Optimizer steps between log lines. The loss is the mean over all tokens since the line before."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate by name: tensorboard, wandb, trackio, mlflow, ... Each needs its package."""
+    project_name: str = "hfpretrain"
+    """Project under which the tracker files the run."""
+
+
+class HubSection(Section):
+    """What the model card says beyond what is measured."""
+
+    license: str | None = None
+    """License of the weights as the Hub spells it, for example apache-2.0."""
+    language: tuple[str, ...] = ()
+    """Languages of the text, ISO 639-1."""
+    tags: tuple[str, ...] = ()
+    """Further tags of the card."""
+
+
+class Recipe(Section):
+    """One whole run: what is learned. Where it runs is the launcher's file."""
+
+    output_dir: str
+    """The run folder; the same command run again resumes from it."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Initial weights, data order and dropout."""
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    optimizer: OptimizerSection
+    scheduler: SchedulerSection = SchedulerSection()
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    hub: HubSection = HubSection()
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Root of prepared data: `data.prepared_dir`, or `prepared` beside `output_dir`."""
+        return Path(self.data.prepared_dir) if self.data.prepared_dir else Path(self.output_dir).parent / "prepared"
+
+
+def cross_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong between sections. One process is assumed; `accumulation_steps` checks the real number."""
+    training, scheduler, block_size = recipe.training, recipe.scheduler, recipe.data.block_size
+    try:
+        accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, num_processes=1)
+    except RecipeError as error:
+        yield from error.problems
+    decay_steps = scheduler.scheduler_specific_kwargs.get("num_decay_steps", 0)
+    if scheduler.num_warmup_steps >= training.num_steps:
+        yield Problem(
+            "scheduler.num_warmup_steps",
+            f"{scheduler.num_warmup_steps} warm-up steps do not fit into a run of {training.num_steps} steps",
+        )
+    elif isinstance(decay_steps, int) and scheduler.num_warmup_steps + decay_steps > training.num_steps:
+        yield Problem(
+            "scheduler.scheduler_specific_kwargs.num_decay_steps",
+            f"{scheduler.num_warmup_steps} warm-up and {decay_steps} decay steps do not fit into "
+            f"{training.num_steps} steps",
+        )
+    if recipe.evaluation.every_steps and not recipe.data.has_validation:
+        yield Problem(
+            "evaluation.every_steps",
+            "there is nothing to evaluate on; set `data.validation_fraction` or `data.validation_sources`",
+        )
+
+
+def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: int, num_processes: int) -> int:
+    """Micro-steps per optimizer step on each process.
+
+    Raises `RecipeError` where the division has a remainder, with the values that have none.
+    """
+    sequences, remainder = divmod(tokens_per_step, block_size)
+    if remainder:
+        near = sorted({max(1, sequences) * block_size, (sequences + 1) * block_size})
+        raise RecipeError.at(
+            "training.tokens_per_step",
+            f"{tokens_per_step} is not a multiple of data.block_size {block_size}; nearest: "
+            + ", ".join(map(str, near)),
+        )
+    steps, remainder = divmod(sequences, micro_batch_size * num_processes)
+    if remainder or not steps:
+        per_process, uneven = divmod(sequences, num_processes)
+        if uneven or not per_process:
+            fix = f"that does not divide by {num_processes} processes; possible numbers of processes: " + _listed(
+                _divisors(sequences)
+            )
+        else:
+            fix = "possible micro_batch_size: " + _listed(_divisors(per_process))
+        raise RecipeError.at(
+            "training.micro_batch_size",
+            f"a step has {sequences} sequences (tokens_per_step {tokens_per_step} / block_size {block_size}), not a "
+            f"multiple of micro_batch_size {micro_batch_size} x {num_processes} process(es); {fix}",
+        )
+    return steps
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers if len(numbers) <= 16 else [*numbers[:15], "...", numbers[-1]]))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars (`no` is a string, 3e-4 a number) without anchors, aliases, merges and duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed: write the value out, a recipe is read by people",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a string", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+        and tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # PyYAML's own constructor reads 010 as octal.
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises `RecipeError` with `origin`, line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
+        raise RecipeError.at(place, f"{error.problem or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError.at(origin, f"not valid YAML: {error}") from None
+
+
+def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping of a recipe file with `--section.key=value` overrides written into it, not yet validated."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError.at(str(path), "no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError.at(str(path), f"cannot be read: {error}") from None
+    mapping = parse_yaml(text, str(path))
+    if not isinstance(mapping, dict):
+        raise RecipeError.at(str(path), "a recipe is a mapping of sections, see recipes/quickstart.yaml")
+    for override in overrides:
+        _apply_override(mapping, override)
+    return mapping
+
+
+def _apply_override(mapping: dict[str, Any], override: str) -> None:
+    match = re.fullmatch(r"--([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
+    if match is None:
+        raise RecipeError.at(override, "not an override; write --section.key=value")
+    keys, node = match[1].split("."), typing.cast(Any, mapping)
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a list of {len(node)}; no entry {key!r}")
+            slot: Any = int(key)
+        elif isinstance(node, dict):
+            slot = key
+            if not last and node.get(key) is None:
+                node[key] = {}
+        else:
+            raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value, it has no key {key!r}")
+        if last:
+            node[slot] = parse_yaml(match[2], override)
+        else:
+            node = node[slot]
+
+
+def load_recipe(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    checks: Iterable[Callable[[dict[str, Any]], Iterable[Problem]]] = (),
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    `checks` get the raw mapping and give further problems (the model's check of `model.config` needs transformers,
+    which this module must not). Raises `RecipeError` with all problems at once.
+    """
+    mapping = read_mapping(path, overrides)
+    problems: list[Problem] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(mapping)
+        problems += cross_problems(recipe)
+    except ValidationError as error:
+        problems += [_problem(detail) for detail in error.errors()]
+    for check in checks:
+        problems += check(mapping)
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _problem(detail: Any) -> Problem:
+    """A pydantic error as a dotted path, the value and the fix."""
+    location = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith(("literal", "bool")))]
+    path = ".".join(str(part) for part in location) or "recipe"
+    if detail["type"] == "extra_forbidden":
+        return Problem(path, unknown_key(str(location[-1]), known_keys(location[:-1])))
+    if detail["type"] == "missing":
+        return Problem(path, "is required")
+    message = detail["msg"].removeprefix("Value error, ")
+    value = detail["input"]
+    shown = "" if isinstance(value, (dict, list)) and detail["type"] == "value_error" else f" (got {value!r:.200})"
+    return Problem(path, message + shown)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The message for an unknown key, with the nearest known one."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if nearest:
+        return f"unknown key; did you mean `{nearest[0]}`?"
+    return "unknown key; known: " + (", ".join(known) if len(known) <= 30 else f"{len(known)} others")
+
+
+def known_keys(location: Sequence[int | str]) -> list[str]:
+    """Field names of the section at `location`, a path of keys and list indices."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, str) and isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[part].annotation
+        while typing.get_origin(section) in (tuple, types.UnionType, typing.Union):
+            section = typing.get_args(section)[0]
+    return list(section.model_fields)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults included; `load_recipe` reads it back as the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
+    """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections."""
+    flat_ours, flat_theirs = (dict(_flatten(recipe.model_dump(mode="json"))) for recipe in (ours, theirs))
+    return [
+        Problem(path, f"is {flat_ours.get(path)!r} here, {flat_theirs.get(path)!r} there")
+        for path in sorted(flat_ours.keys() | flat_theirs.keys())
+        if flat_ours.get(path) != flat_theirs.get(path)
+        and not any(path == skipped or path.startswith(skipped + ".") for skipped in ignore)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    return Recipe.model_json_schema()

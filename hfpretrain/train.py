@@ -1,0 +1,477 @@
+"""The training state, the loop, and the composition of everything: `python -m hfpretrain.train RECIPE`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hfpretrain import checkpoint, engine, evaluation, hub, metrics, optim
+from hfpretrain import model as modeling
+from hfpretrain.dataloader import Blocks, TrainingData, validation_batches
+from hfpretrain.packing import VALIDATION
+from hfpretrain.prepare import load_prepared_tokenizer, prepare, summary, wait_for_prepared
+from hfpretrain.recipe import (
+    Problem,
+    Recipe,
+    RecipeError,
+    accumulation_steps,
+    differences,
+    dump_recipe,
+    load_recipe,
+)
+from hfpretrain.tokenizer import token_bytes
+
+logger = logging.getLogger(__name__)
+
+# What may differ when a run is taken up again: none of it changes which text is learned in which step.
+MAY_DIFFER = (
+    "output_dir",
+    "data.prepared_dir",
+    "model.attn_implementation",
+    "model.gradient_checkpointing",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.micro_batch_size",
+    "training.compile",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "hub",
+)
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: optimizer steps done, tokens seen, and the losses summed since the last log line."""
+
+    step: int = 0
+    tokens: int = 0
+    window_loss: float = 0.0
+    window_steps: int = 0
+
+
+class Run:
+    """Everything one process holds while it trains."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.output_dir = recipe, Path(recipe.output_dir)
+        engine.require_asked_processes()
+        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        _refuse_other_run(recipe)
+        self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
+        self.tokenizer = load_prepared_tokenizer(self.prepared)
+        vocab_size = self.prepared.manifest["vocab_size"]
+        config = modeling.resolve_config(recipe.model, vocab_size, self.tokenizer, recipe.data.block_size)
+        training = recipe.training
+        self.accelerator = engine.build_accelerator(
+            training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir)
+        )
+        self.accumulation_steps = accumulation_steps(
+            training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.accelerator.num_processes
+        )
+        with engine.plain_initialisation():
+            model = modeling.build_model(recipe.model, config, recipe.seed)
+        self.config = model.config
+        self.num_parameters, self.num_non_embedding = modeling.num_parameters(model)
+        self.document_masking = _document_masking(recipe, model)
+        if training.compile:
+            model.compile()
+        optimizer = optim.build_optimizer(model, recipe.optimizer)
+        self.scheduler = optim.build_scheduler(optimizer, recipe.scheduler, training.num_steps)
+        self.model, self.optimizer = engine.prepare(
+            self.accelerator,
+            model,
+            optimizer,
+            micro_batch_size=training.micro_batch_size,
+            accumulation_steps=self.accumulation_steps,
+            max_grad_norm=training.max_grad_norm,
+        )
+        # Dropout differs between ranks, since their sequences do.
+        torch.manual_seed(recipe.seed + self.accelerator.process_index)
+        self.data = self._training_data()
+        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
+        self.state = TrainState()
+        self.resumed_step = self._resume()
+        self._start_records()
+
+    def _training_data(self) -> TrainingData:
+        weights = [source.weight for source in self.recipe.data.sources if source.weight is not None]
+        return TrainingData(
+            [Blocks(self.prepared.blocks(split)) for split in self.prepared.train_splits],
+            weights or None,
+            seed=self.recipe.seed,
+            micro_batch_size=self.recipe.training.micro_batch_size,
+            accumulation_steps=self.accumulation_steps,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            eos_token_id=self.prepared.manifest["eos_token_id"] if self.document_masking else None,
+        )
+
+    def _resume(self) -> int | None:
+        folder = self.output_dir / "checkpoints"
+        found = [str(checkpoint.newest(folder) or "")] if self.is_main else [""]
+        path = Path(engine.broadcast(self.accelerator, found)[0] or "/")
+        if path == Path("/"):
+            return None
+        stored = checkpoint.train_state(path)
+        engine.require_compatible(self.accelerator, stored.pop("engine"), stored.pop("num_processes"), path)
+        checkpoint.load(self.accelerator, path, self._load_engine_state)
+        self.state = TrainState(**stored)
+        optim.set_step(self.scheduler, self.state.step)
+        if self.is_main:
+            logger.info("resumed from %s", path)
+        return self.state.step
+
+    def _load_engine_state(self, path: Path) -> None:
+        engine.load_state(self.accelerator, self.model, self.optimizer, path)
+
+    def _start_records(self) -> None:
+        self.progress = tqdm(
+            total=self.recipe.training.num_steps,
+            initial=self.state.step,
+            unit=" steps",
+            disable=None if self.is_main else True,
+            dynamic_ncols=True,
+        )
+        self.throughput = metrics.Throughput()
+        layers, hidden = (
+            getattr(self.config.get_text_config(), key, 0) or 0 for key in ("num_hidden_layers", "hidden_size")
+        )
+        head = self.config.vocab_size * hidden
+        self.flops_per_token = metrics.flops_per_token(
+            self.num_non_embedding + head, layers, hidden, self.recipe.data.block_size
+        )
+        if not self.is_main:
+            self.file = None
+        else:
+            self.file = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_step)
+            (self.output_dir / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+            environment = json.dumps(self.environment(), indent=1)
+            (self.output_dir / "environment.json").write_text(environment, encoding="utf-8")
+        if self.recipe.logging.trackers:
+            flat = {key: str(value) for key, value in _flat(self.recipe.model_dump(mode="json"))}
+            self.accelerator.init_trackers(self.recipe.logging.project_name, config=flat)
+
+    def environment(self) -> dict[str, Any]:
+        """What the run runs on; no environment variables, no secrets."""
+        names = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate")
+        return {
+            "engine": engine.engine_name(self.accelerator),
+            "num_processes": self.accelerator.num_processes,
+            "device": engine.device_name(self.accelerator),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "document_masking": self.document_masking,
+            "accumulation_steps": self.accumulation_steps,
+            "num_parameters": self.num_parameters,
+            "num_non_embedding_parameters": self.num_non_embedding,
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in names},
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss, perplexity and bits per byte over the whole validation split, equal on any number of processes."""
+        start = time.perf_counter()
+        manifest = self.prepared.manifest
+        entry = manifest["splits"][VALIDATION]
+        batches = validation_batches(
+            Blocks(self.prepared.blocks(VALIDATION)),
+            entry["remainder_ids"],
+            manifest["block_size"],
+            batch_size=self.recipe.training.micro_batch_size,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            eos_token_id=manifest["eos_token_id"],
+            document_masking=self.document_masking,
+        )
+        sums = self.accelerator.reduce(evaluation.loss_sums(self.model, batches, self.token_bytes), "sum")
+        figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
+        row = {f"eval/{name}": value for name, value in figures.items()}
+        self.record({"step": self.state.step, "tokens": self.state.tokens, **row})
+        self.throughput.pause(time.perf_counter() - start)
+        if self.is_main:
+            self.say(
+                f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
+                f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
+            )
+            self.plot()
+        return figures
+
+    def save(self) -> None:
+        """Write a checkpoint of the full state."""
+        start = time.perf_counter()
+        sums = torch.tensor([self.state.window_loss], dtype=torch.float64)
+        state = {
+            **asdict(self.state),
+            "window_loss": float(self.accelerator.reduce(sums.to(self.accelerator.device), "sum")),
+            "engine": engine.engine_name(self.accelerator),
+            "num_processes": self.accelerator.num_processes,
+        }
+        checkpoint.save(
+            self.accelerator,
+            self.output_dir / "checkpoints",
+            state,
+            lambda path: engine.save_state(self.accelerator, self.model, self.optimizer, path),
+            self.recipe.checkpoint.keep_last,
+        )
+        self.throughput.pause(time.perf_counter() - start)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """One object for `metrics.jsonl` and the trackers."""
+        if self.file is not None:
+            self.file.write(row)
+        values = {key: value for key, value in row.items() if key != "step" and value is not None}
+        self.accelerator.log(values, step=row["step"])
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def plot(self) -> None:
+        """Refresh the loss plot."""
+        rows = metrics.read_metrics(self.output_dir / "metrics.jsonl")
+        metrics.plot_loss(rows, self.output_dir / "loss.png", self.output_dir.name)
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe to its end, from wherever its output folder stands; returns the folder of the exported model."""
+    run = Run(recipe)
+    _fit(run)
+    return _finish(run)
+
+
+def _fit(run: Run) -> None:
+    recipe, accelerator, model, optimizer, state = run.recipe, run.accelerator, run.model, run.optimizer, run.state
+    training, num_steps = recipe.training, recipe.training.num_steps
+    window = torch.tensor(state.window_loss if run.is_main else 0.0, dtype=torch.float64, device=accelerator.device)
+    while True:
+        resumed_here = state.step == run.resumed_step
+        if (
+            recipe.data.has_validation
+            and not resumed_here
+            and _due(state.step, recipe.evaluation.every_steps, num_steps)
+        ):
+            run.evaluate()
+        if state.step and not resumed_here and _due(state.step, recipe.checkpoint.every_steps, num_steps):
+            state.window_loss = window.item()
+            run.save()
+        if state.step == num_steps:
+            break
+        batches = [engine.to_device(accelerator, batch) for batch in run.data.step(state.step)]
+        num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
+        for batch in batches:
+            with accelerator.accumulate(model):
+                outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
+                loss, objective = _loss(outputs, run.config, len(batches) * accelerator.num_processes)
+                accelerator.backward(engine.scale_for_backward(accelerator, objective))
+                window += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+        lr = run.scheduler.get_last_lr()[0]
+        optimizer.step()
+        run.scheduler.step()
+        optimizer.zero_grad()
+        state.step, state.tokens = state.step + 1, state.tokens + training.tokens_per_step
+        state.window_steps += 1
+        run.progress.update()
+        if state.step % recipe.logging.every_steps == 0 or state.step == num_steps:
+            _log(run, window, grad_norm, lr)
+
+
+def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
+    state = run.state
+    loss = engine.sum_over_processes(run.accelerator, window).item() / state.window_steps
+    tokens_per_second = run.throughput.read(state.window_steps * run.recipe.training.tokens_per_step)
+    peak = metrics.peak_flops(engine.device_name(run.accelerator))
+    devices = run.accelerator.num_processes
+    row = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": float(grad_norm),
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * run.flops_per_token / (peak * devices) if peak else None,
+    }
+    run.record(row)
+    if run.is_main:
+        run.progress.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
+        if run.progress.disable:
+            steps = run.recipe.training.num_steps
+            run.say(f"step {state.step}/{steps}: loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s")
+    window.zero_()
+    state.window_steps = 0
+
+
+def _loss(outputs: Any, config: Any, num_micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This micro-batch's share of the step's loss, and what is to be minimised.
+
+    The model divided the summed token losses by the step's number of tokens. A router's balancing loss is a mean, so
+    of it only this micro-batch's share is added.
+    """
+    loss, auxiliary = outputs.loss, getattr(outputs, "aux_loss", None)
+    if auxiliary is None:
+        return loss, loss
+    auxiliary = config.router_aux_loss_coef * auxiliary
+    loss = loss - auxiliary
+    return loss, loss + auxiliary / num_micro_batches
+
+
+def _due(step: int, every_steps: int | None, num_steps: int) -> bool:
+    return step in (0, num_steps) or (every_steps is not None and step % every_steps == 0)
+
+
+def _document_masking(recipe: Recipe, model: Any) -> bool:
+    wanted = recipe.training.document_masking
+    if wanted is False:
+        return False
+    isolates = modeling.isolates_documents(model)
+    if wanted is True and not isolates:
+        raise RecipeError.at(
+            "training.document_masking",
+            f"{type(model).__name__} with {recipe.model.attn_implementation} attention lets packed documents see each "
+            "other; set it to false, or choose another attn_implementation or model",
+        )
+    return isolates
+
+
+def _refuse_other_run(recipe: Recipe) -> None:
+    """An output folder belongs to one recipe."""
+    path = Path(recipe.output_dir) / "recipe.yaml"
+    if not path.exists():
+        Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+        return
+    try:
+        changed = differences(recipe, load_recipe(path), ignore=MAY_DIFFER)
+    except RecipeError as error:
+        raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
+    if changed:
+        advice = "choose another output_dir, or undo the changes to resume"
+        raise RecipeError(
+            [Problem("output_dir", f"{recipe.output_dir} holds another recipe's run; {advice}"), *changed]
+        )
+
+
+def _finish(run: Run) -> Path:
+    """Export, compare the export with the training process, write the card and the summary."""
+    model_path, main = run.output_dir / "model", run.is_main
+    reference = run.output_dir / checkpoint.REFERENCE
+    run.progress.close()
+    batch = engine.to_device(run.accelerator, {k: v[:1] for k, v in run.data.step(0)[0].items()})
+    checkpoint.write_reference(run.model, batch, reference if main else None)
+    state_dict = engine.full_state_dict(run.accelerator, run.model)
+    if main:
+        with engine.plain_initialisation():
+            checkpoint.export(run.config, state_dict, run.tokenizer, model_path)
+        report = checkpoint.verify_in_fresh_process(run.output_dir)
+        run.file.write({"step": run.state.step, "tokens": run.state.tokens, **_prefixed("export", report)})  # type: ignore[union-attr]
+        _write_card(run, model_path, report)
+        print(_summary(run, report))
+    engine.finish(run.accelerator)
+    return model_path
+
+
+def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+def _write_card(run: Run, model_path: Path, report: dict[str, Any]) -> None:
+    run.plot()
+    (model_path / "loss.png").write_bytes((run.output_dir / "loss.png").read_bytes())
+    recipe, environment = run.recipe, run.environment()
+    rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
+    hub_datasets = [s.path for s in recipe.data.sources if "/" in s.path and not Path(s.path).exists()]
+    training = {
+        "parameters": f"{run.num_parameters:,} ({run.num_non_embedding:,} without embeddings)",
+        "tokens": f"{run.state.tokens:,} in {run.state.step:,} steps of {recipe.training.tokens_per_step:,}",
+        "engine": f"{environment['engine']}, {environment['num_processes']} process(es)",
+        "device": environment["device"],
+        "precision": environment["mixed_precision"],
+        "attention across documents": "no" if run.document_masking else "yes",
+        "versions": ", ".join(f"{name} {number}" for name, number in environment["versions"].items()),
+    }
+    card = hub.model_card(
+        name=run.output_dir.name,
+        section=recipe.hub,
+        origin=recipe.model.pretrained or "scratch",
+        base_model=recipe.model.pretrained,
+        datasets=hub_datasets,
+        results=_first_and_last(rows),
+        data="```text\n" + summary(run.prepared).split("\n", 1)[1] + "\n```",
+        training=training,
+        recipe=dump_recipe(recipe),
+        report=report,
+        bos=run.tokenizer.bos_token or run.tokenizer.eos_token,
+    )
+    (model_path / "README.md").write_text(card, encoding="utf-8")
+
+
+def _first_and_last(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    evaluations = [row for row in rows if "eval/loss" in row]
+    return {"first": evaluations[0], "last": evaluations[-1]} if evaluations else {}
+
+
+def _summary(run: Run, report: dict[str, Any]) -> str:
+    results = _first_and_last(metrics.read_metrics(run.output_dir / "metrics.jsonl"))
+    lines = [
+        "",
+        f"{run.output_dir.name}: {run.num_parameters:,} parameters, {run.state.tokens:,} tokens in {run.state.step:,} "
+        f"steps, {engine.engine_name(run.accelerator)} on {engine.device_name(run.accelerator)}",
+    ]
+    for label, key in (("before training", "first"), ("after training", "last")):
+        row = results.get(key)
+        if row:
+            lines.append(
+                f"  {label:<16} loss {row['eval/loss']:.4f}   perplexity {row['eval/perplexity']:,.2f}   "
+                f"bits per byte {row['eval/bits_per_byte']:.4f}"
+            )
+    lines += [
+        f"  {'model':<16} {run.output_dir / 'model'}",
+        f"  {'loss plot':<16} {run.output_dir / 'loss.png'}",
+        f"  {'metrics':<16} {run.output_dir / 'metrics.jsonl'}",
+        f"  {'export':<16} loaded in a fresh process; largest difference of a token's loss "
+        f"{report['max_token_loss_difference']:.1e}",
+        "  sample",
+        *("    | " + line for line in report["sample"].splitlines()[:12]),
+    ]
+    return "\n".join(lines)
+
+
+def _flat(value: Any, prefix: str = "") -> Any:
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m hfpretrain.train RECIPE [--section.key=value ...]`; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hfpretrain").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: accelerate launch -m hfpretrain.train RECIPE [--section.key=value ...]", file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    try:
+        train(load_recipe(arguments[0], arguments[1:], checks=[modeling.config_problems]))
+    except RecipeError as error:
+        if rank == 0:
+            print(f"error in {arguments[0]}:", *error.problems, sep="\n  ", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
