@@ -85,7 +85,7 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     sequences = training.tokens_per_step // recipe.data.block_size
     per_device = sequences // training.micro_batch_size
     print(
-        f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes = {per_device}"
+        f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes {per_device}"
     )
     parameters = _parameters(recipe)
     if parameters is not None:
@@ -145,7 +145,11 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
             raise RecipeError(Problem(str(path), reason))
         report["files"] = len((files.manifest_of(path) or {"files": ()})["files"])
     else:
+        import transformers
+
         from hfpretrain.checkpoint import REFERENCE, verify_export
+
+        transformers.utils.logging.disable_progress_bar()
 
         run = path.parent if (path / "config.json").is_file() and (path.parent / REFERENCE).is_file() else path
         if not (run / "model" / "config.json").is_file() or not (run / REFERENCE).is_file():

@@ -177,9 +177,20 @@ def _drawn(text: str, fraction: float) -> bool:
 
 
 def _python_stdlib() -> Iterator[str]:
-    """Source of the standard library's modules, sorted by path; tests, and packages installed beside it, left out."""
+    """Source of the standard library's modules, sorted by path; left out are tests, tables of character sets, and
+    packages installed beside it."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
+    left_out = {
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "lib2to3",
+        "turtledemo",
+    }
     for path in sorted(root.rglob("*.py")):
         if left_out.isdisjoint(path.relative_to(root).parts):
             yield from _source(path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -55,9 +57,7 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     use_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     use_fsdp = _flag("ACCELERATE_USE_FSDP")
     if on_cpu:
-        # The launcher sets one thread for a process unless told otherwise; idle cores help nobody.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        _set_up_cpu()
     keywords: dict[str, Any] = {
         "mixed_precision": precision,
         "log_with": trackers or None,
@@ -81,6 +81,21 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
         accelerator = Accelerator(**keywords)
     require_asked_processes(accelerator.num_processes)
     return accelerator
+
+
+def _set_up_cpu() -> None:
+    # The launcher sets one thread for a process unless told otherwise; idle cores help nobody.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # Without a word DeepSpeed looks for an accelerator and warns that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if sys.platform == "linux":
+        # glibc returns large blocks to the kernel at every free, and each activation is faulted in anew: a quarter of
+        # a step. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h keep them.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30)
+            libc.mallopt(-1, 2**31 - 1)
 
 
 def _flag(name: str) -> bool:
@@ -241,9 +256,8 @@ def save_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path)
         return
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(  # type: ignore[attr-defined]
-        _state(model, optimizer), checkpoint_id=str(path), no_dist=accelerator.num_processes == 1
-    )
+    with _quiet():
+        dcp.save(_state(model, optimizer), checkpoint_id=str(path), no_dist=accelerator.num_processes == 1)  # type: ignore[attr-defined]
 
 
 def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path) -> None:
@@ -256,10 +270,17 @@ def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path)
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     state = _state(model, optimizer)
-    dcp.load(  # type: ignore[attr-defined]
-        state, checkpoint_id=str(path), no_dist=accelerator.num_processes == 1
-    )
+    with _quiet():
+        dcp.load(state, checkpoint_id=str(path), no_dist=accelerator.num_processes == 1)  # type: ignore[attr-defined]
     set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # torch warns that one process saves alone, which is what `no_dist` asks for.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _state(model: Any, optimizer: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from hfpretrain import checkpoint, engine, evaluation, hub, metrics, optim
@@ -459,6 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m hfpretrain.train RECIPE [--section.key=value ...]`; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", "0"))
+    transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     if not arguments or arguments[0].startswith("-"):
