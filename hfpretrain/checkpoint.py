@@ -117,10 +117,11 @@ def export(
 
 
 @torch.no_grad()
-def write_reference(model: Any, batch: dict[str, torch.Tensor], path: Path | None) -> None:
+def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, path: Path | None) -> None:
     """Store a batch with the training process's logits for it, to which the export is compared.
 
-    All ranks must call it (sharded engines need them); only the one that gives `path` writes.
+    `precision` is that of `engine.forward_precision`. All ranks must call it (sharded engines need them); only the one
+    that gives `path` writes.
     """
     from safetensors.torch import save_file
 
@@ -131,7 +132,7 @@ def write_reference(model: Any, batch: dict[str, torch.Tensor], path: Path | Non
     model.train(training)
     if path is not None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}
-        save_file({**tensors, "logits": logits.contiguous()}, path)
+        save_file({**tensors, "logits": logits.contiguous()}, path, metadata={"precision": precision})
 
 
 def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
@@ -140,13 +141,21 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
     Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
     token. Also a greedy sample, since the model is at hand.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    stored = load_file(reference)
+    with safe_open(reference, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        precision = file.metadata()["precision"]
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    dtype = str(model.dtype).removeprefix("torch.")
     inputs = {name: tensor for name, tensor in stored.items() if name != "logits"}
-    with torch.no_grad():
+    # As in training, where matrix products or the whole model may be in 16 bits: equal means equal.
+    kind, _, bits = precision.partition(" ")
+    if kind == "cast":
+        model.to(getattr(torch, bits))
+    autocast = torch.autocast("cpu", getattr(torch, bits or "bfloat16"), enabled=kind == "autocast")
+    with torch.no_grad(), autocast:
         logits = model(**inputs, use_cache=False).logits.float()
     labels = stored["input_ids"][:, 1:].flatten()
     losses = [
@@ -155,6 +164,7 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
     ]
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     torch.manual_seed(0)
+    model.float()
     prompt = torch.tensor([[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]])
     sample = model.generate(
         prompt,
@@ -166,7 +176,8 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
         pad_token_id=tokenizer.eos_token_id,
     )
     return {
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "precision": precision,
         "loss_training": losses[0].mean().item(),
         "loss_export": losses[1].mean().item(),
         "max_token_loss_difference": (losses[0] - losses[1]).abs().max().item(),

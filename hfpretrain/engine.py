@@ -239,6 +239,15 @@ def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Te
     return loss * (accelerator.num_processes * accelerator.gradient_accumulation_steps)
 
 
+def forward_precision(accelerator: Accelerator) -> str:
+    """How the engine computes a forward pass: `float32`, `autocast DTYPE` (float32 weights) or `cast DTYPE`."""
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
+    if dtype is None:
+        return "float32"
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    return f"{'cast' if sharded else 'autocast'} {dtype}"
+
+
 def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
     """All weights on the CPU of the main process, whole; other ranks may get an empty dict. All ranks must call it."""
     state = accelerator.get_state_dict(model)

@@ -369,7 +369,7 @@ def _finish(run: Run) -> Path:
     reference = run.output_dir / checkpoint.REFERENCE
     run.progress.close()
     batch = engine.to_device(run.accelerator, {k: v[:1] for k, v in run.data.step(0)[0].items()})
-    checkpoint.write_reference(run.model, batch, reference if main else None)
+    checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
     state_dict = engine.full_state_dict(run.accelerator, run.model)
     if main:
         with engine.plain_initialisation():

@@ -1,0 +1,138 @@
+import gzip
+import json
+
+import pandas
+import pytest
+import zstandard
+from conftest import small_text, write_jsonl
+
+from hfpretrain import corpus
+from hfpretrain.recipe import DataSection, RecipeError, SourceSection
+
+TEXTS = ["first document", "zweites\nDokument", "第三", ""]
+
+
+def read(**keywords):
+    return list(corpus.documents(SourceSection(**keywords)))
+
+
+def test_formats_and_compressions_give_the_same_documents(tmp_path):
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    pandas.DataFrame({"text": TEXTS}).to_parquet(tmp_path / "d.parquet")
+    pandas.DataFrame({"text": TEXTS[:3]}).to_csv(tmp_path / "e.csv")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        assert read(path="json", data_files=str(tmp_path / name)) == TEXTS, name
+    assert read(path="parquet", data_files=str(tmp_path / "d.parquet")) == TEXTS
+    assert read(path="csv", data_files=str(tmp_path / "e.csv")) == TEXTS[:3]
+    assert read(path="json", data_files=str(tmp_path / "a.jsonl"), split="train[:50%]") == TEXTS[:2]
+
+
+def test_globs_folders_and_lists(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    expected = ["text a", "text b", "text c"]
+    assert read(path="text", data_files=str(tmp_path / "*.txt"), sample_by="document") == expected
+    assert read(path="text", data_dir=str(tmp_path), sample_by="document") == expected
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
+    assert read(path="text", data_files=files, sample_by="document") == ["text a", "text c"]
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [
+        ("document", ["one\ntwo\n\nthree\n"]),
+        ("line", ["one", "two", "", "three"]),
+        ("paragraph", ["one\ntwo", "three\n"]),
+    ],
+)
+def test_a_text_file_is_one_document_or_one_per_line_or_per_blank_line(tmp_path, sample_by, expected):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    assert read(path="text", data_files=str(tmp_path / "a.txt"), sample_by=sample_by) == expected
+
+
+def test_builtin_corpus_is_real_text_in_a_fixed_order_without_tests():
+    documents = read(path=corpus.PYTHON_STDLIB)
+    assert documents == read(path=corpus.PYTHON_STDLIB)
+    assert len(documents) > 300 and sum(map(len, documents)) > 5_000_000
+    assert any("class ArgumentParser" in text for text in documents)
+    assert not any("class TestCaseForTests" in text or "import test.support" in text[:2000] for text in documents)
+
+
+def split(data):
+    parts = {"train": [], "validation": [], "duplicate": []}
+    for _, name, text in corpus.split_documents(data):
+        parts[name].append(text)
+    return parts
+
+
+def section(tmp_path, documents, **keywords):
+    path = write_jsonl(tmp_path / "corpus.jsonl", documents)
+    return DataSection(sources=({"path": "json", "data_files": str(path)},), block_size=8, **keywords)
+
+
+def test_documents_keep_their_side_when_others_are_added(tmp_path):
+    documents = small_text(600)
+    before = split(section(tmp_path, documents[:400], validation_fraction=0.1))
+    after = split(section(tmp_path, documents[200:], validation_fraction=0.1))
+    kept = set(documents[200:400])
+    assert kept & set(before["validation"]) == kept & set(after["validation"]) != set()
+    assert 20 <= len(before["validation"]) <= 60
+    assert not set(before["validation"]) & set(before["train"])
+
+
+def test_duplicates_land_on_one_side(tmp_path):
+    parts = split(section(tmp_path, small_text(200) * 2, validation_fraction=0.2))
+    assert parts["validation"] and not set(parts["validation"]) & set(parts["train"])
+
+
+def test_tail_of_one_long_text_is_the_published_character_split(tmp_path):
+    text = "".join(chr(97 + index % 26) for index in range(1115394))
+    parts = split(section(tmp_path, [text], validation_fraction=0.1, validation_by="tail"))
+    assert parts["train"] == [text[:1003854]] and parts["validation"] == [text[1003854:]]
+
+
+def test_own_validation_split_never_overlaps_training(tmp_path):
+    documents = small_text(50)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", documents[40:])
+    data = section(tmp_path, documents, validation_sources=({"path": "json", "data_files": str(held_out)},))
+    parts = split(data)
+    assert parts["validation"] == documents[40:] == parts["duplicate"]
+    assert parts["train"] == documents[:40]
+
+
+def refusal(**keywords):
+    with pytest.raises(RecipeError) as error:
+        read(**keywords)
+    return str(error.value)
+
+
+def test_bad_input_is_named(tmp_path):
+    assert "none.jsonl" in refusal(path="json", data_files=str(tmp_path / "none.jsonl"))
+    (tmp_path / "latin.txt").write_bytes("schöner Text\n".encode("latin-1"))
+    message = refusal(path="text", data_files=str(tmp_path / "latin.txt"), sample_by="line")
+    assert "latin.txt is not valid UTF-8" in message and "0xf6" in message
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    message = refusal(path="json", data_files=str(tmp_path / "a.jsonl"), text_column="body")
+    assert "no column 'body'" in message and "text" in message
+    (tmp_path / "null.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    assert "document 1 has None" in refusal(path="json", data_files=str(tmp_path / "null.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    assert "broken.jsonl" in refusal(path="json", data_files=str(tmp_path / "broken.jsonl"))
+    good = gzip.compress(b'{"text": "x"}\n' * 5000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(good[: len(good) // 2])
+    assert "cut.jsonl.gz" in refusal(path="json", data_files=str(tmp_path / "cut.jsonl.gz"))
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    import os
+
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    source = SourceSection(path="json", data_files=str(path))
+    before = corpus.identity(source)
+    assert before == corpus.identity(source)
+    path.write_text(path.read_text() + '{"text": "y"}\n')
+    os.utime(path)
+    assert corpus.identity(source) != before
