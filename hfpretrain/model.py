@@ -39,7 +39,11 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     for key in unknown:
         yield Problem(f"model.config.{key}", unknown_key(key, known))
     try:
-        config = AutoConfig.for_model(**{key: value for key, value in keywords.items() if key not in unknown})
+        # A class's own special ids may lie outside a small vocabulary; the tokenizer's take their place later.
+        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        config = AutoConfig.for_model(
+            **{**special, **{key: value for key, value in keywords.items() if key not in unknown}}
+        )
     except Exception as error:  # a config class may raise anything; each says what it wants
         yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
         return
@@ -141,7 +145,8 @@ def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> P
         _depth_scaled_init(model)
     if section.gradient_checkpointing:
         # Reentrant checkpointing hides the gradient's arrival from DDP and ZeRO.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

@@ -42,5 +42,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection,
 
 def set_step(scheduler: Any, step: int) -> None:
     """Put a schedule at `step` optimizer steps done; its rate depends on that alone."""
-    scheduler.last_epoch = step - 1
-    scheduler.step()
+    scheduler.last_epoch = step
+    rates = [base_lr * factor(step) for base_lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    scheduler._last_lr = rates

@@ -34,7 +34,7 @@ from hfpretrain.recipe import (
 )
 from hfpretrain.tokenizer import token_bytes
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hfpretrain.train")  # also when run as __main__
 
 # What may differ when a run is taken up again: none of it changes which text is learned in which step.
 MAY_DIFFER = (

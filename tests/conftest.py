@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = "the a of river stone light runs falls under over quiet green long bright day night and then with water".split()
+WORDS = ("the", "a", "of", "river", "stone", "light", "runs", "falls", "under", "over", "quiet", "green", "water")
 
 
 def small_text(num_documents: int, seed: int = 0) -> list[str]:

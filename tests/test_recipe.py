@@ -57,14 +57,15 @@ def test_every_unknown_key_names_the_nearest_and_all_errors_come_at_once(folder)
     "text", ["a: &x 1\nb: *x", "a: &x 1", "a: 1\na: 2", "a: {b: 1, b: 2}", "1: 2", "a: [", "a: !!python/name:os.x"]
 )
 def test_yaml_that_is_refused(text):
-    with pytest.raises(RecipeError, match="recipe.yaml"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         parse_yaml(text, "recipe.yaml")
 
 
 def test_yaml_scalars_are_those_of_yaml_1_2():
     text = "a: no\nb: 3e-4\nc: 1_000\nd: .5\ne: 010\nf: true\ng: 12:30\nh: 2026-01-02\ni: ~\nj: -1.5e3"
     assert parse_yaml(text, "x") == {
-        "a": "no", "b": 3e-4, "c": 1000, "d": 0.5, "e": 10, "f": True, "g": "12:30", "h": "2026-01-02", "i": None, "j": -1500.0,
+        "a": "no", "b": 3e-4, "c": 1000, "d": 0.5, "e": 10, "f": True, "g": "12:30",
+        "h": "2026-01-02", "i": None, "j": -1500.0,
     }  # fmt: skip
 
 

@@ -1,0 +1,164 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, rows, small_text, train, write_jsonl, write_recipe
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hfpretrain import engine
+from hfpretrain.recipe import RecipeError
+
+DISTRIBUTED = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+def run_all(folder, engines, **changes):
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    recipe = write_recipe(folder, **changes)
+    for name in engines:
+        result = train(recipe, f"--output_dir={folder / name}", engine=name, timeout=400)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return recipe
+
+
+def compare(folder, name, steps, max_loss=1e-5, max_grad_norm=1e-4, max_perplexity=1e-6):
+    """Largest relative differences of an engine's run from one process's, checked and returned."""
+
+    def largest(key):
+        single, other = rows(folder / "single", key), rows(folder / name, key)
+        assert list(single) == list(other)
+        return max(abs(other[s][key] - single[s][key]) / abs(single[s][key]) for s in single)
+
+    assert list(rows(folder / name, "loss")) == list(range(1, steps + 1))
+    found = {key: largest(key) for key in ("loss", "grad_norm", "eval/perplexity", "eval/bits_per_byte")}
+    assert found["loss"] <= max_loss and found["grad_norm"] <= max_grad_norm, found
+    assert found["eval/perplexity"] <= max_perplexity and found["eval/bits_per_byte"] <= max_perplexity, found
+    return found
+
+
+def check_export(run):
+    """The export's logits under plain transformers against those the training process stored."""
+    with safe_open(run / "reference.safetensors", framework="pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in stored.items() if k != "logits"}, use_cache=False).logits
+    difference = (logits - stored["logits"]).abs().max().item()
+    assert difference <= 1e-5
+    return difference
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same short recipe under every engine, two CPU processes each but one alone."""
+    folder = tmp_path_factory.mktemp("engines")
+    changes = {"training__max_steps": 10, "checkpoint__every_steps": 5, "evaluation__every_steps": 5}
+    run_all(folder, ["single", *DISTRIBUTED], **changes)
+    return folder
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_a_recipe_means_the_same_under_every_engine(runs, name):
+    compare(runs, name, steps=10)
+    assert json.loads((runs / name / "environment.json").read_text())["engine"] == name
+    assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == 2
+
+
+@pytest.mark.parametrize("name", ["single", *DISTRIBUTED])
+def test_the_export_of_every_engine_is_the_trained_model(runs, name):
+    check_export(runs / name)
+    state, single = (load_file(runs / run / "model" / "model.safetensors") for run in (name, "single"))
+    assert state.keys() == single.keys()
+    for key, tensor in state.items():
+        torch.testing.assert_close(tensor, single[key], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_the_same_command_resumes_under_every_engine(runs, name):
+    run = runs / name
+    before = rows(run, "loss")
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    result = train(runs / "recipe.yaml", f"--output_dir={run}", engine=name, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert "step-00000005" in result.stderr and "step 4/10" not in result.stderr
+    assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
+
+
+def test_states_named_by_parameter_move_between_engines_and_zero_says_no(runs):
+    moved = runs / "moved"
+    shutil.copytree(runs / "fsdp2", moved)
+    shutil.rmtree(moved / "checkpoints" / "step-00000010")
+    assert train(runs / "recipe.yaml", f"--output_dir={moved}", engine="single").returncode == 0
+    compare(runs, "moved", steps=10)
+    shutil.rmtree(runs / "zero2" / "checkpoints" / "step-00000010", ignore_errors=True)
+    result = train(runs / "recipe.yaml", f"--output_dir={runs / 'zero2'}", engine="single")
+    assert result.returncode != 0 and "was saved by zero2 with 2 process(es)" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
+         "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ],
+    ids=["llama", "gpt2"],
+)  # fmt: skip
+def test_fifty_steps_under_every_engine(tmp_path, model):
+    """The table of the README: `make proofs` prints it."""
+    changes = {"training__max_steps": 50, "model__config": model, "evaluation__every_steps": 25}
+    run_all(tmp_path, ["single", *DISTRIBUTED], **changes)
+    print(f"\n{'engine':<8}{'loss':>10}{'grad norm':>11}{'perplexity':>12}{'logits':>10}")
+    print(f"{'single':<8}{0:>10.1e}{0:>11.1e}{0:>12.1e}{check_export(tmp_path / 'single'):>10.1e}")
+    for name in DISTRIBUTED:
+        found = compare(tmp_path, name, steps=50)
+        figures = f"{found['loss']:>10.1e}{found['grad_norm']:>11.1e}{found['eval/perplexity']:>12.1e}"
+        print(f"{name:<8}{figures}{check_export(tmp_path / name):>10.1e}")
+
+
+def test_bfloat16_under_a_sharded_engine_reports_float32_losses(tmp_path):
+    run_all(tmp_path, ["single", "fsdp2"], training__mixed_precision="bf16", training__max_steps=4)
+    for key in ("loss", "eval/loss"):
+        single, sharded = rows(tmp_path / "single", key), rows(tmp_path / "fsdp2", key)
+        for step, row in sharded.items():
+            assert row[key] == pytest.approx(single[step][key], rel=3e-3)
+            # A bf16 number has 8 significant bits: a loss that went through one is a multiple of 2^-5 here.
+            assert not math.isclose(row[key] * 2**5 % 1, 0, abs_tol=1e-9)
+
+
+def test_the_asked_processes_are_read_as_the_launcher_reads_them():
+    ddp = str(ROOT / "accelerate_configs" / "ddp.yaml")
+    module = ["-m", "hfpretrain.train", "x.yaml", "--num_processes=7"]
+    for start in (["accelerate", "launch"], ["python", "/bin/accelerate", "launch"], ["accelerate-launch"],
+                  ["python", "-m", "accelerate.commands.launch"]):  # fmt: skip
+        assert engine.asked_processes([*start, "--config_file", ddp, *module]) == 2
+        assert engine.asked_processes([*start, "--config_file", ddp, "--num_processes", "4", *module]) == 4
+        assert engine.asked_processes([*start, "--num-processes=3", *module]) == 3
+    assert engine.asked_processes(["python", "-m", "hfpretrain.train", "x.yaml"]) is None
+    assert engine.asked_processes(["bash", "-c", "accelerate launch"]) is None
+
+
+def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert engine.resolve_precision("auto") == "fp16"
+    with pytest.raises(RecipeError, match=r"training\.mixed_precision: the recipe says bf16, the launcher's file fp16"):
+        engine.resolve_precision("bf16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert engine.resolve_precision("bf16") == "bf16" and engine.resolve_precision("no") == "no"
+    assert engine.resolve_precision("auto") == ("bf16" if engine.has_bf16() else "no")
+
+
+def test_accelerate_files_own_nothing_of_the_recipe():
+    import yaml
+
+    for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
+        text = path.read_text()
+        assert text.splitlines()[1].startswith("# Memory"), path.name
+        flat = json.dumps(yaml.safe_load(text))
+        for word in ("batch_size", "accumulation", "clipping", "mixed_precision"):
+            assert word not in flat, (path.name, word)

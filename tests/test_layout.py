@@ -1,0 +1,80 @@
+"""The rules that DESIGN.md gives the package, held by its syntax trees."""
+
+import ast
+
+from conftest import ROOT
+
+PACKAGE = sorted((ROOT / "hfpretrain").glob("*.py"))
+# Lower levels never import higher ones, and a leaf no other leaf.
+FOUNDATION = {"recipe", "files", "token_perplexity"}
+LEAVES = {"corpus", "tokenizer", "packing", "dataloader", "model", "optim", "engine", "checkpoint", "evaluation"} | {
+    "metrics",
+    "hub",
+}
+COMPOSITION = ["prepare", "score", "train", "cli"]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "hfpretrain":
+            yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hfpretrain."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE:
+        name, found = path.stem, set(imports(path))
+        if name in FOUNDATION:
+            assert not found, name
+        elif name in LEAVES:
+            assert found <= FOUNDATION, (name, found)
+        elif name != "__init__":
+            assert found <= FOUNDATION | LEAVES | set(COMPOSITION[: COMPOSITION.index(name)]), (name, found)
+
+
+def test_no_module_shadows_a_library_it_wraps():
+    libraries = {"evaluate", "datasets", "tokenizers", "transformers", "accelerate", "safetensors", "torch"}
+    assert libraries.isdisjoint(path.stem for path in PACKAGE)
+
+
+def test_only_composition_sees_the_whole_recipe():
+    for path in PACKAGE:
+        if path.stem in LEAVES:
+            names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            assert "Recipe" not in names, path.stem
+
+
+def test_engine_names_stand_in_engine_alone():
+    for path in PACKAGE:
+        if path.stem != "engine":
+            text = path.read_text()
+            assert "DistributedType" not in text and "deepspeed_plugin" not in text, path.stem
+
+
+def test_public_functions_and_classes_have_docstrings():
+    for path in PACKAGE:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path.stem
+        hidden = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) or getattr(n, "name", "").startswith("_")]
+        private = {inner for outer in hidden for inner in ast.walk(outer) if inner is not outer}
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node) or node in private, f"{path.stem}.{node.name}"
+
+
+def _without_docstrings(tree):
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            text = [n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+            node.body = [n for n in body if n not in text] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def test_the_package_stays_small():
+    def code_lines(path):
+        tree = ast.parse(path.read_text())
+        return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
+
+    assert sum(code_lines(path) for path in PACKAGE) < 3000

@@ -1,0 +1,37 @@
+import pytest
+from PIL import Image
+
+from hfpretrain import metrics
+
+
+def test_resuming_forgets_later_lines_and_a_half_written_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics.MetricsFile(path, resume_step=2).write({"step": 3, "loss": 1.0})
+    assert metrics.read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    metrics.MetricsFile(path, resume_step=None)
+    assert metrics.read_metrics(path) == []
+
+
+def test_flops_and_peaks():
+    # GPT-2 124M at 1,024 tokens: 6 * 124e6 plus the attention's share
+    assert metrics.flops_per_token(124_000_000, 12, 768, 1024) == pytest.approx(857e6, rel=0.01)
+    assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and metrics.peak_flops("Intel Xeon") is None
+
+
+def test_throughput_leaves_pauses_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    throughput = metrics.Throughput()
+    now[0] = 10.0
+    throughput.pause(8.0)
+    assert throughput.read(100) == 50
+    now[0] = 11.0
+    assert throughput.read(30) == 30
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    rows = [{"step": s, "tokens": s * 100, "loss": 5 / s, "lr": 1e-3} for s in range(1, 20)]
+    rows += [{"step": 10, "tokens": 1000, "eval/loss": 1.0}]
+    metrics.plot_loss(rows, tmp_path / "loss.png", "run")
+    assert Image.open(tmp_path / "loss.png").size == (880, 594)

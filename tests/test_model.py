@@ -1,0 +1,149 @@
+import math
+
+import pytest
+import torch
+from conftest import recipe_mapping
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfpretrain import model as modeling
+from hfpretrain.recipe import ModelSection, RecipeError
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+LLAMA = {
+    "model_type": "llama",
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **SMALL,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+       "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64, **SMALL}  # fmt: skip
+PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+
+
+def build(config, **section):
+    section = ModelSection(config=config, **section)
+    return modeling.build_model(section, AutoConfig.for_model(**{**SPECIAL, **config}), seed=0)
+
+
+def test_the_seed_decides_the_weights():
+    first, second, other = (
+        torch.cat(
+            [
+                p.flatten()
+                for p in modeling.build_model(
+                    ModelSection(config=LLAMA), AutoConfig.for_model(**LLAMA), seed
+                ).parameters()
+            ]
+        )
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("config", "tied"), [(LLAMA, False), (GPT2, True)])
+def test_parameters_are_counted_with_and_without_embeddings(config, tied):
+    model = build(config)
+    total, non_embedding = modeling.num_parameters(model)
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - non_embedding == 64 * 32 * (1 if tied else 2)
+    assert modeling.num_parameters_of_config(model.config) == (total, non_embedding)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (LLAMA, ("self_attn.o_proj.weight", "mlp.down_proj.weight")),
+        (PHI3, ("self_attn.o_proj.weight", "mlp.down_proj.weight")),
+        (GPT2, ("attn.c_proj.weight", "mlp.c_proj.weight")),
+        (MOE, ("self_attn.o_proj.weight", "mlp.experts.down_proj")),
+    ],
+)
+def test_depth_scaled_init_finds_residual_projections_by_structure(config, names):
+    plain, scaled = build(config), build(config, depth_scaled_init=True)
+    expected = 0.02 / math.sqrt(2 * 3)
+    for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        if name.endswith(names):
+            assert after.std().item() == pytest.approx(expected, rel=0.15), name
+        else:
+            assert torch.equal(before, after), name
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2, MOE])
+def test_documents_are_isolated_where_the_model_isolates(config):
+    assert modeling.isolates_documents(build(config))
+
+
+@pytest.mark.parametrize("model_type", ["opt", "lfm2"])
+def test_a_model_that_leaks_is_found_out(model_type):
+    configs = {
+        "opt": {"model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 64, **SMALL},
+        "lfm2": {"model_type": "lfm2", "intermediate_size": 48, "num_key_value_heads": 2,
+                 "layer_types": ["conv", "full_attention", "conv"], "max_position_embeddings": 64, **SMALL},
+    }  # fmt: skip
+    assert not modeling.isolates_documents(build(configs[model_type]))
+
+
+def test_isolation_is_exact_for_gradients_too():
+    model = build(LLAMA)
+    embeddings = model.get_input_embeddings()(torch.arange(1, 33)[None]).detach().requires_grad_()
+    positions = torch.cat([torch.arange(16), torch.arange(16)])[None]
+    logits = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
+    logits[:, 16:].square().sum().backward()
+    assert embeddings.grad[:, :16].abs().max() == 0 and embeddings.grad[:, 16:].abs().max() > 0
+
+
+def test_config_problems_see_aliases_and_nested_values(tmp_path):
+    mapping = recipe_mapping(tmp_path)
+    mapping["model"]["config"] = {**GPT2, "hidden_size": 32, "rope_thetaa": 1, "vocab_size": 320}
+    del mapping["model"]["config"]["n_embd"]
+    found = list(modeling.config_problems(mapping))
+    assert [problem.path for problem in found] == ["model.config.rope_thetaa"]
+
+
+class FakeTokenizer:
+    bos_token_id = eos_token_id = pad_token_id = 3
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+
+def test_vocabulary_follows_the_tokenizer_or_is_refused():
+    config = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
+    resolved = modeling.resolve_config(ModelSection(config=config), 128, FakeTokenizer(100), 32)
+    assert resolved.vocab_size == 128 and resolved.eos_token_id == 3
+    with pytest.raises(RecipeError, match=r"model.config.vocab_size: 64 is less than the tokenizer's 100"):
+        modeling.resolve_config(ModelSection(config=LLAMA), 128, FakeTokenizer(100), 32)
+
+
+def test_a_pretrained_model_is_gone_on_from(tmp_path):
+    model = build(LLAMA)
+    model.save_pretrained(tmp_path / "model")
+    section = ModelSection(pretrained=str(tmp_path / "model"))
+    config = modeling.resolve_config(section, 64, FakeTokenizer(64), 32)
+    loaded = modeling.build_model(section, config, seed=7)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(RecipeError, match=r"model\.pretrained"):
+        modeling.resolve_config(ModelSection(pretrained=str(tmp_path / "none")), 64, FakeTokenizer(64), 32)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(LLAMA, gradient_checkpointing=checkpointing).train()
+        ids = torch.arange(32)[None]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
+def test_auto_classes_build_the_same_model():
+    config = AutoConfig.for_model(**{**SPECIAL, **LLAMA})
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(build(LLAMA).parameters(), reference.parameters(), strict=True))

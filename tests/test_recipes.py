@@ -1,0 +1,94 @@
+"""Every recipe that is shipped: valid, described in full, and described truly."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+from transformers import AutoConfig
+
+from hfpretrain.model import config_problems, num_parameters_of_config
+from hfpretrain.recipe import accumulation_steps, load_recipe
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+HEADER = ["What it is", "Command", "Hardware", "Parameters", "Expected"]
+LAUNCH = ["accelerate", "launch", "--config_file"]
+# What `model.pretrained` names, which cannot be fetched here.
+PRETRAINED = {
+    "HuggingFaceTB/SmolLM2-135M": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    }
+}
+
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def header(path):
+    """The comment lines at the top as a dictionary, lines that go on joined."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            return found
+        assert len(line) <= 120, line
+        key, text = re.fullmatch(r"# (?:([A-Z][\w ]+):)? *(\S.*)", line).groups()
+        assert line.index(text) == 15, f"not aligned: {line}"
+        key = key or list(found)[-1]
+        found[key] = f"{found[key]} {text}" if key in found else text
+    raise AssertionError(f"{path} is all comments")
+
+
+@every_recipe
+def test_is_valid(path):
+    load_recipe(path, checks=[config_problems])
+
+
+@every_recipe
+def test_header_is_complete(path):
+    assert list(header(path)) == HEADER
+
+
+@every_recipe
+def test_header_has_the_number_of_parameters(path):
+    recipe = load_recipe(path)
+    config = {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "vocab_size": recipe.tokenizer.vocab_size,
+    }
+    config |= recipe.model.config or PRETRAINED[recipe.model.pretrained]
+    total, _ = num_parameters_of_config(AutoConfig.for_model(**config))
+    assert header(path)["Parameters"] == f"{total:,}"
+
+
+@every_recipe
+def test_command_of_the_header_names_what_exists(path):
+    words = shlex.split(header(path)["Command"])
+    assert words[:3] == LAUNCH
+    assert (ROOT / words[3]).is_file()
+    module = words.index("-m")
+    assert words[module + 1 : module + 3] == ["hfpretrain.train", f"recipes/{path.name}"]
+    load_recipe(path, words[module + 3 :], checks=[config_problems])
+
+
+@every_recipe
+def test_number_of_processes_divides_the_batch(path):
+    words = shlex.split(header(path)["Command"])
+    processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
+    recipe = load_recipe(path)
+    training = recipe.training
+    assert accumulation_steps(training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, processes)
+
+
+@every_recipe
+def test_readme_lists_it_with_the_same_number(path):
+    rows = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [row for row in rows if f"]({path.name})" in row]
+    assert [cell.strip() for cell in row.split("|")][3] == header(path)["Parameters"]

@@ -1,0 +1,272 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, environment, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from hfpretrain import files
+from hfpretrain.recipe import load_recipe
+from hfpretrain.train import _loss, main
+
+# Dropout makes the result depend on the random state, the short schedule on the step.
+DROPOUT_GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 40 steps that nobody disturbed, with its recipe."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    recipe = write_recipe(
+        folder,
+        model__config=DROPOUT_GPT2,
+        training__max_steps=40,
+        checkpoint__every_steps=10,
+        evaluation__every_steps=20,
+        logging__every_steps=4,
+        logging__trackers=["tensorboard"],
+    )
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_the_run_folder_holds_what_the_contract_says(finished):
+    folder, result = finished
+    run = folder / "run"
+    assert load_recipe(run / "recipe.yaml") == load_recipe(folder / "recipe.yaml")
+    recorded = json.loads((run / "environment.json").read_text())
+    assert recorded["engine"] == "single" and recorded["num_processes"] == 1 and recorded["document_masking"] is True
+    steps = rows(run, "loss")
+    assert list(steps) == list(range(4, 41, 4))
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"} <= set(steps[40])
+    assert steps[40]["tokens"] == 40 * 256 and steps[40]["loss"] < steps[4]["loss"]
+    evaluations = rows(run, "eval/loss")
+    assert list(evaluations) == [0, 20, 40]
+    assert evaluations[40]["eval/perplexity"] < evaluations[0]["eval/perplexity"]
+    assert 0 < evaluations[40]["eval/bits_per_byte"] < evaluations[0]["eval/bits_per_byte"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000030", "step-00000040"]
+    assert list(run.glob("hfpretrain/**/events.out.tfevents*"))
+    assert (run / "loss.png").stat().st_size > 5000
+    for word in ("before training", "after training", "bits per byte", str(run / "model"), "sample"):
+        assert word in result.stdout
+
+
+def test_the_export_is_a_plain_folder(finished):
+    folder, _ = finished
+    model = folder / "run" / "model"
+    code = (
+        "import sys, json\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(json.dumps([m.num_parameters(), t.decode(m.generate(**t('the river', return_tensors='pt'), "
+        "max_new_tokens=5)[0]), [x for x in sys.modules if x.startswith('hfpretrain')]]))"
+    )
+    command = [sys.executable, "-c", code, str(model)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=folder)
+    parameters, text, ours = json.loads(result.stdout)
+    assert text.startswith("the river") and ours == []
+    recorded = json.loads((folder / "run" / "environment.json").read_text())
+    assert parameters == recorded["num_parameters"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "loss.png"} <= {
+        p.name for p in model.iterdir()
+    }
+
+
+def test_the_export_was_compared_with_the_training_process(finished):
+    folder, _ = finished
+    (report,) = rows(folder / "run", "export/loss_export").values()
+    assert report["export/max_token_loss_difference"] == 0.0 and report["export/precision"] == "float32"
+    assert hfpretrain("verify", str(folder / "run")).returncode == 0
+    broken = folder / "broken"
+    shutil.copytree(folder / "run" / "model", broken / "model")
+    shutil.copy(folder / "run" / "reference.safetensors", broken)
+    state = load_file(broken / "model" / "model.safetensors")
+    from safetensors.torch import save_file
+
+    state["transformer.h.0.mlp.c_fc.weight"] = state["transformer.h.0.mlp.c_fc.weight"] + 0.5
+    save_file(state, broken / "model" / "model.safetensors", metadata={"format": "pt"})
+    report = json.loads(hfpretrain("verify", str(broken), "--json").stdout.splitlines()[-1])
+    assert report["max_token_loss_difference"] > 1e-3
+
+
+def test_the_card_says_what_was_measured(finished):
+    folder, _ = finished
+    card = ModelCard.load(folder / "run" / "model" / "README.md")
+    evaluation = rows(folder / "run", "eval/loss")[40]
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["perplexity"] == pytest.approx(evaluation["eval/perplexity"], abs=1e-4)
+    for text in ("max_steps: 40", "loss.png", "180 documents", "10,240 in 40 steps"):
+        assert text in card.text or "documents" in text
+
+
+def test_evaluate_gives_the_figures_of_training(finished):
+    folder, _ = finished
+    result = hfpretrain("evaluate", str(folder / "run" / "model"), str(folder / "recipe.yaml"))
+    report, trained = json.loads(result.stdout), rows(folder / "run", "eval/loss")[40]
+    assert report["loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
+    assert report["bits_per_byte"] == pytest.approx(trained["eval/bits_per_byte"], rel=1e-6)
+    assert report["tokens"] == trained["eval/tokens"] and report["document_masking"] is True
+    command = ["evaluate", str(folder / "run" / "model"), "--data", str(folder / "corpus.jsonl"), "--block-size", "32"]
+    slid = json.loads(hfpretrain(*command, "--stride", "8").stdout)
+    assert slid["documents"] == 200 and slid["tokens"] > 200
+
+
+def test_killed_and_corrupted_it_ends_with_the_same_bytes(finished):
+    folder, _ = finished
+    run = folder / "killed"
+    command = [sys.executable, "-m", "hfpretrain.train", str(folder / "recipe.yaml"), f"--output_dir={run}"]
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not (run / "checkpoints" / "step-00000020").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    checkpoints = sorted((run / "checkpoints").glob("step-????????"))
+    assert len(checkpoints) == 2
+    # The newest is damaged, a half-written one lies about: both are passed over.
+    victim = next(path for path in sorted(checkpoints[-1].rglob("*.distcp")))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    shutil.copytree(checkpoints[0], run / "checkpoints" / "step-00000039.incomplete")
+    shutil.copytree(checkpoints[0], run / "checkpoints" / "step-00000038")
+    (run / "checkpoints" / "step-00000038" / "manifest.json").unlink()
+    result = train(folder / "recipe.yaml", f"--output_dir={run}")
+    assert result.returncode == 0, result.stderr
+    assert f"{victim} has another checksum" in result.stderr and f"resumed from {checkpoints[0]}" in result.stderr
+    straight = folder / "run"
+    assert (run / "model" / "model.safetensors").read_bytes() == (straight / "model" / "model.safetensors").read_bytes()
+    for key in ("loss", "grad_norm", "lr"):
+        assert {s: r[key] for s, r in rows(run, "loss").items()} == {
+            s: r[key] for s, r in rows(straight, "loss").items()
+        }
+    assert list(rows(run, "eval/loss")) == [0, 20, 40]
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    folder, _ = finished
+    before = load_file(folder / "run" / "model" / "model.safetensors")
+    result = train(folder / "recipe.yaml")
+    assert result.returncode == 0 and "resumed from" in result.stderr and "step 4/40" not in result.stderr
+    after = load_file(folder / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_checkpoint_verifies(finished):
+    folder, _ = finished
+    path = folder / "run" / "checkpoints" / "step-00000040"
+    assert files.damage(path) is None
+    assert hfpretrain("verify", str(path)).returncode == 0
+
+
+@pytest.fixture
+def refused(folder, capsys):
+    def run(*overrides, **changes):
+        code = main([str(write_recipe(folder, **changes)), *overrides])
+        captured = capsys.readouterr()
+        assert code == 2 and "Traceback" not in captured.err
+        return captured.err
+
+    return run
+
+
+def test_what_bad_input_gets(folder, refused):
+    assert "training.max_stepss: unknown key; did you mean `max_steps`?" in refused("--training.max_stepss=3")
+    assert "model.config.hiden_size: unknown key; did you mean `hidden_size`?" in refused("--model.config.hiden_size=3")
+    assert "missing.jsonl" in refused("--data.sources.0.data_files=missing.jsonl")
+    assert "less than the tokenizer's 320" in refused("--model.config.vocab_size=300")
+    assert "cannot load 'nowhere'" in refused(tokenizer={"pretrained": "nowhere"})
+    (folder / "empty.txt").write_text("")
+    source = {"path": "text", "data_files": str(folder / "empty.txt"), "sample_by": "line"}
+    assert "the corpus is empty" in refused(data__sources=[source], data__validation_fraction=0.0)
+    (folder / "short.txt").write_text("a few words")
+    source = {"path": "text", "data_files": str(folder / "short.txt"), "sample_by": "document"}
+    assert "less than one block of 32" in refused(data__sources=[source], data__validation_fraction=0.0)
+    (folder / "latin.txt").write_bytes(b"sch\xf6n")
+    source = {"path": "text", "data_files": str(folder / "latin.txt"), "sample_by": "document"}
+    assert "latin.txt is not valid UTF-8" in refused(data__sources=[source])
+    assert main([str(folder / "no.yaml")]) == 2 and main([]) == 2
+
+
+def test_a_model_that_leaks_is_refused_when_asked_to_isolate(folder):
+    opt = {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    result = train(write_recipe(folder, model__config=opt, training__document_masking=True))
+    assert result.returncode == 2 and "training.document_masking: OPTForCausalLM" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_output_folder_of_another_recipe_is_left_alone(finished):
+    folder, _ = finished
+    before = (folder / "run" / "recipe.yaml").read_text()
+    result = train(folder / "recipe.yaml", "--optimizer.lr=1e-5", "--seed=3", "--logging.every_steps=2")
+    assert result.returncode == 2
+    assert "holds another recipe's run" in result.stderr
+    assert "optimizer.lr: is 1e-05 here, 0.003 there" in result.stderr and "seed: is 3 here, 0 there" in result.stderr
+    assert "logging" not in result.stderr
+    assert (folder / "run" / "recipe.yaml").read_text() == before
+
+
+def test_one_rank_never_trains_alone_silently(folder):
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_CPU",
+        "num_processes": 2,
+        "num_machines": 1,
+    }
+    (folder / "cpu.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--config_file", str(folder / "cpu.yaml")]
+    command += ["-m", "hfpretrain.train", str(write_recipe(folder))]
+    result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "asked for 2 processes, but 1 started" in result.stderr
+    assert not (folder / "run" / "metrics.jsonl").exists()
+
+
+def test_a_balancing_loss_is_shared_out_among_micro_batches():
+    class Outputs:
+        loss, aux_loss = torch.tensor(3.0), torch.tensor(10.0)
+
+    class Config:
+        router_aux_loss_coef = 0.1
+
+    loss, objective = _loss(Outputs, Config, num_micro_batches=4)
+    assert loss == 2.0 and objective == 2.25
+    Outputs.aux_loss = None
+    assert _loss(Outputs, Config, 4) == (torch.tensor(3.0), torch.tensor(3.0))
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses(finished):
+    folder, _ = finished
+    run = folder / "compiled"
+    arguments = [f"--output_dir={run}", "--training.compile=true", "--training.max_steps=40"]
+    assert train(folder / "recipe.yaml", *arguments).returncode == 0
+    for step, row in rows(run, "loss").items():
+        assert row["loss"] == pytest.approx(rows(folder / "run", "loss")[step]["loss"], rel=0.02)
