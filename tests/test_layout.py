@@ -56,7 +56,9 @@ def test_public_functions_and_classes_have_docstrings():
     for path in PACKAGE:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path.stem
-        hidden = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) or getattr(n, "name", "").startswith("_")]
+        hidden = [
+            n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) or str(getattr(n, "name", "")).startswith("_")
+        ]
         private = {inner for outer in hidden for inner in ast.walk(outer) if inner is not outer}
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):

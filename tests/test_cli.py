@@ -1,0 +1,82 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, hfpretrain, write_recipe
+
+from hfpretrain.recipe import json_schema
+
+
+def test_check_prints_the_resolved_recipe_and_what_follows(folder):
+    import yaml
+
+    result = hfpretrain("check", str(write_recipe(folder)), "--training.max_steps=10")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["training"]["max_steps"] == 10
+    assert "10 of 256 tokens = 2,560 tokens" in result.stdout
+    assert "8 sequences of 32; accumulation x processes 4" in result.stdout
+    assert "# parameters       39,072 (18,592 without embeddings)" in result.stdout
+
+
+def test_check_lists_every_problem_at_once(folder):
+    result = hfpretrain("check", str(write_recipe(folder)), "--seed=-1", "--model.config.hiden=3", "--data.x=1")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert all(path in result.stderr for path in ("seed:", "model.config.hiden:", "data.x:"))
+
+
+def test_check_needs_neither_torch_nor_a_hugging_face_library(folder):
+    code = (
+        "import sys\nfor name in ('torch', 'transformers'): sys.modules[name] = None\n"
+        "from hfpretrain.cli import main\nsys.exit(main(['check', sys.argv[1]]))"
+    )
+    command = [sys.executable, "-c", code, str(write_recipe(folder))]
+    result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "transformers is not installed" in result.stderr and "# steps" in result.stdout
+
+
+def test_prepare_prints_the_account_once_made_and_again(folder):
+    recipe = str(write_recipe(folder))
+    first, second = hfpretrain("prepare", recipe), hfpretrain("prepare", recipe)
+    assert first.returncode == 0 and first.stdout == second.stdout
+    assert "separators" in first.stdout and "remainder" in first.stdout
+    assert "tokenizing" in first.stderr and "tokenizing" not in second.stderr
+    path = first.stdout.split()[2]
+    assert hfpretrain("verify", path).returncode == 0
+    shard = Path(path) / "train-0" / "data-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    broken = hfpretrain("verify", path)
+    assert broken.returncode == 2 and "data-00000.arrow has" in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["verify", "nowhere"], "neither a finished run"),
+        (["evaluate", "nowhere", "--data", "README.md"], "cannot load 'nowhere'"),
+        (["evaluate", "nowhere"], "give a recipe or --data"),
+        (["check", "nowhere.yaml"], "no such recipe file"),
+        (["verify", "x", "--oops"], "unknown arguments: --oops"),
+    ],
+)
+def test_wrong_arguments_get_one_message_and_code_2(arguments, fragment):
+    result = hfpretrain(*arguments)
+    assert result.returncode == 2 and fragment in result.stderr and "Traceback" not in result.stderr
+
+
+def test_schema_is_printed():
+    assert json.loads(hfpretrain("schema").stdout) == json_schema()
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom hfpretrain.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n"), result.stdout
+    for command in ("check", "prepare", "evaluate", "verify", "push", "schema"):
+        assert command in result.stdout

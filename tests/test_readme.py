@@ -1,0 +1,102 @@
+"""What README.md tells people to do is done here."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+from hub_server import HubServer
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+TRAINING = [command for command in COMMANDS if command.startswith("accelerate launch")]
+CONSOLE = [command for command in COMMANDS if command.startswith("hfpretrain ")]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+# The model and the budget are cut down; files, engine, sources and every other key stay as written.
+SMALL = [
+    "--training.max_steps=4",
+    "--scheduler.num_warmup_steps=1",
+    "--model.config.hidden_size=32",
+    "--data.block_size=64",
+    "--model.config.intermediate_size=64",
+    "--training.tokens_per_step=1024",
+    "--training.mixed_precision=no",
+    "--evaluation.every_steps=null",
+    "--tokenizer.vocab_size=512",
+    "--data.validation_fraction=0.002",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with the project's files and some texts."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("recipes", "accelerate_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "my-texts").mkdir()
+    for number in range(2500):
+        (folder / "my-texts" / f"{number}.txt").write_text(f"text number {number} " * 20)
+    result = run(folder, "python -m hfpretrain.train recipes/quickstart.yaml", *SMALL)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run(folder, command, *more, env=None):
+    words = [*shlex.split(command), *more]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**(env or environment()), "PATH": path}
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+
+
+def test_every_command_is_covered():
+    others = [c for c in COMMANDS if c not in TRAINING + CONSOLE]
+    # The first two are what .ci/run and the release trial call, the last two what the Makefile's `install` does.
+    assert [" ".join(c.split()[:2]) for c in others] == [
+        "make quickstart",
+        "make test",
+        "pip install",
+        "DS_BUILD_OPS=0 pip",
+    ]
+    assert len(TRAINING) == 2 and len(CONSOLE) == 5 and len(PYTHON) == 1
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_commands(folder, command):
+    result = run(folder, command, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "after training" in result.stdout
+
+
+@pytest.mark.parametrize("command", CONSOLE)
+def test_console_commands(folder, command):
+    if command.startswith("hfpretrain push"):
+        with HubServer() as hub:
+            result = run(folder, command, env=hub.environment(folder / "home"))
+            assert "models/USER/NAME" in hub.repos
+    else:
+        overrides = SMALL if "recipes/quickstart.yaml" in command else []
+        result = run(folder, command.replace("--stride 128", "--stride 16"), *overrides)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_python_snippets(folder):
+    for code in PYTHON:
+        result = run(folder, "python -c", code)
+        assert result.returncode == 0, result.stderr
+    assert (folder / "runs" / "fine-tuned" / "model.safetensors").exists()
+
+
+def test_makefile_and_ci_call_what_the_readme_says():
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in ("quickstart", "test", "proofs", "style", "quality"))
+    calls = (ROOT / ".ci" / "run").read_text()
+    assert "make quality" in calls and "make test" in calls
