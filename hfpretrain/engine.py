@@ -36,6 +36,8 @@ def resolve_precision(mixed_precision: MixedPrecision) -> str:
             "training.mixed_precision",
             f"the recipe says {mixed_precision}, the launcher's file {launcher}; remove one of the two",
         )
+    if mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError.at("training.mixed_precision", "fp16 needs a GPU; on a CPU take bf16 or no")
     return mixed_precision
 
 
@@ -249,9 +251,11 @@ def forward_precision(accelerator: Accelerator) -> str:
 
 
 def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
-    """All weights on the CPU of the main process, whole; other ranks may get an empty dict. All ranks must call it."""
+    """All weights on the CPU of the main process, whole; empty on the others. All ranks must call it."""
     state = accelerator.get_state_dict(model)
-    return {name: tensor.detach().cpu() for name, tensor in (state or {}).items()}
+    if not accelerator.is_main_process:
+        return {}
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
 def save_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path) -> None:
@@ -266,7 +270,7 @@ def save_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path)
     import torch.distributed.checkpoint as dcp
 
     with _quiet():
-        dcp.save(_state(model, optimizer), checkpoint_id=str(path), no_dist=accelerator.num_processes == 1)  # type: ignore[attr-defined]
+        dcp.save(_state(accelerator, model, optimizer), checkpoint_id=str(path), no_dist=accelerator.num_processes == 1)  # type: ignore[attr-defined]
 
 
 def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path) -> None:
@@ -278,10 +282,12 @@ def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path)
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    state = _state(model, optimizer)
+    state = _state(accelerator, model, optimizer)
     with _quiet():
         dcp.load(state, checkpoint_id=str(path), no_dist=accelerator.num_processes == 1)  # type: ignore[attr-defined]
     set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
 
 
 @contextlib.contextmanager
@@ -292,11 +298,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _state(model: Any, optimizer: Any) -> dict[str, Any]:
+def _state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
+    state = {"model": model_state, "optimizer": optimizer_state}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    return state
 
 
 def require_compatible(accelerator: Accelerator, saved_engine: str, saved_processes: int, path: Path) -> None:

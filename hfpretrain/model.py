@@ -199,10 +199,12 @@ def residual_projections(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     sublayers = [child for layer in decoder_layers(model) for child in layer.children() if _matrices(child)]
     for sublayer in sublayers:
         hooks += [module.register_forward_hook(remember) for module in sublayer.modules()]
-    training = model.training
+    training, attention = model.training, model.config._attn_implementation
     model.eval()
+    model.set_attn_implementation("eager")  # the only one that runs on every device
     with torch.no_grad():
         model(input_ids=torch.tensor([[0, 1]]), use_cache=False)
+    model.set_attn_implementation(attention)
     model.train(training)
     for hook in hooks:
         hook.remove()

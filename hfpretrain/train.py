@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -86,7 +87,7 @@ class Run:
             model = modeling.build_model(recipe.model, config, recipe.seed)
         self.config = model.config
         self.num_parameters, self.num_non_embedding = modeling.num_parameters(model)
-        self.document_masking = _document_masking(recipe, model)
+        self.document_masking = _document_masking(recipe, model, self.accelerator)
         if training.compile:
             model.compile()
         optimizer = optim.build_optimizer(model, recipe.optimizer)
@@ -177,6 +178,7 @@ class Run:
             "accumulation_steps": self.accumulation_steps,
             "num_parameters": self.num_parameters,
             "num_non_embedding_parameters": self.num_non_embedding,
+            "commit": _commit(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in names},
         }
@@ -332,11 +334,15 @@ def _due(step: int, every_steps: int | None, num_steps: int) -> bool:
     return step in (0, num_steps) or (every_steps is not None and step % every_steps == 0)
 
 
-def _document_masking(recipe: Recipe, model: Any) -> bool:
+def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
     wanted = recipe.training.document_masking
     if wanted is False:
         return False
-    isolates = modeling.isolates_documents(model)
+    flash = recipe.model.attn_implementation.startswith("flash")
+    if flash:  # runs on GPUs and in 16 bits only
+        model.to(accelerator.device)
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=flash):
+        isolates = modeling.isolates_documents(model)
     if wanted is True and not isolates:
         raise RecipeError.at(
             "training.document_masking",
@@ -380,6 +386,15 @@ def _finish(run: Run) -> Path:
         print(_summary(run, report))
     engine.finish(run.accelerator)
     return model_path
+
+
+def _commit() -> str | None:
+    """The commit of this package where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
