@@ -10,7 +10,7 @@ from hfpretrain.recipe import HubSection, RecipeError
 _CARD = """
 # {name}
 
-A causal language model pretrained from {origin} with [hfpretrain](https://pypi.org/project/hfpretrain).
+A causal language model pretrained from {origin} with hfpretrain.
 
 {results}
 

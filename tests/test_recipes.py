@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rows, small_text, train
 from transformers import AutoConfig
 
 from hfpretrain.model import config_problems, num_parameters_of_config
@@ -92,3 +92,15 @@ def test_readme_lists_it_with_the_same_number(path):
     rows = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").splitlines()
     (row,) = [row for row in rows if f"]({path.name})" in row]
     assert [cell.strip() for cell in row.split("|")][3] == header(path)["Parameters"]
+
+
+@pytest.mark.parametrize("name", ["shakespeare-char-cpu", "shakespeare-char"])
+def test_recipes_on_a_local_text_run(tmp_path, name):
+    """A few steps of the recipe as it is; only the text, the number of steps and the batch are others."""
+    (tmp_path / "input.txt").write_text("\n".join(small_text(120)))
+    short = ["--training.max_steps=2", "--scheduler.num_warmup_steps=1", "--training.micro_batch_size=1"]
+    short += ["--training.tokens_per_step=256", "--training.mixed_precision=no", "--model.config.vocab_size=72"]
+    text = f"--data.sources.0.data_files={tmp_path / 'input.txt'}"
+    result = train(ROOT / "recipes" / f"{name}.yaml", text, f"--output_dir={tmp_path / 'run'}", *short, engine="single")
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / "run", "eval/loss")[2]["eval/bits_per_byte"] > 0
