@@ -60,6 +60,8 @@ def _load(source: SourceSection, key: str) -> Any:
         )
     except Exception as error:
         where = source.data_files or source.data_dir or source.path
+        if isinstance(error, StopIteration):  # what looking for the columns of a file without rows ends in
+            raise RecipeError.at(key, f"the corpus is empty: {where} has no rows") from error
         raise RecipeError.at(key, f"cannot load {where}: {_first_line(error)}") from error
 
 

@@ -111,7 +111,7 @@ def test_states_named_by_parameter_move_between_engines_and_zero_says_no(runs):
 )  # fmt: skip
 def test_fifty_steps_under_every_engine(tmp_path, model):
     """The table of the README: `make proofs` prints it."""
-    changes = {"training__max_steps": 50, "model__config": model, "evaluation__every_steps": 25}
+    changes = {"training__max_steps": 50, "model__config": model, "evaluation__every_steps": 25, "optimizer__lr": 1e-3}
     run_all(tmp_path, ["single", *DISTRIBUTED], **changes)
     print(f"\n{'engine':<8}{'loss':>10}{'grad norm':>11}{'perplexity':>12}{'logits':>10}")
     print(f"{'single':<8}{0:>10.1e}{0:>11.1e}{0:>12.1e}{check_export(tmp_path / 'single'):>10.1e}")

@@ -199,6 +199,8 @@ def test_what_bad_input_gets(folder, refused):
     (folder / "empty.txt").write_text("")
     source = {"path": "text", "data_files": str(folder / "empty.txt"), "sample_by": "line"}
     assert "the corpus is empty" in refused(data__sources=[source], data__validation_fraction=0.0)
+    (folder / "empty.jsonl").write_text("")
+    assert "the corpus is empty" in refused(f"--data.sources.0.data_files={folder / 'empty.jsonl'}")
     (folder / "short.txt").write_text("a few words")
     source = {"path": "text", "data_files": str(folder / "short.txt"), "sample_by": "document"}
     assert "less than one block of 32" in refused(data__sources=[source], data__validation_fraction=0.0)
