@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpretrain import files
+from hfpretrain.recipe import RecipeError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,12 +52,24 @@ def save(
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file verifies; those passed over are named in the log."""
+    """The newest checkpoint whose every file verifies; None where there is none at all.
+
+    Those passed over are named in the log and renamed, so that rotation neither counts nor keeps them. Raises
+    `RecipeError` if there are checkpoints but none verifies: to start anew is the user's decision.
+    """
+    reasons = []
     for path in _checkpoints(folder):
         reason = files.damage(path)
         if reason is None:
             return path
         logger.warning("checkpoint %s is passed over: %s", path.name, reason)
+        reasons.append(reason)
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    if reasons or any(folder.glob("step-*.damaged")):
+        advice = "restore one, or delete the folder to start anew"
+        raise RecipeError.at(str(folder), f"no checkpoint verifies: {'; '.join(reasons) or 'all damaged'}. {advice}")
     return None
 
 
@@ -138,6 +151,7 @@ def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, 
 def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
     """Load an export with plain transformers and compare it with the stored batch.
 
+    Raises `RecipeError` if the mean losses differ by more than 1e-3 (float32) or 3e-2 (16 bits).
     Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
     token. Also a greedy sample, since the model is at hand.
     """
@@ -147,7 +161,10 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
     with safe_open(reference, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         precision = file.metadata()["precision"]
-    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    except Exception as error:  # a broken file may raise anything
+        raise RecipeError.at(str(model_path), f"does not load: {' '.join(str(error).split()):.300}") from error
     dtype = str(model.dtype).removeprefix("torch.")
     inputs = {name: tensor for name, tensor in stored.items() if name != "logits"}
     # As in training, where matrix products or the whole model may be in 16 bits: equal means equal.
@@ -162,6 +179,14 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
         torch.nn.functional.cross_entropy(values[:, :-1].flatten(0, 1), labels, reduction="none")
         for values in (stored["logits"], logits)
     ]
+    difference = (losses[0].mean() - losses[1].mean()).abs().item()
+    tolerance = 1e-3 if kind == "float32" else 3e-2
+    if not difference <= tolerance:
+        raise RecipeError.at(
+            str(model_path),
+            f"its loss on the stored batch is {losses[1].mean():.6f}, that of the training process was "
+            f"{losses[0].mean():.6f}: these are not the trained weights",
+        )
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     torch.manual_seed(0)
     model.float()

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 the input is wrong."""
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
-    if overrides and "recipe" not in args:
+    if overrides and getattr(args, "recipe", None) is None:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO)
@@ -78,6 +78,7 @@ def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = _load(args, overrides)
+    parameters = _parameters(recipe)
     print(dump_recipe(recipe), end="")
     training, steps = recipe.training, recipe.training.num_steps
     tokens = steps * training.tokens_per_step
@@ -87,7 +88,6 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     print(
         f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes {per_device}"
     )
-    parameters = _parameters(recipe)
     if parameters is not None:
         total, non_embedding = parameters
         print(f"# parameters       {total:,} ({non_embedding:,} without embeddings)")
@@ -113,7 +113,11 @@ def _parameters(recipe: Recipe) -> tuple[int, int] | None:
         config["vocab_size"] = -(-size // multiple) * multiple
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.setdefault(key, None)
-    return num_parameters_of_config(AutoConfig.for_model(**config))
+    try:
+        return num_parameters_of_config(AutoConfig.for_model(**config))
+    except Exception as error:  # what a config's values lead to may be any exception
+        message = f"builds no model: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise RecipeError.at("model.config", message) from error
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -52,6 +52,11 @@ def _load(source: SourceSection, key: str) -> Any:
         "split": source.split,
         "streaming": "[" not in source.split and "+" not in source.split,
     }
+    root = Path(source.data_dir or (source.path if Path(source.path).is_dir() else "."))
+    for pattern in (source.data_files,) if isinstance(source.data_files, str) else source.data_files or ():
+        is_hub = not Path(source.path).exists() and source.path not in ("text", "json", "parquet", "csv")
+        if not is_hub and ("://" not in pattern or pattern.startswith("file://")) and not _matches(root, pattern):
+            raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
     if source.sample_by is not None:
         keywords["sample_by"] = source.sample_by
     try:
@@ -106,13 +111,14 @@ def local_files(source: SourceSection) -> list[Path]:
     patterns = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or ())
     if not patterns and (source.data_dir or Path(source.path).is_dir()):
         patterns = ["**/*"]
-    found: set[Path] = set()
-    for pattern in patterns:
-        if "://" not in pattern:
-            found.update(
-                Path(match) for match in glob.glob(str(root / pattern), recursive=True) if Path(match).is_file()
-            )
-    return sorted(found)
+    return sorted({path for pattern in patterns for path in _matches(root, pattern)})
+
+
+def _matches(root: Path, pattern: str) -> list[Path]:
+    pattern = pattern.removeprefix("file://")
+    if "://" in pattern:
+        return []
+    return [Path(match) for match in glob.glob(str(root / pattern), recursive=True) if Path(match).is_file()]
 
 
 def identity(source: SourceSection) -> list[Any]:
@@ -123,15 +129,30 @@ def identity(source: SourceSection) -> list[Any]:
     if files:
         return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if Path(source.path).exists() or source.path in ("text", "json", "parquet", "csv"):
-        return [str(source.data_files)]
+        return _remote_identity(source)
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         return [HfApi().dataset_info(source.path, revision=source.revision).sha]
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    except Exception:
         # Without the Hub the revision named by the recipe is all that is known of a cached dataset.
         return [source.revision]
+
+
+def _remote_identity(source: SourceSection) -> list[Any]:
+    """Names and versions of remote files, as far as their file system tells."""
+    import fsspec
+
+    patterns = (source.data_files,) if isinstance(source.data_files, str) else source.data_files or ()
+    found: list[Any] = []
+    for pattern in patterns:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(pattern)
+            names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
+            found += [[name, str(filesystem.ukey(name))] for name in names]
+        except (OSError, ValueError, ImportError, NotImplementedError):
+            found.append(pattern)
+    return found
 
 
 def split_documents(data: DataSection) -> Iterator[tuple[int, str, str]]:

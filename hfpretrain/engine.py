@@ -30,15 +30,17 @@ def resolve_precision(mixed_precision: MixedPrecision) -> str:
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision == "auto":
-        return launcher if launcher != "no" else ("bf16" if has_bf16() else "no")
-    if launcher not in ("no", mixed_precision):
+        chosen = launcher if launcher != "no" else ("bf16" if has_bf16() else "no")
+    else:
+        chosen = mixed_precision
+    if launcher not in ("no", chosen):
         raise RecipeError.at(
             "training.mixed_precision",
             f"the recipe says {mixed_precision}, the launcher's file {launcher}; remove one of the two",
         )
-    if mixed_precision == "fp16" and not torch.accelerator.is_available():
+    if chosen == "fp16" and not torch.accelerator.is_available():
         raise RecipeError.at("training.mixed_precision", "fp16 needs a GPU; on a CPU take bf16 or no")
-    return mixed_precision
+    return chosen
 
 
 def has_bf16() -> bool:
@@ -55,6 +57,7 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     Raises `RecipeError` if fewer processes started than the launcher was asked for.
     """
     precision = resolve_precision(mixed_precision)
+    _require_trackers(trackers)
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     use_fsdp = _flag("ACCELERATE_USE_FSDP")
@@ -83,6 +86,20 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
         accelerator = Accelerator(**keywords)
     require_asked_processes(accelerator.num_processes)
     return accelerator
+
+
+def _require_trackers(trackers: list[str]) -> None:
+    # accelerate only warns of a tracker without its package, and the run would leave no trace there.
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RecipeError.at(
+                "logging.trackers", f"no tracker {name!r}; there are {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in available:
+            raise RecipeError.at("logging.trackers", f"the package of {name!r} is not installed")
 
 
 def _set_up_cpu() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int | None):
         self._path = path
-        rows = [row for row in read_metrics(path) if resume_step is not None and row["step"] <= resume_step]
+        kept = [row for row in read_metrics(path) if resume_step is not None and row["step"] <= resume_step]
+        rows = [row for row in kept if "export/loss_export" not in row]  # the run ends, and exports, anew
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            # JSON has no NaN; the word stays to be seen.
+            safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(safe) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -83,8 +87,8 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    train = [row for row in rows if "loss" in row]
-    validation = [row for row in rows if "eval/loss" in row]
+    train = [row for row in rows if isinstance(row.get("loss"), float)]
+    validation = [row for row in rows if isinstance(row.get("eval/loss"), float)]
     loss_axes.plot([r["tokens"] for r in train], [r["loss"] for r in train], lw=1.3, color="#4c78a8", label="training")
     if validation:
         last = validation[-1]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpretrain.recipe import ModelSection, Problem, RecipeError, unknown_key
@@ -27,15 +30,15 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
 
     section = mapping.get("model")
     keywords = section.get("config") if isinstance(section, dict) else None
-    if not isinstance(keywords, dict) or not isinstance(keywords.get("model_type"), str):
+    if not isinstance(keywords, dict) or "model_type" not in keywords:
         return
-    model_type = keywords["model_type"]
+    model_type = str(keywords["model_type"])
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         message = unknown_key(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).replace("unknown key", "no causal LM type")
         yield Problem("model.config.model_type", f"{message} (got {model_type!r})")
         return
     known = known_config_keys(model_type)
-    unknown = [key for key in keywords if key != "model_type" and key not in known]
+    unknown = [k for k in keywords if k != "model_type" and k not in known and not _is_read_by_model(model_type, k)]
     for key in unknown:
         yield Problem(f"model.config.{key}", unknown_key(key, known))
     try:
@@ -83,10 +86,24 @@ def known_config_keys(model_type: str) -> set[str]:
     keys = {key for key in default.to_dict() if not key.startswith("_")}
     for base in config_class.__mro__:
         keys.update(key for key in getattr(base, "__annotations__", {}) if not key.startswith("_"))
-    return keys | set(config_class.attribute_map)
+    keys |= set(config_class.attribute_map)
+    if "rope_parameters" in keys:
+        keys.add("rope_theta")  # transformers moves it there
+    return keys
 
 
-def resolve_config(section: ModelSection, vocab_size: int, tokenizer: Any, block_size: int) -> PretrainedConfig:
+def _is_read_by_model(model_type: str, key: str) -> bool:
+    """Whether the model's code reads a key that its config class does not declare, as some do with `head_dim`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = Path(sys.modules[CONFIG_MAPPING[model_type].__module__].__file__ or "")
+    code = path.with_name(path.name.replace("configuration_", "modeling_"))
+    return code.is_file() and re.search(rf'config(\.|, "){re.escape(key)}\b', code.read_text("utf-8")) is not None
+
+
+def resolve_config(
+    section: ModelSection, vocab_size: int, tokenizer: Any, tokenizer_size: int, block_size: int
+) -> PretrainedConfig:
     """The model's config. For a new model `vocab_size` and the special ids default to the tokenizer's.
 
     Raises `RecipeError` for a tokenizer larger than the vocabulary and for blocks longer than the context.
@@ -110,8 +127,8 @@ def resolve_config(section: ModelSection, vocab_size: int, tokenizer: Any, block
             message = (str(error).splitlines() or [""])[0]
             raise RecipeError.at("model.pretrained", f"cannot load {section.pretrained!r}: {message}") from error
     problems = list(context_problems(config, block_size))
-    if config.vocab_size < len(tokenizer):
-        problems.append(vocabulary_problem(config.vocab_size, len(tokenizer)))
+    if config.vocab_size < tokenizer_size:
+        problems.append(vocabulary_problem(config.vocab_size, tokenizer_size))
     if problems:
         raise RecipeError(problems)
     return config
@@ -137,10 +154,8 @@ def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> P
                 dtype=torch.float32,
                 trust_remote_code=section.trust_remote_code,
             )
-    except (ImportError, ValueError) as error:
-        if "attention" not in str(error).lower() and "attn" not in str(error).lower():
-            raise
-        raise RecipeError.at("model.attn_implementation", str(error).splitlines()[0]) from error
+    except Exception as error:  # what a config's values lead to may be any exception
+        raise _model_error(error, section) from error
     if section.depth_scaled_init:
         _depth_scaled_init(model)
     if section.gradient_checkpointing:
@@ -148,6 +163,14 @@ def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> P
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _model_error(error: Exception, section: ModelSection) -> RecipeError:
+    message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    if "attention" in message.lower() and ("support" in message or "install" in message):
+        fix = "; set model.attn_implementation to eager" if section.attn_implementation != "eager" else ""
+        return RecipeError.at("model.attn_implementation", message + fix)
+    return RecipeError.at("model.pretrained" if section.pretrained else "model.config", f"builds no model: {message}")
 
 
 def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -196,6 +219,7 @@ def residual_projections(model: PreTrainedModel) -> list[torch.nn.Parameter]:
             outputs[module] = tensor.detach().reshape(-1)
 
     hooks = []
+    hidden_size = model.config.get_text_config().hidden_size
     sublayers = [child for layer in decoder_layers(model) for child in layer.children() if _matrices(child)]
     for sublayer in sublayers:
         hooks += [module.register_forward_hook(remember) for module in sublayer.modules()]
@@ -210,7 +234,9 @@ def residual_projections(model: PreTrainedModel) -> list[torch.nn.Parameter]:
         hook.remove()
     for sublayer in sublayers:
         leaves = [module for module in sublayer.modules() if _own_matrices(module) and module in outputs]
-        writers = [leaf for leaf in leaves if leaf is sublayer or torch.equal(outputs[leaf], outputs[sublayer])]
+        writers = [leaf for leaf in leaves if torch.equal(outputs[leaf], outputs[sublayer])]
+        if outputs[sublayer].numel() != 2 * hidden_size:
+            continue  # a projection of its own into the sub-layer's inner width
         if writers:
             weight = _own_matrices(writers[-1])[-1]
             found[id(weight)] = weight
@@ -218,7 +244,8 @@ def residual_projections(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 def _own_matrices(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2]
+    own = module.named_parameters(recurse=False)
+    return [parameter for name, parameter in own if parameter.ndim >= 2 and not name.endswith("bias")]
 
 
 def _matrices(module: torch.nn.Module) -> bool:
@@ -230,15 +257,40 @@ def _depth_scaled_init(model: PreTrainedModel) -> None:
 
     projections, num_layers = residual_projections(model), len(decoder_layers(model))
     std = getattr(model.config, "initializer_range", None)
-    if len(projections) < num_layers or std is None:
+    name = type(model).__name__
+    if std is None:
+        raise RecipeError.at("model.depth_scaled_init", f"{name}'s config has no initializer_range; turn it off")
+    if len(projections) != 2 * num_layers:
         raise RecipeError.at(
             "model.depth_scaled_init",
-            f"found {len(projections)} residual projections in {num_layers} layers of {type(model).__name__}; turn "
-            "it off for this model",
+            f"found {len(projections)} residual projections in {num_layers} layers of {name}, not two each; turn it "
+            "off for this model",
         )
     with torch.no_grad():
         for weight in projections:
             weight.normal_(0.0, std / math.sqrt(2 * num_layers))
+
+
+def require_causal(model: PreTrainedModel, section: ModelSection, length: int = 8) -> None:
+    """Raises `RecipeError` if a later token changes an earlier prediction: encoders are built as causal LMs, too, and
+    would learn to copy. The tolerance is for experts, whose sums change order with the tokens they get."""
+    import torch
+
+    input_ids = torch.arange(length)[None].to(next(model.parameters()).device) % model.config.vocab_size
+    perturbed = input_ids.clone()
+    perturbed[:, length // 2 :] = (perturbed[:, length // 2 :] + 1) % model.config.vocab_size
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        try:
+            first, second = (
+                model(input_ids=ids, use_cache=False).logits[:, : length // 2].float() for ids in (input_ids, perturbed)
+            )
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise _model_error(error, section) from error
+    model.train(training)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
+        raise RecipeError.at("model.config", f"{type(model).__name__} is not causal: predictions see later tokens")
 
 
 def isolates_documents(model: PreTrainedModel, length: int = 32) -> bool:

@@ -29,14 +29,17 @@ def build_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.
 def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection, num_training_steps: int) -> Any:
     """The `transformers.get_scheduler` schedule, a `LambdaLR`. Raises `RecipeError` for keywords it does not take."""
     try:
-        return get_scheduler(
+        scheduler = get_scheduler(
             section.name,
             optimizer,
             num_warmup_steps=section.num_warmup_steps,
             num_training_steps=num_training_steps,
             scheduler_specific_kwargs=dict(section.scheduler_specific_kwargs),
         )
-    except (TypeError, ValueError) as error:
+        for step in (0, section.num_warmup_steps, num_training_steps // 2, num_training_steps):
+            scheduler.lr_lambdas[0](step)  # a wrong value must not come to light in the middle of the run
+        return scheduler
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise RecipeError.at("scheduler.scheduler_specific_kwargs", f"{section.name}: {error}") from error
 
 

@@ -56,6 +56,12 @@ class PreparedData:
         return None if manifest is None else cls(path, manifest)
 
     @property
+    def checksum(self) -> str:
+        """One hash of all blocks and the tokenizer."""
+        entries = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+    @property
     def train_splits(self) -> list[str]:
         """Names of the training streams, in the order of `data.sources`."""
         names = [name for name in self.manifest["splits"] if name != VALIDATION]
@@ -89,22 +95,24 @@ def pack(
     work = files.work_folder(path)
     backend = tokenizer.backend_tokenizer
     weighted = data.sources[0].weight is not None
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if len(bytes_of_token) <= 2**16 else np.uint32)
     names = [f"train-{number}" for number in range(len(data.sources) if weighted else 1)]
     names += [VALIDATION] if data.has_validation else []
     streams = {name: _Stream(work / name, data.block_size, dtype, tokenizer.eos_token_id) for name in names}
     dropped: Counter[str] = Counter()
+    per_source: Counter[int] = Counter()
     # A document that contains the text of a special token must not forge a document boundary.
     backend.encode_special_tokens = True
     for batch in _batches(documents, dropped):
         encodings = backend.encode_batch_fast([text for _, _, text in batch], add_special_tokens=False)
         for (source, split, text), encoding in zip(batch, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=dtype)
+            per_source[source] += 1
             name = VALIDATION if split == VALIDATION else f"train-{source if weighted else 0}"
             streams[name].add(ids, len(text.encode("utf-8", "surrogatepass")), int(bytes_of_token[ids].sum()))
     backend.encode_special_tokens = False
     splits = {name: stream.close() for name, stream in streams.items()}
-    _require_text(splits, data)
+    _require_text(splits, data, per_source, dropped)
     tokenizer.save_pretrained(work / "tokenizer")
     content = {
         "format": FORMAT,
@@ -138,7 +146,13 @@ def _batches(
         yield batch
 
 
-def _require_text(splits: dict[str, Any], data: DataSection) -> None:
+def _require_text(splits: dict[str, Any], data: DataSection, per_source: Counter[int], dropped: Counter[str]) -> None:
+    for number in range(len(data.sources)):
+        if not per_source[number]:
+            why = "no document with text"
+            if dropped["also_in_validation"]:
+                why = f"{dropped['also_in_validation']:,} documents also stand in validation_sources and are dropped"
+            raise RecipeError.at(f"data.sources.{number}", f"the corpus is empty: {why}")
     for name, entry in splits.items():
         if name == VALIDATION:
             if not entry["documents"]:
@@ -147,7 +161,7 @@ def _require_text(splits: dict[str, Any], data: DataSection) -> None:
             continue
         key = f"data.sources.{name.removeprefix('train-')}" if data.sources[0].weight is not None else "data.sources"
         if not entry["documents"]:
-            raise RecipeError.at(key, "the corpus is empty: no document with text for training")
+            raise RecipeError.at(key, "no document is left to train on; lower data.validation_fraction")
         if not entry["rows"]:
             raise RecipeError.at(
                 key,

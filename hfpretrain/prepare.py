@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpretrain import corpus, files, packing, tokenizer
 from hfpretrain.packing import PreparedData
-from hfpretrain.recipe import Recipe
+from hfpretrain.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,9 @@ def prepared_path(recipe: Recipe) -> Path:
     sources = [*recipe.data.sources, *recipe.data.validation_sources]
     identities: list[Any] = [corpus.identity(source) for source in sources]
     if recipe.tokenizer.pretrained is not None and Path(recipe.tokenizer.pretrained).is_dir():
-        identities.append(files.sha256(Path(recipe.tokenizer.pretrained) / "tokenizer.json"))
+        folder = Path(recipe.tokenizer.pretrained)
+        tokenizer_files = [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".txt", ".model", ".jinja")]
+        identities.append([[file.name, files.sha256(file)] for file in tokenizer_files])
     return recipe.prepared_dir / packing.fingerprint(recipe.data, recipe.tokenizer, identities)
 
 
@@ -38,9 +40,18 @@ def prepare(recipe: Recipe) -> PreparedData:
     from filelock import FileLock
 
     path = prepared_path(recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError.at("data.prepared_dir", f"{path.parent} can't be made: {error.strerror}") from error
     with FileLock(str(path) + ".lock"):
-        return PreparedData.open(path) or _prepare(recipe, path)
+        prepared = PreparedData.open(path)
+        if prepared is None:
+            return _prepare(recipe, path)
+        reason = files.damage(path, checksums=False)
+        if reason is not None:
+            raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path}")
+        return prepared
 
 
 def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData:
@@ -76,7 +87,7 @@ def _prepare(recipe: Recipe, path: Path) -> PreparedData:
     vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, fast_tokenizer)
     extra = {
         "vocab_size": vocab_size,
-        "tokenizer_size": len(fast_tokenizer),
+        "tokenizer_size": tokenizer.tokenizer_size(fast_tokenizer),
         "sources": [source.model_dump(mode="json", exclude_none=True) for source in recipe.data.sources],
         "source_identities": [corpus.identity(source) for source in recipe.data.sources],
         "versions": {name: version(name) for name in ("datasets", "tokenizers", "transformers")}

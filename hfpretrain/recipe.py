@@ -7,13 +7,14 @@ answers without torch.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -48,7 +49,9 @@ class RecipeError(ValueError):
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, a docstring under every field."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelSection(Section):
@@ -93,9 +96,9 @@ class TokenizerSection(Section):
     """Revision of `pretrained` on the Hub."""
     algorithm: Literal["byte_level_bpe", "character"] | None = None
     """Train one: byte-level BPE (GPT-2's kind, any Unicode text survives) or one token per character."""
-    vocab_size: PositiveInt | None = None
-    """Size of a trained byte-level BPE vocabulary, special tokens included; at least 258."""
-    pad_to_multiple_of: PositiveInt = 64
+    vocab_size: int | None = Field(default=None, ge=258, le=2**24)
+    """Size of a trained byte-level BPE vocabulary, special tokens included; at least 256 bytes and 2 of those."""
+    pad_to_multiple_of: int = Field(default=64, ge=1, le=2**16)
     """The model's vocabulary is the tokenizer's, rounded up to a multiple of this: matrix kernels want it."""
     trust_remote_code: bool = False
     """Run tokenizer code that comes with `pretrained`."""
@@ -106,8 +109,6 @@ class TokenizerSection(Section):
             raise ValueError("give exactly one of `pretrained` (load) and `algorithm` (train)")
         if (self.algorithm == "byte_level_bpe") != (self.vocab_size is not None):
             raise ValueError("`vocab_size` goes with `algorithm: byte_level_bpe`, and is needed there")
-        if self.vocab_size is not None and self.vocab_size < 258:
-            raise ValueError("`vocab_size` must be at least 258: 256 bytes and 2 special tokens")
         if self.revision is not None and self.pretrained is None:
             raise ValueError("`revision` belongs to `pretrained`, which is not given")
         return self
@@ -130,7 +131,8 @@ class SourceSection(Section):
     revision: str | None = None
     """Revision of a Hub dataset."""
     sample_by: Literal["line", "paragraph", "document"] | None = None
-    """For `path: text`: a document is a line, a paragraph (blank lines between), or the whole file. Needed there."""
+    """For `path: text`: a document is a line, a paragraph (blank lines between), or the whole file. Needed there. Line
+    ends of any kind are read as a newline."""
     text_column: str = "text"
     """Column that holds the text."""
     weight: float | None = Field(default=None, gt=0)
@@ -183,12 +185,15 @@ class DataSection(Section):
         return bool(self.validation_sources) or self.validation_fraction > 0
 
 
+_Average = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     """`torch.optim.AdamW` by its own keyword names. Matrices decay, vectors (norms, biases) do not."""
 
     lr: float = Field(gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Average, _Average] = (0.9, 0.95)
     """Running averages of gradient and square; 0.95 as in GPT-3 (Brown et al. 2020, appendix B)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator; torch's default."""
@@ -319,6 +324,13 @@ class Recipe(Section):
     logging: LoggingSection = LoggingSection()
     hub: HubSection = HubSection()
 
+    @model_validator(mode="after")
+    def _paths(self) -> Recipe:
+        for path in (self.output_dir, self.data.prepared_dir or ""):
+            if path.startswith("~"):
+                raise ValueError(f"`~` in {path!r} is the shell's and not expanded here; write the folder out")
+        return self
+
     @property
     def prepared_dir(self) -> Path:
         """Root of prepared data: `data.prepared_dir`, or `prepared` beside `output_dir`."""
@@ -344,6 +356,14 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
             f"{scheduler.num_warmup_steps} warm-up and {decay_steps} decay steps do not fit into "
             f"{training.num_steps} steps",
         )
+    if recipe.model.pretrained is not None and recipe.tokenizer.pretrained is None:
+        yield Problem("tokenizer.pretrained", "a model that goes on needs the tokenizer it was trained with; name it")
+    weights = [source.weight or 0.0 for source in recipe.data.sources]
+    for number, weight in enumerate(weights):
+        if 0 < weight < 1e-4 * sum(weights):
+            yield Problem(
+                f"data.sources.{number}.weight", f"{weight} is a share below 1 in 10,000, the finest there is"
+            )
     if recipe.evaluation.every_steps and not recipe.data.has_validation:
         yield Problem(
             "evaluation.every_steps",
@@ -382,7 +402,8 @@ def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: 
 
 
 def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
 
 
 def _listed(numbers: list[int]) -> str:
@@ -487,7 +508,8 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
         else:
             raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value, it has no key {key!r}")
         if last:
-            node[slot] = parse_yaml(match[2], override)
+            # A glob is no alias: there are none in recipes.
+            node[slot] = match[2] if match[2].startswith("*") else parse_yaml(match[2], override)
         else:
             node = node[slot]
 
@@ -519,7 +541,9 @@ def load_recipe(
 
 def _problem(detail: Any) -> Problem:
     """A pydantic error as a dotted path, the value and the fix."""
-    location = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith(("literal", "bool")))]
+    location = list(detail["loc"])
+    if detail["type"] != "extra_forbidden":  # pydantic appends the branch of a union to the path
+        location = [p for p in location if not re.fullmatch(r"bool|str|literal\[.*\]|tuple\[.*\]", str(p))]
     path = ".".join(str(part) for part in location) or "recipe"
     if detail["type"] == "extra_forbidden":
         return Problem(path, unknown_key(str(location[-1]), known_keys(location[:-1])))

@@ -36,13 +36,16 @@ def evaluate_checkpoint(
     tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model", f"cannot load {model!r}: {(str(error).splitlines() or [''])[0]}") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     network.to(device)
     context = getattr(network.config, "max_position_embeddings", None) or 1024
-    block_size = block_size or (recipe.data.block_size if recipe else min(context, 1024))
-    stride = stride or block_size
+    if block_size is None:
+        block_size = recipe.data.block_size if recipe else min(context, 1024)
+    stride = block_size if stride is None else stride
+    if batch_size < 1:
+        raise RecipeError.at("--batch-size", f"{batch_size} must be at least 1")
     if not 1 <= stride <= block_size:
         raise RecipeError.at("--stride", f"{stride} must be between 1 and the block size {block_size}")
     if block_size < 2 or block_size > context:
@@ -72,7 +75,10 @@ def _documents(recipe: Recipe | None, data: str | None) -> Iterator[str]:
     assert data is not None
     if not Path(data).exists():
         raise RecipeError.at("--data", f"no such file: {data}")
-    is_text = Path(data).suffixes[:1] == [".txt"]
+    suffixes = [suffix for suffix in Path(data).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
+    if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
+        raise RecipeError.at("--data", f"{data} is neither a .txt nor a .jsonl file")
+    is_text = suffixes[-1] == ".txt"
     source = SourceSection(
         path="text" if is_text else "json", data_files=data, sample_by="document" if is_text else None
     )

@@ -86,10 +86,14 @@ def _batched(documents: Iterable[str], size: int = 1000) -> Iterator[list[str]]:
         yield batch
 
 
+def tokenizer_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest token id + 1; more than `len(tokenizer)` where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def padded_vocab_size(section: TokenizerSection, tokenizer: PreTrainedTokenizerFast) -> int:
     """The model's vocabulary for this tokenizer: its largest id + 1, rounded up to `pad_to_multiple_of`."""
-    size = len(tokenizer)
-    return -(-size // section.pad_to_multiple_of) * section.pad_to_multiple_of
+    return -(-tokenizer_size(tokenizer) // section.pad_to_multiple_of) * section.pad_to_multiple_of
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:

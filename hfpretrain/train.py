@@ -54,6 +54,10 @@ MAY_DIFFER = (
 )
 
 
+class TrainingDivergedError(RuntimeError):
+    """The loss or the gradient is not a number."""
+
+
 @dataclass
 class TrainState:
     """Where a run stands: optimizer steps done, tokens seen, and the losses summed since the last log line."""
@@ -72,10 +76,14 @@ class Run:
         engine.require_asked_processes()
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         _refuse_other_run(recipe)
+        self._lock = _lock(self.output_dir) if self.is_main else None
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
-        vocab_size = self.prepared.manifest["vocab_size"]
-        config = modeling.resolve_config(recipe.model, vocab_size, self.tokenizer, recipe.data.block_size)
+        manifest = self.prepared.manifest
+        vocab_size = manifest["vocab_size"]
+        config = modeling.resolve_config(
+            recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
+        )
         training = recipe.training
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir)
@@ -129,6 +137,15 @@ class Run:
             return None
         stored = checkpoint.train_state(path)
         engine.require_compatible(self.accelerator, stored.pop("engine"), stored.pop("num_processes"), path)
+        if stored.pop("data") != self.prepared.checksum:
+            raise RecipeError.at(
+                "data", f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
+            )
+        if stored["step"] > self.recipe.training.num_steps:
+            raise RecipeError.at(
+                "training",
+                f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
+            )
         checkpoint.load(self.accelerator, path, self._load_engine_state)
         self.state = TrainState(**stored)
         optim.set_step(self.scheduler, self.state.step)
@@ -220,7 +237,9 @@ class Run:
             "window_loss": float(self.accelerator.reduce(sums.to(self.accelerator.device), "sum")),
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
+            "data": self.prepared.checksum,
         }
+        self.require_finite(state["window_loss"], "loss")
         checkpoint.save(
             self.accelerator,
             self.output_dir / "checkpoints",
@@ -229,6 +248,14 @@ class Run:
             self.recipe.checkpoint.keep_last,
         )
         self.throughput.pause(time.perf_counter() - start)
+
+    def require_finite(self, value: float, name: str) -> None:
+        """Raises `TrainingDivergedError` before a broken state is saved; all ranks hold the same value."""
+        if not math.isfinite(value):
+            raise TrainingDivergedError(
+                f"the {name} is {value} at step {self.state.step}; those in {self.output_dir}/checkpoints "
+                "are from before. Lower optimizer.lr or look at the data, in another output_dir"
+            )
 
     def record(self, row: dict[str, Any]) -> None:
         """One object for `metrics.jsonl` and the trackers."""
@@ -269,7 +296,7 @@ def _fit(run: Run) -> None:
         if state.step and not resumed_here and _due(state.step, recipe.checkpoint.every_steps, num_steps):
             state.window_loss = window.item()
             run.save()
-        if state.step == num_steps:
+        if state.step >= num_steps:
             break
         batches = [engine.to_device(accelerator, batch) for batch in run.data.step(state.step)]
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
@@ -307,6 +334,9 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         "mfu": tokens_per_second * run.flops_per_token / (peak * devices) if peak else None,
     }
     run.record(row)
+    run.require_finite(loss, "loss")
+    if run.accelerator.scaler is None:  # with one, steps of overflowing gradients are skipped
+        run.require_finite(float(grad_norm), "gradient norm")
     if run.is_main:
         run.progress.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
         if run.progress.disable:
@@ -336,13 +366,12 @@ def _due(step: int, every_steps: int | None, num_steps: int) -> bool:
 
 def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
     wanted = recipe.training.document_masking
-    if wanted is False:
-        return False
     flash = recipe.model.attn_implementation.startswith("flash")
     if flash:  # runs on GPUs and in 16 bits only
         model.to(accelerator.device)
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=flash):
-        isolates = modeling.isolates_documents(model)
+        modeling.require_causal(model, recipe.model)
+        isolates = wanted is not False and modeling.isolates_documents(model)
     if wanted is True and not isolates:
         raise RecipeError.at(
             "training.document_masking",
@@ -355,9 +384,12 @@ def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
 def _refuse_other_run(recipe: Recipe) -> None:
     """An output folder belongs to one recipe."""
     path = Path(recipe.output_dir) / "recipe.yaml"
-    if not path.exists():
-        Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+    except OSError as error:
+        raise RecipeError.at("output_dir", f"{recipe.output_dir} can't be used: {error.strerror}") from error
     try:
         changed = differences(recipe, load_recipe(path), ignore=MAY_DIFFER)
     except RecipeError as error:
@@ -367,6 +399,18 @@ def _refuse_other_run(recipe: Recipe) -> None:
         raise RecipeError(
             [Problem("output_dir", f"{recipe.output_dir} holds another recipe's run; {advice}"), *changed]
         )
+
+
+def _lock(output_dir: Path) -> Any:
+    """A lock that a killed process gives back by itself: two runs in one folder would overwrite each other."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError.at("output_dir", f"{output_dir} is in use by a run that is alive") from None
+    return lock
 
 
 def _finish(run: Run) -> Path:
@@ -484,9 +528,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(load_recipe(arguments[0], arguments[1:], checks=[modeling.config_problems]))
     except RecipeError as error:
-        if rank == 0:
+        if rank:
+            time.sleep(5)  # the launcher ends all ranks with the first: let the one speak that prints
+        else:
             print(f"error in {arguments[0]}:", *error.problems, sep="\n  ", file=sys.stderr)
         return 2
+    except TrainingDivergedError as error:
+        if rank == 0:
+            print(f"stopped: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

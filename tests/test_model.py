@@ -106,30 +106,30 @@ def test_config_problems_see_aliases_and_nested_values(tmp_path):
 class FakeTokenizer:
     bos_token_id = eos_token_id = pad_token_id = 3
 
-    def __init__(self, size):
-        self.size = size
 
-    def __len__(self):
-        return self.size
+def test_a_key_that_only_the_model_reads_is_known(tmp_path):
+    mapping = recipe_mapping(tmp_path)
+    mapping["model"]["config"] = {**MOE, "vocab_size": 320, "head_dim": 16, "rope_theta": 500.0}
+    assert list(modeling.config_problems(mapping)) == []
 
 
 def test_vocabulary_follows_the_tokenizer_or_is_refused():
     config = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
-    resolved = modeling.resolve_config(ModelSection(config=config), 128, FakeTokenizer(100), 32)
+    resolved = modeling.resolve_config(ModelSection(config=config), 128, FakeTokenizer(), 100, 32)
     assert resolved.vocab_size == 128 and resolved.eos_token_id == 3
     with pytest.raises(RecipeError, match=r"model.config.vocab_size: 64 is less than the tokenizer's 100"):
-        modeling.resolve_config(ModelSection(config=LLAMA), 128, FakeTokenizer(100), 32)
+        modeling.resolve_config(ModelSection(config=LLAMA), 128, FakeTokenizer(), 100, 32)
 
 
 def test_a_pretrained_model_is_gone_on_from(tmp_path):
     model = build(LLAMA)
     model.save_pretrained(tmp_path / "model")
     section = ModelSection(pretrained=str(tmp_path / "model"))
-    config = modeling.resolve_config(section, 64, FakeTokenizer(64), 32)
+    config = modeling.resolve_config(section, 64, FakeTokenizer(), 64, 32)
     loaded = modeling.build_model(section, config, seed=7)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(RecipeError, match=r"model\.pretrained"):
-        modeling.resolve_config(ModelSection(pretrained=str(tmp_path / "none")), 64, FakeTokenizer(64), 32)
+        modeling.resolve_config(ModelSection(pretrained=str(tmp_path / "none")), 64, FakeTokenizer(), 64, 32)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

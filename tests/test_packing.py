@@ -136,7 +136,7 @@ def test_weighted_sources_get_streams_of_their_own(folder):
 @pytest.mark.parametrize(
     ("documents", "changes", "message"),
     [
-        (["", ""], {}, "data.sources: the corpus is empty"),
+        (["", ""], {}, r"data\.sources\.0: the corpus is empty"),
         (["short"], {"data__validation_fraction": 0.0}, "less than one block of 32"),
         (small_text(5), {"data__validation_fraction": 1e-9}, "data.validation_fraction: the validation split is empty"),
     ],

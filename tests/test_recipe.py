@@ -87,6 +87,12 @@ def test_yaml_scalars_are_those_of_yaml_1_2():
         ({"model__config__model_type": "lama"}, "model.config.model_type", "`llama`"),
         ({"model__config__num_attention_heads": 5}, "model.config", ""),
         ({"data__sources": []}, "data.sources", "at least 1"),
+        ({"boolean": 1}, "boolean", "unknown key"),
+        ({"model__literal_foo": 1}, "model.literal_foo", "unknown key"),
+        ({"optimizer__betas": [2, 3]}, "optimizer.betas.0", "less than 1"),
+        ({"optimizer__lr": float("inf")}, "optimizer.lr", "finite"),
+        ({"training__tokens_per_step": 32 * 10**12, "training__micro_batch_size": 7}, "training.micro_batch_size", "8"),
+        ({"model": {"pretrained": "x"}}, "tokenizer.pretrained", "the tokenizer it was trained with"),
         ({"training__max_steps": -1}, "training.max_steps", "greater than 0"),
         ({"optimizer__lr": "fast"}, "optimizer.lr", "'fast'"),
     ],
@@ -95,6 +101,11 @@ def test_cross_checks_name_path_and_fix(folder, changes, path, fragment):
     found = problems(write_recipe(folder, **changes))
     assert path in found, found
     assert fragment in found[path]
+
+
+def test_a_weight_too_small_to_be_drawn_is_refused(folder):
+    sources = [{"path": "json", "data_files": "a", "weight": weight} for weight in (1, 4e-5)]
+    assert "below 1 in 10,000" in problems(write_recipe(folder, data__sources=sources))["data.sources.1.weight"]
 
 
 def test_accumulation_is_derived_and_an_impossible_division_lists_the_possible():

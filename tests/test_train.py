@@ -102,8 +102,11 @@ def test_the_export_was_compared_with_the_training_process(finished):
 
     state["transformer.h.0.mlp.c_fc.weight"] = state["transformer.h.0.mlp.c_fc.weight"] + 0.5
     save_file(state, broken / "model" / "model.safetensors", metadata={"format": "pt"})
-    report = json.loads(hfpretrain("verify", str(broken), "--json").stdout.splitlines()[-1])
-    assert report["max_token_loss_difference"] > 1e-3
+    refused = hfpretrain("verify", str(broken))
+    assert refused.returncode == 2 and "these are not the trained weights" in refused.stderr
+    (broken / "model" / "model.safetensors").write_bytes(b"cut")
+    refused = hfpretrain("verify", str(broken))
+    assert refused.returncode == 2 and "does not load" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_the_card_says_what_was_measured(finished):
@@ -172,6 +175,57 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_run_cannot_go_back(finished):
+    folder, _ = finished
+    result = train(folder / "recipe.yaml", "--training.max_steps=30")
+    assert result.returncode == 2 and "has done 40 steps, more than the 30 asked" in result.stderr
+
+
+def test_text_that_changed_is_not_trained_on_further(folder):
+    recipe = write_recipe(folder, training__max_steps=4)
+    assert train(recipe).returncode == 0
+    write_jsonl(folder / "corpus.jsonl", small_text(210))
+    result = train(recipe, "--training.max_steps=8")
+    assert result.returncode == 2 and "sources or tokenizer changed since" in result.stderr
+
+
+def test_a_run_without_a_sound_checkpoint_is_not_started_anew(folder):
+    recipe = write_recipe(folder, training__max_steps=4)
+    assert train(recipe).returncode == 0
+    next((folder / "run" / "checkpoints").glob("*/rng-0.pt")).unlink()
+    before = (folder / "run" / "metrics.jsonl").read_text()
+    for _ in range(2):
+        result = train(recipe)
+        assert result.returncode == 2 and "no checkpoint verifies" in result.stderr
+    assert (folder / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_nan_stops_the_run_before_it_reaches_a_checkpoint(folder):
+    recipe = write_recipe(folder, training__max_steps=40, checkpoint__every_steps=1, optimizer__lr=1e30)
+    result = train(recipe)
+    assert result.returncode == 1 and "stopped: the " in result.stderr and "Traceback" not in result.stderr
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1], parse_constant=pytest.fail)
+    assert {last["loss"], last["grad_norm"]} & {"nan", "inf"}
+    assert all(files.damage(path) is None for path in (folder / "run" / "checkpoints").iterdir())
+
+
+def test_a_live_run_has_its_folder_for_itself(folder):
+    from filelock import FileLock
+
+    (folder / "run").mkdir()
+    with FileLock(folder / "run" / ".lock"):
+        result = train(write_recipe(folder))
+    assert result.returncode == 2 and "in use by a run that is alive" in result.stderr
+
+
+def test_a_model_that_sees_the_future_is_refused(folder):
+    bert = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    bert |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    result = train(write_recipe(folder, model__config=bert))
+    assert result.returncode == 2 and "not causal: predictions see later tokens" in result.stderr
+
+
 def test_a_checkpoint_verifies(finished):
     folder, _ = finished
     path = folder / "run" / "checkpoints" / "step-00000040"
@@ -195,6 +249,12 @@ def test_what_bad_input_gets(folder, refused):
     assert "model.config.hiden_size: unknown key; did you mean `hidden_size`?" in refused("--model.config.hiden_size=3")
     assert "missing.jsonl" in refused("--data.sources.0.data_files=missing.jsonl")
     assert "less than the tokenizer's 320" in refused("--model.config.vocab_size=300")
+    assert "no file matches *.nowhere" in refused("--data.sources.0.data_files=*.nowhere")
+    assert "builds no model" in refused("--model.config.hidden_act=foo")
+    assert "no tracker 'foo'" in refused("--logging.trackers=[foo]")
+    assert "fp16 needs a GPU" in refused("--training.mixed_precision=fp16")
+    assert "shell's" in refused("--output_dir=~/x")
+    assert "output_dir: /etc/passwd can't be used" in refused("--output_dir=/etc/passwd")
     assert "cannot load 'nowhere'" in refused(tokenizer={"pretrained": "nowhere"})
     (folder / "empty.txt").write_text("")
     source = {"path": "text", "data_files": str(folder / "empty.txt"), "sample_by": "line"}
