@@ -144,10 +144,14 @@ def test_the_asked_processes_are_read_as_the_launcher_reads_them():
 
 
 def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert engine.resolve_precision("auto") == "bf16"
+    with pytest.raises(RecipeError, match=r"training\.mixed_precision: the recipe says no, the launcher's file bf16"):
+        engine.resolve_precision("no")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert engine.resolve_precision("auto") == "fp16"
-    with pytest.raises(RecipeError, match=r"training\.mixed_precision: the recipe says bf16, the launcher's file fp16"):
-        engine.resolve_precision("bf16")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="fp16 needs a GPU"):
+        engine.resolve_precision("auto")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert engine.resolve_precision("bf16") == "bf16" and engine.resolve_precision("no") == "no"
     assert engine.resolve_precision("auto") == ("bf16" if engine.has_bf16() else "no")
