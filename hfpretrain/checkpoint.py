@@ -153,7 +153,7 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
 
     Raises `RecipeError` if the mean losses differ by more than 1e-3 (float32) or 3e-2 (16 bits).
     Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
-    token. Also a greedy sample, since the model is at hand.
+    token. Also a sample, since the model is at hand.
     """
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -221,6 +221,6 @@ def verify_in_fresh_process(run: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"the export in {run} does not load:\n{result.stderr}")
+        raise RuntimeError(f"the export in {run} does not verify:\n{result.stderr}")
     report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return report

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hfpretrain.recipe import DataSection, RecipeError, SourceSection
+from hfpretrain.recipe import FILE_FORMATS, DataSection, RecipeError, SourceSection
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
@@ -47,15 +47,14 @@ def _load(source: SourceSection, key: str) -> Any:
     keywords: dict[str, Any] = {
         "name": source.name,
         "data_dir": source.data_dir,
-        "data_files": list(source.data_files) if isinstance(source.data_files, tuple) else source.data_files,
+        "data_files": list(source.patterns) or None,
         "revision": source.revision,
         "split": source.split,
         "streaming": "[" not in source.split and "+" not in source.split,
     }
-    root = Path(source.data_dir or (source.path if Path(source.path).is_dir() else "."))
-    for pattern in (source.data_files,) if isinstance(source.data_files, str) else source.data_files or ():
-        is_hub = not Path(source.path).exists() and source.path not in ("text", "json", "parquet", "csv")
-        if not is_hub and ("://" not in pattern or pattern.startswith("file://")) and not _matches(root, pattern):
+    # `load_dataset` passes over a pattern without files where another one has some.
+    for pattern in source.patterns if _is_local(source) else ():
+        if "://" not in pattern.removeprefix("file://") and not _matches(_root(source), pattern):
             raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
     if source.sample_by is not None:
         keywords["sample_by"] = source.sample_by
@@ -107,11 +106,18 @@ def _first_line(error: BaseException) -> str:
 
 def local_files(source: SourceSection) -> list[Path]:
     """The files of a source that lie on this machine, sorted; none for a Hub dataset or a remote URL."""
-    root = Path(source.data_dir or (source.path if Path(source.path).is_dir() else "."))
-    patterns = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or ())
+    patterns = source.patterns
     if not patterns and (source.data_dir or Path(source.path).is_dir()):
-        patterns = ["**/*"]
-    return sorted({path for pattern in patterns for path in _matches(root, pattern)})
+        patterns = ("**/*",)
+    return sorted({path for pattern in patterns for path in _matches(_root(source), pattern)})
+
+
+def _is_local(source: SourceSection) -> bool:
+    return source.path in FILE_FORMATS or Path(source.path).exists()
+
+
+def _root(source: SourceSection) -> Path:
+    return Path(source.data_dir or (source.path if Path(source.path).is_dir() else "."))
 
 
 def _matches(root: Path, pattern: str) -> list[Path]:
@@ -128,7 +134,7 @@ def identity(source: SourceSection) -> list[Any]:
     files = local_files(source)
     if files:
         return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    if Path(source.path).exists() or source.path in ("text", "json", "parquet", "csv"):
+    if _is_local(source):
         return _remote_identity(source)
     from huggingface_hub import HfApi
 
@@ -143,9 +149,8 @@ def _remote_identity(source: SourceSection) -> list[Any]:
     """Names and versions of remote files, as far as their file system tells."""
     import fsspec
 
-    patterns = (source.data_files,) if isinstance(source.data_files, str) else source.data_files or ()
     found: list[Any] = []
-    for pattern in patterns:
+    for pattern in source.patterns:
         try:
             filesystem, path = fsspec.core.url_to_fs(pattern)
             names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]

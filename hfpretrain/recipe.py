@@ -114,6 +114,9 @@ class TokenizerSection(Section):
         return self
 
 
+FILE_FORMATS = ("text", "json", "parquet", "csv")
+
+
 class SourceSection(Section):
     """One source of documents. The names are those of `datasets.load_dataset`."""
 
@@ -141,11 +144,16 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _files(self) -> SourceSection:
-        if self.path in ("text", "json", "parquet", "csv") and self.data_files is None and self.data_dir is None:
+        if self.path in FILE_FORMATS and self.data_files is None and self.data_dir is None:
             raise ValueError(f"`path: {self.path}` needs `data_files` or `data_dir`")
         if (self.path == "text") != (self.sample_by is not None):
             raise ValueError("`sample_by` (line, paragraph or document) goes with `path: text`, and is needed there")
         return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`data_files` as a tuple, empty where there are none."""
+        return (self.data_files,) if isinstance(self.data_files, str) else self.data_files or ()
 
 
 class DataSection(Section):

@@ -113,6 +113,7 @@ class Run:
         self.data = self._training_data()
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()
+        self.grad_norm: Any = 0.0  # of the newest step
         self.resumed_step = self._resume()
         self._start_records()
 
@@ -239,7 +240,7 @@ class Run:
             "num_processes": self.accelerator.num_processes,
             "data": self.prepared.checksum,
         }
-        self.require_finite(state["window_loss"], "loss")
+        self.require_finite(state["window_loss"], self.grad_norm)
         checkpoint.save(
             self.accelerator,
             self.output_dir / "checkpoints",
@@ -249,12 +250,16 @@ class Run:
         )
         self.throughput.pause(time.perf_counter() - start)
 
-    def require_finite(self, value: float, name: str) -> None:
-        """Raises `TrainingDivergedError` before a broken state is saved; all ranks hold the same value."""
-        if not math.isfinite(value):
+    def require_finite(self, loss: float, grad_norm: Any) -> None:
+        """Raises `TrainingDivergedError` before a broken state is saved; all ranks hold the same values.
+
+        Where gradients are scaled, steps whose gradients overflow are skipped and their norm says nothing.
+        """
+        norm = float(grad_norm) if self.accelerator.scaler is None else 0.0
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingDivergedError(
-                f"the {name} is {value} at step {self.state.step}; those in {self.output_dir}/checkpoints "
-                "are from before. Lower optimizer.lr or look at the data, in another output_dir"
+                f"the loss is {loss}, the gradient's norm {norm} at step {self.state.step}; the checkpoints in "
+                f"{self.output_dir}/checkpoints are from before. Lower optimizer.lr or look at the data"
             )
 
     def record(self, row: dict[str, Any]) -> None:
@@ -306,7 +311,7 @@ def _fit(run: Run) -> None:
                 loss, objective = _loss(outputs, run.config, len(batches) * accelerator.num_processes)
                 accelerator.backward(engine.scale_for_backward(accelerator, objective))
                 window += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+        run.grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
         lr = run.scheduler.get_last_lr()[0]
         optimizer.step()
         run.scheduler.step()
@@ -315,7 +320,7 @@ def _fit(run: Run) -> None:
         state.window_steps += 1
         run.progress.update()
         if state.step % recipe.logging.every_steps == 0 or state.step == num_steps:
-            _log(run, window, grad_norm, lr)
+            _log(run, window, run.grad_norm, lr)
 
 
 def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
@@ -334,9 +339,7 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         "mfu": tokens_per_second * run.flops_per_token / (peak * devices) if peak else None,
     }
     run.record(row)
-    run.require_finite(loss, "loss")
-    if run.accelerator.scaler is None:  # with one, steps of overflowing gradients are skipped
-        run.require_finite(float(grad_norm), "gradient norm")
+    run.require_finite(loss, grad_norm)
     if run.is_main:
         run.progress.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
         if run.progress.disable:
