@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT, environment, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import files
 from hfpretrain.recipe import load_recipe
@@ -207,6 +208,10 @@ def test_nan_stops_the_run_before_it_reaches_a_checkpoint(folder):
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
     assert all(files.damage(path) is None for path in (folder / "run" / "checkpoints").iterdir())
+    for path in (folder / "run" / "checkpoints").iterdir():
+        dcp_to_torch_save(path, folder / "state.pt")
+        state = torch.load(folder / "state.pt", weights_only=True)
+        assert all(tensor.isfinite().all() for tensor in state["model"].values()), path
 
 
 def test_a_live_run_has_its_folder_for_itself(folder):
