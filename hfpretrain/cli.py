@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("recipe")
     prepare = command("prepare", _prepare, f"make tokenizer and blocks; {_OVERRIDES}")
     prepare.add_argument("recipe")
+    prepare.add_argument("--shard", metavar="I/N", help="do share I of N, as one of N machines; then once without")
+    prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one for each core")
     evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
     evaluate.add_argument("model", help="folder or Hub id")
     evaluate.add_argument("recipe", nargs="?", help="evaluate on this recipe's validation split")
@@ -121,9 +124,19 @@ def _parameters(recipe: Recipe) -> tuple[int, int] | None:
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.prepare import prepare, summary
+    from hfpretrain.prepare import prepare, prepare_shard, summary
 
-    print(summary(prepare(_load(args, overrides))))
+    if args.num_workers is not None and args.num_workers < 1:
+        raise RecipeError.at("--num-workers", f"{args.num_workers} must be at least 1")
+    recipe = _load(args, overrides)
+    if args.shard is None:
+        print(summary(prepare(recipe, args.num_workers)))
+        return
+    match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise RecipeError.at("--shard", f"{args.shard!r} is not I/N with I from 1 to N")
+    path = prepare_shard(recipe, int(match[1]) - 1, int(match[2]), args.num_workers)
+    print(f"share {args.shard} of {path} is done; the same command without --shard joins all")
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -144,10 +157,15 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
     path = Path(args.path)
     report: dict[str, Any] = {}
     if files.manifest_of(path) is not None or path.name.startswith("step-"):
-        reason = files.damage(path)
-        if reason is not None:
-            raise RecipeError(Problem(str(path), reason))
-        report["files"] = len((files.manifest_of(path) or {"files": ()})["files"])
+        if "block_size" in (files.manifest_of(path) or {}):
+            from hfpretrain.prepared import verify
+
+            report = dict(verify(path))
+        else:
+            reason = files.damage(path)
+            if reason is not None:
+                raise RecipeError(Problem(str(path), reason))
+            report["files"] = len((files.manifest_of(path) or {"files": ()})["files"])
     else:
         import transformers
 

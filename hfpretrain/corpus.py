@@ -1,107 +1,317 @@
-"""Raw text in: every source as an iterator of documents, and the split into training and validation."""
+"""Raw text in: every source as documents with the place each came from, and the split into training and validation."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import io
+import json
+import lzma
+import os
 import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hfpretrain.recipe import FILE_FORMATS, DataSection, RecipeError, SourceSection
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
+_GROUP_BYTES = 2**26
+_ARROW_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
-def documents(source: SourceSection, key: str = "data.sources") -> Iterator[str]:
-    """The documents of a source in its own order, empty ones included.
+class Document(NamedTuple):
+    """A text and where it came from, or a place where one should have been and the `problem` with it."""
 
-    `key` is the recipe's path of the source, for errors. Raises `RecipeError` where a file is missing, broken or
-    lacks the text column.
+    text: str
+    origin: str
+    """File, URL or shard of a dataset."""
+    row: int
+    """Line of a text or JSON file, row of another, from 1."""
+    num_bytes: int = 0
+    """Of the text in UTF-8."""
+    digest: bytes = b""
+    """16 bytes that are equal for equal texts."""
+    problem: tuple[str, str] | None = None
+    """Short reason, by which it is counted, and the sentence for the user."""
+
+
+class Piece(NamedTuple):
+    """What is read in one go: a file, or a shard of a dataset."""
+
+    origin: str
+    size: int | None
+
+
+class Reader:
+    """A source opened: its pieces, in their order, and the documents of each.
+
+    `key` is the recipe's path of the source, for errors. Raises `RecipeError` where a file is missing or the source
+    can't be opened, and at a document with a problem unless `on_bad_document` is "skip".
     """
-    if source.path == PYTHON_STDLIB:
-        yield from _python_stdlib()
-        return
-    dataset = _load(source, key)
-    for number, batch in enumerate(_batches(dataset, source, key)):
-        column = batch.get(source.text_column)
-        if column is None:
-            raise RecipeError.at(
-                f"{key}.text_column", f"no column {source.text_column!r}; the source has: {', '.join(batch)}"
-            )
-        for offset, text in enumerate(column):
-            if not isinstance(text, str):
-                row = number * _BATCH_SIZE + offset
-                raise RecipeError.at(key, f"document {row} has {text!r:.100} where text is expected")
-            yield text
 
+    def __init__(self, source: SourceSection, key: str = "data.sources", on_bad_document: str = "error"):
+        self.source, self.key = source, key
+        self._skip = on_bad_document == "skip"
+        self._dataset: Any = None
+        self._raw: Any = None
+        self._done_bytes = 0
+        if source.path == PYTHON_STDLIB:
+            self.pieces = [Piece(PYTHON_STDLIB, None)]
+        elif source.path in FILE_FORMATS and source.split == "train":
+            self.pieces = [Piece(name, size) for name, size in _files(source, key)]
+        else:
+            self._dataset = self._load(source.data_files, source.data_dir)
+            number = getattr(self._dataset, "num_shards", 1) if self._streamed else 1
+            self.pieces = [Piece(f"{source.path}, shard {index}", None) for index in range(number)]
 
-def _load(source: SourceSection, key: str) -> Any:
-    """The `datasets` object of a source; streamed, so that nothing is copied, unless the split is a slice."""
-    import datasets
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of all files as they lie there, compressed or not; None where unknown."""
+        sizes = [piece.size for piece in self.pieces]
+        return None if None in sizes else sum(size or 0 for size in sizes)
 
-    keywords: dict[str, Any] = {
-        "name": source.name,
-        "data_dir": source.data_dir,
-        "data_files": list(source.patterns) or None,
-        "revision": source.revision,
-        "split": source.split,
-        "streaming": "[" not in source.split and "+" not in source.split,
-    }
-    # `load_dataset` passes over a pattern without files where another one has some.
-    for pattern in source.patterns if _is_local(source) else ():
-        if "://" not in pattern.removeprefix("file://") and not _matches(_root(source), pattern):
-            raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
-    if source.sample_by is not None:
-        keywords["sample_by"] = source.sample_by
-    try:
-        return datasets.load_dataset(
-            source.path, **{name: value for name, value in keywords.items() if value is not None}
-        )
-    except Exception as error:
-        where = source.data_files or source.data_dir or source.path
-        if isinstance(error, StopIteration):  # what looking for the columns of a file without rows ends in
-            raise RecipeError.at(key, f"the corpus is empty: {where} has no rows") from error
-        raise RecipeError.at(key, f"cannot load {where}: {_first_line(error)}") from error
-
-
-def _batches(dataset: Any, source: SourceSection, key: str) -> Iterator[dict[str, list[Any]]]:
-    try:
-        for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
-            yield {
-                name: table.column(name).to_pylist() if name == source.text_column else []
-                for name in table.column_names
-            }
-    except Exception as error:
-        raise RecipeError.at(key, _reason(error, source)) from error
-
-
-def _reason(error: BaseException, source: SourceSection) -> str:
-    """What is wrong with the files, with the file's name, which `datasets` leaves out."""
-    chain = error
-    while chain.__cause__ is not None and not isinstance(chain, UnicodeDecodeError):
-        chain = chain.__cause__
-    for file in local_files(source):
-        if file.suffix in (".gz", ".zst", ".xz", ".bz2", ".parquet"):
-            continue
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the files read so far."""
         try:
-            with file.open(encoding="utf-8") as stream:
-                for _ in stream:
-                    pass
-        except UnicodeDecodeError as bad:
-            return f"{file} is not valid UTF-8 ({bad.reason}, byte {bad.object[bad.start]:#04x}); convert it first"
-        except OSError as bad:
-            return f"{file} cannot be read: {bad}"
-    where = source.data_files or source.data_dir or source.path
-    return f"cannot read {where}: {_first_line(chain)}"
+            return self._done_bytes + (self._raw.tell() if self._raw is not None else 0)
+        except (OSError, ValueError):
+            return self._done_bytes
+
+    def groups(self) -> list[range]:
+        """Pieces put together into runs of at least 64 MiB (the last may be less), one each where sizes are unknown."""
+        groups, start, size = [], 0, 0
+        for index, piece in enumerate(self.pieces):
+            size += _GROUP_BYTES if piece.size is None else piece.size
+            if size >= _GROUP_BYTES:
+                groups.append(range(start, index + 1))
+                start, size = index + 1, 0
+        if start < len(self.pieces):
+            groups.append(range(start, len(self.pieces)))
+        return groups
+
+    def read(self, pieces: Iterable[int] | None = None) -> Iterator[Document]:
+        """The documents of some pieces (default: all) in order, empty ones and, where skipped, bad ones included."""
+        for index in range(len(self.pieces)) if pieces is None else pieces:
+            piece = self.pieces[index]
+            for document in self._piece(index, piece):
+                if document.problem is not None and not self._skip:
+                    where = f"{document.origin}:{document.row}"
+                    raise RecipeError.at(self.key, f"{where}: {document.problem[1]}")
+                yield document
+            self._raw = None
+            self._done_bytes += piece.size or 0
+
+    def _piece(self, index: int, piece: Piece) -> Iterator[Document]:
+        path = self.source.path
+        if path == PYTHON_STDLIB:
+            yield from _python_stdlib()
+        elif self._dataset is not None:
+            dataset = self._dataset
+            if len(self.pieces) > 1:
+                dataset = dataset.shard(num_shards=len(self.pieces), index=index)
+            yield from self._rows(dataset, piece.origin)
+        elif path == "text":
+            yield from self._guarded(self._text(piece.origin), piece.origin)
+        elif path == "json" and not self._is_json_array(piece.origin):
+            yield from self._guarded(self._json_lines(piece.origin), piece.origin)
+        else:
+            yield from self._rows(self._load([piece.origin], None), piece.origin)
+        if piece.size is not None and (now := _size(piece.origin)) != piece.size:
+            raise RecipeError.at(self.key, f"{piece.origin} changed while it was read: {piece.size} bytes, now {now}")
+
+    @property
+    def _streamed(self) -> bool:
+        return "[" not in self.source.split and "+" not in self.source.split
+
+    def _load(self, data_files: Any, data_dir: str | None) -> Any:
+        """The `datasets` object; streamed, so that nothing is copied, unless the split is a slice."""
+        import datasets
+
+        source = self.source
+        keywords: dict[str, Any] = {
+            "name": source.name,
+            "data_dir": data_dir,
+            "data_files": list(data_files) if isinstance(data_files, tuple) else data_files,
+            "revision": source.revision,
+            "split": source.split,
+            "streaming": self._streamed,
+            "sample_by": source.sample_by,
+        }
+        try:
+            return datasets.load_dataset(
+                source.path, **{name: value for name, value in keywords.items() if value is not None}
+            )
+        except Exception as error:
+            raise self._cannot_read(_named(data_files) or data_dir or source.path, error) from error
+
+    def _cannot_read(self, what: str, error: BaseException) -> RecipeError:
+        if isinstance(error, StopIteration):  # what looking for the columns of a file without rows ends in
+            return RecipeError.at(self.key, f"the corpus is empty: {what} has no rows")
+        while error.__cause__ is not None:
+            error = error.__cause__
+        line = (str(error).splitlines() or [""])[0]
+        return RecipeError.at(self.key, f"cannot read {what}: {type(error).__name__}: {line:.300}")
+
+    def _rows(self, dataset: Any, origin: str) -> Iterator[Document]:
+        column, row = self.source.text_column, 0
+        batches = iter(dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE))
+        while True:
+            try:
+                table = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._cannot_read(_named(self.source.data_files) or origin, error) from error
+            if column not in table.column_names:
+                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, table.column_names))
+            for value in table.column(column).to_pylist():
+                row += 1
+                yield _document(value, origin, row)
+
+    def _guarded(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
+        """What can't be read to its end is a bad document, of which nobody knows how many it would have been."""
+        row = 0
+        try:
+            for document in documents:
+                row = document.row
+                yield document
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            problem = ("truncated_file", f"cannot be read further: {error}")
+            yield Document("", origin, row + 1, problem=problem)
+
+    def _open(self, origin: str) -> Any:
+        """The decompressed bytes. Arrow's decompressors, because that of zstandard is silent at a truncated file."""
+        import fsspec
+        import pyarrow as pa
+
+        self._raw = fsspec.open(origin, "rb").open()
+        suffix = Path(origin).suffix
+        if suffix == ".xz":
+            return lzma.open(self._raw)
+        if suffix in _ARROW_CODECS:
+            stream = pa.CompressedInputStream(pa.PythonFile(self._raw, "r"), _ARROW_CODECS[suffix])
+            return io.BufferedReader(stream, 2**20)
+        return self._raw
+
+    def _is_json_array(self, origin: str) -> bool:
+        try:
+            with self._open(origin) as file:
+                return bool(file.read(64).lstrip()[:1] == b"[")
+        except (OSError, EOFError, lzma.LZMAError):
+            return False  # reading it will say why
+
+    def _json_lines(self, origin: str) -> Iterator[Document]:
+        """One object a line. By hand, since `datasets` can name neither file nor line of a broken one, nor skip it."""
+        column = self.source.text_column
+        with self._open(origin) as file:
+            for row, line in enumerate(file, 1):
+                try:
+                    value = json.loads(line)
+                except UnicodeDecodeError as error:
+                    problem = ("invalid_utf8", f"not valid UTF-8 ({error.reason}, byte {line[error.start]:#04x})")
+                    yield Document("", origin, row, problem=problem)
+                    continue
+                except (ValueError, RecursionError) as error:
+                    if line.strip():
+                        yield Document("", origin, row, problem=("broken_json", f"broken JSON: {error}"))
+                    continue
+                if not isinstance(value, dict):
+                    yield Document("", origin, row, problem=("broken_json", "not a JSON object"))
+                elif column not in value:
+                    yield Document("", origin, row, problem=("missing_text", _no_column(column, value)))
+                else:
+                    yield _document(value[column], origin, row)
+
+    def _text(self, origin: str) -> Iterator[Document]:
+        """Lines, paragraphs (blank lines between) or the whole file; line ends of any kind are a newline."""
+        # Bytes that are no UTF-8 become lone surrogates, which `_document` finds: so their line is known.
+        with io.TextIOWrapper(self._open(origin), encoding="utf-8", errors="surrogateescape") as file:
+            if self.source.sample_by == "line":
+                for row, line in enumerate(file, 1):
+                    yield _document(line.removesuffix("\n"), origin, row)
+            elif self.source.sample_by == "document":
+                yield _document(file.read(), origin, 1)
+            else:
+                lines: list[str] = []
+                for row, line in enumerate(file, 1):
+                    if line.strip("\n"):
+                        lines.append(line)
+                    elif lines:
+                        yield _document("".join(lines).removesuffix("\n"), origin, row - len(lines))
+                        lines = []
+                if lines:
+                    yield _document("".join(lines).removesuffix("\n"), origin, row - len(lines) + 1)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+def _document(value: Any, origin: str, row: int) -> Document:
+    """A document with what is wrong with its text, if anything is."""
+    if not isinstance(value, str):
+        reason = "null_text" if value is None else "not_text"
+        return Document("", origin, row, problem=(reason, f"{value!r:.100} where text is expected"))
+    try:
+        utf8 = value.encode()
+    except UnicodeEncodeError as error:
+        line = value.count("\n", 0, error.start)
+        byte = ord(value[error.start])
+        what = f"byte {byte - 0xDC00:#04x}" if 0xDC80 <= byte <= 0xDCFF else "a lone surrogate"
+        problem = ("invalid_utf8", f"not valid UTF-8 ({what}); convert it first")
+        return Document("", origin, row + line, problem=problem)
+    if "\0" in value:
+        line = value.count("\n", 0, value.index("\0"))
+        return Document("", origin, row + line, problem=("nul_bytes", "the text holds a NUL character"))
+    return Document(value, origin, row, len(utf8), hashlib.blake2b(utf8, digest_size=16).digest())
+
+
+def _no_column(column: str, columns: Iterable[str]) -> str:
+    return f"no column {column!r}; there are: {', '.join(columns)}"
+
+
+def _named(data_files: Any) -> str:
+    return data_files if isinstance(data_files, str) else ", ".join(data_files or ())
+
+
+def _files(source: SourceSection, key: str) -> list[tuple[str, int | None]]:
+    """Names and sizes of all files, patterns in their order, sorted within each."""
+    found: dict[str, int | None] = {}
+    for pattern in source.patterns or ("**/*",):
+        matches = dict(_expand(source, pattern, key))
+        if not matches:
+            raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
+        found |= matches
+    return list(found.items())
+
+
+def _expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, int | None]]:
+    if "://" not in pattern.removeprefix("file://") and "://" not in (source.data_dir or ""):
+        return [(str(path), path.stat().st_size) for path in _matches(_root(source), pattern)]
+    import fsspec
+
+    url = pattern if "://" in pattern else f"{source.data_dir}/{pattern}"
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
+        infos = [(name, filesystem.info(name)) for name in names]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # what a remote file system raises may be anything
+        raise RecipeError.at(f"{key}.data_files", f"cannot read {url}: {type(error).__name__}: {error}") from error
+    return [(filesystem.unstrip_protocol(name), info.get("size")) for name, info in infos if info["type"] == "file"]
+
+
+def _size(origin: str) -> int | None:
+    if "://" not in origin:
+        return os.stat(origin).st_size
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(origin)
+    filesystem.invalidate_cache()
+    size: int | None = filesystem.info(path).get("size")
+    return size
 
 
 def local_files(source: SourceSection) -> list[Path]:
@@ -124,7 +334,7 @@ def _matches(root: Path, pattern: str) -> list[Path]:
     pattern = pattern.removeprefix("file://")
     if "://" in pattern:
         return []
-    return [Path(match) for match in glob.glob(str(root / pattern), recursive=True) if Path(match).is_file()]
+    return sorted(Path(match) for match in glob.glob(str(root / pattern), recursive=True) if Path(match).is_file())
 
 
 def identity(source: SourceSection) -> list[Any]:
@@ -154,57 +364,79 @@ def _remote_identity(source: SourceSection) -> list[Any]:
         try:
             filesystem, path = fsspec.core.url_to_fs(pattern)
             names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
-            found += [[name, str(filesystem.ukey(name))] for name in names]
+            found += [[name, _version(filesystem.info(name))] for name in names]
         except (OSError, ValueError, ImportError, NotImplementedError):
             found.append(pattern)
     return found
 
 
-def split_documents(data: DataSection) -> Iterator[tuple[int, str, str]]:
-    """All documents as (index of the training source or -1, "train" or "validation", text).
+def _version(info: dict[str, Any]) -> list[str]:
+    """Size and whatever a file system has to tell two versions of a file apart."""
+    keys = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash", "generation")
+    return [str(info[key]) for key in keys if info.get(key) is not None]
 
-    Validation documents of `validation_sources` come first, with index -1. A training document whose text stands
-    among them comes with split "duplicate" and is not to be trained on.
+
+class Splitter:
+    """Which part of a document is trained on and which is held out.
+
+    `held_out`: digests of the documents of `data.validation_sources`, which are never trained on.
     """
-    held_out: set[bytes] = set()
+
+    def __init__(self, data: DataSection, held_out: frozenset[bytes] = frozenset()):
+        self._fraction, self._by, self._held_out = data.validation_fraction, data.validation_by, held_out
+
+    def __call__(self, document: Document) -> list[tuple[str, str]]:
+        """(`train` or `validation` or the reason why it is dropped, text) of a training source's document."""
+        text = document.text
+        if document.problem is not None:
+            return [(document.problem[0], text)]
+        if not text:
+            return [("empty", text)]
+        if self._held_out and document.digest in self._held_out:
+            return [("also_in_validation", text)]
+        if not self._fraction:
+            return [("train", text)]
+        if self._by == "document":
+            # The hash as a number in [0, 1): a document keeps its side whatever else is in the corpus.
+            drawn = int.from_bytes(document.digest[:8], "big") < self._fraction * 2**64
+            return [("validation" if drawn else "train", text)]
+        cut = int(len(text) * (1 - self._fraction))
+        return [(split, part) for split, part in (("train", text[:cut]), ("validation", text[cut:])) if part]
+
+
+def held_out_digests(data: DataSection) -> frozenset[bytes]:
+    """Digests of all documents of `data.validation_sources`."""
+    return frozenset(document.digest for _, document in _validation_sources(data) if document.text)
+
+
+def _validation_sources(data: DataSection) -> Iterator[tuple[int, Document]]:
     for number, source in enumerate(data.validation_sources):
-        for text in documents(source, f"data.validation_sources.{number}"):
-            held_out.add(_digest(text))
-            yield -1, "validation", text
-    for number, source in enumerate(data.sources):
-        for text in documents(source, f"data.sources.{number}"):
-            if held_out and text and _digest(text) in held_out:
-                yield number, "duplicate", text
-            elif not data.validation_fraction:
-                yield number, "train", text
-            elif data.validation_by == "document":
-                yield number, ("validation" if _drawn(text, data.validation_fraction) else "train"), text
-            else:
-                cut = int(len(text) * (1 - data.validation_fraction))
-                yield number, "train", text[:cut]
-                yield number, "validation", text[cut:]
+        for document in Reader(source, f"data.validation_sources.{number}", data.on_bad_document).read():
+            yield number, document
 
 
 def training_documents(data: DataSection) -> Iterator[str]:
-    """Only the documents that are trained on, for training a tokenizer."""
-    return (text for _, split, text in split_documents(data) if split == "train" and text)
+    """Only the text that is trained on, for training a tokenizer."""
+    return _of_split(data, "train")
 
 
 def validation_documents(data: DataSection) -> Iterator[str]:
-    """Only the documents that are held out."""
-    return (text for _, split, text in split_documents(data) if split == "validation" and text)
+    """Only the text that is held out."""
+    if data.validation_sources:
+        return (document.text for _, document in _validation_sources(data) if document.text)
+    return _of_split(data, "validation")
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _of_split(data: DataSection, wanted: str) -> Iterator[str]:
+    splitter = Splitter(data, held_out_digests(data))
+    for number, source in enumerate(data.sources):
+        for document in Reader(source, f"data.sources.{number}", data.on_bad_document).read():
+            for split, text in splitter(document):
+                if split == wanted:
+                    yield text
 
 
-def _drawn(text: str, fraction: float) -> bool:
-    """Whether a document is held out: its hash as a number in [0, 1) is below `fraction`."""
-    return int.from_bytes(_digest(text)[:8], "big") < fraction * 2**64
-
-
-def _python_stdlib() -> Iterator[str]:
+def _python_stdlib() -> Iterator[Document]:
     """Source of the standard library's modules, sorted by path; left out are tests, tables of character sets, and
     packages installed beside it."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -220,13 +452,12 @@ def _python_stdlib() -> Iterator[str]:
         "turtledemo",
     }
     for path in sorted(root.rglob("*.py")):
-        if left_out.isdisjoint(path.relative_to(root).parts):
-            yield from _source(path)
-
-
-def _source(path: Path) -> Iterable[str]:
-    try:
-        with tokenize.open(path) as file:
-            return [file.read()]
-    except (SyntaxError, UnicodeDecodeError):
-        return []  # Python itself could not read the module in its declared encoding
+        name = path.relative_to(root)
+        if left_out.isdisjoint(name.parts):
+            try:
+                with tokenize.open(path) as file:
+                    text = file.read()
+            except (SyntaxError, UnicodeDecodeError):
+                continue  # Python itself could not read the module in its declared encoding
+            if "\0" not in text:
+                yield _document(text, f"{PYTHON_STDLIB}/{name.as_posix()}", 1)

@@ -9,8 +9,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from hfpretrain.recipe import RecipeError
 
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
@@ -25,6 +29,26 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of files by their name below `folder`; they are on the disk when this returns."""
+    found = {}
+    for path in paths:
+        found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        _fsync(path)
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whoever else writes it at the same time."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=INCOMPLETE, delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    _fsync(path.parent)
+
+
 def work_folder(path: Path) -> Path:
     """An empty folder beside `path` to write into before `seal`."""
     work = path.with_name(path.name + INCOMPLETE)
@@ -33,14 +57,18 @@ def work_folder(path: Path) -> Path:
     return work
 
 
-def seal(work: Path, path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Complete `work`: manifest of `content` and every file's size and checksum, then rename to `path`."""
-    entries = {}
-    for file in sorted(work.rglob("*")):
-        if file.is_file():
-            entries[file.relative_to(work).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
-            _fsync(file)
-    manifest = {**content, "files": entries}
+def seal(
+    work: Path, path: Path, content: dict[str, Any], known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Complete `work`: manifest of `content` and every file's size and checksum, then rename to `path`.
+
+    `known`: entries that files must have. Raises `RecipeError` if one has another.
+    """
+    found = entries(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
+    for name, entry in (known or {}).items():
+        if found.get(name) != entry:
+            raise RecipeError.at(str(work / name), f"is not what was written; delete {work} and prepare again")
+    manifest = {**content, "files": found}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _fsync(work / MANIFEST)
     shutil.rmtree(path, ignore_errors=True)

@@ -1,31 +1,48 @@
 """Documents to fixed blocks of token ids on disk, with the manifest that accounts for every document and token.
 
-Documents are tokenized without special tokens, each is followed by one EOS, the stream is cut into rows of
-`block_size`. What is left at the end of a stream is less than one block; its ids stand in the manifest.
+Documents are tokenized without special tokens and each is followed by one EOS. The corpus is worked through in parts,
+whose bounds depend on the text alone: a part is packed by itself and sealed by its own account in `parts/`, so that
+preparation can stop anywhere, and several machines can each do some parts. What a part has left over is less than one
+block; `join` makes blocks of all leftovers, and what is left of those stands in the manifest.
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import os
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hfpretrain import files
+from hfpretrain import files, hygiene
+from hfpretrain.prepared import (
+    VALIDATION,
+    PreparedData,
+    digests,
+    features,
+    part_account,
+    part_source,
+    token_chunks,
+    write_table,
+)
 from hfpretrain.recipe import DataSection, RecipeError, TokenizerSection
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-FORMAT = 1
-VALIDATION = "validation"
+FORMAT = 2
+PART_CHARS = 2**26
+PART_DOCUMENTS = 2**18
+_BATCH_CHARS, _BATCH_DOCUMENTS = 2**16, 1000
 _ROWS_PER_BATCH = 512
-_BATCHES_PER_SHARD = 256
+_BEST_FIT_TOKENS = 2**21
+_READ = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
 
 
 def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any]) -> str:
@@ -34,124 +51,404 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     `identities` is what the sources and the tokenizer were at the time (size and time of files, commit on the Hub).
     A changed source, tokenizer or block size gives another name, so nothing stale is ever used.
     """
-    content = data.model_dump(mode="json", exclude={"prepared_dir"})
+    content = data.model_dump(mode="json", exclude={"prepared_dir", "stages"})
     for source in content["sources"]:
         # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
         source["weight"] = source["weight"] is not None
+        del source["max_epochs"]
     text = json.dumps([FORMAT, content, tokenizer.model_dump(mode="json"), identities], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """A prepared folder: `train-0`, `train-1`, ... (more than one for weighted sources), `validation`, `tokenizer`."""
+class Encoder(Protocol):
+    """What `tokenizer.Encoder` is."""
 
-    path: Path
-    manifest: dict[str, Any]
+    dtype: np.dtype[Any]
+    eos_token_id: int
+    tokenizer_sha256: str
 
-    @classmethod
-    def open(cls, path: Path) -> PreparedData | None:
-        """The folder if it is whole, else None."""
-        manifest = files.manifest_of(path)
-        return None if manifest is None else cls(path, manifest)
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text and EOS: (n,) of `dtype`."""
+
+
+class Item(NamedTuple):
+    """A document, or its part for one split."""
+
+    split: str
+    text: str
+    num_bytes: int
+    digest: int
+    """64 bits that are equal for equal texts."""
+    origin: str
+    row: int
+
+
+@dataclass
+class Batch:
+    """Some documents of one part in their order, and what was read to find them."""
+
+    part: str
+    items: list[Item] = field(default_factory=list)
+    documents_read: int = 0
+    documents_kept: int = 0
+    bytes_read: int = 0
+    bytes_dropped: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    chars: int = 0
+    ends_part: bool = False
+    ends_group: bool = False
 
     @property
-    def checksum(self) -> str:
-        """One hash of all blocks and the tokenizer."""
-        entries = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
-        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def train_splits(self) -> list[str]:
-        """Names of the training streams, in the order of `data.sources`."""
-        names = [name for name in self.manifest["splits"] if name != VALIDATION]
-        return sorted(names, key=lambda name: int(name.removeprefix("train-")))
-
-    def blocks(self, split: str) -> list[np.ndarray]:
-        """Rows of a split as zero-copy views of its memory-mapped batches: uint16 or uint32 (rows, block_size)."""
-        import datasets
-
-        column = datasets.load_from_disk(str(self.path / split)).data.column("input_ids")
-        return [
-            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.manifest["block_size"])
-            for chunk in column.chunks
-            if len(chunk)
-        ]
+    def is_full(self) -> bool:
+        """Whether it is time to tokenize it."""
+        return self.chars >= _BATCH_CHARS or len(self.items) >= _BATCH_DOCUMENTS
 
 
 def pack(
-    path: Path,
-    documents: Iterable[tuple[int, str, str]],
-    tokenizer: PreTrainedTokenizerFast,
+    work: Path,
+    batches: Iterable[Batch],
+    encode: Encoder,
     bytes_of_token: np.ndarray,
     data: DataSection,
-    extra: dict[str, Any],
-) -> PreparedData:
-    """Tokenize and pack `documents` (source index, split, text) into the folder `path`.
+    num_workers: int,
+    progress: Callable[[Batch, int], None] = lambda batch, tokens: None,
+) -> None:
+    """Tokenize `batches` on `num_workers` threads and write their parts into the folder `work`.
 
-    `bytes_of_token`: int64 (vocabulary,). `extra` goes into the manifest as it is. The folder appears whole or not at
-    all. Raises `RecipeError` for a corpus without text and for one shorter than a block.
+    `bytes_of_token`: int64 (vocabulary,). A part that is not finished leaves no account and is done again next time.
+    The bytes written depend on the documents alone. `progress` is called with each batch and its tokens.
     """
-    work = files.work_folder(path)
-    backend = tokenizer.backend_tokenizer
-    weighted = data.sources[0].weight is not None
-    dtype = np.dtype(np.uint16 if len(bytes_of_token) <= 2**16 else np.uint32)
-    names = [f"train-{number}" for number in range(len(data.sources) if weighted else 1)]
+    for folder in ("parts", "documents"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+    part: _Part | None = None
+
+    def write(batch: Batch, encoded: list[np.ndarray]) -> None:
+        nonlocal part
+        part = part or _Part(work, batch.part, data, encode)
+        part.add(batch, encoded, bytes_of_token)
+        if batch.ends_part:
+            part.close(batch.ends_group)
+            part = None
+        progress(batch, sum(map(len, encoded)))
+
+    # tokenizers lets go of Python's lock; with one thread of it for each of ours none waits for the longest document.
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        with ThreadPoolExecutor(num_workers) as pool:
+            pending: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
+            try:
+                for batch in batches:
+                    pending.append((batch, pool.submit(encode, [item.text for item in batch.items])))
+                    while len(pending) > 2 * num_workers or (pending and pending[0][1].done()):
+                        done, future = pending.popleft()
+                        write(done, future.result())
+                while pending:
+                    done, future = pending.popleft()
+                    write(done, future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        if parallelism is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+
+
+class _Part:
+    """One part being packed: a stream for each split, and the account."""
+
+    def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder):
+        self._work, self._key, self._data, self._encoder = work, key, data, encoder
+        self._streams: dict[str, _Stream] = {}
+        self._origins: dict[str, int] = {}
+        self._read: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+
+    def add(self, batch: Batch, encoded: list[np.ndarray], bytes_of_token: np.ndarray) -> None:
+        """Append the documents of a batch; `encoded` as of `Encoder`."""
+        self._read.update({name: getattr(batch, name) for name in _READ})
+        self._dropped.update(batch.dropped)
+        for item, ids in zip(batch.items, encoded, strict=True):
+            stream = self._streams.get(item.split) or self._open(item.split)
+            origin = self._origins.setdefault(item.origin, len(self._origins))
+            stream.add(ids, item, origin)
+            stream.token_bytes += int(bytes_of_token[ids].sum())
+
+    def _open(self, split: str) -> _Stream:
+        # Padding would make the validation depend on the packing of the training text.
+        best_fit = self._data.packing == "best_fit" and split != VALIDATION
+        kind = _BestFit if best_fit else _Stream
+        stream = kind(self._work, split, self._key, self._data.block_size, self._encoder)
+        self._streams[split] = stream
+        return stream
+
+    def close(self, ends_group: bool) -> None:
+        """Write what is whole, and last of all the account, which makes the part count."""
+        splits = {name: stream.close() for name, stream in sorted(self._streams.items())}
+        written = sorted(path for stream in self._streams.values() for path in stream.paths)
+        account = {
+            **{name: self._read[name] for name in _READ},
+            "dropped": dict(sorted(self._dropped.items())),
+            "splits": splits,
+            "origins": list(self._origins),
+            "ends_group": ends_group,
+            "tokenizer_sha256": self._encoder.tokenizer_sha256,
+            "files": files.entries(self._work, written),
+        }
+        files.write_whole(self._work / "parts" / f"{self._key}.json", json.dumps(account, indent=1))
+
+
+class _Stream:
+    """Tokens of one split of one part being cut into rows: documents in a row, `concat`."""
+
+    def __init__(self, work: Path, split: str, key: str, block_size: int, encoder: Encoder):
+        self._path = work / split / f"data-{key}.arrow"
+        self._table = work / "documents" / f"{split}-{key}.parquet"
+        self._block_size, self._dtype, self._eos_token_id = block_size, encoder.dtype, encoder.eos_token_id
+        self._writer = _RowWriter(self._path, block_size, encoder.dtype)
+        self._pending: list[np.ndarray] = []
+        self._num_pending = 0
+        self._columns = {"start": array("q"), "offset": array("q"), "origin": array("q"), "row": array("q")}
+        self.digests = array("Q")
+        self.documents = self.bytes = self.tokens = self.rows = self.padding = self.token_bytes = 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of this stream."""
+        return [self._path, self._table] if self.rows else [self._table]
+
+    def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
+        """Append one document, separator included."""
+        self._locate(self.tokens + self.documents, 0, origin, item.row, item.digest)
+        self._count(ids, item)
+        self._pending.append(ids)
+        self._num_pending += len(ids)
+        if self._num_pending >= _ROWS_PER_BATCH * self._block_size:
+            stream = np.concatenate(self._pending)
+            rows = len(stream) // self._block_size // _ROWS_PER_BATCH * _ROWS_PER_BATCH
+            self.rows += self._writer.write(stream[: rows * self._block_size])
+            self._pending = [stream[rows * self._block_size :].copy()]
+            self._num_pending = len(self._pending[0])
+
+    def _count(self, ids: np.ndarray, item: Item) -> None:
+        self.documents += 1
+        self.bytes += item.num_bytes
+        self.tokens += len(ids) - 1
+
+    def _locate(self, start: int, offset: int, origin: int, row: int, digest: int) -> None:
+        for name, value in (("start", start), ("offset", offset), ("origin", origin), ("row", row)):
+            self._columns[name].append(value)
+        self.digests.append(digest)
+
+    def _rest(self) -> np.ndarray:
+        """What makes no whole row, after all that does is written."""
+        stream = np.concatenate([np.zeros(0, self._dtype), *self._pending])
+        whole = len(stream) // self._block_size * self._block_size
+        if whole:
+            self.rows += self._writer.write(stream[:whole])
+        return stream[whole:]
+
+    def close(self) -> dict[str, Any]:
+        """Write all that is left, and return the account."""
+        remainder = self._rest()
+        self._writer.close()
+        table = {name: np.frombuffer(values, dtype=np.int64) for name, values in self._columns.items()}
+        end = self.rows * self._block_size
+        assert end + len(remainder) == self.tokens + self.documents + self.padding, "tokens in and out differ"
+        first = max(0, int(np.searchsorted(table["start"], end, side="right")) - 1)
+        in_remainder = [
+            [max(0, int(start) - end), int(offset) + max(0, end - int(start)), int(origin), int(row)]
+            for start, offset, origin, row in zip(*(table[name][first:] for name in table), strict=True)
+        ]
+        order = np.argsort(table["start"], kind="stable")
+        digests = np.frombuffer(self.digests, dtype=np.uint64)
+        write_table(self._table, {**{k: v[order] for k, v in table.items()}, "digest": digests[order]})
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "separators": self.documents,
+            "padding": self.padding,
+            "rows": self.rows,
+            "remainder": len(remainder),
+            "remainder_ids": remainder.tolist(),
+            "remainder_documents": in_remainder if len(remainder) else [],
+            "token_bytes": self.token_bytes,
+        }
+
+
+class _BestFit(_Stream):
+    """No document shorter than a block is cut: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
+
+    A padded row ends in EOS repeated; a document is never empty, so all but the first of those are padding.
+    """
+
+    def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
+        """Append one document, separator included."""
+        self._count(ids, item)
+        start, size = 0, self._block_size
+        while start < len(ids):
+            # A separator alone in a row would look like padding, so the last piece has two tokens.
+            take = min(size, len(ids) - start) - (len(ids) - start == size + 1)
+            self._pieces.append((ids[start : start + take], start, origin, item.row, item.digest))
+            start += take
+        self._num_pending += len(ids)
+        if self._num_pending >= _BEST_FIT_TOKENS:
+            self._flush()
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._pieces: list[tuple[np.ndarray, int, int, int, int]] = []
+
+    def _flush(self) -> None:
+        size = self._block_size
+        used: list[int] = []
+        by_room: dict[int, list[int]] = {}
+        rooms: list[int] = []
+        places: list[tuple[int, int]] = [(0, 0)] * len(self._pieces)
+        for index in sorted(range(len(self._pieces)), key=lambda i: -len(self._pieces[i][0])):
+            length = len(self._pieces[index][0])
+            fits = bisect.bisect_left(rooms, length)
+            if fits < len(rooms):
+                room = rooms[fits]
+                bin_index = by_room[room].pop()
+                if not by_room[room]:
+                    del rooms[fits], by_room[room]
+            else:
+                bin_index, room = len(used), size
+                used.append(0)
+            places[index] = (bin_index, used[bin_index])
+            used[bin_index] += length
+            if room > length:
+                if room - length not in by_room:
+                    bisect.insort(rooms, room - length)
+                by_room.setdefault(room - length, []).append(bin_index)
+        rows = np.full((len(used), size), self._eos_token_id, dtype=self._dtype)
+        for (ids, offset, origin, row, digest), (bin_index, at) in zip(self._pieces, places, strict=True):
+            rows[bin_index, at : at + len(ids)] = ids
+            self._locate((self.rows + bin_index) * size + at, offset, origin, row, digest)
+        self.padding += rows.size - sum(used)
+        if len(rows):
+            self.rows += self._writer.write(rows.reshape(-1))
+        self._pieces, self._num_pending = [], 0
+
+    def _rest(self) -> np.ndarray:
+        self._flush()
+        return np.zeros(0, self._dtype)
+
+
+def join(
+    work: Path,
+    path: Path,
+    parts: list[str],
+    data: DataSection,
+    eos_token_id: int,
+    dtype: np.dtype[Any],
+    extra: dict[str, Any],
+    num_workers: int = 1,
+) -> PreparedData:
+    """Make one prepared folder `path` of all finished `parts` (in their order) of `work`, without copying tokens.
+
+    Every file is compared with the checksum in its part's account. `extra` goes into the manifest as it is.
+    Raises `RecipeError` for a corpus without text, one shorter than a block, and files that changed since.
+    """
+    accounts = {key: account for key in parts if (account := part_account(work, key)) is not None}
+    assert len(accounts) == len(parts), "a part is missing"
+    if len({account["tokenizer_sha256"] for account in accounts.values()}) > 1:
+        raise RecipeError.at("tokenizer", f"parts in {work} were made by different tokenizers; delete the folder")
+    known = {name: entry for account in accounts.values() for name, entry in account["files"].items()}
+    names = [f"train-{number}" for number in range(len(data.sources) if data.weights else 1)]
     names += [VALIDATION] if data.has_validation else []
-    streams = {name: _Stream(work / name, data.block_size, dtype, tokenizer.eos_token_id) for name in names}
-    dropped: Counter[str] = Counter()
-    per_source: Counter[int] = Counter()
-    # A document that contains the text of a special token must not forge a document boundary.
-    backend.encode_special_tokens = True
-    for batch in _batches(documents, dropped):
-        encodings = backend.encode_batch_fast([text for _, _, text in batch], add_special_tokens=False)
-        for (source, split, text), encoding in zip(batch, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=dtype)
-            per_source[source] += 1
-            name = VALIDATION if split == VALIDATION else f"train-{source if weighted else 0}"
-            streams[name].add(ids, len(text.encode("utf-8", "surrogatepass")), int(bytes_of_token[ids].sum()))
-    backend.encode_special_tokens = False
-    splits = {name: stream.close() for name, stream in streams.items()}
-    _require_text(splits, data, per_source, dropped)
-    tokenizer.save_pretrained(work / "tokenizer")
+    sources = _by_source(accounts, len(data.sources))
+    splits = {name: _join_split(work, name, accounts, data.block_size, dtype) for name in names}
+    _require_text(splits, data, sources)
     content = {
         "format": FORMAT,
         "block_size": data.block_size,
+        "packing": data.packing,
         "dtype": dtype.name,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": eos_token_id,
         "tokenizer_sha256": files.sha256(work / "tokenizer" / "tokenizer.json"),
-        "documents_dropped": dict(dropped),
+        "sources": sources,
         "splits": splits,
+        "hygiene": _hygiene(work, accounts, splits, eos_token_id, num_workers),
         **extra,
     }
-    return PreparedData(path, files.seal(work, path, content))
+    return PreparedData(path, files.seal(work, path, content, known))
 
 
-def _batches(
-    documents: Iterable[tuple[int, str, str]], dropped: Counter[str], max_documents: int = 1000, max_chars: int = 2**22
-) -> Iterator[list[tuple[int, str, str]]]:
-    batch: list[tuple[int, str, str]] = []
-    chars = 0
-    for document in documents:
-        _, split, text = document
-        if not text or split == "duplicate":
-            dropped["also_in_validation" if text else "empty"] += 1
-            continue
-        batch.append(document)
-        chars += len(text)
-        if len(batch) == max_documents or chars >= max_chars:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:
+    """What was read, dropped and kept of each source; the validation sources together as the last."""
+    sources: list[dict[str, Any]] = []
+    for number in [*range(num_sources), None]:
+        mine = [account for key, account in accounts.items() if part_source(key) == number]
+        entry: dict[str, Any] = {name: sum(a[name] for a in mine) for name in _READ}
+        entry["dropped"] = dict(sum((Counter(account["dropped"]) for account in mine), Counter()))
+        for kind in ("train", VALIDATION):
+            of_kind = [e for a in mine for name, e in a["splits"].items() if name.startswith(kind)]
+            entry[kind] = {
+                name: sum(e[name] for e in of_kind) for name in ("documents", "bytes", "tokens", "separators")
+            }
+        tokens = entry["train"]["tokens"] + entry[VALIDATION]["tokens"]
+        kept = entry["train"]["bytes"] + entry[VALIDATION]["bytes"]
+        entry["bytes_per_token"] = kept / tokens if tokens else None
+        if number is not None or mine:
+            sources.append(entry)
+    return sources
 
 
-def _require_text(splits: dict[str, Any], data: DataSection, per_source: Counter[int], dropped: Counter[str]) -> None:
+def _join_split(
+    work: Path, split: str, accounts: dict[str, Any], block_size: int, dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    """Blocks of what the parts have left over, the files that make the folder one of `datasets`, and the account."""
+    from datasets import DatasetInfo
+
+    entries = {key: account["splits"][split] for key, account in accounts.items() if split in account["splits"]}
+    parts = [[key, entry["rows"]] for key, entry in entries.items() if entry["rows"]]
+    columns: dict[str, list[int]] = {"start": [], "offset": [], "origin": [], "row": []}
+    ids: list[int] = []
+    origins: dict[str, int] = {}
+    for key, entry in entries.items():
+        for start, offset, origin, row in entry["remainder_documents"]:
+            number = origins.setdefault(accounts[key]["origins"][origin], len(origins))
+            for name, value in zip(columns, (len(ids) + start, offset, number, row), strict=True):
+                columns[name].append(value)
+        ids += entry["remainder_ids"]
+    rows = len(ids) // block_size
+    if rows or not parts:
+        key = f"joined-{split}"
+        writer = _RowWriter(work / split / f"data-{key}.arrow", block_size, dtype)
+        writer.write(np.array(ids[: rows * block_size], dtype=dtype))
+        writer.close()
+        write_table(work / "documents" / f"{split}-{key}.parquet", {k: np.array(v) for k, v in columns.items()})
+        files.write_whole(work / "parts" / f"{key}.json", json.dumps({"origins": list(origins)}))
+        parts.append([key, rows])
+    names = ("documents", "bytes", "tokens", "separators", "padding", "token_bytes")
+    total = {name: sum(entry[name] for entry in entries.values()) for name in names}
+    DatasetInfo(features=features(block_size, dtype)).write_to_directory(str(work / split))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": f"data-{key}.arrow"} for key, _ in parts],
+        "_fingerprint": hashlib.sha256(json.dumps([split, parts, total]).encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (work / split / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    remainder = ids[rows * block_size :]
+    num_rows = sum(rows for _, rows in parts)
+    assert num_rows * block_size + len(remainder) == sum(total[n] for n in ("tokens", "separators", "padding"))
+    return {**total, "rows": num_rows, "remainder": len(remainder), "remainder_ids": remainder, "parts": parts}
+
+
+def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[str, Any]]) -> None:
     for number in range(len(data.sources)):
-        if not per_source[number]:
-            why = "no document with text"
-            if dropped["also_in_validation"]:
-                why = f"{dropped['also_in_validation']:,} documents also stand in validation_sources and are dropped"
+        if not sources[number]["train"]["documents"] and not sources[number][VALIDATION]["documents"]:
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in sources[number]["dropped"].items())
+            why = f"no document with text ({dropped or 'nothing read'})"
             raise RecipeError.at(f"data.sources.{number}", f"the corpus is empty: {why}")
     for name, entry in splits.items():
         if name == VALIDATION:
@@ -159,7 +456,7 @@ def _require_text(splits: dict[str, Any], data: DataSection, per_source: Counter
                 key = "data.validation_sources" if data.validation_sources else "data.validation_fraction"
                 raise RecipeError.at(key, "the validation split is empty; take a larger fraction or another source")
             continue
-        key = f"data.sources.{name.removeprefix('train-')}" if data.sources[0].weight is not None else "data.sources"
+        key = f"data.sources.{name.removeprefix('train-')}" if data.weights else "data.sources"
         if not entry["documents"]:
             raise RecipeError.at(key, "no document is left to train on; lower data.validation_fraction")
         if not entry["rows"]:
@@ -170,95 +467,47 @@ def _require_text(splits: dict[str, Any], data: DataSection, per_source: Counter
             )
 
 
-@dataclass
-class _Stream:
-    """One stream of tokens being cut into rows, and its account."""
+def _hygiene(
+    work: Path, accounts: dict[str, Any], splits: dict[str, Any], eos_token_id: int, num_workers: int
+) -> dict[str, Any]:
+    """Exact duplicates among the documents of train and of validation, and n-grams of validation found in train."""
+    result: dict[str, Any] = {}
+    train = [name for name in splits if name != VALIDATION]
+    for kind, names in (("train", train), (VALIDATION, [name for name in splits if name == VALIDATION])):
+        tables = [work / "documents" / f"{name}-{key}.parquet" for name in names for key in accounts]
+        tables = [table for table in tables if table.exists()]
+        total = sum(splits[name]["documents"] for name in names)
+        result[f"{kind}_duplicates"] = total - hygiene.num_distinct(functools.partial(map, digests, tables), total)
+    if VALIDATION in splits:
+        chunks = {name: token_chunks(work / name, splits[name]) for name in splits}
+        held_out = chunks.pop(VALIDATION)
+        trained_on = (chunk for name in train for chunk in chunks[name])
+        result["validation_ngrams"] = hygiene.ngram_overlap(held_out, trained_on, eos_token_id, num_workers=num_workers)
+    return result
 
-    path: Path
-    block_size: int
-    dtype: np.dtype[Any]
-    eos_token_id: int
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    token_bytes: int = 0
-    rows: int = 0
-    pending: list[np.ndarray] = field(default_factory=list)
-    num_pending: int = 0
-    num_batches: int = 0
-    writer: Any = None
-    shards: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        from datasets import Features, List, Value
+class _RowWriter:
+    """An arrow file of rows, made with the first of them, in batches of equal size but the last of a call."""
 
-        self.path.mkdir()
-        self.features = Features({"input_ids": List(Value(self.dtype.name), length=self.block_size)})
+    def __init__(self, path: Path, block_size: int, dtype: np.dtype[Any]):
+        self._path, self._block_size = path, block_size
+        self._file: Any = None
+        self._schema = features(block_size, dtype).arrow_schema
 
-    def add(self, ids: np.ndarray, num_bytes: int, token_bytes: int) -> None:
-        """Append one document and its separator."""
-        self.documents += 1
-        self.bytes += num_bytes
-        self.tokens += len(ids)
-        self.token_bytes += token_bytes
-        self.pending += [ids, np.array([self.eos_token_id], dtype=self.dtype)]
-        self.num_pending += len(ids) + 1
-        if self.num_pending >= _ROWS_PER_BATCH * self.block_size:
-            self._write(multiple_of=_ROWS_PER_BATCH)
-
-    def _write(self, multiple_of: int) -> np.ndarray:
-        """Write the pending rows, as many as are a multiple; return what stays pending.
-
-        Every batch but the last has the same number of rows, so that the bytes on disk depend on the text alone.
-        """
+    def write(self, flat: np.ndarray) -> int:
+        """Append ids (rows * block_size,); returns the number of rows."""
         import pyarrow as pa
 
-        stream = np.concatenate([np.zeros(0, dtype=self.dtype), *self.pending])
-        rows = len(stream) // self.block_size // multiple_of * multiple_of
-        for start in range(0, rows, _ROWS_PER_BATCH):
-            flat = stream[start * self.block_size : min(start + _ROWS_PER_BATCH, rows) * self.block_size]
-            column = pa.FixedSizeListArray.from_arrays(pa.array(flat), self.block_size)
-            self._open_shard().write_batch(pa.record_batch([column], schema=self.features.arrow_schema))
-            self.num_batches += 1
-        remainder = stream[rows * self.block_size :].copy()
-        self.pending, self.num_pending, self.rows = [remainder], len(remainder), self.rows + rows
-        return remainder
+        if self._file is None:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = pa.ipc.new_stream(self._path, self._schema)
+        size = _ROWS_PER_BATCH * self._block_size
+        for start in range(0, len(flat), size):
+            column = pa.FixedSizeListArray.from_arrays(pa.array(flat[start : start + size]), self._block_size)
+            self._file.write_batch(pa.record_batch([column], schema=self._schema))
+        return len(flat) // self._block_size
 
-    def _open_shard(self) -> Any:
-        import pyarrow as pa
-
-        if self.num_batches == len(self.shards) * _BATCHES_PER_SHARD:
-            if self.writer is not None:
-                self.writer.close()
-            self.shards.append(f"data-{len(self.shards):05d}.arrow")
-            self.writer = pa.ipc.new_stream(self.path / self.shards[-1], self.features.arrow_schema)
-        return self.writer
-
-    def close(self) -> dict[str, Any]:
-        """Write what is whole, make the folder one that `datasets.load_from_disk` opens, and return the account."""
-        from datasets import DatasetInfo
-
-        remainder = self._write(multiple_of=1)
-        self._open_shard().close()
-        assert self.rows * self.block_size + len(remainder) == self.tokens + self.documents, "tokens in and out differ"
-        DatasetInfo(features=self.features).write_to_directory(str(self.path))
-        state: dict[str, Any] = {
-            "_data_files": [{"filename": name} for name in self.shards],
-            "_fingerprint": hashlib.sha256(str((self.path.name, self.rows, self.tokens)).encode()).hexdigest()[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        }
-        (self.path / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        return {
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "tokens": self.tokens,
-            "separators": self.documents,
-            "rows": self.rows,
-            "remainder": len(remainder),
-            "remainder_ids": remainder.tolist(),
-            "token_bytes": self.token_bytes,
-        }
+    def close(self) -> None:
+        """Finish the file, if there is one."""
+        if self._file is not None:
+            self._file.close()

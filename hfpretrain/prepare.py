@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import platform
+import shutil
+import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain import corpus, files, packing, tokenizer
-from hfpretrain.packing import PreparedData
+import numpy as np
+
+from hfpretrain import corpus, files, hygiene, packing, tokenizer
+from hfpretrain.corpus import Document, Reader, Splitter
+from hfpretrain.packing import Batch, Item
+from hfpretrain.prepared import VALIDATION, PreparedData, part_account, part_key
 from hfpretrain.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
@@ -32,26 +39,35 @@ def prepared_path(recipe: Recipe) -> Path:
     return recipe.prepared_dir / packing.fingerprint(recipe.data, recipe.tokenizer, identities)
 
 
-def prepare(recipe: Recipe) -> PreparedData:
-    """The recipe's prepared data: opened if they are there, made otherwise.
+def num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Raises `RecipeError` for what is wrong with the sources.
+
+def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
+    """The recipe's prepared data: opened if they are there, made or finished otherwise.
+
+    `num_workers` threads tokenize, by default one for each core; their number changes no byte. Stopped anywhere, the
+    next call goes on behind the last finished part. Raises `RecipeError` for what is wrong with the sources.
     """
-    from filelock import FileLock
-
     path = prepared_path(recipe)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError.at("data.prepared_dir", f"{path.parent} can't be made: {error.strerror}") from error
-    with FileLock(str(path) + ".lock"):
+    with _locked(path, ".lock"):
         prepared = PreparedData.open(path)
         if prepared is None:
-            return _prepare(recipe, path)
+            return _Preparation(recipe, path, num_workers or num_cores()).all()
         reason = files.damage(path, checksums=False)
         if reason is not None:
             raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path}")
         return prepared
+
+
+def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | None = None) -> Path:
+    """Share `index` (from 0) of `count` machines that prepare one corpus in one folder; `prepare` then joins them."""
+    path = prepared_path(recipe)
+    with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
+        if PreparedData.open(path) is None:
+            _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
+    return path
 
 
 def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData:
@@ -72,56 +88,273 @@ def load_prepared_tokenizer(prepared: PreparedData) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(prepared.path / "tokenizer")
 
 
-def _prepare(recipe: Recipe, path: Path) -> PreparedData:
-    import datasets
+@contextlib.contextmanager
+def _locked(path: Path, suffix: str) -> Iterator[None]:
+    """Alone at `path`, with errors of the disk as errors of the user."""
+    from filelock import FileLock
 
-    datasets.disable_progress_bars()
-    start = time.perf_counter()
-    if recipe.tokenizer.pretrained is not None:
-        fast_tokenizer = tokenizer.load_tokenizer(recipe.tokenizer)
-    else:
-        logger.info("training the tokenizer on the training text")
-        documents = _progress(corpus.training_documents(recipe.data), "tokenizer")
-        fast_tokenizer = tokenizer.train_tokenizer(recipe.tokenizer, documents)
-    logger.info("tokenizing and packing into blocks of %d tokens", recipe.data.block_size)
-    vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, fast_tokenizer)
-    extra = {
-        "vocab_size": vocab_size,
-        "tokenizer_size": tokenizer.tokenizer_size(fast_tokenizer),
-        "sources": [source.model_dump(mode="json", exclude_none=True) for source in recipe.data.sources],
-        "source_identities": [corpus.identity(source) for source in recipe.data.sources],
-        "versions": {name: version(name) for name in ("datasets", "tokenizers", "transformers")}
-        | {"python": platform.python_version()},
-    }
-    prepared = packing.pack(
-        path,
-        _progress(corpus.split_documents(recipe.data), "packing"),
-        fast_tokenizer,
-        tokenizer.token_bytes(fast_tokenizer, vocab_size),
-        recipe.data,
-        extra,
-    )
-    logger.info("prepared %s in %.1f s", path, time.perf_counter() - start)
-    return prepared
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(path) + suffix):
+            yield
+    except OSError as error:
+        raise RecipeError.at(
+            "data.prepared_dir",
+            f"cannot write {error.filename or path}: {error.strerror or error}; what is finished stays, and the same "
+            "command goes on from there",
+        ) from error
 
 
-def _progress(documents: Iterator[Any], description: str) -> Iterator[Any]:
-    from tqdm import tqdm
+class _Preparation:
+    """One preparation: the tokenizer, the parts that are still to be done, the joining."""
 
-    # disable=None: no bar where nobody watches a terminal
-    return iter(tqdm(documents, desc=description, unit=" documents", disable=None, leave=False))
+    def __init__(self, recipe: Recipe, path: Path, num_workers: int):
+        import datasets
+
+        datasets.disable_progress_bars()
+        self.recipe, self.data, self.path, self.num_workers = recipe, recipe.data, path, num_workers
+        self.work = path.with_name(path.name + files.INCOMPLETE)
+        self.work.mkdir(exist_ok=True)
+        self.start_seconds = time.perf_counter()
+        policy = self.data.on_bad_document
+        named = [(number, f"data.sources.{number}", source) for number, source in enumerate(self.data.sources)]
+        self.readers = [(number, Reader(source, key, policy)) for number, key, source in named]
+        self.validation_readers = [
+            Reader(source, f"data.validation_sources.{number}", policy)
+            for number, source in enumerate(self.data.validation_sources)
+        ]
+        self.tokenizer = self._tokenizer()
+        self.vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, self.tokenizer)
+
+    def all(self) -> PreparedData:
+        """Do what is left to do, join, and seal."""
+        identities = [corpus.identity(source) for source in (*self.data.sources, *self.data.validation_sources)]
+        parts = self.parts(0, 1)
+        if prepared_path(self.recipe) != self.path:
+            raise RecipeError.at("data.sources", "a source changed while it was prepared; run again")
+        extra = {
+            "vocab_size": self.vocab_size,
+            "tokenizer_size": tokenizer.tokenizer_size(self.tokenizer),
+            "recipe": self.data.model_dump(mode="json", exclude_none=True),
+            "source_identities": identities[: len(self.data.sources)],
+            "validation_identities": identities[len(self.data.sources) :],
+            "versions": {name: version(name) for name in ("datasets", "tokenizers", "transformers", "pyarrow")}
+            | {"python": platform.python_version()},
+        }
+        shutil.rmtree(self.work / "scan", ignore_errors=True)
+        for left in self.work.rglob("*" + files.INCOMPLETE):
+            left.unlink()
+        dtype = tokenizer.token_dtype(self.vocab_size)
+        eos = self.tokenizer.eos_token_id
+        prepared = packing.join(self.work, self.path, parts, self.data, eos, dtype, extra, self.num_workers)
+        seconds = time.perf_counter() - self.start_seconds
+        logger.info("prepared %s in %.1f s on %d thread(s)", self.path, seconds, self.num_workers)
+        return prepared
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer in the work folder: what is begun with one is finished with it."""
+        from transformers import AutoTokenizer
+
+        folder = self.work / "tokenizer"
+        if not folder.is_dir():
+            if self.recipe.tokenizer.pretrained is not None:
+                made = tokenizer.load_tokenizer(self.recipe.tokenizer)
+            else:
+                logger.info("training the tokenizer on the training text")
+                made = tokenizer.train_tokenizer(self.recipe.tokenizer, corpus.training_documents(self.data))
+            own = self.work / f"tokenizer-{os.getpid()}{files.INCOMPLETE}"
+            made.save_pretrained(own)
+            try:
+                own.rename(folder)
+                return made
+            except OSError:  # another shard was first
+                shutil.rmtree(own)
+        return AutoTokenizer.from_pretrained(folder)
+
+    def parts(self, index: int, count: int) -> list[str]:
+        """Do all unfinished parts of share `index` of `count`; returns the keys of all parts if all are done."""
+        jobs: list[tuple[int | None, int, Reader]] = [(None, *named) for named in enumerate(self.validation_readers)]
+        jobs += [(number, 0, reader) for number, reader in self.readers]
+        groups = [(source, (nth, g), reader, pieces) for source, nth, reader in jobs for g, pieces in _groups(reader)]
+        self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
+        self.drops = self._drops() if self.data.deduplicate else None
+        bytes_of_token = tokenizer.token_bytes(self.tokenizer, self.vocab_size)
+        logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
+        done: list[str] = []
+        encode = tokenizer.Encoder(self.tokenizer, tokenizer.token_dtype(self.vocab_size))
+        with _Progress([reader for _, _, reader in jobs]) as progress:
+            batches = self._batches(groups, index, count, done)
+            packing.pack(self.work, batches, encode, bytes_of_token, self.data, self.num_workers, progress.update)
+        return done
+
+    def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[Batch]:
+        """Batches of the parts of one share that have no account yet; appends the key of every part to `done`."""
+        # Whole groups are dealt out where there are enough of them, else the parts of each.
+        by_group = len(groups) >= count
+        for number, (source, (nth, group), reader, pieces) in enumerate(groups):
+            if by_group and number % count != index:
+                continue
+            group = nth * 10_000 + group if source is None else group
+            known = self._finished_group(source, group)
+            if known:
+                done += known
+                continue
+            documents = enumerate(reader.read(pieces))
+            ordinal, ends_group = 0, False
+            while not ends_group:
+                key = part_key(source, group, ordinal)
+                mine = by_group or (number + ordinal) % count == index
+                wanted = mine and part_account(self.work, key) is None
+                for batch in self._part(key, source, group, documents):
+                    ends_group = batch.ends_group
+                    if wanted:
+                        yield batch
+                done.append(key)
+                ordinal += 1
+
+    def _finished_group(self, source: int | None, group: int) -> list[str]:
+        """The parts of a group if all are done, which spares reading it; else nothing."""
+        keys: list[str] = []
+        while True:
+            keys.append(part_key(source, group, len(keys)))
+            account = part_account(self.work, keys[-1])
+            if account is None:
+                return []
+            if account["ends_group"]:
+                return keys
+
+    def _part(
+        self, key: str, source: int | None, group: int, documents: Iterator[tuple[int, Document]]
+    ) -> Iterator[Batch]:
+        """The batches of one part. It ends after so many characters or documents, whatever they turn into."""
+        chars = count = 0
+        batch = Batch(key)
+        drops = None if self.drops is None or source is None else self.drops[source, group]
+        for number, document in documents:
+            if drops is not None and document.text and not drops[number]:
+                routed = [("duplicate", "")]
+            else:
+                routed = [(VALIDATION, document.text)] if source is None else self.splitter(document)
+                if source is None and not document.text:
+                    routed = [(document.problem[0] if document.problem else "empty", "")]
+            self._add(batch, document, routed, source)
+            chars, count = chars + len(document.text), count + 1
+            if chars >= packing.PART_CHARS or count >= packing.PART_DOCUMENTS:
+                batch.ends_part = True
+                yield batch
+                return
+            if batch.is_full:
+                yield batch
+                batch = Batch(key)
+        batch.ends_part = batch.ends_group = True
+        yield batch
+
+    def _add(self, batch: Batch, document: Document, routed: list[tuple[str, str]], source: int | None) -> None:
+        batch.documents_read += 1
+        batch.bytes_read += document.num_bytes
+        batch.chars += len(document.text)
+        if routed[0][0] not in ("train", VALIDATION):
+            batch.dropped[routed[0][0]] += 1
+            batch.bytes_dropped += document.num_bytes
+            return
+        batch.documents_kept += 1
+        digest = int.from_bytes(document.digest[:8], "big")
+        for split, text in routed:
+            name = VALIDATION if split == VALIDATION else f"train-{source if self.data.weights else 0}"
+            whole = len(text) == len(document.text)
+            num_bytes = document.num_bytes if whole else len(text.encode())
+            batch.items.append(Item(name, text, num_bytes, digest, document.origin, document.row))
+
+    def _drops(self) -> dict[tuple[int, int], np.ndarray]:
+        """For every group of the training sources, which of its documents are the first with their text.
+
+        A pass over all text before the one that tokenizes; each group's hashes stay for the next start.
+        """
+        (self.work / "scan").mkdir(exist_ok=True)
+        found = {}
+        logger.info("looking for duplicates")
+        for number, reader in self.readers:
+            for group, pieces in _groups(reader):
+                path = self.work / "scan" / f"{number}-{group:05d}.npy"
+                if not path.exists():
+                    # Documents without text have hashes of their own here: they are not each other's duplicates.
+                    digests = [int.from_bytes(document.digest[:8], "big") for document in reader.read(pieces)]
+                    own = path.with_name(f"{path.stem}-{os.getpid()}.npy{files.INCOMPLETE}")
+                    with own.open("wb") as file:
+                        np.save(file, np.array(digests, dtype=np.uint64))
+                    own.rename(path)
+                found[number, group] = np.load(path)
+        first = hygiene.first_occurrences(np.concatenate(list(found.values())))
+        bounds = np.cumsum([len(values) for values in found.values()])[:-1]
+        return dict(zip(found, np.split(first, bounds), strict=True))
+
+
+def _groups(reader: Reader) -> list[tuple[int, range]]:
+    return list(enumerate(reader.groups()))
+
+
+class _Progress:
+    """A bar over the bytes of the files, where their sizes are known, with documents and tokens per second.
+
+    Where nobody watches a terminal, a line every minute.
+    """
+
+    def __init__(self, readers: list[Reader]):
+        from tqdm import tqdm
+
+        sizes = [reader.num_bytes for reader in readers]
+        self._readers = readers
+        self._start = time.perf_counter()
+        self._documents = self._tokens = 0
+        watched = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc="packing",
+            total=None if None in sizes else sum(size or 0 for size in sizes),
+            unit="B",
+            unit_scale=True,
+            mininterval=0.2 if watched else 60,
+            delay=0 if watched else 60,
+            leave=False,
+            dynamic_ncols=watched,
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, batch: Batch, tokens: int) -> None:
+        """Count a batch that is written."""
+        self._documents += batch.documents_read
+        self._tokens += tokens
+        rate = self._tokens / (time.perf_counter() - self._start)
+        self._bar.set_postfix_str(f"{self._documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(sum(reader.bytes_read for reader in self._readers) - self._bar.n)
 
 
 def summary(prepared: PreparedData) -> str:
-    """What was prepared, a line for each split."""
+    """What was prepared: a line for each split, what was dropped of each source, what stands twice."""
+    manifest = prepared.manifest
     lines = [f"prepared data    {prepared.path}"]
-    for name, entry in prepared.manifest["splits"].items():
+    for name, entry in manifest["splits"].items():
+        padding = f" - {entry['padding']:,} padding" if entry["padding"] else ""
         lines.append(
             f"  {name:<14} {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens + "
-            f"{entry['separators']:,} separators = {entry['rows']:,} blocks x {prepared.manifest['block_size']} + "
+            f"{entry['separators']:,} separators = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
             f"{entry['remainder']} remainder"
         )
-    dropped = prepared.manifest["documents_dropped"]
-    if dropped:
-        lines.append("  dropped        " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    for number, source in enumerate(manifest["sources"]):
+        if source["dropped"]:
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items())
+            lines.append(f"  dropped        source {number}: {dropped}")
+    found = manifest["hygiene"]
+    if found["train_duplicates"]:
+        lines.append(f"  duplicates     {found['train_duplicates']:,} training documents repeat the text of another")
+    ngrams = found.get("validation_ngrams")
+    if ngrams and ngrams["looked_for"]:
+        lines.append(
+            f"  overlap        {ngrams['share_in_train']:.2%} of the validation's {ngrams['n']}-token sequences stand "
+            "in train"
+        )
     return "\n".join(lines)

@@ -138,9 +138,11 @@ class SourceSection(Section):
     ends of any kind are read as a newline."""
     text_column: str = "text"
     """Column that holds the text."""
-    weight: float | None = Field(default=None, gt=0)
+    weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the other sources' weights. All sources have one or none has;
-    without, every block of every source is seen once per epoch."""
+    without, every block of every source is seen once per epoch. 0 is for a source that only `data.stages` use."""
+    max_epochs: PositiveInt | None = None
+    """How often the source's tokens may be seen. A run that needs more is refused at its start; null: no cap."""
 
     @model_validator(mode="after")
     def _files(self) -> SourceSection:
@@ -154,6 +156,15 @@ class SourceSection(Section):
     def patterns(self) -> tuple[str, ...]:
         """`data_files` as a tuple, empty where there are none."""
         return (self.data_files,) if isinstance(self.data_files, str) else self.data_files or ()
+
+
+class StageSection(Section):
+    """A later part of the run with other weights, for example a last stretch on the best sources."""
+
+    from_tokens: PositiveInt
+    """The stage begins with the first sequence after so many tokens of the run."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...]
+    """One for each of `data.sources`, in their order; 0 leaves a source out."""
 
 
 class DataSection(Section):
@@ -170,6 +181,19 @@ class DataSection(Section):
     added. `tail`: the last part of each document's characters, for a corpus that is one long text."""
     block_size: PositiveInt
     """Tokens in one training sequence."""
+    stages: tuple[StageSection, ...] = ()
+    """Other weights from a token count on. Needs `weight` at every source, which holds until the first stage."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """`concat`: documents in a row, cut where a block ends; no padding. `best_fit`: only documents longer than a block
+    are cut, blocks are padded (Ding et al. 2024, "Fewer Truncations Improve Language Modeling")."""
+    deduplicate: bool = False
+    """Keep only the first of training documents with equal text. They are counted in any case."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """What a broken line, a missing text or invalid UTF-8 does: stop with file and line, or be left out and counted
+    in the manifest by reason."""
+    streaming: bool = False
+    """Tokenize while training, straight from the sources, without preparing the training text. The order is that of
+    the sources; needs `tokenizer.pretrained`, and `validation_sources` for an evaluation."""
     prepared_dir: str | None = None
     """Where prepared data live, one folder for each fingerprint, shared between runs. Default: `prepared` beside
     `output_dir`."""
@@ -179,8 +203,22 @@ class DataSection(Section):
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("give every source a `weight` or none")
-        if any(source.weight is not None for source in self.validation_sources):
-            raise ValueError("`weight` has no meaning in `validation_sources`")
+        if any(source.weight is not None or source.max_epochs is not None for source in self.validation_sources):
+            raise ValueError("`weight` and `max_epochs` have no meaning in `validation_sources`")
+        if self.stages and not any(weighted):
+            raise ValueError("`stages` change the sources' `weight`: give every source one")
+        if any(weighted) and not any(source.weight for source in self.sources):
+            raise ValueError("all sources have weight 0")
+        for stage in self.stages:
+            if len(stage.weights) != len(self.sources) or not any(stage.weights):
+                raise ValueError(f"a stage needs {len(self.sources)} weights, one for each source, not all 0")
+        starts = [stage.from_tokens for stage in self.stages]
+        if starts != sorted(set(starts)):
+            raise ValueError("`stages` must be in the order of their `from_tokens`")
+        if self.streaming and self.validation_fraction:
+            raise ValueError("`streaming` cannot draw `validation_fraction`: name `validation_sources`")
+        if self.streaming and (self.deduplicate or self.packing != "concat"):
+            raise ValueError("`streaming` sees each document once: `deduplicate` and `best_fit` need prepared data")
         if self.validation_sources and self.validation_fraction:
             raise ValueError("give `validation_sources` or `validation_fraction`, not both")
         if self.block_size < 2:
@@ -191,6 +229,14 @@ class DataSection(Section):
     def has_validation(self) -> bool:
         """Whether anything is held out."""
         return bool(self.validation_sources) or self.validation_fraction > 0
+
+    @property
+    def weights(self) -> list[tuple[int, list[float]]]:
+        """(first token, weights of the sources) of every stage of a mixture; empty without weights."""
+        if self.sources[0].weight is None:
+            return []
+        first = (0, [source.weight or 0.0 for source in self.sources])
+        return [first, *((stage.from_tokens, list(stage.weights)) for stage in self.stages)]
 
 
 _Average = Annotated[float, Field(ge=0, lt=1)]
@@ -366,12 +412,17 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.model.pretrained is not None and recipe.tokenizer.pretrained is None:
         yield Problem("tokenizer.pretrained", "a model that goes on needs the tokenizer it was trained with; name it")
-    weights = [source.weight or 0.0 for source in recipe.data.sources]
-    for number, weight in enumerate(weights):
-        if 0 < weight < 1e-4 * sum(weights):
-            yield Problem(
-                f"data.sources.{number}.weight", f"{weight} is a share below 1 in 10,000, the finest there is"
-            )
+    for _, weights in recipe.data.weights:
+        for number, weight in enumerate(weights):
+            if 0 < weight < 1e-4 * sum(weights):
+                yield Problem(
+                    f"data.sources.{number}.weight", f"{weight} is a share below 1 in 10,000, the finest there is"
+                )
+    for number, stage in enumerate(recipe.data.stages):
+        if stage.from_tokens >= training.num_steps * training.tokens_per_step:
+            yield Problem(f"data.stages.{number}.from_tokens", f"{stage.from_tokens} is behind the end of the run")
+    if recipe.data.streaming and recipe.tokenizer.pretrained is None:
+        yield Problem("tokenizer.pretrained", "`data.streaming` needs a tokenizer that exists: training one reads all")
     if recipe.evaluation.every_steps and not recipe.data.has_validation:
         yield Problem(
             "evaluation.every_steps",

@@ -82,7 +82,7 @@ def _documents(recipe: Recipe | None, data: str | None) -> Iterator[str]:
     source = SourceSection(
         path="text" if is_text else "json", data_files=data, sample_by="document" if is_text else None
     )
-    return (text for text in corpus.documents(source, "--data") if text)
+    return (document.text for document in corpus.Reader(source, "--data").read() if document.text)
 
 
 def _stream(tokenizer: Any, documents: Iterator[str]) -> tuple[np.ndarray, int, int]:

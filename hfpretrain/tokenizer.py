@@ -1,9 +1,11 @@
-"""Load a fast tokenizer, or train one on an iterator of documents."""
+"""Load a fast tokenizer, train one on an iterator of documents, encode with it."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 UNKNOWN = "<|unknown|>"
+_LONG_CHARS = 2**18
+_PIECE_CHARS, _LINE_START = 2000, re.compile(r"(?<=\S\n)(?=[A-Za-z])")
 
 
 def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
@@ -120,3 +124,92 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
         else:
             sizes[index] = len(token.replace("▁", " ").encode())
     return sizes
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds all token ids: uint16 or uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Pieces of about `_PIECE_CHARS`, cut between a line break and a letter, where no tokenizer's rules look across."""
+    start = 0
+    while (match := _LINE_START.search(text, start + _PIECE_CHARS)) is not None:
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+class Encoder:
+    """Texts to arrays of token ids, each closed by EOS."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]):
+        from tokenizers import Tokenizer
+
+        self.dtype, self.eos_token_id = dtype, tokenizer.eos_token_id
+        self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        # A document that contains the text of a special token must not forge a document boundary.
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._cuts_at_lines: bool | None = None
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text and EOS: (n,) of `dtype`.
+
+        Texts are cut where that changes no token: into pieces that stay in a core's cache (a tenth faster), and so that
+        the encoding of a long text, fifty times its size, never lies in memory whole.
+        """
+        eos = np.array([self.eos_token_id], dtype=self.dtype)
+        if self._cuts_at_lines is None:
+            self._cuts_at_lines = self._try_lines(texts)
+        short = [text if len(text) <= 2 * _LONG_CHARS else "" for text in texts]
+        pieces = [list(_lines(text)) if self._cuts_at_lines else [text] for text in short]
+        ids = iter(self._ids([piece for some in pieces for piece in some]))
+        return [
+            np.concatenate(
+                [*(next(ids) for _ in some), *(self._long(text) if len(text) > 2 * _LONG_CHARS else ()), eos]
+            )
+            for text, some in zip(texts, pieces, strict=True)
+        ]
+
+    def _try_lines(self, texts: list[str]) -> bool:
+        """Whether cutting at ends of lines left every token of these texts, the first of the corpus, as it was."""
+        texts = [text[: 2 * _PIECE_CHARS * 8] for text in texts]
+        pieces = [list(_lines(text)) for text in texts]
+        apart = iter(self._ids([piece for some in pieces for piece in some]))
+        whole = self._ids(texts)
+        return all(
+            np.array_equal(ids, np.concatenate([next(apart) for _ in some]))
+            for ids, some in zip(whole, pieces, strict=True)
+        )
+
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
+
+    def _long(self, text: str) -> Iterator[np.ndarray]:
+        start, near = 0, _LONG_CHARS
+        while near + _LONG_CHARS < len(text):
+            cut = self._cut(text, near)
+            if cut is not None:
+                yield from self._ids([text[start:cut]])
+                start = cut
+            near = (cut or near) + _LONG_CHARS
+        yield from self._ids([text[start:]])
+
+    def _cut(self, text: str, near: int, context: int = 512, reach: int = 8192) -> int | None:
+        """A place behind `near`, before a word, where the tokens of both sides are those of the whole."""
+        tried = 0
+        for place in range(near, min(near + reach, len(text) - context)):
+            after_line = text[place - 1] == "\n" and text[place].isalnum()
+            between_words = text[place] == " " and text[place - 1].isalnum() and text[place + 1].isalnum()
+            if after_line or between_words:
+                left, right = text[place - context : place], text[place : place + context]
+                whole, first, second = self._ids([left + right, left, right])
+                if np.array_equal(whole, np.concatenate([first, second])):
+                    return place
+                if (tried := tried + 1) == 16:
+                    break
+        return None

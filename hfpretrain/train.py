@@ -22,8 +22,8 @@ from tqdm import tqdm
 from hfpretrain import checkpoint, engine, evaluation, hub, metrics, optim
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, TrainingData, validation_batches
-from hfpretrain.packing import VALIDATION
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, summary, wait_for_prepared
+from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
     Problem,
     Recipe,

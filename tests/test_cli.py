@@ -45,10 +45,10 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
     assert "tokenizing" in first.stderr and "tokenizing" not in second.stderr
     path = first.stdout.split()[2]
     assert hfpretrain("verify", path).returncode == 0
-    shard = Path(path) / "train-0" / "data-00000.arrow"
+    shard = Path(path) / "train-0" / "data-0-00000-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-3])
     broken = hfpretrain("verify", path)
-    assert broken.returncode == 2 and "data-00000.arrow has" in broken.stderr
+    assert broken.returncode == 2 and "data-0-00000-00000.arrow has" in broken.stderr
 
 
 @pytest.mark.parametrize(

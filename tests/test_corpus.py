@@ -13,7 +13,7 @@ TEXTS = ["first document", "zweites\nDokument", "第三", ""]
 
 
 def read(**keywords):
-    return list(corpus.documents(SourceSection(**keywords)))
+    return [document.text for document in corpus.Reader(SourceSection(**keywords)).read()]
 
 
 def test_formats_and_compressions_give_the_same_documents(tmp_path):
@@ -45,7 +45,7 @@ def test_globs_folders_and_lists(tmp_path):
     [
         ("document", ["one\ntwo\n\nthree\n"]),
         ("line", ["one", "two", "", "three"]),
-        ("paragraph", ["one\ntwo", "three\n"]),
+        ("paragraph", ["one\ntwo", "three"]),
     ],
 )
 def test_a_text_file_is_one_document_or_one_per_line_or_per_blank_line(tmp_path, sample_by, expected):
@@ -62,9 +62,14 @@ def test_builtin_corpus_is_real_text_in_a_fixed_order_without_tests():
 
 
 def split(data):
-    parts = {"train": [], "validation": [], "duplicate": []}
-    for _, name, text in corpus.split_documents(data):
-        parts[name].append(text)
+    splitter = corpus.Splitter(data, corpus.held_out_digests(data))
+    parts = {"train": [], "validation": list(corpus.validation_documents(data)), "also_in_validation": []}
+    for source in data.sources:
+        for document in corpus.Reader(source).read():
+            for name, text in splitter(document):
+                if name != "validation":
+                    parts[name].append(text)
+    assert parts["train"] == list(corpus.training_documents(data))
     return parts
 
 
@@ -99,7 +104,7 @@ def test_own_validation_split_never_overlaps_training(tmp_path):
     held_out = write_jsonl(tmp_path / "held_out.jsonl", documents[40:])
     data = section(tmp_path, documents, validation_sources=({"path": "json", "data_files": str(held_out)},))
     parts = split(data)
-    assert parts["validation"] == documents[40:] == parts["duplicate"]
+    assert parts["validation"] == documents[40:] == parts["also_in_validation"]
     assert parts["train"] == documents[:40]
 
 
@@ -113,12 +118,12 @@ def test_bad_input_is_named(tmp_path):
     assert "none.jsonl" in refusal(path="json", data_files=str(tmp_path / "none.jsonl"))
     (tmp_path / "latin.txt").write_bytes("schöner Text\n".encode("latin-1"))
     message = refusal(path="text", data_files=str(tmp_path / "latin.txt"), sample_by="line")
-    assert "latin.txt is not valid UTF-8" in message and "0xf6" in message
+    assert "latin.txt:1: not valid UTF-8" in message and "0xf6" in message
     write_jsonl(tmp_path / "a.jsonl", ["x"])
     message = refusal(path="json", data_files=str(tmp_path / "a.jsonl"), text_column="body")
     assert "no column 'body'" in message and "text" in message
     (tmp_path / "null.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
-    assert "document 1 has None" in refusal(path="json", data_files=str(tmp_path / "null.jsonl"))
+    assert "null.jsonl:2: None where text is expected" in refusal(path="json", data_files=str(tmp_path / "null.jsonl"))
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text": \n')
     assert "broken.jsonl" in refusal(path="json", data_files=str(tmp_path / "broken.jsonl"))
     good = gzip.compress(b'{"text": "x"}\n' * 5000)

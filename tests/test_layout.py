@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = sorted((ROOT / "hfpretrain").glob("*.py"))
 # Lower levels never import higher ones, and a leaf no other leaf.
-FOUNDATION = {"recipe", "files", "token_perplexity"}
+FOUNDATION = {"recipe", "files", "hygiene", "prepared", "token_perplexity"}
 LEAVES = {"corpus", "tokenizer", "packing", "dataloader", "model", "optim", "engine", "checkpoint", "evaluation"} | {
     "metrics",
     "hub",
@@ -26,7 +26,7 @@ def test_imports_go_one_way():
     for path in PACKAGE:
         name, found = path.stem, set(imports(path))
         if name in FOUNDATION:
-            assert not found, name
+            assert found <= {"recipe", "files"} - {name}, name
         elif name in LEAVES:
             assert found <= FOUNDATION, (name, found)
         elif name != "__init__":
@@ -79,4 +79,4 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 3000
+    assert sum(code_lines(path) for path in PACKAGE) < 4000

@@ -270,7 +270,7 @@ def test_what_bad_input_gets(folder, refused):
     assert "less than one block of 32" in refused(data__sources=[source], data__validation_fraction=0.0)
     (folder / "latin.txt").write_bytes(b"sch\xf6n")
     source = {"path": "text", "data_files": str(folder / "latin.txt"), "sample_by": "document"}
-    assert "latin.txt is not valid UTF-8" in refused(data__sources=[source])
+    assert "latin.txt:1: not valid UTF-8" in refused(data__sources=[source])
     assert main([str(folder / "no.yaml")]) == 2 and main([]) == 2
 
 

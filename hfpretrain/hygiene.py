@@ -1,0 +1,118 @@
+"""What is twice in a corpus: exact duplicates by hashes, and n-grams of the validation text that stand in train."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+_BUCKET = 2**23
+_MAX_NGRAMS = 2**22
+_CHUNK = 2**15  # whose arrays stay in a core's cache
+# An odd factor and its inverse modulo 2^64.
+_FACTOR = 0x9E3779B97F4A7C15
+_INVERSE = pow(_FACTOR, -1, 2**64)
+
+
+def num_distinct(read: Callable[[], Iterable[np.ndarray]], total: int) -> int:
+    """Distinct values among `total` hashes, uint64 (n,) each; `read` is called once for each 2^23 of them, so that
+    memory does not grow with their number."""
+    buckets = max(1, -(-total // _BUCKET))
+    count = 0
+    for bucket in range(buckets):
+        chosen = [part[part % np.uint64(buckets) == bucket] for part in read()]
+        count += len(np.unique(np.concatenate(chosen))) if chosen else 0
+    return count
+
+
+def first_occurrences(hashes: np.ndarray) -> np.ndarray:
+    """Which of `hashes`, uint64 (n,), stand in no place before: bool (n,)."""
+    first = np.zeros(len(hashes), dtype=bool)
+    buckets = max(1, -(-len(hashes) // _BUCKET))
+    for bucket in range(buckets):
+        starts = range(0, len(hashes), _BUCKET)
+        here = [
+            start + np.flatnonzero(hashes[start : start + _BUCKET] % np.uint64(buckets) == bucket) for start in starts
+        ]
+        index = np.concatenate([np.zeros(0, dtype=np.int64), *here])
+        first[index[np.unique(hashes[index], return_index=True)[1]]] = True
+    return first
+
+
+def ngram_overlap(
+    validation: Iterable[np.ndarray],
+    train: Iterable[np.ndarray],
+    eos_token_id: int,
+    n: int = 13,
+    num_workers: int = 1,
+) -> dict[str, Any]:
+    """How many distinct n-grams of token ids of the validation text stand somewhere in the training text.
+
+    Both are chunks (m,) of streams of documents; n-grams over a separator or over the bounds of chunks do not count.
+    `num_workers` threads look at the chunks of train.
+    13 as in GPT-3 (Brown et al. 2020, appendix C). Above 4 M n-grams, those with the smallest hashes are looked for.
+    """
+    hashes = Ngrams(eos_token_id, n)
+    wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(validation)]))
+    distinct = len(wanted)
+    wanted = wanted[:_MAX_NGRAMS]
+    # A table of the upper bits tells at once that most n-grams of train are not wanted.
+    shift = np.uint64(64 - max(16, (16 * len(wanted)).bit_length()))
+    table = np.zeros(2 ** int(64 - shift), dtype=bool)
+    table[wanted >> shift] = True
+    found = np.zeros(len(wanted), dtype=bool)
+
+    def look(chunk: np.ndarray) -> None:
+        for values in hashes([chunk]):
+            candidates = values[table[values >> shift]]
+            places = np.searchsorted(wanted, candidates)
+            places[places == len(wanted)] = 0
+            found[places[wanted[places] == candidates]] = True
+
+    chunks = iter(train if len(wanted) else ())
+    with ThreadPoolExecutor(num_workers) as pool:
+        while some := list(itertools.islice(chunks, 2 * num_workers)):
+            list(pool.map(look, some))
+    num_found = int(found.sum())
+    return {
+        "n": n,
+        "distinct": distinct,
+        "looked_for": len(wanted),
+        "in_train": num_found,
+        "share_in_train": num_found / max(1, len(wanted)),
+    }
+
+
+class Ngrams:
+    """64-bit hashes of all n-grams, by differences of one running sum instead of n products a token."""
+
+    def __init__(self, eos_token_id: int, n: int):
+        self._eos_token_id, self._n = eos_token_id, n
+        ones = np.ones(_CHUNK, dtype=np.uint64)
+        self._powers, self._inverses = (np.cumprod(ones * np.uint64(factor)) for factor in (_FACTOR, _INVERSE))
+
+    def __call__(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Chunks of ids (m,) to hashes uint64 (at most m - n + 1,)."""
+        for chunk in chunks:
+            for start in range(0, len(chunk), _CHUNK - self._n):
+                yield self._hashes(chunk[start : start + _CHUNK])
+
+    def _hashes(self, ids: np.ndarray) -> np.ndarray:
+        n = self._n
+        values = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+        values ^= values >> np.uint64(29)
+        values *= self._powers[: len(ids)]
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values)])
+        windows = (sums[n:] - sums[:-n]) * self._inverses[: max(0, len(ids) - n + 1)]
+        windows ^= windows >> np.uint64(32)
+        windows *= np.uint64(0x94D049BB133111EB)
+        if not (separators := np.flatnonzero(ids == self._eos_token_id)).size:
+            return windows
+        whole = np.ones(len(windows), dtype=bool)
+        for place in range(n):
+            before = separators - place
+            whole[before[(before >= 0) & (before < len(windows))]] = False
+        return windows[whole]

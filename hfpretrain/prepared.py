@@ -1,0 +1,172 @@
+"""What prepared data are on disk: blocks, the documents they came from, accounts, and the check of all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfpretrain import files
+from hfpretrain.recipe import RecipeError
+
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared folder: `train-0`, `train-1`, ... (more than one for weighted sources), `validation`, `tokenizer`."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> PreparedData | None:
+        """The folder if it is whole, else None."""
+        manifest = files.manifest_of(path)
+        return None if manifest is None else cls(path, manifest)
+
+    @property
+    def checksum(self) -> str:
+        """One hash of all blocks and the tokenizer."""
+        entries = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def train_splits(self) -> list[str]:
+        """Names of the training streams, in the order of `data.sources`."""
+        names = [name for name in self.manifest["splits"] if name != VALIDATION]
+        return sorted(names, key=lambda name: int(name.removeprefix("train-")))
+
+    def blocks(self, split: str) -> list[np.ndarray]:
+        """Rows of a split as zero-copy views of its memory-mapped batches: uint16 or uint32 (rows, block_size)."""
+        import datasets
+
+        column = datasets.load_from_disk(str(self.path / split)).data.column("input_ids")
+        return [
+            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.manifest["block_size"])
+            for chunk in column.chunks
+            if len(chunk)
+        ]
+
+    def documents(self, split: str, row: int) -> list[tuple[str, int]]:
+        """(file, line or row) of every document that has tokens in row `row` of a split, in their order there."""
+        parts = iter(self.manifest["splits"][split]["parts"])
+        key, rows = next(parts)
+        while row >= rows:
+            row -= rows
+            key, rows = next(parts)
+        table = read_table(self.path / "documents" / f"{split}-{key}.parquet")
+        origins = json.loads((self.path / "parts" / f"{key}.json").read_text(encoding="utf-8"))["origins"]
+        block_size = self.manifest["block_size"]
+        first, end = np.searchsorted(table["start"], [row * block_size + 1, (row + 1) * block_size])
+        first = max(0, first - 1)
+        return [(origins[table["origin"][i]], int(table["row"][i])) for i in range(first, end)]
+
+
+def verify(path: Path) -> dict[str, int]:
+    """Check a prepared folder against its manifest: files, rows, separators and the conservation of every token.
+
+    Raises `RecipeError` that names what does not add up.
+    """
+    reason = files.damage(path)
+    if reason is not None:
+        raise RecipeError.at(str(path), reason)
+    manifest = files.manifest_of(path) or {}
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise RecipeError.at(str(path / files.MANIFEST), what)
+
+    for name, split in manifest["splits"].items():
+        tokens = rows = separators = 0
+        for chunk in token_chunks(path / name, split):
+            tokens, separators = tokens + len(chunk), separators + int((chunk == manifest["eos_token_id"]).sum())
+        rows = (tokens - split["remainder"]) // manifest["block_size"]
+        out = split["tokens"] + split["separators"] + split["padding"]
+        require(rows == split["rows"], f"{name} has {rows} blocks on disk, {split['rows']} in the manifest")
+        require(tokens == out, f"{name} has {tokens} tokens on disk, {out} in the manifest")
+        require(split["remainder"] < manifest["block_size"], f"the remainder of {name} is a block or more")
+        expected = split["separators"] + split["padding"]
+        require(separators == expected, f"{name} has {separators} separators on disk, {expected} in the manifest")
+    for number, source in enumerate(manifest["sources"]):
+        what = (
+            f"{source['documents_read']} documents read, {source['documents_kept']} kept, {source['dropped']} dropped"
+        )
+        dropped = sum(source["dropped"].values())
+        require(source["documents_read"] == source["documents_kept"] + dropped, f"source {number}: {what}")
+        kept = source["train"]["bytes"] + source[VALIDATION]["bytes"]
+        what = f"{source['bytes_read']} bytes read, {kept} in the splits, {source['bytes_dropped']} dropped"
+        require(source["bytes_read"] == kept + source["bytes_dropped"], f"source {number}: {what}")
+    totals = ("documents", "bytes", "tokens", "separators")
+    for total in totals:
+        out = sum(split[total] for split in manifest["splits"].values())
+        into = sum(source[kind][total] for source in manifest["sources"] for kind in ("train", VALIDATION))
+        require(out == into, f"{total}: {into} from the sources, {out} in the splits")
+    return {"files": len(manifest["files"])} | {
+        f"{name}_tokens": split["tokens"] for name, split in manifest["splits"].items()
+    }
+
+
+def part_account(work: Path, part: str) -> dict[str, Any] | None:
+    """The account of a part that is done, else None."""
+    try:
+        account: dict[str, Any] = json.loads((work / "parts" / f"{part}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return account
+
+
+def part_key(source: int | None, group: int, ordinal: int) -> str:
+    """Name of a part: the source's number (None for the validation sources), the group of files, the part in it."""
+    return f"{'v' if source is None else source}-{group:05d}-{ordinal:05d}"
+
+
+def part_source(key: str) -> int | None:
+    """The number of a part's source in `data.sources`; None for the validation sources."""
+    name = key.split("-")[0]
+    return None if name == "v" else int(name)
+
+
+def features(block_size: int, dtype: np.dtype[Any]) -> Any:
+    """The `datasets` features of blocks."""
+    from datasets import Features, List, Value
+
+    return Features({"input_ids": List(Value(dtype.name), length=block_size)})
+
+
+def token_chunks(folder: Path, split: dict[str, Any]) -> Iterator[np.ndarray]:
+    """The tokens of a split, record batch by record batch, the remainder last; read, not mapped, to stay small."""
+    import pyarrow as pa
+
+    for key, _ in split["parts"]:
+        with pa.OSFile(str(folder / f"data-{key}.arrow")) as file:
+            for batch in pa.ipc.open_stream(file):
+                yield batch.column(0).flatten().to_numpy()
+    yield np.array(split["remainder_ids"], dtype=np.int64)
+
+
+def write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """Columns of equal length (n,) as a parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table(columns), path, compression="zstd")
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> dict[str, np.ndarray]:
+    """The columns of a parquet file, by default all."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path, columns=columns)
+    return {name: table.column(name).to_numpy() for name in table.column_names}
+
+
+def digests(table: Path) -> np.ndarray:
+    """The hash of each document of a table, uint64 (n,), once also for those in pieces."""
+    columns = read_table(table, ["offset", "digest"])
+    return columns["digest"][columns["offset"] == 0].astype(np.uint64)

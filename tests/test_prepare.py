@@ -1,0 +1,352 @@
+"""Preparation as a whole: interrupted, shared out, remote, mixed, with bad documents."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import ROOT, environment, hfpretrain, recipe_mapping, small_text, write_jsonl, write_recipe
+
+from hfpretrain import files, packing, prepared, tokenizer
+from hfpretrain.prepare import load_prepared_tokenizer, prepare, prepare_shard, prepared_path, summary
+from hfpretrain.recipe import Recipe, RecipeError, TokenizerSection
+
+# Parts and batches as a large corpus has them, with a small one.
+SMALL = "import hfpretrain.packing as p; p.PART_CHARS = 20_000; p._BATCH_CHARS = 4_000; p._ROWS_PER_BATCH = 8"
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(packing, "PART_CHARS", 20_000)
+    monkeypatch.setattr(packing, "_BATCH_CHARS", 4_000)
+    monkeypatch.setattr(packing, "_ROWS_PER_BATCH", 8)
+
+
+def recipe(folder, **changes):
+    return Recipe.model_validate(recipe_mapping(folder, **changes))
+
+
+def checksums(path):
+    manifest = files.manifest_of(path)
+    return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(folder, small_parts):
+    write_jsonl(folder / "corpus.jsonl", small_text(1500))
+    straight = prepare(recipe(folder, data__prepared_dir=str(folder / "straight")))
+    expected = checksums(straight.path)
+    assert sum("train-0/data" in name for name in expected) > 20
+    interrupted = recipe(folder)
+    # Slow down each part a little, so that kills fall into it.
+    program = (
+        f"{SMALL}; import sys, time; close = p._Part.close\n"
+        "def slow(self, last):\n    time.sleep(0.03); close(self, last)\n"
+        "p._Part.close = slow\n"
+        "from hfpretrain.prepare import prepare; from hfpretrain.recipe import load_recipe\n"
+        "prepare(load_recipe(sys.argv[1]))"
+    )
+    path, work = prepared_path(interrupted), prepared_path(interrupted).with_suffix(files.INCOMPLETE)
+    draw, kills, done = random.Random(0), 0, 0
+    while kills < 3:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(write_recipe(folder))], cwd=ROOT, env=environment()
+        )
+        target = done + draw.randint(2, 5)
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:
+            finished = {file.name: file.stat().st_mtime_ns for file in (work / "parts").glob("*.json")}
+            if len(finished) >= target:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills, done = kills + 1, len(finished)
+    assert not path.exists()
+    before = {file.name: file.stat().st_mtime_ns for file in (work / "parts").glob("*.json")}
+    resumed = prepare(interrupted)
+    assert checksums(resumed.path) == expected
+    after = {name: (resumed.path / "parts" / name).stat().st_mtime_ns for name in before}
+    assert after == before, "a finished part was done again"
+
+
+def test_shares_of_several_machines_join_to_the_same_bytes(folder, small_parts, capsys):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    shared = recipe(folder)
+    prepare_shard(shared, 1, 3)
+    parts = prepared_path(shared).with_suffix(files.INCOMPLETE) / "parts"
+    second = len(list(parts.glob("*.json")))
+    prepare_shard(shared, 0, 3)
+    assert 0 < second < len(list(parts.glob("*.json")))
+    prepare_shard(shared, 2, 3)
+    inodes = {file.name: file.stat().st_ino for file in parts.parent.glob("train-0/*.arrow")}
+    joined = prepare(shared)
+    assert checksums(joined.path) == expected
+    assert inodes.items() <= {f.name: f.stat().st_ino for f in joined.path.glob("train-0/*.arrow")}.items()
+    prepared.verify(joined.path)
+
+
+def test_shares_of_many_files_are_whole_groups(folder, monkeypatch):
+    from hfpretrain import corpus
+
+    monkeypatch.setattr(corpus, "_GROUP_BYTES", 1)
+    texts = small_text(60)
+    for number in range(6):
+        write_jsonl(folder / f"part-{number}.jsonl", texts[10 * number : 10 * number + 10])
+    sources = [{"path": "json", "data_files": str(folder / "part-*.jsonl")}]
+    several = recipe(folder, data__sources=sources)
+    prepare_shard(several, 0, 2)
+    parts = prepared_path(several).with_suffix(files.INCOMPLETE) / "parts"
+    assert sorted(file.stem for file in parts.iterdir()) == [f"0-0000{n}-00000" for n in (0, 2, 4)]
+    whole = prepare(several)
+    assert whole.manifest["sources"][0]["documents_read"] == 60
+    prepared.verify(whole.path)
+
+
+def test_the_command_line_shares_out_and_joins(folder):
+    path = str(write_recipe(folder))
+    for share in ("1/2", "2/2"):
+        result = hfpretrain("prepare", path, "--shard", share)
+        assert result.returncode == 0 and "without --shard joins all" in result.stdout, result.stderr
+    result = hfpretrain("prepare", path, "--num-workers", "1")
+    assert result.returncode == 0 and "separators" in result.stdout
+    assert hfpretrain("verify", result.stdout.split()[2]).returncode == 0
+    assert "not I/N" in hfpretrain("prepare", path, "--shard", "3/2").stderr
+
+
+def test_a_part_that_changed_since_is_not_joined(folder, small_parts):
+    shared = recipe(folder)
+    prepare_shard(shared, 0, 1)
+    work = prepared_path(shared).with_suffix(files.INCOMPLETE)
+    victim = sorted(work.glob("train-0/*.arrow"))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"is not what was written; delete .*incomplete"):
+        prepare(shared)
+
+
+def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
+    monkeypatch.setattr(tokenizer, "_LONG_CHARS", 2_000)
+    section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
+    draw = random.Random(0)
+    lines = [text.replace(" ", draw.choice([" ", "  ", "\n", "\n\n", "\t"]), 5) for text in small_text(300)]
+    trained = tokenizer.train_tokenizer(section, lines)
+    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    for joint in ("\n", " ", "\n\n\n    "):
+        text = joint.join(lines)
+        whole = trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        encoded = encode([text, "short", text[:5000]])
+        assert encoded[0].tolist() == [*whole, trained.eos_token_id]
+        assert len(list(encode._long(text))) > 10
+        assert encoded[2].tolist()[:-1] == trained.backend_tokenizer.encode(text[:5000], add_special_tokens=False).ids
+
+
+def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch):
+    from tokenizers import pre_tokenizers
+
+    monkeypatch.setattr(tokenizer, "_LONG_CHARS", 1_000)
+    trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
+    # A space before every text, as many tokenizers have it, makes each piece another text.
+    trained.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    text = "\n".join(small_text(100))
+    assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def rows_of(data, split="train-0"):
+    return np.concatenate(data.blocks(split)).astype(int)
+
+
+def test_best_fit_cuts_only_documents_longer_than_a_block(folder):
+    documents = [*small_text(150), " ".join(small_text(40, seed=3))]
+    write_jsonl(folder / "corpus.jsonl", documents)
+    data = prepare(recipe(folder, data__packing="best_fit", data__block_size=256, data__validation_fraction=0.0))
+    prepared.verify(data.path)
+    entry = data.manifest["splits"]["train-0"]
+    assert entry["remainder"] == 0 < entry["padding"]
+    assert entry["tokens"] + entry["separators"] + entry["padding"] == entry["rows"] * 256
+    fast = load_prepared_tokenizer(data)
+    eos, found = fast.eos_token_id, []
+    for row in rows_of(data):
+        end = len(row)
+        while end > 1 and row[end - 1] == row[end - 2] == eos:
+            end -= 1
+        found += [fast.decode(piece) for piece in np.split(row[:end], np.flatnonzero(row[:end] == eos)[:-1] + 1)]
+    found = [text.removesuffix(fast.eos_token) for text in found]
+    short = [text for text in documents if len(fast(text)["input_ids"]) < 256]
+    assert len(short) > 100 and not set(short) - set(found)
+    (long,) = set(documents) - set(short)
+    assert len(found) - len(short) == -(-(len(fast(long)["input_ids"]) + 1) // 256)
+    # Best fit wastes little where documents are short.
+    assert entry["padding"] < 0.15 * entry["rows"] * 256
+    assert f"{entry['padding']:,} padding" in summary(data)
+
+
+@pytest.mark.parametrize("packing_name", ["concat", "best_fit"])
+def test_every_block_knows_its_documents(folder, packing_name, small_parts):
+    documents = small_text(200)
+    data = prepare(recipe(folder, data__packing=packing_name))
+    fast = load_prepared_tokenizer(data)
+    for row, ids in enumerate(rows_of(data)):
+        texts = fast.decode(ids).split(fast.eos_token)
+        sources = data.documents("train-0", row)
+        assert all(origin.endswith("corpus.jsonl") for origin, _ in sources)
+        lines = [documents[number - 1] for _, number in sources]
+        # Half a character may stand at a cut; behind the last document there is nothing but padding.
+        pieces = [text.strip("\ufffd") for text in texts]
+        assert all(piece in line for piece, line in zip(pieces, lines, strict=False))
+        assert len(pieces) >= len(lines) and not any(pieces[len(lines) :])
+
+
+def test_duplicates_are_counted_always_and_dropped_on_request(folder, small_parts):
+    write_jsonl(folder / "corpus.jsonl", [*small_text(100), "", "", *small_text(150)])
+    counted = prepare(recipe(folder))
+    found = counted.manifest["hygiene"]
+    assert found["train_duplicates"] + found["validation_duplicates"] == 100
+    dropped = prepare(recipe(folder, data__deduplicate=True))
+    prepared.verify(dropped.path)
+    assert dropped.manifest["sources"][0]["dropped"] == {"duplicate": 100, "empty": 2}
+    assert dropped.manifest["hygiene"]["train_duplicates"] == 0
+    assert sum(split["documents"] for split in dropped.manifest["splits"].values()) == 150
+    assert dropped.manifest["splits"]["train-0"]["documents"] < counted.manifest["splits"]["train-0"]["documents"]
+
+
+def test_validation_text_inside_training_documents_is_reported(folder):
+    texts = small_text(60)
+    held_out = write_jsonl(folder / "held_out.jsonl", texts[50:])
+    hidden = [f"something before. {text} and after" for text in texts[55:]]
+    write_jsonl(folder / "corpus.jsonl", [*texts[:50], *hidden])
+    sources = [{"path": "json", "data_files": str(held_out)}]
+    changes = {"data__validation_sources": sources, "data__validation_fraction": 0.0}
+    overlap = prepare(recipe(folder, **changes)).manifest["hygiene"]["validation_ngrams"]
+    assert overlap["n"] == 13 and 0.3 < overlap["share_in_train"] < 0.7
+    write_jsonl(folder / "corpus.jsonl", texts[:50])
+    assert prepare(recipe(folder, **changes)).manifest["hygiene"]["validation_ngrams"]["share_in_train"] < 0.1
+
+
+BAD_LINES = {
+    "broken_json": (b'{"text": "half', "broken JSON"),
+    "missing_text": (b'{"body": "x"}', "no column 'text'; there are: body"),
+    "null_text": (b'{"text": null}', "None where text is expected"),
+    "not_text": (b'{"text": 3}', "3 where text is expected"),
+    "invalid_utf8": (b'{"text": "sch\xf6n"}', "not valid UTF-8"),
+    "nul_bytes": (b'{"text": "a\\u0000b"}', "NUL"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_a_bad_document_is_named_or_counted(folder, reason):
+    line, message = BAD_LINES[reason]
+    good = (folder / "corpus.jsonl").read_bytes()
+    (folder / "corpus.jsonl").write_bytes(good + line + b"\n" + good)
+    with pytest.raises(RecipeError, match=r"corpus\.jsonl:201: ") as error:
+        prepare(recipe(folder))
+    assert message in str(error.value)
+    data = prepare(recipe(folder, data__on_bad_document="skip"))
+    assert data.manifest["sources"][0]["dropped"] == {reason: 1}
+    assert data.manifest["sources"][0]["documents_kept"] == 400
+    assert f"1 {reason}" in summary(data)
+    prepared.verify(data.path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+def test_a_truncated_file_is_named_or_counted(folder, suffix):
+    import bz2
+    import lzma
+
+    import zstandard
+
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
+    # Text that does not compress, so that half of the file is about half of the documents.
+    draw = random.Random(0)
+    texts = ["".join(chr(draw.randint(33, 50_000)) for _ in range(2000)) for _ in range(800)]
+    whole = compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    (folder / f"corpus.jsonl{suffix}").write_bytes(whole[: len(whole) // 2])
+    changes = {"data__sources": [{"path": "json", "data_files": str(folder / f"corpus.jsonl{suffix}")}]}
+    with pytest.raises(RecipeError, match=rf"corpus\.jsonl{suffix}:\d+: (cannot be read further|broken JSON)"):
+        prepare(recipe(folder, **changes))
+    data = prepare(recipe(folder, data__on_bad_document="skip", **changes))
+    dropped = data.manifest["sources"][0]["dropped"]
+    assert dropped["truncated_file"] == 1 and data.manifest["sources"][0]["documents_kept"] > 100
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(folder, monkeypatch):
+    write = packing._Part.close
+
+    def grow(self, ends_group):
+        write_jsonl(folder / "corpus.jsonl", small_text(201))
+        write(self, ends_group)
+
+    monkeypatch.setattr(packing._Part, "close", grow)
+    with pytest.raises(RecipeError, match="changed while it was prepared"):
+        prepare(recipe(folder))
+
+
+def test_a_full_disk_is_an_error_and_what_is_finished_stays(folder, small_parts):
+    limited = recipe(folder)
+    program = (
+        f"{SMALL}; import sys, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))\n"
+        "from hfpretrain.cli import main; sys.exit(main(['prepare', sys.argv[1], '--num-workers', '1']))"
+    )
+    prepare_shard(limited, 0, 10)  # the tokenizer, which is larger, is there
+    work = prepared_path(limited).with_suffix(files.INCOMPLETE)
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(write_recipe(folder))],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "data.prepared_dir: cannot write" in result.stderr and "File too large" in result.stderr
+    assert "Traceback" not in result.stderr and not prepared_path(limited).exists()
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    assert work.exists() and checksums(prepare(limited).path) == expected
+
+
+def test_remote_files_are_read_like_local_ones(folder):
+    texts = small_text(100)
+    memory = fsspec.filesystem("memory")
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    memory.pipe("/corpus/a.jsonl", content[: content.index(b"\n", len(content) // 2) + 1])
+    memory.pipe("/corpus/b.jsonl.gz", gzip.compress(content[content.index(b"\n", len(content) // 2) + 1 :]))
+    sources = [{"path": "json", "data_files": "memory://corpus/*"}]
+    data = prepare(recipe(folder, data__sources=sources))
+    assert data.manifest["sources"][0]["documents_kept"] == 100
+    assert {origin for row in range(20) for origin, _ in data.documents("train-0", row)} <= {
+        "memory:///corpus/a.jsonl",
+        "memory:///corpus/b.jsonl.gz",
+        "memory://corpus/a.jsonl",
+        "memory://corpus/b.jsonl.gz",
+    }
+    before = prepared_path(recipe(folder, data__sources=sources))
+    memory.pipe("/corpus/a.jsonl", content)
+    assert prepared_path(recipe(folder, data__sources=sources)) != before
+    with pytest.raises(RecipeError, match="no file matches memory://nowhere"):
+        prepare(recipe(folder, data__sources=[{"path": "json", "data_files": "memory://nowhere/*"}]))
+
+
+def test_memory_stays_flat(folder):
+    """The short version of benchmarks/memory.py: ten times the text, no more memory."""
+    peaks = []
+    for copies in (1, 10):
+        write_jsonl(folder / f"{copies}.jsonl", small_text(4000) * copies)
+        path = write_recipe(folder, data__sources=[{"path": "json", "data_files": str(folder / f"{copies}.jsonl")}])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hfpretrain.cli", "prepare", str(path)],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss / 1024)  # MiB
+    assert peaks[1] < 1.3 * peaks[0] and peaks[1] < 1024
