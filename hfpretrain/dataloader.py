@@ -7,10 +7,17 @@ the number of processes only decides who computes a sequence, never which sequen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 IGNORE_INDEX = -100
 _ROUND = 10_000
@@ -61,37 +68,57 @@ class Blocks:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Rows by number: int64 (n,) to int64 (n, block_size)."""
+        result = np.empty((len(rows), self.block_size), dtype=np.int64)
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
-        return np.stack([self._chunks[c][row - self._starts[c]] for c, row in zip(chunks, rows, strict=True)]).astype(
-            np.int64
-        )
+        for index, (chunk, row) in enumerate(zip(chunks.tolist(), (rows - self._starts[chunks]).tolist(), strict=True)):
+            result[index] = self._chunks[chunk][row]
+        return result
 
 
 class TrainingOrder:
     """Position in the run to (stream, row).
 
-    With weights the streams are interleaved evenly in rounds of 10,000 sequences, so that every stream has its share
-    to within 1e-4 at any moment; each stream is shuffled anew in each of its own epochs.
+    `stages`: (first position, weights of the streams), the first at 0; empty for a single stream. With weights the
+    streams are interleaved evenly in rounds of 10,000 sequences, so that every stream has its share to within 1e-4 at
+    any moment of a stage; each stream is shuffled anew in each of its own epochs.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+    def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
         self.sizes, self.seed = list(sizes), seed
-        if weights is None:
-            self._streams, self._ranks, self._counts = np.zeros(1, int), np.zeros(1, int), np.ones(1, int)
-            return
-        share = np.asarray(weights, dtype=np.float64) / sum(weights) * _ROUND
-        counts = np.floor(share).astype(np.int64)
-        counts[np.argsort(counts - share, kind="stable")[: _ROUND - counts.sum()]] += 1
-        streams = np.repeat(np.arange(len(counts)), counts)
-        ranks = np.concatenate([np.arange(count) for count in counts])
-        order = np.argsort((ranks + 0.5) / counts[streams], kind="stable")
-        self._streams, self._ranks, self._counts = streams[order], ranks[order], counts
+        stages = stages or [(0, [1.0])]
+        self._first = np.array([first for first, _ in stages])
+        self._tables = [_interleaved(weights) for _, weights in stages]
+        # Sequences of each stream before each stage.
+        self._base = [np.zeros(len(stages[0][1]), dtype=np.int64)]
+        for stage in range(1, len(stages)):
+            self._base.append(self._base[-1] + self._within(stage - 1, self._first[stage] - self._first[stage - 1]))
+
+    def _within(self, stage: int, count: int) -> np.ndarray:
+        """Sequences of each stream among the first `count` of a stage."""
+        streams, _, counts = self._tables[stage]
+        rounds, slots = divmod(int(count), len(streams))
+        return rounds * counts + np.bincount(streams[:slots], minlength=len(counts))
+
+    def counts(self, position: int) -> np.ndarray:
+        """Sequences of each stream before a position of the run: int64 (streams,)."""
+        stage = int(np.searchsorted(self._first, position, side="right")) - 1
+        return self._base[stage] + self._within(stage, position - self._first[stage])
+
+    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Streams at global sequence positions and how many of that stream came before: int64 (n,) to two (n,)."""
+        stages = np.searchsorted(self._first, positions, side="right") - 1
+        streams, counts = np.empty_like(positions), np.empty_like(positions)
+        for stage in np.unique(stages):
+            here = stages == stage
+            table, ranks, per_round = self._tables[stage]
+            rounds, slots = np.divmod(positions[here] - self._first[stage], len(table))
+            streams[here] = table[slots]
+            counts[here] = self._base[stage][table[slots]] + rounds * per_round[table[slots]] + ranks[slots]
+        return streams, counts
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Streams and rows at global sequence positions: int64 (n,) to two int64 (n,)."""
-        rounds, slots = np.divmod(positions, len(self._streams))
-        streams = self._streams[slots]
-        counts = rounds * self._counts[streams] + self._ranks[slots]
+        streams, counts = self.draw(positions)
         rows = np.empty_like(positions)
         for stream in np.unique(streams):
             here = np.flatnonzero(streams == stream)
@@ -103,14 +130,38 @@ class TrainingOrder:
         return streams, rows
 
 
-def collate(rows: np.ndarray, eos_token_id: int | None) -> dict[str, torch.Tensor]:
+def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One round: the stream at each slot, how many of it came before in the round, and how many it has in all."""
+    if len(weights) == 1:
+        return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
+    share = np.asarray(weights, dtype=np.float64) / sum(weights) * _ROUND
+    counts = np.floor(share).astype(np.int64)
+    counts[np.argsort(counts - share, kind="stable")[: _ROUND - counts.sum()]] += 1
+    streams = np.repeat(np.arange(len(counts)), counts)
+    ranks = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort((ranks + 0.5) / counts[streams], kind="stable")
+    return streams[order], ranks[order], counts
+
+
+def collate(rows: np.ndarray, eos_token_id: int | None, padded_with: int | None = None) -> dict[str, torch.Tensor]:
     """Rows of token ids, int64 (n, block_size), as a batch: input_ids, labels and, where `eos_token_id` is given,
-    position_ids, all int64 (n, block_size)."""
+    position_ids, all int64 (n, block_size).
+
+    `padded_with`: rows may end in this token repeated; all but the first of those get ignored labels.
+    """
     input_ids = torch.from_numpy(rows)
     batch = {"input_ids": input_ids, "labels": input_ids.clone()}
+    if padded_with is not None:
+        batch["labels"][torch.from_numpy(padding(rows, padded_with))] = IGNORE_INDEX
     if eos_token_id is not None:
         batch["position_ids"] = torch.from_numpy(document_positions(rows, eos_token_id))
     return batch
+
+
+def padding(rows: np.ndarray, token_id: int) -> np.ndarray:
+    """Where a row ends in `token_id` repeated, all but the first of those: bool (n, block_size)."""
+    trailing = np.logical_and.accumulate((rows == token_id)[:, ::-1], axis=1)[:, ::-1]
+    return np.concatenate([np.zeros((len(rows), 1), bool), trailing[:, :-1] & trailing[:, 1:]], axis=1)
 
 
 def document_positions(rows: np.ndarray, eos_token_id: int) -> np.ndarray:
@@ -124,13 +175,77 @@ def document_positions(rows: np.ndarray, eos_token_id: int) -> np.ndarray:
     return index - starts
 
 
+@dataclass(frozen=True)
+class StepData:
+    """What one process has of one step."""
+
+    batches: list[dict[str, torch.Tensor]]
+    checksum: int
+    """Sum modulo 2^64 of the hashes of its sequences; those of all processes add up to the step's."""
+    tokens: np.ndarray
+    """Tokens of each source, padding left out: int64 (sources,)."""
+    state: Any = None
+    """Where the data stand after this step, if that is not a function of the step."""
+    documents_dropped: int = 0
+
+
+def sequence_checksum(rows: np.ndarray, positions: np.ndarray) -> int:
+    """Sum modulo 2^64 of XXH3 hashes of sequences, int64 (n, block_size), each keyed by its position in the run."""
+    narrow = rows.astype("<u4")
+    hashes = (xxhash.xxh3_64_intdigest(row, seed=int(at)) for row, at in zip(narrow, positions, strict=True))
+    return sum(hashes) % 2**64
+
+
+class Ledger:
+    """Which tokens a run has consumed: one checksum a step, and a hash that rolls over all of them.
+
+    Equal for any number of processes, since the checksum of a step is a sum over its sequences.
+    """
+
+    def __init__(self, checksums: Iterable[int] = ()):
+        self._checksums = array("Q")
+        self._rolling = hashlib.blake2b(digest_size=16)
+        for checksum in checksums:
+            self.append(int(checksum))
+
+    def append(self, checksum: int) -> None:
+        """Note the next step."""
+        self._checksums.append(checksum)
+        self._rolling.update(checksum.to_bytes(8, "little"))
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """Checksums of all steps: uint64 (steps,)."""
+        return np.array(self._checksums, dtype=np.uint64)
+
+    @property
+    def digest(self) -> str:
+        """The rolling hash over all steps so far."""
+        return self._rolling.copy().hexdigest()
+
+    def mismatch(self, checksum_of: Callable[[int], int], tokens_per_step: int, max_tokens: int = 2**28) -> int | None:
+        """The first step whose tokens on disk are not those that were consumed, None if there is none.
+
+        Looks at every step of a run of up to `max_tokens`, else at as many: the newest and others spread evenly.
+        """
+        steps, affordable = len(self._checksums), max(16, max_tokens // tokens_per_step)
+        chosen: Iterable[int] = range(steps)
+        if steps > affordable:
+            newest = range(steps - 8, steps)
+            chosen = sorted({*newest, *np.linspace(0, steps - 1, affordable - 8, dtype=int).tolist()})
+        return next((step for step in chosen if checksum_of(step) != self._checksums[step]), None)
+
+
 class TrainingData:
-    """The micro-batches of this process for any step."""
+    """The micro-batches of this process for any step.
+
+    `stages` as of `TrainingOrder`; `padded_with` as of `collate`.
+    """
 
     def __init__(
         self,
         streams: Sequence[Blocks],
-        weights: Sequence[float] | None,
+        stages: Sequence[tuple[int, Sequence[float]]],
         *,
         seed: int,
         micro_batch_size: int,
@@ -138,23 +253,103 @@ class TrainingData:
         process_index: int,
         num_processes: int,
         eos_token_id: int | None,
+        padded_with: int | None = None,
     ):
         self._streams = list(streams)
-        self._order = TrainingOrder([len(stream) for stream in streams], weights, seed)
-        self._micro_batch_size, self._accumulation_steps = micro_batch_size, accumulation_steps
+        self.order = TrainingOrder([len(stream) for stream in streams], stages, seed)
+        self._micro_batch_size, self._per_process = micro_batch_size, micro_batch_size * accumulation_steps
         self._process_index, self._num_processes = process_index, num_processes
-        self._eos_token_id = eos_token_id
+        self._eos_token_id, self._padded_with = eos_token_id, padded_with
 
-    def step(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """All micro-batches of this process in optimizer step `step`, counted from 0."""
-        per_process = self._micro_batch_size * self._accumulation_steps
-        first = (step * self._num_processes + self._process_index) * per_process
-        streams, rows = self._order(np.arange(first, first + per_process))
-        tokens = np.empty((per_process, self._streams[0].block_size), dtype=np.int64)
+    def step(self, step: int) -> StepData:
+        """What this process has of optimizer step `step`, counted from 0."""
+        first = (step * self._num_processes + self._process_index) * self._per_process
+        positions = np.arange(first, first + self._per_process)
+        streams, rows = self._sequences(positions)
+        tokens = np.bincount(streams, minlength=len(self._streams)) * rows.shape[1]
+        if self._padded_with is not None:
+            lost = padding(rows, self._padded_with).sum(axis=1)
+            tokens -= np.bincount(streams, weights=lost, minlength=len(self._streams)).astype(np.int64)
+        checksum = sequence_checksum(rows, positions)
+        return StepData(self._collated(rows), checksum, tokens)
+
+    def _sequences(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        streams, rows = self.order(positions)
+        tokens = np.empty((len(positions), self._streams[0].block_size), dtype=np.int64)
         for stream in np.unique(streams):
             tokens[streams == stream] = self._streams[stream][rows[streams == stream]]
+        return streams, tokens
+
+    def _collated(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
         size = self._micro_batch_size
-        return [collate(tokens[start : start + size], self._eos_token_id) for start in range(0, per_process, size)]
+        return [
+            collate(rows[start : start + size], self._eos_token_id, self._padded_with)
+            for start in range(0, len(rows), size)
+        ]
+
+    def places(self, step: int) -> list[tuple[int, int]]:
+        """(stream, row) of every sequence of a step, over all processes."""
+        streams, rows = self.order(self._positions(step))
+        return list(zip(streams.tolist(), rows.tolist(), strict=True))
+
+    def checksum(self, step: int) -> int:
+        """The checksum of a step over all processes."""
+        positions = self._positions(step)
+        return sequence_checksum(self._sequences(positions)[1], positions)
+
+    def _positions(self, step: int) -> np.ndarray:
+        per_step = self._num_processes * self._per_process
+        return np.arange(step * per_step, (step + 1) * per_step)
+
+
+class Prefetcher:
+    """The coming steps, made by a thread while the current one is trained on.
+
+    A thread of this process: worker processes would copy every token through a pipe, five times slower than reading it.
+    """
+
+    def __init__(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool, ahead: int = 2):
+        self._queue: queue.Queue[StepData | BaseException] = queue.Queue(ahead)
+        self._stopped = threading.Event()
+        self.wait_seconds = 0.0
+        arguments = (step_data, steps, pin_memory)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="data")
+        self._thread.start()
+
+    def _run(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool) -> None:
+        try:
+            for step in steps:
+                data = step_data(step)
+                if pin_memory:
+                    pinned = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in data.batches]
+                    data = replace(data, batches=pinned)
+                self._put(data)
+                if self._stopped.is_set():
+                    return
+        except BaseException as error:  # raised where the step is asked for
+            self._put(error)
+
+    def _put(self, item: StepData | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                break
+            except queue.Full:
+                continue
+
+    def next(self) -> StepData:
+        """The next step's data; the time spent waiting for them is added to `wait_seconds`."""
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join()
 
 
 def validation_batches(

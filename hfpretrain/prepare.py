@@ -18,6 +18,7 @@ import numpy as np
 
 from hfpretrain import corpus, files, hygiene, packing, tokenizer
 from hfpretrain.corpus import Document, Reader, Splitter
+from hfpretrain.dataloader import Blocks, TrainingData
 from hfpretrain.packing import Batch, Item
 from hfpretrain.prepared import VALIDATION, PreparedData, part_account, part_key
 from hfpretrain.recipe import Recipe, RecipeError
@@ -103,6 +104,34 @@ def _locked(path: Path, suffix: str) -> Iterator[None]:
             f"cannot write {error.filename or path}: {error.strerror or error}; what is finished stays, and the same "
             "command goes on from there",
         ) from error
+
+
+def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> TrainingData:
+    """The prepared training text in the recipe's order; `keywords` as of `TrainingData`.
+
+    Raises `RecipeError` if a source runs out under its `max_epochs` before the end of the run.
+    """
+    data, training = recipe.data, recipe.training
+    stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
+    made = TrainingData(
+        [Blocks(prepared.blocks(split)) for split in prepared.train_splits],
+        stages,
+        seed=recipe.seed,
+        padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
+        **keywords,
+    )
+    needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)
+    caps = [source.max_epochs for source in data.sources]
+    if not stages:  # all sources are one stream
+        caps = [min((cap for cap in caps if cap is not None), default=None)]
+    for number, (count, size, cap) in enumerate(zip(needed, made.order.sizes, caps, strict=True)):
+        if cap is not None and count > cap * size:
+            raise RecipeError.at(
+                f"data.sources.{number}.max_epochs",
+                f"the run needs {count:,} blocks of this source, {count / size:.2f} times its {size:,}, more than the "
+                f"{cap} allowed; lower its weight, shorten the run or raise the cap",
+            )
+    return made
 
 
 class _Preparation:

@@ -15,14 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
 
-from hfpretrain import checkpoint, engine, evaluation, hub, metrics, optim
+from hfpretrain import checkpoint, engine, evaluation, metrics, optim
 from hfpretrain import model as modeling
-from hfpretrain.dataloader import Blocks, TrainingData, validation_batches
-from hfpretrain.prepare import load_prepared_tokenizer, prepare, summary, wait_for_prepared
+from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, validation_batches
+from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
     Problem,
@@ -33,8 +34,10 @@ from hfpretrain.recipe import (
     dump_recipe,
     load_recipe,
 )
+from hfpretrain.report import run_summary, write_card
 from hfpretrain.tokenizer import token_bytes
 
+LEDGER = "ledger.npy"
 logger = logging.getLogger("hfpretrain.train")  # also when run as __main__
 
 # What may differ when a run is taken up again: none of it changes which text is learned in which step.
@@ -110,25 +113,25 @@ class Run:
         )
         # Dropout differs between ranks, since their sequences do.
         torch.manual_seed(recipe.seed + self.accelerator.process_index)
-        self.data = self._training_data()
-        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
-        self.state = TrainState()
-        self.grad_norm: Any = 0.0  # of the newest step
-        self.resumed_step = self._resume()
-        self._start_records()
-
-    def _training_data(self) -> TrainingData:
-        weights = [source.weight for source in self.recipe.data.sources if source.weight is not None]
-        return TrainingData(
-            [Blocks(self.prepared.blocks(split)) for split in self.prepared.train_splits],
-            weights or None,
-            seed=self.recipe.seed,
-            micro_batch_size=self.recipe.training.micro_batch_size,
+        self.data = training_data(
+            recipe,
+            self.prepared,
+            micro_batch_size=training.micro_batch_size,
             accumulation_steps=self.accumulation_steps,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            eos_token_id=self.prepared.manifest["eos_token_id"] if self.document_masking else None,
+            eos_token_id=manifest["eos_token_id"] if self.document_masking else None,
         )
+        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
+        self.state = TrainState()
+        self.ledger = Ledger()
+        self.source_tokens = np.zeros(len(self.data.order.sizes), dtype=np.int64)
+        self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
+        self.grad_norm: Any = 0.0  # of the newest step
+        self.resumed_step = self._resume()
+        steps = range(self.state.step, training.num_steps)
+        self.coming = Prefetcher(self.data.step, steps, pin_memory=self.accelerator.device.type == "cuda")
+        self._start_records()
 
     def _resume(self) -> int | None:
         folder = self.output_dir / "checkpoints"
@@ -147,12 +150,42 @@ class Run:
                 "training",
                 f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
             )
+        self.source_tokens = np.array(stored.pop("source_tokens"))
+        self._check_ledger(path, stored.pop("ledger"))
         checkpoint.load(self.accelerator, path, self._load_engine_state)
         self.state = TrainState(**stored)
         optim.set_step(self.scheduler, self.state.step)
         if self.is_main:
             logger.info("resumed from %s", path)
         return self.state.step
+
+    def _check_ledger(self, path: Path, digest: str) -> None:
+        """Take up the ledger of a checkpoint, if what it consumed still is what the data on disk say."""
+        self.ledger = Ledger(np.load(path / LEDGER))
+        wrong: Any = None
+        if self.is_main:
+            wrong = self.ledger.mismatch(self.data.checksum, self.recipe.training.tokens_per_step)
+        wrong = engine.broadcast(self.accelerator, [wrong])[0]
+        if wrong is not None or self.ledger.digest != digest:
+            raise RecipeError.at(
+                "data",
+                f"the tokens of step {wrong} in {self.prepared.path} are not those that {path} was trained on; "
+                "`hfpretrain verify` tells what changed, deleting the folder makes it anew",
+            )
+
+    def consume(self, data: StepData) -> None:
+        """Note what a step has consumed; `update_ledger` adds the other processes' share."""
+        signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
+        self._consumed.append([signed, *data.tokens.tolist()])
+
+    def update_ledger(self) -> None:
+        """Bring ledger and tokens by source up to date. All ranks must call it."""
+        if self._consumed:
+            rows = torch.tensor(self._consumed, dtype=torch.int64, device=self.accelerator.device)
+            for checksum, *tokens in engine.sum_over_processes(self.accelerator, rows).tolist():
+                self.ledger.append(checksum % 2**64)
+                self.source_tokens += np.array(tokens)
+            self._consumed = []
 
     def _load_engine_state(self, path: Path) -> None:
         engine.load_state(self.accelerator, self.model, self.optimizer, path)
@@ -232,6 +265,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of the full state."""
         start = time.perf_counter()
+        self.update_ledger()
         sums = torch.tensor([self.state.window_loss], dtype=torch.float64)
         state = {
             **asdict(self.state),
@@ -239,16 +273,23 @@ class Run:
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "data": self.prepared.checksum,
+            "ledger": self.ledger.digest,
+            "source_tokens": self.source_tokens.tolist(),
         }
         self.require_finite(state["window_loss"], self.grad_norm)
         checkpoint.save(
             self.accelerator,
             self.output_dir / "checkpoints",
             state,
-            lambda path: engine.save_state(self.accelerator, self.model, self.optimizer, path),
+            self._save_engine_state,
             self.recipe.checkpoint.keep_last,
         )
         self.throughput.pause(time.perf_counter() - start)
+
+    def _save_engine_state(self, path: Path) -> None:
+        engine.save_state(self.accelerator, self.model, self.optimizer, path)
+        if self.is_main:
+            np.save(path / LEDGER, self.ledger.checksums)
 
     def require_finite(self, loss: float, grad_norm: Any) -> None:
         """Raises `TrainingDivergedError` before a broken state is saved; all ranks hold the same values.
@@ -266,7 +307,7 @@ class Run:
         """One object for `metrics.jsonl` and the trackers."""
         if self.file is not None:
             self.file.write(row)
-        values = {key: value for key, value in row.items() if key != "step" and value is not None}
+        values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         self.accelerator.log(values, step=row["step"])
 
     def say(self, text: str) -> None:
@@ -303,7 +344,8 @@ def _fit(run: Run) -> None:
             run.save()
         if state.step >= num_steps:
             break
-        batches = [engine.to_device(accelerator, batch) for batch in run.data.step(state.step)]
+        step_data = run.coming.next()
+        batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
         for batch in batches:
             with accelerator.accumulate(model):
@@ -318,6 +360,7 @@ def _fit(run: Run) -> None:
         optimizer.zero_grad()
         state.step, state.tokens = state.step + 1, state.tokens + training.tokens_per_step
         state.window_steps += 1
+        run.consume(step_data)
         run.progress.update()
         if state.step % recipe.logging.every_steps == 0 or state.step == num_steps:
             _log(run, window, run.grad_norm, lr)
@@ -327,6 +370,7 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
     state = run.state
     loss = engine.sum_over_processes(run.accelerator, window).item() / state.window_steps
     tokens_per_second = run.throughput.read(state.window_steps * run.recipe.training.tokens_per_step)
+    run.update_ledger()
     peak = metrics.peak_flops(engine.device_name(run.accelerator))
     devices = run.accelerator.num_processes
     row = {
@@ -337,7 +381,11 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         "grad_norm": float(grad_norm),
         "tokens_per_second": tokens_per_second,
         "mfu": tokens_per_second * run.flops_per_token / (peak * devices) if peak else None,
+        "data_wait_seconds": run.coming.wait_seconds,
+        "ledger": run.ledger.digest,
+        "source_tokens": run.source_tokens.tolist(),
     }
+    run.coming.wait_seconds = 0.0
     run.record(row)
     run.require_finite(loss, grad_norm)
     if run.is_main:
@@ -421,16 +469,19 @@ def _finish(run: Run) -> Path:
     model_path, main = run.output_dir / "model", run.is_main
     reference = run.output_dir / checkpoint.REFERENCE
     run.progress.close()
-    batch = engine.to_device(run.accelerator, {k: v[:1] for k, v in run.data.step(0)[0].items()})
+    run.coming.close()
+    batch = engine.to_device(run.accelerator, {k: v[:1] for k, v in run.data.step(0).batches[0].items()})
     checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
     state_dict = engine.full_state_dict(run.accelerator, run.model)
     if main:
         with engine.plain_initialisation():
             checkpoint.export(run.config, state_dict, run.tokenizer, model_path)
         report = checkpoint.verify_in_fresh_process(run.output_dir)
-        run.file.write({"step": run.state.step, "tokens": run.state.tokens, **_prefixed("export", report)})  # type: ignore[union-attr]
-        _write_card(run, model_path, report)
-        print(_summary(run, report))
+        exported = {f"export/{key}": value for key, value in report.items()}
+        assert run.file is not None
+        run.file.write({"step": run.state.step, "tokens": run.state.tokens, **exported})
+        write_card(run, model_path, report)
+        print(run_summary(run, report))
     engine.finish(run.accelerator)
     return model_path
 
@@ -442,72 +493,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{key}": value for key, value in values.items()}
-
-
-def _write_card(run: Run, model_path: Path, report: dict[str, Any]) -> None:
-    run.plot()
-    (model_path / "loss.png").write_bytes((run.output_dir / "loss.png").read_bytes())
-    recipe, environment = run.recipe, run.environment()
-    rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
-    hub_datasets = [s.path for s in recipe.data.sources if "/" in s.path and not Path(s.path).exists()]
-    training = {
-        "parameters": f"{run.num_parameters:,} ({run.num_non_embedding:,} without embeddings)",
-        "tokens": f"{run.state.tokens:,} in {run.state.step:,} steps of {recipe.training.tokens_per_step:,}",
-        "engine": f"{environment['engine']}, {environment['num_processes']} process(es)",
-        "device": environment["device"],
-        "precision": environment["mixed_precision"],
-        "attention across documents": "no" if run.document_masking else "yes",
-        "versions": ", ".join(f"{name} {number}" for name, number in environment["versions"].items()),
-    }
-    card = hub.model_card(
-        name=run.output_dir.name,
-        section=recipe.hub,
-        origin=recipe.model.pretrained or "scratch",
-        base_model=recipe.model.pretrained,
-        datasets=hub_datasets,
-        results=_first_and_last(rows),
-        data="```text\n" + summary(run.prepared).split("\n", 1)[1] + "\n```",
-        training=training,
-        recipe=dump_recipe(recipe),
-        report=report,
-        bos=run.tokenizer.bos_token or run.tokenizer.eos_token,
-    )
-    (model_path / "README.md").write_text(card, encoding="utf-8")
-
-
-def _first_and_last(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    evaluations = [row for row in rows if "eval/loss" in row]
-    return {"first": evaluations[0], "last": evaluations[-1]} if evaluations else {}
-
-
-def _summary(run: Run, report: dict[str, Any]) -> str:
-    results = _first_and_last(metrics.read_metrics(run.output_dir / "metrics.jsonl"))
-    lines = [
-        "",
-        f"{run.output_dir.name}: {run.num_parameters:,} parameters, {run.state.tokens:,} tokens in {run.state.step:,} "
-        f"steps, {engine.engine_name(run.accelerator)} on {engine.device_name(run.accelerator)}",
-    ]
-    for label, key in (("before training", "first"), ("after training", "last")):
-        row = results.get(key)
-        if row:
-            lines.append(
-                f"  {label:<16} loss {row['eval/loss']:.4f}   perplexity {row['eval/perplexity']:,.2f}   "
-                f"bits per byte {row['eval/bits_per_byte']:.4f}"
-            )
-    lines += [
-        f"  {'model':<16} {run.output_dir / 'model'}",
-        f"  {'loss plot':<16} {run.output_dir / 'loss.png'}",
-        f"  {'metrics':<16} {run.output_dir / 'metrics.jsonl'}",
-        f"  {'export':<16} loaded in a fresh process; largest difference of a token's loss "
-        f"{report['max_token_loss_difference']:.1e}",
-        "  sample",
-        *("    | " + line for line in report["sample"].splitlines()[:12]),
-    ]
-    return "\n".join(lines)
 
 
 def _flat(value: Any, prefix: str = "") -> Any:

@@ -5,7 +5,9 @@ import torch
 from hfpretrain.dataloader import (
     IGNORE_INDEX,
     Blocks,
+    Ledger,
     Permutation,
+    Prefetcher,
     TrainingData,
     TrainingOrder,
     collate,
@@ -27,7 +29,7 @@ def data(num_processes=1, process_index=0, accumulation=8, micro_batch_size=1, r
         streams.append(Blocks([numbered(rows) + 100_000]))
     return TrainingData(
         streams,
-        weights,
+        [(0, weights)] if weights else [],
         seed=seed,
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation,
@@ -56,22 +58,22 @@ def test_permutation_is_uniform_and_needs_no_memory():
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order():
-    order = TrainingOrder([23], None, seed=0)
+    order = TrainingOrder([23], [], seed=0)
     epochs = [order(np.arange(23) + 23 * epoch)[1].tolist() for epoch in range(3)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert TrainingOrder([23], None, seed=1)(np.arange(23))[1].tolist() != epochs[0]
+    assert TrainingOrder([23], [], seed=1)(np.arange(23))[1].tolist() != epochs[0]
 
 
 def test_a_step_has_the_same_sequences_on_any_number_of_processes():
     for step in (0, 3, 1000):
-        alone = torch.cat([batch["input_ids"] for batch in data().step(step)])
+        alone = torch.cat([batch["input_ids"] for batch in data().step(step).batches])
         for num_processes, accumulation, micro_batch_size in [(2, 4, 1), (4, 1, 2), (8, 1, 1), (1, 2, 4)]:
             parts = [
                 torch.cat(
                     [
                         batch["input_ids"]
-                        for batch in data(num_processes, index, accumulation, micro_batch_size).step(step)
+                        for batch in data(num_processes, index, accumulation, micro_batch_size).step(step).batches
                     ]
                 )
                 for index in range(num_processes)
@@ -80,7 +82,7 @@ def test_a_step_has_the_same_sequences_on_any_number_of_processes():
 
 
 def test_mixture_has_its_weights_at_any_moment_and_shuffles_each_stream():
-    order = TrainingOrder([1000, 77], [0.7, 0.3], seed=0)
+    order = TrainingOrder([1000, 77], [(0, [0.7, 0.3])], seed=0)
     streams, rows = order(np.arange(30_000))
     for count in (100, 1000, 12_345, 30_000):
         assert abs((streams[:count] == 0).mean() - 0.7) <= 1 / count + 1e-4
@@ -122,3 +124,81 @@ def test_validation_covers_every_token_once_with_equal_batches_on_all_processes(
     scored = [batch["input_ids"][batch["labels"] != IGNORE_INDEX] for part in parts for batch in part]
     expected = [*numbered(rows).reshape(-1).tolist(), *remainder]
     assert sorted(torch.cat(scored).tolist()) == sorted(expected)
+
+
+def test_stages_change_the_weights_and_go_on_with_each_stream():
+    order = TrainingOrder([1000, 77, 500], [(0, [0.7, 0.3, 0]), (20_000, [0.2, 0.2, 0.6])], seed=0)
+    streams, rows = order(np.arange(50_000))
+    assert np.allclose(np.bincount(streams[:20_000], minlength=3) / 20_000, [0.7, 0.3, 0], atol=1e-4)
+    assert np.allclose(np.bincount(streams[20_000:]) / 30_000, [0.2, 0.2, 0.6], atol=1e-4)
+    for position in (0, 1, 19_999, 20_000, 20_001, 43_210):
+        assert order.counts(position).tolist() == np.bincount(streams[:position], minlength=3).tolist()
+    # No row of a stream is seen a second time before all were seen once, over the change of stages too.
+    second = rows[streams == 1]
+    for epoch in range(len(second) // 77):
+        assert sorted(second[epoch * 77 : (epoch + 1) * 77]) == list(range(77))
+
+
+def test_realised_tokens_agree_with_the_weights():
+    mixed = data(weights=[0.137, 0.863], accumulation=64)
+    tokens = sum(mixed.step(step).tokens for step in range(1000))
+    assert tokens.sum() == 1000 * 64 * 4
+    assert abs(tokens / tokens.sum() - [0.137, 0.863]).max() < 1e-3
+
+
+def test_padding_is_not_predicted_and_not_counted():
+    rows = np.array([[5, 6, EOS, EOS, EOS], [5, EOS, 7, 8, EOS], [1, 2, 3, 4, 5]])
+    batch = collate(rows, EOS, padded_with=EOS)
+    assert (batch["labels"] == IGNORE_INDEX).int().tolist() == [[0, 0, 0, 1, 1], [0] * 5, [0] * 5]
+    blocks = Blocks([np.array([[5, 6, EOS, EOS]] * 8)])
+    padded = TrainingData(
+        [blocks],
+        [],
+        seed=0,
+        micro_batch_size=2,
+        accumulation_steps=2,
+        process_index=0,
+        num_processes=1,
+        eos_token_id=EOS,
+        padded_with=EOS,
+    )
+    assert padded.step(0).tokens.tolist() == [12]
+
+
+def test_the_ledger_is_the_same_for_any_processes_and_notices_any_change():
+    alone = data(weights=[0.5, 0.5])
+    expected = Ledger(alone.step(step).checksum for step in range(20))
+    for num_processes, accumulation, micro_batch_size in [(2, 4, 1), (4, 1, 2), (1, 2, 4)]:
+        ranks = [
+            data(num_processes, index, accumulation, micro_batch_size, weights=[0.5, 0.5])
+            for index in range(num_processes)
+        ]
+        ledger = Ledger(sum(rank.step(step).checksum for rank in ranks) % 2**64 for step in range(20))
+        assert ledger.digest == expected.digest
+        assert ranks[0].checksum(7) == expected.checksums[7]
+    assert Ledger(expected.checksums).digest == expected.digest
+    assert expected.mismatch(alone.checksum, 32) is None
+    changed = data(weights=[0.5, 0.5])
+    changed._streams[1]._chunks[0][5, 2] += 1
+    assert expected.mismatch(changed.checksum, 32) is not None
+    other = Ledger([*expected.checksums[:3], 1, *expected.checksums[4:]])
+    assert other.digest != expected.digest and other.mismatch(alone.checksum, 32) == 3
+    # Of a long run not every step is looked at, but always the newest.
+    recent = Ledger([*expected.checksums[:-1], 1])
+    assert recent.mismatch(alone.checksum, 32, max_tokens=1) == 19
+
+
+def test_prefetched_steps_are_the_steps_and_errors_arrive():
+    coming = Prefetcher(data().step, range(3, 9), pin_memory=False)
+    for step in range(3, 9):
+        expected = data().step(step).batches
+        for one, other in zip(coming.next().batches, expected, strict=True):
+            assert torch.equal(one["input_ids"], other["input_ids"])
+    coming.close()
+    assert coming.wait_seconds > 0
+
+    def broken(step):
+        raise ValueError(f"step {step}")
+
+    with pytest.raises(ValueError, match="step 5"):
+        Prefetcher(broken, range(5, 9), pin_memory=False).next()

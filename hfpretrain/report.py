@@ -1,0 +1,74 @@
+"""What a finished run says of itself: the model card and the summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hfpretrain import engine, hub, metrics
+from hfpretrain.prepare import summary
+from hfpretrain.recipe import dump_recipe
+
+
+def write_card(run: Any, model_path: Path, report: dict[str, Any]) -> None:
+    """The model card and the loss plot into an exported folder; `report` as of `checkpoint.verify_export`."""
+    run.plot()
+    (model_path / "loss.png").write_bytes((run.output_dir / "loss.png").read_bytes())
+    recipe, environment = run.recipe, run.environment()
+    rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
+    hub_datasets = [s.path for s in recipe.data.sources if "/" in s.path and not Path(s.path).exists()]
+    training = {
+        "parameters": f"{run.num_parameters:,} ({run.num_non_embedding:,} without embeddings)",
+        "tokens": f"{run.state.tokens:,} in {run.state.step:,} steps of {recipe.training.tokens_per_step:,}",
+        "engine": f"{environment['engine']}, {environment['num_processes']} process(es)",
+        "device": environment["device"],
+        "precision": environment["mixed_precision"],
+        "attention across documents": "no" if run.document_masking else "yes",
+        "versions": ", ".join(f"{name} {number}" for name, number in environment["versions"].items()),
+    }
+    card = hub.model_card(
+        name=run.output_dir.name,
+        section=recipe.hub,
+        origin=recipe.model.pretrained or "scratch",
+        base_model=recipe.model.pretrained,
+        datasets=hub_datasets,
+        results=_first_and_last(rows),
+        data="```text\n" + summary(run.prepared).split("\n", 1)[1] + "\n```",
+        training=training,
+        recipe=dump_recipe(recipe),
+        report=report,
+        bos=run.tokenizer.bos_token or run.tokenizer.eos_token,
+    )
+    (model_path / "README.md").write_text(card, encoding="utf-8")
+
+
+def _first_and_last(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    evaluations = [row for row in rows if "eval/loss" in row]
+    return {"first": evaluations[0], "last": evaluations[-1]} if evaluations else {}
+
+
+def run_summary(run: Any, report: dict[str, Any]) -> str:
+    """What a finished run prints."""
+    results = _first_and_last(metrics.read_metrics(run.output_dir / "metrics.jsonl"))
+    lines = [
+        "",
+        f"{run.output_dir.name}: {run.num_parameters:,} parameters, {run.state.tokens:,} tokens in {run.state.step:,} "
+        f"steps, {engine.engine_name(run.accelerator)} on {engine.device_name(run.accelerator)}",
+    ]
+    for label, key in (("before training", "first"), ("after training", "last")):
+        row = results.get(key)
+        if row:
+            lines.append(
+                f"  {label:<16} loss {row['eval/loss']:.4f}   perplexity {row['eval/perplexity']:,.2f}   "
+                f"bits per byte {row['eval/bits_per_byte']:.4f}"
+            )
+    lines += [
+        f"  {'model':<16} {run.output_dir / 'model'}",
+        f"  {'loss plot':<16} {run.output_dir / 'loss.png'}",
+        f"  {'metrics':<16} {run.output_dir / 'metrics.jsonl'}",
+        f"  {'export':<16} loaded in a fresh process; largest difference of a token's loss "
+        f"{report['max_token_loss_difference']:.1e}",
+        "  sample",
+        *("    | " + line for line in report["sample"].splitlines()[:12]),
+    ]
+    return "\n".join(lines)
