@@ -287,6 +287,10 @@ class TrainingData:
             for start in range(0, len(rows), size)
         ]
 
+    def example(self) -> dict[str, torch.Tensor]:
+        """A batch of one sequence."""
+        return {name: tensor[:1] for name, tensor in self.step(0).batches[0].items()}
+
     def places(self, step: int) -> list[tuple[int, int]]:
         """(stream, row) of every sequence of a step, over all processes."""
         streams, rows = self.order(self._positions(step))

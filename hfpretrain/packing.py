@@ -359,9 +359,10 @@ def join(
     if len({account["tokenizer_sha256"] for account in accounts.values()}) > 1:
         raise RecipeError.at("tokenizer", f"parts in {work} were made by different tokenizers; delete the folder")
     known = {name: entry for account in accounts.values() for name, entry in account["files"].items()}
-    names = [f"train-{number}" for number in range(len(data.sources) if data.weights else 1)]
+    num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
+    names = [f"train-{number}" for number in range(num_streams)]
     names += [VALIDATION] if data.has_validation else []
-    sources = _by_source(accounts, len(data.sources))
+    sources = _by_source(accounts, 0 if data.streaming else len(data.sources))
     splits = {name: _join_split(work, name, accounts, data.block_size, dtype) for name in names}
     _require_text(splits, data, sources)
     content = {
@@ -445,7 +446,7 @@ def _join_split(
 
 
 def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[str, Any]]) -> None:
-    for number in range(len(data.sources)):
+    for number in range(0 if data.streaming else len(data.sources)):
         if not sources[number]["train"]["documents"] and not sources[number][VALIDATION]["documents"]:
             dropped = ", ".join(f"{count:,} {reason}" for reason, count in sources[number]["dropped"].items())
             why = f"no document with text ({dropped or 'nothing read'})"

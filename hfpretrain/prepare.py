@@ -203,7 +203,7 @@ class _Preparation:
     def parts(self, index: int, count: int) -> list[str]:
         """Do all unfinished parts of share `index` of `count`; returns the keys of all parts if all are done."""
         jobs: list[tuple[int | None, int, Reader]] = [(None, *named) for named in enumerate(self.validation_readers)]
-        jobs += [(number, 0, reader) for number, reader in self.readers]
+        jobs += [(number, 0, reader) for number, reader in self.readers if not self.data.streaming]
         groups = [(source, (nth, g), reader, pieces) for source, nth, reader in jobs for g, pieces in _groups(reader)]
         self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
         self.drops = self._drops() if self.data.deduplicate else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from hfpretrain import checkpoint, engine, evaluation, metrics, optim
 from hfpretrain import model as modeling
-from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, validation_batches
+from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
@@ -35,6 +36,7 @@ from hfpretrain.recipe import (
     load_recipe,
 )
 from hfpretrain.report import run_summary, write_card
+from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import token_bytes
 
 LEDGER = "ledger.npy"
@@ -113,17 +115,12 @@ class Run:
         )
         # Dropout differs between ranks, since their sequences do.
         torch.manual_seed(recipe.seed + self.accelerator.process_index)
-        self.data = training_data(
-            recipe,
-            self.prepared,
-            micro_batch_size=training.micro_batch_size,
-            accumulation_steps=self.accumulation_steps,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            eos_token_id=manifest["eos_token_id"] if self.document_masking else None,
-        )
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()
+        self._checkpoint = self._newest_checkpoint()
+        self.data = self._open_data()
+        self.data_state: Any = None  # where a stream stands behind the newest step
+        self.documents_dropped = 0
         self.ledger = Ledger()
         self.source_tokens = np.zeros(len(self.data.order.sizes), dtype=np.int64)
         self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
@@ -133,15 +130,32 @@ class Run:
         self.coming = Prefetcher(self.data.step, steps, pin_memory=self.accelerator.device.type == "cuda")
         self._start_records()
 
-    def _resume(self) -> int | None:
+    def _newest_checkpoint(self) -> Path | None:
         folder = self.output_dir / "checkpoints"
         found = [str(checkpoint.newest(folder) or "")] if self.is_main else [""]
-        path = Path(engine.broadcast(self.accelerator, found)[0] or "/")
-        if path == Path("/"):
+        name = engine.broadcast(self.accelerator, found)[0]
+        return Path(name) if name else None
+
+    def _open_data(self) -> TrainingData | StreamingData:
+        recipe, accelerator, manifest = self.recipe, self.accelerator, self.prepared.manifest
+        keywords: dict[str, Any] = {
+            "micro_batch_size": recipe.training.micro_batch_size,
+            "accumulation_steps": self.accumulation_steps,
+            "process_index": accelerator.process_index,
+            "num_processes": accelerator.num_processes,
+            "eos_token_id": manifest["eos_token_id"] if self.document_masking else None,
+        }
+        if not recipe.data.streaming:
+            return training_data(recipe, self.prepared, **keywords)
+        return streaming_data(recipe, self.tokenizer, manifest["vocab_size"], self._checkpoint, **keywords)
+
+    def _resume(self) -> int | None:
+        path = self._checkpoint
+        if path is None:
             return None
         stored = checkpoint.train_state(path)
         engine.require_compatible(self.accelerator, stored.pop("engine"), stored.pop("num_processes"), path)
-        if stored.pop("data") != self.prepared.checksum:
+        if stored.pop("data") != self._data_identity():
             raise RecipeError.at(
                 "data", f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
             )
@@ -151,6 +165,7 @@ class Run:
                 f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
             )
         self.source_tokens = np.array(stored.pop("source_tokens"))
+        self.documents_dropped = stored.pop("documents_dropped")
         self._check_ledger(path, stored.pop("ledger"))
         checkpoint.load(self.accelerator, path, self._load_engine_state)
         self.state = TrainState(**stored)
@@ -159,11 +174,18 @@ class Run:
             logger.info("resumed from %s", path)
         return self.state.step
 
+    def _data_identity(self) -> str:
+        """The prepared text by its checksum; of a stream also what the sources were at the start."""
+        if not self.recipe.data.streaming:
+            return self.prepared.checksum
+        sources = json.dumps([self.prepared.checksum, self.prepared.manifest["source_identities"]])
+        return hashlib.sha256(sources.encode()).hexdigest()
+
     def _check_ledger(self, path: Path, digest: str) -> None:
         """Take up the ledger of a checkpoint, if what it consumed still is what the data on disk say."""
         self.ledger = Ledger(np.load(path / LEDGER))
         wrong: Any = None
-        if self.is_main:
+        if self.is_main and isinstance(self.data, TrainingData):
             wrong = self.ledger.mismatch(self.data.checksum, self.recipe.training.tokens_per_step)
         wrong = engine.broadcast(self.accelerator, [wrong])[0]
         if wrong is not None or self.ledger.digest != digest:
@@ -176,15 +198,17 @@ class Run:
     def consume(self, data: StepData) -> None:
         """Note what a step has consumed; `update_ledger` adds the other processes' share."""
         signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
-        self._consumed.append([signed, *data.tokens.tolist()])
+        self._consumed.append([signed, data.documents_dropped, *data.tokens.tolist()])
+        self.data_state = data.state
 
     def update_ledger(self) -> None:
         """Bring ledger and tokens by source up to date. All ranks must call it."""
         if self._consumed:
             rows = torch.tensor(self._consumed, dtype=torch.int64, device=self.accelerator.device)
-            for checksum, *tokens in engine.sum_over_processes(self.accelerator, rows).tolist():
+            for checksum, dropped, *tokens in engine.sum_over_processes(self.accelerator, rows).tolist():
                 self.ledger.append(checksum % 2**64)
                 self.source_tokens += np.array(tokens)
+                self.documents_dropped += dropped
             self._consumed = []
 
     def _load_engine_state(self, path: Path) -> None:
@@ -272,9 +296,10 @@ class Run:
             "window_loss": float(self.accelerator.reduce(sums.to(self.accelerator.device), "sum")),
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
-            "data": self.prepared.checksum,
+            "data": self._data_identity(),
             "ledger": self.ledger.digest,
             "source_tokens": self.source_tokens.tolist(),
+            "documents_dropped": self.documents_dropped,
         }
         self.require_finite(state["window_loss"], self.grad_norm)
         checkpoint.save(
@@ -290,6 +315,8 @@ class Run:
         engine.save_state(self.accelerator, self.model, self.optimizer, path)
         if self.is_main:
             np.save(path / LEDGER, self.ledger.checksums)
+        if isinstance(self.data, StreamingData):
+            save_states(self.data_state, self.state.step, path, self.accelerator.process_index)
 
     def require_finite(self, loss: float, grad_norm: Any) -> None:
         """Raises `TrainingDivergedError` before a broken state is saved; all ranks hold the same values.
@@ -385,6 +412,8 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         "ledger": run.ledger.digest,
         "source_tokens": run.source_tokens.tolist(),
     }
+    if run.recipe.data.streaming:
+        row["documents_dropped"] = run.documents_dropped
     run.coming.wait_seconds = 0.0
     run.record(row)
     run.require_finite(loss, grad_norm)
@@ -470,7 +499,7 @@ def _finish(run: Run) -> Path:
     reference = run.output_dir / checkpoint.REFERENCE
     run.progress.close()
     run.coming.close()
-    batch = engine.to_device(run.accelerator, {k: v[:1] for k, v in run.data.step(0).batches[0].items()})
+    batch = engine.to_device(run.accelerator, run.data.example())
     checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
     state_dict = engine.full_state_dict(run.accelerator, run.model)
     if main:

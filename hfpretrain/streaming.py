@@ -1,0 +1,225 @@
+"""Training straight from the sources: documents tokenized and packed on the fly, without prepared training text.
+
+The files of a source are dealt out to groups, and each group is one endless stream of blocks. Which group a sequence of
+a step comes from depends on its position alone, so the text of a step is the same for any number of processes; a
+process reads the groups that its sequences come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hfpretrain.corpus import Reader, Splitter, held_out_digests
+from hfpretrain.dataloader import StepData, TrainingOrder, collate, sequence_checksum
+from hfpretrain.recipe import DataSection, Recipe, RecipeError
+from hfpretrain.tokenizer import Encoder, token_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH_CHARS = 2**16
+
+
+@dataclass
+class GroupState:
+    """Where a group stands: documents of a piece that are tokenized, and their tokens not yet in a block."""
+
+    epoch: int = 0
+    piece: int = 0
+    document: int = 0
+    pending: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+class _Group:
+    """The blocks of some pieces, given as (reader, number), over and over."""
+
+    def __init__(
+        self,
+        pieces: list[tuple[Reader, int]],
+        splitter: Splitter,
+        encode: Encoder,
+        block_size: int,
+        max_epochs: int | None,
+        state: GroupState,
+    ):
+        self._pieces, self._splitter, self._encode = pieces, splitter, encode
+        self._block_size, self._max_epochs, self._at = block_size, max_epochs, replace(state)
+        self._texts = self._batches()
+        self.dropped = 0
+
+    def state(self) -> GroupState:
+        """What `__init__` takes to go on from here."""
+        return replace(self._at)
+
+    def copy(self) -> _Group:
+        """Another that goes on from here."""
+        return _Group(self._pieces, self._splitter, self._encode, self._block_size, self._max_epochs, self.state())
+
+    def blocks(self, count: int) -> np.ndarray:
+        """The next blocks: int64 (count, block_size)."""
+        parts, size, end = [self._at.pending], len(self._at.pending), count * self._block_size
+        while size < end:
+            ids = self._encode(next(self._texts))
+            parts += ids
+            size += sum(map(len, ids))
+        stream = np.concatenate(parts).astype(np.int64)
+        self._at.pending = stream[end:].copy()
+        return stream[:end].reshape(count, self._block_size)
+
+    def _batches(self) -> Iterator[list[str]]:
+        """Texts in batches; the position is always that behind the batch given last."""
+        at = self._at
+        any_text = at.document > 0 or at.piece > 0
+        while True:
+            for index in range(at.piece, len(self._pieces)):
+                reader, piece = self._pieces[index]
+                batch: list[str] = []
+                chars, done = 0, at.document
+                for number, document in enumerate(reader.read([piece]), 1):
+                    if number <= done:
+                        continue
+                    for split, text in self._splitter(document):
+                        if split == "train":
+                            batch.append(text)
+                            chars += len(text)
+                        else:
+                            self.dropped += 1
+                    if chars >= _BATCH_CHARS:
+                        at.piece, at.document, any_text = index, number, True
+                        yield batch
+                        batch, chars = [], 0
+                at.piece, at.document = index + 1, 0
+                if batch:
+                    any_text = True
+                    yield batch
+            key = self._pieces[0][0].key
+            if not any_text:
+                raise RecipeError.at(key, "the corpus is empty: no document with text")
+            at.epoch, at.piece, at.document = at.epoch + 1, 0, 0
+            if self._max_epochs is not None and at.epoch >= self._max_epochs:
+                raise RecipeError.at(f"{key}.max_epochs", f"the source has run out: all was seen {at.epoch} time(s)")
+
+
+class StreamingData:
+    """The micro-batches of this process, step after step from `first_step` on.
+
+    `states`: those of all groups after the step before, by (stream, group); none at the first step of a run.
+    `held_out`: digests of the validation documents. The other arguments as of `dataloader.TrainingData`.
+    """
+
+    def __init__(
+        self,
+        data: DataSection,
+        encode: Encoder,
+        held_out: frozenset[bytes],
+        *,
+        first_step: int,
+        states: dict[tuple[int, int], GroupState],
+        micro_batch_size: int,
+        accumulation_steps: int,
+        process_index: int,
+        num_processes: int,
+        eos_token_id: int | None,
+    ):
+        self._micro_batch_size, self._eos_token_id, self._next = micro_batch_size, eos_token_id, first_step
+        per_process = micro_batch_size * accumulation_steps
+        self._per_step = per_process * num_processes
+        self._mine = range(process_index * per_process, (process_index + 1) * per_process)
+        readers = [
+            Reader(source, f"data.sources.{number}", data.on_bad_document) for number, source in enumerate(data.sources)
+        ]
+        streams = [[(reader, index) for index in range(len(reader.pieces))] for reader in readers]
+        caps = [source.max_epochs for source in data.sources]
+        stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
+        if not stages:  # all sources are one stream
+            streams = [[piece for stream in streams for piece in stream]]
+            caps = [min((cap for cap in caps if cap is not None), default=None)]
+        self.order = TrainingOrder([0] * len(streams), stages, seed=0)
+        # In a mixture the place of a stream's sequences changes from step to step, so that all read all.
+        self._num_groups = [1 if stages else math.gcd(len(stream), self._per_step) for stream in streams]
+        splitter = Splitter(data, held_out)
+        self._groups: dict[tuple[int, int], _Group] = {}
+        for stream, number in enumerate(self._num_groups):
+            for group in range(number):
+                size = self._per_step // number
+                if stages or (group * size < self._mine.stop and self._mine.start < (group + 1) * size):
+                    state = states.get((stream, group), GroupState())
+                    pieces = streams[stream][group::number]
+                    made = _Group(pieces, splitter, encode, data.block_size, caps[stream], state)
+                    self._groups[stream, group] = made
+
+    def step(self, step: int) -> StepData:
+        """What this process has of optimizer step `step`, which must be the one after the last asked for."""
+        assert step == self._next, "a stream has no random access"
+        self._next += 1
+        first = step * self._per_step
+        before, after = self.order.counts(first), self.order.counts(first + self._per_step)
+        blocks = {
+            (stream, group): made.blocks((after[stream] - before[stream]) // self._num_groups[stream])
+            for (stream, group), made in self._groups.items()
+        }
+        positions = first + np.arange(self._mine.start, self._mine.stop)
+        streams, counts = self.order.draw(positions)
+        rows = []
+        for stream, index in zip(streams.tolist(), (counts - before[streams]).tolist(), strict=True):
+            per_group = (after[stream] - before[stream]) // self._num_groups[stream]
+            group, row = divmod(index, per_group)
+            rows.append(blocks[stream, group][row])
+        return StepData(
+            batches=self._collated(np.stack(rows)),
+            checksum=sequence_checksum(np.stack(rows), positions),
+            tokens=np.bincount(streams, minlength=len(before)) * rows[0].shape[0],
+            state={key: made.state() for key, made in self._groups.items()},
+            documents_dropped=self._dropped(),
+        )
+
+    def _dropped(self) -> int:
+        """Documents that are not trained on, since the last step; of shared groups the first process counts."""
+        dropped = 0
+        for (stream, group), made in self._groups.items():
+            if group * (self._per_step // self._num_groups[stream]) in self._mine:
+                dropped += made.dropped
+            made.dropped = 0
+        return dropped
+
+    def _collated(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        size = self._micro_batch_size
+        return [collate(rows[start : start + size], self._eos_token_id) for start in range(0, len(rows), size)]
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """A batch of one sequence, which stays to be trained on."""
+        group = next(iter(self._groups.values()))
+        return collate(group.copy().blocks(1), self._eos_token_id)
+
+
+def streaming_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, vocab_size: int, checkpoint: Path | None, **keywords: Any
+) -> StreamingData:
+    """The recipe's stream, at its start or where `checkpoint` stands; `keywords` as of `StreamingData`."""
+    states: dict[tuple[int, int], GroupState] = {}
+    first_step = 0
+    if checkpoint is not None:
+        for path in sorted(checkpoint.glob("data-*.pt")):
+            loaded = torch.load(path, weights_only=True)
+            first_step = loaded.pop("step")
+            for key, values in loaded.items():
+                pending = values.pop("pending").numpy()
+                states[key] = GroupState(**values, pending=pending)
+    encode = Encoder(tokenizer, token_dtype(vocab_size))
+    held_out = held_out_digests(recipe.data)
+    return StreamingData(recipe.data, encode, held_out, first_step=first_step, states=states, **keywords)
+
+
+def save_states(states: dict[tuple[int, int], GroupState], step: int, folder: Path, process_index: int) -> None:
+    """Write what `streaming_data` reads: where this process's groups stand after `step` steps."""
+    content: dict[Any, Any] = {"step": step}
+    for key, state in states.items():
+        content[key] = {**vars(state), "pending": torch.from_numpy(state.pending)}
+    torch.save(content, folder / f"data-{process_index}.pt")
