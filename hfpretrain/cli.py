@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         print("error:", *error.problems, sep="\n  ", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, for example `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -48,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("recipe")
     prepare.add_argument("--shard", metavar="I/N", help="do share I of N, as one of N machines; then once without")
     prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one for each core")
+    data = command("data", _data, f"which documents a step of a run consumed, and their text; {_OVERRIDES}")
+    data.add_argument("recipe")
+    data.add_argument("--step", type=int, required=True, help="optimizer step as in metrics.jsonl, from 1")
     evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
     evaluate.add_argument("model", help="folder or Hub id")
     evaluate.add_argument("recipe", nargs="?", help="evaluate on this recipe's validation split")
@@ -137,6 +143,13 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
         raise RecipeError.at("--shard", f"{args.shard!r} is not I/N with I from 1 to N")
     path = prepare_shard(recipe, int(match[1]) - 1, int(match[2]), args.num_workers)
     print(f"share {args.shard} of {path} is done; the same command without --shard joins all")
+
+
+def _data(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.trace import step_lines
+
+    for line in step_lines(_load(args, overrides), args.step):
+        print(line)
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -170,9 +170,14 @@ def document_positions(rows: np.ndarray, eos_token_id: int) -> np.ndarray:
     The separator opens the next document's segment: it is predicted from the document it ends, and the first token
     after it is predicted from the separator alone. So no prediction sees another document, and none is lost.
     """
-    index = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
-    starts = np.maximum.accumulate(np.where(rows == eos_token_id, index, 0), axis=1)
-    return index - starts
+    begins = rows == eos_token_id
+    begins[:, 0] = True
+    starts = np.flatnonzero(begins)
+    # A running sum of ones that falls back to 0 at every start.
+    steps = np.ones(rows.size, dtype=np.int64)
+    steps[0] = 0
+    steps[starts[1:]] = 1 - np.diff(starts)
+    return np.cumsum(steps, out=steps).reshape(rows.shape)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,14 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "HF_HUB_OFFLINE": "1", **extra}
 
 
-def train(recipe: Path, *overrides: str, engine: str | None = None, timeout: int = 300, **env: str):
+def train(
+    recipe: Path,
+    *overrides: str,
+    engine: str | None = None,
+    processes: int | None = None,
+    timeout: int = 300,
+    **env: str,
+):
     """`accelerate launch` with an engine's file, or plain `python -m` without; the finished process."""
     if engine is None:
         command = [sys.executable, "-m", "hfpretrain.train"]
@@ -94,7 +101,8 @@ def train(recipe: Path, *overrides: str, engine: str | None = None, timeout: int
         config = str(ROOT / "accelerate_configs" / f"{engine}.yaml")
         # Another port for each launch: tests of several checkouts may run at once.
         command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-        command += ["--config_file", config, "-m", "hfpretrain.train"]
+        command += ["--config_file", config, *(["--num_processes", str(processes)] if processes else [])]
+        command += ["-m", "hfpretrain.train"]
     return subprocess.run(
         [*command, str(recipe), *overrides],
         cwd=ROOT,

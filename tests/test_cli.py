@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,15 @@ def test_help_loads_nothing_heavy():
     assert result.stdout.endswith("[]\n"), result.stdout
     for command in ("check", "prepare", "evaluate", "verify", "push", "schema"):
         assert command in result.stdout
+
+
+def test_data_tells_what_a_step_consumed(folder):
+    recipe = str(write_recipe(folder))
+    assert "run `hfpretrain prepare`" in hfpretrain("data", recipe, "--step", "3").stderr
+    assert hfpretrain("prepare", recipe).returncode == 0
+    result = hfpretrain("data", recipe, "--step", "3")
+    assert result.returncode == 0 and result.stdout.startswith("step 3: 8 sequences of 32 tokens"), result.stderr
+    corpus = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    found = re.findall(r"corpus.jsonl:(\d+), \d+ tokens\n    \| (.*)", result.stdout)
+    assert len(found) >= 8 and all(text.strip("\ufffd") in corpus[int(line) - 1] for line, text in found)
+    assert "has 1 to 8" in hfpretrain("data", recipe, "--step", "9").stderr

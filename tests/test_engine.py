@@ -33,6 +33,8 @@ def compare(folder, name, steps, max_loss=1e-5, max_grad_norm=1e-4, max_perplexi
         return max(abs(other[s][key] - single[s][key]) / abs(single[s][key]) for s in single)
 
     assert list(rows(folder / name, "loss")) == list(range(1, steps + 1))
+    ledgers = [{step: row["ledger"] for step, row in rows(folder / run, "ledger").items()} for run in (name, "single")]
+    assert ledgers[0] == ledgers[1] and len(set(ledgers[0].values())) == steps
     found = {key: largest(key) for key in ("loss", "grad_norm", "eval/perplexity", "eval/bits_per_byte")}
     assert found["loss"] <= max_loss and found["grad_norm"] <= max_grad_norm, found
     assert found["eval/perplexity"] <= max_perplexity and found["eval/bits_per_byte"] <= max_perplexity, found

@@ -11,7 +11,7 @@ LEAVES = {"corpus", "tokenizer", "packing", "dataloader", "model", "optim", "eng
     "metrics",
     "hub",
 }
-COMPOSITION = ["prepare", "streaming", "score", "report", "train", "cli"]
+COMPOSITION = ["prepare", "trace", "streaming", "score", "report", "train", "cli"]
 
 
 def imports(path):

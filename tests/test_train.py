@@ -190,6 +190,57 @@ def test_text_that_changed_is_not_trained_on_further(folder):
     assert result.returncode == 2 and "sources or tokenizer changed since" in result.stderr
 
 
+def test_tokens_on_disk_that_are_not_those_consumed_stop_the_run(folder):
+    recipe = write_recipe(folder, training__max_steps=6, checkpoint__every_steps=3)
+    assert train(recipe).returncode == 0
+    (shard,) = (folder / "prepared").glob("*/train-0/*.arrow")
+    content = bytearray(shard.read_bytes())
+    # Every token of the last rows but a few: whatever the order was, some were consumed.
+    for index in range(len(content) // 2, len(content) // 2 + 8000, 64):
+        content[index] ^= 1
+    shard.write_bytes(content)
+    result = train(recipe, "--training.max_steps=9")
+    assert result.returncode == 2 and "are not those that" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_mixture_stages_and_padding_are_accounted_in_the_metrics(folder):
+    write_jsonl(folder / "second.jsonl", small_text(200, seed=1))
+    sources = [
+        {"path": "json", "data_files": str(folder / "corpus.jsonl"), "weight": 0.75, "max_epochs": 3},
+        {"path": "json", "data_files": str(folder / "second.jsonl"), "weight": 0.25},
+    ]
+    stages = [{"from_tokens": 10 * 256, "weights": [0.5, 0.5]}]
+    recipe = write_recipe(
+        folder, data__sources=sources, data__stages=stages, data__packing="best_fit", training__max_steps=20
+    )
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    tokens = {step: row["source_tokens"] for step, row in rows(folder / "run", "source_tokens").items()}
+    # 80 sequences at 3 to 1, then 80 at 1 to 1, less the padding.
+    for step, expected in ((10, [60, 20]), (20, [100, 60])):
+        assert all(0.8 * count * 32 < found <= count * 32 for found, count in zip(tokens[step], expected, strict=True))
+    assert rows(folder / "run", "loss")[20]["data_wait_seconds"] >= 0
+    result = train(recipe, "--output_dir=" + str(folder / "long"), "--training.max_steps=2000")
+    assert result.returncode == 2 and "data.sources.0.max_epochs: the run needs" in result.stderr
+    assert not (folder / "long" / "metrics.jsonl").exists()
+
+
+def test_the_ledger_does_not_depend_on_processes_or_stops(folder):
+    recipe = write_recipe(folder, training__max_steps=6, training__micro_batch_size=1, checkpoint__every_steps=3)
+    ledgers = {}
+    for processes in (1, 2, 4):
+        run = folder / f"run-{processes}"
+        result = train(recipe, f"--output_dir={run}", engine="ddp", processes=processes)
+        assert result.returncode == 0, result.stderr
+        ledgers[processes] = {step: row["ledger"] for step, row in rows(run, "ledger").items()}
+    assert ledgers[1] == ledgers[2] == ledgers[4] and len(set(ledgers[1].values())) == 6
+    shutil.rmtree(folder / "run-4" / "checkpoints" / "step-00000006")
+    result = train(recipe, f"--output_dir={folder / 'run-4'}", engine="ddp", processes=2)
+    assert result.returncode == 0 and "resumed from" in result.stderr, result.stderr
+    assert {step: row["ledger"] for step, row in rows(folder / "run-4", "ledger").items()} == ledgers[1]
+
+
 def test_a_run_without_a_sound_checkpoint_is_not_started_anew(folder):
     recipe = write_recipe(folder, training__max_steps=4)
     assert train(recipe).returncode == 0
