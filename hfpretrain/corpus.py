@@ -174,15 +174,24 @@ class Reader:
                 yield _document(value, origin, row)
 
     def _guarded(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
-        """What can't be read to its end is a bad document, of which nobody knows how many it would have been."""
+        """A file that breaks off is a bad document, of which nobody knows how many it would have been.
+
+        Not so a disk or a network that fails: what was not read must not be counted as if it were not there.
+        """
         row = 0
         try:
             for document in documents:
                 row = document.row
                 yield document
         except (OSError, EOFError, lzma.LZMAError) as error:
+            if getattr(error, "errno", None) is not None or isinstance(error, (ConnectionError, TimeoutError)):
+                raise self._cannot_read(origin, error) from error
             problem = ("truncated_file", f"cannot be read further: {error}")
             yield Document("", origin, row + 1, problem=problem)
+        except RecipeError:
+            raise
+        except Exception as error:  # what a remote file system raises may be anything
+            raise self._cannot_read(origin, error) from error
 
     def _open(self, origin: str) -> Any:
         """The decompressed bytes. Arrow's decompressors, because that of zstandard is silent at a truncated file."""

@@ -19,6 +19,7 @@ import numpy as np
 from hfpretrain import corpus, files, hygiene, packing, tokenizer
 from hfpretrain.corpus import Document, Reader, Splitter
 from hfpretrain.dataloader import Blocks, TrainingData
+from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
 from hfpretrain.prepared import VALIDATION, PreparedData, part_account, part_key
 from hfpretrain.recipe import Recipe, RecipeError
@@ -53,7 +54,7 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
     """
     path = prepared_path(recipe)
     with _locked(path, ".lock"):
-        prepared = PreparedData.open(path)
+        prepared = PreparedData.open(path) or _pull(recipe, path)
         if prepared is None:
             return _Preparation(recipe, path, num_workers or num_cores()).all()
         reason = files.damage(path, checksums=False)
@@ -66,9 +67,31 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
     """Share `index` (from 0) of `count` machines that prepare one corpus in one folder; `prepare` then joins them."""
     path = prepared_path(recipe)
     with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
-        if PreparedData.open(path) is None:
+        if (PreparedData.open(path) or _pull(recipe, path)) is None:
             _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
     return path
+
+
+def _mirror(recipe: Recipe, path: Path) -> Mirror | None:
+    given = recipe.data.prepared_dir or ""
+    return Mirror(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
+
+
+def _pull(recipe: Recipe, path: Path) -> PreparedData | None:
+    """Prepared data that another machine has finished at the URL of `data.prepared_dir`, copied here and verified."""
+    mirror = _mirror(recipe, path)
+    names = mirror.names() if mirror is not None else set()
+    if mirror is None or files.MANIFEST not in names:
+        return None
+    work = path.with_name(path.name + files.INCOMPLETE)
+    logger.info("copying prepared data from %s", mirror.url)
+    mirror.pull(work, sorted(names))
+    reason = files.damage(work)
+    if reason is not None:
+        shutil.rmtree(work)
+        raise RecipeError.at("data.prepared_dir", f"the copy of {mirror.url} is damaged: {reason}")
+    work.rename(path)
+    return PreparedData.open(path)
 
 
 def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData:
@@ -77,8 +100,12 @@ def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData
     Not a barrier of the process group: preparing may take longer than any of its time-outs.
     """
     path = prepared_path(recipe)
+    first_of_machine = int(os.environ.get("LOCAL_RANK", "0")) == 0
     while (prepared := PreparedData.open(path)) is None:
         time.sleep(poll_seconds)
+        if first_of_machine:  # a machine without the main process has a disk of its own
+            with _locked(path, ".lock"):
+                prepared = PreparedData.open(path) or _pull(recipe, path)
     return prepared
 
 
@@ -144,6 +171,10 @@ class _Preparation:
         self.recipe, self.data, self.path, self.num_workers = recipe, recipe.data, path, num_workers
         self.work = path.with_name(path.name + files.INCOMPLETE)
         self.work.mkdir(exist_ok=True)
+        self.mirror = _mirror(recipe, path)
+        if self.mirror is not None:  # what other machines have done counts
+            there = self.mirror.names()
+            self.mirror.pull(self.work, (name for name in there if name.startswith(("tokenizer/", "parts/"))))
         self.start_seconds = time.perf_counter()
         policy = self.data.on_bad_document
         named = [(number, f"data.sources.{number}", source) for number, source in enumerate(self.data.sources)]
@@ -173,9 +204,16 @@ class _Preparation:
         shutil.rmtree(self.work / "scan", ignore_errors=True)
         for left in self.work.rglob("*" + files.INCOMPLETE):
             left.unlink()
+        if self.mirror is not None:
+            accounts = (part_account(self.work, part) or {} for part in parts)
+            self.mirror.pull(self.work, (name for account in accounts for name in account["files"]))
         dtype = tokenizer.token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
         prepared = packing.join(self.work, self.path, parts, self.data, eos, dtype, extra, self.num_workers)
+        if self.mirror is not None:
+            there = self.mirror.names()
+            self.mirror.push(self.path, (name for name in prepared.manifest["files"] if name not in there))
+            self.mirror.push(self.path, [files.MANIFEST])
         seconds = time.perf_counter() - self.start_seconds
         logger.info("prepared %s in %.1f s on %d thread(s)", self.path, seconds, self.num_workers)
         return prepared
@@ -195,6 +233,8 @@ class _Preparation:
             made.save_pretrained(own)
             try:
                 own.rename(folder)
+                if self.mirror is not None:
+                    self.mirror.push(self.work, (f"tokenizer/{file.name}" for file in folder.iterdir()))
                 return made
             except OSError:  # another shard was first
                 shutil.rmtree(own)
@@ -212,8 +252,15 @@ class _Preparation:
         done: list[str] = []
         encode = tokenizer.Encoder(self.tokenizer, tokenizer.token_dtype(self.vocab_size))
         with _Progress([reader for _, _, reader in jobs]) as progress:
+
+            def written(batch: Batch, tokens: int) -> None:
+                progress.update(batch, tokens)
+                if self.mirror is not None and batch.ends_part:
+                    account = part_account(self.work, batch.part) or {}
+                    self.mirror.push(self.work, [*account["files"], f"parts/{batch.part}.json"])
+
             batches = self._batches(groups, index, count, done)
-            packing.pack(self.work, batches, encode, bytes_of_token, self.data, self.num_workers, progress.update)
+            packing.pack(self.work, batches, encode, bytes_of_token, self.data, self.num_workers, written)
         return done
 
     def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[Batch]:

@@ -196,7 +196,8 @@ class DataSection(Section):
     the sources; needs `tokenizer.pretrained`, and `validation_sources` for an evaluation."""
     prepared_dir: str | None = None
     """Where prepared data live, one folder for each fingerprint, shared between runs. Default: `prepared` beside
-    `output_dir`."""
+    `output_dir`. A URL of any fsspec file system (s3://...) is the common copy of machines that share no disk; each
+    keeps its own at the default place."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
@@ -387,8 +388,9 @@ class Recipe(Section):
 
     @property
     def prepared_dir(self) -> Path:
-        """Root of prepared data: `data.prepared_dir`, or `prepared` beside `output_dir`."""
-        return Path(self.data.prepared_dir) if self.data.prepared_dir else Path(self.output_dir).parent / "prepared"
+        """Local root of prepared data: `data.prepared_dir`, or `prepared` beside `output_dir`."""
+        given = self.data.prepared_dir
+        return Path(given) if given and "://" not in given else Path(self.output_dir).parent / "prepared"
 
 
 def cross_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -278,6 +278,23 @@ def test_a_truncated_file_is_named_or_counted(folder, suffix):
     assert dropped["truncated_file"] == 1 and data.manifest["sources"][0]["documents_kept"] > 100
 
 
+@pytest.mark.parametrize("error", [ConnectionError("reset"), OSError(5, "Input/output error"), ValueError("remote")])
+def test_a_failing_network_is_never_a_skipped_document(folder, monkeypatch, error):
+    from hfpretrain import corpus
+
+    lines = corpus.Reader._json_lines
+
+    def broken(self, origin):
+        for document in lines(self, origin):
+            yield document
+            if document.row == 50:
+                raise error
+
+    monkeypatch.setattr(corpus.Reader, "_json_lines", broken)
+    with pytest.raises(RecipeError, match=r"cannot read .*corpus\.jsonl"):
+        prepare(recipe(folder, data__on_bad_document="skip"))
+
+
 def test_a_source_that_changes_while_it_is_read_is_noticed(folder, monkeypatch):
     write = packing._Part.close
 
@@ -332,6 +349,30 @@ def test_remote_files_are_read_like_local_ones(folder):
     assert prepared_path(recipe(folder, data__sources=sources)) != before
     with pytest.raises(RecipeError, match="no file matches memory://nowhere"):
         prepare(recipe(folder, data__sources=[{"path": "json", "data_files": "memory://nowhere/*"}]))
+
+
+def test_machines_without_a_common_disk_share_a_url(folder, small_parts):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    url = f"memory://{folder.name}/prepared"
+    machines = [
+        recipe(folder, data__prepared_dir=url, output_dir=str(folder / name / "run")) for name in ("a", "b", "c")
+    ]
+    prepare_shard(machines[0], 0, 2)
+    remote = fsspec.filesystem("memory")
+    there = set(remote.find(f"/{folder.name}"))
+    assert any("/parts/" in name for name in there) and not any(name.endswith("/manifest.json") for name in there)
+    # A machine that starts anew knows what is done, and does the rest.
+    joined = prepare(machines[1])
+    assert checksums(joined.path) == expected
+    assert there < set(remote.find(f"/{folder.name}"))
+    # A third one only copies.
+    third = prepare(machines[2])
+    assert checksums(third.path) == expected and third.path.is_relative_to(folder / "c")
+    assert prepare_shard(machines[2], 1, 2) == third.path
+    (victim,) = [name for name in remote.find(f"/{folder.name}") if name.endswith("train-0/data-0-00000-00001.arrow")]
+    remote.pipe(victim, b"x" + remote.cat(victim)[1:])
+    with pytest.raises(RecipeError, match=r"is damaged: .* has another checksum"):
+        prepare(recipe(folder, data__prepared_dir=url, output_dir=str(folder / "d" / "run")))
 
 
 def test_memory_stays_flat(folder):
