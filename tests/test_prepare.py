@@ -77,6 +77,35 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(folder, small_p
     assert after == before, "a finished part was done again"
 
 
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(folder, small_parts):
+    """The long version: also in the tokenizer's training, between files of a part, while joining."""
+    write_jsonl(folder / "corpus.jsonl", small_text(4000))
+    changes = {"data__deduplicate": True, "data__packing": "best_fit", "tokenizer__vocab_size": 2000}
+    expected = checksums(prepare(recipe(folder, **changes, data__prepared_dir=str(folder / "straight"))).path)
+    program = (
+        f"{SMALL}; import sys, time; entries = p.files.entries\n"
+        "def slow(folder, paths):\n    time.sleep(0.2); return entries(folder, paths)\n"
+        "p.files.entries = slow\n"
+        "from hfpretrain.prepare import prepare; from hfpretrain.recipe import load_recipe\n"
+        "prepare(load_recipe(sys.argv[1]))"
+    )
+    path = str(write_recipe(folder, **changes))
+    work = prepared_path(recipe(folder, **changes)).with_suffix(files.INCOMPLETE)
+    draw = random.Random(1)
+    for kill in range(10):
+        process = subprocess.Popen([sys.executable, "-c", program, path], cwd=ROOT, env=environment())
+        # The first ones early, while imports, scan and tokenizer are under way; seal and parts are slowed down.
+        time.sleep(draw.uniform(0.5, 2.0) if kill < 3 else draw.uniform(2.5, 4.0))
+        assert process.poll() is None, "the preparation ended before the kills did"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        print(f"kill {kill + 1}: {len(list((work / 'parts').glob('*.json')))} parts done")
+    resumed = prepare(recipe(folder, **changes))
+    assert checksums(resumed.path) == expected
+    print(f"{len(expected)} checksums equal")
+
+
 def test_shares_of_several_machines_join_to_the_same_bytes(folder, small_parts, capsys):
     expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
     shared = recipe(folder)

@@ -65,7 +65,7 @@ def test_every_command_is_covered():
         "pip install",
         "DS_BUILD_OPS=0 pip",
     ]
-    assert len(TRAINING) == 2 and len(CONSOLE) == 5 and len(PYTHON) == 1
+    assert len(TRAINING) == 2 and len(CONSOLE) == 9 and len(PYTHON) == 1
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -86,6 +86,40 @@ def test_console_commands(folder, command):
         result = run(folder, command.replace("--stride 128", "--stride 16"), *overrides)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_the_yaml_of_a_mixture_is_valid():
+    import yaml
+
+    from hfpretrain.recipe import DataSection
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    section = DataSection.model_validate({**yaml.safe_load(text)["data"], "block_size": 1024})
+    assert section.weights == [(0, [0.8, 0.2]), (9_000_000_000, [0.3, 0.7])]
+
+
+def test_a_recipe_reads_what_datatrove_writes(folder):
+    from conftest import hfpretrain, small_text, write_jsonl, write_recipe
+
+    (folder / "raw").mkdir()
+    write_jsonl(folder / "raw" / "a.jsonl", [*small_text(200), "12345 " * 100, "short"])
+    result = run(folder, f"python {ROOT / 'examples' / 'curate.py'} raw curated")
+    assert result.returncode == 0, result.stderr
+    sources = [{"path": "json", "data_files": str(folder / "curated" / "*.jsonl.gz")}]
+    prepared = hfpretrain("prepare", str(write_recipe(folder, data__sources=sources)))
+    assert prepared.returncode == 0 and "documents" in prepared.stdout, prepared.stderr
+    kept = [len(text) >= 200 for text in small_text(200)]
+    counts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) documents,", prepared.stdout)]
+    assert sum(counts) == sum(kept)
+
+
+def test_the_slurm_script_prepares_a_share(folder):
+    script = (ROOT / "examples" / "prepare.slurm").read_text()
+    assert "--array=1-16" in script
+    env = {**environment(), "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "2"}
+    command = f"bash {ROOT / 'examples' / 'prepare.slurm'} recipes/quickstart.yaml --output_dir=slurm/run"
+    result = run(folder, command, *SMALL, env=env)
+    assert result.returncode == 0 and "share 2/2" in result.stdout, result.stderr
 
 
 def test_python_snippets(folder):
