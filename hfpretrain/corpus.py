@@ -82,6 +82,10 @@ class Reader:
         except (OSError, ValueError):
             return self._done_bytes
 
+    def skip(self, pieces: Iterable[int]) -> None:
+        """Count pieces as read."""
+        self._done_bytes += sum(self.pieces[index].size or 0 for index in pieces)
+
     def groups(self) -> list[range]:
         """Pieces put together into runs of at least 64 MiB (the last may be less), one each where sizes are unknown."""
         groups, start, size = [], 0, 0

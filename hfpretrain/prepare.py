@@ -274,6 +274,7 @@ class _Preparation:
             known = self._finished_group(source, group)
             if known:
                 done += known
+                reader.skip(pieces)
                 continue
             documents = enumerate(reader.read(pieces))
             ordinal, ends_group = 0, False
@@ -353,11 +354,10 @@ class _Preparation:
             for group, pieces in _groups(reader):
                 path = self.work / "scan" / f"{number}-{group:05d}.npy"
                 if not path.exists():
-                    # Documents without text have hashes of their own here: they are not each other's duplicates.
-                    digests = [int.from_bytes(document.digest[:8], "big") for document in reader.read(pieces)]
+                    digests = (int.from_bytes(document.digest[:8], "big") for document in reader.read(pieces))
                     own = path.with_name(f"{path.stem}-{os.getpid()}.npy{files.INCOMPLETE}")
                     with own.open("wb") as file:
-                        np.save(file, np.array(digests, dtype=np.uint64))
+                        np.save(file, np.fromiter(digests, dtype=np.uint64))
                     own.rename(path)
                 found[number, group] = np.load(path)
         first = hygiene.first_occurrences(np.concatenate(list(found.values())))
