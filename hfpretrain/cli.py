@@ -18,7 +18,7 @@ _OVERRIDES = "any number of --section.key=value may follow the recipe"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the input is wrong."""
+    """Returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     if overrides and getattr(args, "recipe", None) is None:
@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         print("error:", *error.problems, sep="\n  ", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is finished stays, and the same command goes on from there", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, for example `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

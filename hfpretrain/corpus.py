@@ -64,7 +64,7 @@ class Reader:
         elif source.path in FILE_FORMATS and source.split == "train":
             self.pieces = [Piece(name, size) for name, size in _files(source, key)]
         else:
-            self._dataset = self._load(source.data_files, source.data_dir)
+            self._dataset = self._load()
             number = getattr(self._dataset, "num_shards", 1) if self._streamed else 1
             self.pieces = [Piece(f"{source.path}, shard {index}", None) for index in range(number)]
 
@@ -119,12 +119,9 @@ class Reader:
             if len(self.pieces) > 1:
                 dataset = dataset.shard(num_shards=len(self.pieces), index=index)
             yield from self._rows(dataset, piece.origin)
-        elif path == "text":
-            yield from self._guarded(self._text(piece.origin), piece.origin)
-        elif path == "json" and not self._is_json_array(piece.origin):
-            yield from self._guarded(self._json_lines(piece.origin), piece.origin)
         else:
-            yield from self._rows(self._load([piece.origin], None), piece.origin)
+            read = {"text": self._text, "json": self._json, "parquet": self._parquet, "csv": self._csv}[path]
+            yield from self._guarded(read(piece.origin), piece.origin)
         if piece.size is not None and (now := _size(piece.origin)) != piece.size:
             raise RecipeError.at(self.key, f"{piece.origin} changed while it was read: {piece.size} bytes, now {now}")
 
@@ -132,15 +129,15 @@ class Reader:
     def _streamed(self) -> bool:
         return "[" not in self.source.split and "+" not in self.source.split
 
-    def _load(self, data_files: Any, data_dir: str | None) -> Any:
+    def _load(self) -> Any:
         """The `datasets` object; streamed, so that nothing is copied, unless the split is a slice."""
         import datasets
 
         source = self.source
         keywords: dict[str, Any] = {
             "name": source.name,
-            "data_dir": data_dir,
-            "data_files": list(data_files) if isinstance(data_files, tuple) else data_files,
+            "data_dir": source.data_dir,
+            "data_files": list(source.patterns) or None,
             "revision": source.revision,
             "split": source.split,
             "streaming": self._streamed,
@@ -151,7 +148,7 @@ class Reader:
                 source.path, **{name: value for name, value in keywords.items() if value is not None}
             )
         except Exception as error:
-            raise self._cannot_read(_named(data_files) or data_dir or source.path, error) from error
+            raise self._cannot_read(", ".join(source.patterns) or source.data_dir or source.path, error) from error
 
     def _cannot_read(self, what: str, error: BaseException) -> RecipeError:
         if isinstance(error, StopIteration):  # what looking for the columns of a file without rows ends in
@@ -170,7 +167,7 @@ class Reader:
             except StopIteration:
                 return
             except Exception as error:
-                raise self._cannot_read(_named(self.source.data_files) or origin, error) from error
+                raise self._cannot_read(", ".join(self.source.patterns) or origin, error) from error
             if column not in table.column_names:
                 raise RecipeError.at(f"{self.key}.text_column", _no_column(column, table.column_names))
             for value in table.column(column).to_pylist():
@@ -187,15 +184,17 @@ class Reader:
             for document in documents:
                 row = document.row
                 yield document
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            if getattr(error, "errno", None) is not None or isinstance(error, (ConnectionError, TimeoutError)):
-                raise self._cannot_read(origin, error) from error
-            problem = ("truncated_file", f"cannot be read further: {error}")
-            yield Document("", origin, row + 1, problem=problem)
         except RecipeError:
             raise
-        except Exception as error:  # what a remote file system raises may be anything
-            raise self._cannot_read(origin, error) from error
+        except Exception as error:  # what file formats and remote file systems raise may be anything
+            network = getattr(error, "errno", None) is not None or isinstance(error, (ConnectionError, TimeoutError))
+            broken = isinstance(error, (OSError, EOFError, lzma.LZMAError, json.JSONDecodeError)) or (
+                type(error).__name__ in ("ArrowInvalid", "ParserError")  # of parquet and csv
+            )
+            if network or not broken:
+                raise self._cannot_read(origin, error) from error
+            line = (str(error).splitlines() or [""])[0]
+            yield Document("", origin, row + 1, problem=("truncated_file", f"cannot be read further: {line:.300}"))
 
     def _open(self, origin: str) -> Any:
         """The decompressed bytes. Arrow's decompressors, because that of zstandard is silent at a truncated file."""
@@ -208,19 +207,60 @@ class Reader:
             return lzma.open(self._raw)
         if suffix in _ARROW_CODECS:
             stream = pa.CompressedInputStream(pa.PythonFile(self._raw, "r"), _ARROW_CODECS[suffix])
-            return io.BufferedReader(stream, 2**20)
+            return io.BufferedReader(stream, 2**16)
         return self._raw
 
-    def _is_json_array(self, origin: str) -> bool:
-        try:
-            with self._open(origin) as file:
-                return bool(file.read(64).lstrip()[:1] == b"[")
-        except (OSError, EOFError, lzma.LZMAError):
-            return False  # reading it will say why
+    def _json(self, origin: str) -> Iterator[Document]:
+        with self._open(origin) as file:
+            start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        yield from self._json_array(origin) if start[:1] == b"[" else self._json_lines(origin)
+
+    def _json_array(self, origin: str) -> Iterator[Document]:
+        """One array of objects, which has to be read whole."""
+        with self._open(origin) as file:
+            values = json.loads(file.read())
+        return (self._object(value, origin, row) for row, value in enumerate(values, 1))
+
+    def _object(self, value: Any, origin: str, row: int) -> Document:
+        column = self.source.text_column
+        if not isinstance(value, dict):
+            return Document("", origin, row, problem=("broken_json", "not a JSON object"))
+        if column not in value:
+            return Document("", origin, row, problem=("missing_text", _no_column(column, value)))
+        return _document(value[column], origin, row)
+
+    def _parquet(self, origin: str) -> Iterator[Document]:
+        import pyarrow.parquet
+
+        row, column = 0, self.source.text_column
+        with self._open(origin) as file, pyarrow.parquet.ParquetFile(file) as table:
+            if column not in table.schema_arrow.names:
+                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, table.schema_arrow.names))
+            for batch in table.iter_batches(_BATCH_SIZE, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _document(value, origin, row)
+
+    def _csv(self, origin: str) -> Iterator[Document]:
+        """Every field is text, also one that looks like a number or a missing value."""
+        import pandas
+
+        row, column = 0, self.source.text_column
+        with self._open(origin) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            try:
+                chunks = pandas.read_csv(text, dtype=str, keep_default_na=False, chunksize=_BATCH_SIZE)
+            except pandas.errors.EmptyDataError:
+                return
+            for chunk in chunks:
+                if column not in chunk:
+                    raise RecipeError.at(f"{self.key}.text_column", _no_column(column, map(str, chunk.columns)))
+                for value in chunk[column]:
+                    row += 1
+                    yield _document(value, origin, row)
 
     def _json_lines(self, origin: str) -> Iterator[Document]:
         """One object a line. By hand, since `datasets` can name neither file nor line of a broken one, nor skip it."""
-        column = self.source.text_column
         with self._open(origin) as file:
             for row, line in enumerate(file, 1):
                 try:
@@ -233,17 +273,12 @@ class Reader:
                     if line.strip():
                         yield Document("", origin, row, problem=("broken_json", f"broken JSON: {error}"))
                     continue
-                if not isinstance(value, dict):
-                    yield Document("", origin, row, problem=("broken_json", "not a JSON object"))
-                elif column not in value:
-                    yield Document("", origin, row, problem=("missing_text", _no_column(column, value)))
-                else:
-                    yield _document(value[column], origin, row)
+                yield self._object(value, origin, row)
 
     def _text(self, origin: str) -> Iterator[Document]:
         """Lines, paragraphs (blank lines between) or the whole file; line ends of any kind are a newline."""
         # Bytes that are no UTF-8 become lone surrogates, which `_document` finds: so their line is known.
-        with io.TextIOWrapper(self._open(origin), encoding="utf-8", errors="surrogateescape") as file:
+        with io.TextIOWrapper(self._open(origin), encoding="utf-8-sig", errors="surrogateescape") as file:
             if self.source.sample_by == "line":
                 for row, line in enumerate(file, 1):
                     yield _document(line.removesuffix("\n"), origin, row)
@@ -284,36 +319,40 @@ def _no_column(column: str, columns: Iterable[str]) -> str:
     return f"no column {column!r}; there are: {', '.join(columns)}"
 
 
-def _named(data_files: Any) -> str:
-    return data_files if isinstance(data_files, str) else ", ".join(data_files or ())
-
-
 def _files(source: SourceSection, key: str) -> list[tuple[str, int | None]]:
     """Names and sizes of all files, patterns in their order, sorted within each."""
-    found: dict[str, int | None] = {}
+    found: dict[str, tuple[str, int | None]] = {}
     for pattern in source.patterns or ("**/*",):
-        matches = dict(_expand(source, pattern, key))
+        matches = _expand(source, pattern, key)
         if not matches:
             raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
-        found |= matches
-    return list(found.items())
+        for name, info in matches:  # a file named twice, in whatever spelling, is one file
+            found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
+    return list(found.values())
 
 
-def _expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, int | None]]:
-    if "://" not in pattern.removeprefix("file://") and "://" not in (source.data_dir or ""):
-        return [(str(path), path.stat().st_size) for path in _matches(_root(source), pattern)]
+def _expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names of the files of a pattern, sorted, and what their file system says of them."""
+    if not _is_remote(source, pattern):
+        stats = [(str(path), path.stat()) for path in _matches(_root(source), pattern)]
+        return [(name, {"size": stat.st_size, "mtime": stat.st_mtime_ns}) for name, stat in stats]
     import fsspec
 
-    url = pattern if "://" in pattern else f"{source.data_dir}/{pattern}"
+    url = pattern if "://" in pattern or not source.data_dir else f"{source.data_dir.rstrip('/')}/{pattern}"
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem.invalidate_cache()
         names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
         infos = [(name, filesystem.info(name)) for name in names]
     except FileNotFoundError:
         return []
     except Exception as error:  # what a remote file system raises may be anything
         raise RecipeError.at(f"{key}.data_files", f"cannot read {url}: {type(error).__name__}: {error}") from error
-    return [(filesystem.unstrip_protocol(name), info.get("size")) for name, info in infos if info["type"] == "file"]
+    return [(filesystem.unstrip_protocol(name), info) for name, info in infos if info["type"] == "file"]
+
+
+def _is_remote(source: SourceSection, pattern: str = "") -> bool:
+    return "://" in pattern.removeprefix("file://") or "://" in (source.data_dir or "")
 
 
 def _size(origin: str) -> int | None:
@@ -327,18 +366,6 @@ def _size(origin: str) -> int | None:
     return size
 
 
-def local_files(source: SourceSection) -> list[Path]:
-    """The files of a source that lie on this machine, sorted; none for a Hub dataset or a remote URL."""
-    patterns = source.patterns
-    if not patterns and (source.data_dir or Path(source.path).is_dir()):
-        patterns = ("**/*",)
-    return sorted({path for pattern in patterns for path in _matches(_root(source), pattern)})
-
-
-def _is_local(source: SourceSection) -> bool:
-    return source.path in FILE_FORMATS or Path(source.path).exists()
-
-
 def _root(source: SourceSection) -> Path:
     return Path(source.data_dir or (source.path if Path(source.path).is_dir() else "."))
 
@@ -347,18 +374,17 @@ def _matches(root: Path, pattern: str) -> list[Path]:
     pattern = pattern.removeprefix("file://")
     if "://" in pattern:
         return []
-    return sorted(Path(match) for match in glob.glob(str(root / pattern), recursive=True) if Path(match).is_file())
+    whole = os.path.join(glob.escape(str(root)), pattern)
+    return sorted(Path(match) for match in glob.glob(whole, recursive=True) if Path(match).is_file())
 
 
 def identity(source: SourceSection) -> list[Any]:
     """What changes when the source's text does: size and modification time of local files, the Hub's commit."""
     if source.path == PYTHON_STDLIB:
         return [sys.version]
-    files = local_files(source)
-    if files:
-        return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    if _is_local(source):
-        return _remote_identity(source)
+    if source.path in FILE_FORMATS or Path(source.path).exists():
+        found = [file for pattern in source.patterns or ("**/*",) for file in _expand(source, pattern, "data.sources")]
+        return [[name if "://" in name else os.path.realpath(name), *_version(info)] for name, info in found]
     from huggingface_hub import HfApi
 
     try:
@@ -366,21 +392,6 @@ def identity(source: SourceSection) -> list[Any]:
     except Exception:
         # Without the Hub the revision named by the recipe is all that is known of a cached dataset.
         return [source.revision]
-
-
-def _remote_identity(source: SourceSection) -> list[Any]:
-    """Names and versions of remote files, as far as their file system tells."""
-    import fsspec
-
-    found: list[Any] = []
-    for pattern in source.patterns:
-        try:
-            filesystem, path = fsspec.core.url_to_fs(pattern)
-            names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
-            found += [[name, _version(filesystem.info(name))] for name in names]
-        except (OSError, ValueError, ImportError, NotImplementedError):
-            found.append(pattern)
-    return found
 
 
 def _version(info: dict[str, Any]) -> list[str]:

@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hfpretrain.recipe import RecipeError
-
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
 
@@ -62,12 +60,12 @@ def seal(
 ) -> dict[str, Any]:
     """Complete `work`: manifest of `content` and every file's size and checksum, then rename to `path`.
 
-    `known`: entries that files must have. Raises `RecipeError` if one has another.
+    `known`: entries of files that are checked and on the disk already.
     """
-    found = entries(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
-    for name, entry in (known or {}).items():
-        if found.get(name) != entry:
-            raise RecipeError.at(str(work / name), f"is not what was written; delete {work} and prepare again")
+    known = known or {}
+    rest = (file for file in sorted(work.rglob("*")) if file.is_file())
+    others = entries(work, (file for file in rest if file.relative_to(work).as_posix() not in known))
+    found = dict(sorted({**known, **others}.items()))
     manifest = {**content, "files": found}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _fsync(work / MANIFEST)

@@ -51,12 +51,12 @@ def ngram_overlap(
 ) -> dict[str, Any]:
     """How many distinct n-grams of token ids of the validation text stand somewhere in the training text.
 
-    Both are chunks (m,) of streams of documents; n-grams over a separator or over the bounds of chunks do not count.
+    Both are chunks (m,) of streams of documents; n-grams over a separator do not count.
     `num_workers` threads look at the chunks of train.
     13 as in GPT-3 (Brown et al. 2020, appendix C). Above 4 M n-grams, those with the smallest hashes are looked for.
     """
     hashes = Ngrams(eos_token_id, n)
-    wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(validation)]))
+    wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(_overlapping(validation, n - 1))]))
     distinct = len(wanted)
     wanted = wanted[:_MAX_NGRAMS]
     # A table of the upper bits tells at once that most n-grams of train are not wanted.
@@ -72,7 +72,7 @@ def ngram_overlap(
             places[places == len(wanted)] = 0
             found[places[wanted[places] == candidates]] = True
 
-    chunks = iter(train if len(wanted) else ())
+    chunks = _overlapping(train if len(wanted) else (), n - 1)
     with ThreadPoolExecutor(num_workers) as pool:
         while some := list(itertools.islice(chunks, 2 * num_workers)):
             list(pool.map(look, some))
@@ -84,6 +84,15 @@ def ngram_overlap(
         "in_train": num_found,
         "share_in_train": num_found / max(1, len(wanted)),
     }
+
+
+def _overlapping(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Chunks that begin with the last `size` elements before them."""
+    before = np.zeros(0, dtype=np.int64)
+    for chunk in chunks:
+        joined = np.concatenate([before, chunk])
+        before = joined[-size:]
+        yield joined
 
 
 class Ngrams:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hfpretrain import files
 from hfpretrain.recipe import RecipeError
@@ -34,15 +35,19 @@ class Mirror:
         except FileNotFoundError:
             return set()
 
-    def pull(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy those files into a local folder that are not there yet, each whole or not at all."""
+    def pull(self, folder: Path, names: Collection[str] | Mapping[str, dict[str, Any]]) -> None:
+        """Copy those files into a local folder that are not there yet, each whole or not at all.
+
+        With entries of a manifest as `names`, a file of another size is copied anew.
+        """
         for name in names:
             path = folder / name
-            if not path.exists():
+            size = names[name]["size"] if isinstance(names, Mapping) else None
+            if not path.exists() or (size is not None and path.stat().st_size != size):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_name(path.name + files.INCOMPLETE)
                 self._filesystem.get_file(f"{self._root}/{name}", str(temporary))
-                temporary.rename(path)
+                temporary.replace(path)
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
         """Copy local files there, in the order given."""

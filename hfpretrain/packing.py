@@ -81,6 +81,8 @@ class Item(NamedTuple):
     """64 bits that are equal for equal texts."""
     origin: str
     row: int
+    is_whole: bool = True
+    """Whether it is the whole document."""
 
 
 @dataclass
@@ -171,6 +173,12 @@ class _Part:
         self._read.update({name: getattr(batch, name) for name in _READ})
         self._dropped.update(batch.dropped)
         for item, ids in zip(batch.items, encoded, strict=True):
+            if len(ids) == 1:  # the tokenizer's normalizer has left nothing of the text
+                self._read["bytes_dropped"] += item.num_bytes
+                if item.is_whole:
+                    self._read["documents_kept"] -= 1
+                    self._dropped["no_tokens"] += 1
+                continue
             stream = self._streams.get(item.split) or self._open(item.split)
             origin = self._origins.setdefault(item.origin, len(self._origins))
             stream.add(ids, item, origin)
@@ -212,7 +220,7 @@ class _Stream:
         self._num_pending = 0
         self._columns = {"start": array("q"), "offset": array("q"), "origin": array("q"), "row": array("q")}
         self.digests = array("Q")
-        self.documents = self.bytes = self.tokens = self.rows = self.padding = self.token_bytes = 0
+        self.documents = self.bytes = self.tokens = self.separators = self.rows = self.padding = self.token_bytes = 0
 
     @property
     def paths(self) -> list[Path]:
@@ -221,7 +229,7 @@ class _Stream:
 
     def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
         """Append one document, separator included."""
-        self._locate(self.tokens + self.documents, 0, origin, item.row, item.digest)
+        self._locate(self.tokens + self.separators, 0, origin, item.row, item.digest)
         self._count(ids, item)
         self._pending.append(ids)
         self._num_pending += len(ids)
@@ -236,6 +244,7 @@ class _Stream:
         self.documents += 1
         self.bytes += item.num_bytes
         self.tokens += len(ids) - 1
+        self.separators += 1
 
     def _locate(self, start: int, offset: int, origin: int, row: int, digest: int) -> None:
         for name, value in (("start", start), ("offset", offset), ("origin", origin), ("row", row)):
@@ -256,7 +265,7 @@ class _Stream:
         self._writer.close()
         table = {name: np.frombuffer(values, dtype=np.int64) for name, values in self._columns.items()}
         end = self.rows * self._block_size
-        assert end + len(remainder) == self.tokens + self.documents + self.padding, "tokens in and out differ"
+        assert end + len(remainder) == self.tokens + self.separators + self.padding, "tokens in and out differ"
         first = max(0, int(np.searchsorted(table["start"], end, side="right")) - 1)
         in_remainder = [
             [max(0, int(start) - end), int(offset) + max(0, end - int(start)), int(origin), int(row)]
@@ -269,7 +278,7 @@ class _Stream:
             "documents": self.documents,
             "bytes": self.bytes,
             "tokens": self.tokens,
-            "separators": self.documents,
+            "separators": self.separators,
             "padding": self.padding,
             "rows": self.rows,
             "remainder": len(remainder),
@@ -288,12 +297,12 @@ class _BestFit(_Stream):
     def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
         """Append one document, separator included."""
         self._count(ids, item)
-        start, size = 0, self._block_size
-        while start < len(ids):
-            # A separator alone in a row would look like padding, so the last piece has two tokens.
-            take = min(size, len(ids) - start) - (len(ids) - start == size + 1)
-            self._pieces.append((ids[start : start + take], start, origin, item.row, item.digest))
-            start += take
+        size = self._block_size
+        if len(ids) % size == 1:  # the text fills its blocks, whose end separates; a lone EOS would look like padding
+            ids = ids[:-1]
+            self.separators -= 1
+        for start in range(0, len(ids), size):
+            self._pieces.append((ids[start : start + size], start, origin, item.row, item.digest))
         self._num_pending += len(ids)
         if self._num_pending >= _BEST_FIT_TOKENS:
             self._flush()
@@ -351,14 +360,14 @@ def join(
 ) -> PreparedData:
     """Make one prepared folder `path` of all finished `parts` (in their order) of `work`, without copying tokens.
 
-    Every file is compared with the checksum in its part's account. `extra` goes into the manifest as it is.
+    Every file is compared with the checksum in its part's account first. `extra` goes into the manifest as it is.
     Raises `RecipeError` for a corpus without text, one shorter than a block, and files that changed since.
     """
     accounts = {key: account for key in parts if (account := part_account(work, key)) is not None}
     assert len(accounts) == len(parts), "a part is missing"
     if len({account["tokenizer_sha256"] for account in accounts.values()}) > 1:
         raise RecipeError.at("tokenizer", f"parts in {work} were made by different tokenizers; delete the folder")
-    known = {name: entry for account in accounts.values() for name, entry in account["files"].items()}
+    known = _checked(work, accounts)
     num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
     names = [f"train-{number}" for number in range(num_streams)]
     names += [VALIDATION] if data.has_validation else []
@@ -378,6 +387,19 @@ def join(
         **extra,
     }
     return PreparedData(path, files.seal(work, path, content, known))
+
+
+def _checked(work: Path, accounts: dict[str, Any]) -> dict[str, Any]:
+    """The entries of all files of the parts. A part one of whose files is another is forgotten, and an error."""
+    known: dict[str, Any] = {}
+    for key, account in accounts.items():
+        for name, entry in account["files"].items():
+            file = work / name
+            if not file.is_file() or file.stat().st_size != entry["size"] or files.sha256(file) != entry["sha256"]:
+                (work / "parts" / f"{key}.json").unlink()
+                raise RecipeError.at(str(file), "is not what was written; run again, and its part is made anew")
+        known |= account["files"]
+    return known
 
 
 def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:

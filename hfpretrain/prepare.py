@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -85,11 +86,12 @@ def _pull(recipe: Recipe, path: Path) -> PreparedData | None:
         return None
     work = path.with_name(path.name + files.INCOMPLETE)
     logger.info("copying prepared data from %s", mirror.url)
-    mirror.pull(work, sorted(names))
+    mirror.pull(work, [files.MANIFEST])
+    mirror.pull(work, (files.manifest_of(work) or {}).get("files", {}))
     reason = files.damage(work)
     if reason is not None:
         shutil.rmtree(work)
-        raise RecipeError.at("data.prepared_dir", f"the copy of {mirror.url} is damaged: {reason}")
+        raise RecipeError.at("data.prepared_dir", f"what came from {mirror.url} is damaged: {reason}; run again")
     work.rename(path)
     return PreparedData.open(path)
 
@@ -126,6 +128,8 @@ def _locked(path: Path, suffix: str) -> Iterator[None]:
         with FileLock(str(path) + suffix):
             yield
     except OSError as error:
+        if error.errno is None:  # not the disk's
+            raise
         raise RecipeError.at(
             "data.prepared_dir",
             f"cannot write {error.filename or path}: {error.strerror or error}; what is finished stays, and the same "
@@ -149,9 +153,11 @@ def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> Tr
     )
     needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)
     caps = [source.max_epochs for source in data.sources]
+    numbers = list(range(len(caps)))
     if not stages:  # all sources are one stream
-        caps = [min((cap for cap in caps if cap is not None), default=None)]
-    for number, (count, size, cap) in enumerate(zip(needed, made.order.sizes, caps, strict=True)):
+        numbers = [min(numbers, key=lambda number: caps[number] or math.inf)]
+        caps = [caps[numbers[0]]]
+    for number, count, size, cap in zip(numbers, needed, made.order.sizes, caps, strict=True):
         if cap is not None and count > cap * size:
             raise RecipeError.at(
                 f"data.sources.{number}.max_epochs",
@@ -174,7 +180,7 @@ class _Preparation:
         self.mirror = _mirror(recipe, path)
         if self.mirror is not None:  # what other machines have done counts
             there = self.mirror.names()
-            self.mirror.pull(self.work, (name for name in there if name.startswith(("tokenizer/", "parts/"))))
+            self.mirror.pull(self.work, [name for name in there if name.startswith(("tokenizer/", "parts/"))])
         self.start_seconds = time.perf_counter()
         policy = self.data.on_bad_document
         named = [(number, f"data.sources.{number}", source) for number, source in enumerate(self.data.sources)]
@@ -202,11 +208,11 @@ class _Preparation:
             | {"python": platform.python_version()},
         }
         shutil.rmtree(self.work / "scan", ignore_errors=True)
-        for left in self.work.rglob("*" + files.INCOMPLETE):
-            left.unlink()
+        for left in list(self.work.rglob("*" + files.INCOMPLETE)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         if self.mirror is not None:
-            accounts = (part_account(self.work, part) or {} for part in parts)
-            self.mirror.pull(self.work, (name for account in accounts for name in account["files"]))
+            for part in parts:
+                self.mirror.pull(self.work, (part_account(self.work, part) or {})["files"])
         dtype = tokenizer.token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
         prepared = packing.join(self.work, self.path, parts, self.data, eos, dtype, extra, self.num_workers)
@@ -340,7 +346,7 @@ class _Preparation:
             name = VALIDATION if split == VALIDATION else f"train-{source if self.data.weights else 0}"
             whole = len(text) == len(document.text)
             num_bytes = document.num_bytes if whole else len(text.encode())
-            batch.items.append(Item(name, text, num_bytes, digest, document.origin, document.row))
+            batch.items.append(Item(name, text, num_bytes, digest, document.origin, document.row, whole))
 
     def _drops(self) -> dict[tuple[int, int], np.ndarray]:
         """For every group of the training sources, which of its documents are the first with their text.

@@ -125,7 +125,7 @@ class SourceSection(Section):
     `builtin:python-stdlib` (the modules of this machine's Python, one document each)."""
     name: str | None = None
     """Configuration of a Hub dataset."""
-    data_files: str | tuple[str, ...] | None = None
+    data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Files or globs; compressed ones (gz, zst, xz, bz2) are read as they are."""
     data_dir: str | None = None
     """Folder with the files."""
@@ -142,7 +142,8 @@ class SourceSection(Section):
     """Share of the training tokens, relative to the other sources' weights. All sources have one or none has;
     without, every block of every source is seen once per epoch. 0 is for a source that only `data.stages` use."""
     max_epochs: PositiveInt | None = None
-    """How often the source's tokens may be seen. A run that needs more is refused at its start; null: no cap."""
+    """How often the source's tokens may be seen. A run that needs more is refused at its start, a stream stops when it
+    has run out; null: no cap."""
 
     @model_validator(mode="after")
     def _files(self) -> SourceSection:
@@ -184,8 +185,9 @@ class DataSection(Section):
     stages: tuple[StageSection, ...] = ()
     """Other weights from a token count on. Needs `weight` at every source, which holds until the first stage."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """`concat`: documents in a row, cut where a block ends; no padding. `best_fit`: only documents longer than a block
-    are cut, blocks are padded (Ding et al. 2024, "Fewer Truncations Improve Language Modeling")."""
+    """`concat`: documents in a row, cut where a block ends; no padding. `best_fit`: only a document that is longer than
+    a block is cut (one that fills it has no separator), blocks are padded (Ding et al. 2024, "Fewer Truncations Improve
+    Language Modeling")."""
     deduplicate: bool = False
     """Keep only the first of training documents with equal text. They are counted in any case."""
     on_bad_document: Literal["error", "skip"] = "error"
@@ -592,7 +594,12 @@ def load_recipe(
         recipe = Recipe.model_validate(mapping)
         problems += cross_problems(recipe)
     except ValidationError as error:
-        problems += [_problem(detail) for detail in error.errors()]
+        details = error.errors()
+        # A list whose only entry is wrong counts as empty for pydantic.
+        nested = {detail["loc"][:-1] for detail in details} | {
+            detail["loc"][:2] for detail in details if len(detail["loc"]) > 2
+        }
+        problems += [_problem(d) for d in details if not (d["type"] == "too_short" and d["loc"] in nested)]
     for check in checks:
         problems += check(mapping)
     if problems or recipe is None:

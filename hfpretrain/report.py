@@ -33,13 +33,20 @@ def write_card(run: Any, model_path: Path, report: dict[str, Any]) -> None:
         base_model=recipe.model.pretrained,
         datasets=hub_datasets,
         results=_first_and_last(rows),
-        data="```text\n" + summary(run.prepared).split("\n", 1)[1] + "\n```",
+        data=_data(run),
         training=training,
         recipe=dump_recipe(recipe),
         report=report,
         bos=run.tokenizer.bos_token or run.tokenizer.eos_token,
     )
     (model_path / "README.md").write_text(card, encoding="utf-8")
+
+
+def _data(run: Any) -> str:
+    _, _, lines = summary(run.prepared).partition("\n")
+    if run.recipe.data.streaming:
+        lines = f"  streamed from   {', '.join(source.path for source in run.recipe.data.sources)}\n{lines}".rstrip()
+    return f"```text\n{lines}\n```"
 
 
 def _first_and_last(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -59,8 +59,8 @@ class _Group:
         return replace(self._at)
 
     def copy(self) -> _Group:
-        """Another that goes on from here."""
-        return _Group(self._pieces, self._splitter, self._encode, self._block_size, self._max_epochs, self.state())
+        """Another that goes on from here, without end."""
+        return _Group(self._pieces, self._splitter, self._encode, self._block_size, None, self.state())
 
     def blocks(self, count: int) -> np.ndarray:
         """The next blocks: int64 (count, block_size)."""

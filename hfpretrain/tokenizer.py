@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import string
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,9 @@ class Encoder:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._cuts_at_lines: bool | None = None
+        self._eos_token: str = tokenizer.eos_token
+        # A property of the tokenizer alone: what it were found to be on some text, another process might not find.
+        self._cuts_at_lines = self._try_lines()
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text and EOS: (n,) of `dtype`.
@@ -162,8 +165,6 @@ class Encoder:
         the encoding of a long text, fifty times its size, never lies in memory whole.
         """
         eos = np.array([self.eos_token_id], dtype=self.dtype)
-        if self._cuts_at_lines is None:
-            self._cuts_at_lines = self._try_lines(texts)
         short = [text if len(text) <= 2 * _LONG_CHARS else "" for text in texts]
         pieces = [list(_lines(text)) if self._cuts_at_lines else [text] for text in short]
         ids = iter(self._ids([piece for some in pieces for piece in some]))
@@ -174,20 +175,52 @@ class Encoder:
             for text, some in zip(texts, pieces, strict=True)
         ]
 
-    def _try_lines(self, texts: list[str]) -> bool:
-        """Whether cutting at ends of lines left every token of these texts, the first of the corpus, as it was."""
-        texts = [text[: 2 * _PIECE_CHARS * 8] for text in texts]
-        pieces = [list(_lines(text)) for text in texts]
-        apart = iter(self._ids([piece for some in pieces for piece in some]))
-        whole = self._ids(texts)
+    def _try_lines(self) -> bool:
+        """Whether this tokenizer leaves every token as it was where a text is cut between a line break and a letter."""
+        lefts = (
+            "word",
+            "Two words.",
+            "x = f(1)",
+            "42",
+            '"quoted"',
+            "漢字",
+            "🌊",
+            "-----",
+            "tab\t;",
+            "a  b",
+            "é",
+            "don't",
+        )
+        rights = [*string.ascii_letters, "Another line", "I'm", "def f(x):", "a" * 30]
+        pairs = [(f"Some text,\n  {left}\n", f"{right} and more.\n") for left in lefts for right in rights]
+        whole, heads, tails = (self._ids(list(texts)) for texts in zip(*((a + b, a, b) for a, b in pairs), strict=True))
         return all(
-            np.array_equal(ids, np.concatenate([next(apart) for _ in some]))
-            for ids, some in zip(whole, pieces, strict=True)
+            np.array_equal(ids, np.concatenate([head, tail]))
+            for ids, head, tail in zip(whole, heads, tails, strict=True)
         )
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
+        result = [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
+        for index, ids in enumerate(result):
+            if (ids == self.eos_token_id).any():
+                result[index] = self._without_eos(texts[index])
+        return result
+
+    def _without_eos(self, text: str) -> np.ndarray:
+        """Ids of a text that spells the EOS token, for models that find it in their vocabulary: cut inside of it."""
+        parts = text.split(self._eos_token)
+        pieces = [
+            self._eos_token[1:] * (i > 0) + part + self._eos_token[:1] * (i < len(parts) - 1)
+            for i, part in enumerate(parts)
+        ]
+        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+        ids = np.array([number for encoding in encodings for number in encoding.ids], dtype=self.dtype)
+        if (ids == self.eos_token_id).any():
+            raise RecipeError.at(
+                "tokenizer", f"makes {self._eos_token!r}, which separates documents, of the text {text!r:.200}"
+            )
+        return ids
 
     def _long(self, text: str) -> Iterator[np.ndarray]:
         start, near = 0, _LONG_CHARS

@@ -546,10 +546,13 @@ def main(arguments: list[str] | None = None) -> int:
         train(load_recipe(arguments[0], arguments[1:], checks=[modeling.config_problems]))
     except RecipeError as error:
         if rank:
-            time.sleep(5)  # the launcher ends all ranks with the first: let the one speak that prints
-        else:
-            print(f"error in {arguments[0]}:", *error.problems, sep="\n  ", file=sys.stderr)
+            time.sleep(5)  # the launcher ends all ranks with the first: where all have the error, the main one speaks
+        print(f"error in {arguments[0]}:", *error.problems, sep="\n  ", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     except TrainingDivergedError as error:
         if rank == 0:
             print(f"stopped: {error}", file=sys.stderr)

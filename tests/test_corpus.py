@@ -141,3 +141,53 @@ def test_identity_changes_with_the_file(tmp_path):
     path.write_text(path.read_text() + '{"text": "y"}\n')
     os.utime(path)
     assert corpus.identity(source) != before
+
+
+def test_data_dir_may_be_a_url_and_its_changes_are_noticed(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    for files in (None, "*.jsonl"):
+        source = SourceSection(path="json", data_dir=f"file://{tmp_path}", data_files=files)
+        before = corpus.identity(source)
+        assert before and [d.text for d in corpus.Reader(source).read()] == ["x"]
+        write_jsonl(tmp_path / "a.jsonl", ["x", "y" * len(before)])
+        assert corpus.identity(source) != before
+        write_jsonl(tmp_path / "a.jsonl", ["x"])
+
+
+def test_brackets_in_names_are_no_patterns_and_a_file_named_twice_is_one(tmp_path):
+    folder = tmp_path / "a [v2]"
+    folder.mkdir()
+    (folder / "p1.csv").write_text("text\nfirst\n")
+    (folder / "p[1].csv").write_text("text\nsecond\n")
+    assert read(path="csv", data_dir=str(folder)) == ["first", "second"]
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    twice = [str(tmp_path / "a.jsonl"), f"{tmp_path}/../{tmp_path.name}/a.jsonl"]
+    assert read(path="json", data_files=twice) == ["x"]
+    with pytest.raises(ValueError, match="data_files"):
+        SourceSection(path="json", data_files=[])
+
+
+def test_fields_of_csv_are_text_and_files_may_be_empty(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,other\nNA,1\n007,2\n,3\nnull,4\n")
+    (tmp_path / "b.csv").write_text("")
+    (tmp_path / "c.csv").write_text("text\n")
+    assert read(path="csv", data_files=str(tmp_path / "*.csv")) == ["NA", "007", "", "null"]
+    pandas.DataFrame({"text": pandas.Series([], dtype=str)}).to_parquet(tmp_path / "a.parquet")
+    pandas.DataFrame({"text": ["x", None]}).to_parquet(tmp_path / "b.parquet")
+    message = refusal(path="parquet", data_files=str(tmp_path / "*.parquet"))
+    assert "b.parquet:2: None where text is expected" in message
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"text": "2020-01-01"}, {"text": "x"}]')
+    assert read(path="json", data_files=str(tmp_path / "a.json")) == ["2020-01-01", "x"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx\ry\r\nz")
+    assert read(path="text", data_files=str(tmp_path / "a.txt"), sample_by="line") == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.json"])
+def test_a_broken_file_is_named_and_may_be_skipped(tmp_path, name):
+    kind = name.split(".")[1]
+    contents = {"csv": b'text,b\nx,1\ny,2,3,4\n"', "parquet": b"PAR1 and no more", "json": b'[{"text": "x"}, '}
+    (tmp_path / name).write_bytes(contents[kind])
+    source = SourceSection(path=kind, data_files=str(tmp_path / name))
+    with pytest.raises(RecipeError, match=rf"{name}:\d+: cannot be read further"):
+        list(corpus.Reader(source).read())
+    assert list(corpus.Reader(source, on_bad_document="skip").read())[-1].problem[0] == "truncated_file"

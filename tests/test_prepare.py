@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, environment, hfpretrain, recipe_mapping, small_text, write_jsonl, write_recipe
 
 from hfpretrain import files, packing, prepared, tokenizer
+from hfpretrain.dataloader import collate
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, prepare_shard, prepared_path, summary
 from hfpretrain.recipe import Recipe, RecipeError, TokenizerSection
 
@@ -150,16 +151,31 @@ def test_the_command_line_shares_out_and_joins(folder):
     assert "not I/N" in hfpretrain("prepare", path, "--shard", "3/2").stderr
 
 
-def test_a_part_that_changed_since_is_not_joined(folder, small_parts):
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_part_that_changed_since_is_made_anew(folder, small_parts, damage):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
     shared = recipe(folder)
     prepare_shard(shared, 0, 1)
     work = prepared_path(shared).with_suffix(files.INCOMPLETE)
     victim = sorted(work.glob("train-0/*.arrow"))[0]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"is not what was written; delete .*incomplete"):
+    victim.write_bytes(content if damage == "flipped" else content[:-300])
+    if damage == "gone":
+        victim.unlink()
+    with pytest.raises(RecipeError, match="is not what was written; run again"):
         prepare(shared)
+    assert checksums(prepare(shared).path) == expected
+
+
+def test_what_a_kill_leaves_behind_does_not_stay(folder):
+    work = prepared_path(recipe(folder)).with_suffix(files.INCOMPLETE)
+    (work / "tokenizer-123.incomplete").mkdir(parents=True)
+    (work / "parts").mkdir()
+    (work / "parts" / "x.incomplete").write_text("half")
+    data = prepare(recipe(folder))
+    assert not list(data.path.rglob("*.incomplete"))
+    prepared.verify(data.path)
 
 
 def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
@@ -178,16 +194,34 @@ def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
         assert encoded[2].tolist()[:-1] == trained.backend_tokenizer.encode(text[:5000], add_special_tokens=False).ids
 
 
-def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch):
+@pytest.mark.parametrize("how", ["prefix", "metaspace"])
+def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
     from tokenizers import pre_tokenizers
 
     monkeypatch.setattr(tokenizer, "_LONG_CHARS", 1_000)
     trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
     # A space before every text, as many tokenizers have it, makes each piece another text.
-    trained.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    prefix = {"prefix": pre_tokenizers.ByteLevel(add_prefix_space=True), "metaspace": pre_tokenizers.Metaspace()}[how]
+    trained.backend_tokenizer.pre_tokenizer = prefix
     encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
-    text = "\n".join(small_text(100))
-    assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert not encode._cuts_at_lines
+    encode(["short"])
+    for text in ("\n".join(small_text(100)), "\n".join(small_text(20))[:1900]):
+        assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_text_that_spells_eos_forges_no_boundary_in_any_model():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [(character, -3.0) for character in "abcdefgh</s>▁ x"]
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *characters], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    encode = tokenizer.Encoder(unigram, np.dtype(np.uint16))
+    (ids,) = encode(["ab</s>cd</s>"])
+    assert ids.tolist().count(unigram.eos_token_id) == 1 and ids[-1] == unigram.eos_token_id
+    assert "".join(unigram.convert_ids_to_tokens(ids[:-1])).replace("▁", "") == "ab</s>cd</s>"
 
 
 def rows_of(data, split="train-0"):
@@ -217,6 +251,42 @@ def test_best_fit_cuts_only_documents_longer_than_a_block(folder):
     # Best fit wastes little where documents are short.
     assert entry["padding"] < 0.15 * entry["rows"] * 256
     assert f"{entry['padding']:,} padding" in summary(data)
+
+
+def test_best_fit_at_the_bounds_of_a_block(folder):
+    sizes = [7, 8, 9, 15, 16, 17, 1, 8, 24, 25]
+    texts = ["".join(chr(97 + (i + j) % 26) for j in range(size)) for i, size in enumerate(sizes)]
+    write_jsonl(folder / "corpus.jsonl", texts)
+    changes = {"data__block_size": 8, "data__validation_fraction": 0.0, "tokenizer": {"algorithm": "character"}}
+    data = prepare(recipe(folder, data__packing="best_fit", **changes))
+    prepared.verify(data.path)
+    rows, fast = rows_of(data), load_prepared_tokenizer(data)
+    batch = collate(rows.copy(), None, padded_with=fast.eos_token_id)
+    entry = data.manifest["splits"]["train-0"]
+    assert int((batch["labels"] == -100).sum()) == entry["padding"] == rows.size - sum(sizes) - entry["separators"]
+    # 8, 16, 8 and 24 characters fill their blocks; no other row is without a separator but those inside a document.
+    assert entry["separators"] == len(sizes) - 4
+    decoded = [fast.decode(row) for row in rows]
+    for text in texts:
+        whole = [text[start : start + 8] for start in range(0, len(text), 8)]
+        assert all(any(piece in row for row in decoded) for piece in whole)
+
+
+def test_text_of_which_the_tokenizer_leaves_nothing_is_counted(folder, monkeypatch):
+    from tokenizers import normalizers
+
+    train = tokenizer.train_tokenizer
+
+    def strip(section, documents):
+        trained = train(section, documents)
+        trained.backend_tokenizer.normalizer = normalizers.Strip()
+        return trained
+
+    monkeypatch.setattr(tokenizer, "train_tokenizer", strip)
+    write_jsonl(folder / "corpus.jsonl", [*small_text(100), "  ", " \n "])
+    data = prepare(recipe(folder))
+    assert data.manifest["sources"][0]["dropped"] == {"no_tokens": 2}
+    prepared.verify(data.path)
 
 
 @pytest.mark.parametrize("packing_name", ["concat", "best_fit"])
