@@ -82,6 +82,13 @@ def verify(path: Path) -> dict[str, int]:
         if not holds:
             raise RecipeError.at(str(path / files.MANIFEST), what)
 
+    required = {"splits", "sources", "block_size", "eos_token_id"}
+    require(
+        manifest.keys() >= required, f"is not that of prepared data: {', '.join(required - manifest.keys())} missing"
+    )
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {files.MANIFEST}
+    others = sorted(there.symmetric_difference(manifest["files"]))
+    require(not others, f"does not name {others[:1]}, which is in the folder")
     for name, split in manifest["splits"].items():
         tokens = rows = separators = 0
         for chunk in token_chunks(path / name, split):
@@ -91,6 +98,8 @@ def verify(path: Path) -> dict[str, int]:
         require(rows == split["rows"], f"{name} has {rows} blocks on disk, {split['rows']} in the manifest")
         require(tokens == out, f"{name} has {tokens} tokens on disk, {out} in the manifest")
         require(split["remainder"] < manifest["block_size"], f"the remainder of {name} is a block or more")
+        require(split["remainder"] == len(split["remainder_ids"]), f"the remainder of {name} is not its ids")
+        require(split["rows"] == sum(count for _, count in split["parts"]), f"the parts of {name} are not its blocks")
         expected = split["separators"] + split["padding"]
         require(separators == expected, f"{name} has {separators} separators on disk, {expected} in the manifest")
     for number, source in enumerate(manifest["sources"]):

@@ -1,3 +1,5 @@
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -153,3 +155,28 @@ def test_dropped_documents_are_counted(folder):
     prepared = prepare(recipe(folder, data__validation_sources=sources, data__validation_fraction=0.0))
     assert prepared.manifest["sources"][0]["dropped"] == {"also_in_validation": 7, "empty": 2}
     assert prepared.manifest["splits"]["train-0"]["documents"] == 93
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, p: m["splits"]["train-0"].update(tokens=1), "tokens on disk, "),
+        (lambda m, p: m["splits"]["train-0"].update(rows=1), "blocks on disk, 1 in the manifest"),
+        (lambda m, p: m["splits"]["train-0"]["remainder_ids"].append(5), "tokens on disk"),
+        (lambda m, p: m["sources"][0].update(documents_read=7), "source 0: 7 documents read"),
+        (lambda m, p: m["sources"][0].update(bytes_read=7), "source 0: 7 bytes read"),
+        (lambda m, p: m["files"].pop("train-0/state.json"), "does not name"),
+        (lambda m, p: (p / "train-0" / "data-more.arrow").write_bytes(b"x"), "does not name"),
+        (lambda m, p: m.pop("splits"), "not that of prepared data: splits missing"),
+    ],
+)
+def test_verify_finds_what_does_not_add_up(folder, change, message):
+    from hfpretrain import prepared as on_disk
+
+    path = prepare(recipe(folder)).path
+    on_disk.verify(path)
+    manifest = files.manifest_of(path)
+    change(manifest, path)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match=message):
+        on_disk.verify(path)

@@ -193,3 +193,39 @@ def test_a_hub_dataset_is_streamed_by_two_processes_and_resumed(hub_run):
     assert result.returncode == 0 and "resumed from" in result.stderr, result.stderr
     assert rows(two, "ledger")[8]["ledger"] == straight[8]["ledger"]
     assert rows(two, "loss")[8]["loss"] == pytest.approx(straight[8]["loss"], rel=1e-5)
+
+
+@pytest.fixture
+def local(files, encode, tmp_path):
+    """A recipe that streams eight files, without validation."""
+    train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), TEXTS).save_pretrained(
+        files / "tokenizer"
+    )
+    return lambda **changes: write_recipe(
+        files,
+        tokenizer={"pretrained": str(files / "tokenizer")},
+        data__sources=[{"path": "json", "data_files": str(files / "[0-9].jsonl"), **changes.pop("source", {})}],
+        data__validation_fraction=0.0,
+        data__streaming=True,
+        **changes,
+    )
+
+
+def test_a_stream_without_validation_is_trained_to_its_very_end(files, local, encode):
+    count = sum(len(ids) for ids in encode(TEXTS[:50])) // 32
+    recipe = local(source={"data_files": str(files / "0.jsonl"), "max_epochs": 1})
+    arguments = ["--training.tokens_per_step=32", "--training.micro_batch_size=1", f"--training.max_steps={count}"]
+    result = train(recipe, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert (files / "run" / "model" / "README.md").exists() and "streamed from" in (
+        files / "run" / "model" / "README.md"
+    ).read_text()
+    result = train(recipe, *arguments[:2], f"--training.max_steps={count + 1}", f"--output_dir={files / 'more'}")
+    assert result.returncode == 2 and "the source has run out: all was seen 1 time(s)" in result.stderr
+
+
+def test_an_error_in_the_text_of_one_process_is_told(files, local):
+    with (files / "7.jsonl").open("a") as file:
+        file.write("{bad\n")
+    result = train(local(), "--training.max_steps=200", engine="ddp")
+    assert result.returncode != 0 and "7.jsonl:51: broken JSON" in result.stderr, result.stderr
