@@ -7,7 +7,6 @@ The three take turns in every round; medians and the spread of the ratios are pr
 """
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -106,7 +105,6 @@ def main():
         ratios = sorted(a / b for a, b in zip(rates["hfpretrain"], values, strict=True))
         ratio = f"{statistics.median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(f"| {name} | {statistics.median(values):,.0f} | {ratio if name != 'hfpretrain' else ''} |")
-    print(json.dumps(rates))
 
 
 if __name__ == "__main__":
