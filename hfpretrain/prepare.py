@@ -101,13 +101,19 @@ def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData
 
     Not a barrier of the process group: preparing may take longer than any of its time-outs.
     """
-    path = prepared_path(recipe)
-    first_of_machine = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    path, start = prepared_path(recipe), time.monotonic()
+    # A machine without the main process may have a disk of its own.
+    pulls = "://" in (recipe.data.prepared_dir or "") and os.environ.get("LOCAL_RANK") == "0"
+    told = os.environ.get("LOCAL_RANK") != "0"
     while (prepared := PreparedData.open(path)) is None:
         time.sleep(poll_seconds)
-        if first_of_machine:  # a machine without the main process has a disk of its own
+        if pulls:
             with _locked(path, ".lock"):
                 prepared = PreparedData.open(path) or _pull(recipe, path)
+        if not told and time.monotonic() - start > 120:
+            told = True
+            advice = "if this machine does not share that disk, make data.prepared_dir a URL that all reach"
+            print(f"waiting for another process to prepare {path}; {advice}", file=sys.stderr)
     return prepared
 
 

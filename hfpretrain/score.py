@@ -13,7 +13,7 @@ from hfpretrain import corpus, evaluation
 from hfpretrain.dataloader import collate
 from hfpretrain.model import isolates_documents
 from hfpretrain.recipe import Recipe, RecipeError, SourceSection, TokenizerSection
-from hfpretrain.tokenizer import load_tokenizer, token_bytes
+from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes
 
 
 def evaluate_checkpoint(
@@ -87,12 +87,11 @@ def _documents(recipe: Recipe | None, data: str | None) -> Iterator[str]:
 
 def _stream(tokenizer: Any, documents: Iterator[str]) -> tuple[np.ndarray, int, int]:
     """All tokens, int64 (n,), with the number of documents and their UTF-8 bytes."""
-    tokenizer.backend_tokenizer.encode_special_tokens = True
+    encode = Encoder(tokenizer, np.dtype(np.int64))
     ids: list[np.ndarray] = []
     num_bytes = 0
     for text in documents:
-        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        ids.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.int64))
+        ids += encode([text])
         num_bytes += len(text.encode("utf-8", "surrogatepass"))
     if not ids:
         raise RecipeError.at("data", "there is no text to evaluate on")

@@ -16,7 +16,14 @@ from conftest import ROOT, environment, hfpretrain, recipe_mapping, small_text, 
 
 from hfpretrain import files, packing, prepared, tokenizer
 from hfpretrain.dataloader import collate
-from hfpretrain.prepare import load_prepared_tokenizer, prepare, prepare_shard, prepared_path, summary
+from hfpretrain.prepare import (
+    load_prepared_tokenizer,
+    prepare,
+    prepare_shard,
+    prepared_path,
+    summary,
+    wait_for_prepared,
+)
 from hfpretrain.recipe import Recipe, RecipeError, TokenizerSection
 
 # Parts and batches as a large corpus has them, with a small one.
@@ -450,7 +457,7 @@ def test_remote_files_are_read_like_local_ones(folder):
         prepare(recipe(folder, data__sources=[{"path": "json", "data_files": "memory://nowhere/*"}]))
 
 
-def test_machines_without_a_common_disk_share_a_url(folder, small_parts):
+def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeypatch):
     expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
     url = f"memory://{folder.name}/prepared"
     machines = [
@@ -468,6 +475,16 @@ def test_machines_without_a_common_disk_share_a_url(folder, small_parts):
     third = prepare(machines[2])
     assert checksums(third.path) == expected and third.path.is_relative_to(folder / "c")
     assert prepare_shard(machines[2], 1, 2) == third.path
+    # So does the first process of a machine whose main process is elsewhere.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    fourth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "e" / "run"))
+    assert checksums(wait_for_prepared(fourth).path) == expected
+    # A half-written file of an earlier attempt is not taken for a part.
+    fifth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "f" / "run"))
+    half = prepared_path(fifth).with_suffix(files.INCOMPLETE) / "train-0" / "data-0-00000-00000.arrow"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    assert checksums(prepare(fifth).path) == expected
     (victim,) = [name for name in remote.find(f"/{folder.name}") if name.endswith("train-0/data-0-00000-00001.arrow")]
     remote.pipe(victim, b"x" + remote.cat(victim)[1:])
     with pytest.raises(RecipeError, match=r"is damaged: .* has another checksum"):
