@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import io
 import json
 import lzma
 import os
+import re
 import sys
 import sysconfig
 import tokenize
@@ -20,6 +22,7 @@ from hfpretrain.recipe import FILE_FORMATS, DataSection, RecipeError, SourceSect
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 _GROUP_BYTES = 2**26
+_OTHER_SPLIT = re.compile(r"(?:^|[-._ 0-9/])(?:validation|valid|val|dev|test|testing|eval|evaluation)(?:[-._ 0-9/]|$)")
 _ARROW_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
@@ -122,7 +125,11 @@ class Reader:
         else:
             read = {"text": self._text, "json": self._json, "parquet": self._parquet, "csv": self._csv}[path]
             yield from self._guarded(read(piece.origin), piece.origin)
-        if piece.size is not None and (now := _size(piece.origin)) != piece.size:
+        try:
+            now = _size(piece.origin) if piece.size is not None else None
+        except Exception as error:
+            raise self._cannot_read(piece.origin, error) from error
+        if now != piece.size:
             raise RecipeError.at(self.key, f"{piece.origin} changed while it was read: {piece.size} bytes, now {now}")
 
     @property
@@ -187,11 +194,10 @@ class Reader:
         except RecipeError:
             raise
         except Exception as error:  # what file formats and remote file systems raise may be anything
-            network = getattr(error, "errno", None) is not None or isinstance(error, (ConnectionError, TimeoutError))
-            broken = isinstance(error, (OSError, EOFError, lzma.LZMAError, json.JSONDecodeError)) or (
-                type(error).__name__ in ("ArrowInvalid", "ParserError")  # of parquet and csv
-            )
-            if network or not broken:
+            # Decompressors raise a plain OSError without a number; disks and networks give a number or a subclass.
+            broken = type(error) is OSError and error.errno is None
+            broken |= isinstance(error, (EOFError, lzma.LZMAError, json.JSONDecodeError))
+            if not broken and type(error).__name__ != "ArrowInvalid":  # of a parquet file
                 raise self._cannot_read(origin, error) from error
             line = (str(error).splitlines() or [""])[0]
             yield Document("", origin, row + 1, problem=("truncated_file", f"cannot be read further: {line:.300}"))
@@ -242,22 +248,29 @@ class Reader:
                     yield _document(value, origin, row)
 
     def _csv(self, origin: str) -> Iterator[Document]:
-        """Every field is text, also one that looks like a number or a missing value."""
-        import pandas
-
-        row, column = 0, self.source.text_column
-        with self._open(origin) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            try:
-                chunks = pandas.read_csv(text, dtype=str, keep_default_na=False, chunksize=_BATCH_SIZE)
-            except pandas.errors.EmptyDataError:
+        """Every field is text, also one that looks like a number; a row has as many as the header."""
+        csv.field_size_limit(2**31 - 1)
+        column = self.source.text_column
+        with io.TextIOWrapper(self._open(origin), "utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows, None)
+            if header is None:
                 return
-            for chunk in chunks:
-                if column not in chunk:
-                    raise RecipeError.at(f"{self.key}.text_column", _no_column(column, map(str, chunk.columns)))
-                for value in chunk[column]:
-                    row += 1
-                    yield _document(value, origin, row)
+            if column not in header:
+                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, header))
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield Document("", origin, rows.line_num, problem=("broken_csv", f"broken CSV: {error}"))
+                    continue
+                if len(row) == len(header):
+                    yield _document(row[header.index(column)], origin, rows.line_num)
+                elif row:  # not a blank line
+                    what = f"{len(row)} fields where the header has {len(header)}"
+                    yield Document("", origin, rows.line_num, problem=("broken_csv", what))
 
     def _json_lines(self, origin: str) -> Iterator[Document]:
         """One object a line. By hand, since `datasets` can name neither file nor line of a broken one, nor skip it."""
@@ -324,6 +337,13 @@ def _files(source: SourceSection, key: str) -> list[tuple[str, int | None]]:
     found: dict[str, tuple[str, int | None]] = {}
     for pattern in source.patterns or ("**/*",):
         matches = _expand(source, pattern, key)
+        if not source.patterns:
+            matches = [(name, info) for name, info in matches if Path(name).name != "README.md"]
+            # `datasets` would leave these out by their names; to train on them unasked would be worse than to ask.
+            other = [name for name, _ in matches if _OTHER_SPLIT.search(name.removeprefix(str(source.data_dir)))]
+            if other:
+                advice = "name the files to train on in data_files"
+                raise RecipeError.at(f"{key}.data_dir", f"holds another split's file {other[0]}; {advice}")
         if not matches:
             raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
         for name, info in matches:  # a file named twice, in whatever spelling, is one file
@@ -383,7 +403,8 @@ def identity(source: SourceSection) -> list[Any]:
     if source.path == PYTHON_STDLIB:
         return [sys.version]
     if source.path in FILE_FORMATS or Path(source.path).exists():
-        found = [file for pattern in source.patterns or ("**/*",) for file in _expand(source, pattern, "data.sources")]
+        patterns = source.patterns or ("**/*",)
+        found = [file for pattern in patterns for file in _expand(source, pattern, "data.sources")]
         return [[name if "://" in name else os.path.realpath(name), *_version(info)] for name, info in found]
     from huggingface_hub import HfApi
 

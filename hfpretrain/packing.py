@@ -477,7 +477,10 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
         if name == VALIDATION:
             if not entry["documents"]:
                 key = "data.validation_sources" if data.validation_sources else "data.validation_fraction"
-                raise RecipeError.at(key, "the validation split is empty; take a larger fraction or another source")
+                raise RecipeError.at(
+                    key,
+                    "the validation split is empty; take a larger fraction or, of few texts, `validation_by: tail`",
+                )
             continue
         key = f"data.sources.{name.removeprefix('train-')}" if data.weights else "data.sources"
         if not entry["documents"]:

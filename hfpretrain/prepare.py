@@ -28,6 +28,8 @@ from hfpretrain.recipe import Recipe, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
+_TOKENIZER_MARK = "tokenizer/tokenizer_config.json"
 logger = logging.getLogger(__name__)
 
 
@@ -186,7 +188,8 @@ class _Preparation:
         self.mirror = _mirror(recipe, path)
         if self.mirror is not None:  # what other machines have done counts
             there = self.mirror.names()
-            self.mirror.pull(self.work, [name for name in there if name.startswith(("tokenizer/", "parts/"))])
+            folders = ("tokenizer/", "parts/") if _TOKENIZER_MARK in there else ("parts/",)
+            self.mirror.pull(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
         policy = self.data.on_bad_document
         named = [(number, f"data.sources.{number}", source) for number, source in enumerate(self.data.sources)]
@@ -196,7 +199,19 @@ class _Preparation:
             for number, source in enumerate(self.data.validation_sources)
         ]
         self.tokenizer = self._tokenizer()
+        if self.mirror is not None:
+            self._push_missing(self.mirror, there)
         self.vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, self.tokenizer)
+
+    def _push_missing(self, mirror: Mirror, there: set[str]) -> None:
+        """What an earlier call here had finished and not, or not wholly, pushed."""
+        if _TOKENIZER_MARK not in there:
+            names = {f"tokenizer/{file.name}" for file in (self.work / "tokenizer").iterdir()}
+            mirror.push(self.work, [*sorted(names - {_TOKENIZER_MARK}), _TOKENIZER_MARK])
+        for file in sorted((self.work / "parts").glob("*-*.json")):
+            account = part_account(self.work, file.stem)
+            if account is not None and "files" in account and f"parts/{file.name}" not in there:
+                mirror.push(self.work, [*account["files"], f"parts/{file.name}"])
 
     def all(self) -> PreparedData:
         """Do what is left to do, join, and seal."""
@@ -245,8 +260,6 @@ class _Preparation:
             made.save_pretrained(own)
             try:
                 own.rename(folder)
-                if self.mirror is not None:
-                    self.mirror.push(self.work, (f"tokenizer/{file.name}" for file in folder.iterdir()))
                 return made
             except OSError:  # another shard was first
                 shutil.rmtree(own)

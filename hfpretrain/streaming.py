@@ -1,8 +1,8 @@
 """Training straight from the sources: documents tokenized and packed on the fly, without prepared training text.
 
-The files of a source are dealt out to groups, and each group is one endless stream of blocks. Which group a sequence of
-a step comes from depends on its position alone, so the text of a step is the same for any number of processes; a
-process reads the groups that its sequences come from.
+Files of about the same size are dealt out to groups, and each group is one endless stream of blocks; other files are
+one group. Which group a sequence of a step comes from depends on its position alone, so the text of a step is the same
+for any number of processes; a process reads the groups that its sequences come from.
 """
 
 from __future__ import annotations
@@ -101,10 +101,20 @@ class _Group:
                     yield batch
             key = self._pieces[0][0].key
             if not any_text:
-                raise RecipeError.at(key, "the corpus is empty: no document with text")
+                files = ", ".join(reader.pieces[piece].origin for reader, piece in self._pieces[:3])
+                raise RecipeError.at(key, f"the corpus is empty: no document with text in {files}")
             at.epoch, at.piece, at.document = at.epoch + 1, 0, 0
             if self._max_epochs is not None and at.epoch >= self._max_epochs:
                 raise RecipeError.at(f"{key}.max_epochs", f"the source has run out: all was seen {at.epoch} time(s)")
+
+
+def _alike(sizes: list[int | None]) -> bool:
+    """Whether pieces can be groups of their own without one's text being seen much more often than another's.
+
+    The shards of a Hub dataset, whose sizes are not known, are taken to be alike.
+    """
+    known = [size for size in sizes if size is not None]
+    return not known or (len(known) == len(sizes) and max(known) <= 2 * min(known))
 
 
 class StreamingData:
@@ -143,7 +153,9 @@ class StreamingData:
             caps = [min((cap for cap in caps if cap is not None), default=None)]
         self.order = TrainingOrder([0] * len(streams), stages, seed=0)
         # In a mixture the place of a stream's sequences changes from step to step, so that all read all.
-        self._num_groups = [1 if stages else math.gcd(len(stream), self._per_step) for stream in streams]
+        alike = [not stages and _alike([reader.pieces[piece].size for reader, piece in stream]) for stream in streams]
+        counts = [len(stream) for stream in streams]
+        self._num_groups = [math.gcd(n, self._per_step) if even else 1 for n, even in zip(counts, alike, strict=True)]
         splitter = Splitter(data, held_out)
         self._groups: dict[tuple[int, int], _Group] = {}
         for stream, number in enumerate(self._num_groups):

@@ -182,10 +182,46 @@ def test_fields_of_csv_are_text_and_files_may_be_empty(tmp_path):
     assert read(path="text", data_files=str(tmp_path / "a.txt"), sample_by="line") == ["x", "y", "z"]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.json"])
+def test_rows_of_csv_have_the_fields_of_the_header_or_are_bad(tmp_path):
+    path = tmp_path / "a.csv"
+    good = "".join(f'{n},"row {n},\nof two lines"\n' for n in range(2500))
+    path.write_bytes(b"id,text\n" + good.encode() + b"1,hello, world\n2,sch\xf6n\n\n3,last\n")
+    assert "a.csv:5002: 3 fields where the header has 2" in refusal(path="csv", data_files=str(path))
+    found = list(corpus.Reader(SourceSection(path="csv", data_files=str(path)), on_bad_document="skip").read())
+    assert [d.problem[0] for d in found if d.problem] == ["broken_csv", "invalid_utf8"]
+    assert [d.text for d in found if not d.problem] == [*(f"row {n},\nof two lines" for n in range(2500)), "last"]
+
+
+def test_a_folder_with_other_splits_is_asked_about(tmp_path):
+    for name in ("train", "validation", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [name])
+    assert "another split's file" in refusal(path="json", data_dir=str(tmp_path))
+    assert read(path="json", data_dir=str(tmp_path), data_files="train*") == ["train"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "README.md").write_text("not a text to learn")
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    assert read(path="text", data_dir=str(tmp_path / "texts"), sample_by="document") == ["x"]
+    assert "no file matches" in refusal(path="text", data_dir=str(tmp_path / "nowhere"), sample_by="document")
+
+
+@pytest.mark.parametrize("error", [PermissionError("expired"), FileNotFoundError("gone"), ConnectionError("reset")])
+def test_a_refused_read_is_no_truncated_file(tmp_path, monkeypatch, error):
+    import fsspec
+
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(fsspec, "open", refuse)
+    with pytest.raises(RecipeError, match="cannot read"):
+        list(corpus.Reader(SourceSection(path="json", data_files=str(path)), on_bad_document="skip").read())
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.json"])
 def test_a_broken_file_is_named_and_may_be_skipped(tmp_path, name):
     kind = name.split(".")[1]
-    contents = {"csv": b'text,b\nx,1\ny,2,3,4\n"', "parquet": b"PAR1 and no more", "json": b'[{"text": "x"}, '}
+    contents = {"parquet": b"PAR1 and no more", "json": b'[{"text": "x"}, '}
     (tmp_path / name).write_bytes(contents[kind])
     source = SourceSection(path=kind, data_files=str(tmp_path / name))
     with pytest.raises(RecipeError, match=rf"{name}:\d+: cannot be read further"):

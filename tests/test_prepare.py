@@ -465,6 +465,14 @@ def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeyp
     ]
     prepare_shard(machines[0], 0, 2)
     remote = fsspec.filesystem("memory")
+    # What was not pushed before a kill is pushed by the next call, and half a tokenizer is not taken for one.
+    lost = [
+        n for n in remote.find(f"/{folder.name}") if "/train-0/" in n or "/parts/" in n or n.endswith("_config.json")
+    ]
+    remote.rm(lost)
+    assert len(lost) > 4
+    prepare_shard(machines[0], 0, 2)
+    assert set(lost) <= set(remote.find(f"/{folder.name}"))
     there = set(remote.find(f"/{folder.name}"))
     assert any("/parts/" in name for name in there) and not any(name.endswith("/manifest.json") for name in there)
     # A machine that starts anew knows what is done, and does the rest.

@@ -84,6 +84,16 @@ def test_processes_read_only_the_files_of_their_sequences(files, encode):
     assert all(len(pieces) == 2 for pieces in read) and len(set.union(*read)) == 8
 
 
+def test_files_of_other_sizes_are_one_stream_and_an_empty_one_is_no_error(files, encode):
+    write_jsonl(files / "0.jsonl", ["one word"])
+    (files / "1.jsonl").write_text("")
+    alone = stream(section(files), encode)
+    assert len(alone._groups) == 1
+    flat = torch.cat([tokens(alone.step(step)) for step in range(20)]).reshape(-1).numpy()
+    whole = np.concatenate(encode(["one word", *TEXTS[100:]]))
+    assert np.array_equal(flat[: len(whole)], whole[: len(flat)])
+
+
 def test_one_epoch_has_every_document_once(files, encode):
     data = section(files)
     alone, seen = stream(data, encode), []
