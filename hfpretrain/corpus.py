@@ -340,7 +340,7 @@ def _files(source: SourceSection, key: str) -> list[tuple[str, int | None]]:
         if not source.patterns:
             matches = [(name, info) for name, info in matches if Path(name).name != "README.md"]
             # `datasets` would leave these out by their names; to train on them unasked would be worse than to ask.
-            other = [name for name, _ in matches if _OTHER_SPLIT.search(name.removeprefix(str(source.data_dir)))]
+            other = [name for name, _ in matches if _OTHER_SPLIT.search(_below(str(source.data_dir), name))]
             if other:
                 advice = "name the files to train on in data_files"
                 raise RecipeError.at(f"{key}.data_dir", f"holds another split's file {other[0]}; {advice}")
@@ -349,6 +349,14 @@ def _files(source: SourceSection, key: str) -> list[tuple[str, int | None]]:
         for name, info in matches:  # a file named twice, in whatever spelling, is one file
             found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
     return list(found.values())
+
+
+def _below(folder: str, name: str) -> str:
+    """A file's path below a folder: local, or of a URL whose spelling the file system may have changed."""
+    if "://" not in name:
+        return os.path.relpath(name, folder)
+    last = folder.rstrip("/").rpartition("/")[2]
+    return name.rpartition(f"/{last}/")[2]
 
 
 def _expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:

@@ -192,7 +192,7 @@ def test_rows_of_csv_have_the_fields_of_the_header_or_are_bad(tmp_path):
     assert [d.text for d in found if not d.problem] == [*(f"row {n},\nof two lines" for n in range(2500)), "last"]
 
 
-def test_a_folder_with_other_splits_is_asked_about(tmp_path):
+def test_a_folder_with_other_splits_is_asked_about(tmp_path, monkeypatch):
     for name in ("train", "validation", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", [name])
     assert "another split's file" in refusal(path="json", data_dir=str(tmp_path))
@@ -201,6 +201,12 @@ def test_a_folder_with_other_splits_is_asked_about(tmp_path):
     (tmp_path / "texts" / "README.md").write_text("not a text to learn")
     (tmp_path / "texts" / "a.txt").write_text("x")
     assert read(path="text", data_dir=str(tmp_path / "texts"), sample_by="document") == ["x"]
+    # Only what is below the folder counts, not where it stands.
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.txt").write_text("y")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("test", "./test", str(tmp_path / "test"), f"file://{tmp_path}/test"):
+        assert read(path="text", data_dir=folder, sample_by="document") == ["y"]
     assert "no file matches" in refusal(path="text", data_dir=str(tmp_path / "nowhere"), sample_by="document")
 
 
