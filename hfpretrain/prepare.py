@@ -439,7 +439,8 @@ def summary(prepared: PreparedData) -> str:
     manifest = prepared.manifest
     lines = [f"prepared data    {prepared.path}"]
     for name, entry in manifest["splits"].items():
-        padding = f" - {entry['padding']:,} padding" if entry["padding"] else ""
+        share = entry["padding"] / max(1, entry["rows"] * manifest["block_size"])
+        padding = f" - {entry['padding']:,} padding ({share:.2%})" if entry["padding"] else ""
         lines.append(
             f"  {name:<14} {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens + "
             f"{entry['separators']:,} separators = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
