@@ -194,8 +194,9 @@ class DataSection(Section):
     """What a broken line, a missing text or invalid UTF-8 does: stop with file and line, or be left out and counted
     in the manifest by reason."""
     streaming: bool = False
-    """Tokenize while training, straight from the sources, without preparing the training text. The order is that of
-    the sources; needs `tokenizer.pretrained`, and `validation_sources` for an evaluation."""
+    """Tokenize while training, straight from the sources, without preparing the training text. Nothing is shuffled:
+    files are read in their order, several of like size side by side. Needs `tokenizer.pretrained`, and
+    `validation_sources` for an evaluation."""
     prepared_dir: str | None = None
     """Where prepared data live, one folder for each fingerprint, shared between runs. Default: `prepared` beside
     `output_dir`. A URL of any fsspec file system (s3://...) is the common copy of machines that share no disk; each

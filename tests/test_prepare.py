@@ -217,6 +217,17 @@ def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
         assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def test_a_vocabulary_with_tokens_across_lines_is_not_cut_there():
+    from tokenizers import AddedToken
+
+    trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
+    assert tokenizer.Encoder(trained, np.dtype(np.uint16))._cuts_at_lines
+    trained.add_tokens([AddedToken("light\nwater")])
+    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    text = "light\nwater " * 1000
+    assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def test_text_that_spells_eos_forges_no_boundary_in_any_model():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
