@@ -3,13 +3,12 @@
 Documents are tokenized without special tokens and each is followed by one EOS. The corpus is worked through in parts,
 whose bounds depend on the text alone: a part is packed by itself and sealed by its own account in `parts/`, so that
 preparation can stop anywhere, and several machines can each do some parts. What a part has left over is less than one
-block; `join` makes blocks of all leftovers, and what is left of those stands in the manifest.
+block; `joining.join` makes blocks of all leftovers, and what is left of those stands in the manifest.
 """
 
 from __future__ import annotations
 
 import bisect
-import functools
 import hashlib
 import json
 import os
@@ -23,26 +22,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hfpretrain import files, hygiene
-from hfpretrain.prepared import (
-    VALIDATION,
-    PreparedData,
-    digests,
-    features,
-    part_account,
-    part_source,
-    token_chunks,
-    write_table,
-)
-from hfpretrain.recipe import DataSection, RecipeError, TokenizerSection
+from hfpretrain import files, prepared
+from hfpretrain.prepared import READ_COUNTS, VALIDATION, RowWriter, write_table
+from hfpretrain.recipe import DataSection, TokenizerSection
 
-FORMAT = 2
 PART_CHARS = 2**26
 PART_DOCUMENTS = 2**18
 _BATCH_CHARS, _BATCH_DOCUMENTS = 2**16, 1000
-_ROWS_PER_BATCH = 512
 _BEST_FIT_TOKENS = 2**21
-_READ = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
 
 
 def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any]) -> str:
@@ -56,7 +43,7 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
         # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
         source["weight"] = source["weight"] is not None
         del source["max_epochs"]
-    text = json.dumps([FORMAT, content, tokenizer.model_dump(mode="json"), identities], sort_keys=True)
+    text = json.dumps([prepared.FORMAT, content, tokenizer.model_dump(mode="json"), identities], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -170,7 +157,7 @@ class _Part:
 
     def add(self, batch: Batch, encoded: list[np.ndarray], bytes_of_token: np.ndarray) -> None:
         """Append the documents of a batch; `encoded` as of `Encoder`."""
-        self._read.update({name: getattr(batch, name) for name in _READ})
+        self._read.update({name: getattr(batch, name) for name in READ_COUNTS})
         self._dropped.update(batch.dropped)
         for item, ids in zip(batch.items, encoded, strict=True):
             if len(ids) == 1:  # the tokenizer's normalizer has left nothing of the text
@@ -197,7 +184,7 @@ class _Part:
         splits = {name: stream.close() for name, stream in sorted(self._streams.items())}
         written = sorted(path for stream in self._streams.values() for path in stream.paths)
         account = {
-            **{name: self._read[name] for name in _READ},
+            **{name: self._read[name] for name in READ_COUNTS},
             "dropped": dict(sorted(self._dropped.items())),
             "splits": splits,
             "origins": list(self._origins),
@@ -215,7 +202,7 @@ class _Stream:
         self._path = work / split / f"data-{key}.arrow"
         self._table = work / "documents" / f"{split}-{key}.parquet"
         self._block_size, self._dtype, self._eos_token_id = block_size, encoder.dtype, encoder.eos_token_id
-        self._writer = _RowWriter(self._path, block_size, encoder.dtype)
+        self._writer = RowWriter(self._path, block_size, encoder.dtype)
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
         self._columns = {"start": array("q"), "offset": array("q"), "origin": array("q"), "row": array("q")}
@@ -233,9 +220,9 @@ class _Stream:
         self._count(ids, item)
         self._pending.append(ids)
         self._num_pending += len(ids)
-        if self._num_pending >= _ROWS_PER_BATCH * self._block_size:
+        if self._num_pending >= prepared.ROWS_PER_BATCH * self._block_size:
             stream = np.concatenate(self._pending)
-            rows = len(stream) // self._block_size // _ROWS_PER_BATCH * _ROWS_PER_BATCH
+            rows = len(stream) // self._block_size // prepared.ROWS_PER_BATCH * prepared.ROWS_PER_BATCH
             self.rows += self._writer.write(stream[: rows * self._block_size])
             self._pending = [stream[rows * self._block_size :].copy()]
             self._num_pending = len(self._pending[0])
@@ -346,194 +333,3 @@ class _BestFit(_Stream):
     def _rest(self) -> np.ndarray:
         self._flush()
         return np.zeros(0, self._dtype)
-
-
-def join(
-    work: Path,
-    path: Path,
-    parts: list[str],
-    data: DataSection,
-    eos_token_id: int,
-    dtype: np.dtype[Any],
-    extra: dict[str, Any],
-    num_workers: int = 1,
-) -> PreparedData:
-    """Make one prepared folder `path` of all finished `parts` (in their order) of `work`, without copying tokens.
-
-    Every file is compared with the checksum in its part's account first. `extra` goes into the manifest as it is.
-    Raises `RecipeError` for a corpus without text, one shorter than a block, and files that changed since.
-    """
-    accounts = {key: account for key in parts if (account := part_account(work, key)) is not None}
-    assert len(accounts) == len(parts), "a part is missing"
-    if len({account["tokenizer_sha256"] for account in accounts.values()}) > 1:
-        raise RecipeError.at("tokenizer", f"parts in {work} were made by different tokenizers; delete the folder")
-    known = _checked(work, accounts)
-    num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
-    names = [f"train-{number}" for number in range(num_streams)]
-    names += [VALIDATION] if data.has_validation else []
-    sources = _by_source(accounts, 0 if data.streaming else len(data.sources))
-    splits = {name: _join_split(work, name, accounts, data.block_size, dtype) for name in names}
-    _require_text(splits, data, sources)
-    content = {
-        "format": FORMAT,
-        "block_size": data.block_size,
-        "packing": data.packing,
-        "dtype": dtype.name,
-        "eos_token_id": eos_token_id,
-        "tokenizer_sha256": files.sha256(work / "tokenizer" / "tokenizer.json"),
-        "sources": sources,
-        "splits": splits,
-        "hygiene": _hygiene(work, accounts, splits, eos_token_id, num_workers),
-        **extra,
-    }
-    return PreparedData(path, files.seal(work, path, content, known))
-
-
-def _checked(work: Path, accounts: dict[str, Any]) -> dict[str, Any]:
-    """The entries of all files of the parts. A part one of whose files is another is forgotten, and an error."""
-    known: dict[str, Any] = {}
-    for key, account in accounts.items():
-        for name, entry in account["files"].items():
-            file = work / name
-            if not file.is_file() or file.stat().st_size != entry["size"] or files.sha256(file) != entry["sha256"]:
-                (work / "parts" / f"{key}.json").unlink()
-                raise RecipeError.at(str(file), "is not what was written; run again, and its part is made anew")
-        known |= account["files"]
-    return known
-
-
-def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:
-    """What was read, dropped and kept of each source; the validation sources together as the last."""
-    sources: list[dict[str, Any]] = []
-    for number in [*range(num_sources), None]:
-        mine = [account for key, account in accounts.items() if part_source(key) == number]
-        entry: dict[str, Any] = {name: sum(a[name] for a in mine) for name in _READ}
-        entry["dropped"] = dict(sum((Counter(account["dropped"]) for account in mine), Counter()))
-        for kind in ("train", VALIDATION):
-            of_kind = [e for a in mine for name, e in a["splits"].items() if name.startswith(kind)]
-            entry[kind] = {
-                name: sum(e[name] for e in of_kind) for name in ("documents", "bytes", "tokens", "separators")
-            }
-        tokens = entry["train"]["tokens"] + entry[VALIDATION]["tokens"]
-        kept = entry["train"]["bytes"] + entry[VALIDATION]["bytes"]
-        entry["bytes_per_token"] = kept / tokens if tokens else None
-        if number is not None or mine:
-            sources.append(entry)
-    return sources
-
-
-def _join_split(
-    work: Path, split: str, accounts: dict[str, Any], block_size: int, dtype: np.dtype[Any]
-) -> dict[str, Any]:
-    """Blocks of what the parts have left over, the files that make the folder one of `datasets`, and the account."""
-    from datasets import DatasetInfo
-
-    entries = {key: account["splits"][split] for key, account in accounts.items() if split in account["splits"]}
-    parts = [[key, entry["rows"]] for key, entry in entries.items() if entry["rows"]]
-    columns: dict[str, list[int]] = {"start": [], "offset": [], "origin": [], "row": []}
-    ids: list[int] = []
-    origins: dict[str, int] = {}
-    for key, entry in entries.items():
-        for start, offset, origin, row in entry["remainder_documents"]:
-            number = origins.setdefault(accounts[key]["origins"][origin], len(origins))
-            for name, value in zip(columns, (len(ids) + start, offset, number, row), strict=True):
-                columns[name].append(value)
-        ids += entry["remainder_ids"]
-    rows = len(ids) // block_size
-    if rows or not parts:
-        key = f"joined-{split}"
-        writer = _RowWriter(work / split / f"data-{key}.arrow", block_size, dtype)
-        writer.write(np.array(ids[: rows * block_size], dtype=dtype))
-        writer.close()
-        write_table(work / "documents" / f"{split}-{key}.parquet", {k: np.array(v) for k, v in columns.items()})
-        files.write_whole(work / "parts" / f"{key}.json", json.dumps({"origins": list(origins)}))
-        parts.append([key, rows])
-    names = ("documents", "bytes", "tokens", "separators", "padding", "token_bytes")
-    total = {name: sum(entry[name] for entry in entries.values()) for name in names}
-    DatasetInfo(features=features(block_size, dtype)).write_to_directory(str(work / split))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": f"data-{key}.arrow"} for key, _ in parts],
-        "_fingerprint": hashlib.sha256(json.dumps([split, parts, total]).encode()).hexdigest()[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    (work / split / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    remainder = ids[rows * block_size :]
-    num_rows = sum(rows for _, rows in parts)
-    assert num_rows * block_size + len(remainder) == sum(total[n] for n in ("tokens", "separators", "padding"))
-    return {**total, "rows": num_rows, "remainder": len(remainder), "remainder_ids": remainder, "parts": parts}
-
-
-def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[str, Any]]) -> None:
-    for number in range(0 if data.streaming else len(data.sources)):
-        if not sources[number]["train"]["documents"] and not sources[number][VALIDATION]["documents"]:
-            dropped = ", ".join(f"{count:,} {reason}" for reason, count in sources[number]["dropped"].items())
-            why = f"no document with text ({dropped or 'nothing read'})"
-            raise RecipeError.at(f"data.sources.{number}", f"the corpus is empty: {why}")
-    for name, entry in splits.items():
-        if name == VALIDATION:
-            if not entry["documents"]:
-                key = "data.validation_sources" if data.validation_sources else "data.validation_fraction"
-                raise RecipeError.at(
-                    key,
-                    "the validation split is empty; take a larger fraction or, of few texts, `validation_by: tail`",
-                )
-            continue
-        key = f"data.sources.{name.removeprefix('train-')}" if data.weights else "data.sources"
-        if not entry["documents"]:
-            raise RecipeError.at(key, "no document is left to train on; lower data.validation_fraction")
-        if not entry["rows"]:
-            raise RecipeError.at(
-                key,
-                f"the training text has {entry['remainder']} tokens, less than one block of {data.block_size}; "
-                "lower data.block_size or add text",
-            )
-
-
-def _hygiene(
-    work: Path, accounts: dict[str, Any], splits: dict[str, Any], eos_token_id: int, num_workers: int
-) -> dict[str, Any]:
-    """Exact duplicates among the documents of train and of validation, and n-grams of validation found in train."""
-    result: dict[str, Any] = {}
-    train = [name for name in splits if name != VALIDATION]
-    for kind, names in (("train", train), (VALIDATION, [name for name in splits if name == VALIDATION])):
-        tables = [work / "documents" / f"{name}-{key}.parquet" for name in names for key in accounts]
-        tables = [table for table in tables if table.exists()]
-        total = sum(splits[name]["documents"] for name in names)
-        result[f"{kind}_duplicates"] = total - hygiene.num_distinct(functools.partial(map, digests, tables), total)
-    if VALIDATION in splits:
-        chunks = {name: token_chunks(work / name, splits[name]) for name in splits}
-        held_out = chunks.pop(VALIDATION)
-        trained_on = (chunk for name in train for chunk in chunks[name])
-        result["validation_ngrams"] = hygiene.ngram_overlap(held_out, trained_on, eos_token_id, num_workers=num_workers)
-    return result
-
-
-class _RowWriter:
-    """An arrow file of rows, made with the first of them, in batches of equal size but the last of a call."""
-
-    def __init__(self, path: Path, block_size: int, dtype: np.dtype[Any]):
-        self._path, self._block_size = path, block_size
-        self._file: Any = None
-        self._schema = features(block_size, dtype).arrow_schema
-
-    def write(self, flat: np.ndarray) -> int:
-        """Append ids (rows * block_size,); returns the number of rows."""
-        import pyarrow as pa
-
-        if self._file is None:
-            self._path.parent.mkdir(exist_ok=True)
-            self._file = pa.ipc.new_stream(self._path, self._schema)
-        size = _ROWS_PER_BATCH * self._block_size
-        for start in range(0, len(flat), size):
-            column = pa.FixedSizeListArray.from_arrays(pa.array(flat[start : start + size]), self._block_size)
-            self._file.write_batch(pa.record_batch([column], schema=self._schema))
-        return len(flat) // self._block_size
-
-    def close(self) -> None:
-        """Finish the file, if there is one."""
-        if self._file is not None:
-            self._file.close()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfpretrain import corpus, files, hygiene, packing, tokenizer
+from hfpretrain import corpus, files, hygiene, joining, packing, tokenizer
 from hfpretrain.corpus import Document, Reader, Splitter
 from hfpretrain.dataloader import Blocks, TrainingData
 from hfpretrain.mirror import Mirror
@@ -236,7 +236,7 @@ class _Preparation:
                 self.mirror.pull(self.work, (part_account(self.work, part) or {})["files"])
         dtype = tokenizer.token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
-        prepared = packing.join(self.work, self.path, parts, self.data, eos, dtype, extra, self.num_workers)
+        prepared = joining.join(self.work, self.path, parts, self.data, eos, dtype, extra, self.num_workers)
         if self.mirror is not None:
             there = self.mirror.names()
             self.mirror.push(self.path, (name for name in prepared.manifest["files"] if name not in there))

@@ -14,7 +14,10 @@ import numpy as np
 from hfpretrain import files
 from hfpretrain.recipe import RecipeError
 
+FORMAT = 2
 VALIDATION = "validation"
+ROWS_PER_BATCH = 512
+READ_COUNTS = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,30 @@ def digests(table: Path) -> np.ndarray:
     """The hash of each document of a table, uint64 (n,), once also for those in pieces."""
     columns = read_table(table, ["offset", "digest"])
     return columns["digest"][columns["offset"] == 0].astype(np.uint64)
+
+
+class RowWriter:
+    """An arrow file of rows, made with the first of them, in batches of equal size but the last of a call."""
+
+    def __init__(self, path: Path, block_size: int, dtype: np.dtype[Any]):
+        self._path, self._block_size = path, block_size
+        self._file: Any = None
+        self._schema = features(block_size, dtype).arrow_schema
+
+    def write(self, flat: np.ndarray) -> int:
+        """Append ids (rows * block_size,); returns the number of rows."""
+        import pyarrow as pa
+
+        if self._file is None:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = pa.ipc.new_stream(self._path, self._schema)
+        size = ROWS_PER_BATCH * self._block_size
+        for start in range(0, len(flat), size):
+            column = pa.FixedSizeListArray.from_arrays(pa.array(flat[start : start + size]), self._block_size)
+            self._file.write_batch(pa.record_batch([column], schema=self._schema))
+        return len(flat) // self._block_size
+
+    def close(self) -> None:
+        """Finish the file, if there is one."""
+        if self._file is not None:
+            self._file.close()

@@ -6,6 +6,7 @@ import pytest
 from conftest import recipe_mapping, small_text, write_jsonl
 
 from hfpretrain import files, packing
+from hfpretrain import prepared as prepared_format
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, prepared_path
 from hfpretrain.prepared import PreparedData
 from hfpretrain.recipe import Recipe, RecipeError
@@ -66,7 +67,7 @@ def test_a_large_vocabulary_is_stored_as_uint32(folder, monkeypatch):
 
 
 def test_bytes_on_disk_do_not_depend_on_how_documents_arrive(folder, monkeypatch):
-    monkeypatch.setattr(packing, "_ROWS_PER_BATCH", 8)
+    monkeypatch.setattr(prepared_format, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(packing, "PART_CHARS", 10_000)
     first = prepare(recipe(folder)).manifest["files"]
     monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 7)
@@ -171,12 +172,10 @@ def test_dropped_documents_are_counted(folder):
     ],
 )
 def test_verify_finds_what_does_not_add_up(folder, change, message):
-    from hfpretrain import prepared as on_disk
-
     path = prepare(recipe(folder)).path
-    on_disk.verify(path)
+    prepared_format.verify(path)
     manifest = files.manifest_of(path)
     change(manifest, path)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RecipeError, match=message):
-        on_disk.verify(path)
+        prepared_format.verify(path)

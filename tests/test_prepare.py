@@ -27,14 +27,14 @@ from hfpretrain.prepare import (
 from hfpretrain.recipe import Recipe, RecipeError, TokenizerSection
 
 # Parts and batches as a large corpus has them, with a small one.
-SMALL = "import hfpretrain.packing as p; p.PART_CHARS = 20_000; p._BATCH_CHARS = 4_000; p._ROWS_PER_BATCH = 8"
+SMALL = "import hfpretrain.packing as p; p.PART_CHARS = 20_000; p._BATCH_CHARS = 4_000; p.prepared.ROWS_PER_BATCH = 8"
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(packing, "PART_CHARS", 20_000)
     monkeypatch.setattr(packing, "_BATCH_CHARS", 4_000)
-    monkeypatch.setattr(packing, "_ROWS_PER_BATCH", 8)
+    monkeypatch.setattr(prepared, "ROWS_PER_BATCH", 8)
 
 
 def recipe(folder, **changes):
