@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -226,16 +227,24 @@ def plain_initialisation() -> Iterator[None]:
         module._hf_deepspeed_config_weak_ref = saved  # type: ignore[union-attr]
 
 
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
 def prepare(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: Weights | None,
+    build_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
     *,
     micro_batch_size: int,
     accumulation_steps: int,
     max_grad_norm: float | None,
 ) -> tuple[Any, Any]:
-    """Model and optimizer ready for this engine."""
+    """Model and optimizer ready for this engine.
+
+    `weights`: the values of a model on the meta device, as of `initialisation.InitialWeights`; None where it has its
+    values. An engine that shards keeps its share of each as it comes, so that no process ever holds the model.
+    """
     accelerator.gradient_accumulation_steps = accumulation_steps
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -243,13 +252,98 @@ def prepare(
         config["gradient_accumulation_steps"] = accumulation_steps
         # Anything less explicit makes DeepSpeed clip at 1.0.
         config["gradient_clipping"] = max_grad_norm or 0.0
-        # Without it a ZeRO-3 run would end, after all its steps, unable to export.
-        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if weights is not None:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            _shard_fsdp2(accelerator, model, weights)
+        else:
+            values = _assigned(model, weights)
+            zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and engine_name(accelerator) == "zero3"
+            _partition_zero3(accelerator, values) if zero3 else [None for _ in values]
+    optimizer = build_optimizer(model)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP and weights is not None:
+        # accelerate 1.15 finds parameters again by their address, which empty shards have in common.
+        for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = parameters
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         assert prepared[0].gradient_clipping() == (max_grad_norm or 0.0)
         assert prepared[0].gradient_accumulation_steps() == accumulation_steps
+        if weights is not None and accelerator.mixed_precision != "no":
+            _set_masters(prepared[0], weights)
     return prepared
+
+
+def _assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
+    """Put values on the CPU into a model on the meta device, wherever a tensor is tied to; each once it is there."""
+    homes = defaultdict(list)
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for leaf, tensor in holder.items():
+                homes[id(tensor)].append((holder, leaf))
+    named = _named_tensors(model)
+    for name, value in weights:
+        is_parameter = isinstance(named[name], torch.nn.Parameter)
+        new = torch.nn.Parameter(value, requires_grad=named[name].requires_grad) if is_parameter else value
+        for holder, leaf in homes[id(named[name])]:
+            holder[leaf] = new
+        yield new
+
+
+def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _partition_zero3(accelerator: Accelerator, values: Iterable[torch.Tensor]) -> None:
+    """ZeRO-3's partition of each parameter, made as DeepSpeed makes them, but of one at a time."""
+    import deepspeed
+
+    config = dict(accelerator.state.deepspeed_plugin.deepspeed_config)
+    config.pop("train_batch_size", None)  # follows from the others; "auto" is accelerate's
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    first: Any = None
+    for value in values:
+        if not isinstance(value, torch.nn.Parameter):
+            continue
+        value.data = value.data.to(dtype)
+        if first is None:
+            holder = torch.nn.ParameterList([value])
+            deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
+            first = value
+        else:
+            first.convert_to_zero_parameters(param_list=[value])
+
+
+def _set_masters(model: Any, weights: Weights) -> None:
+    """DeepSpeed copies its float32 weights from those in 16 bits; here they get the values that were drawn."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    parameters = dict(model.module.named_parameters())
+    for name, value in weights:
+        if name in parameters:
+            safe_set_full_fp32_param(parameters[name], value.to(model.device))
+
+
+def _shard_fsdp2(accelerator: Accelerator, model: torch.nn.Module, weights: Weights) -> None:
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False  # of a model that has values
+    fsdp2_prepare_model(accelerator, model)
+    model.to_empty(device="cpu" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device)
+    model.tie_weights()  # type: ignore[operator]
+    named = _named_tensors(model)
+    for name, value in weights:
+        target = named[name]
+        with torch.no_grad():
+            if isinstance(target, DTensor):
+                # Every process has drawn the same: nothing is to be sent.
+                value = value.to(target.device_mesh.device_type)
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
+                target = target.to_local()
+            target.copy_(value)
 
 
 def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:
@@ -267,12 +361,37 @@ def forward_precision(accelerator: Accelerator) -> str:
     return f"{'cast' if sharded else 'autocast'} {dtype}"
 
 
+def full_parameters(accelerator: Accelerator, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter by name, whole and in float32, one at a time; all ranks must go through to the end.
+
+    Where the engine computes with weights in 16 bits, these are the float32 ones that it keeps beside them.
+    """
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    network = accelerator.unwrap_model(model)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for module in network.modules():
+            if hasattr(module, "reshard"):  # some stay gathered, in 16 bits, after a forward pass
+                module.reshard()
+    for name, parameter in network.named_parameters():
+        if deepspeed:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            yield name, safe_get_full_fp32_param(parameter).detach()
+        elif hasattr(parameter, "full_tensor"):
+            yield name, parameter.detach().full_tensor()
+        else:
+            yield name, parameter.detach()
+
+
 def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
-    """All weights on the CPU of the main process, whole; empty on the others. All ranks must call it."""
-    state = accelerator.get_state_dict(model)
-    if not accelerator.is_main_process:
-        return {}
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+    """All weights on the CPU of the main process, whole and in float32; empty on the others. All ranks must call it."""
+    main, state = accelerator.is_main_process, {}
+    for name, tensor in full_parameters(accelerator, model):
+        if main:
+            state[name] = tensor.float().cpu()
+    network = accelerator.unwrap_model(model)
+    persistent = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
+    return {**state, **{name: network.get_buffer(name).cpu() for name in persistent}} if main else {}
 
 
 def save_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path) -> None:

@@ -10,12 +10,19 @@ from transformers import get_scheduler
 from hfpretrain.recipe import OptimizerSection, RecipeError, SchedulerSection
 
 
-def build_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW whose decay applies to parameters with two or more dimensions, fused where torch has a kernel."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def decayed_names(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that decay: those with two or more dimensions. To be asked before an engine shards the
+    model, since a flat piece of a matrix has one."""
+    return {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+
+
+def build_optimizer(model: torch.nn.Module, section: OptimizerSection, decayed: set[str]) -> torch.optim.AdamW:
+    """AdamW with weight decay for the parameters named in `decayed`, fused where torch has a kernel."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in named]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name in decayed], "weight_decay": section.weight_decay},
+        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -21,7 +21,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hfpretrain import checkpoint, engine, evaluation, metrics, optim
+from hfpretrain import checkpoint, engine, evaluation, initialisation, metrics, optim
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
@@ -97,22 +97,35 @@ class Run:
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.accelerator.num_processes
         )
         with engine.plain_initialisation():
-            model = modeling.build_model(recipe.model, config, recipe.seed)
+            model = modeling.build_model(recipe.model, config)
         self.config = model.config
         self.num_parameters, self.num_non_embedding = modeling.num_parameters(model)
-        self.document_masking = _document_masking(recipe, model, self.accelerator)
-        if training.compile:
-            model.compile()
-        optimizer = optim.build_optimizer(model, recipe.optimizer)
-        self.scheduler = optim.build_scheduler(optimizer, recipe.scheduler, training.num_steps)
+        decayed = optim.decayed_names(model)
+        weights = None
+        if recipe.model.pretrained is None:
+            weights = initialisation.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init)
+
+        def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+            optimizer = optim.build_optimizer(model, recipe.optimizer, decayed)
+            self.scheduler = optim.build_scheduler(optimizer, recipe.scheduler, training.num_steps)
+            return optimizer
+
         self.model, self.optimizer = engine.prepare(
             self.accelerator,
             model,
-            optimizer,
+            weights,
+            build_optimizer,
             micro_batch_size=training.micro_batch_size,
             accumulation_steps=self.accumulation_steps,
             max_grad_norm=training.max_grad_norm,
         )
+        network = self.accelerator.unwrap_model(self.model)
+        self.initial_weights = initialisation.check(
+            engine.full_parameters(self.accelerator, self.model), weights.rule() if weights else None
+        )
+        self.document_masking = _document_masking(recipe, network, self.accelerator)
+        if training.compile:
+            network.compile()
         # Dropout differs between ranks, since their sequences do.
         torch.manual_seed(recipe.seed + self.accelerator.process_index)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
@@ -253,6 +266,7 @@ class Run:
             "accumulation_steps": self.accumulation_steps,
             "num_parameters": self.num_parameters,
             "num_non_embedding_parameters": self.num_non_embedding,
+            "initial_weights": self.initial_weights,
             "commit": _commit(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in names},
@@ -446,12 +460,8 @@ def _due(step: int, every_steps: int | None, num_steps: int) -> bool:
 
 def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
     wanted = recipe.training.document_masking
-    flash = recipe.model.attn_implementation.startswith("flash")
-    if flash:  # runs on GPUs and in 16 bits only
-        model.to(accelerator.device)
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=flash):
-        modeling.require_causal(model, recipe.model)
-        isolates = wanted is not False and modeling.isolates_documents(model)
+    modeling.require_causal(model, recipe.model, half_precision=accelerator.mixed_precision != "no")
+    isolates = wanted is not False and modeling.isolates_documents(model)
     if wanted is True and not isolates:
         raise RecipeError.at(
             "training.document_masking",

@@ -1,9 +1,7 @@
-import math
-
 import pytest
 import torch
 from conftest import recipe_mapping
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from hfpretrain import model as modeling
 from hfpretrain.recipe import ModelSection, RecipeError
@@ -19,28 +17,15 @@ LLAMA = {
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 64}
 MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
        "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64, **SMALL}  # fmt: skip
-PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 
 
 def build(config, **section):
-    section = ModelSection(config=config, **section)
-    return modeling.build_model(section, AutoConfig.for_model(**{**SPECIAL, **config}), seed=0)
-
-
-def test_the_seed_decides_the_weights():
-    first, second, other = (
-        torch.cat(
-            [
-                p.flatten()
-                for p in modeling.build_model(
-                    ModelSection(config=LLAMA), AutoConfig.for_model(**LLAMA), seed
-                ).parameters()
-            ]
-        )
-        for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, second) and not torch.equal(first, other)
+    torch.manual_seed(0)
+    model = modeling.build_model(ModelSection(config=config, **section), AutoConfig.for_model(**{**SPECIAL, **config}))
+    assert model.device.type == "meta"
+    model.to_empty(device="cpu").init_weights()
+    return model
 
 
 @pytest.mark.parametrize(("config", "tied"), [(LLAMA, False), (GPT2, True)])
@@ -50,25 +35,6 @@ def test_parameters_are_counted_with_and_without_embeddings(config, tied):
     assert total == sum(p.numel() for p in model.parameters())
     assert total - non_embedding == 64 * 32 * (1 if tied else 2)
     assert modeling.num_parameters_of_config(model.config) == (total, non_embedding)
-
-
-@pytest.mark.parametrize(
-    ("config", "names"),
-    [
-        (LLAMA, ("self_attn.o_proj.weight", "mlp.down_proj.weight")),
-        (PHI3, ("self_attn.o_proj.weight", "mlp.down_proj.weight")),
-        (GPT2, ("attn.c_proj.weight", "mlp.c_proj.weight")),
-        (MOE, ("self_attn.o_proj.weight", "mlp.experts.down_proj")),
-    ],
-)
-def test_depth_scaled_init_finds_residual_projections_by_structure(config, names):
-    plain, scaled = build(config), build(config, depth_scaled_init=True)
-    expected = 0.02 / math.sqrt(2 * 3)
-    for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
-        if name.endswith(names):
-            assert after.std().item() == pytest.approx(expected, rel=0.15), name
-        else:
-            assert torch.equal(before, after), name
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, MOE])
@@ -126,7 +92,7 @@ def test_a_pretrained_model_is_gone_on_from(tmp_path):
     model.save_pretrained(tmp_path / "model")
     section = ModelSection(pretrained=str(tmp_path / "model"))
     config = modeling.resolve_config(section, 64, FakeTokenizer(), 64, 32)
-    loaded = modeling.build_model(section, config, seed=7)
+    loaded = modeling.build_model(section, config)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(RecipeError, match=r"model\.pretrained"):
         modeling.resolve_config(ModelSection(pretrained=str(tmp_path / "none")), 64, FakeTokenizer(), 64, 32)
@@ -140,10 +106,3 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*gradients)
-
-
-def test_auto_classes_build_the_same_model():
-    config = AutoConfig.for_model(**{**SPECIAL, **LLAMA})
-    torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(build(LLAMA).parameters(), reference.parameters(), strict=True))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hfpretrain.optim import build_optimizer, build_scheduler, set_step
+from hfpretrain.optim import build_optimizer, build_scheduler, decayed_names, set_step
 from hfpretrain.recipe import OptimizerSection, RecipeError, SchedulerSection
 
 WSD = {"name": "warmup_stable_decay", "num_warmup_steps": 5, "scheduler_specific_kwargs": {"num_decay_steps": 10}}
@@ -9,7 +9,7 @@ WSD = {"name": "warmup_stable_decay", "num_warmup_steps": 5, "scheduler_specific
 
 def optimizer():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
-    return build_optimizer(model, OptimizerSection(lr=1.0, weight_decay=0.1))
+    return build_optimizer(model, OptimizerSection(lr=1.0, weight_decay=0.1), decayed_names(model))
 
 
 def test_matrices_decay_and_vectors_do_not():
