@@ -107,9 +107,13 @@ def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def export(
-    config: PretrainedConfig, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, path: Path
+    config: PretrainedConfig,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    dtype: str = "float32",
 ) -> None:
-    """A plain folder that `from_pretrained` reads: safetensors, config, generation config, tokenizer.
+    """A plain folder that `from_pretrained` reads: safetensors in `dtype`, config, generation config, tokenizer.
 
     Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files.
     """
@@ -117,6 +121,7 @@ def export(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    state_dict = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state_dict.items()}
     missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     assert not unexpected and tied.issuperset(missing), f"unexpected {unexpected}, missing {missing}"
@@ -151,7 +156,7 @@ def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, 
 def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
     """Load an export with plain transformers and compare it with the stored batch.
 
-    Raises `RecipeError` if the mean losses differ by more than 1e-3 (float32) or 3e-2 (16 bits).
+    Raises `RecipeError` if the mean losses differ by more than 1e-3 (float32), 3e-2 (16 bits) or 0.1 (8 bits).
     Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
     token. Also a sample, since the model is at hand.
     """
@@ -171,7 +176,9 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
     kind, _, bits = precision.partition(" ")
     if kind == "cast":
         model.to(getattr(torch, bits))
-    autocast = torch.autocast("cpu", getattr(torch, bits or "bfloat16"), enabled=kind == "autocast")
+    elif dtype != "float32":
+        model.float()
+    autocast = torch.autocast("cpu", getattr(torch, bits or "bfloat16"), enabled=kind in ("autocast", "fp8"))
     with torch.no_grad(), autocast:
         logits = model(**inputs, use_cache=False).logits.float()
     labels = stored["input_ids"][:, 1:].flatten()
@@ -180,7 +187,7 @@ def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
         for values in (stored["logits"], logits)
     ]
     difference = (losses[0].mean() - losses[1].mean()).abs().item()
-    tolerance = 1e-3 if kind == "float32" else 3e-2
+    tolerance = 0.1 if kind == "fp8" else 1e-3 if kind == dtype == "float32" else 3e-2
     if not difference <= tolerance:
         raise RecipeError.at(
             str(model_path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,15 +24,15 @@ from hfpretrain.recipe import MixedPrecision, RecipeError
 _TIMEOUT = timedelta(minutes=30)
 
 
-def resolve_precision(mixed_precision: MixedPrecision) -> str:
+def resolve_precision(mixed_precision: MixedPrecision) -> MixedPrecision:
     """`auto` becomes what the launcher's file says, else bf16 where the hardware has it, else `no`.
 
-    Raises `RecipeError` if recipe and launcher contradict each other. The launcher writes `no` also when nobody said
-    so, which is why its `no` decides nothing.
+    Raises `RecipeError` if recipe and launcher contradict each other, or the hardware or a package is missing. The
+    launcher writes `no` also when nobody said so, which is why its `no` decides nothing.
     """
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launcher: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision == "auto":
-        chosen = launcher if launcher != "no" else ("bf16" if has_bf16() else "no")
+        chosen: MixedPrecision = launcher if launcher != "no" else ("bf16" if has_bf16() else "no")
     else:
         chosen = mixed_precision
     if launcher not in ("no", chosen):
@@ -39,9 +40,51 @@ def resolve_precision(mixed_precision: MixedPrecision) -> str:
             "training.mixed_precision",
             f"the recipe says {mixed_precision}, the launcher's file {launcher}; remove one of the two",
         )
-    if chosen == "fp16" and not torch.accelerator.is_available():
-        raise RecipeError.at("training.mixed_precision", "fp16 needs a GPU; on a CPU take bf16 or no")
+    on_gpu = torch.accelerator.is_available()
+    problem = precision_problem(
+        chosen,
+        "GPU" if on_gpu else "CPU",
+        torch.cuda.get_device_capability() if torch.cuda.is_available() and torch.version.cuda else None,
+        sharded=_flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP"),
+        installed=lambda package: importlib.util.find_spec(package) is not None,
+    )
+    if problem is not None:
+        raise RecipeError.at("training.mixed_precision", problem)
     return chosen
+
+
+# CUDA compute capability from which tensor cores have a format (NVIDIA, CUDA C++ Programming Guide, table "Tensor Core
+# Input Data Types by Compute Capability").
+_CAPABILITY = {"fp16": (7, 0), "bf16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
+_FP8_PACKAGES = ("torchao", "transformer_engine")
+
+
+def precision_problem(
+    precision: MixedPrecision,
+    device: Literal["CPU", "GPU"],
+    capability: tuple[int, int] | None,
+    *,
+    sharded: bool,
+    installed: Callable[[str], bool],
+) -> str | None:
+    """Why a device can't train in a precision, with the fix; None if it can.
+
+    `capability` is that of a CUDA device, None for others; `sharded`: under FSDP2 or DeepSpeed.
+    """
+    if precision in ("auto", "no") or (precision == "bf16" and device == "CPU"):
+        return None
+    if device == "CPU":
+        return f"{precision} needs a GPU; on a CPU take bf16 or no"
+    if capability is not None and capability < _CAPABILITY[precision]:
+        needed, found = (f"{major}.{minor}" for major, minor in (_CAPABILITY[precision], capability))
+        instead = "fp16 or no" if capability >= _CAPABILITY["fp16"] else "no"
+        return f"{precision} needs a GPU of compute capability {needed}, this one has {found}; take {instead}"
+    if precision == "fp8":
+        if sharded:
+            return "accelerate puts fp8 layers into a model that is sharded already; take bf16, or single or ddp"
+        if not any(installed(package) for package in _FP8_PACKAGES):
+            return "fp8 needs torchao or transformer-engine: pip install torchao"
+    return None
 
 
 def has_bf16() -> bool:
@@ -59,13 +102,14 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     """
     precision = resolve_precision(mixed_precision)
     _require_trackers(trackers)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     use_fsdp = _flag("ACCELERATE_USE_FSDP")
     if on_cpu:
         _set_up_cpu()
     keywords: dict[str, Any] = {
-        "mixed_precision": precision,
+        "mixed_precision": "no" if precision == "tf32" else precision,
         "log_with": trackers or None,
         "project_dir": project_dir,
         "kwargs_handlers": [InitProcessGroupKwargs(timeout=_TIMEOUT)],
@@ -255,10 +299,10 @@ def prepare(
     if weights is not None:
         if accelerator.distributed_type == DistributedType.FSDP:
             _shard_fsdp2(accelerator, model, weights)
+        elif engine_name(accelerator) == "zero3":
+            _partition_zero3(accelerator, _assigned(model, weights))
         else:
-            values = _assigned(model, weights)
-            zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and engine_name(accelerator) == "zero3"
-            _partition_zero3(accelerator, values) if zero3 else [None for _ in values]
+            filled(model, weights)
     optimizer = build_optimizer(model)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
@@ -276,7 +320,7 @@ def prepare(
 
 def _assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
     """Put values on the CPU into a model on the meta device, wherever a tensor is tied to; each once it is there."""
-    homes = defaultdict(list)
+    homes: dict[int, list[tuple[Any, str]]] = defaultdict(list)
     for module in model.modules():
         for holder in (module._parameters, module._buffers):
             for leaf, tensor in holder.items():
@@ -288,6 +332,13 @@ def _assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor
         for holder, leaf in homes[id(named[name])]:
             holder[leaf] = new
         yield new
+
+
+def filled(model: torch.nn.Module, weights: Weights | None) -> torch.nn.Module:
+    """The model whole on the CPU, `weights` as of `prepare`."""
+    for _ in _assigned(model, weights or ()):
+        pass
+    return model
 
 
 def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -352,13 +403,51 @@ def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Te
     return loss * (accelerator.num_processes * accelerator.gradient_accumulation_steps)
 
 
+def precision(accelerator: Accelerator) -> str:
+    """`no` (float32), `tf32`, `bf16`, `fp16` or `fp8`."""
+    is_tf32 = accelerator.mixed_precision == "no" and torch.get_float32_matmul_precision() == "high"
+    return "tf32" if is_tf32 else accelerator.mixed_precision
+
+
 def forward_precision(accelerator: Accelerator) -> str:
-    """How the engine computes a forward pass: `float32`, `autocast DTYPE` (float32 weights) or `cast DTYPE`."""
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
-    if dtype is None:
-        return "float32"
+    """How the engine computes a forward pass: `float32`, `tf32`, `autocast DTYPE` (float32 weights), `cast DTYPE`, or
+    `fp8 DTYPE` (linear layers in 8 bits, the rest autocast)."""
+    name = precision(accelerator)
+    if name in ("no", "tf32"):
+        return name.replace("no", "float32")
+    dtype = "float16" if name == "fp16" else "bfloat16"
     sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    return f"{'cast' if sharded else 'autocast'} {dtype}"
+    return f"{'fp8' if name == 'fp8' else 'cast' if sharded else 'autocast'} {dtype}"
+
+
+@contextlib.contextmanager
+def rehearsal(accelerator: Accelerator, model: Any, optimizer: Any) -> Iterator[None]:
+    """What is trained inside leaves no trace, as long as its gradients are zero: rates are 0, and afterwards random
+    states, step counters and the loss scale are what they were. One micro-step inside is a whole optimizer step."""
+    raw = optimizer.optimizer
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    rates = [group["lr"] for group in raw.param_groups]
+    states = getattr(raw, "optimizer", raw).state  # DeepSpeed wraps the optimizer once more
+    steps = {parameter: state["step"].clone() for parameter, state in states.items() if "step" in state}
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    devices = [accelerator.device] if accelerator.device.type != "cpu" else []
+    for group in raw.param_groups:
+        group["lr"] = 0.0
+    with torch.random.fork_rng(devices, device_type=accelerator.device.type if devices else "cuda"):
+        yield
+    for group, lr in zip(raw.param_groups, rates, strict=True):
+        group["lr"] = lr
+    for parameter in list(states):
+        if parameter in steps:
+            states[parameter]["step"].copy_(steps[parameter])
+        elif is_deepspeed and "step" in states[parameter]:
+            states[parameter]["step"].zero_()  # DeepSpeed holds on to the moments themselves
+        else:
+            del states[parameter]
+    if scaler is not None:
+        accelerator.scaler.load_state_dict(scaler)
+    if is_deepspeed:
+        model.micro_steps = model.global_steps = model.global_samples = 0
 
 
 def full_parameters(accelerator: Accelerator, model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -32,7 +32,7 @@ class Moments:
         """Of a tensor of any shape and dtype, computed in float32."""
         values = tensor.detach().float()
         std, mean = torch.std_mean(values, correction=0)
-        return cls(mean.item(), std.item(), xxhash.xxh3_128_hexdigest(values.contiguous().cpu().numpy()))
+        return cls(mean.item(), std.item(), xxhash.xxh3_128_hexdigest(values.contiguous().cpu().numpy().data))
 
 
 Rule = dict[str, Moments]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from hfpretrain.recipe import ModelSection, Problem, RecipeError, unknown_key
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Names that many config classes give the longest context, through `attribute_map` or directly.

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+MixedPrecision = Literal["auto", "no", "tf32", "bf16", "fp16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class ModelSection(Section):
     sqrt(2 * layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
     trust_remote_code: bool = False
     """Run model code that comes with `pretrained`. Off: only classes of transformers itself."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the exported weights. Training keeps float32 weights under every engine and precision; 16 bits halve the
+    folder and round them once."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
@@ -304,8 +307,9 @@ class TrainingSection(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm; null for none. 1.0 as in GPT-3."""
     mixed_precision: MixedPrecision = "auto"
-    """`no` is float32. `auto`: what the launcher's file says, else bf16 where the hardware has it (GPUs from Ampere
-    on, CPUs with AMX or AVX512-BF16), else float32."""
+    """`no` is float32; `tf32` is float32 with matrix products in TensorFloat-32; `fp16` scales the loss; `fp8` computes
+    linear layers in 8 bits through torchao or TransformerEngine, the rest in bf16. `auto`: what the launcher's file
+    says, else bf16 where the hardware has it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
     document_masking: Literal["auto"] | bool = "auto"
     """Attention ends at document boundaries. `auto`: on where the model's attention implementation isolates packed
     documents, which is tested at start; `true` stops the run where it does not."""

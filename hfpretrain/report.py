@@ -23,6 +23,10 @@ def write_card(run: Any, model_path: Path, report: dict[str, Any]) -> None:
         "engine": f"{environment['engine']}, {environment['num_processes']} process(es)",
         "device": environment["device"],
         "precision": environment["mixed_precision"],
+        "weights": report["dtype"]
+        + (
+            ", as training kept them" if report["dtype"] == "float32" else ", rounded from the float32 ones of training"
+        ),
         "attention across documents": "no" if run.document_masking else "yes",
         "versions": ", ".join(f"{name} {number}" for name, number in environment["versions"].items()),
     }

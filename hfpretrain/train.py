@@ -48,6 +48,7 @@ MAY_DIFFER = (
     "data.prepared_dir",
     "model.attn_implementation",
     "model.gradient_checkpointing",
+    "model.dtype",
     "training.max_steps",
     "training.max_tokens",
     "training.micro_batch_size",
@@ -119,11 +120,14 @@ class Run:
             accumulation_steps=self.accumulation_steps,
             max_grad_norm=training.max_grad_norm,
         )
-        network = self.accelerator.unwrap_model(self.model)
+        network = probe = self.accelerator.unwrap_model(self.model)
         self.initial_weights = initialisation.check(
             engine.full_parameters(self.accelerator, self.model), weights.rule() if weights else None
         )
-        self.document_masking = _document_masking(recipe, network, self.accelerator)
+        if engine.precision(self.accelerator) == "fp8":
+            # Its layers scale by the largest value there is, so that every token changes every other a little.
+            probe = engine.filled(modeling.build_model(recipe.model, config), weights).to(self.accelerator.device)
+        self.document_masking = _document_masking(recipe, probe, self.accelerator)
         if training.compile:
             network.compile()
         # Dropout differs between ranks, since their sequences do.
@@ -138,6 +142,7 @@ class Run:
         self.source_tokens = np.zeros(len(self.data.order.sizes), dtype=np.int64)
         self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
         self.grad_norm: Any = 0.0  # of the newest step
+        _rehearse(self)
         self.resumed_step = self._resume()
         steps = range(self.state.step, training.num_steps)
         self.coming = Prefetcher(self.data.step, steps, pin_memory=self.accelerator.device.type == "cuda")
@@ -261,7 +266,7 @@ class Run:
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "device": engine.device_name(self.accelerator),
-            "mixed_precision": self.accelerator.mixed_precision,
+            "mixed_precision": engine.precision(self.accelerator),
             "document_masking": self.document_masking,
             "accumulation_steps": self.accumulation_steps,
             "num_parameters": self.num_parameters,
@@ -366,6 +371,19 @@ def train(recipe: Recipe) -> Path:
     run = Run(recipe)
     _fit(run)
     return _finish(run)
+
+
+def _rehearse(run: Run) -> None:
+    """A step on one sequence repeated, which changes nothing: what does not compile or fit shows at the start."""
+    size = run.recipe.training.micro_batch_size
+    batch = engine.to_device(run.accelerator, {k: v.repeat(size, 1) for k, v in run.data.example().items()})
+    with engine.rehearsal(run.accelerator, run.model, run.optimizer):
+        outputs = run.model(**batch, use_cache=False, num_items_in_batch=torch.tensor(batch["labels"].numel()))
+        _, objective = _loss(outputs, run.config, 1)
+        run.accelerator.backward(objective * 0.0)
+        run.accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.training.max_grad_norm or math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
 
 
 def _fit(run: Run) -> None:
@@ -514,7 +532,7 @@ def _finish(run: Run) -> Path:
     state_dict = engine.full_state_dict(run.accelerator, run.model)
     if main:
         with engine.plain_initialisation():
-            checkpoint.export(run.config, state_dict, run.tokenizer, model_path)
+            checkpoint.export(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
         report = checkpoint.verify_in_fresh_process(run.output_dir)
         exported = {f"export/{key}": value for key, value in report.items()}
         assert run.file is not None

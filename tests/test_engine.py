@@ -41,6 +41,11 @@ def compare(folder, name, steps, max_loss=1e-5, max_grad_norm=1e-4, max_perplexi
     return found
 
 
+def initial_weights(run):
+    """Checksum of all weights before the first step."""
+    return json.loads((run / "environment.json").read_text())["initial_weights"]
+
+
 def check_export(run):
     """The export's logits under plain transformers against those the training process stored."""
     with safe_open(run / "reference.safetensors", framework="pt") as file:
@@ -67,6 +72,7 @@ def test_a_recipe_means_the_same_under_every_engine(runs, name):
     compare(runs, name, steps=10)
     assert json.loads((runs / name / "environment.json").read_text())["engine"] == name
     assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == 2
+    assert initial_weights(runs / name) == initial_weights(runs / "single")
 
 
 @pytest.mark.parametrize("name", ["single", *DISTRIBUTED])
@@ -157,6 +163,60 @@ def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert engine.resolve_precision("bf16") == "bf16" and engine.resolve_precision("no") == "no"
     assert engine.resolve_precision("auto") == ("bf16" if engine.has_bf16() else "no")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "capability", "sharded", "packages", "problem"),
+    [
+        ("no", "CPU", None, False, (), None),
+        ("bf16", "CPU", None, True, (), None),
+        ("tf32", "CPU", None, False, (), "tf32 needs a GPU; on a CPU take bf16 or no"),
+        ("fp8", "CPU", None, False, ("torchao",), "fp8 needs a GPU"),
+        ("fp16", "GPU", (7, 0), False, (), None),
+        ("fp16", "GPU", (6, 1), False, (), "fp16 needs a GPU of compute capability 7.0, this one has 6.1; take no"),
+        ("bf16", "GPU", (7, 5), True, (), "needs a GPU of compute capability 8.0, this one has 7.5; take fp16 or no"),
+        ("tf32", "GPU", (8, 0), True, (), None),
+        ("fp8", "GPU", (8, 0), False, ("torchao",), "compute capability 8.9, this one has 8.0"),
+        ("fp8", "GPU", (9, 0), False, (), "fp8 needs torchao or transformer-engine: pip install torchao"),
+        ("fp8", "GPU", (9, 0), True, ("torchao",), "a model that is sharded already; take bf16, or single or ddp"),
+        ("fp8", "GPU", (9, 0), False, ("transformer_engine",), None),
+        ("bf16", "GPU", None, False, (), None),
+    ],
+)
+def test_a_precision_the_hardware_lacks_is_refused(precision, device, capability, sharded, packages, problem):
+    found = engine.precision_problem(
+        precision, device, capability, sharded=sharded, installed=lambda package: package in packages
+    )
+    assert found is None if problem is None else problem in found
+
+
+def test_a_rehearsed_step_leaves_no_trace():
+    """Each engine's losses are compared with one process's elsewhere; here the state is looked at."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=0.1, weight_decay=0.1)
+    accelerator = Accelerator(cpu=True)
+    try:
+        layers, prepared = accelerator.prepare(layers, optimizer)
+        for trained in (False, True):
+            before = [p.detach().clone() for p in layers.parameters()]
+            steps = {id(p): state["step"].item() for p, state in optimizer.state.items()}
+            random = torch.get_rng_state()
+            with engine.rehearsal(accelerator, layers, prepared):
+                accelerator.backward(layers(torch.ones(2, 8)).sum() * 0.0)
+                prepared.step()
+                prepared.zero_grad()
+            assert all(torch.equal(a, b) for a, b in zip(before, layers.parameters(), strict=True))
+            assert steps == {id(p): state["step"].item() for p, state in optimizer.state.items()}
+            assert torch.equal(random, torch.get_rng_state()) and optimizer.param_groups[0]["lr"] == 0.1
+            if not trained:
+                layers(torch.ones(2, 8)).sum().backward()
+                prepared.step()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_accelerate_files_own_nothing_of_the_recipe():
