@@ -25,14 +25,15 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 _SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
     "llama": {"model_type": "llama", "intermediate_size": 176, "num_key_value_heads": 2, **_SIZE},
-    "gpt2": {"model_type": "gpt2", "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **_SIZE},
+    "gpt2": {"model_type": "gpt2", "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+             **_SIZE},
     "qwen3_moe": {"model_type": "qwen3_moe", "intermediate_size": 176, "moe_intermediate_size": 32, "num_experts": 8,
                   "num_experts_per_tok": 2, "norm_topk_prob": True, "output_router_logits": True,
                   "router_aux_loss_coef": 0.01, "num_key_value_heads": 2, **_SIZE},
 }  # fmt: skip
 # Largest relative differences of loss and gradient norm, largest absolute one of an exported weight. bf16: engines
 # that shard compute with weights and gradients cast to it, where one process and ddp autocast float32 weights.
-TOLERANCES = {"no": (1e-5, 1e-4, 2e-3), "bf16": (2e-3, 5e-2, 2e-2)}
+TOLERANCES = {"no": (1e-5, 1e-4, 1e-4), "bf16": (2e-3, 5e-2, 2e-2)}
 
 
 def write_recipe(folder: Path, model: str, accumulation: int, precision: str, steps: int) -> Path:
@@ -125,9 +126,8 @@ def main() -> None:
         for precision in args.precision:
             loss, grad_norm, weights = TOLERANCES[precision]
             kind = "float32" if precision == "no" else precision
-            print(
-                f"\n{kind}, {args.steps} steps; allowed: loss {loss:g}, gradient norm {grad_norm:g}, weight {weights:g}\n"
-            )
+            allowed = f"loss {loss:g}, gradient norm {grad_norm:g}, weight {weights:g}"
+            print(f"\n{kind}, {args.steps} steps; allowed: {allowed}\n")
             print("| model, accumulation | engine | initial | loss | gradient norm | perplexity | weights | |")
             print("|---|---|---|---|---|---|---|---|")
             for model in args.models:
