@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from hfpretrain.recipe import MixedPrecision, RecipeError
 
 _TIMEOUT = timedelta(minutes=30)
+_OFFLOADED = ("optimizer", "param")
 
 
 def resolve_precision(mixed_precision: MixedPrecision) -> str:
@@ -75,6 +76,9 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
             keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=_TIMEOUT)]
     elif on_cpu:
         keywords["cpu"] = True
+    parallel = _flag("ACCELERATE_USE_PARALLELISM_CONFIG")
+    if on_cpu:  # see _set_parallelism_on_cpu
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
     if use_fsdp:
         plugin = _fsdp_plugin(precision)
         if on_cpu:
@@ -84,6 +88,8 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
             accelerator = Accelerator(**keywords, fsdp_plugin=plugin)
     else:
         accelerator = Accelerator(**keywords)
+    if on_cpu and parallel:
+        _set_parallelism_on_cpu(accelerator)
     require_asked_processes(accelerator.num_processes)
     return accelerator
 
@@ -135,6 +141,12 @@ def _fsdp_plugin(precision: str) -> Any:
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
+def _offloads(plugin: Any) -> bool:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+
+
 def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     # accelerate 1.15 knows FSDP on accelerators only and would silently train with DDP here; torch's FSDP2 runs on
     # gloo as well.
@@ -146,6 +158,33 @@ def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+    if _offloads(plugin):
+        plugin.cpu_offload.pin_memory = False  # torch pins memory for an accelerator only
+
+
+def _set_parallelism_on_cpu(accelerator: Accelerator) -> None:
+    # accelerate 1.15 refuses a ParallelismConfig on CPU processes; the device mesh is all that its code then uses.
+    from accelerate.parallelism_config import ParallelismConfig
+
+    config = ParallelismConfig()
+    accelerator.state.parallelism_config = config
+    accelerator.state.device_mesh = config.get_device_mesh("cpu")
+
+
+def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
+    """Which share of a step's sequences this process has, and how many there are: (index, size).
+
+    Processes that share their sequences (tensor parallelism) have neighbouring ranks and one index.
+    """
+    config = accelerator.parallelism_config
+    sharing = config.non_data_parallel_size if config else 1
+    return accelerator.process_index // sharing, accelerator.num_processes // sharing
+
+
+def counts_its_data(accelerator: Accelerator) -> bool:
+    """Whether this process is the first of those that share its sequences: one of them counts, reports and saves."""
+    config = accelerator.parallelism_config
+    return accelerator.process_index % (config.non_data_parallel_size if config else 1) == 0
 
 
 def require_asked_processes(started: int | None = None) -> None:
@@ -200,11 +239,18 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """`single`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`."""
+    """`single`, `ddp`, `tp`, `fsdp2`, `hsdp`, `zero1`, `zero2` or `zero3`, the last five also with `_offload`."""
+    config = accelerator.parallelism_config
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+        plugin = accelerator.state.deepspeed_plugin
+        sections = (plugin.hf_ds_config.get_value(f"zero_optimization.offload_{part}.device") for part in _OFFLOADED)
+        offload = any(device not in (None, "none") for device in sections)
+        return f"zero{plugin.zero_stage}{'_offload' if offload else ''}"
     if accelerator.distributed_type == DistributedType.FSDP:
-        return "fsdp2"
+        name = "hsdp" if config and config.dp_replicate_enabled else "fsdp2"
+        return f"{name}_offload" if _offloads(accelerator.state.fsdp_plugin) else name
+    if config and config.tp_enabled:
+        return "tp"
     return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
 
 
@@ -226,6 +272,24 @@ def plain_initialisation() -> Iterator[None]:
         module._hf_deepspeed_config_weak_ref = saved  # type: ignore[union-attr]
 
 
+def shard_tensors(accelerator: Accelerator, model: Any) -> None:
+    """Cut the matrices of a whole model across the processes that share their sequences, where the launcher's file
+    asks for it, by the plan of its config class. Each process built the same model and keeps its part."""
+    config = accelerator.parallelism_config
+    if config is None or not config.tp_enabled:
+        return
+    from torch.distributed.tensor import DTensor
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    mesh = accelerator.torch_device_mesh["tp"]
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=config.tp_size))
+    apply_tensor_parallelism(model, mesh, plan)
+    model._tp_size = config.tp_size
+    model.tie_weights()
+    model.to(accelerator.device)
+
+
 def prepare(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -243,6 +307,8 @@ def prepare(
         config["gradient_accumulation_steps"] = accumulation_steps
         # Anything less explicit makes DeepSpeed clip at 1.0.
         config["gradient_clipping"] = max_grad_norm or 0.0
+        # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and wants a compiler.
+        config["zero_force_ds_cpu_optimizer"] = False
         # Without it a ZeRO-3 run would end, after all its steps, unable to export.
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
@@ -255,7 +321,7 @@ def prepare(
 def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:
     """Undo the averages the engines take over ranks and micro-steps: the loss already is divided by the global
     number of tokens, so its gradients must be summed."""
-    return loss * (accelerator.num_processes * accelerator.gradient_accumulation_steps)
+    return loss * (data_parallel(accelerator)[1] * accelerator.gradient_accumulation_steps)
 
 
 def forward_precision(accelerator: Accelerator) -> str:
@@ -269,7 +335,13 @@ def forward_precision(accelerator: Accelerator) -> str:
 
 def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
     """All weights on the CPU of the main process, whole; empty on the others. All ranks must call it."""
-    state = accelerator.get_state_dict(model)
+    config = accelerator.parallelism_config
+    if config and config.tp_enabled:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        state = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:
         return {}
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
@@ -362,8 +434,8 @@ def to_device(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[
 
 
 def sum_over_processes(accelerator: Accelerator, value: Any) -> torch.Tensor:
-    """A tensor summed over all processes."""
-    return accelerator.reduce(value.clone(), "sum")
+    """A tensor summed over all processes; of those that share their sequences it counts once."""
+    return accelerator.reduce(value.clone() if counts_its_data(accelerator) else torch.zeros_like(value), "sum")
 
 
 def finish(accelerator: Accelerator) -> None:
