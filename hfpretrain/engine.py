@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+from hfpretrain import launcher, tensor_parallel
 from hfpretrain.recipe import MixedPrecision, RecipeError
 
 _TIMEOUT = timedelta(minutes=30)
@@ -76,7 +77,7 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
             keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=_TIMEOUT)]
     elif on_cpu:
         keywords["cpu"] = True
-    parallel = _flag("ACCELERATE_USE_PARALLELISM_CONFIG")
+    parallel = max(launcher.parallelism().values()) > 1
     if on_cpu:  # see _set_parallelism_on_cpu
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
     if use_fsdp:
@@ -131,8 +132,6 @@ def _fsdp_plugin(precision: str) -> Any:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise RecipeError.at("fsdp_config.fsdp_version", "only FSDP2 is supported; set it to 2 in the accelerate file")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None:
         return FullyShardedDataParallelPlugin()
@@ -273,21 +272,10 @@ def plain_initialisation() -> Iterator[None]:
 
 
 def shard_tensors(accelerator: Accelerator, model: Any) -> None:
-    """Cut the matrices of a whole model across the processes that share their sequences, where the launcher's file
-    asks for it, by the plan of its config class. Each process built the same model and keeps its part."""
+    """Cut a whole model across the processes that share their sequences, where the launcher's file asks for it."""
     config = accelerator.parallelism_config
-    if config is None or not config.tp_enabled:
-        return
-    from torch.distributed.tensor import DTensor
-    from transformers.distributed import DistributedConfig
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    mesh = accelerator.torch_device_mesh["tp"]
-    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=config.tp_size))
-    apply_tensor_parallelism(model, mesh, plan)
-    model._tp_size = config.tp_size
-    model.tie_weights()
-    model.to(accelerator.device)
+    if config and config.tp_enabled:
+        tensor_parallel.cut(model, accelerator.torch_device_mesh["tp"], accelerator.device)
 
 
 def prepare(
@@ -337,9 +325,7 @@ def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Ten
     """All weights on the CPU of the main process, whole; empty on the others. All ranks must call it."""
     config = accelerator.parallelism_config
     if config and config.tp_enabled:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state = tensor_parallel.whole_state_dict(model)
     else:
         state = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:

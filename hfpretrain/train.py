@@ -21,7 +21,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hfpretrain import checkpoint, engine, evaluation, metrics, optim
+from hfpretrain import checkpoint, engine, evaluation, launcher, metrics, optim
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
@@ -78,6 +78,7 @@ class Run:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.output_dir = recipe, Path(recipe.output_dir)
+        launcher.require_supported()
         engine.require_asked_processes()
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         _refuse_other_run(recipe)
@@ -89,6 +90,7 @@ class Run:
         config = modeling.resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
+        launcher.require_divisible(config)
         training = recipe.training
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir)
@@ -275,9 +277,7 @@ class Run:
             eos_token_id=manifest["eos_token_id"],
             document_masking=self.document_masking,
         )
-        sums = engine.sum_over_processes(
-            self.accelerator, evaluation.loss_sums(self.model, batches, self.token_bytes)
-        )
+        sums = engine.sum_over_processes(self.accelerator, evaluation.loss_sums(self.model, batches, self.token_bytes))
         figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
         row = {f"eval/{name}": value for name, value in figures.items()}
         self.record({"step": self.state.step, "tokens": self.state.tokens, **row})

