@@ -59,6 +59,11 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     Raises `RecipeError` if fewer processes started than the launcher was asked for.
     """
     precision = resolve_precision(mixed_precision)
+    if precision == "fp16" and launcher.parallelism()["tp"] > 1:
+        raise RecipeError.at(
+            "training.mixed_precision",
+            "with tensor parallelism processes would skip different steps in fp16; take bf16",
+        )
     _require_trackers(trackers)
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")

@@ -50,7 +50,7 @@ def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def whole_state_dict(model: torch.nn.Module) -> dict[str, Any]:
-    """All weights whole, on the CPU. All processes must call it."""
+    """All weights whole, on the CPU of the main process; empty on the others. All processes must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
