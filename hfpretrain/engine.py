@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from hfpretrain import launcher, tensor_parallel
@@ -68,6 +69,8 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     use_fsdp = _flag("ACCELERATE_USE_FSDP")
+    if on_cpu or launcher.offloads():
+        _use_all_cores()
     if on_cpu:
         _set_up_cpu()
     keywords: dict[str, Any] = {
@@ -83,8 +86,8 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     elif on_cpu:
         keywords["cpu"] = True
     parallel = max(launcher.parallelism().values()) > 1
-    if on_cpu:  # see _set_parallelism_on_cpu
-        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
+    if on_cpu and parallel:
+        keywords["parallelism_config"] = ParallelismConfig(1, 1, 1, 1, sp_size=1)  # until _set_parallelism_on_cpu
     if use_fsdp:
         plugin = _fsdp_plugin(precision)
         if on_cpu:
@@ -114,10 +117,13 @@ def _require_trackers(trackers: list[str]) -> None:
             raise RecipeError.at("logging.trackers", f"the package of {name!r} is not installed")
 
 
-def _set_up_cpu() -> None:
+def _use_all_cores() -> None:
     # The launcher sets one thread for a process unless told otherwise; idle cores help nobody.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _set_up_cpu() -> None:
     # Without a word DeepSpeed looks for an accelerator and warns that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.platform == "linux":
@@ -168,8 +174,6 @@ def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
 
 def _set_parallelism_on_cpu(accelerator: Accelerator) -> None:
     # accelerate 1.15 refuses a ParallelismConfig on CPU processes; the device mesh is all that its code then uses.
-    from accelerate.parallelism_config import ParallelismConfig
-
     config = ParallelismConfig()
     accelerator.state.parallelism_config = config
     accelerator.state.device_mesh = config.get_device_mesh("cpu")

@@ -45,6 +45,14 @@ def parallelism() -> dict[str, int]:
     return {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in _DIMENSIONS}
 
 
+def offloads() -> bool:
+    """Whether the optimizer steps on the host's processors."""
+    return (
+        _flag("FSDP_OFFLOAD_PARAMS")
+        or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+    )
+
+
 def require_divisible(config: Any) -> None:
     """Raises `RecipeError` if a model of this config (a `PretrainedConfig`) can't be cut for tensor parallelism."""
     size = parallelism()["tp"]

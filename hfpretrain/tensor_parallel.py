@@ -87,7 +87,7 @@ def _replicate(
         return
     for name, parameter in plain.items():
         if parameter not in replicated:
-            tensor = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
+            tensor = DTensor.from_local(parameter.detach().to(mesh.device_type), mesh, [Replicate()], run_check=False)
             replicated[parameter] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         module._parameters[name] = replicated[parameter]
     forward = module.forward
