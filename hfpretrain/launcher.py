@@ -64,6 +64,10 @@ def require_divisible(config: Any) -> None:
             _key("tp"),
             f"transformers has no plan to cut {config.model_type} ({size} wanted); use fsdp2.yaml or zero3.yaml",
         )
+    if any(style.startswith("packed") for style in config.base_model_tp_plan.values()):
+        raise RecipeError.at(
+            _key("tp"), f"torch's checkpoints can't hold the fused matrices of {config.model_type} cut; use fsdp2.yaml"
+        )
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % size:

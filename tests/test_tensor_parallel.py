@@ -13,7 +13,6 @@ MODELS = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {},  # biases, cut and whole
     "qwen3": {"head_dim": 8},  # norms of single heads
-    "qwen3_moe": {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
 }
 
 
