@@ -17,11 +17,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+from hfpretrain import launcher, tensor_parallel
 from hfpretrain.recipe import MixedPrecision, RecipeError
 
 _TIMEOUT = timedelta(minutes=30)
+_OFFLOADED = ("optimizer", "param")
 
 
 def resolve_precision(mixed_precision: MixedPrecision) -> MixedPrecision:
@@ -101,11 +104,18 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     Raises `RecipeError` if fewer processes started than the launcher was asked for.
     """
     precision = resolve_precision(mixed_precision)
+    if precision == "fp16" and launcher.parallelism()["tp"] > 1:
+        raise RecipeError.at(
+            "training.mixed_precision",
+            "with tensor parallelism processes would skip different steps in fp16; take bf16",
+        )
     _require_trackers(trackers)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     use_fsdp = _flag("ACCELERATE_USE_FSDP")
+    if on_cpu or launcher.offloads():
+        _use_all_cores()
     if on_cpu:
         _set_up_cpu()
     keywords: dict[str, Any] = {
@@ -120,6 +130,9 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
             keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=_TIMEOUT)]
     elif on_cpu:
         keywords["cpu"] = True
+    parallel = max(launcher.parallelism().values()) > 1
+    if on_cpu and parallel:
+        keywords["parallelism_config"] = ParallelismConfig(1, 1, 1, 1, sp_size=1)  # until _set_parallelism_on_cpu
     if use_fsdp:
         plugin = _fsdp_plugin(precision)
         if on_cpu:
@@ -129,6 +142,8 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
             accelerator = Accelerator(**keywords, fsdp_plugin=plugin)
     else:
         accelerator = Accelerator(**keywords)
+    if on_cpu and parallel:
+        _set_parallelism_on_cpu(accelerator)
     require_asked_processes(accelerator.num_processes)
     return accelerator
 
@@ -147,10 +162,13 @@ def _require_trackers(trackers: list[str]) -> None:
             raise RecipeError.at("logging.trackers", f"the package of {name!r} is not installed")
 
 
-def _set_up_cpu() -> None:
+def _use_all_cores() -> None:
     # The launcher sets one thread for a process unless told otherwise; idle cores help nobody.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _set_up_cpu() -> None:
     # Without a word DeepSpeed looks for an accelerator and warns that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.platform == "linux":
@@ -170,14 +188,18 @@ def _fsdp_plugin(precision: str) -> Any:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise RecipeError.at("fsdp_config.fsdp_version", "only FSDP2 is supported; set it to 2 in the accelerate file")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None:
         return FullyShardedDataParallelPlugin()
     # Accelerate's own policy casts the loss to bf16 too, and reduces gradients in it.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def _offloads(plugin: Any) -> bool:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return isinstance(plugin.cpu_offload, CPUOffloadPolicy)
 
 
 def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
@@ -191,6 +213,31 @@ def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+    if _offloads(plugin):
+        plugin.cpu_offload.pin_memory = False  # torch pins memory for an accelerator only
+
+
+def _set_parallelism_on_cpu(accelerator: Accelerator) -> None:
+    # accelerate 1.15 refuses a ParallelismConfig on CPU processes; the device mesh is all that its code then uses.
+    config = ParallelismConfig()
+    accelerator.state.parallelism_config = config
+    accelerator.state.device_mesh = config.get_device_mesh("cpu")
+
+
+def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
+    """Which share of a step's sequences this process has, and how many there are: (index, size).
+
+    Processes that share their sequences (tensor parallelism) have neighbouring ranks and one index.
+    """
+    config = accelerator.parallelism_config
+    sharing = config.non_data_parallel_size if config else 1
+    return accelerator.process_index // sharing, accelerator.num_processes // sharing
+
+
+def counts_its_data(accelerator: Accelerator) -> bool:
+    """Whether this process is the first of those that share its sequences: one of them counts, reports and saves."""
+    config = accelerator.parallelism_config
+    return accelerator.process_index % (config.non_data_parallel_size if config else 1) == 0
 
 
 def require_asked_processes(started: int | None = None) -> None:
@@ -245,11 +292,18 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """`single`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`."""
+    """`single`, `ddp`, `tp`, `fsdp2`, `hsdp`, `zero1`, `zero2` or `zero3`, the last five also with `_offload`."""
+    config = accelerator.parallelism_config
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+        plugin = accelerator.state.deepspeed_plugin
+        sections = (plugin.hf_ds_config.get_value(f"zero_optimization.offload_{part}.device") for part in _OFFLOADED)
+        offload = any(device not in (None, "none") for device in sections)
+        return f"zero{plugin.zero_stage}{'_offload' if offload else ''}"
     if accelerator.distributed_type == DistributedType.FSDP:
-        return "fsdp2"
+        name = "hsdp" if config and config.dp_replicate_enabled else "fsdp2"
+        return f"{name}_offload" if _offloads(accelerator.state.fsdp_plugin) else name
+    if config and config.tp_enabled:
+        return "tp"
     return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
 
 
@@ -269,6 +323,13 @@ def plain_initialisation() -> Iterator[None]:
         yield
     finally:
         module._hf_deepspeed_config_weak_ref = saved  # type: ignore[union-attr]
+
+
+def shard_tensors(accelerator: Accelerator, model: Any) -> None:
+    """Cut a whole model across the processes that share their sequences, where the launcher's file asks for it."""
+    config = accelerator.parallelism_config
+    if config and config.tp_enabled:
+        tensor_parallel.cut(model, accelerator.torch_device_mesh["tp"], accelerator.device)
 
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -296,13 +357,16 @@ def prepare(
         config["gradient_accumulation_steps"] = accumulation_steps
         # Anything less explicit makes DeepSpeed clip at 1.0.
         config["gradient_clipping"] = max_grad_norm or 0.0
+        # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and wants a compiler.
+        config["zero_force_ds_cpu_optimizer"] = False
     if weights is not None:
         if accelerator.distributed_type == DistributedType.FSDP:
             _shard_fsdp2(accelerator, model, weights)
-        elif engine_name(accelerator) == "zero3":
+        elif engine_name(accelerator).startswith("zero3"):
             _partition_zero3(accelerator, _assigned(model, weights))
         else:
             filled(model, weights)
+    shard_tensors(accelerator, model)
     optimizer = build_optimizer(model)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
@@ -377,13 +441,12 @@ def _set_masters(model: Any, weights: Weights) -> None:
 
 def _shard_fsdp2(accelerator: Accelerator, model: torch.nn.Module, weights: Weights) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # of a model that has values
     fsdp2_prepare_model(accelerator, model)
-    model.to_empty(device="cpu" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device)
+    model.to_empty(device="cpu" if _offloads(plugin) else accelerator.device)
     model.tie_weights()  # type: ignore[operator]
     named = _named_tensors(model)
     for name, value in weights:
@@ -400,7 +463,7 @@ def _shard_fsdp2(accelerator: Accelerator, model: torch.nn.Module, weights: Weig
 def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:
     """Undo the averages the engines take over ranks and micro-steps: the loss already is divided by the global
     number of tokens, so its gradients must be summed."""
-    return loss * (accelerator.num_processes * accelerator.gradient_accumulation_steps)
+    return loss * (data_parallel(accelerator)[1] * accelerator.gradient_accumulation_steps)
 
 
 def precision(accelerator: Accelerator) -> str:
@@ -570,8 +633,8 @@ def to_device(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[
 
 
 def sum_over_processes(accelerator: Accelerator, value: Any) -> torch.Tensor:
-    """A tensor summed over all processes."""
-    return accelerator.reduce(value.clone(), "sum")
+    """A tensor summed over all processes; of those that share their sequences it counts once."""
+    return accelerator.reduce(value.clone() if counts_its_data(accelerator) else torch.zeros_like(value), "sum")
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -21,7 +21,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hfpretrain import checkpoint, engine, evaluation, initialisation, metrics, optim
+from hfpretrain import checkpoint, engine, evaluation, initialisation, launcher, metrics, optim
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
@@ -79,6 +79,7 @@ class Run:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.output_dir = recipe, Path(recipe.output_dir)
+        launcher.require_supported()
         engine.require_asked_processes()
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         _refuse_other_run(recipe)
@@ -90,12 +91,14 @@ class Run:
         config = modeling.resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
+        launcher.require_divisible(config)
         training = recipe.training
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir)
         )
+        self.data_index, self.data_size = engine.data_parallel(self.accelerator)
         self.accumulation_steps = accumulation_steps(
-            training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.accelerator.num_processes
+            training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
         )
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config)
@@ -130,8 +133,8 @@ class Run:
         self.document_masking = _document_masking(recipe, probe, self.accelerator)
         if training.compile:
             network.compile()
-        # Dropout differs between ranks, since their sequences do.
-        torch.manual_seed(recipe.seed + self.accelerator.process_index)
+        # Dropout differs between ranks whose sequences do.
+        torch.manual_seed(recipe.seed + self.data_index)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
@@ -155,12 +158,12 @@ class Run:
         return Path(name) if name else None
 
     def _open_data(self) -> TrainingData | StreamingData:
-        recipe, accelerator, manifest = self.recipe, self.accelerator, self.prepared.manifest
+        recipe, manifest = self.recipe, self.prepared.manifest
         keywords: dict[str, Any] = {
             "micro_batch_size": recipe.training.micro_batch_size,
             "accumulation_steps": self.accumulation_steps,
-            "process_index": accelerator.process_index,
-            "num_processes": accelerator.num_processes,
+            "process_index": self.data_index,
+            "num_processes": self.data_size,
             "eos_token_id": manifest["eos_token_id"] if self.document_masking else None,
         }
         if not recipe.data.streaming:
@@ -287,12 +290,12 @@ class Run:
             entry["remainder_ids"],
             manifest["block_size"],
             batch_size=self.recipe.training.micro_batch_size,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
+            process_index=self.data_index,
+            num_processes=self.data_size,
             eos_token_id=manifest["eos_token_id"],
             document_masking=self.document_masking,
         )
-        sums = self.accelerator.reduce(evaluation.loss_sums(self.model, batches, self.token_bytes), "sum")
+        sums = engine.sum_over_processes(self.accelerator, evaluation.loss_sums(self.model, batches, self.token_bytes))
         figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
         row = {f"eval/{name}": value for name, value in figures.items()}
         self.record({"step": self.state.step, "tokens": self.state.tokens, **row})
@@ -312,7 +315,7 @@ class Run:
         sums = torch.tensor([self.state.window_loss], dtype=torch.float64)
         state = {
             **asdict(self.state),
-            "window_loss": float(self.accelerator.reduce(sums.to(self.accelerator.device), "sum")),
+            "window_loss": float(engine.sum_over_processes(self.accelerator, sums.to(self.accelerator.device))),
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "data": self._data_identity(),
@@ -334,8 +337,8 @@ class Run:
         engine.save_state(self.accelerator, self.model, self.optimizer, path)
         if self.is_main:
             np.save(path / LEDGER, self.ledger.checksums)
-        if isinstance(self.data, StreamingData):
-            save_states(self.data_state, self.state.step, path, self.accelerator.process_index)
+        if isinstance(self.data, StreamingData) and engine.counts_its_data(self.accelerator):
+            save_states(self.data_state, self.state.step, path, self.data_index)
 
     def require_finite(self, loss: float, grad_norm: Any) -> None:
         """Raises `TrainingDivergedError` before a broken state is saved; all ranks hold the same values.
@@ -409,7 +412,7 @@ def _fit(run: Run) -> None:
         for batch in batches:
             with accelerator.accumulate(model):
                 outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
-                loss, objective = _loss(outputs, run.config, len(batches) * accelerator.num_processes)
+                loss, objective = _loss(outputs, run.config, len(batches) * run.data_size)
                 accelerator.backward(engine.scale_for_backward(accelerator, objective))
                 window += loss.detach()
         run.grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from hfpretrain import engine
 from hfpretrain.recipe import RecipeError
 
-DISTRIBUTED = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3"]
+OFFLOADED = ["fsdp2_offload", "zero3_offload"]
 
 
 def run_all(folder, engines, **changes):
@@ -60,22 +61,22 @@ def check_export(run):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same short recipe under every engine, two CPU processes each but one alone."""
+    """The same short recipe under every engine: one CPU process alone, four for hsdp, else two."""
     folder = tmp_path_factory.mktemp("engines")
     changes = {"training__max_steps": 10, "checkpoint__every_steps": 5, "evaluation__every_steps": 5}
-    run_all(folder, ["single", *DISTRIBUTED], **changes)
+    run_all(folder, ["single", *DISTRIBUTED, *OFFLOADED], **changes)
     return folder
 
 
-@pytest.mark.parametrize("name", DISTRIBUTED)
+@pytest.mark.parametrize("name", [*DISTRIBUTED, *OFFLOADED])
 def test_a_recipe_means_the_same_under_every_engine(runs, name):
     compare(runs, name, steps=10)
     assert json.loads((runs / name / "environment.json").read_text())["engine"] == name
-    assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == 2
+    assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == (4 if name == "hsdp" else 2)
     assert initial_weights(runs / name) == initial_weights(runs / "single")
 
 
-@pytest.mark.parametrize("name", ["single", *DISTRIBUTED])
+@pytest.mark.parametrize("name", ["single", *DISTRIBUTED, *OFFLOADED])
 def test_the_export_of_every_engine_is_the_trained_model(runs, name):
     check_export(runs / name)
     state, single = (load_file(runs / run / "model" / "model.safetensors") for run in (name, "single"))
@@ -95,12 +96,17 @@ def test_the_same_command_resumes_under_every_engine(runs, name):
     assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
 
 
-def test_states_named_by_parameter_move_between_engines_and_zero_says_no(runs):
-    moved = runs / "moved"
-    shutil.copytree(runs / "fsdp2", moved)
+@pytest.mark.parametrize(("saved", "engine"), [("fsdp2", "single"), ("tp", "ddp")])
+def test_states_named_by_parameter_move_between_engines(runs, saved, engine):
+    moved = runs / f"moved-{saved}"
+    shutil.copytree(runs / saved, moved)
     shutil.rmtree(moved / "checkpoints" / "step-00000010")
-    assert train(runs / "recipe.yaml", f"--output_dir={moved}", engine="single").returncode == 0
-    compare(runs, "moved", steps=10)
+    result = train(runs / "recipe.yaml", f"--output_dir={moved}", engine=engine)
+    assert result.returncode == 0, result.stderr
+    compare(runs, moved.name, steps=10)
+
+
+def test_a_state_of_zero_does_not_move(runs):
     shutil.rmtree(runs / "zero2" / "checkpoints" / "step-00000010", ignore_errors=True)
     result = train(runs / "recipe.yaml", f"--output_dir={runs / 'zero2'}", engine="single")
     assert result.returncode != 0 and "was saved by zero2 with 2 process(es)" in result.stderr
@@ -120,13 +126,14 @@ def test_states_named_by_parameter_move_between_engines_and_zero_says_no(runs):
 def test_fifty_steps_under_every_engine(tmp_path, model):
     """The table of the README: `make proofs` prints it."""
     changes = {"training__max_steps": 50, "model__config": model, "evaluation__every_steps": 25, "optimizer__lr": 1e-3}
-    run_all(tmp_path, ["single", *DISTRIBUTED], **changes)
-    print(f"\n{'engine':<8}{'loss':>10}{'grad norm':>11}{'perplexity':>12}{'logits':>10}")
-    print(f"{'single':<8}{0:>10.1e}{0:>11.1e}{0:>12.1e}{check_export(tmp_path / 'single'):>10.1e}")
-    for name in DISTRIBUTED:
+    engines = [name for name in [*DISTRIBUTED, *OFFLOADED] if name != "tp" or model["model_type"] != "gpt2"]
+    run_all(tmp_path, ["single", *engines], **changes)
+    print(f"\n{'engine':<14}{'loss':>10}{'grad norm':>11}{'perplexity':>12}{'logits':>10}")
+    print(f"{'single':<14}{0:>10.1e}{0:>11.1e}{0:>12.1e}{check_export(tmp_path / 'single'):>10.1e}")
+    for name in engines:
         found = compare(tmp_path, name, steps=50)
         figures = f"{found['loss']:>10.1e}{found['grad_norm']:>11.1e}{found['eval/perplexity']:>12.1e}"
-        print(f"{name:<8}{figures}{check_export(tmp_path / name):>10.1e}")
+        print(f"{name:<14}{figures}{check_export(tmp_path / name):>10.1e}")
 
 
 def test_bfloat16_under_a_sharded_engine_reports_float32_losses(tmp_path):

@@ -1,0 +1,129 @@
+import json
+
+import pytest
+from conftest import ROOT
+from transformers import AutoConfig
+
+from hfpretrain import launcher
+from hfpretrain.recipe import RecipeError
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+def sizes(processes, **dimensions):
+    """What the launcher sets for a `parallelism_config` section."""
+    names = {f"PARALLELISM_CONFIG_{name.upper()}_SIZE": str(size) for name, size in dimensions.items()}
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "WORLD_SIZE": str(processes), **names}
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """The message for an environment, empty if it is supported."""
+
+    def message(environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        try:
+            launcher.require_supported()
+        except RecipeError as error:
+            return str(error)
+        return ""
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("environment", "key", "reason"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "distributed_type", "MEGATRON_LM replaces model and loss"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_config.fsdp_version", "only FSDP2 is supported; set it to 2"),
+        ({**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, "fsdp_config.fsdp_ignored_modules", "remove it"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_config.fsdp_activation_checkpointing",
+         "set model.gradient_checkpointing"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_config.dynamo_backend", "set training.compile"),
+        ({"ACCELERATE_DOWNCAST_BF16": "true"}, "distributed_type", "XLA devices (TPU) are not supported"),
+        ({**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "deepspeed_config.gradient_accumulation_steps",
+         "set training.tokens_per_step"),
+        ({**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "deepspeed_config.gradient_clipping",
+         "set training.max_grad_norm"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, "deepspeed_config.deepspeed_config_file",
+         "/nowhere.json can't be read"),
+        ({**DEEPSPEED, **sizes(2, tp=2)}, "parallelism_config", "ZeRO shards over all processes"),
+        ({**DEEPSPEED, **sizes(2, cp=2)}, "parallelism_config.parallelism_config_cp_size", "takes no mask"),
+        ({**FSDP, **sizes(2, cp=2)}, "parallelism_config.parallelism_config_cp_size", "no CPU kernels"),
+        ({**DEEPSPEED, **sizes(2, sp=2)}, "parallelism_config.parallelism_config_sp_size", "drops the mask"),
+        (sizes(3, tp=2), "parallelism_config", "tp 2 make 2 processes, num_processes is 3"),
+        ({**FSDP, **sizes(2)}, "parallelism_config", "all sizes 1 make 1 processes, num_processes is 2"),
+        ({**FSDP, **sizes(4, dp_shard=2, tp=2)}, "parallelism_config.parallelism_config_tp_size", "use tp.yaml"),
+        (sizes(4, dp_replicate=2, tp=2), "parallelism_config.parallelism_config_tp_size", "use tp.yaml"),
+        ({**FSDP, **sizes(2, dp_replicate=2)}, "parallelism_config.parallelism_config_dp_shard_size", "use ddp.yaml"),
+        (sizes(2, dp_shard=2), "parallelism_config.parallelism_config_dp_shard_size", "set distributed_type to FSDP"),
+    ],
+)  # fmt: skip
+def test_what_changes_a_recipe_or_does_not_run_is_refused_with_key_and_fix(ask, environment, key, reason):
+    message = ask(environment)
+    assert message.startswith(f"{key}: ") and reason in message and "\n" not in message
+
+
+def test_a_deepspeed_file_may_say_where_but_not_what(ask, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    where = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
+    path.write_text(json.dumps(where))
+    assert ask({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}) == ""
+    path.write_text(json.dumps({**where, "train_batch_size": 8, "optimizer": {"type": "Adam"}, "curriculum": {"a": 1}}))
+    first, second, third = ask({}).splitlines()
+    assert "train_batch_size: the recipe owns it" in first and "training.tokens_per_step" in first
+    assert "optimizer: the recipe owns it" in second
+    assert "curriculum: is not known to leave training the same" in third
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, FSDP, DEEPSPEED, sizes(2, tp=2), {**FSDP, **sizes(4, dp_replicate=2, dp_shard=2)}]
+)
+def test_what_the_shipped_files_ask_for_is_not_refused(ask, environment):
+    assert ask(environment) == ""
+
+
+def test_use_cpu_on_a_machine_with_an_accelerator_is_refused(ask, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert ask({"ACCELERATE_USE_CPU": "True"}) == ""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert ask({}).startswith("use_cpu: ")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("gpt2", {}, "transformers has no plan to cut gpt2"),
+        ("qwen3_moe", {}, "torch's checkpoints can't hold the fused matrices of qwen3_moe cut"),
+        ("llama", {"hidden_size": 36, "num_attention_heads": 9}, "2 does not divide the model's num_attention_heads 9"),
+        ("llama", {"num_key_value_heads": 1}, "2 does not divide the model's num_key_value_heads 1"),
+    ],
+)  # fmt: skip
+def test_a_model_that_tensor_parallelism_cannot_cut_is_refused(monkeypatch, model_type, changes, reason):
+    config = AutoConfig.for_model(model_type, **changes)
+    launcher.require_divisible(config)
+    for name, value in sizes(2, tp=2).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError) as error:
+        launcher.require_divisible(config)
+    assert reason in str(error.value) and str(error.value).startswith("parallelism_config.parallelism_config_tp_size: ")
+
+
+def test_accelerate_files_have_the_same_keys_in_the_same_order():
+    import yaml
+
+    order = ["compute_environment", "distributed_type", "num_machines", "num_processes"]
+    sections = {"fsdp_config", "deepspeed_config", "parallelism_config"}
+    found: dict = {}
+    for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text())
+        keys = list(settings)
+        assert keys[:4] == order and set(keys[4:]) <= sections, path.name
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# ") and lines[1].startswith("# Memory") and len(lines[0]) <= 120, path.name
+        for section in keys[4:]:
+            reference = found.setdefault(section, list(settings[section]))
+            shorter, longer = sorted((list(settings[section]), reference), key=len)
+            assert [key for key in longer if key in shorter] == shorter, (path.name, section)
