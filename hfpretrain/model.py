@@ -162,7 +162,27 @@ def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> P
         # Reentrant checkpointing hides the gradient's arrival from DDP and ZeRO.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if section.use_liger_kernel:
+        _apply_liger_kernel(model)
     return model
+
+
+def _apply_liger_kernel(model: PreTrainedModel) -> None:
+    """Liger's kernels for everything but the loss. Raises `RecipeError` where they would not run or change nothing."""
+    import torch
+    from transformers.integrations.liger import apply_liger_kernel
+    from transformers.utils import is_liger_kernel_available
+
+    path, model_type = "model.use_liger_kernel", model.config.model_type
+    if not torch.cuda.is_available():
+        raise RecipeError.at(path, "Liger's kernels are Triton's and need a GPU; set it to false")
+    if not is_liger_kernel_available():
+        raise RecipeError.at(path, "the package is not installed: pip install liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself would say nothing
+        raise RecipeError.at(path, f"Liger has no kernels for {model_type}; set it to false")
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def _model_error(error: Exception, section: ModelSection) -> RecipeError:

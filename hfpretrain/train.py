@@ -24,6 +24,7 @@ from tqdm import tqdm
 from hfpretrain import checkpoint, engine, evaluation, metrics, optim
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
+from hfpretrain.loss import use_chunked_loss
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
@@ -48,9 +49,11 @@ MAY_DIFFER = (
     "data.prepared_dir",
     "model.attn_implementation",
     "model.gradient_checkpointing",
+    "model.use_liger_kernel",
     "training.max_steps",
     "training.max_tokens",
     "training.micro_batch_size",
+    "training.chunked_loss",
     "training.compile",
     "evaluation",
     "checkpoint",
@@ -113,6 +116,7 @@ class Run:
             accumulation_steps=self.accumulation_steps,
             max_grad_norm=training.max_grad_norm,
         )
+        self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
         # Dropout differs between ranks, since their sequences do.
         torch.manual_seed(recipe.seed + self.accelerator.process_index)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
@@ -250,6 +254,7 @@ class Run:
             "device": engine.device_name(self.accelerator),
             "mixed_precision": self.accelerator.mixed_precision,
             "document_masking": self.document_masking,
+            "chunked_loss": self.chunked_loss,
             "accumulation_steps": self.accumulation_steps,
             "num_parameters": self.num_parameters,
             "num_non_embedding_parameters": self.num_non_embedding,
@@ -447,7 +452,7 @@ def _due(step: int, every_steps: int | None, num_steps: int) -> bool:
 def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
     wanted = recipe.training.document_masking
     flash = recipe.model.attn_implementation.startswith("flash")
-    if flash:  # runs on GPUs and in 16 bits only
+    if flash or recipe.model.use_liger_kernel:  # flash attention runs on GPUs and in 16 bits only, Liger on GPUs
         model.to(accelerator.device)
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=flash):
         modeling.require_causal(model, recipe.model)
