@@ -119,15 +119,20 @@ def _install(network: Any) -> Callable[[], None]:
     """
     head = network.get_output_embeddings()
     plain, loss_function = head.forward, network.loss_function
-    pending: list[torch.Tensor] = []  # the labels of the model's forward in progress
+    pending: list[torch.Tensor] = []  # the targets of the model's forward in progress
 
     def remember(_: Any, args: Any, keywords: dict[str, Any]) -> None:
         pending.clear()
-        if keywords.get("labels") is not None:
-            pending.append(keywords["labels"])
+        labels, targets = keywords.get("labels"), keywords.get("shift_labels")
+        if labels is not None:
+            pending.append(pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:] if targets is None else targets)
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        return head_loss(hidden, head.weight, head.bias, pending.pop()) if pending else plain(hidden)
+        if not pending:
+            return plain(hidden)
+        if hasattr(head.weight, "placements"):
+            raise ValueError("the output embedding is divided between processes")
+        return head_loss(hidden, head.weight, head.bias, pending.pop())
 
     def divide(logits: Any, labels: Any, vocab_size: Any, num_items_in_batch: Any = None, **_: Any) -> torch.Tensor:
         num_items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
@@ -150,24 +155,23 @@ def head_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    labels: torch.Tensor,
+    targets: torch.Tensor,
     num_tokens: int | None = None,
 ) -> torch.Tensor:
-    """Next-token loss of a linear head, float32: its sum (1, 1, 1) with gradients, else by token (batch, length, 1).
+    """Cross entropy of a linear head, float32: its sum (1, 1, 1) with gradients, else of each token (batch, length, 1).
 
-    `hidden`: (batch, length, hidden); `weight`: (vocabulary, hidden); `labels`: int64 (batch, length), shifted here, of
-    which -100 does not count. Products are in the weight's dtype or autocast's, the rest is in float32. `num_tokens` in
-    a chunk.
+    `hidden`: (batch, length, hidden); `weight`: (vocabulary, hidden); `targets`: int64 (batch, length), of which -100
+    does not count. Products are in the weight's dtype or autocast's, the rest is in float32. `num_tokens` in a chunk.
 
     In place of `torch.nn.functional.linear_cross_entropy`, whose loss and sums over chunks are in bf16 if the input is
     (torch 2.13), and whose chunks of tokens * hidden / vocabulary are slower the larger the vocabulary.
     """
-    targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].reshape(-1)
-    hidden, num_tokens = hidden.flatten(0, 1), num_tokens or chunk_tokens(*weight.shape)
+    num_tokens = num_tokens or chunk_tokens(*weight.shape)
+    inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
     if torch.is_grad_enabled():
-        total: torch.Tensor = _SummedLoss.apply(hidden, weight, bias, targets, num_tokens)
+        total: torch.Tensor = _SummedLoss.apply(*inputs)
         return total.view(1, 1, 1)
-    return _token_losses(hidden, weight, bias, targets, num_tokens).view(*labels.shape, 1)
+    return _token_losses(*inputs).view(*targets.shape, 1)
 
 
 class _SummedLoss(torch.autograd.Function):

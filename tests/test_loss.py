@@ -40,6 +40,14 @@ def test_the_chunked_loss_is_the_models_own(config):
     assert model(input_ids=input_ids).logits.shape == (3, 32, 64)
 
 
+def test_targets_may_come_shifted():
+    model = build(LLAMA)
+    input_ids, targets = batch()
+    inputs = {"input_ids": input_ids, "labels": input_ids, "shift_labels": targets, "num_items_in_batch": 9}
+    whole = model(**inputs).loss.item()
+    assert use_chunked_loss(model, True) and model(**inputs).loss.item() == pytest.approx(whole, rel=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("num_tokens", [None, 7, 32])
 def test_chunks_add_up_in_float32(mode, num_tokens):
@@ -51,8 +59,8 @@ def test_chunks_add_up_in_float32(mode, num_tokens):
     _, labels = batch(640)
     tensors = (hidden, weight, bias)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()[:, :-1].flatten(0, 1)
-        whole = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        logits = torch.nn.functional.linear(hidden, weight, bias).float().flatten(0, 1)
+        whole = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
         chunked = head_loss(*tensors, labels, num_tokens).sum()
         with torch.no_grad():
             losses = head_loss(*tensors, labels, num_tokens)
