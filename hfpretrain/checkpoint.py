@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _TRAIN_STATE = "train_state.json"
 REFERENCE = "reference.safetensors"
+_REFERENCE_TOKENS = 1024
 logger = logging.getLogger(__name__)
 
 
@@ -138,6 +139,7 @@ def export(
 def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, path: Path | None) -> None:
     """Store a batch with the training process's logits for it, to which the export is compared.
 
+    Of each sequence the first 1,024 tokens: the logits of more may need memory that no training step did.
     `precision` is that of `engine.forward_precision`. All ranks must call it (sharded engines need them); only the one
     that gives `path` writes.
     """
@@ -145,8 +147,8 @@ def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, 
 
     training = model.training
     model.eval()
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits.float().cpu()
+    inputs = {name: tensor[:, :_REFERENCE_TOKENS] for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits.cpu().float()
     model.train(training)
     if path is not None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hfpretrain.loss import IGNORE_INDEX, token_losses
 from hfpretrain.token_perplexity import TokenPerplexity
-
-IGNORE_INDEX = -100
 
 
 @torch.no_grad()
@@ -26,21 +25,13 @@ def loss_sums(model: Any, batches: Iterable[dict[str, torch.Tensor]], token_byte
     model.eval()
     for batch in batches:
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-        logits = model(**inputs, use_cache=False).logits
-        for row_logits, row_labels in zip(logits[:, :-1], batch["labels"][:, 1:].to(device), strict=True):
-            nll = token_nll(row_logits, row_labels)
-            valid = row_labels != IGNORE_INDEX
-            num_bytes = torch.where(valid, token_bytes[row_labels.clamp(min=0)], 0)
-            sums += torch.stack([nll.sum(), valid.sum().double(), nll[num_bytes > 0].sum(), num_bytes.sum().double()])
+        labels = batch["labels"].to(device)
+        nll, labels = token_losses(model, inputs, labels).double(), labels[:, 1:]
+        valid = labels != IGNORE_INDEX
+        num_bytes = torch.where(valid, token_bytes[labels.clamp(min=0)], 0)
+        sums += torch.stack([nll.sum(), valid.sum().double(), nll[num_bytes > 0].sum(), num_bytes.sum().double()])
     model.train(training)
     return sums
-
-
-def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each label, 0 where it is -100: logits (n, vocabulary), labels int64 (n,), to
-    float64 (n,); the logarithm is computed in float32."""
-    loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORE_INDEX)
-    return loss.double()
 
 
 def figures(sums: torch.Tensor, bytes_per_token_byte: float = 1.0) -> dict[str, float]:

@@ -166,6 +166,24 @@ def build_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedMo
     return model
 
 
+def apply_liger_kernel(model: PreTrainedModel) -> None:
+    """Liger's kernels for everything but the loss. Raises `RecipeError` where they would not run or change nothing."""
+    import torch
+    from transformers.integrations import liger
+    from transformers.utils import is_liger_kernel_available
+
+    path, model_type = "model.use_liger_kernel", model.config.model_type
+    if not torch.cuda.is_available():
+        raise RecipeError.at(path, "Liger's kernels are Triton's and need a GPU; set it to false")
+    if not is_liger_kernel_available():
+        raise RecipeError.at(path, "the package is not installed: pip install liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself would say nothing
+        raise RecipeError.at(path, f"Liger has no kernels for {model_type}; set it to false")
+    liger.apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
 def _model_error(error: Exception, section: ModelSection) -> RecipeError:
     message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "attention" in message.lower() and ("support" in message or "install" in message):

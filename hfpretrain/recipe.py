@@ -68,6 +68,9 @@ class ModelSection(Section):
     """Attention kernel, passed to transformers. Default: torch's own scaled dot product."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    use_liger_kernel: bool = False
+    """Norms, activations and positions by Liger's Triton kernels (package `liger-kernel`, GPUs only), as in
+    `TrainingArguments`. The loss stays that of `training.chunked_loss`."""
     depth_scaled_init: bool = False
     """Draw the projections that write into the residual stream with standard deviation `initializer_range` /
     sqrt(2 * layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
@@ -313,8 +316,11 @@ class TrainingSection(Section):
     document_masking: Literal["auto"] | bool = "auto"
     """Attention ends at document boundaries. `auto`: on where the model's attention implementation isolates packed
     documents, which is tested at start; `true` stops the run where it does not."""
+    chunked_loss: Literal["auto"] | bool = "auto"
+    """Compute the loss a chunk of tokens at a time, so that the logits are never whole in memory. `auto`: where the
+    model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
     compile: bool = False
-    """`torch.compile` the model."""
+    """`torch.compile` the model; a chunked loss stays outside of the graph."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:

@@ -11,6 +11,7 @@ import torch
 
 from hfpretrain import corpus, evaluation
 from hfpretrain.dataloader import collate
+from hfpretrain.loss import IGNORE_INDEX, use_chunked_loss
 from hfpretrain.model import isolates_documents
 from hfpretrain.recipe import Recipe, RecipeError, SourceSection, TokenizerSection
 from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes
@@ -52,6 +53,7 @@ def evaluate_checkpoint(
         raise RecipeError.at("--block-size", f"{block_size} must be between 2 and the model's context {context}")
     wanted = recipe.training.document_masking if recipe else "auto"
     masking = wanted is not False and isolates_documents(network)
+    use_chunked_loss(network, "auto")
     stream, num_documents, num_bytes = _stream(tokenizer, _documents(recipe, data))
     table = token_bytes(tokenizer, network.config.vocab_size)
     batches = _batches(stream, block_size, stride, batch_size, tokenizer.eos_token_id, masking)
@@ -105,5 +107,5 @@ def _batches(
     for start in range(0, len(windows), batch_size):
         rows, scored = (np.stack(part) for part in zip(*windows[start : start + batch_size], strict=True))
         batch = collate(rows, eos_token_id if masking else None)
-        batch["labels"][torch.from_numpy(~scored)] = evaluation.IGNORE_INDEX
+        batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
         yield batch

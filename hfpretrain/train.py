@@ -24,6 +24,7 @@ from tqdm import tqdm
 from hfpretrain import checkpoint, engine, evaluation, initialisation, launcher, metrics, optim
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
+from hfpretrain.loss import use_chunked_loss
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
@@ -49,9 +50,11 @@ MAY_DIFFER = (
     "model.attn_implementation",
     "model.gradient_checkpointing",
     "model.dtype",
+    "model.use_liger_kernel",
     "training.max_steps",
     "training.max_tokens",
     "training.micro_batch_size",
+    "training.chunked_loss",
     "training.compile",
     "evaluation",
     "checkpoint",
@@ -108,6 +111,8 @@ class Run:
         weights = None
         if recipe.model.pretrained is None:
             weights = initialisation.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init)
+        if recipe.model.use_liger_kernel:
+            modeling.apply_liger_kernel(model)
 
         def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
             optimizer = optim.build_optimizer(model, recipe.optimizer, decayed)
@@ -131,6 +136,7 @@ class Run:
             # Its layers scale by the largest value there is, so that every token changes every other a little.
             probe = engine.filled(modeling.build_model(recipe.model, config), weights).to(self.accelerator.device)
         self.document_masking = _document_masking(recipe, probe, self.accelerator)
+        self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
         if training.compile:
             network.compile()
         # Dropout differs between ranks whose sequences do.
@@ -271,6 +277,7 @@ class Run:
             "device": engine.device_name(self.accelerator),
             "mixed_precision": engine.precision(self.accelerator),
             "document_masking": self.document_masking,
+            "chunked_loss": self.chunked_loss,
             "accumulation_steps": self.accumulation_steps,
             "num_parameters": self.num_parameters,
             "num_non_embedding_parameters": self.num_non_embedding,

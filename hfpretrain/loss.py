@@ -1,0 +1,259 @@
+"""The next-token loss inside the output embedding, a chunk of tokens at a time: the logits are never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy, linear, pad
+
+from hfpretrain.recipe import RecipeError
+
+IGNORE_INDEX = -100
+_MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; below it kernel launches cost more than memory
+
+
+def chunk_tokens(vocab_size: int, hidden_size: int) -> int:
+    """Tokens whose logits are held at once: a quarter of the memory of the head's gradient, or 16 MiB if that is more.
+
+    Fewer would write that gradient more often than they multiply; a small vocabulary is done in one chunk.
+    """
+    return max(hidden_size // 4, _MIN_CHUNK_LOGITS // vocab_size, 1)
+
+
+def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """-log p of every label but the first, given what stands before it; 0 where it is -100. Without gradients.
+
+    `inputs`: the model's keywords but labels; `labels`: int64 (batch, length). Returns float32 (batch, length - 1). The
+    logits are never whole where `use_chunked_loss` holds.
+    """
+    with torch.no_grad():
+        if is_chunked(model):
+            return model(**inputs, labels=labels, use_cache=False).logits[:, :-1, 0]
+        logits = model(**inputs, use_cache=False).logits
+        rows = zip(logits[:, :-1], labels[:, 1:], strict=True)
+        return torch.stack([cross_entropy(row.float(), wanted, reduction="none") for row, wanted in rows])
+
+
+def is_chunked(model: Any) -> bool:
+    """Whether `use_chunked_loss` holds for a model, wrapped by an engine or not; else labels materialise all logits."""
+    return hasattr(_causal_lm(model).get_output_embeddings(), "chunked_loss")
+
+
+def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool) -> bool:
+    """Let a model that is called with labels compute its loss in chunks, if that is its loss; says whether.
+
+    Decided on the very model, as the engine prepared it, by its own loss on a small batch; all ranks must call it.
+    Afterwards `model(..., labels, num_items_in_batch)` gives the same `loss`, and `logits` only of a call without
+    labels. Raises `RecipeError` where `wanted` is true and the model's loss is another.
+    """
+    reason = None if wanted is False else _difference(model)
+    if wanted is True and reason:
+        raise RecipeError.at(
+            "training.chunked_loss", f"{type(_causal_lm(model)).__name__} {reason}; set it to false or auto"
+        )
+    if wanted is False or reason:
+        return False
+    _install(_causal_lm(model))
+    return True
+
+
+def _causal_lm(model: Any) -> Any:
+    from transformers import PreTrainedModel
+
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _difference(model: Any) -> str | None:
+    """Why the chunked loss is not that of the model; None where they are equal to rounding.
+
+    What a model does with logits behind its head (scaling, soft-capping) shows only in large ones, so the head's input
+    is magnified.
+    """
+    network = _causal_lm(model)
+    head = network.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return f"has no linear output embedding ({type(head).__name__})"
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(head.out_features, (2, 16), generator=generator).to(next(model.parameters()).device)
+    labels = input_ids.clone()
+    labels[:, ::5] = IGNORE_INDEX
+
+    def loss() -> float:
+        return float(model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=10).loss)
+
+    magnify = head.register_forward_pre_hook(lambda _, args: (args[0] * 300, *args[1:]))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            whole = loss()
+            with _installed(network):
+                chunked = loss()
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        return f"computes its loss in its own way ({' '.join(str(error).split()):.100})"
+    finally:
+        magnify.remove()
+        model.train(training)
+    if not abs(whole - chunked) <= 1e-3 * abs(whole):
+        return "changes the logits behind its head, or has another loss than the next token's"
+    return None
+
+
+@contextmanager
+def _installed(network: Any) -> Iterator[None]:
+    undo = _install(network)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _install(network: Any) -> Callable[[], None]:
+    """Compute the loss in the forward of the head, the only place where every engine has its weight at hand.
+
+    What the head returns, loss instead of logits, float32 (..., 1), passes through the model to its `loss_function`,
+    which divides. Only instances are changed.
+    """
+    head = network.get_output_embeddings()
+    plain, loss_function = head.forward, network.loss_function
+    pending: list[torch.Tensor] = []  # the targets of the model's forward in progress
+
+    def remember(_: Any, args: Any, keywords: dict[str, Any]) -> None:
+        pending.clear()
+        labels, targets = keywords.get("labels"), keywords.get("shift_labels")
+        if labels is not None:
+            pending.append(pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:] if targets is None else targets)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if not pending:
+            return plain(hidden)
+        if hasattr(head.weight, "placements"):
+            raise ValueError("the output embedding is divided between processes")
+        return head_loss(hidden, head.weight, head.bias, pending.pop())
+
+    def divide(logits: Any, labels: Any, vocab_size: Any, num_items_in_batch: Any = None, **_: Any) -> torch.Tensor:
+        num_items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        return logits.sum() / num_items
+
+    hook = network.register_forward_pre_hook(remember, with_kwargs=True)
+    # A chunk's work is a few large kernels: compiling the loop would only unroll it.
+    head.forward, network.loss_function = torch.compiler.disable(forward), divide
+    head.chunked_loss = True
+
+    def undo() -> None:
+        hook.remove()
+        del head.forward, head.chunked_loss
+        network.loss_function = loss_function
+
+    return undo
+
+
+def head_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    num_tokens: int | None = None,
+) -> torch.Tensor:
+    """Cross entropy of a linear head, float32: its sum (1, 1, 1) with gradients, else of each token (batch, length, 1).
+
+    `hidden`: (batch, length, hidden); `weight`: (vocabulary, hidden); `targets`: int64 (batch, length), of which -100
+    does not count. Products are in the weight's dtype or autocast's, the rest is in float32. `num_tokens` in a chunk.
+
+    In place of `torch.nn.functional.linear_cross_entropy`, whose loss and sums over chunks are in bf16 if the input is
+    (torch 2.13), and whose chunks of tokens * hidden / vocabulary are slower the larger the vocabulary.
+    """
+    num_tokens = num_tokens or chunk_tokens(*weight.shape)
+    inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
+    if torch.is_grad_enabled():
+        total: torch.Tensor = _SummedLoss.apply(*inputs)
+        return total.view(1, 1, 1)
+    return _token_losses(*inputs).view(*targets.shape, 1)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum's gradients are those of its forward times a number, so they are computed there, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        num_tokens: int,
+    ) -> torch.Tensor:
+        inputs = (hidden, weight, bias)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        sums = (hidden.dtype, torch.float32, torch.float32)  # a row of hidden has its gradient from one chunk alone
+        ctx.gradients = [
+            torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
+            for tensor, dtype, needed in zip(inputs, sums, ctx.needs_input_grad[:3], strict=True)
+        ]
+        return _token_losses(hidden, weight, bias, targets, num_tokens, ctx.gradients).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: good for one backward
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+def _token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    num_tokens: int,
+    gradients: list[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """-log p of each target, float32 (tokens,); `gradients` of the sum are added for hidden, weight, bias."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    with torch.autocast(device, enabled=False):
+        for start in range(0, len(hidden), num_tokens):
+            chunk = slice(start, start + num_tokens)
+            inputs, target = hidden[chunk], targets[chunk, None]
+            counts, target = target != IGNORE_INDEX, target.clamp(min=0)
+            logits = linear(inputs, weight, bias).float()
+            logits.sub_(logits.amax(1, keepdim=True))
+            wanted = logits.gather(1, target)
+            total = logits.exp_().sum(1, keepdim=True)
+            losses[chunk] = (total.log() - wanted).masked_fill_(~counts, 0)[:, 0]
+            if gradients is None:
+                continue
+            # The gradient of the logits: softmax less 1 at the target.
+            logits.mul_(counts / total).scatter_add_(1, target, -counts.float())
+            _add_gradients(gradients, chunk, inputs, weight, logits)
+    return losses
+
+
+def _add_gradients(
+    gradients: list[torch.Tensor | None],
+    chunk: slice,
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    grad_logits: torch.Tensor,
+) -> None:
+    hidden_grad, weight_grad, bias_grad = gradients
+    if bias_grad is not None:
+        bias_grad.add_(grad_logits.sum(0))
+    grad_logits = grad_logits.to(weight.dtype)
+    if hidden_grad is not None:
+        hidden_grad[chunk] = grad_logits @ weight
+    if weight_grad is None:
+        return
+    if weight_grad.dtype == weight.dtype:
+        weight_grad.addmm_(grad_logits.T, inputs)
+    else:
+        weight_grad.add_(grad_logits.T @ inputs)

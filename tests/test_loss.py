@@ -1,0 +1,127 @@
+import pytest
+import torch
+from test_model import GPT2, LLAMA, MOE, SMALL, build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hfpretrain.loss import chunk_tokens, head_loss, is_chunked, token_losses, use_chunked_loss
+from hfpretrain.model import apply_liger_kernel
+from hfpretrain.recipe import RecipeError
+
+WITH_BIAS = {**LLAMA, "model_type": "phi"}
+TIED = {**LLAMA, "tie_word_embeddings": True}
+
+
+def batch(vocab_size=64):
+    input_ids = torch.randint(vocab_size, (3, 32), generator=torch.Generator().manual_seed(1))
+    labels = input_ids.clone()
+    labels[:, ::5] = -100
+    return input_ids, labels
+
+
+def loss_and_gradients(model):
+    input_ids, labels = batch()
+    model.zero_grad()
+    loss = model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=torch.tensor(200)).loss
+    loss.backward()
+    return loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", [LLAMA, TIED, GPT2, WITH_BIAS, {**MOE, "output_router_logits": True}])
+def test_the_chunked_loss_is_the_models_own(config):
+    model = build(config).eval()
+    input_ids, labels = batch()
+    loss, gradients = loss_and_gradients(model)
+    losses = token_losses(model, {"input_ids": input_ids}, labels)
+    assert not is_chunked(model) and use_chunked_loss(model, True) and is_chunked(model)
+    chunked_loss, chunked_gradients = loss_and_gradients(model)
+    assert chunked_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-5, atol=1e-6 * gradient.norm().item())
+    torch.testing.assert_close(token_losses(model, {"input_ids": input_ids}, labels), losses, rtol=1e-6, atol=1e-6)
+    assert model(input_ids=input_ids).logits.shape == (3, 32, 64)
+
+
+def test_targets_may_come_shifted():
+    model = build(LLAMA)
+    input_ids, targets = batch()
+    inputs = {"input_ids": input_ids, "labels": input_ids, "shift_labels": targets, "num_items_in_batch": 9}
+    whole = model(**inputs).loss.item()
+    assert use_chunked_loss(model, True) and model(**inputs).loss.item() == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("num_tokens", [None, 7, 32])
+def test_chunks_add_up_in_float32(mode, num_tokens):
+    draw = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
+    hidden = torch.randn(3, 32, 16, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(640, 16, generator=draw).to(dtype).requires_grad_()
+    bias = torch.randn(640, generator=draw).to(dtype).requires_grad_()
+    _, labels = batch(640)
+    tensors = (hidden, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        logits = torch.nn.functional.linear(hidden, weight, bias).float().flatten(0, 1)
+        whole = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+        chunked = head_loss(*tensors, labels, num_tokens).sum()
+        with torch.no_grad():
+            losses = head_loss(*tensors, labels, num_tokens)
+    assert chunked.dtype == losses.dtype == torch.float32 and losses.shape == (3, 32, 1)
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6) == losses.sum().item()
+    tolerance = 1e-6 if mode == "float32" else 1e-2  # a bf16 number has 8 significant bits
+    for ours, theirs in zip(*(torch.autograd.grad(loss / 96, tensors) for loss in (chunked, whole)), strict=True):
+        assert ours.dtype == dtype and (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "granite", "logits_scaling": 8.0}, {"model_type": "gemma2"}])
+def test_a_model_that_changes_its_logits_keeps_its_own_loss(changes):
+    model = build({**LLAMA, "head_dim": 8, **changes}, attn_implementation="eager")
+    before = loss_and_gradients(model)[0]
+    with pytest.raises(RecipeError, match=r"training\.chunked_loss: .* changes the logits behind its head"):
+        use_chunked_loss(model, True)
+    assert not use_chunked_loss(model, "auto") and not is_chunked(model)
+    assert loss_and_gradients(model)[0] == before
+
+
+def test_the_graph_of_compile_ends_before_the_head():
+    losses = []
+    for chunked in (False, True):
+        model = build(LLAMA)
+        model.compile(backend="eager")
+        assert use_chunked_loss(model, chunked) == chunked
+        losses.append([loss_and_gradients(model)[0] for _ in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_neither_training_nor_evaluation_holds_all_logits():
+    vocab_size = 2**17
+    model = build({**SMALL, "model_type": "llama", "intermediate_size": 48, "vocab_size": vocab_size})
+    assert use_chunked_loss(model, "auto")
+    input_ids, labels = batch(vocab_size)
+    most = max(chunk_tokens(vocab_size, 32) * vocab_size, model.lm_head.weight.numel())
+    with Largest() as largest:
+        model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=9).loss.backward()
+        token_losses(model, {"input_ids": input_ids}, labels)
+    assert largest.numel == most < input_ids.numel() * vocab_size
+
+
+def test_liger_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"model\.use_liger_kernel: .* need a GPU"):
+        apply_liger_kernel(build(LLAMA))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
+    with pytest.raises(RecipeError, match="pip install liger-kernel"):
+        apply_liger_kernel(build(LLAMA))
