@@ -14,8 +14,8 @@ from hfpretrain.recipe import Problem, RecipeError
 _DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 # Keys of a DeepSpeed config that say where a run happens, not what is learned.
 _DEEPSPEED_KEYS = {
-    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "dump_state", "flops_profiler",
-    "memory_breakdown", "nebula", "steps_per_print", "torch_autocast", "wall_clock_breakdown",
+    "activation_checkpointing", "aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "nebula",
+    "steps_per_print", "wall_clock_breakdown",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 }  # fmt: skip
 _DEEPSPEED_OWNERS = {
