@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from hfpretrain import launcher, tensor_parallel
+from hfpretrain import launcher, sequence_parallel, tensor_parallel
 from hfpretrain.recipe import MixedPrecision, RecipeError
 
 _TIMEOUT = timedelta(minutes=30)
@@ -131,7 +131,7 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
     elif on_cpu:
         keywords["cpu"] = True
     parallel = max(launcher.parallelism().values()) > 1
-    if on_cpu and parallel:
+    if on_cpu and parallel and not use_deepspeed:
         keywords["parallelism_config"] = ParallelismConfig(1, 1, 1, 1, sp_size=1)  # until _set_parallelism_on_cpu
     if use_fsdp:
         plugin = _fsdp_plugin(precision)
@@ -142,7 +142,7 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
             accelerator = Accelerator(**keywords, fsdp_plugin=plugin)
     else:
         accelerator = Accelerator(**keywords)
-    if on_cpu and parallel:
+    if on_cpu and parallel and not use_deepspeed:
         _set_parallelism_on_cpu(accelerator)
     require_asked_processes(accelerator.num_processes)
     return accelerator
@@ -225,13 +225,18 @@ def _set_parallelism_on_cpu(accelerator: Accelerator) -> None:
 
 
 def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
-    """Which share of a step's sequences this process has, and how many there are: (index, size).
+    """Which share of a step's sequences this process has, and how many shares there are: (index, size).
 
-    Processes that share their sequences (tensor parallelism) have neighbouring ranks and one index.
+    Processes that share their sequences (tensor and sequence parallelism) have neighbouring ranks and one index.
     """
     config = accelerator.parallelism_config
     sharing = config.non_data_parallel_size if config else 1
     return accelerator.process_index // sharing, accelerator.num_processes // sharing
+
+
+def dropout_index(accelerator: Accelerator) -> int:
+    """What the seed of a process's dropout adds: equal where processes compute the same activations."""
+    return accelerator.process_index if _cuts_sequences(accelerator) else data_parallel(accelerator)[0]
 
 
 def counts_its_data(accelerator: Accelerator) -> bool:
@@ -292,13 +297,15 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """`single`, `ddp`, `tp`, `fsdp2`, `hsdp`, `zero1`, `zero2` or `zero3`, the last five also with `_offload`."""
+    """`single`, `ddp`, `tp`, `fsdp2`, `hsdp`, `zero1`, `zero2`, `zero3`, `zero3_ulysses`; all that shard also with
+    `_offload`."""
     config = accelerator.parallelism_config
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         sections = (plugin.hf_ds_config.get_value(f"zero_optimization.offload_{part}.device") for part in _OFFLOADED)
         offload = any(device not in (None, "none") for device in sections)
-        return f"zero{plugin.zero_stage}{'_offload' if offload else ''}"
+        ulysses = "_ulysses" if _cuts_sequences(accelerator) else ""
+        return f"zero{plugin.zero_stage}{ulysses}{'_offload' if offload else ''}"
     if accelerator.distributed_type == DistributedType.FSDP:
         name = "hsdp" if config and config.dp_replicate_enabled else "fsdp2"
         return f"{name}_offload" if _offloads(accelerator.state.fsdp_plugin) else name
@@ -367,6 +374,9 @@ def prepare(
         else:
             filled(model, weights)
     shard_tensors(accelerator, model)
+    if _cuts_sequences(accelerator):
+        accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
+        sequence_parallel.mask_documents(model)
     optimizer = build_optimizer(model)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
@@ -463,7 +473,9 @@ def _shard_fsdp2(accelerator: Accelerator, model: torch.nn.Module, weights: Weig
 def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:
     """Undo the averages the engines take over ranks and micro-steps: the loss already is divided by the global
     number of tokens, so its gradients must be summed."""
-    return loss * (data_parallel(accelerator)[1] * accelerator.gradient_accumulation_steps)
+    # With sequences cut as well, ZeRO-3 averages over all processes.
+    shares = accelerator.num_processes if _cuts_sequences(accelerator) else data_parallel(accelerator)[1]
+    return loss * (shares * accelerator.gradient_accumulation_steps)
 
 
 def precision(accelerator: Accelerator) -> str:
@@ -635,6 +647,24 @@ def to_device(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[
 def sum_over_processes(accelerator: Accelerator, value: Any) -> torch.Tensor:
     """A tensor summed over all processes; of those that share their sequences it counts once."""
     return accelerator.reduce(value.clone() if counts_its_data(accelerator) else torch.zeros_like(value), "sum")
+
+
+def sum_losses(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """As `sum_over_processes`, of what each process computed from its part of a sequence, if these are cut."""
+    return accelerator.reduce(value, "sum") if _cuts_sequences(accelerator) else sum_over_processes(accelerator, value)
+
+
+def split_sequences(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This process's part of a training batch, where the engine cuts sequences; else the batch."""
+    if not _cuts_sequences(accelerator):
+        return batch
+    size = accelerator.parallelism_config.sp_size
+    return sequence_parallel.split(batch, accelerator.process_index % size, size)
+
+
+def _cuts_sequences(accelerator: Accelerator) -> bool:
+    config = accelerator.parallelism_config
+    return bool(config and config.sp_enabled)
 
 
 def finish(accelerator: Accelerator) -> None:

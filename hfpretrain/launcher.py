@@ -14,8 +14,8 @@ from hfpretrain.recipe import Problem, RecipeError
 _DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 # Keys of a DeepSpeed config that say where a run happens, not what is learned.
 _DEEPSPEED_KEYS = {
-    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "dump_state", "flops_profiler",
-    "memory_breakdown", "nebula", "steps_per_print", "torch_autocast", "wall_clock_breakdown",
+    "activation_checkpointing", "aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "nebula",
+    "steps_per_print", "wall_clock_breakdown",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 }  # fmt: skip
 _DEEPSPEED_OWNERS = {
@@ -53,25 +53,42 @@ def offloads() -> bool:
     )
 
 
-def require_divisible(config: Any) -> None:
-    """Raises `RecipeError` if a model of this config (a `PretrainedConfig`) can't be cut for tensor parallelism."""
-    size = parallelism()["tp"]
+def require_divisible(config: Any, attn_implementation: str, block_size: int) -> None:
+    """Raises `RecipeError` if a model of this config (a `PretrainedConfig`) can't be cut for tensor parallelism, or its
+    sequences of `block_size` tokens for sequence parallelism."""
+    sizes, config = parallelism(), config.get_text_config()
+    dimension = "tp" if sizes["tp"] > 1 else "sp"
+    size = sizes[dimension]
     if size == 1:
         return
-    config = config.get_text_config()
-    if not config.base_model_tp_plan:
-        raise RecipeError.at(
-            _key("tp"),
-            f"transformers has no plan to cut {config.model_type} ({size} wanted); use fsdp2.yaml or zero3.yaml",
-        )
-    if any(style.startswith("packed") for style in config.base_model_tp_plan.values()):
-        raise RecipeError.at(
-            _key("tp"), f"torch's checkpoints can't hold the fused matrices of {config.model_type} cut; use fsdp2.yaml"
-        )
+    find = _uncut_tensors if dimension == "tp" else _uncut_sequences
+    reasons = [*find(config, attn_implementation)]
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % size:
-            raise RecipeError.at(_key("tp"), f"{size} does not divide the model's {name} {heads}")
+            reasons.append(f"{size} does not divide the model's {name} {heads}")
+    if dimension == "sp" and block_size % size:
+        reasons.append(f"{size} does not divide data.block_size {block_size}")
+    if reasons:
+        raise RecipeError([Problem(_key(dimension), reason) for reason in reasons])
+
+
+def _uncut_tensors(config: Any, _: str) -> Iterator[str]:
+    plan = config.base_model_tp_plan
+    if not plan:
+        yield f"transformers has no plan to cut {config.model_type}; use fsdp2.yaml or zero3.yaml"
+    elif any(style.startswith("packed") for style in plan.values()):
+        yield f"torch's checkpoints can't hold the fused matrices of {config.model_type} cut; use fsdp2.yaml"
+
+
+def _uncut_sequences(config: Any, attn_implementation: str) -> Iterator[str]:
+    if attn_implementation != "sdpa":
+        yield f"only model.attn_implementation sdpa keeps packed documents apart, not {attn_implementation}; set it"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds or getattr(config, "sliding_window", None):
+        yield f"DeepSpeed drops the mask of {', '.join(sorted(kinds)) or 'sliding_attention'} layers; use zero3.yaml"
+    if getattr(config, "output_router_logits", False):
+        yield "the router's balancing loss of parts is not that of sequences; set output_router_logits to false"
 
 
 def _engine_problems() -> Iterator[Problem]:
@@ -129,22 +146,17 @@ def _parallelism_problems() -> Iterator[Problem]:
         yield Problem(
             "parallelism_config", f"{product} make {total} processes, num_processes is {started}; make them equal"
         )
-    leaks = ", so packed documents would see each other"
-    instead = "set it to 1. For long sequences take tp.yaml, or model.gradient_checkpointing with fsdp2.yaml"
     if sizes["cp"] > 1:
         yield Problem(
             _key("cp"),
-            f"torch's ring attention takes no mask{leaks}, and it has no CPU kernels; {instead}",
+            "torch's ring attention takes no mask, so packed documents would see each other, and has no CPU kernels; "
+            "use zero3_ulysses.yaml",
         )
-    if sizes["sp"] > 1:
-        yield Problem(
-            _key("sp"),
-            f"DeepSpeed's Ulysses attention drops the mask{leaks}; {instead}",
-        )
-    if deepspeed and any(sizes[name] > 1 for name in ("dp_replicate", "dp_shard", "tp")):
-        yield Problem(
-            "parallelism_config", "ZeRO shards over all processes; remove the section, or use hsdp.yaml or tp.yaml"
-        )
+    if sizes["sp"] > 1 and not (deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"):
+        yield Problem(_key("sp"), "sequences are cut under DEEPSPEED with zero_stage 3; use zero3_ulysses.yaml")
+    if deepspeed and (sizes["dp_replicate"] > 1 or sizes["tp"] > 1 or (sizes["dp_shard"] > 1 and sizes["sp"] == 1)):
+        yield Problem("parallelism_config", "ZeRO shards over all processes; use hsdp.yaml, tp.yaml or no section")
+    if deepspeed:
         return
     if sizes["tp"] > 1 and (fsdp or sizes["dp_replicate"] > 1 or sizes["dp_shard"] > 1):
         yield Problem(

@@ -94,7 +94,7 @@ class Run:
         config = modeling.resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
-        launcher.require_divisible(config)
+        launcher.require_divisible(config, recipe.model.attn_implementation, recipe.data.block_size)
         training = recipe.training
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir)
@@ -139,8 +139,8 @@ class Run:
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
         if training.compile:
             network.compile()
-        # Dropout differs between ranks whose sequences do.
-        torch.manual_seed(recipe.seed + self.data_index)
+        # Dropout differs between ranks whose activations do.
+        torch.manual_seed(recipe.seed + engine.dropout_index(self.accelerator))
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
@@ -322,7 +322,7 @@ class Run:
         sums = torch.tensor([self.state.window_loss], dtype=torch.float64)
         state = {
             **asdict(self.state),
-            "window_loss": float(engine.sum_over_processes(self.accelerator, sums.to(self.accelerator.device))),
+            "window_loss": float(engine.sum_losses(self.accelerator, sums.to(self.accelerator.device))),
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "data": self._data_identity(),
@@ -387,6 +387,7 @@ def _rehearse(run: Run) -> None:
     """A step on one sequence repeated, which changes nothing: what does not compile or fit shows at the start."""
     size = run.recipe.training.micro_batch_size
     batch = engine.to_device(run.accelerator, {k: v.repeat(size, 1) for k, v in run.data.example().items()})
+    batch = engine.split_sequences(run.accelerator, batch)
     with engine.rehearsal(run.accelerator, run.model, run.optimizer):
         outputs = run.model(**batch, use_cache=False, num_items_in_batch=torch.tensor(batch["labels"].numel()))
         _, objective = _loss(outputs, run.config, 1)
@@ -416,7 +417,7 @@ def _fit(run: Run) -> None:
         step_data = run.coming.next()
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
-        for batch in batches:
+        for batch in (engine.split_sequences(accelerator, batch) for batch in batches):
             with accelerator.accumulate(model):
                 outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
                 loss, objective = _loss(outputs, run.config, len(batches) * run.data_size)
@@ -437,7 +438,7 @@ def _fit(run: Run) -> None:
 
 def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
     state = run.state
-    loss = engine.sum_over_processes(run.accelerator, window).item() / state.window_steps
+    loss = engine.sum_losses(run.accelerator, window).item() / state.window_steps
     tokens_per_second = run.throughput.read(state.window_steps * run.recipe.training.tokens_per_step)
     run.update_ledger()
     peak = metrics.peak_flops(engine.device_name(run.accelerator))

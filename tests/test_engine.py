@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from hfpretrain import engine
 from hfpretrain.recipe import RecipeError
 
-DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3"]
+DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
 OFFLOADED = ["fsdp2_offload", "zero3_offload"]
 
 
@@ -88,7 +88,7 @@ def test_the_export_of_every_engine_is_the_trained_model(runs, name):
         torch.testing.assert_close(tensor, single[key], rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", DISTRIBUTED)
+@pytest.mark.parametrize("name", [name for name in DISTRIBUTED if name != "hsdp"])  # saves and loads as fsdp2
 def test_the_same_command_resumes_under_every_engine(runs, name):
     run = runs / name
     before = rows(run, "loss")
@@ -129,7 +129,8 @@ def test_a_state_of_zero_does_not_move(runs):
 def test_fifty_steps_under_every_engine(tmp_path, model):
     """The table of the README: `make proofs` prints it."""
     changes = {"training__max_steps": 50, "model__config": model, "evaluation__every_steps": 25, "optimizer__lr": 1e-3}
-    engines = [name for name in [*DISTRIBUTED, *OFFLOADED] if name != "tp" or model["model_type"] != "gpt2"]
+    refused = {"tp"} if model["model_type"] == "gpt2" else set()  # transformers has no plan for it
+    engines = [name for name in [*DISTRIBUTED, *OFFLOADED] if name not in refused]
     run_all(tmp_path, ["single", *engines], **changes)
     print(f"\n{'engine':<14}{'loss':>10}{'grad norm':>11}{'perplexity':>12}{'logits':>10}")
     print(f"{'single':<14}{0:>10.1e}{0:>11.1e}{0:>12.1e}{check_export(tmp_path / 'single'):>10.1e}")

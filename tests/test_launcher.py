@@ -52,7 +52,9 @@ def ask(monkeypatch):
         ({**DEEPSPEED, **sizes(2, tp=2)}, "parallelism_config", "ZeRO shards over all processes"),
         ({**DEEPSPEED, **sizes(2, cp=2)}, "parallelism_config.parallelism_config_cp_size", "takes no mask"),
         ({**FSDP, **sizes(2, cp=2)}, "parallelism_config.parallelism_config_cp_size", "no CPU kernels"),
-        ({**DEEPSPEED, **sizes(2, sp=2)}, "parallelism_config.parallelism_config_sp_size", "drops the mask"),
+        ({**DEEPSPEED, **sizes(2, sp=2)}, "parallelism_config.parallelism_config_sp_size", "use zero3_ulysses.yaml"),
+        ({**FSDP, **sizes(2, sp=2)}, "parallelism_config.parallelism_config_sp_size", "use zero3_ulysses.yaml"),
+        ({**DEEPSPEED, **sizes(2, dp_shard=2)}, "parallelism_config", "ZeRO shards over all processes"),
         (sizes(3, tp=2), "parallelism_config", "tp 2 make 2 processes, num_processes is 3"),
         ({**FSDP, **sizes(2)}, "parallelism_config", "all sizes 1 make 1 processes, num_processes is 2"),
         ({**FSDP, **sizes(4, dp_shard=2, tp=2)}, "parallelism_config.parallelism_config_tp_size", "use tp.yaml"),
@@ -79,7 +81,15 @@ def test_a_deepspeed_file_may_say_where_but_not_what(ask, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "environment", [{}, FSDP, DEEPSPEED, sizes(2, tp=2), {**FSDP, **sizes(4, dp_replicate=2, dp_shard=2)}]
+    "environment",
+    [
+        {},
+        FSDP,
+        DEEPSPEED,
+        sizes(2, tp=2),
+        {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", **sizes(4, dp_shard=2, sp=2)},
+        {**FSDP, **sizes(4, dp_replicate=2, dp_shard=2)},
+    ],
 )
 def test_what_the_shipped_files_ask_for_is_not_refused(ask, environment):
     assert ask(environment) == ""
@@ -93,22 +103,29 @@ def test_use_cpu_on_a_machine_with_an_accelerator_is_refused(ask, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "reason"),
+    ("dimension", "model_type", "changes", "reason"),
     [
-        ("gpt2", {}, "transformers has no plan to cut gpt2"),
-        ("qwen3_moe", {}, "torch's checkpoints can't hold the fused matrices of qwen3_moe cut"),
-        ("llama", {"hidden_size": 36, "num_attention_heads": 9}, "2 does not divide the model's num_attention_heads 9"),
-        ("llama", {"num_key_value_heads": 1}, "2 does not divide the model's num_key_value_heads 1"),
+        ("tp", "gpt2", {}, "transformers has no plan to cut gpt2"),
+        ("tp", "qwen3_moe", {}, "torch's checkpoints can't hold the fused matrices of qwen3_moe cut"),
+        ("tp", "llama", {"hidden_size": 36, "num_attention_heads": 9}, "2 does not divide the model's num_attention_h"),
+        ("tp", "llama", {"num_key_value_heads": 1}, "2 does not divide the model's num_key_value_heads 1"),
+        ("sp", "llama", {"num_key_value_heads": 1}, "2 does not divide the model's num_key_value_heads 1"),
+        ("sp", "llama", {"attn": "eager"}, "only model.attn_implementation sdpa keeps packed documents apart"),
+        ("sp", "llama", {"block_size": 31}, "2 does not divide data.block_size 31"),
+        ("sp", "gemma3_text", {}, "DeepSpeed drops the mask of sliding_attention layers"),
+        ("sp", "mixtral", {"output_router_logits": True}, "set output_router_logits to false"),
     ],
 )  # fmt: skip
-def test_a_model_that_tensor_parallelism_cannot_cut_is_refused(monkeypatch, model_type, changes, reason):
+def test_a_model_that_cannot_be_cut_is_refused(monkeypatch, dimension, model_type, changes, reason):
+    attention, block_size = changes.pop("attn", "sdpa"), changes.pop("block_size", 32)
     config = AutoConfig.for_model(model_type, **changes)
-    launcher.require_divisible(config)
-    for name, value in sizes(2, tp=2).items():
+    launcher.require_divisible(config, attention, block_size)
+    for name, value in sizes(2, **{dimension: 2}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError) as error:
-        launcher.require_divisible(config)
-    assert reason in str(error.value) and str(error.value).startswith("parallelism_config.parallelism_config_tp_size: ")
+        launcher.require_divisible(config, attention, block_size)
+    key = f"parallelism_config.parallelism_config_{dimension}_size: "
+    assert reason in str(error.value) and all(line.startswith(key) for line in str(error.value).splitlines())
 
 
 def test_accelerate_files_have_the_same_keys_in_the_same_order():

@@ -16,6 +16,7 @@ FOUNDATION = {
     "launcher",
     "tensor_parallel",
     "loss",
+    "sequence_parallel",
 }
 LEAVES = {
     "corpus",
