@@ -533,9 +533,20 @@ def _flat(value: Any, prefix: str = "") -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m hfpretrain.train RECIPE [--section.key=value ...]`; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """`python -m hfpretrain.train RECIPE [--section.key=value ...]`; returns the exit code.
+
+    Launchers turn all codes but 0 into 1, so the main process also writes its own into the file that
+    `HFPRETRAIN_EXIT_CODE_FILE` names, where a batch script such as `recipes/launch.slurm` finds it.
+    """
     rank = int(os.environ.get("RANK", "0"))
+    code = _main(sys.argv[1:] if arguments is None else arguments, rank)
+    path = os.environ.get("HFPRETRAIN_EXIT_CODE_FILE")
+    if path and rank == 0:
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
+    return code
+
+
+def _main(arguments: list[str], rank: int) -> int:
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO if rank == 0 else logging.ERROR)
