@@ -1,5 +1,6 @@
 """Two hosts for real: two network namespaces joined by a cable, one process on each."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -60,7 +61,15 @@ def finish(processes):
         return [(process.returncode, err) for process, (_, err) in [(p, p.communicate(timeout=300)) for p in processes]]
     finally:
         for process in processes:
-            process.kill()
+            if process.poll() is None:
+                process.terminate()  # the launcher takes its workers along, which live in sessions of their own
+                process.wait()
+
+
+def received(hosts):
+    """Bytes that each host has received over the cable."""
+    lines = [subprocess.check_output(["ip", "-n", name, "-s", "-j", "link", "show", device]) for name, device in hosts]
+    return [json.loads(line)[0]["stats64"]["rx"]["bytes"] for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +86,17 @@ def single(hosts, tmp_path_factory):
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_hosts_train_what_one_process_trains(hosts, single, engine):
-    folder = single.parent
+    folder, before = single.parent, received(hosts)
     for code, stderr in finish(start(hosts, engine, single, f"--output_dir={folder / engine}")):
         assert code == 0, stderr
     alone, apart = (rows(folder / run, "loss") for run in ("single", engine))
     assert list(apart) == list(alone) == [1, 2, 3, 4, 5]
     for step, row in apart.items():
         assert row["loss"] == pytest.approx(alone[step]["loss"], rel=1e-5)
+    # Both share a disk and memory here, over which DeepSpeed can reduce: the gradients must have gone over the cable.
+    parameters = json.loads((folder / engine / "environment.json").read_text())["num_parameters"]
+    for bytes_before, bytes_after in zip(before, received(hosts), strict=True):
+        assert bytes_after - bytes_before > 5 * 4 * parameters
     perplexity = [rows(folder / run, "eval/perplexity")[5]["eval/perplexity"] for run in ("single", engine)]
     assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-6)
 
