@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from hfpretrain.recipe import Problem, RecipeError
@@ -28,6 +31,7 @@ class Status:
     """What a rank says of itself once a second."""
 
     host: str
+    pid: int = 0
     tick: int = 0
     """Counts the seconds."""
     count: int = 0
@@ -53,35 +57,38 @@ class Judge:
         self._failed: dict[int, int] = {}
         self._idle = 0
 
-    def look(self, statuses: Mapping[int, Status], hurt: bool = False) -> str | None:
-        """What ends the run, None if nothing does.
+    def look(self, statuses: Mapping[int, Status], hurt: bool = False) -> tuple[str, list[int]] | None:
+        """What ends the run and which ranks are lost, None if nothing does.
 
-        `statuses`: those of all ranks or of some, always the same; `hurt`: that of this rank.
+        `statuses`: those of all ranks or of rank 0 alone, of which nobody can say whether others wait for it; `hurt`:
+        that of this rank.
         """
         live = {rank: status for rank, status in statuses.items() if status.end is None}
         for rank, status in live.items():
-            self._silent[rank] = 0 if self._last.get(rank, Status("")).tick != status.tick else self._silent[rank] + 1
+            heard = rank not in self._last or self._last[rank].tick != status.tick
+            self._silent[rank] = 0 if heard else self._silent[rank] + 1
         for rank, status in statuses.items():
             if status.end:
                 self._failed[rank] = self._failed.get(rank, 0) + 1
-        moved = any(status.count != self._last.get(rank, Status("")).count for rank, status in live.items())
+        moved = any(rank not in self._last or self._last[rank].count != status.count for rank, status in live.items())
         self._idle = 0 if moved or not all(status.count for status in live.values()) else self._idle + 1
         self._last = dict(statuses)
-        return self._lost(live, hurt) or self._broken(statuses) or self._stalled(live)
+        if (found := self._lost(live, hurt)) is not None:
+            return found
+        text = self._broken(statuses) or (self._stalled(live) if len(statuses) > 1 else None)
+        return None if text is None else (text, [])
 
-    def _lost(self, live: Mapping[int, Status], hurt: bool) -> str | None:
+    def _lost(self, live: Mapping[int, Status], hurt: bool) -> tuple[str, list[int]] | None:
         hurt = hurt or any(status.hurt for status in live.values())
         limit = min(_HURRY, self._silence) if hurt else self._silence
         lost = [rank for rank in live if self._silent[rank] >= limit - 1]
         if not any(self._silent[rank] >= limit for rank in lost):
             return None
-        places = "; ".join(f"{_where(rank, live[rank])}" for rank in lost[:8])
-        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
-        return f"no sign of life for {limit} s from {places}{more}: killed, stopped, or the host is gone"
+        return f"no sign of life for {limit} s from {_places(lost, live)}: killed, stopped, or the host is gone", lost
 
     def _broken(self, statuses: Mapping[int, Status]) -> str | None:
         rank = next((rank for rank, looks in self._failed.items() if looks >= _GRACE), None)
-        return None if rank is None else f"{_where(rank, statuses[rank])} failed: {statuses[rank].end}"
+        return None if rank is None else f"{_places([rank], statuses)} failed: {statuses[rank].end}"
 
     def _stalled(self, live: Mapping[int, Status]) -> str | None:
         if not live or self._idle < self._stall:
@@ -89,20 +96,17 @@ class Judge:
         least = min(status.count for status in live.values())
         behind = [rank for rank, status in live.items() if status.count == least]
         if len(behind) == len(live):
-            rank = behind[0]
-            return (
-                f"no rank has made progress for {self._stall} s (training.timeout_seconds); all are where "
-                f"{_where(rank, live[rank])} is"
-            )
-        places = "; ".join(_where(rank, live[rank]) for rank in behind[:8])
+            place = _places(behind[:1], live)
+            return f"no rank has made progress for {self._stall} s (training.timeout_seconds); all are where {place} is"
         return (
-            f"no progress for {self._stall} s (training.timeout_seconds), the others wait for {places}"
-            f"{f' and {len(behind) - 8} more' if len(behind) > 8 else ''}"
+            f"no progress for {self._stall} s (training.timeout_seconds), the others wait for {_places(behind, live)}"
         )
 
 
-def _where(rank: int, status: Status) -> str:
-    return f"rank {rank} on {status.host} (step {status.step}, phase {status.phase})"
+def _places(ranks: Sequence[int], statuses: Mapping[int, Status], most: int = 8) -> str:
+    shown = [(rank, statuses[rank]) for rank in ranks[:most]]
+    places = [f"rank {rank} on {s.host}, pid {s.pid} (step {s.step}, phase {s.phase})" for rank, s in shown]
+    return "; ".join(places) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
 
 
 class Watch:
@@ -118,7 +122,8 @@ class Watch:
         self._hurt, self._host = False, socket.gethostname()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._contacts = 0
+        self._contacts, self._first = 0, Status("?")
+        self._ending = threading.Lock()
 
     def beat(self, phase: str, step: int) -> None:
         """The main thread got on. All ranks must call it alike; costs less than a microsecond."""
@@ -150,7 +155,7 @@ class Watch:
 
     def _write(self, tick: int, end: str | None = None) -> None:
         count, phase, step = self._progress
-        status = Status(self._host, tick, count, phase, step, end, self._hurt)
+        status = Status(self._host, os.getpid(), tick, count, phase, step, end, self._hurt)
         self._store.set(f"status/{self._rank}", json.dumps(asdict(status)))
 
     def _watch(self) -> None:
@@ -164,17 +169,19 @@ class Watch:
             except dist.DistError as error:
                 # The store ended, with the run or before it.
                 if not self._closed.wait(_GRACE):
-                    self._end(f"the launcher of rank 0 is gone ({error})", speaks=self._speaks())
+                    self._end(f"{self._store_place()} is gone ({error})", speaks=self._speaks())
                 return
             self._contacts += 1
             if verdict:
                 self._end(verdict.decode(), speaks=False)
             statuses = {rank: Status(**json.loads(value)) for rank, value in zip(others, values, strict=True)}
+            self._first = statuses[0]
             found = self._judge.look(statuses, self._hurt)
             if found is not None and not self._closed.is_set():
+                text, lost = found
                 if self._rank == 0:
-                    self._store.set("verdict", found)
-                self._end(found, speaks=self._rank == 0 or self._speaks())
+                    self._store.set("verdict", text)
+                self._end(text, speaks=self._rank == 0 or self._speaks(), lost=[statuses[rank] for rank in lost])
 
     def _guard(self) -> None:
         """The store's host may be gone without a word, and then the other thread waits for an answer."""
@@ -182,7 +189,10 @@ class Watch:
         while not self._closed.wait(1):
             last, looks = self._contacts, looks + 1 if last == self._contacts else 0
             if looks > self._silence:
-                self._end(f"no answer for {self._silence} s from the launcher of rank 0", speaks=self._speaks())
+                self._end(f"no answer for {self._silence} s from {self._store_place()}", speaks=self._speaks())
+
+    def _store_place(self) -> str:
+        return f"the launcher of {_places([0], {0: self._first})}"
 
     def _speaks(self) -> bool:
         """Whether this rank speaks for its host where rank 0 does not."""
@@ -190,9 +200,13 @@ class Watch:
             "1" if self._rank < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "0"
         )
 
-    def _end(self, text: str, speaks: bool) -> None:
+    def _end(self, text: str, speaks: bool, lost: Sequence[Status] = ()) -> None:
+        if not self._ending.acquire(blocking=False):
+            return
         if speaks:
             print(f"\nerror: the run ends on all ranks: {text}", file=sys.stderr, flush=True)
+            for status in lost:
+                _kill_neighbour(status, self._host)
         # Launchers end the neighbours of a rank that ends, and one of those may have to speak or to write first.
         time.sleep(_GRACE - 1 if speaks else _GRACE)
         os._exit(1)
@@ -221,6 +235,13 @@ class Watch:
         if error is not None and len(self._ranks) > int(os.environ.get("LOCAL_WORLD_SIZE", len(self._ranks))):
             # With this process ends its launcher, and with that maybe the store, before other hosts have read it.
             time.sleep(_GRACE)
+
+
+def _kill_neighbour(status: Status, host: str) -> None:
+    # The launcher waits 30 seconds for a stopped process to obey. Only a child of the same launcher is touched.
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        if status.host == host and psutil.Process(status.pid).ppid() == os.getppid():
+            os.kill(status.pid, signal.SIGKILL)
 
 
 def _follows(error: BaseException) -> bool:
