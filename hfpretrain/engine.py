@@ -136,7 +136,7 @@ def require_compiler() -> None:
     name = "deepspeed_shm_comm"
     compiled = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
     compiler = os.environ.get("CXX", "c++")
-    if not compiled.exists() and shutil.which(compiler) is None:
+    if not compiled.exists() and shutil.which(compiler.split()[0]) is None:
         raise RecipeError.at(
             "distributed_type",
             f"DeepSpeed on CPUs compiles an operator when it first starts, and there is no C++ compiler {compiler!r}: "

@@ -266,5 +266,8 @@ def _require_agreement(store: Any, rank: int, num_ranks: int, host: str, facts: 
         pair for value in store.multi_get([f"problems/{n}" for n in range(num_ranks)]) for pair in json.loads(value)
     ]
     if found:
+        # The store may end with rank 0, so that one goes last.
+        store.set(f"read/{rank}", "")
+        store.wait([f"read/{n}" for n in (range(num_ranks) if rank == 0 else [rank])])
         advice = Problem("ranks", "start all with the same recipe, overrides, engine file and library versions")
         raise RecipeError([advice, *(Problem(key, text) for key, text in found[:20])])
