@@ -311,7 +311,7 @@ class TrainingSection(Section):
     documents, which is tested at start; `true` stops the run where it does not."""
     compile: bool = False
     """`torch.compile` the model."""
-    timeout_seconds: PositiveInt = 1800
+    timeout_seconds: int = Field(default=1800, ge=4)
     """A run in which no process gets on for so long ends with an error that names the one the others wait for. One
     without a sign of life for 30 seconds, or this if it is less, ends it too. 1800 is torch's default for gloo."""
 

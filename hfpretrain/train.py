@@ -91,10 +91,10 @@ class Run:
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
         )
+        self._meet_the_others()
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.accelerator.num_processes
         )
-        self._meet_the_others()
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
         manifest = self.prepared.manifest

@@ -27,7 +27,20 @@ def hosts():
         try:
             ip("netns", "add", names[0])
             ip("netns", "add", names[1])
-            ip("link", "add", devices[0], "netns", names[0], "type", "veth", "peer", "name", devices[1], "netns", names[1])
+            ip(
+                "link",
+                "add",
+                devices[0],
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                devices[1],
+                "netns",
+                names[1],
+            )
         except subprocess.CalledProcessError as error:
             pytest.skip(f"this machine makes no network namespaces joined by veth: {error.stderr.strip()}")
         for name, device, address in zip(names, devices, ADDRESSES, strict=True):
