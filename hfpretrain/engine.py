@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections import defaultdict
@@ -23,7 +24,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from hfpretrain import launcher, sequence_parallel, tensor_parallel
 from hfpretrain.recipe import MixedPrecision, RecipeError
 
-_TIMEOUT = timedelta(minutes=30)
 _OFFLOADED = ("optimizer", "param")
 
 
@@ -98,11 +98,15 @@ def has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], project_dir: str) -> Accelerator:
+def build_accelerator(
+    mixed_precision: MixedPrecision, trackers: list[str], project_dir: str, timeout_seconds: int
+) -> Accelerator:
     """The accelerator of the engine that `accelerate launch` names in the environment, on GPUs or on CPU ranks.
 
     Raises `RecipeError` if fewer processes started than the launcher was asked for.
     """
+    # A minute more than `ranks.Watch` gives, which can say what a process group's time-out cannot: who is missing.
+    timeout = timedelta(seconds=timeout_seconds + 60)
     precision = resolve_precision(mixed_precision)
     if precision == "fp16" and launcher.parallelism()["tp"] > 1:
         raise RecipeError.at(
@@ -122,12 +126,13 @@ def build_accelerator(mixed_precision: MixedPrecision, trackers: list[str], proj
         "mixed_precision": "no" if precision == "tf32" else precision,
         "log_with": trackers or None,
         "project_dir": project_dir,
-        "kwargs_handlers": [InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=timeout)],
     }
     if use_deepspeed:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if on_cpu:
-            keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=_TIMEOUT)]
+            require_compiler()
+            keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timeout)]
     elif on_cpu:
         keywords["cpu"] = True
     parallel = max(launcher.parallelism().values()) > 1
@@ -178,6 +183,29 @@ def _set_up_cpu() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 2**30)
             libc.mallopt(-1, 2**31 - 1)
+
+
+def require_compiler() -> None:
+    """Raises `RecipeError` if DeepSpeed could not compile its CPU operator here, unless that was done before.
+
+    It does so when it first starts, and fails in its depths without the tools. It asks for ninja in any case.
+    """
+    from torch.utils import cpp_extension
+
+    if shutil.which("ninja") is None:
+        raise RecipeError.at(
+            "distributed_type",
+            "DeepSpeed on CPUs needs ninja on the PATH: `pip install ninja`, and activate the environment it is in",
+        )
+    name = "deepspeed_shm_comm"
+    compiled = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
+    compiler = os.environ.get("CXX", "c++")
+    if not compiled.exists() and shutil.which(compiler.split()[0]) is None:
+        raise RecipeError.at(
+            "distributed_type",
+            f"DeepSpeed on CPUs compiles an operator when it first starts, and there is no C++ compiler {compiler!r}: "
+            "install g++ (`apt-get install g++`), set CXX to one, or take accelerate_configs/ddp.yaml or fsdp2.yaml",
+        )
 
 
 def _flag(name: str) -> bool:

@@ -100,6 +100,26 @@ def _is_read_by_model(model_type: str, key: str) -> bool:
     return code.is_file() and re.search(rf'config(\.|, "){re.escape(key)}\b', code.read_text("utf-8")) is not None
 
 
+def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
+    """The config of a model; of a new one `defaults` stand where the section says nothing.
+
+    Raises `RecipeError` if `section.pretrained` has none.
+    """
+    from transformers import AutoConfig
+
+    if section.config is not None:
+        # A class's own special ids may lie outside a small vocabulary.
+        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        return AutoConfig.for_model(**{**special, **defaults, **section.config})
+    try:
+        return AutoConfig.from_pretrained(
+            section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        message = (str(error).splitlines() or [""])[0]
+        raise RecipeError.at("model.pretrained", f"cannot load {section.pretrained!r}: {message}") from error
+
+
 def resolve_config(
     section: ModelSection, vocab_size: int, tokenizer: Any, tokenizer_size: int, block_size: int
 ) -> PretrainedConfig:
@@ -107,24 +127,13 @@ def resolve_config(
 
     Raises `RecipeError` for a tokenizer larger than the vocabulary and for blocks longer than the context.
     """
-    from transformers import AutoConfig
-
-    if section.config is not None:
-        defaults: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        config = AutoConfig.for_model(**{**defaults, **section.config})
-    else:
-        try:
-            config = AutoConfig.from_pretrained(
-                section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            message = (str(error).splitlines() or [""])[0]
-            raise RecipeError.at("model.pretrained", f"cannot load {section.pretrained!r}: {message}") from error
+    config = load_config(
+        section,
+        vocab_size=vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     problems = list(context_problems(config, block_size))
     if config.vocab_size < tokenizer_size:
         problems.append(vocabulary_problem(config.vocab_size, tokenizer_size))

@@ -321,6 +321,9 @@ class TrainingSection(Section):
     model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
     compile: bool = False
     """`torch.compile` the model; a chunked loss stays outside of the graph."""
+    timeout_seconds: int = Field(default=1800, ge=4)
+    """A run in which no process gets on for so long ends with an error that names the one the others wait for. One
+    without a sign of life for 30 seconds, or this if it is less, ends it too. 1800 is torch's default for gloo."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -661,7 +664,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
     """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections."""
-    flat_ours, flat_theirs = (dict(_flatten(recipe.model_dump(mode="json"))) for recipe in (ours, theirs))
+    flat_ours, flat_theirs = (dict(flatten(recipe.model_dump(mode="json"))) for recipe in (ours, theirs))
     return [
         Problem(path, f"is {flat_ours.get(path)!r} here, {flat_theirs.get(path)!r} there")
         for path in sorted(flat_ours.keys() | flat_theirs.keys())
@@ -670,11 +673,12 @@ def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> lis
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of nested mappings and lists."""
     if isinstance(value, (dict, list)) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 

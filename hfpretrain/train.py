@@ -11,8 +11,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hfpretrain import checkpoint, engine, evaluation, initialisation, launcher, metrics, optim
+from hfpretrain import checkpoint, engine, evaluation, initialisation, launcher, metrics, optim, ranks
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
 from hfpretrain.loss import use_chunked_loss
@@ -34,6 +36,7 @@ from hfpretrain.recipe import (
     accumulation_steps,
     differences,
     dump_recipe,
+    flatten,
     load_recipe,
 )
 from hfpretrain.report import run_summary, write_card
@@ -41,6 +44,7 @@ from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import token_bytes
 
 LEDGER = "ledger.npy"
+LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 logger = logging.getLogger("hfpretrain.train")  # also when run as __main__
 
 # What may differ when a run is taken up again: none of it changes which text is learned in which step.
@@ -56,6 +60,7 @@ MAY_DIFFER = (
     "training.micro_batch_size",
     "training.chunked_loss",
     "training.compile",
+    "training.timeout_seconds",
     "evaluation",
     "checkpoint",
     "logging",
@@ -80,28 +85,32 @@ class TrainState:
 class Run:
     """Everything one process holds while it trains."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.output_dir = recipe, Path(recipe.output_dir)
+    def __init__(self, recipe: Recipe, watch: ranks.Watch):
+        self.recipe, self.output_dir, self.watch = recipe, Path(recipe.output_dir), watch
         launcher.require_supported()
+        launcher.require_divisible(
+            modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
+        )
         engine.require_asked_processes()
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         _refuse_other_run(recipe)
         self._lock = _lock(self.output_dir) if self.is_main else None
+        training = recipe.training
+        self.accelerator = engine.build_accelerator(
+            training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
+        )
+        self._meet_the_others()
+        self.data_index, self.data_size = engine.data_parallel(self.accelerator)
+        self.accumulation_steps = accumulation_steps(
+            training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
+        )
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
+        watch.beat("build", 0)
         config = modeling.resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
-        )
-        launcher.require_divisible(config, recipe.model.attn_implementation, recipe.data.block_size)
-        training = recipe.training
-        self.accelerator = engine.build_accelerator(
-            training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir)
-        )
-        self.data_index, self.data_size = engine.data_parallel(self.accelerator)
-        self.accumulation_steps = accumulation_steps(
-            training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
         )
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config)
@@ -151,11 +160,24 @@ class Run:
         self.source_tokens = np.zeros(len(self.data.order.sizes), dtype=np.int64)
         self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
         self.grad_norm: Any = 0.0  # of the newest step
+        watch.beat("rehearse", 0)
         _rehearse(self)
         self.resumed_step = self._resume()
         steps = range(self.state.step, training.num_steps)
         self.coming = Prefetcher(self.data.step, steps, pin_memory=self.accelerator.device.type == "cuda")
         self._start_records()
+
+    def _meet_the_others(self) -> None:
+        """Begin to watch over the other ranks, if they run the same as this one."""
+        facts = {
+            "python": platform.python_version(),
+            **{name: version(name) if find_spec(name) else None for name in (*LIBRARIES, "deepspeed")},
+            "engine": engine.engine_name(self.accelerator),
+            "precision": engine.precision(self.accelerator),
+            **dict(flatten(self.recipe.model_dump(mode="json"))),
+        }
+        num_ranks, timeout_seconds = self.accelerator.num_processes, self.recipe.training.timeout_seconds
+        self.watch.start(self.accelerator.process_index, num_ranks, timeout_seconds, facts)
 
     def _newest_checkpoint(self) -> Path | None:
         folder = self.output_dir / "checkpoints"
@@ -270,7 +292,6 @@ class Run:
 
     def environment(self) -> dict[str, Any]:
         """What the run runs on; no environment variables, no secrets."""
-        names = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate")
         return {
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
@@ -284,7 +305,7 @@ class Run:
             "initial_weights": self.initial_weights,
             "commit": _commit(),
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in names},
+            "versions": {name: version(name) for name in (*LIBRARIES, "evaluate")},
         }
 
     def evaluate(self) -> dict[str, float]:
@@ -302,7 +323,9 @@ class Run:
             eos_token_id=manifest["eos_token_id"],
             document_masking=self.document_masking,
         )
-        sums = engine.sum_over_processes(self.accelerator, evaluation.loss_sums(self.model, batches, self.token_bytes))
+        sums = engine.sum_over_processes(
+            self.accelerator, evaluation.loss_sums(self.model, self._watched(batches), self.token_bytes)
+        )
         figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
         row = {f"eval/{name}": value for name, value in figures.items()}
         self.record({"step": self.state.step, "tokens": self.state.tokens, **row})
@@ -315,8 +338,14 @@ class Run:
             self.plot()
         return figures
 
+    def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches:
+            self.watch.beat("evaluate", self.state.step)
+            yield batch
+
     def save(self) -> None:
         """Write a checkpoint of the full state."""
+        self.watch.beat("save", self.state.step)
         start = time.perf_counter()
         self.update_ledger()
         sums = torch.tensor([self.state.window_loss], dtype=torch.float64)
@@ -378,9 +407,10 @@ class Run:
 
 def train(recipe: Recipe) -> Path:
     """Run a recipe to its end, from wherever its output folder stands; returns the folder of the exported model."""
-    run = Run(recipe)
-    _fit(run)
-    return _finish(run)
+    with ranks.Watch() as watch:
+        run = Run(recipe, watch)
+        _fit(run)
+        return _finish(run)
 
 
 def _rehearse(run: Run) -> None:
@@ -414,10 +444,12 @@ def _fit(run: Run) -> None:
             run.save()
         if state.step >= num_steps:
             break
+        run.watch.beat("data", state.step)
         step_data = run.coming.next()
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
         for batch in (engine.split_sequences(accelerator, batch) for batch in batches):
+            run.watch.beat("train", state.step)
             with accelerator.accumulate(model):
                 outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
                 loss, objective = _loss(outputs, run.config, len(batches) * run.data_size)
@@ -536,6 +568,7 @@ def _finish(run: Run) -> Path:
     """Export, compare the export with the training process, write the card and the summary."""
     model_path, main = run.output_dir / "model", run.is_main
     reference = run.output_dir / checkpoint.REFERENCE
+    run.watch.beat("export", run.state.step)
     run.progress.close()
     run.coming.close()
     batch = engine.to_device(run.accelerator, run.data.example())
@@ -572,9 +605,20 @@ def _flat(value: Any, prefix: str = "") -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m hfpretrain.train RECIPE [--section.key=value ...]`; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """`python -m hfpretrain.train RECIPE [--section.key=value ...]`; returns the exit code.
+
+    Launchers turn all codes but 0 into 1, so the main process also writes its own into the file that
+    `HFPRETRAIN_EXIT_CODE_FILE` names, where a batch script such as `recipes/launch.slurm` finds it.
+    """
     rank = int(os.environ.get("RANK", "0"))
+    code = _main(sys.argv[1:] if arguments is None else arguments, rank)
+    path = os.environ.get("HFPRETRAIN_EXIT_CODE_FILE")
+    if path and rank == 0:
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
+    return code
+
+
+def _main(arguments: list[str], rank: int) -> int:
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO if rank == 0 else logging.ERROR)

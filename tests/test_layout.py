@@ -33,6 +33,7 @@ LEAVES = {
 } | {
     "metrics",
     "hub",
+    "ranks",
 }
 COMPOSITION = ["prepare", "trace", "streaming", "score", "report", "train", "cli"]
 
