@@ -171,8 +171,8 @@ def head_loss(
     inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
     if torch.is_grad_enabled():
         total: torch.Tensor = _SummedLoss.apply(*inputs)
-        return total.view(1, 1, 1)
-    return _token_losses(*inputs).view(*targets.shape, 1)
+        return total
+    return _token_losses(*inputs).view(*targets.shape, 1).clone()  # FSDP2 warns of a module that returns a view
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -194,14 +194,14 @@ class _SummedLoss(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
             for tensor, dtype, needed in zip(inputs, sums, ctx.needs_input_grad[:3], strict=True)
         ]
-        return _token_losses(hidden, weight, bias, targets, num_tokens, ctx.gradients).sum()
+        return _token_losses(hidden, weight, bias, targets, num_tokens, ctx.gradients).sum().view(1, 1, 1).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: good for one backward
         scaled = [
-            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            None if gradient is None else gradient.mul_(grad_output.view(())).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
