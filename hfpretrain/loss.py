@@ -13,14 +13,15 @@ from hfpretrain.recipe import RecipeError
 
 IGNORE_INDEX = -100
 _MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; below it kernel launches cost more than memory
+_ROWS = 2**14
 
 
-def chunk_tokens(vocab_size: int, hidden_size: int) -> int:
-    """Tokens whose logits are held at once: a quarter of the memory of the head's gradient, or 16 MiB if that is more.
+def chunk_tokens(num_tokens: int, vocab_size: int) -> int:
+    """How many of a micro-batch's tokens have their logits in memory at once: a sixteenth, or 16 MiB if that is more.
 
-    Fewer would write that gradient more often than they multiply; a small vocabulary is done in one chunk.
+    Each chunk reads and writes the whole gradient of the head, so more chunks would save little memory and cost time.
     """
-    return max(hidden_size // 4, _MIN_CHUNK_LOGITS // vocab_size, 1)
+    return max(-(-num_tokens // 16), _MIN_CHUNK_LOGITS // vocab_size)
 
 
 def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -166,12 +167,12 @@ def head_loss(
     In place of `torch.nn.functional.linear_cross_entropy`, whose loss and sums over chunks are in bf16 if the input is
     (torch 2.13), and whose chunks of tokens * hidden / vocabulary are slower the larger the vocabulary.
     """
-    num_tokens = num_tokens or chunk_tokens(*weight.shape)
+    num_tokens = num_tokens or chunk_tokens(targets.numel(), len(weight))
     inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
     if torch.is_grad_enabled():
         total: torch.Tensor = _SummedLoss.apply(*inputs)
-        return total.view(1, 1, 1)
-    return _token_losses(*inputs).view(*targets.shape, 1)
+        return total
+    return _token_losses(*inputs).view(*targets.shape, 1).clone()  # FSDP2 warns of a module that returns a view
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -193,14 +194,14 @@ class _SummedLoss(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
             for tensor, dtype, needed in zip(inputs, sums, ctx.needs_input_grad[:3], strict=True)
         ]
-        return _token_losses(hidden, weight, bias, targets, num_tokens, ctx.gradients).sum()
+        return _token_losses(hidden, weight, bias, targets, num_tokens, ctx.gradients).sum().view(1, 1, 1).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: good for one backward
         scaled = [
-            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            None if gradient is None else gradient.mul_(grad_output.view(())).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
@@ -255,5 +256,7 @@ def _add_gradients(
         return
     if weight_grad.dtype == weight.dtype:
         weight_grad.addmm_(grad_logits.T, inputs)
-    else:
-        weight_grad.add_(grad_logits.T @ inputs)
+        return
+    # In 16 bits the product is a copy before it is added: for a part of the vocabulary at a time it is a small one.
+    for rows, logits in zip(weight_grad.split(_ROWS), grad_logits.split(_ROWS, dim=1), strict=True):
+        rows.add_(logits.T @ inputs)

@@ -110,7 +110,7 @@ def test_neither_training_nor_evaluation_holds_all_logits():
     model = build({**SMALL, "model_type": "llama", "intermediate_size": 48, "vocab_size": vocab_size})
     assert use_chunked_loss(model, "auto")
     input_ids, labels = batch(vocab_size)
-    most = max(chunk_tokens(vocab_size, 32) * vocab_size, model.lm_head.weight.numel())
+    most = max(chunk_tokens(input_ids.numel(), vocab_size) * vocab_size, model.lm_head.weight.numel())
     with Largest() as largest:
         model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=9).loss.backward()
         token_losses(model, {"input_ids": input_ids}, labels)
