@@ -366,6 +366,11 @@ def sum_over_processes(accelerator: Accelerator, value: Any) -> torch.Tensor:
     return accelerator.reduce(value.clone(), "sum")
 
 
+def max_over_processes(accelerator: Accelerator, value: int) -> int:
+    """The largest of all processes' numbers."""
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
+
+
 def finish(accelerator: Accelerator) -> None:
     """End trackers and process group; the barrier keeps ZeRO-3 ranks from aborting while another still sends."""
     accelerator.wait_for_everyone()

@@ -1,24 +1,17 @@
-"""What a run writes about itself: `metrics.jsonl`, throughput and MFU, the loss plot."""
+"""What a run measures of itself: `metrics.jsonl`, throughput, FLOPs, peak memory, the loss plot."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets (without sparsity).
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
+import torch
 
 
 class MetricsFile:
@@ -56,11 +49,6 @@ def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: in
     return 6.0 * num_matmul_parameters + 12.0 * num_layers * hidden_size * block_size
 
 
-def peak_flops(device_name: str) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None if it is not in the table."""
-    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
-
-
 class Throughput:
     """Tokens per second since the last reading, pauses (evaluation, saving) left out."""
 
@@ -77,6 +65,48 @@ class Throughput:
         seconds = now - self._start - self._paused
         self._start, self._paused = now, 0.0
         return tokens / max(seconds, 1e-9)
+
+
+class PeakMemory:
+    """The largest memory that a process has needed since this was made, in bytes.
+
+    On an accelerator what torch's allocator gave out at most. On a CPU the process's resident memory above what it was:
+    interpreter and libraries do not count. Made before the model is built.
+    """
+
+    def __init__(self) -> None:
+        self._accelerator = torch.accelerator.is_available()
+        if self._accelerator:
+            self.meaning = "torch.accelerator.max_memory_allocated, the largest of all processes"
+            torch.accelerator.reset_peak_memory_stats()
+            return
+        self.meaning = "resident above what the process had before the model was built, the largest of all processes"
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what preparing the data has freed would hide as much of the model
+            # Linux 4.0 and later forget the peak so far, see proc(5).
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+        import psutil
+
+        self._before = psutil.Process().memory_info().rss
+
+    def read(self) -> int:
+        """Bytes at most so far."""
+        if self._accelerator:
+            return torch.accelerator.max_memory_allocated()
+        return max(0, _peak_resident() - self._before)
+
+
+def _peak_resident() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) * 1024
+    import resource
+
+    # Kilobytes on Linux, bytes on macOS: getrusage(2).
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -21,7 +21,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hfpretrain import checkpoint, engine, evaluation, metrics, optim
+from hfpretrain import checkpoint, devices, engine, evaluation, metrics, optim, plan
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
@@ -96,10 +96,11 @@ class Run:
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.accelerator.num_processes
         )
+        self.peak_memory = metrics.PeakMemory()
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config, recipe.seed)
         self.config = model.config
-        self.num_parameters, self.num_non_embedding = modeling.num_parameters(model)
+        self.parameters = modeling.count_parameters(model)
         self.document_masking = _document_masking(recipe, model, self.accelerator)
         if training.compile:
             model.compile()
@@ -223,13 +224,7 @@ class Run:
             dynamic_ncols=True,
         )
         self.throughput = metrics.Throughput()
-        layers, hidden = (
-            getattr(self.config.get_text_config(), key, 0) or 0 for key in ("num_hidden_layers", "hidden_size")
-        )
-        head = self.config.vocab_size * hidden
-        self.flops_per_token = metrics.flops_per_token(
-            self.num_non_embedding + head, layers, hidden, self.recipe.data.block_size
-        )
+        self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if not self.is_main:
             self.file = None
         else:
@@ -251,8 +246,8 @@ class Run:
             "mixed_precision": self.accelerator.mixed_precision,
             "document_masking": self.document_masking,
             "accumulation_steps": self.accumulation_steps,
-            "num_parameters": self.num_parameters,
-            "num_non_embedding_parameters": self.num_non_embedding,
+            "num_parameters": self.parameters.total,
+            "num_non_embedding_parameters": self.parameters.non_embedding,
             "commit": _commit(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in names},
@@ -398,8 +393,8 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
     loss = engine.sum_over_processes(run.accelerator, window).item() / state.window_steps
     tokens_per_second = run.throughput.read(state.window_steps * run.recipe.training.tokens_per_step)
     run.update_ledger()
-    peak = metrics.peak_flops(engine.device_name(run.accelerator))
-    devices = run.accelerator.num_processes
+    peak = devices.peak_flops(engine.device_name(run.accelerator), run.accelerator.mixed_precision)
+    num_devices = run.accelerator.num_processes
     row = {
         "step": state.step,
         "tokens": state.tokens,
@@ -407,7 +402,7 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         "lr": lr,
         "grad_norm": float(grad_norm),
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * run.flops_per_token / (peak * devices) if peak else None,
+        "mfu": tokens_per_second * run.flops_per_token / (peak * num_devices) if peak else None,
         "data_wait_seconds": run.coming.wait_seconds,
         "ledger": run.ledger.digest,
         "source_tokens": run.source_tokens.tolist(),
@@ -499,6 +494,7 @@ def _finish(run: Run) -> Path:
     reference = run.output_dir / checkpoint.REFERENCE
     run.progress.close()
     run.coming.close()
+    peak_memory = engine.max_over_processes(run.accelerator, run.peak_memory.read())
     batch = engine.to_device(run.accelerator, run.data.example())
     checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
     state_dict = engine.full_state_dict(run.accelerator, run.model)
@@ -510,7 +506,7 @@ def _finish(run: Run) -> Path:
         assert run.file is not None
         run.file.write({"step": run.state.step, "tokens": run.state.tokens, **exported})
         write_card(run, model_path, report)
-        print(run_summary(run, report))
+        print(run_summary(run, report), "", plan.report(run, peak_memory), sep="\n")
     engine.finish(run.accelerator)
     return model_path
 
