@@ -494,7 +494,7 @@ def _finish(run: Run) -> Path:
     reference = run.output_dir / checkpoint.REFERENCE
     run.progress.close()
     run.coming.close()
-    peak_memory = engine.max_over_processes(run.accelerator, run.peak_memory.read())
+    peak_memory = [engine.max_over_processes(run.accelerator, size or 0) for size in run.peak_memory.close()]
     batch = engine.to_device(run.accelerator, run.data.example())
     checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
     state_dict = engine.full_state_dict(run.accelerator, run.model)
@@ -506,7 +506,7 @@ def _finish(run: Run) -> Path:
         assert run.file is not None
         run.file.write({"step": run.state.step, "tokens": run.state.tokens, **exported})
         write_card(run, model_path, report)
-        print(run_summary(run, report), "", plan.report(run, peak_memory), sep="\n")
+        print(run_summary(run, report), "", plan.report(run, *peak_memory), sep="\n")
     engine.finish(run.accelerator)
     return model_path
 
