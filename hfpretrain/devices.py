@@ -63,7 +63,9 @@ def match(torch_name: str) -> Device | None:
 
 def named(name: str) -> Device:
     """The device of a name in the table, or of torch's. Raises `RecipeError` with the nearest known."""
-    found = next((device for device in DEVICES if device.name.lower() == name.lower()), None) or match(name)
+    found = next((device for device in DEVICES if device.name.lower() == name.lower()), None)
+    if found is None and " " in name:
+        found = match(name)
     if found is None:
         known = ["cpu", *(device.name for device in DEVICES)]
         message = unknown_key(name.upper(), known).replace("unknown key", "unknown device")

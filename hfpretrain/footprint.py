@@ -80,7 +80,8 @@ class Shape:
 @dataclass(frozen=True)
 class Pass:
     """What a forward and backward pass holds beyond weights and optimizer, in bytes. Each part is at its own largest;
-    `peak` is the largest sum at one moment, with the gradients that the pass keeps."""
+    `peak` is the largest sum at one moment with all gradients kept, `peak_without` with each given away once it is
+    there."""
 
     activations: int
     logits: int
@@ -89,6 +90,7 @@ class Pass:
     retained: int
     """Of the logits, those that outlive the pass until the next one's take their place."""
     peak: int
+    peak_without: int
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,14 @@ class _Tally:
     largest: dict[str, int] = field(default_factory=dict)
     live: int = 0
     peak: int = 0
+    peak_without: int = 0
 
     def change(self, kind: str, size: int) -> None:
         self.now[kind] = self.now.get(kind, 0) + size
         self.live += size
         self.largest[kind] = max(self.largest.get(kind, 0), self.now[kind])
         self.peak = max(self.peak, self.live)
+        self.peak_without = max(self.peak_without, self.live - self.now.get("gradients", 0))
 
 
 class _Tracker(TorchDispatchMode):
@@ -172,17 +176,15 @@ def simulate(
     batch_size: int,
     block_size: int,
     document_masking: bool,
-    keep_gradients: bool,
     accumulates: bool,
     float32_outputs: bool,
 ) -> Pass:
     """One micro-step of the model that `build` makes, as training holds it, with tensors that have no data.
 
     Works for any architecture, kernel and checkpointing, since it runs the model's own code and counts every storage
-    from its making to its end. `precision` as of `engine.forward_precision`; `keep_gradients`: whole, as one device
-    does, or given away as soon as they are there; `accumulates`: the gradients of an earlier micro-step are there;
-    `float32_outputs`: the engine turns what the model returns into float32. Raises `RecipeError` for a model whose
-    shapes depend on its values.
+    from its making to its end. `precision` as of `engine.forward_precision`; `accumulates`: the gradients of an earlier
+    micro-step are there; `float32_outputs`: the engine turns what the model returns into float32. Raises `RecipeError`
+    for a model whose shapes depend on its values.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -198,12 +200,10 @@ def simulate(
             batch["position_ids"] = ids.clone()
         tracker = _Tracker(model)
         for parameter in model.parameters():
-            if keep_gradients and accumulates:
+            if accumulates:
                 parameter.grad = torch.empty_like(parameter)
                 tracker.add(parameter.grad, "gradients")
-            parameter.register_post_accumulate_grad_hook(
-                (lambda p: tracker.add(p.grad, "gradients")) if keep_gradients else _give_away
-            )
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.add(p.grad, "gradients"))
         tally = tracker.tally
         try:
             with tracker:
@@ -214,7 +214,8 @@ def simulate(
                     logits = outputs.logits = logits.float()
                 retained = logits.untyped_storage().nbytes() if logits is not None else 0
                 # The loop's name for the outputs still holds the micro-step before's until the model returns.
-                peak, tally.peak = tally.peak + retained, tally.live
+                peaks = [tally.peak + retained, tally.peak_without + retained]
+                tally.peak = tally.peak_without = 0
                 outputs.loss.backward()
         except Exception as error:  # any code of any model runs here
             message = f"{type(model).__name__} cannot be simulated: {type(error).__name__}: {error}"
@@ -225,7 +226,8 @@ def simulate(
             logits=largest.get("logits", 0) + retained,
             casts=largest.get("casts", 0),
             retained=retained,
-            peak=max(peak, tally.peak),
+            peak=max(peaks[0], tally.peak),
+            peak_without=max(peaks[1], tally.peak_without),
         )
 
 
@@ -235,10 +237,6 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, cast[parameter])
-
-
-def _give_away(parameter: torch.Tensor) -> None:
-    parameter.grad = None
 
 
 @contextlib.contextmanager
@@ -302,7 +300,7 @@ def memory(engine: Engine, shape: Shape, num_processes: int, mixed_precision: st
             # Of a layer: gathered weights, the next one's on their way, gradients, and their float32 sum's input.
             buffers += shape.tail * bits + shape.largest_layer * (3 * bits + 4)
     kept = engine.gradients == "one"
-    in_pass = held.peak // activations_by + (0 if kept else gradients)
+    in_pass = held.peak // activations_by if kept else held.peak_without // activations_by + gradients
     in_step = gradients + at_step + held.retained // activations_by
     parts = {"weights": weights, "gradients": gradients + at_step, "optimizer": optimizer}
     fixed = 0 if engine.offload else weights + optimizer

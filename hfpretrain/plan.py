@@ -258,7 +258,7 @@ def _row(
         groups = number // engine.divisor(engine.activations, number)
         steps = accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, groups)
         forward = footprint.forward_precision(engine, precision)
-        key = (forward, engine.gradients == "one", steps > 1, engine.family != "deepspeed" and forward != "float32")
+        key = (forward, steps > 1, engine.family != "deepspeed" and forward != "float32")
         if key not in passes:
             try:
                 passes[key] = footprint.simulate(
@@ -267,9 +267,8 @@ def _row(
                     batch_size=training.micro_batch_size,
                     block_size=block_size,
                     document_masking=document_masking,
-                    keep_gradients=key[1],
-                    accumulates=key[2],
-                    float32_outputs=key[3],
+                    accumulates=key[1],
+                    float32_outputs=key[2],
                 )
             except RecipeError as error:
                 passes[key] = error
