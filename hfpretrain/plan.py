@@ -328,7 +328,7 @@ def _hardware(
     return False, target, precision, peak or None, "data sheet" if peak else "not in the table of devices"
 
 
-def cpu_flops(mixed_precision: str, size: int = 2048, repeats: int = 5) -> float:
+def cpu_flops(mixed_precision: str, size: int = 1024, repeats: int = 20) -> float:
     """FLOP/s of this machine's fastest of some square matrix products in a precision, on all cores it may use."""
     import torch
 
@@ -370,7 +370,7 @@ def table(plan: Plan, measured: dict[str, Any] | None = None) -> str:
     else:
         lines += [
             f"  time         {plan.num_steps:,} steps of {plan.seconds_per_step:,.3g} s = {_hours(plan.hours)}, "
-            f"{plan.device_hours:,.3g} device-hours on {where}",
+            f"{plan.device_hours:,.{1 if plan.device_hours >= 1 else 4}f} device-hours on {where}",
             f"               assumed: MFU {plan.mfu:g} of {_si(plan.peak_flops or 0)}FLOP/s in "
             f"{'float32' if plan.mixed_precision == 'no' else plan.mixed_precision} ({plan.peak_is})",
         ]
