@@ -215,7 +215,8 @@ def simulate(
                 retained = logits.untyped_storage().nbytes() if logits is not None else 0
                 # The loop's name for the outputs still holds the micro-step before's until the model returns.
                 peaks = [tally.peak + retained, tally.peak_without + retained]
-                tally.peak = tally.peak_without = 0
+                logits_forward = tally.largest.get("logits", 0) + retained
+                tally.peak = tally.peak_without = tally.largest["logits"] = 0
                 outputs.loss.backward()
         except Exception as error:  # any code of any model runs here
             message = f"{type(model).__name__} cannot be simulated: {type(error).__name__}: {error}"
@@ -223,7 +224,7 @@ def simulate(
         largest = tally.largest
         return Pass(
             activations=largest.get("activations", 0),
-            logits=largest.get("logits", 0) + retained,
+            logits=max(logits_forward, largest["logits"]),
             casts=largest.get("casts", 0),
             retained=retained,
             peak=max(peaks[0], tally.peak),

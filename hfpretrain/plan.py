@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpretrain import devices, metrics
-from hfpretrain.recipe import Recipe, RecipeError, accumulation_steps, unknown_key
+from hfpretrain.recipe import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps, unknown_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -290,14 +290,20 @@ def _prepared(recipe: Recipe, run_bytes: int) -> tuple[int, str]:
     from hfpretrain.prepare import prepared_path
     from hfpretrain.prepared import PreparedData
 
-    local = all(Path(source.path).exists() or source.data_files or source.data_dir for source in recipe.data.sources)
+    sources = (*recipe.data.sources, *recipe.data.validation_sources)
     try:
-        prepared = PreparedData.open(prepared_path(recipe)) if local else None
+        prepared = PreparedData.open(prepared_path(recipe)) if all(map(_is_local, sources)) else None
     except RecipeError:
         prepared = None  # the sources are not on this machine
     if prepared is not None:
         return sum(entry["size"] for entry in prepared.manifest["files"].values()), "on this disk"
     return run_bytes, "the run's own tokens, each read once; a source is prepared whole, so a larger one takes more"
+
+
+def _is_local(source: SourceSection) -> bool:
+    """Whether the fingerprint of a source is found without a network."""
+    known = source.path in FILE_FORMATS or source.path.startswith("builtin:") or Path(source.path).exists()
+    return known and not any("://" in pattern for pattern in source.patterns)
 
 
 def _hardware(
@@ -465,14 +471,17 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
     from hfpretrain import engine
 
     accelerator = run.accelerator
-    plan = make_plan(
-        run.recipe,
-        engine=engine.engine_name(accelerator),
-        num_processes=accelerator.num_processes,
-        config=run.config,
-        mixed_precision=accelerator.mixed_precision,
-        document_masking=run.document_masking,
-    )
+    try:
+        plan = make_plan(
+            run.recipe,
+            engine=engine.engine_name(accelerator),
+            num_processes=accelerator.num_processes,
+            config=run.config,
+            mixed_precision=accelerator.mixed_precision,
+            document_masking=run.document_masking,
+        )
+    except RecipeError as error:  # a run that has ended well must not fail for want of its bill
+        return f"no plan of this run: {error}"
     rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
     seconds = seconds_per_step(rows, run.recipe.training.tokens_per_step)
     found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
