@@ -220,12 +220,14 @@ def make_plan(
         prepared_is=prepared_is,
         keep_last=recipe.checkpoint.keep_last,
         engines=tuple(rows),
-        notes=tuple(_notes(recipe, masking)),
+        notes=tuple(_notes(recipe, masking, precision)),
     )
 
 
-def _notes(recipe: Recipe, document_masking: bool) -> list[str]:
+def _notes(recipe: Recipe, document_masking: bool, precision: str) -> list[str]:
     notes = []
+    if precision != "no":
+        notes.append("weights of single and ddp are float32 with the 16-bit copies that autocast makes of them")
     if recipe.model.attn_implementation.startswith(("flash", "flex")):
         notes.append(f"activations are those of sdpa; {recipe.model.attn_implementation} holds as much or less")
     if recipe.training.compile:
