@@ -74,8 +74,8 @@ class PeakMemory:
     """The largest memory that a process has needed since this was made, in bytes. Made before the model is built.
 
     On an accelerator what torch's allocator gave out at most. On a CPU the resident memory above what the process had
-    already, so that interpreter and libraries do not count; on Linux without the freed blocks that glibc keeps, which
-    are half as much again: sampled every `interval` seconds. `resident` is the same with them.
+    already, so that interpreter and libraries do not count; on Linux without pages of files and without the freed blocks
+    that glibc keeps, which are half as much again: sampled every `interval` seconds.
     """
 
     def __init__(self, interval: float = 0.01) -> None:
@@ -90,7 +90,7 @@ class PeakMemory:
         self._before_resident = _status("VmRSS")
         if self._free_blocks is None:
             return
-        self.meaning += ", without freed blocks that the C library keeps"
+        self.meaning += ", without files and freed blocks that the C library keeps"
         with contextlib.suppress(OSError):  # Linux 4.0 and later forget the peak so far, see proc(5)
             Path("/proc/self/clear_refs").write_text("5")
         self._before = self._in_use()
@@ -99,15 +99,16 @@ class PeakMemory:
 
     def _in_use(self) -> int:
         assert self._free_blocks is not None
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-        return resident - self._free_blocks()
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        # `shared` are pages of files: of libraries' code and of the data on disk.
+        return (resident - shared) * os.sysconf("SC_PAGESIZE") - self._free_blocks()
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):
             self._peak = max(self._peak, self._in_use())
 
     def close(self) -> tuple[int, int | None]:
-        """The largest so far, and the same with freed blocks where they were left out; ends the sampling."""
+        """The largest so far, and the same with all that is resident where it was left out; ends the sampling."""
         if torch.accelerator.is_available():
             return torch.accelerator.max_memory_allocated(), None
         resident = max(0, _status("VmHWM") - self._before_resident)

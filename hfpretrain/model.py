@@ -169,6 +169,13 @@ def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> P
     return model
 
 
+def import_code(config: PretrainedConfig) -> None:
+    """Load the code of a config's model, tens of megabytes that are no part of the model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
 def _model_error(error: Exception, section: ModelSection) -> RecipeError:
     message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "attention" in message.lower() and ("support" in message or "install" in message):

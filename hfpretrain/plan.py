@@ -336,8 +336,11 @@ def _hardware(
     return False, target, precision, peak or None, "data sheet" if peak else "not in the table of devices"
 
 
-def cpu_flops(mixed_precision: str, size: int = 1024, repeats: int = 20) -> float:
-    """FLOP/s of this machine's fastest of some square matrix products in a precision, on all cores it may use."""
+def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.5) -> float:
+    """FLOP/s of this machine's fastest square matrix product in a precision, on all cores it may use.
+
+    The best within `min_seconds`, since another program's work only makes them slower.
+    """
     import torch
 
     from hfpretrain.prepare import num_cores
@@ -348,8 +351,8 @@ def cpu_flops(mixed_precision: str, size: int = 1024, repeats: int = 20) -> floa
     try:
         left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
         best = float("inf")
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
+        end = time.perf_counter() + min_seconds
+        while (start := time.perf_counter()) < end or best == float("inf"):
             left @ right
             best = min(best, time.perf_counter() - start)
     finally:
@@ -418,7 +421,7 @@ def _comparison(measured: dict[str, Any]) -> list[str]:
     found = measured["measured"]
     rows.append(f"  memory: {found['memory_is']}")
     if found["resident"] is not None:
-        rows.append(f"  with those blocks: {_bytes(found['resident'])}")
+        rows.append(f"  with those: {_bytes(found['resident'])}")
     if found["mfu"] is not None:
         rows.append(f"  time: MFU {found['mfu']:.2f}, assumed were {measured['prediction']['mfu']:g}")
     return rows

@@ -96,6 +96,7 @@ class Run:
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.accelerator.num_processes
         )
+        modeling.import_code(config)
         self.peak_memory = metrics.PeakMemory()
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config, recipe.seed)
