@@ -282,12 +282,12 @@ def memory(engine: Engine, shape: Shape, num_processes: int, mixed_precision: st
         engine.divisor(group, num_processes)
         for group in (engine.weights, engine.gradients, engine.optimizer, engine.activations)
     )
-    buffers, at_step = shape.buffers, 0
+    buffers, at_step, bucket = shape.buffers, 0, 0
     if engine.family == "deepspeed":
         weights, gradients = bits * total // weights_by, bits * total // gradients_by
         masters = 0 if bits == 4 and engine.weights == "all" else 4
         optimizer = (masters + 8) * total // optimizer_by
-        buffers += bits * (min(_REDUCE_BUCKET, total) if on_cpu else _REDUCE_BUCKET)
+        bucket = bits * (min(_REDUCE_BUCKET, total) if on_cpu else _REDUCE_BUCKET)
         share = total // optimizer_by
         # The optimizer reads float32 gradients, which are made of the 16-bit ones for the step.
         at_step = 4 * (min(share, _SUB_GROUP) if engine.weights == "all" else share)
@@ -300,18 +300,24 @@ def memory(engine: Engine, shape: Shape, num_processes: int, mixed_precision: st
         if engine.family == "fsdp2":
             # Of a layer: gathered weights, the next one's on their way, gradients, and their float32 sum's input.
             buffers += shape.tail * bits + shape.largest_layer * (3 * bits + 4)
-    kept = engine.gradients == "one"
-    in_pass = held.peak // activations_by if kept else held.peak_without // activations_by + gradients
-    in_step = gradients + at_step + held.retained // activations_by
+    retained = held.retained // activations_by
+    if engine.gradients == "one":
+        in_pass = held.peak // activations_by + (0 if on_cpu else bucket)
+    elif on_cpu:
+        # The bucket fills while activations go.
+        in_pass = gradients + max(held.peak_without // activations_by, bucket + retained)
+    else:
+        in_pass = gradients + held.peak_without // activations_by + bucket
+    in_step = gradients + at_step + retained
     parts = {"weights": weights, "gradients": gradients + at_step, "optimizer": optimizer}
     fixed = 0 if engine.offload else weights + optimizer
     if engine.offload:
-        in_pass, in_step = in_pass - gradients, held.retained // activations_by
+        in_pass, in_step = in_pass - gradients, retained
     return Memory(
         **(dict.fromkeys(parts, 0) if engine.offload else {**parts, "weights": weights + held.casts}),
         activations=held.activations // activations_by,
         logits=held.logits // activations_by,
-        buffers=buffers,
+        buffers=buffers + bucket,
         peak=fixed + buffers + max(in_pass, in_step),
         host=sum(parts.values()) if engine.offload else 0,
     )

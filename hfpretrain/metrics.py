@@ -74,8 +74,8 @@ class PeakMemory:
     """The largest memory that a process has needed since this was made, in bytes. Made before the model is built.
 
     On an accelerator what torch's allocator gave out at most. On a CPU the resident memory above what the process had
-    already, so that interpreter and libraries do not count; on Linux without pages of files and without the freed blocks
-    that glibc keeps, which are half as much again: sampled every `interval` seconds.
+    already, so that interpreter and libraries do not count; on Linux without pages of files and the freed blocks that
+    glibc keeps, which are half as much again: sampled every `interval` seconds.
     """
 
     def __init__(self, interval: float = 0.01) -> None:
