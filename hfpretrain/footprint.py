@@ -308,7 +308,7 @@ def memory(engine: Engine, shape: Shape, num_processes: int, mixed_precision: st
         in_pass = gradients + max(held.peak_without // activations_by, bucket + retained)
     else:
         in_pass = gradients + held.peak_without // activations_by + bucket
-    in_step = gradients + at_step + retained
+    in_step = gradients + at_step + retained + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
     parts = {"weights": weights, "gradients": gradients + at_step, "optimizer": optimizer}
     fixed = 0 if engine.offload else weights + optimizer
     if engine.offload:
