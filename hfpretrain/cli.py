@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", _check, f"validate a recipe, print it resolved and what follows; {_OVERRIDES}")
     check.add_argument("recipe")
+    plan = command("plan", _plan, f"what a run will cost: memory by engine, FLOPs, time, disk; {_OVERRIDES}")
+    plan.add_argument("recipe")
+    plan.add_argument("--engine", help="this one alone; default: all side by side")
+    plan.add_argument("--num-processes", type=int, default=1, help="one for each device")
+    plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
+    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the device's peak; default: 0.4")
+    plan.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOP/s")
     prepare = command("prepare", _prepare, f"make tokenizer and blocks; {_OVERRIDES}")
     prepare.add_argument("recipe")
     prepare.add_argument("--shard", metavar="I/N", help="do share I of N, as one of N machines; then once without")
@@ -90,7 +97,7 @@ def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = _load(args, overrides)
-    parameters = _parameters(recipe)
+    counts = _parameters(recipe)
     print(dump_recipe(recipe), end="")
     training, steps = recipe.training, recipe.training.num_steps
     tokens = steps * training.tokens_per_step
@@ -100,36 +107,31 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     print(
         f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes {per_device}"
     )
-    if parameters is not None:
-        total, non_embedding = parameters
-        print(f"# parameters       {total:,} ({non_embedding:,} without embeddings)")
-        print(f"# tokens/parameter {tokens / total:.1f}")
+    if counts is not None:
+        print(f"# parameters       {counts.total:,} ({counts.non_embedding:,} without embeddings)")
+        print(f"# tokens/parameter {tokens / counts.total:.1f}")
 
 
-def _parameters(recipe: Recipe) -> tuple[int, int] | None:
-    """Parameter counts if torch is there and the vocabulary is known before the data are read."""
+def _parameters(recipe: Recipe) -> Any:
+    """Parameter counts where torch is there and the recipe alone tells them."""
     from importlib.util import find_spec
 
     if find_spec("torch") is None or recipe.model.config is None:
         return None
-    from transformers import AutoConfig
+    if "vocab_size" not in recipe.model.config and recipe.tokenizer.vocab_size is None:
+        print("# parameters       known once the tokenizer is: model.config has no vocab_size")
+        return None
+    from hfpretrain.plan import parameters
 
-    from hfpretrain.model import num_parameters_of_config
+    return parameters(recipe)
 
-    config = dict(recipe.model.config)
-    if "vocab_size" not in config:
-        size, multiple = recipe.tokenizer.vocab_size, recipe.tokenizer.pad_to_multiple_of
-        if size is None:
-            print("# parameters       known once the tokenizer is: model.config has no vocab_size")
-            return None
-        config["vocab_size"] = -(-size // multiple) * multiple
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        config.setdefault(key, None)
-    try:
-        return num_parameters_of_config(AutoConfig.for_model(**config))
-    except Exception as error:  # what a config's values lead to may be any exception
-        message = f"builds no model: {type(error).__name__}: {' '.join(str(error).split()):.300}"
-        raise RecipeError.at("model.config", message) from error
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.plan import as_json, make_plan, table
+
+    keywords = {"engine": args.engine, "num_processes": args.num_processes, "device": args.device, "mfu": args.mfu}
+    plan = make_plan(_load(args, overrides), **keywords)
+    print(json.dumps(as_json(plan)) if args.json else table(plan))
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -695,6 +695,11 @@ def _cuts_sequences(accelerator: Accelerator) -> bool:
     return bool(config and config.sp_enabled)
 
 
+def max_over_processes(accelerator: Accelerator, value: int) -> int:
+    """The largest of all processes' numbers."""
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
+
+
 def finish(accelerator: Accelerator) -> None:
     """End trackers and process group; the barrier keeps ZeRO-3 ranks from aborting while another still sends."""
     accelerator.wait_for_everyone()

@@ -57,8 +57,13 @@ def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool) -> bool:
         )
     if wanted is False or reason:
         return False
-    _install(_causal_lm(model))
+    install(_causal_lm(model))
     return True
+
+
+def can_chunk(model: Any) -> bool:
+    """Whether the loss can be computed in a model's output embedding, if the model does nothing behind it."""
+    return isinstance(_causal_lm(model).get_output_embeddings(), torch.nn.Linear)
 
 
 def _causal_lm(model: Any) -> Any:
@@ -105,14 +110,14 @@ def _difference(model: Any) -> str | None:
 
 @contextmanager
 def _installed(network: Any) -> Iterator[None]:
-    undo = _install(network)
+    undo = install(network)
     try:
         yield
     finally:
         undo()
 
 
-def _install(network: Any) -> Callable[[], None]:
+def install(network: Any) -> Callable[[], None]:
     """Compute the loss in the forward of the head, the only place where every engine has its weight at hand.
 
     What the head returns, loss instead of logits, float32 (..., 1), passes through the model to its `loss_function`,

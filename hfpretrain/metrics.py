@@ -1,24 +1,20 @@
-"""What a run writes about itself: `metrics.jsonl`, throughput and MFU, the loss plot."""
+"""What a run measures of itself: `metrics.jsonl`, throughput, FLOPs, peak memory, the loss plot."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
+import os
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets (without sparsity).
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
+import torch
 
 
 class MetricsFile:
@@ -56,11 +52,6 @@ def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: in
     return 6.0 * num_matmul_parameters + 12.0 * num_layers * hidden_size * block_size
 
 
-def peak_flops(device_name: str) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None if it is not in the table."""
-    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
-
-
 class Throughput:
     """Tokens per second since the last reading, pauses (evaluation, saving) left out."""
 
@@ -77,6 +68,81 @@ class Throughput:
         seconds = now - self._start - self._paused
         self._start, self._paused = now, 0.0
         return tokens / max(seconds, 1e-9)
+
+
+class PeakMemory:
+    """The largest memory that a process has needed since this was made, in bytes. Made before the model is built.
+
+    On an accelerator what torch's allocator gave out at most. On a CPU the resident memory above what the process had
+    already, so that interpreter and libraries do not count; on Linux without pages of files and the freed blocks that
+    glibc keeps, which are half as much again: sampled every `interval` seconds.
+    """
+
+    def __init__(self, interval: float = 0.01) -> None:
+        self._peak, self._before, self._interval = 0, 0, interval
+        self._stop, self._thread = threading.Event(), None
+        self._free_blocks = _free_blocks()
+        if torch.accelerator.is_available():
+            self.meaning = "torch.accelerator.max_memory_allocated"
+            torch.accelerator.reset_peak_memory_stats()
+            return
+        self.meaning = "resident above what the process had before the model was built"
+        self._before_resident = _status("VmRSS")
+        if self._free_blocks is None:
+            return
+        self.meaning += ", without files and freed blocks that the C library keeps"
+        with contextlib.suppress(OSError):  # Linux 4.0 and later forget the peak so far, see proc(5)
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._in_use()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _in_use(self) -> int:
+        assert self._free_blocks is not None
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        # `shared` are pages of files: of libraries' code and of the data on disk.
+        return (resident - shared) * os.sysconf("SC_PAGESIZE") - self._free_blocks()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._peak = max(self._peak, self._in_use())
+
+    def close(self) -> tuple[int, int | None]:
+        """The largest so far, and the same with all that is resident where it was left out; ends the sampling."""
+        if torch.accelerator.is_available():
+            return torch.accelerator.max_memory_allocated(), None
+        resident = max(0, _status("VmHWM") - self._before_resident)
+        if self._thread is None:
+            return resident, None
+        self._stop.set()
+        self._thread.join()
+        return max(0, max(self._peak, self._in_use()) - self._before), resident
+
+
+class _MallInfo(ctypes.Structure):
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def _free_blocks() -> Callable[[], int] | None:
+    """Freed bytes that glibc has not given back, from 2.33 on (mallinfo(3)); None elsewhere."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if function is None:
+        return None
+    function.restype = _MallInfo
+    return lambda: int(function().fordblks)
+
+
+def _status(key: str) -> int:
+    """`VmRSS` or `VmHWM` of this process in bytes; without Linux's /proc both are the peak so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields[key].split()[0]) * 1024
+    import resource
+
+    # Kilobytes, on macOS bytes: getrusage(2).
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:

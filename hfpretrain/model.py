@@ -6,9 +6,11 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpretrain.initialisation import decoder_layers
 from hfpretrain.recipe import ModelSection, Problem, RecipeError, unknown_key
 
 if TYPE_CHECKING:
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 # Names that many config classes give the longest context, through `attribute_map` or directly.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# Names that config classes give the number of experts and how many of them a token meets.
+_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 
 
 def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
@@ -142,9 +147,9 @@ def resolve_config(
     return config
 
 
-def build_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
-    """The model in float32: without values on the meta device (see `initialisation.initial_weights`), or with those of
-    `section.pretrained` on the CPU.
+def build_model(section: ModelSection, config: PretrainedConfig, device: str = "meta") -> PreTrainedModel:
+    """The model in float32: a new one on `device`, by default without values (`initialisation.InitialWeights` draws
+    them), or with those of `section.pretrained` on the CPU.
 
     Raises `RecipeError` where the config builds no model or the checkpoint does not load.
     """
@@ -153,7 +158,7 @@ def build_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedMo
 
     try:
         if section.pretrained is None:
-            with torch.device("meta"):
+            with torch.device(device):
                 model = AutoModelForCausalLM.from_config(
                     config, attn_implementation=section.attn_implementation, dtype=torch.float32
                 )
@@ -173,6 +178,13 @@ def build_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedMo
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def import_code(config: PretrainedConfig) -> None:
+    """Load the code of a config's model, tens of megabytes that are no part of the model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def apply_liger_kernel(model: PreTrainedModel) -> None:
@@ -201,21 +213,59 @@ def _model_error(error: Exception, section: ModelSection) -> RecipeError:
     return RecipeError.at("model.pretrained" if section.pretrained else "model.config", f"builds no model: {message}")
 
 
-def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters of a model, in total and without the input and output embeddings; tied ones count once."""
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a model, tied ones once; `active` are those that one token meets, which differs with experts."""
+
+    total: int
+    non_embedding: int
+    active: int
+    active_non_embedding: int
+
+
+def count_parameters(model: PreTrainedModel) -> Parameters:
+    """Parameters of a model, in total, without the input and output embeddings, and active for one token.
+
+    Experts are found by structure: modules that hold one matrix for each expert stacked along the first dimension, or
+    lists with one module for each.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(p): p.numel() for module in embeddings if module is not None for p in module.parameters()}
-    return total, total - sum(weights.values())
+    non_embedding = total - sum(weights.values())
+    idle = _idle_parameters(model)
+    return Parameters(total, non_embedding, total - idle, non_embedding - idle)
 
 
-def num_parameters_of_config(config: PretrainedConfig) -> tuple[int, int]:
-    """`num_parameters` of the model a config describes, built on the meta device: no memory, seconds at any size."""
+def _idle_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the experts that the router does not choose for a token."""
+    import torch
+
+    config = model.config.get_text_config()
+    num_experts, chosen = (
+        next((n for n in (getattr(config, key, None) for key in keys) if isinstance(n, int) and n > 0), None)
+        for keys in (_NUM_EXPERTS_KEYS, _EXPERTS_PER_TOKEN_KEYS)
+    )
+    if num_experts is None or chosen is None:
+        return 0
+    experts: dict[int, int] = {}
+    layers = decoder_layers(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_experts and module is not layers:
+            experts.update({id(parameter): parameter.numel() for parameter in module.parameters()})
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.shape[:1] == (num_experts,)]
+        if any(parameter.ndim == 3 for parameter in own):
+            experts.update({id(parameter): parameter.numel() for parameter in own})
+    return sum(experts.values()) * (num_experts - chosen) // num_experts
+
+
+def parameters_of_config(config: PretrainedConfig) -> Parameters:
+    """`count_parameters` of the model a config describes, built on the meta device: no memory, seconds at any size."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return num_parameters(AutoModelForCausalLM.from_config(config))
+        return count_parameters(AutoModelForCausalLM.from_config(config))
 
 
 @contextlib.contextmanager

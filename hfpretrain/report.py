@@ -18,7 +18,7 @@ def write_card(run: Any, model_path: Path, report: dict[str, Any]) -> None:
     rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
     hub_datasets = [s.path for s in recipe.data.sources if "/" in s.path and not Path(s.path).exists()]
     training = {
-        "parameters": f"{run.num_parameters:,} ({run.num_non_embedding:,} without embeddings)",
+        "parameters": f"{run.parameters.total:,} ({run.parameters.non_embedding:,} without embeddings)",
         "tokens": f"{run.state.tokens:,} in {run.state.step:,} steps of {recipe.training.tokens_per_step:,}",
         "engine": f"{environment['engine']}, {environment['num_processes']} process(es)",
         "device": environment["device"],
@@ -63,8 +63,8 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
     results = _first_and_last(metrics.read_metrics(run.output_dir / "metrics.jsonl"))
     lines = [
         "",
-        f"{run.output_dir.name}: {run.num_parameters:,} parameters, {run.state.tokens:,} tokens in {run.state.step:,} "
-        f"steps, {engine.engine_name(run.accelerator)} on {engine.device_name(run.accelerator)}",
+        f"{run.output_dir.name}: {run.parameters.total:,} parameters, {run.state.tokens:,} tokens in "
+        f"{run.state.step:,} steps, {engine.engine_name(run.accelerator)} on {engine.device_name(run.accelerator)}",
     ]
     for label, key in (("before training", "first"), ("after training", "last")):
         row = results.get(key)

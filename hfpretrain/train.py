@@ -23,7 +23,18 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hfpretrain import checkpoint, engine, evaluation, initialisation, launcher, metrics, optim, ranks
+from hfpretrain import (
+    checkpoint,
+    devices,
+    engine,
+    evaluation,
+    initialisation,
+    launcher,
+    metrics,
+    optim,
+    plan,
+    ranks,
+)
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
 from hfpretrain.loss import use_chunked_loss
@@ -112,10 +123,12 @@ class Run:
         config = modeling.resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
+        modeling.import_code(config)
+        self.peak_memory = metrics.PeakMemory()
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config)
         self.config = model.config
-        self.num_parameters, self.num_non_embedding = modeling.num_parameters(model)
+        self.parameters = modeling.count_parameters(model)
         decayed = optim.decayed_names(model)
         weights = None
         if recipe.model.pretrained is None:
@@ -272,13 +285,7 @@ class Run:
             dynamic_ncols=True,
         )
         self.throughput = metrics.Throughput()
-        layers, hidden = (
-            getattr(self.config.get_text_config(), key, 0) or 0 for key in ("num_hidden_layers", "hidden_size")
-        )
-        head = self.config.vocab_size * hidden
-        self.flops_per_token = metrics.flops_per_token(
-            self.num_non_embedding + head, layers, hidden, self.recipe.data.block_size
-        )
+        self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if not self.is_main:
             self.file = None
         else:
@@ -300,8 +307,8 @@ class Run:
             "document_masking": self.document_masking,
             "chunked_loss": self.chunked_loss,
             "accumulation_steps": self.accumulation_steps,
-            "num_parameters": self.num_parameters,
-            "num_non_embedding_parameters": self.num_non_embedding,
+            "num_parameters": self.parameters.total,
+            "num_non_embedding_parameters": self.parameters.non_embedding,
             "initial_weights": self.initial_weights,
             "commit": _commit(),
             "python": platform.python_version(),
@@ -473,8 +480,8 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
     loss = engine.sum_losses(run.accelerator, window).item() / state.window_steps
     tokens_per_second = run.throughput.read(state.window_steps * run.recipe.training.tokens_per_step)
     run.update_ledger()
-    peak = metrics.peak_flops(engine.device_name(run.accelerator))
-    devices = run.accelerator.num_processes
+    peak = devices.peak_flops(engine.device_name(run.accelerator), engine.precision(run.accelerator))
+    num_devices = run.accelerator.num_processes
     row = {
         "step": state.step,
         "tokens": state.tokens,
@@ -482,7 +489,7 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         "lr": lr,
         "grad_norm": float(grad_norm),
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * run.flops_per_token / (peak * devices) if peak else None,
+        "mfu": tokens_per_second * run.flops_per_token / (peak * num_devices) if peak else None,
         "data_wait_seconds": run.coming.wait_seconds,
         "ledger": run.ledger.digest,
         "source_tokens": run.source_tokens.tolist(),
@@ -571,6 +578,7 @@ def _finish(run: Run) -> Path:
     run.watch.beat("export", run.state.step)
     run.progress.close()
     run.coming.close()
+    peak_memory = [engine.max_over_processes(run.accelerator, size or 0) for size in run.peak_memory.close()]
     batch = engine.to_device(run.accelerator, run.data.example())
     checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
     state_dict = engine.full_state_dict(run.accelerator, run.model)
@@ -582,7 +590,7 @@ def _finish(run: Run) -> Path:
         assert run.file is not None
         run.file.write({"step": run.state.step, "tokens": run.state.tokens, **exported})
         write_card(run, model_path, report)
-        print(run_summary(run, report))
+        print(run_summary(run, report), "", plan.report(run, *peak_memory), sep="\n")
     engine.finish(run.accelerator)
     return model_path
 

@@ -9,6 +9,7 @@ PACKAGE = sorted((ROOT / "hfpretrain").glob("*.py"))
 FOUNDATION = {
     "recipe",
     "files",
+    "devices",
     "hygiene",
     "mirror",
     "prepared",
@@ -17,6 +18,7 @@ FOUNDATION = {
     "tensor_parallel",
     "loss",
     "sequence_parallel",
+    "initialisation",
 }
 LEAVES = {
     "corpus",
@@ -25,17 +27,16 @@ LEAVES = {
     "joining",
     "dataloader",
     "model",
-    "initialisation",
     "optim",
     "engine",
     "checkpoint",
     "evaluation",
-} | {
+    "footprint",
     "metrics",
     "hub",
     "ranks",
 }
-COMPOSITION = ["prepare", "trace", "streaming", "score", "report", "train", "cli"]
+COMPOSITION = ["prepare", "trace", "streaming", "score", "plan", "report", "train", "cli"]
 
 
 def imports(path):
@@ -103,4 +104,4 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 5000
+    assert sum(code_lines(path) for path in PACKAGE) < 5600

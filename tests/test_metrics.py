@@ -1,4 +1,7 @@
+import time
+
 import pytest
+import torch
 from PIL import Image
 
 from hfpretrain import metrics
@@ -13,10 +16,20 @@ def test_resuming_forgets_later_lines_and_a_half_written_one(tmp_path):
     assert metrics.read_metrics(path) == []
 
 
-def test_flops_and_peaks():
+def test_flops():
     # GPT-2 124M at 1,024 tokens: 6 * 124e6 plus the attention's share
     assert metrics.flops_per_token(124_000_000, 12, 768, 1024) == pytest.approx(857e6, rel=0.01)
-    assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and metrics.peak_flops("Intel Xeon") is None
+
+
+def test_peak_memory_counts_what_is_used_after_its_start():
+    before = torch.ones(2**24)
+    peak = metrics.PeakMemory(interval=0.002)
+    first = torch.ones(2**24)
+    second = first * 2
+    time.sleep(0.05)
+    del first, second
+    used, _ = peak.close()
+    assert 0.8 * 2**27 < used < 1.5 * 2**27 and len(before)
 
 
 def test_throughput_leaves_pauses_out(monkeypatch):

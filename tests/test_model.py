@@ -31,10 +31,10 @@ def build(config, **section):
 @pytest.mark.parametrize(("config", "tied"), [(LLAMA, False), (GPT2, True)])
 def test_parameters_are_counted_with_and_without_embeddings(config, tied):
     model = build(config)
-    total, non_embedding = modeling.num_parameters(model)
-    assert total == sum(p.numel() for p in model.parameters())
-    assert total - non_embedding == 64 * 32 * (1 if tied else 2)
-    assert modeling.num_parameters_of_config(model.config) == (total, non_embedding)
+    counts = modeling.count_parameters(model)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.total - counts.non_embedding == 64 * 32 * (1 if tied else 2)
+    assert modeling.parameters_of_config(model.config) == counts
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, MOE])

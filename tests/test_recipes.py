@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, rows, small_text, train
 from transformers import AutoConfig
 
-from hfpretrain.model import config_problems, num_parameters_of_config
+from hfpretrain.model import config_problems, parameters_of_config
 from hfpretrain.recipe import accumulation_steps, load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -64,8 +64,7 @@ def test_header_has_the_number_of_parameters(path):
         "vocab_size": recipe.tokenizer.vocab_size,
     }
     config |= recipe.model.config or PRETRAINED[recipe.model.pretrained]
-    total, _ = num_parameters_of_config(AutoConfig.for_model(**config))
-    assert header(path)["Parameters"] == f"{total:,}"
+    assert header(path)["Parameters"] == f"{parameters_of_config(AutoConfig.for_model(**config)).total:,}"
 
 
 @every_recipe

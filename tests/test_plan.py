@@ -1,0 +1,251 @@
+import json
+
+import pytest
+import torch
+from conftest import ROOT, hfpretrain, train, write_recipe
+from transformers import AutoConfig
+
+from hfpretrain import footprint
+from hfpretrain import model as modeling
+from hfpretrain.plan import make_plan, seconds_per_step, table
+from hfpretrain.recipe import ModelSection, RecipeError, load_recipe
+
+SEVEN_B = ROOT / "recipes" / "llama-7b-fineweb.yaml"
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+}
+LLAMA = {"model_type": "llama", "num_key_value_heads": 2, **SIZES}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500}
+MIXTRAL = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, **SIZES}
+LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"], "num_key_value_heads": 2, **SIZES}
+BATCH, BLOCK = 4, 128
+
+
+def config_of(keywords):
+    return AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **keywords})
+
+
+def build(keywords, **section):
+    section = ModelSection(config=keywords, **section)
+    return lambda: modeling.build_model(section, config_of(keywords), "cpu")
+
+
+def simulate(keywords, precision="float32", accumulates=True, chunked_loss=False, **section):
+    return footprint.simulate(
+        build(keywords, **section),
+        precision=precision,
+        batch_size=BATCH,
+        block_size=BLOCK,
+        document_masking=True,
+        chunked_loss=chunked_loss,
+        accumulates=accumulates,
+        float32_outputs=precision.startswith("autocast"),
+    )
+
+
+def allocated(model, precision):
+    """Bytes that torch allocates at most in a second micro-step, by its profiler, gradients of the first included."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(500, (BATCH, BLOCK), generator=generator)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": (torch.arange(BLOCK) % 50).repeat(BATCH, 1)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+                outputs = model(**batch, use_cache=False, num_items_in_batch=torch.tensor(500))
+            outputs.logits = outputs.logits.float()
+            outputs.loss.backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("keywords", "precision"),
+    [
+        (LLAMA, "float32"),
+        (LLAMA, "autocast bfloat16"),
+        (GPT2, "float32"),
+        (MIXTRAL, "autocast bfloat16"),
+        (LFM2, "float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["model_type"],
+)
+def test_a_simulated_pass_holds_what_torch_allocates(keywords, precision):
+    assert simulate(keywords, precision).peak == pytest.approx(allocated(build(keywords)().train(), precision), rel=0.1)
+
+
+def test_a_simulated_pass_sees_checkpointing_and_it_agrees_with_torch():
+    plain, less = simulate(LLAMA), simulate(LLAMA, gradient_checkpointing=True)
+    assert less.activations < 0.7 * plain.activations
+    real = build(LLAMA, gradient_checkpointing=True)().train()
+    assert less.peak == pytest.approx(allocated(real, "float32"), rel=0.1)
+
+
+def test_parts_of_a_pass():
+    plain = simulate(LLAMA)
+    total = sum(parameter.numel() for parameter in build(LLAMA)().parameters())
+    # Of the naive loss at its largest: logits of this and the last micro-step, log-probabilities, gradients.
+    assert plain.logits % (BATCH * BLOCK * 500 * 4) == 0 and plain.retained == BATCH * BLOCK * 500 * 4
+    assert plain.casts == 0 and 0 < simulate(LLAMA, "autocast bfloat16").casts <= 2 * total
+    # Eager attention holds a probability for each head, layer and pair of positions, sdpa a mask for each layer.
+    eager, pairs = simulate(LLAMA, attn_implementation="eager"), 4 * BATCH * BLOCK * BLOCK
+    assert eager.activations - plain.activations > 3 * (4 - 1) * pairs * 0.9
+    assert plain.peak - plain.peak_without == pytest.approx(4 * total, rel=0.01)
+    chunked = simulate(LLAMA, chunked_loss=True)
+    assert chunked.logits < plain.logits / 3 and chunked.peak < plain.peak
+    first = simulate(LLAMA, accumulates=False)
+    assert first.peak_without <= first.peak < plain.peak
+    state = torch.get_rng_state()
+    simulate(LLAMA)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_parameters_active_for_a_token():
+    counts = modeling.parameters_of_config(config_of(MIXTRAL))
+    experts = 3 * 8 * 3 * 64 * 128  # layers, experts, matrices
+    assert counts.total - counts.active == experts * 6 // 8
+    dense = modeling.parameters_of_config(config_of(LLAMA))
+    assert dense.active == dense.total and dense.active_non_embedding == dense.non_embedding
+    deepseek = {"model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1,
+                "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+                "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, **SIZES}  # fmt: skip
+    counts = modeling.parameters_of_config(config_of(deepseek))
+    assert counts.total - counts.active == 2 * 3 * 64 * 32 * 6  # layers with experts, matrices, experts that rest
+    qwen = make_plan(
+        load_recipe(ROOT / "recipes" / "qwen3-moe.yaml"), engine="zero1", num_processes=4, device="A100-40GB"
+    )
+    assert qwen.parameters.active == 99_406_080  # as its header says
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Five layers of the 7B model on 8 devices of 24 GiB."""
+    changes = ["--model.config.num_hidden_layers=5", "--training.micro_batch_size=1"]
+    return make_plan(load_recipe(SEVEN_B, changes), num_processes=8, device="L4")
+
+
+def state_of(plan):
+    """Bytes of weights, gradients and optimizer by engine; without the copies in 16 bits that autocast adds."""
+    return {row.engine: row.memory.weights + row.memory.gradients + row.memory.optimizer for row in plan.engines}
+
+
+def test_the_state_agrees_with_the_estimator_of_accelerate():
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes
+
+    changes = ["--training.mixed_precision=no", "--training.micro_batch_size=1", "--model.config.num_hidden_layers=2"]
+    recipe = load_recipe(SEVEN_B, changes)
+    row = make_plan(recipe, engine="single", device="H100-80GB").engines[0]
+    with torch.device("meta"):
+        model = modeling.build_model(recipe.model, config_of(recipe.model.config))
+    size, (largest_layer, _) = calculate_maximum_sizes(model)
+    size -= sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    theirs = estimate_training_usage(size, "float32")
+    assert row.memory.weights == theirs["model"] and row.memory.gradients == theirs["gradients"]
+    assert row.memory.optimizer == theirs["optimizer"]
+    shape = footprint.model_shape(model, modeling.decoder_layers(model))
+    assert shape.largest_layer * 4 == largest_layer
+    # In 16 bits accelerate counts gradients in float32 and in 16 bits. Autocast turns each 16-bit gradient into float32
+    # as soon as it is there, so ours has them once; torch's profiler agrees above.
+    assert estimate_training_usage(size, "bfloat16")["gradients"] == 1.5 * row.memory.gradients
+
+
+def test_the_state_agrees_with_the_estimators_of_deepspeed(wide):
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    ours, total = state_of(wide), wide.parameters.total
+    _, zero2 = estimate_zero2_model_states_mem_needs(total, 8, cpu_offload=False)
+    assert ours["zero2"] == pytest.approx(zero2, rel=1e-6)
+    layer = 202_383_360
+    _, zero3, gathered = estimate_zero3_model_states_mem_needs(
+        total, layer, 8, cpu_offload=False, cpu_offload_params=False
+    )
+    # 2 + 2 + 4 + 8 bytes a parameter are 16, and its own comment for stage 2 adds the step's 4 of float32 gradients:
+    # stage 3 makes them too (`_prepare_fp32_grad_for_sub_group`), but its 18 has room for 2 of the 4.
+    assert ours["zero3"] - (zero3 - gathered) == pytest.approx(2 * total / 8, rel=1e-6)
+
+
+def test_engines_side_by_side(wide):
+    rows, total = {row.engine: row for row in wide.engines}, wide.parameters.total
+    assert list(rows) == [engine.name for engine in footprint.ENGINES]
+    assert {name for name, row in rows.items() if not row.fits} == {"single", "ddp"}
+    assert rows["fsdp2"].memory.optimizer == 8 * total // 8
+    assert rows["hsdp"].memory.weights == 4 * total // 4
+    assert rows["zero3_offload"].memory.weights == 0 and rows["zero3_offload"].memory.host > 16 * total / 8
+    assert rows["zero1"].memory.peak > rows["zero2"].memory.peak > rows["zero3"].memory.weights
+    assert wide.seconds_per_step == pytest.approx(wide.flops_per_token * 4_194_304 / (8 * 121e12 * 0.4))
+    assert wide.device_hours == pytest.approx(8 * 33_000 * wide.seconds_per_step / 3600)
+    assert wide.prepared_bytes == 2 * wide.tokens and rows["fsdp2"].checkpoint_bytes == 12 * total
+
+
+def test_flops_of_the_formula(wide):
+    # 6 for each parameter in a matrix product, embeddings in once, and attention.
+    assert wide.flops_per_token == 6 * (wide.parameters.non_embedding + 32000 * 4096) + 12 * 5 * 4096 * 4096
+
+
+def test_what_cannot_be_is_named(folder):
+    recipe = load_recipe(write_recipe(folder))
+    rows = {row.engine: row for row in make_plan(recipe, num_processes=3, device="A100-80GB").engines}
+    assert rows["single"].fits and "8 sequences" in rows["ddp"].reason and "two equal groups" in rows["hsdp"].reason
+    for keywords, message in (
+        ({"engine": "fsdp"}, "unknown engine; did you mean `fsdp2`?"),
+        ({"device": "H100-80G"}, "unknown device; did you mean `H100-80GB`?"),
+        ({"mfu": 40.0}, "not a share of the peak"),
+        ({"num_processes": 0}, "at least 1"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            make_plan(recipe, **keywords)
+        assert message in str(error.value)
+    text = load_recipe(write_recipe(folder, tokenizer={"algorithm": "character"}))
+    with pytest.raises(RecipeError, match=r"model\.config\.vocab_size"):
+        make_plan(text)
+
+
+def test_the_command_prints_a_table_or_json(folder):
+    recipe = str(write_recipe(folder))
+    result = hfpretrain("plan", recipe, "--num-processes", "2", "--device", "cpu", "--mfu", "0.2")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 120 and "measured, a matrix product" in result.stdout
+    assert [line.split()[0] for line in lines[-len(footprint.ENGINES) :]] == [
+        engine.name for engine in footprint.ENGINES
+    ]
+    found = json.loads(hfpretrain("plan", recipe, "--engine", "zero2", "--device", "h200-141gb", "--json").stdout)
+    assert found["parameters"]["total"] == 39_072 and found["mfu"] == 0.4 and found["peak_flops"] == 67e12
+    (row,) = found["engines"]
+    assert row["engine"] == "zero2" and row["memory"]["peak"] > row["memory"]["optimizer"] == 12 * 39_072
+
+
+def test_a_run_says_what_it_came_to(folder):
+    result = train(write_recipe(folder), "--training.max_steps=4")
+    assert result.returncode == 0, result.stderr
+    assert "predicted      measured    error" in result.stdout and "seconds a step" in result.stdout
+    kept = json.loads((folder / "run" / "plan.json").read_text())
+    assert kept["plan"]["engines"][0]["engine"] == "single" and kept["plan"]["parameters"]["total"] == 39_072
+    for key in ("peak_memory", "seconds_per_step"):
+        assert kept["measured"][key] > 0
+        assert kept["error"][key] == pytest.approx(kept["prediction"][key] / kept["measured"][key] - 1)
+    assert kept["measured"]["mfu"] == pytest.approx(
+        0.4 * kept["prediction"]["seconds_per_step"] / kept["measured"]["seconds_per_step"]
+    )
+
+
+def test_seconds_of_a_step_leave_the_first_line_out():
+    rows = [{"step": 2, "tokens_per_second": 10.0}, {"step": 2, "eval/loss": 1.0}]
+    assert seconds_per_step(rows, 100) == 10 and seconds_per_step([], 100) is None
+    rows += [{"step": 4, "tokens_per_second": 100.0}, {"step": 5, "tokens_per_second": 25.0}]
+    assert seconds_per_step(rows, 100) == pytest.approx((2 * 1 + 1 * 4) / 3)
+
+
+def test_a_table_without_a_known_peak(folder):
+    plan = make_plan(load_recipe(write_recipe(folder)), engine="single", device="L4")
+    unknown = {**plan.__dict__, "seconds_per_step": None, "hours": None, "device_hours": None, "peak_flops": None}
+    assert "time         not known" in table(type(plan)(**unknown))
