@@ -647,6 +647,11 @@ def require_compatible(accelerator: Accelerator, saved_engine: str, saved_proces
         )
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def device_name(accelerator: Accelerator) -> str:
     """The device's trade name."""
     if accelerator.device.type == "cuda":

@@ -491,6 +491,49 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
     return table(plan, found)
 
 
+def out_of_memory(run: Any, message: str) -> str:
+    """What to say of a run that ran out of memory: the plan of all engines, and the three changes that help most."""
+    from hfpretrain import engine
+
+    recipe, accelerator = run.recipe, run.accelerator
+    name, number = engine.engine_name(accelerator), accelerator.num_processes
+    settled = {"num_processes": number, "mixed_precision": engine.precision(accelerator)}
+    with engine.plain_initialisation():
+        plan = make_plan(recipe, config=getattr(run, "config", None), **settled)
+        peaks = {row.engine: row.memory.peak for row in plan.engines if row.memory is not None}
+        changes = [(f"accelerate_configs/{other}.yaml", peak) for other, peak in peaks.items()]
+        for text, changed in _smaller(recipe):
+            (row,) = make_plan(changed, engine=name, config=getattr(run, "config", None), **settled).engines
+            if row.memory is not None:
+                changes.append((text, row.memory.peak))
+    now = peaks.get(name)
+    helpful = sorted((change for change in changes if now is None or change[1] < now), key=lambda change: change[1])
+    size = f"{recipe.training.micro_batch_size} sequences of {recipe.data.block_size} tokens"
+    lines = [f"{size} do not fit on {engine.device_name(accelerator)} under {name}: {message}", "", table(plan), ""]
+    lines += [f"what helps most, in peak memory of a process ({_bytes(now) if now else 'not known'} now):"]
+    lines += [f"  {_bytes(peak):>10}  {text}" for text, peak in helpful[:3]]
+    return "\n".join(lines)
+
+
+def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Recipes that learn the same in less memory, each with its override."""
+
+    def changed(section: str, **update: Any) -> tuple[str, Recipe]:
+        ((key, value),) = update.items()
+        part = getattr(recipe, section).model_copy(update=update)
+        return f"--{section}.{key}={str(value).lower()}", recipe.model_copy(update={section: part})
+
+    size, found = recipe.training.micro_batch_size, []
+    if size > 1:
+        # The largest part of it divides whatever it divided.
+        found.append(changed("training", micro_batch_size=next(n for n in range(size // 2, 0, -1) if size % n == 0)))
+    if not recipe.model.gradient_checkpointing:
+        found.append(changed("model", gradient_checkpointing=True))
+    if recipe.training.chunked_loss is False:
+        found.append(changed("training", chunked_loss=True))
+    return found
+
+
 def _digits(largest: float) -> int:
     return 1 if largest >= 100 else 2 if largest >= 1 else 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -115,6 +117,10 @@ class Run:
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
         )
+
+    def build(self) -> None:
+        """Data, model and optimizer, rehearsed, and resumed from the newest checkpoint."""
+        recipe, training, watch = self.recipe, self.recipe.training, self.watch
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
         manifest = self.prepared.manifest
@@ -416,8 +422,23 @@ def train(recipe: Recipe) -> Path:
     """Run a recipe to its end, from wherever its output folder stands; returns the folder of the exported model."""
     with ranks.Watch() as watch:
         run = Run(recipe, watch)
-        _fit(run)
-        return _finish(run)
+        with _explained(run):
+            run.build()
+            _fit(run)
+            return _finish(run)
+
+
+@contextlib.contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Turns running out of memory into a `RecipeError` with the plan of the run and what would help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not engine.is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+        message = plan.out_of_memory(run, str(error).partition("\n")[0])
+        raise RecipeError.at("training.micro_batch_size", message) from None
 
 
 def _rehearse(run: Run) -> None:

@@ -1,8 +1,10 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, hfpretrain, train, write_recipe
+from conftest import ROOT, environment, hfpretrain, train, write_recipe
 from transformers import AutoConfig
 
 from hfpretrain import footprint
@@ -249,3 +251,23 @@ def test_a_table_without_a_known_peak(folder):
     plan = make_plan(load_recipe(write_recipe(folder)), engine="single", device="L4")
     unknown = {**plan.__dict__, "seconds_per_step": None, "hours": None, "device_hours": None, "peak_flops": None}
     assert "time         not known" in table(type(plan)(**unknown))
+
+
+def test_running_out_of_memory_says_what_would_help(folder):
+    """A limit on the address space makes torch's allocator fail as on a full machine."""
+    code = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)\n"
+        "from hfpretrain.train import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    recipe = write_recipe(
+        folder, training__tokens_per_step=2**18, training__micro_batch_size=2**13, model__config__hidden_size=512
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(recipe)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "training.micro_batch_size: 8192 sequences of 32 tokens do not fit on" in result.stderr
+    assert "zero3_offload" in result.stderr
+    helpful = result.stderr.partition("what helps most")[2].splitlines()[1:]
+    assert len(helpful) == 3 and any("--training.micro_batch_size=4096" in line for line in helpful)
+    assert not (folder / "run" / "metrics.jsonl").exists()
