@@ -54,7 +54,7 @@ def write_recipe(folder: Path, model: str, accumulation: int, precision: str, st
             "prepared_dir": str(folder / "prepared"),
         },
         "optimizer": {"lr": 1e-3},
-        "scheduler": {"name": "cosine", "num_warmup_steps": 5},
+        "scheduler": {"name": "cosine", "num_warmup_steps": min(5, steps // 2)},
         "training": {
             "tokens_per_step": 4 * accumulation * 64,
             "micro_batch_size": 2,
