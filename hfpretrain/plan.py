@@ -477,14 +477,16 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
 
     accelerator = run.accelerator
     try:
-        plan = make_plan(
-            run.recipe,
-            engine=engine.engine_name(accelerator),
-            num_processes=accelerator.num_processes,
-            config=run.config,
-            mixed_precision=accelerator.mixed_precision,
-            document_masking=run.document_masking,
-        )
+        # Only this process makes it, and in a ZeRO-3 job transformers would ask all to build a model.
+        with engine.plain_initialisation():
+            plan = make_plan(
+                run.recipe,
+                engine=engine.engine_name(accelerator),
+                num_processes=accelerator.num_processes,
+                config=run.config,
+                mixed_precision=accelerator.mixed_precision,
+                document_masking=run.document_masking,
+            )
     except RecipeError as error:  # a run that has ended well must not fail for want of its bill
         return f"no plan of this run: {error}"
     rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
