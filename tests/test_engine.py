@@ -67,6 +67,8 @@ def test_a_recipe_means_the_same_under_every_engine(runs, name):
     compare(runs, name, steps=10)
     assert json.loads((runs / name / "environment.json").read_text())["engine"] == name
     assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == 2
+    (row,) = json.loads((runs / name / "plan.json").read_text())["plan"]["engines"]
+    assert (row["engine"], row["num_processes"], row["reason"]) == (name, 2, None)
 
 
 @pytest.mark.parametrize("name", ["single", *DISTRIBUTED])
