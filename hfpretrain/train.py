@@ -611,7 +611,8 @@ def _finish(run: Run) -> Path:
         assert run.file is not None
         run.file.write({"step": run.state.step, "tokens": run.state.tokens, **exported})
         write_card(run, model_path, report)
-        print(run_summary(run, report), "", plan.report(run, *peak_memory), sep="\n")
+        print(run_summary(run, report), flush=True)
+        print("", plan.report(run, *peak_memory), sep="\n")
     engine.finish(run.accelerator)
     return model_path
 

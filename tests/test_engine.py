@@ -75,8 +75,11 @@ def runs(tmp_path_factory):
 def test_a_recipe_means_the_same_under_every_engine(runs, name):
     compare(runs, name, steps=10)
     assert json.loads((runs / name / "environment.json").read_text())["engine"] == name
-    assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == (4 if name == "hsdp" else 2)
+    number = 4 if name == "hsdp" else 2
+    assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == number
     assert initial_weights(runs / name) == initial_weights(runs / "single")
+    (row,) = json.loads((runs / name / "plan.json").read_text())["plan"]["engines"]
+    assert (row["engine"], row["num_processes"], row["reason"]) == (name, number, None)
 
 
 @pytest.mark.parametrize("name", ["single", *DISTRIBUTED, *OFFLOADED])
