@@ -118,31 +118,6 @@ def test_a_state_of_zero_does_not_move(runs):
     assert result.returncode != 0 and "was saved by zero2 with 2 process(es)" in result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
-         "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    ],
-    ids=["llama", "gpt2"],
-)  # fmt: skip
-def test_fifty_steps_under_every_engine(tmp_path, model):
-    """The table of the README: `make proofs` prints it."""
-    changes = {"training__max_steps": 50, "model__config": model, "evaluation__every_steps": 25, "optimizer__lr": 1e-3}
-    refused = {"tp"} if model["model_type"] == "gpt2" else set()  # transformers has no plan for it
-    engines = [name for name in [*DISTRIBUTED, *OFFLOADED] if name not in refused]
-    run_all(tmp_path, ["single", *engines], **changes)
-    print(f"\n{'engine':<14}{'loss':>10}{'grad norm':>11}{'perplexity':>12}{'logits':>10}")
-    print(f"{'single':<14}{0:>10.1e}{0:>11.1e}{0:>12.1e}{check_export(tmp_path / 'single'):>10.1e}")
-    for name in engines:
-        found = compare(tmp_path, name, steps=50)
-        figures = f"{found['loss']:>10.1e}{found['grad_norm']:>11.1e}{found['eval/perplexity']:>12.1e}"
-        print(f"{name:<14}{figures}{check_export(tmp_path / name):>10.1e}")
-
-
 def test_bfloat16_under_a_sharded_engine_reports_float32_losses(tmp_path):
     run_all(tmp_path, ["single", "fsdp2"], training__mixed_precision="bf16", training__max_steps=4)
     for key in ("loss", "eval/loss"):

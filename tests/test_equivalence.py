@@ -1,0 +1,38 @@
+"""Short forms of `benchmarks/equivalence.py` and `gpu_check.py`; dense llama is test_engine.py's."""
+
+import subprocess
+import sys
+
+import equivalence
+import pytest
+from conftest import ROOT, environment
+
+
+@pytest.mark.parametrize("model", ["gpt2", "qwen3_moe"])
+def test_a_recipe_means_the_same_under_every_engine(tmp_path, model):
+    """Tied embeddings and experts, three micro-steps on each process, documents masked."""
+    recipe = equivalence.write_recipe(tmp_path, model, accumulation=3, precision="no", steps=10)
+    single = equivalence.run(recipe, "single")
+    for engine in equivalence.ENGINES:
+        found = equivalence.differences(single, equivalence.run(recipe, engine))
+        assert equivalence.holds(found, "no"), (engine, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_whole_matrix(precision):
+    command = [sys.executable, str(ROOT / "benchmarks" / "equivalence.py"), "--precision", precision]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_gpu_check_at_toy_size(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--steps", "2", "--rows", "fp8", "export"]
+    command += ["--results", str(tmp_path / "table.md")]
+    result = subprocess.run(command, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    *_, first, fp8, export = (tmp_path / "table.md").read_text().splitlines()
+    assert first.startswith("| bf16 | same |") and "0.0e+00" in first
+    assert fp8 == "| fp8 | training.mixed_precision: fp8 needs a GPU; on a CPU take bf16 or no |"
+    assert export.startswith("| bf16 export | same |")
