@@ -474,6 +474,7 @@ def _fit(run: Run) -> None:
             break
         run.watch.beat("data", state.step)
         step_data = run.coming.next()
+        run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
         for batch in (engine.split_sequences(accelerator, batch) for batch in batches):

@@ -66,7 +66,7 @@ def runs(tmp_path_factory):
     """The same short recipe under every engine: one CPU process alone, four for hsdp, else two."""
     folder = tmp_path_factory.mktemp("engines")
     changes = {"training__max_steps": 10, "checkpoint__every_steps": 5, "evaluation__every_steps": 5}
-    changes |= {"training__chunked_loss": True, "model__gradient_checkpointing": True}
+    changes |= {"model__gradient_checkpointing": True}
     run_all(folder, ["single", *DISTRIBUTED, *OFFLOADED], **changes)
     return folder
 
