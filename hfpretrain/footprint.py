@@ -279,13 +279,23 @@ def forward_precision(engine: Engine, mixed_precision: str) -> str:
     return f"{'autocast' if engine.family == 'replica' else 'cast'} {dtype}"
 
 
-def memory(engine: Engine, shape: Shape, num_processes: int, mixed_precision: str, held: Pass, on_cpu: bool) -> Memory:
+def memory(
+    engine: Engine,
+    shape: Shape,
+    num_processes: int,
+    mixed_precision: str,
+    held: Pass,
+    *,
+    accumulates: bool,
+    on_cpu: bool,
+) -> Memory:
     """What one process of an engine holds, `held` being its simulated pass.
 
     How the engines hold it: torch's DDP copies gradients into buckets (`gradient_as_bucket_view` is off). FSDP2 shards
-    float32 weights, gradients and moments, and gathers a layer in 16 bits. DeepSpeed holds 16-bit weights and gradients
-    and float32 masters; in stages 1 and 2 it also copies its share of the weights when they are float32 already. Its
-    reduction bucket has a fixed size, of which a CPU gives only what is written to.
+    float32 weights, gradients and moments, and gathers a layer in 16 bits; while micro-steps accumulate, accelerate's
+    `no_sync` makes it keep whole float32 gradients on the device, which the last divides. DeepSpeed holds 16-bit
+    weights and gradients and float32 masters; in stages 1 and 2 it also copies its share of the weights when they are
+    float32 already. Its reduction bucket has a fixed size, of which a CPU gives only what is written to.
     """
     total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
     weights_by, gradients_by, optimizer_by, activations_by = (
@@ -310,26 +320,32 @@ def memory(engine: Engine, shape: Shape, num_processes: int, mixed_precision: st
         if engine.family == "fsdp2":
             # Of a layer: gathered weights, the next one's on their way, gradients, and their float32 sum's input.
             buffers += shape.tail * bits + shape.largest_layer * (3 * bits + 4)
+    whole = engine.family == "fsdp2" and accumulates
+    in_backward = 4 * total if whole else gradients
     retained = held.retained // activations_by
     if engine.gradients == "one":
         in_pass = held.peak // activations_by + (0 if on_cpu else bucket)
     elif on_cpu:
         # The bucket fills while activations go.
-        in_pass = gradients + max(held.peak_without // activations_by, bucket + retained)
+        in_pass = in_backward + max(held.peak_without // activations_by, bucket + retained)
     else:
-        in_pass = gradients + held.peak_without // activations_by + bucket
+        in_pass = in_backward + held.peak_without // activations_by + bucket
     in_step = gradients + at_step + retained + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
-    parts = {"weights": weights, "gradients": gradients + at_step, "optimizer": optimizer}
-    fixed = 0 if engine.offload else weights + optimizer
+    host = 0
     if engine.offload:
-        in_pass, in_step = in_pass - gradients, retained
+        host, at_step = weights + gradients + at_step + optimizer, 0
+        weights = optimizer = 0
+        in_pass, in_step = in_pass - (0 if whole else gradients), retained
+        gradients = in_backward = in_backward if whole else 0
     return Memory(
-        **(dict.fromkeys(parts, 0) if engine.offload else {**parts, "weights": weights + held.casts // weights_by}),
+        weights=weights + held.casts // weights_by,
+        gradients=max(in_backward, gradients + at_step),
+        optimizer=optimizer,
         activations=held.activations // activations_by,
         logits=held.logits // activations_by,
         buffers=buffers + bucket,
-        peak=fixed + buffers + max(in_pass, in_step),
-        host=sum(parts.values()) if engine.offload else 0,
+        peak=weights + optimizer + buffers + max(in_pass, in_step),
+        host=host,
     )
 
 

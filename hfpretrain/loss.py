@@ -125,6 +125,7 @@ def install(network: Any) -> Callable[[], None]:
     """
     head = network.get_output_embeddings()
     plain, loss_function = head.forward, network.loss_function
+    patched = vars(head).get("forward")  # by tensor parallelism
     pending: list[torch.Tensor] = []  # the targets of the model's forward in progress
 
     def remember(_: Any, args: Any, keywords: dict[str, Any]) -> None:
@@ -152,6 +153,8 @@ def install(network: Any) -> Callable[[], None]:
     def undo() -> None:
         hook.remove()
         del head.forward, head.chunked_loss
+        if patched is not None:
+            head.forward = patched
         network.loss_function = loss_function
 
     return undo

@@ -273,7 +273,7 @@ def _row(
             raise held
     except RecipeError as error:
         return EngineRow(engine.name, number, reason=error.problems[0].message)
-    memory = footprint.memory(engine, shape, number, precision, held, on_cpu)
+    memory = footprint.memory(engine, shape, number, precision, held, accumulates=steps > 1, on_cpu=on_cpu)
     checkpoint_bytes, export_bytes = footprint.disk(engine, shape, precision, recipe.model.dtype)
     fits = memory.peak <= (_USABLE_CPU if on_cpu else _USABLE) * device_memory
     return EngineRow(engine.name, number, memory, fits, checkpoint_bytes, export_bytes)

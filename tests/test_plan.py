@@ -180,6 +180,8 @@ def test_engines_side_by_side(wide):
     assert list(rows) == [engine.name for engine in footprint.ENGINES]
     assert {name for name, row in rows.items() if not row.fits} == {"single", "ddp"}
     assert rows["fsdp2"].memory.optimizer == 8 * total // 8
+    # Here micro-steps accumulate: FSDP2 divides gradients in the last alone.
+    assert rows["fsdp2"].memory.gradients == rows["fsdp2_offload"].memory.gradients == 4 * total
     assert rows["hsdp"].memory.weights == 4 * total // 4
     assert rows["zero3_offload"].memory.weights == 0 and rows["zero3_offload"].memory.host > 16 * total / 8
     assert rows["zero1"].memory.peak > rows["zero2"].memory.peak > rows["zero3"].memory.weights
