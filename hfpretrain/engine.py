@@ -236,7 +236,7 @@ def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     from accelerate.state import PartialState
     from torch._C._distributed_c10d import HashStore
 
-    if accelerator.num_processes == 1:
+    if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP

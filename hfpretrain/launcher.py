@@ -87,6 +87,8 @@ def _uncut_sequences(config: Any, attn_implementation: str) -> Iterator[str]:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or getattr(config, "sliding_window", None):
         yield f"DeepSpeed drops the mask of {', '.join(sorted(kinds)) or 'sliding_attention'} layers; use zero3.yaml"
+    if getattr(config, "num_key_value_heads", None) is None:
+        yield f"{config.model_type} has no num_key_value_heads, which DeepSpeed reads; use zero3.yaml"
     if getattr(config, "output_router_logits", False):
         yield "the router's balancing loss of parts is not that of sequences; set output_router_logits to false"
 
