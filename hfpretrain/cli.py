@@ -127,7 +127,8 @@ def _parameters(recipe: Recipe) -> Any:
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.plan import as_json, make_plan, table
+    from hfpretrain.bill import as_json, table
+    from hfpretrain.plan import make_plan
 
     keywords = {"engine": args.engine, "num_processes": args.num_processes, "device": args.device, "mfu": args.mfu}
     plan = make_plan(_load(args, overrides), **keywords)

@@ -31,7 +31,7 @@ class Device:
     bf16: bool = True
 
     def peak(self, mixed_precision: str) -> float:
-        """FLOP/s in a precision of `engine.resolve_precision`. TF32 has half, FP8 twice the 16-bit figure on the sheets
+        """FLOP/s in a precision of `precision.resolve`. TF32 has half, FP8 twice the 16-bit figure on the sheets
         of NVIDIA's devices that have it."""
         if mixed_precision == "no":
             return self.float32_flops

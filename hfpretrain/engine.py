@@ -4,98 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import logging
 import os
-import shutil
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
-from hfpretrain import launcher, sequence_parallel, tensor_parallel
+from hfpretrain import fsdp, initialisation, launcher, sequence_parallel, tensor_parallel, zero
+from hfpretrain import precision as precisions
+from hfpretrain.initialisation import Weights
 from hfpretrain.recipe import MixedPrecision, RecipeError
 
 _OFFLOADED = ("optimizer", "param")
-
-
-def resolve_precision(mixed_precision: MixedPrecision) -> MixedPrecision:
-    """`auto` becomes what the launcher's file says, else bf16 where the hardware has it, else `no`.
-
-    Raises `RecipeError` if recipe and launcher contradict each other, or the hardware or a package is missing. The
-    launcher writes `no` also when nobody said so, which is why its `no` decides nothing.
-    """
-    launcher: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed_precision == "auto":
-        chosen: MixedPrecision = launcher if launcher != "no" else ("bf16" if has_bf16() else "no")
-    else:
-        chosen = mixed_precision
-    if launcher not in ("no", chosen):
-        raise RecipeError.at(
-            "training.mixed_precision",
-            f"the recipe says {mixed_precision}, the launcher's file {launcher}; remove one of the two",
-        )
-    on_gpu = torch.accelerator.is_available()
-    problem = precision_problem(
-        chosen,
-        "GPU" if on_gpu else "CPU",
-        torch.cuda.get_device_capability() if torch.cuda.is_available() and torch.version.cuda else None,
-        sharded=_flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP"),
-        installed=lambda package: importlib.util.find_spec(package) is not None,
-    )
-    if problem is not None:
-        raise RecipeError.at("training.mixed_precision", problem)
-    return chosen
-
-
-# CUDA compute capability from which tensor cores have a format (NVIDIA, CUDA C++ Programming Guide, table "Tensor Core
-# Input Data Types by Compute Capability").
-_CAPABILITY = {"fp16": (7, 0), "bf16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
-_FP8_PACKAGES = ("torchao", "transformer_engine")
-
-
-def precision_problem(
-    precision: MixedPrecision,
-    device: Literal["CPU", "GPU"],
-    capability: tuple[int, int] | None,
-    *,
-    sharded: bool,
-    installed: Callable[[str], bool],
-) -> str | None:
-    """Why a device can't train in a precision, with the fix; None if it can.
-
-    `capability` is that of a CUDA device, None for others; `sharded`: under FSDP2 or DeepSpeed.
-    """
-    if precision in ("auto", "no") or (precision == "bf16" and device == "CPU"):
-        return None
-    if device == "CPU":
-        return f"{precision} needs a GPU; on a CPU take bf16 or no"
-    if capability is not None and capability < _CAPABILITY[precision]:
-        needed, found = (f"{major}.{minor}" for major, minor in (_CAPABILITY[precision], capability))
-        instead = "fp16 or no" if capability >= _CAPABILITY["fp16"] else "no"
-        return f"{precision} needs a GPU of compute capability {needed}, this one has {found}; take {instead}"
-    if precision == "fp8":
-        if sharded:
-            return "accelerate puts fp8 layers into a model that is sharded already; take bf16, or single or ddp"
-        if not any(installed(package) for package in _FP8_PACKAGES):
-            return "fp8 needs torchao or transformer-engine: pip install torchao"
-    return None
-
-
-def has_bf16() -> bool:
-    """Whether bf16 is computed in hardware: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
-    if torch.accelerator.is_available():
-        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def build_accelerator(
@@ -105,9 +33,10 @@ def build_accelerator(
 
     Raises `RecipeError` if fewer processes started than the launcher was asked for.
     """
+    use_deepspeed, use_fsdp = launcher.uses_deepspeed(), launcher.uses_fsdp()
     # A minute more than `ranks.Watch` gives, which can say what a process group's time-out cannot: who is missing.
     timeout = timedelta(seconds=timeout_seconds + 60)
-    precision = resolve_precision(mixed_precision)
+    precision = precisions.resolve(mixed_precision, launcher.mixed_precision(), sharded=use_deepspeed or use_fsdp)
     if precision == "fp16" and launcher.parallelism()["tp"] > 1:
         raise RecipeError.at(
             "training.mixed_precision",
@@ -116,8 +45,6 @@ def build_accelerator(
     _require_trackers(trackers)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     on_cpu = not torch.accelerator.is_available()
-    use_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
-    use_fsdp = _flag("ACCELERATE_USE_FSDP")
     if on_cpu or launcher.offloads():
         _use_all_cores()
     if on_cpu:
@@ -126,12 +53,16 @@ def build_accelerator(
         "mixed_precision": "no" if precision == "tf32" else precision,
         "log_with": trackers or None,
         "project_dir": project_dir,
-        "kwargs_handlers": [InitProcessGroupKwargs(timeout=timeout)],
+        "kwargs_handlers": [
+            InitProcessGroupKwargs(timeout=timeout),
+            # Else every gradient is held twice, once in DDP's buckets.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     }
     if use_deepspeed:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if on_cpu:
-            require_compiler()
+            zero.require_compiler()
             keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timeout)]
     elif on_cpu:
         keywords["cpu"] = True
@@ -139,7 +70,7 @@ def build_accelerator(
     if on_cpu and parallel and not use_deepspeed:
         keywords["parallelism_config"] = ParallelismConfig(1, 1, 1, 1, sp_size=1)  # until _set_parallelism_on_cpu
     if use_fsdp:
-        plugin = _fsdp_plugin(precision)
+        plugin = fsdp.build_plugin(precision)
         if on_cpu:
             accelerator = Accelerator(**keywords)
             _set_fsdp_on_cpu(accelerator, plugin)
@@ -149,7 +80,7 @@ def build_accelerator(
         accelerator = Accelerator(**keywords)
     if on_cpu and parallel and not use_deepspeed:
         _set_parallelism_on_cpu(accelerator)
-    require_asked_processes(accelerator.num_processes)
+    launcher.require_asked_processes(accelerator.num_processes)
     return accelerator
 
 
@@ -185,51 +116,6 @@ def _set_up_cpu() -> None:
             libc.mallopt(-1, 2**31 - 1)
 
 
-def require_compiler() -> None:
-    """Raises `RecipeError` if DeepSpeed could not compile its CPU operator here, unless that was done before.
-
-    It does so when it first starts, and fails in its depths without the tools. It asks for ninja in any case.
-    """
-    from torch.utils import cpp_extension
-
-    if shutil.which("ninja") is None:
-        raise RecipeError.at(
-            "distributed_type",
-            "DeepSpeed on CPUs needs ninja on the PATH: `pip install ninja`, and activate the environment it is in",
-        )
-    name = "deepspeed_shm_comm"
-    compiled = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
-    compiler = os.environ.get("CXX", "c++")
-    if not compiled.exists() and shutil.which(compiler.split()[0]) is None:
-        raise RecipeError.at(
-            "distributed_type",
-            f"DeepSpeed on CPUs compiles an operator when it first starts, and there is no C++ compiler {compiler!r}: "
-            "install g++ (`apt-get install g++`), set CXX to one, or take accelerate_configs/ddp.yaml or fsdp2.yaml",
-        )
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")
-
-
-def _fsdp_plugin(precision: str) -> Any:
-    from accelerate.utils import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is None:
-        return FullyShardedDataParallelPlugin()
-    # Accelerate's own policy casts the loss to bf16 too, and reduces gradients in it.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-
-
-def _offloads(plugin: Any) -> bool:
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    return isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-
-
 def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     # accelerate 1.15 knows FSDP on accelerators only and would silently train with DDP here; torch's FSDP2 runs on
     # gloo as well.
@@ -241,7 +127,7 @@ def _set_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
-    if _offloads(plugin):
+    if fsdp.offloads(plugin):
         plugin.cpu_offload.pin_memory = False  # torch pins memory for an accelerator only
 
 
@@ -273,57 +159,6 @@ def counts_its_data(accelerator: Accelerator) -> bool:
     return accelerator.process_index % (config.non_data_parallel_size if config else 1) == 0
 
 
-def require_asked_processes(started: int | None = None) -> None:
-    """One rank must never silently train alone: raises `RecipeError` if other than the asked processes started.
-
-    The environment does not carry the number, so the launcher's own command line is read with the launcher's own
-    parser.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1")) if started is None else started
-    asked = asked_processes()
-    if asked is not None and asked != started:
-        raise RecipeError.at(
-            "--num_processes",
-            f"the launcher was asked for {asked} processes, but {started} started. An accelerate file with "
-            "`distributed_type: MULTI_CPU` or `NO`, or none on a machine without GPUs, starts one; use "
-            "accelerate_configs/ddp.yaml, on CPUs too",
-        )
-
-
-def asked_processes(command: list[str] | None = None) -> int | None:
-    """Processes that the `accelerate launch` above this process was asked for; None without such a launcher."""
-    import psutil
-
-    if command is None:
-        commands = [parent.cmdline() for parent in psutil.Process().parents()[:3]]
-        command = next((line for line in commands if "accelerate" in " ".join(line[:3])), None)
-    arguments = _launch_arguments(command or [])
-    if arguments is None:
-        return None
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    args, _ = launch_command_parser().parse_known_args(arguments)
-    if args.num_processes is not None:
-        return int(args.num_processes)
-    if args.config_file is not None or os.path.isfile(default_config_file):
-        return int(load_config_from_file(args.config_file).num_processes)
-    return None
-
-
-def _launch_arguments(command: list[str]) -> list[str] | None:
-    """What follows `accelerate launch`, `accelerate-launch` or `-m accelerate.commands.launch` in a command line."""
-    for index, word in enumerate(command[:4]):
-        name = Path(word).name
-        if name == "accelerate" and command[index + 1 : index + 2] == ["launch"]:
-            return command[index + 2 :]
-        if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith(
-            "accelerate/commands/launch.py"
-        ):
-            return command[index + 1 :]
-    return None
-
-
 def engine_name(accelerator: Accelerator) -> str:
     """`single`, `ddp`, `tp`, `fsdp2`, `hsdp`, `zero1`, `zero2`, `zero3`, `zero3_ulysses`; all that shard also with
     `_offload`."""
@@ -336,7 +171,7 @@ def engine_name(accelerator: Accelerator) -> str:
         return f"zero{plugin.zero_stage}{ulysses}{'_offload' if offload else ''}"
     if accelerator.distributed_type == DistributedType.FSDP:
         name = "hsdp" if config and config.dp_replicate_enabled else "fsdp2"
-        return f"{name}_offload" if _offloads(accelerator.state.fsdp_plugin) else name
+        return f"{name}_offload" if fsdp.offloads(accelerator.state.fsdp_plugin) else name
     if config and config.tp_enabled:
         return "tp"
     return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
@@ -367,9 +202,6 @@ def shard_tensors(accelerator: Accelerator, model: Any) -> None:
         tensor_parallel.cut(model, accelerator.torch_device_mesh["tp"], accelerator.device)
 
 
-Weights = Iterable[tuple[str, torch.Tensor]]
-
-
 def prepare(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -388,19 +220,22 @@ def prepare(
     accelerator.gradient_accumulation_steps = accumulation_steps
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = micro_batch_size
-        config["gradient_accumulation_steps"] = accumulation_steps
-        # Anything less explicit makes DeepSpeed clip at 1.0.
-        config["gradient_clipping"] = max_grad_norm or 0.0
-        # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and wants a compiler.
-        config["zero_force_ds_cpu_optimizer"] = False
+        zero.configure(
+            config,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=max_grad_norm,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        fsdp.require_layers(accelerator.state.fsdp_plugin, model)
     if weights is not None:
         if accelerator.distributed_type == DistributedType.FSDP:
-            _shard_fsdp2(accelerator, model, weights)
+            fsdp.shard(accelerator, model, weights)
         elif engine_name(accelerator).startswith("zero3"):
-            _partition_zero3(accelerator, _assigned(model, weights))
+            zero.partition(config, initialisation.assigned(model, weights), accelerator.mixed_precision)
         else:
-            filled(model, weights)
+            initialisation.filled(model, weights)
     shard_tensors(accelerator, model)
     if _cuts_sequences(accelerator):
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
@@ -416,86 +251,17 @@ def prepare(
         assert prepared[0].gradient_clipping() == (max_grad_norm or 0.0)
         assert prepared[0].gradient_accumulation_steps() == accumulation_steps
         if weights is not None and accelerator.mixed_precision != "no":
-            _set_masters(prepared[0], weights)
+            zero.set_masters(prepared[0], weights)
     return prepared
 
 
-def _assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
-    """Put values on the CPU into a model on the meta device, wherever a tensor is tied to; each once it is there."""
-    homes: dict[int, list[tuple[Any, str]]] = defaultdict(list)
-    for module in model.modules():
-        for holder in (module._parameters, module._buffers):
-            for leaf, tensor in holder.items():
-                homes[id(tensor)].append((holder, leaf))
-    named = _named_tensors(model)
-    for name, value in weights:
-        is_parameter = isinstance(named[name], torch.nn.Parameter)
-        new = torch.nn.Parameter(value, requires_grad=named[name].requires_grad) if is_parameter else value
-        for holder, leaf in homes[id(named[name])]:
-            holder[leaf] = new
-        yield new
+def accumulate(accelerator: Accelerator, model: Any) -> contextlib.AbstractContextManager[None]:
+    """One micro-step; the last of a step reduces the gradients.
 
-
-def filled(model: torch.nn.Module, weights: Weights | None) -> torch.nn.Module:
-    """The model whole on the CPU, `weights` as of `prepare`."""
-    for _ in _assigned(model, weights or ()):
-        pass
-    return model
-
-
-def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _partition_zero3(accelerator: Accelerator, values: Iterable[torch.Tensor]) -> None:
-    """ZeRO-3's partition of each parameter, made as DeepSpeed makes them, but of one at a time."""
-    import deepspeed
-
-    config = dict(accelerator.state.deepspeed_plugin.deepspeed_config)
-    config.pop("train_batch_size", None)  # follows from the others; "auto" is accelerate's
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    first: Any = None
-    for value in values:
-        if not isinstance(value, torch.nn.Parameter):
-            continue
-        value.data = value.data.to(dtype)
-        if first is None:
-            holder = torch.nn.ParameterList([value])
-            deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
-            first = value
-        else:
-            first.convert_to_zero_parameters(param_list=[value])
-
-
-def _set_masters(model: Any, weights: Weights) -> None:
-    """DeepSpeed copies its float32 weights from those in 16 bits; here they get the values that were drawn."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    parameters = dict(model.module.named_parameters())
-    for name, value in weights:
-        if name in parameters:
-            safe_set_full_fp32_param(parameters[name], value.to(model.device))
-
-
-def _shard_fsdp2(accelerator: Accelerator, model: torch.nn.Module, weights: Weights) -> None:
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    plugin: Any = accelerator.state.fsdp_plugin
-    plugin.cpu_ram_efficient_loading = False  # of a model that has values
-    fsdp2_prepare_model(accelerator, model)
-    model.to_empty(device="cpu" if _offloads(plugin) else accelerator.device)
-    model.tie_weights()  # type: ignore[operator]
-    named = _named_tensors(model)
-    for name, value in weights:
-        target = named[name]
-        with torch.no_grad():
-            if isinstance(target, DTensor):
-                # Every process has drawn the same: nothing is to be sent.
-                value = value.to(target.device_mesh.device_type)
-                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
-                target = target.to_local()
-            target.copy_(value)
+    FSDP2 reduces them in each: without that every process would hold whole float32 gradients in between.
+    """
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    return accelerator.accumulate(*(() if is_fsdp else (model,)))
 
 
 def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:

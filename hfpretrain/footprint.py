@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hfpretrain import loss
 from hfpretrain.recipe import RecipeError
+from hfpretrain.zero import REDUCE_BUCKET
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
 
 Group = Literal["one", "all", "half"]
 Family = Literal["replica", "fsdp2", "deepspeed"]
-# DeepSpeed's defaults, in elements: deepspeed/runtime/zero/config.py, `reduce_bucket_size`, `max_live_parameters`,
-# `sub_group_size`.
-_REDUCE_BUCKET, _MAX_LIVE, _SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
+# DeepSpeed's defaults, in elements: deepspeed/runtime/zero/config.py, `max_live_parameters`, `sub_group_size`.
+_MAX_LIVE, _SUB_GROUP = 1_000_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Engine:
     """What an engine divides by which group of processes: "one" is not at all, "all" by every process, "half" within
-    each of two equal halves. `sequences`: the processes that share theirs; `activations` divides what a pass holds."""
+    each of two equal halves. `activations` divides what a pass holds."""
 
     name: str
     family: Family
     weights: Group = "one"
     gradients: Group = "one"
     optimizer: Group = "one"
-    sequences: Group = "one"
     activations: Group = "one"
-    cuts_head: bool = False
-    """The logits are whole: a loss in chunks needs the whole output embedding."""
+    cuts: Literal["tensors", "sequences"] | None = None
+    """What all processes share of each sequence; with tensors cut the logits still are whole, and so is the loss."""
+    keeps_gradients: bool = False
+    """The memory of whole gradients is there from the first step on, not only from backward to step."""
     offload: bool = False
     """Weights, gradients and optimizer stay in the host's memory; the device sees what it works on."""
     max_processes: int | None = None
@@ -50,18 +51,17 @@ class Engine:
         """Processes among which a part with this `group` is divided."""
         return {"one": 1, "all": num_processes, "half": max(1, num_processes // 2)}[group]
 
-    def refusal(self, num_processes: int) -> str | None:
-        """Why this engine does not run with so many processes; None if it does."""
-        if "half" in (self.weights, self.gradients, self.optimizer) and num_processes % 2:
-            return f"{num_processes} process(es) do not make two equal groups"
-        return None
+    @property
+    def halves(self) -> bool:
+        """Whether processes form two equal groups."""
+        return "half" in (self.weights, self.gradients, self.optimizer)
 
 
 ENGINES = (
     Engine("single", "replica", max_processes=1),
-    Engine("ddp", "replica"),
+    Engine("ddp", "replica", keeps_gradients=True),
     # Of activations only those inside a sub-layer are divided: an upper bound.
-    Engine("tp", "replica", "all", "all", "all", sequences="all", cuts_head=True),
+    Engine("tp", "replica", "all", "all", "all", cuts="tensors"),
     Engine("fsdp2", "fsdp2", "all", "all", "all"),
     Engine("fsdp2_offload", "fsdp2", "all", "all", "all", offload=True),
     Engine("hsdp", "fsdp2", "half", "half", "half"),
@@ -69,7 +69,7 @@ ENGINES = (
     Engine("zero2", "deepspeed", gradients="all", optimizer="all"),
     Engine("zero3", "deepspeed", "all", "all", "all"),
     Engine("zero3_offload", "deepspeed", "all", "all", "all", offload=True),
-    Engine("zero3_ulysses", "deepspeed", "all", "all", "all", sequences="all", activations="all"),
+    Engine("zero3_ulysses", "deepspeed", "all", "all", "all", activations="all", cuts="sequences"),
 )
 
 
@@ -94,8 +94,6 @@ class Pass:
     logits: int
     casts: int
     """16-bit copies of float32 weights, which autocast keeps until the backward pass has used them."""
-    retained: int
-    """Of the logits, those that outlive the pass until the next one's take their place."""
     peak: int
     peak_without: int
 
@@ -219,26 +217,21 @@ def simulate(
             with tracker:
                 with torch.autocast("cpu", dtype if dtype != torch.float32 else None, enabled=kind == "autocast"):
                     outputs = model(**batch, use_cache=False)
-                logits = getattr(outputs, "logits", None)
-                if float32_outputs and logits is not None:
-                    logits = outputs.logits = logits.float()
-                retained = logits.untyped_storage().nbytes() if logits is not None else 0
-                # The loop's name for the outputs still holds the micro-step before's until the model returns.
-                peaks = [tally.peak + retained, tally.peak_without + retained]
-                logits_forward = tally.largest.get("logits", 0) + retained
-                tally.peak = tally.peak_without = tally.largest["logits"] = 0
-                outputs.loss.backward()
+                if float32_outputs and getattr(outputs, "logits", None) is not None:
+                    outputs.logits = outputs.logits.float()
+                objective = outputs.loss
+                del outputs
+                objective.backward()
         except Exception as error:  # any code of any model runs here
             message = f"{type(model).__name__} cannot be simulated: {type(error).__name__}: {error}"
             raise RecipeError.at("model.config", " ".join(message.split())[:300]) from error
         largest = tally.largest
         return Pass(
             activations=largest.get("activations", 0),
-            logits=max(logits_forward, largest["logits"]),
+            logits=largest.get("logits", 0),
             casts=largest.get("casts", 0),
-            retained=retained,
-            peak=max(peaks[0], tally.peak),
-            peak_without=max(peaks[1], tally.peak_without),
+            peak=tally.peak,
+            peak_without=tally.peak_without,
         )
 
 
@@ -286,16 +279,14 @@ def memory(
     mixed_precision: str,
     held: Pass,
     *,
-    accumulates: bool,
     on_cpu: bool,
 ) -> Memory:
     """What one process of an engine holds, `held` being its simulated pass.
 
-    How the engines hold it: torch's DDP copies gradients into buckets (`gradient_as_bucket_view` is off). FSDP2 shards
-    float32 weights, gradients and moments, and gathers a layer in 16 bits; while micro-steps accumulate, accelerate's
-    `no_sync` makes it keep whole float32 gradients on the device, which the last divides. DeepSpeed holds 16-bit
-    weights and gradients and float32 masters; in stages 1 and 2 it also copies its share of the weights when they are
-    float32 already. Its reduction bucket has a fixed size, of which a CPU gives only what is written to.
+    How the engines hold it: torch's DDP keeps all gradients in its buckets. FSDP2 shards float32 weights, gradients and
+    moments, and gathers a layer in 16 bits. DeepSpeed holds 16-bit weights and gradients and float32 masters; in stages
+    1 and 2 it also copies its share of the weights when they are float32 already. Of its reduction bucket a CPU gives
+    only what is written to.
     """
     total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
     weights_by, gradients_by, optimizer_by, activations_by = (
@@ -307,7 +298,7 @@ def memory(
         weights, gradients = bits * total // weights_by, bits * total // gradients_by
         masters = 0 if bits == 4 and engine.weights == "all" else 4
         optimizer = (masters + 8) * total // optimizer_by
-        bucket = bits * (min(_REDUCE_BUCKET, total) if on_cpu else _REDUCE_BUCKET)
+        bucket = bits * min(REDUCE_BUCKET, total)
         share = total // optimizer_by
         # The optimizer reads float32 gradients, which are made of the 16-bit ones for the step.
         at_step = 4 * (min(share, _SUB_GROUP) if engine.weights == "all" else share)
@@ -315,31 +306,26 @@ def memory(
             buffers += bits * min(total, _MAX_LIVE)
     else:
         weights, gradients, optimizer = 4 * total // weights_by, 4 * total // gradients_by, 8 * total // optimizer_by
-        if engine.name == "ddp":
-            buffers += 4 * total
         if engine.family == "fsdp2":
             # Of a layer: gathered weights, the next one's on their way, gradients, and their float32 sum's input.
             buffers += shape.tail * bits + shape.largest_layer * (3 * bits + 4)
-    whole = engine.family == "fsdp2" and accumulates
-    in_backward = 4 * total if whole else gradients
-    retained = held.retained // activations_by
-    if engine.gradients == "one":
+    if engine.gradients == "one" and not engine.keeps_gradients:
         in_pass = held.peak // activations_by + (0 if on_cpu else bucket)
     elif on_cpu:
         # The bucket fills while activations go.
-        in_pass = in_backward + max(held.peak_without // activations_by, bucket + retained)
+        in_pass = gradients + max(held.peak_without // activations_by, bucket)
     else:
-        in_pass = in_backward + held.peak_without // activations_by + bucket
-    in_step = gradients + at_step + retained + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
+        in_pass = gradients + held.peak_without // activations_by + bucket
+    in_step = gradients + at_step + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
     host = 0
     if engine.offload:
         host, at_step = weights + gradients + at_step + optimizer, 0
         weights = optimizer = 0
-        in_pass, in_step = in_pass - (0 if whole else gradients), retained
-        gradients = in_backward = in_backward if whole else 0
+        in_pass, in_step = in_pass - gradients, 0
+        gradients = 0
     return Memory(
         weights=weights + held.casts // weights_by,
-        gradients=max(in_backward, gradients + at_step),
+        gradients=gradients + at_step,
         optimizer=optimizer,
         activations=held.activations // activations_by,
         logits=held.logits // activations_by,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class Moments:
 
 
 Rule = dict[str, Moments]
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class InitialWeights:
@@ -311,3 +313,31 @@ def _words(moments: Moments) -> str:
     if moments.mean == moments.std == 0:
         return "all zeros"
     return f"mean {moments.mean:.3g}, standard deviation {moments.std:.3g}"
+
+
+def assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
+    """Put values on the CPU into a model on the meta device, wherever a tensor is tied to; each once it is there."""
+    homes: dict[int, list[tuple[Any, str]]] = defaultdict(list)
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for leaf, tensor in holder.items():
+                homes[id(tensor)].append((holder, leaf))
+    named = named_tensors(model)
+    for name, value in weights:
+        is_parameter = isinstance(named[name], torch.nn.Parameter)
+        new = torch.nn.Parameter(value, requires_grad=named[name].requires_grad) if is_parameter else value
+        for holder, leaf in homes[id(named[name])]:
+            holder[leaf] = new
+        yield new
+
+
+def filled(model: torch.nn.Module, weights: Weights | None) -> torch.nn.Module:
+    """The model whole on the CPU, with `weights` where it was on the meta device."""
+    for _ in assigned(model, weights or ()):
+        pass
+    return model
+
+
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

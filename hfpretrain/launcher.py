@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hfpretrain.recipe import Problem, RecipeError
 
@@ -45,6 +45,21 @@ def parallelism() -> dict[str, int]:
     return {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in _DIMENSIONS}
 
 
+def mixed_precision() -> Any:
+    """The launcher's precision: `no` also where its file says nothing."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def uses_deepspeed() -> bool:
+    """Whether the file's `distributed_type` is DEEPSPEED."""
+    return _flag("ACCELERATE_USE_DEEPSPEED")
+
+
+def uses_fsdp() -> bool:
+    """Whether the file's `distributed_type` is FSDP."""
+    return _flag("ACCELERATE_USE_FSDP")
+
+
 def offloads() -> bool:
     """Whether the optimizer steps on the host's processors."""
     return (
@@ -53,24 +68,92 @@ def offloads() -> bool:
     )
 
 
-def require_divisible(config: Any, attn_implementation: str, block_size: int) -> None:
-    """Raises `RecipeError` if a model of this config (a `PretrainedConfig`) can't be cut for tensor parallelism, or its
-    sequences of `block_size` tokens for sequence parallelism."""
-    sizes, config = parallelism(), config.get_text_config()
-    dimension = "tp" if sizes["tp"] > 1 else "sp"
-    size = sizes[dimension]
-    if size == 1:
-        return
-    find = _uncut_tensors if dimension == "tp" else _uncut_sequences
+def require_asked_processes(started: int | None = None) -> None:
+    """One rank must never silently train alone: raises `RecipeError` if other than the asked processes started.
+
+    The environment does not carry the number, so the launcher's own command line is read with the launcher's own
+    parser.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if started is None else started
+    asked = asked_processes()
+    if asked is not None and asked != started:
+        raise RecipeError.at(
+            "--num_processes",
+            f"the launcher was asked for {asked} processes, but {started} started. An accelerate file with "
+            "`distributed_type: MULTI_CPU` or `NO`, or none on a machine without GPUs, starts one; use "
+            "accelerate_configs/ddp.yaml, on CPUs too",
+        )
+
+
+def asked_processes(command: list[str] | None = None) -> int | None:
+    """Processes that the `accelerate launch` above this process was asked for; None without such a launcher."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    args = _launch_options(command)
+    if args is None:
+        return None
+    if args.num_processes is not None:
+        return int(args.num_processes)
+    if args.config_file is not None or os.path.isfile(default_config_file):
+        return int(load_config_from_file(args.config_file).num_processes)
+    return None
+
+
+def _launch_options(command: list[str] | None = None) -> Any:
+    """The options of the `accelerate launch` above this process; None without such a launcher."""
+    import psutil
+
+    if command is None:
+        commands = [parent.cmdline() for parent in psutil.Process().parents()[:3]]
+        command = next((line for line in commands if "accelerate" in " ".join(line[:3])), None)
+    arguments = _launch_arguments(command or [])
+    if arguments is None:
+        return None
+    from accelerate.commands.launch import launch_command_parser
+
+    args, _ = launch_command_parser().parse_known_args(arguments)
+    return args
+
+
+def _launch_arguments(command: list[str]) -> list[str] | None:
+    """What follows `accelerate launch`, `accelerate-launch` or `-m accelerate.commands.launch` in a command line."""
+    for index, word in enumerate(command[:4]):
+        name = Path(word).name
+        if name == "accelerate" and command[index + 1 : index + 2] == ["launch"]:
+            return command[index + 2 :]
+        if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith(
+            "accelerate/commands/launch.py"
+        ):
+            return command[index + 1 :]
+    return None
+
+
+def require_cuttable(config: Any, attn_implementation: str, block_size: int) -> None:
+    """`require_divisible` for what the launcher's file asks for."""
+    sizes = parallelism()
+    if sizes["tp"] > 1:
+        require_divisible("tensors", sizes["tp"], config, attn_implementation, block_size)
+    elif sizes["sp"] > 1:
+        require_divisible("sequences", sizes["sp"], config, attn_implementation, block_size)
+
+
+def require_divisible(
+    what: Literal["tensors", "sequences"], size: int, config: Any, attn_implementation: str, block_size: int
+) -> None:
+    """Raises `RecipeError` if a model of this config (a `PretrainedConfig`) can't be cut for tensor parallelism by
+    `size` processes, or its sequences of `block_size` tokens for sequence parallelism."""
+    config = config.get_text_config()
+    find = _uncut_tensors if what == "tensors" else _uncut_sequences
     reasons = [*find(config, attn_implementation)]
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % size:
             reasons.append(f"{size} does not divide the model's {name} {heads}")
-    if dimension == "sp" and block_size % size:
+    if what == "sequences" and block_size % size:
         reasons.append(f"{size} does not divide data.block_size {block_size}")
     if reasons:
-        raise RecipeError([Problem(_key(dimension), reason) for reason in reasons])
+        key = _key("tp" if what == "tensors" else "sp")
+        raise RecipeError([Problem(key, reason) for reason in reasons])
 
 
 def _uncut_tensors(config: Any, _: str) -> Iterator[str]:
@@ -98,14 +181,34 @@ def _engine_problems() -> Iterator[Problem]:
         yield Problem(
             "distributed_type", "MEGATRON_LM replaces model and loss by its own; use FSDP (fsdp2.yaml, tp.yaml)"
         )
-    if _flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+    if uses_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
         yield Problem("fsdp_config.fsdp_version", "only FSDP2 is supported; set it to 2 in the accelerate file")
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true")
+    if uses_fsdp() and reshard.lower() not in ("true", "false"):
+        yield Problem("fsdp_config.fsdp_reshard_after_forward", f"{reshard} is neither true nor false")
     if os.environ.get("FSDP_IGNORED_MODULES"):
         yield Problem("fsdp_config.fsdp_ignored_modules", "ignored weights would differ between processes; remove it")
+    if uses_deepspeed():
+        yield from _zero_problems()
     if _flag("ACCELERATE_USE_CPU") and _has_accelerator():
         yield Problem("use_cpu", "a run takes the accelerator where there is one; remove it, or hide the devices")
     if _flag("ACCELERATE_DOWNCAST_BF16") or _on_xla():
         yield Problem("distributed_type", "XLA devices (TPU) are not supported; use GPUs or CPUs")
+
+
+def _zero_problems() -> Iterator[Problem]:
+    stage, path = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), _deepspeed_file()
+    if path is None and stage not in ("1", "2", "3"):
+        yield Problem("deepspeed_config.zero_stage", f"{stage} shards nothing we know; set 1, 2 or 3, or use ddp.yaml")
+    for part in ("optimizer", "param"):
+        device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        if device not in ("none", "cpu"):
+            yield Problem(f"deepspeed_config.offload_{part}_device", f"{device} is not supported; set cpu or none")
+
+
+def _deepspeed_file() -> str | None:
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if path == "none" else path
 
 
 def _ownership_problems() -> Iterator[Problem]:
@@ -114,19 +217,28 @@ def _ownership_problems() -> Iterator[Problem]:
         yield Problem("dynamo_config.dynamo_backend", owned.format("training.compile"))
     if _flag("FSDP_ACTIVATION_CHECKPOINTING"):
         yield Problem("fsdp_config.fsdp_activation_checkpointing", owned.format("model.gradient_checkpointing"))
-    if not _flag("ACCELERATE_USE_DEEPSPEED"):
+    if not uses_deepspeed():
+        options = _launch_options()
+        for key in ("gradient_accumulation_steps", "gradient_clipping"):
+            # Outside DeepSpeed accelerate hands these on to nobody.
+            if getattr(options, key, None) is not None:
+                yield Problem(f"--{key}", f"the recipe owns it: remove the option and set {_DEEPSPEED_OWNERS[key]}")
         return
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if os.environ.get(f"ACCELERATE_{key.upper()}", "auto") != "auto":
             yield Problem(f"deepspeed_config.{key}", owned.format(_DEEPSPEED_OWNERS[key]))
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if path == "none":
+    path = _deepspeed_file()
+    if path is None:
         return
     try:
         settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         yield Problem("deepspeed_config.deepspeed_config_file", f"{path} can't be read: {error}")
         return
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        where = f"deepspeed_config.deepspeed_config_file {path}: zero_optimization.stage"
+        yield Problem(where, f"{stage} shards nothing we know; set 1, 2 or 3, or use ddp.yaml")
     for key, value in settings.items():
         enabled = value.get("enabled", True) if isinstance(value, dict) else value
         if key in _DEEPSPEED_KEYS or enabled in ("auto", False):
@@ -142,7 +254,7 @@ def _parallelism_problems() -> Iterator[Problem]:
     sizes = parallelism()
     total = sizes["dp_replicate"] * sizes["dp_shard"] * sizes["tp"] * sizes["cp"] * sizes["sp"]
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    fsdp, deepspeed = _flag("ACCELERATE_USE_FSDP"), _flag("ACCELERATE_USE_DEEPSPEED")
+    fsdp, deepspeed = uses_fsdp(), uses_deepspeed()
     if _flag("ACCELERATE_USE_PARALLELISM_CONFIG") and total != started:
         product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "all sizes 1"
         yield Problem(

@@ -26,6 +26,7 @@ import transformers
 from tqdm import tqdm
 
 from hfpretrain import (
+    bill,
     checkpoint,
     devices,
     engine,
@@ -101,10 +102,10 @@ class Run:
     def __init__(self, recipe: Recipe, watch: ranks.Watch):
         self.recipe, self.output_dir, self.watch = recipe, Path(recipe.output_dir), watch
         launcher.require_supported()
-        launcher.require_divisible(
+        launcher.require_cuttable(
             modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
         )
-        engine.require_asked_processes()
+        launcher.require_asked_processes()
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         _refuse_other_run(recipe)
         self._lock = _lock(self.output_dir) if self.is_main else None
@@ -162,7 +163,9 @@ class Run:
         )
         if engine.precision(self.accelerator) == "fp8":
             # Its layers scale by the largest value there is, so that every token changes every other a little.
-            probe = engine.filled(modeling.build_model(recipe.model, config), weights).to(self.accelerator.device)
+            probe = initialisation.filled(modeling.build_model(recipe.model, config), weights).to(
+                self.accelerator.device
+            )
         self.document_masking = _document_masking(recipe, probe, self.accelerator)
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
         if training.compile:
@@ -300,7 +303,7 @@ class Run:
             environment = json.dumps(self.environment(), indent=1)
             (self.output_dir / "environment.json").write_text(environment, encoding="utf-8")
         if self.recipe.logging.trackers:
-            flat = {key: str(value) for key, value in _flat(self.recipe.model_dump(mode="json"))}
+            flat = {key: str(value) for key, value in flatten(self.recipe.model_dump(mode="json"))}
             self.accelerator.init_trackers(self.recipe.logging.project_name, config=flat)
 
     def environment(self) -> dict[str, Any]:
@@ -437,7 +440,7 @@ def _explained(run: Run) -> Iterator[None]:
         if not engine.is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        message = plan.out_of_memory(run, str(error).partition("\n")[0])
+        message = bill.out_of_memory(run, str(error).partition("\n")[0])
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 
@@ -447,8 +450,8 @@ def _rehearse(run: Run) -> None:
     batch = engine.to_device(run.accelerator, {k: v.repeat(size, 1) for k, v in run.data.example().items()})
     batch = engine.split_sequences(run.accelerator, batch)
     with engine.rehearsal(run.accelerator, run.model, run.optimizer):
-        outputs = run.model(**batch, use_cache=False, num_items_in_batch=torch.tensor(batch["labels"].numel()))
-        _, objective = _loss(outputs, run.config, 1)
+        num_items = torch.tensor(batch["labels"].numel())
+        _, objective = _loss(run.model(**batch, use_cache=False, num_items_in_batch=num_items), run.config, 1)
         run.accelerator.backward(objective * 0.0)
         run.accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.training.max_grad_norm or math.inf)
         run.optimizer.step()
@@ -479,9 +482,13 @@ def _fit(run: Run) -> None:
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
         for batch in (engine.split_sequences(accelerator, batch) for batch in batches):
             run.watch.beat("train", state.step)
-            with accelerator.accumulate(model):
-                outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
-                loss, objective = _loss(outputs, run.config, len(batches) * run.data_size)
+            with engine.accumulate(accelerator, model):
+                # No name holds on to the outputs: their logits would outlive the micro-step.
+                loss, objective = _loss(
+                    model(**batch, use_cache=False, num_items_in_batch=num_items),
+                    run.config,
+                    len(batches) * run.data_size,
+                )
                 accelerator.backward(engine.scale_for_backward(accelerator, objective))
                 window += loss.detach()
         run.grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
@@ -613,7 +620,7 @@ def _finish(run: Run) -> Path:
         run.file.write({"step": run.state.step, "tokens": run.state.tokens, **exported})
         write_card(run, model_path, report)
         print(run_summary(run, report), flush=True)
-        print("", plan.report(run, *peak_memory), sep="\n")
+        print("", bill.report(run, *peak_memory), sep="\n")
     engine.finish(run.accelerator)
     return model_path
 
@@ -625,14 +632,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _flat(value: Any, prefix: str = "") -> Any:
-    for key, item in value.items():
-        if isinstance(item, dict):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
 
 
 def main(arguments: list[str] | None = None) -> int:

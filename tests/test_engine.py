@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hfpretrain import engine
-from hfpretrain.recipe import RecipeError
 
 DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
 OFFLOADED = ["fsdp2_offload", "zero3_offload"]
@@ -128,57 +127,6 @@ def test_bfloat16_under_a_sharded_engine_reports_float32_losses(tmp_path):
             assert not math.isclose(row[key] * 2**5 % 1, 0, abs_tol=1e-9)
 
 
-def test_the_asked_processes_are_read_as_the_launcher_reads_them():
-    ddp = str(ROOT / "accelerate_configs" / "ddp.yaml")
-    module = ["-m", "hfpretrain.train", "x.yaml", "--num_processes=7"]
-    for start in (["accelerate", "launch"], ["python", "/bin/accelerate", "launch"], ["accelerate-launch"],
-                  ["python", "-m", "accelerate.commands.launch"]):  # fmt: skip
-        assert engine.asked_processes([*start, "--config_file", ddp, *module]) == 2
-        assert engine.asked_processes([*start, "--config_file", ddp, "--num_processes", "4", *module]) == 4
-        assert engine.asked_processes([*start, "--num-processes=3", *module]) == 3
-    assert engine.asked_processes(["python", "-m", "hfpretrain.train", "x.yaml"]) is None
-    assert engine.asked_processes(["bash", "-c", "accelerate launch"]) is None
-
-
-def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert engine.resolve_precision("auto") == "bf16"
-    with pytest.raises(RecipeError, match=r"training\.mixed_precision: the recipe says no, the launcher's file bf16"):
-        engine.resolve_precision("no")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match="fp16 needs a GPU"):
-        engine.resolve_precision("auto")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert engine.resolve_precision("bf16") == "bf16" and engine.resolve_precision("no") == "no"
-    assert engine.resolve_precision("auto") == ("bf16" if engine.has_bf16() else "no")
-
-
-@pytest.mark.parametrize(
-    ("precision", "device", "capability", "sharded", "packages", "problem"),
-    [
-        ("no", "CPU", None, False, (), None),
-        ("bf16", "CPU", None, True, (), None),
-        ("tf32", "CPU", None, False, (), "tf32 needs a GPU; on a CPU take bf16 or no"),
-        ("fp8", "CPU", None, False, ("torchao",), "fp8 needs a GPU"),
-        ("fp16", "GPU", (7, 0), False, (), None),
-        ("fp16", "GPU", (6, 1), False, (), "fp16 needs a GPU of compute capability 7.0, this one has 6.1; take no"),
-        ("bf16", "GPU", (7, 5), True, (), "needs a GPU of compute capability 8.0, this one has 7.5; take fp16 or no"),
-        ("tf32", "GPU", (8, 0), True, (), None),
-        ("fp8", "GPU", (8, 0), False, ("torchao",), "compute capability 8.9, this one has 8.0"),
-        ("fp8", "GPU", (9, 0), False, (), "fp8 needs torchao or transformer-engine: pip install torchao"),
-        ("fp8", "GPU", (9, 0), True, ("torchao",), "a model that is sharded already; take bf16, or single or ddp"),
-        ("fp8", "GPU", (9, 0), False, ("transformer_engine",), None),
-        ("bf16", "GPU", None, False, (), None),
-    ],
-)
-def test_a_precision_the_hardware_lacks_is_refused(precision, device, capability, sharded, packages, problem):
-    found = engine.precision_problem(
-        precision, device, capability, sharded=sharded, installed=lambda package: package in packages
-    )
-    assert found is None if problem is None else problem in found
-
-
 def test_a_rehearsed_step_leaves_no_trace():
     """Each engine's losses are compared with one process's elsewhere; here the state is looked at."""
     from accelerate import Accelerator
@@ -206,22 +154,6 @@ def test_a_rehearsed_step_leaves_no_trace():
                 prepared.step()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_deepspeed_on_a_cpu_says_which_tool_it_misses(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(RecipeError, match="needs ninja on the PATH: `pip install ninja`"):
-        engine.require_compiler()
-    (tmp_path / "ninja").touch(0o755)
-    # Before any process group: this is where a training gets its accelerator.
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match=r"no C\+\+ compiler 'c\+\+': install g\+\+"):
-        engine.build_accelerator("no", [], str(tmp_path), 60)
-    (tmp_path / "extensions" / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
-    engine.require_compiler()
 
 
 def test_accelerate_files_own_nothing_of_the_recipe():

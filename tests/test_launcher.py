@@ -1,7 +1,9 @@
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment, train, write_recipe
 from transformers import AutoConfig
 
 from hfpretrain import launcher
@@ -39,6 +41,11 @@ def ask(monkeypatch):
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "distributed_type", "MEGATRON_LM replaces model and loss"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_config.fsdp_version", "only FSDP2 is supported; set it to 2"),
         ({**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, "fsdp_config.fsdp_ignored_modules", "remove it"),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "fsdp_config.fsdp_reshard_after_forward",
+         "FULL_SHARD is neither true nor false"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "deepspeed_config.zero_stage", "use ddp.yaml"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "deepspeed_config.offload_param_device",
+         "nvme is not supported; set cpu or none"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_config.fsdp_activation_checkpointing",
          "set model.gradient_checkpointing"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_config.dynamo_backend", "set training.compile"),
@@ -119,11 +126,11 @@ def test_use_cpu_on_a_machine_with_an_accelerator_is_refused(ask, monkeypatch):
 def test_a_model_that_cannot_be_cut_is_refused(monkeypatch, dimension, model_type, changes, reason):
     attention, block_size = changes.pop("attn", "sdpa"), changes.pop("block_size", 32)
     config = AutoConfig.for_model(model_type, **changes)
-    launcher.require_divisible(config, attention, block_size)
+    launcher.require_cuttable(config, attention, block_size)
     for name, value in sizes(2, **{dimension: 2}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError) as error:
-        launcher.require_divisible(config, attention, block_size)
+        launcher.require_cuttable(config, attention, block_size)
     key = f"parallelism_config.parallelism_config_{dimension}_size: "
     assert reason in str(error.value) and all(line.startswith(key) for line in str(error.value).splitlines())
 
@@ -144,3 +151,36 @@ def test_accelerate_files_have_the_same_keys_in_the_same_order():
             reference = found.setdefault(section, list(settings[section]))
             shorter, longer = sorted((list(settings[section]), reference), key=len)
             assert [key for key in longer if key in shorter] == shorter, (path.name, section)
+
+
+def test_the_asked_processes_are_read_as_the_launcher_reads_them():
+    ddp = str(ROOT / "accelerate_configs" / "ddp.yaml")
+    module = ["-m", "hfpretrain.train", "x.yaml", "--num_processes=7"]
+    for start in (["accelerate", "launch"], ["python", "/bin/accelerate", "launch"], ["accelerate-launch"],
+                  ["python", "-m", "accelerate.commands.launch"]):  # fmt: skip
+        assert launcher.asked_processes([*start, "--config_file", ddp, *module]) == 2
+        assert launcher.asked_processes([*start, "--config_file", ddp, "--num_processes", "4", *module]) == 4
+        assert launcher.asked_processes([*start, "--num-processes=3", *module]) == 3
+    assert launcher.asked_processes(["python", "-m", "hfpretrain.train", "x.yaml"]) is None
+    assert launcher.asked_processes(["bash", "-c", "accelerate launch"]) is None
+
+
+def test_an_option_of_the_command_line_that_nobody_reads_is_refused(folder):
+    """accelerate hands these on under DeepSpeed alone."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / "single.yaml"), "--gradient_accumulation_steps", "4"]
+    command += ["-m", "hfpretrain.train", str(write_recipe(folder))]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "--gradient_accumulation_steps: the recipe owns it: remove the option and set training.tokens_per_step" in (
+        result.stderr
+    )
+
+
+def test_a_layer_that_the_model_has_not_is_refused(folder):
+    path = folder / "fsdp2.yaml"
+    text = (ROOT / "accelerate_configs" / "fsdp2.yaml").read_text().rstrip()
+    path.write_text(f"{text}\n  fsdp_transformer_layer_cls_to_wrap: NoSuchLayer\n")
+    result = train(write_recipe(folder), engine=str(path.with_suffix("")))
+    assert result.returncode != 0
+    assert "fsdp_transformer_layer_cls_to_wrap: LlamaForCausalLM has no NoSuchLayer" in result.stderr

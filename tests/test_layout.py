@@ -15,6 +15,9 @@ FOUNDATION = {
     "prepared",
     "token_perplexity",
     "launcher",
+    "precision",
+    "zero",
+    "fsdp",
     "tensor_parallel",
     "loss",
     "sequence_parallel",
@@ -36,7 +39,7 @@ LEAVES = {
     "hub",
     "ranks",
 }
-COMPOSITION = ["prepare", "trace", "streaming", "score", "plan", "report", "train", "cli"]
+COMPOSITION = ["prepare", "trace", "streaming", "score", "plan", "bill", "report", "train", "cli"]
 
 
 def imports(path):
@@ -104,4 +107,4 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 5600
+    assert sum(code_lines(path) for path in PACKAGE) < 5650

@@ -9,7 +9,8 @@ from transformers import AutoConfig
 
 from hfpretrain import footprint
 from hfpretrain import model as modeling
-from hfpretrain.plan import make_plan, seconds_per_step, table
+from hfpretrain.bill import seconds_per_step, table
+from hfpretrain.plan import make_plan
 from hfpretrain.recipe import ModelSection, RecipeError, load_recipe
 
 SEVEN_B = ROOT / "recipes" / "llama-7b-fineweb.yaml"
@@ -59,7 +60,9 @@ def allocated(model, precision):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
                 outputs = model(**batch, use_cache=False, num_items_in_batch=torch.tensor(500))
             outputs.logits = outputs.logits.float()
-            outputs.loss.backward()
+            loss = outputs.loss
+            del outputs
+            loss.backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -93,15 +96,15 @@ def test_a_simulated_pass_sees_checkpointing_and_it_agrees_with_torch():
 def test_parts_of_a_pass():
     plain = simulate(LLAMA)
     total = sum(parameter.numel() for parameter in build(LLAMA)().parameters())
-    # Of the naive loss at its largest: logits of this and the last micro-step, log-probabilities, gradients.
-    assert plain.logits % (BATCH * BLOCK * 500 * 4) == 0 and plain.retained == BATCH * BLOCK * 500 * 4
+    # Of the naive loss at its largest: logits, log-probabilities, gradients.
+    assert plain.logits % (BATCH * BLOCK * 500 * 4) == 0
     assert plain.casts == 0 and 0 < simulate(LLAMA, "autocast bfloat16").casts <= 2 * total
     # Eager attention holds a probability for each head, layer and pair of positions, sdpa a mask for each layer.
     eager, pairs = simulate(LLAMA, attn_implementation="eager"), 4 * BATCH * BLOCK * BLOCK
     assert eager.activations - plain.activations > 3 * (4 - 1) * pairs * 0.9
     assert plain.peak - plain.peak_without == pytest.approx(4 * total, rel=0.01)
     chunked = simulate(LLAMA, chunked_loss=True)
-    assert chunked.logits < plain.logits / 3 and chunked.peak < plain.peak
+    assert chunked.logits <= plain.logits / 3 and chunked.peak < plain.peak
     first = simulate(LLAMA, accumulates=False)
     assert first.peak_without <= first.peak < plain.peak
     state = torch.get_rng_state()
@@ -180,8 +183,7 @@ def test_engines_side_by_side(wide):
     assert list(rows) == [engine.name for engine in footprint.ENGINES]
     assert {name for name, row in rows.items() if not row.fits} == {"single", "ddp"}
     assert rows["fsdp2"].memory.optimizer == 8 * total // 8
-    # Here micro-steps accumulate: FSDP2 divides gradients in the last alone.
-    assert rows["fsdp2"].memory.gradients == rows["fsdp2_offload"].memory.gradients == 4 * total
+    assert rows["fsdp2"].memory.gradients == 4 * total // 8 and rows["fsdp2_offload"].memory.gradients == 0
     assert rows["hsdp"].memory.weights == 4 * total // 4
     assert rows["zero3_offload"].memory.weights == 0 and rows["zero3_offload"].memory.host > 16 * total / 8
     assert rows["zero1"].memory.peak > rows["zero2"].memory.peak > rows["zero3"].memory.weights

@@ -1,0 +1,67 @@
+"""What torch's FSDP2 needs to train by a recipe: its precision, and the weights that were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfpretrain.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def build_plugin(precision: str) -> Any:
+    """Accelerate's plugin of the launcher's file, which computes in `precision` and reduces gradients in float32."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is None:
+        return FullyShardedDataParallelPlugin()
+    # Accelerate's own policy casts the loss to bf16 too, and reduces gradients in it.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def offloads(plugin: Any) -> bool:
+    """Whether weights and optimizer stay in the host's memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+
+
+def require_layers(plugin: Any, model: torch.nn.Module) -> None:
+    """Raises `RecipeError` if the launcher's file names a layer to shard that the model has not."""
+    names = set(plugin.transformer_cls_names_to_wrap or ())
+    found = {type(module).__name__ for module in model.modules()}
+    if names - found:
+        raise RecipeError.at(
+            "fsdp_config.fsdp_transformer_layer_cls_to_wrap",
+            f"{type(model).__name__} has no {', '.join(sorted(names - found))}; remove the key: transformers knows the "
+            "layers",
+        )
+
+
+def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Shard a model on the meta device, and keep this process's share of each of its `weights`."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False  # of a model that has values
+    fsdp2_prepare_model(accelerator, model)
+    model.to_empty(device="cpu" if offloads(plugin) else accelerator.device)
+    model.tie_weights()  # type: ignore[operator]
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in weights:
+        target = named[name]
+        with torch.no_grad():
+            if isinstance(target, DTensor):
+                # Every process has drawn the same: nothing is to be sent.
+                value = value.to(target.device_mesh.device_type)
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
+                target = target.to_local()
+            target.copy_(value)
