@@ -61,6 +61,8 @@ def build_accelerator(
     }
     if use_deepspeed:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # It calls collectives by names that torch 2.13 has changed.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if on_cpu:
             zero.require_compiler()
             keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timeout)]

@@ -117,6 +117,14 @@ def test_a_state_of_zero_does_not_move(runs):
     assert result.returncode != 0 and "was saved by zero2 with 2 process(es)" in result.stderr
 
 
+def test_fsdp2_with_one_process(runs):
+    """As with offloading on one GPU; the launcher starts a single process in another way."""
+    result = train(runs / "recipe.yaml", f"--output_dir={runs / 'alone'}", engine="fsdp2", processes=1)
+    assert result.returncode == 0, result.stderr
+    compare(runs, "alone", steps=10)
+    assert json.loads((runs / "alone" / "environment.json").read_text())["engine"] == "fsdp2"
+
+
 def test_bfloat16_under_a_sharded_engine_reports_float32_losses(tmp_path):
     run_all(tmp_path, ["single", "fsdp2"], training__mixed_precision="bf16", training__max_steps=4)
     for key in ("loss", "eval/loss"):

@@ -119,6 +119,7 @@ def test_use_cpu_on_a_machine_with_an_accelerator_is_refused(ask, monkeypatch):
         ("sp", "llama", {"num_key_value_heads": 1}, "2 does not divide the model's num_key_value_heads 1"),
         ("sp", "llama", {"attn": "eager"}, "only model.attn_implementation sdpa keeps packed documents apart"),
         ("sp", "llama", {"block_size": 31}, "2 does not divide data.block_size 31"),
+        ("sp", "gpt2", {}, "gpt2 has no num_key_value_heads, which DeepSpeed reads; use zero3.yaml"),
         ("sp", "gemma3_text", {}, "DeepSpeed drops the mask of sliding_attention layers"),
         ("sp", "mixtral", {"output_router_logits": True}, "set output_router_logits to false"),
     ],
