@@ -21,7 +21,7 @@ quickstart: install
 	$(BIN)/accelerate launch -q --config_file accelerate_configs/single.yaml -m hfpretrain.train recipes/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 proofs: install
 	$(BIN)/python -m pytest -m slow
