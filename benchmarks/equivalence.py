@@ -32,8 +32,9 @@ MODELS = {
                   "router_aux_loss_coef": 0.01, "num_key_value_heads": 2, **_SIZE},
 }  # fmt: skip
 # Largest relative differences of loss and gradient norm, largest absolute one of an exported weight. bf16: engines
-# that shard compute with weights and gradients cast to it, where one process and ddp autocast float32 weights.
-TOLERANCES = {"no": (1e-5, 1e-4, 1e-4), "bf16": (2e-3, 5e-2, 2e-2)}
+# that shard compute with weights and gradients cast to it, where one process and ddp autocast float32 weights. Measured
+# over 50 steps: results/equivalence.md.
+TOLERANCES = {"no": (1e-5, 1e-4, 1e-4), "bf16": (5e-4, 5e-2, 2e-2)}
 
 
 def write_recipe(folder: Path, model: str, accumulation: int, precision: str, steps: int) -> Path:

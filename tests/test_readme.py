@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, environment
 from hub_server import HubServer
 
+from hfpretrain.recipe import accumulation_steps, load_recipe
+
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.split("  #")[0].strip()
@@ -73,6 +75,16 @@ def test_training_commands(folder, command):
     result = run(folder, command, *SMALL)
     assert result.returncode == 0, result.stderr
     assert "after training" in result.stdout
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_the_batch_of_a_training_command_fits_its_processes(command):
+    """`SMALL` changes the batch, so that the run above would not show it."""
+    words = shlex.split(command)
+    processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
+    recipe = load_recipe(ROOT / words[words.index("hfpretrain.train") + 1])
+    training = recipe.training
+    assert accumulation_steps(training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, processes)
 
 
 @pytest.mark.parametrize("command", CONSOLE)
