@@ -179,6 +179,11 @@ def engine_name(accelerator: Accelerator) -> str:
     return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
 
 
+def unwrap(model: Any) -> Any:
+    """The model inside what `prepare` returned; accelerate's own `unwrap_model` loads DeepSpeed under every engine."""
+    return getattr(model, "module", model)
+
+
 @contextlib.contextmanager
 def plain_initialisation() -> Iterator[None]:
     """Build a model as one process would.
@@ -327,7 +332,7 @@ def full_parameters(accelerator: Accelerator, model: Any) -> Iterator[tuple[str,
     Where the engine computes with weights in 16 bits, these are the float32 ones that it keeps beside them.
     """
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    network = accelerator.unwrap_model(model)
+    network = unwrap(model)
     if accelerator.distributed_type == DistributedType.FSDP:
         for module in network.modules():
             if hasattr(module, "reshard"):  # some stay gathered, in 16 bits, after a forward pass
@@ -349,7 +354,7 @@ def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Ten
     for name, tensor in full_parameters(accelerator, model):
         if main:
             state[name] = tensor.float().cpu()
-    network = accelerator.unwrap_model(model)
+    network = unwrap(model)
     persistent = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
     return {**state, **{name: network.get_buffer(name).cpu() for name in persistent}} if main else {}
 

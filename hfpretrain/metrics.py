@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import math
 import os
@@ -86,6 +87,9 @@ class PeakMemory:
             self.meaning = "torch.accelerator.max_memory_allocated"
             torch.accelerator.reset_peak_memory_stats()
             return
+        importlib.import_module(
+            "matplotlib.backends.backend_agg"
+        )  # else it counts as the run's own when it first plots
         self.meaning = "resident above what the process had before the model was built"
         self._before_resident = _status("VmRSS")
         if self._free_blocks is None:

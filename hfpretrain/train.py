@@ -157,7 +157,7 @@ class Run:
             accumulation_steps=self.accumulation_steps,
             max_grad_norm=training.max_grad_norm,
         )
-        network = probe = self.accelerator.unwrap_model(self.model)
+        network = probe = engine.unwrap(self.model)
         self.initial_weights = initialisation.check(
             engine.full_parameters(self.accelerator, self.model), weights.rule() if weights else None
         )

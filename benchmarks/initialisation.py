@@ -1,0 +1,78 @@
+"""The most memory that a process needs until its model stands, beside the size of the model.
+
+    python benchmarks/initialisation.py [--engines single fsdp2 zero3]
+
+A llama of 0.37 billion float32 weights, drawn and sharded as a training does; `single` with one process, the others
+with two. Memory is that of `metrics.PeakMemory`, the largest of all processes. FSDP2 and ZeRO-3 keep a share of each
+piece as it is drawn, so that no process holds the model: beside its half stands one piece, the largest of which is an
+embedding of 125 MiB, and what its libraries load. Measured until the optimizer is built.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from equivalence import ROOT
+
+CONFIG = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
+          "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32000}  # fmt: skip
+
+
+def worker(output: Path) -> None:
+    """What every process of an engine does; the first writes the largest peak and the model's size in bytes."""
+    import torch
+    from transformers import AutoConfig
+
+    from hfpretrain import engine, initialisation, metrics
+    from hfpretrain import model as modeling
+    from hfpretrain.recipe import ModelSection
+
+    accelerator = engine.build_accelerator("no", [], str(output.parent), 600)
+    config = AutoConfig.for_model(**CONFIG)
+    memory = metrics.PeakMemory()
+    with engine.plain_initialisation():
+        model = modeling.build_model(ModelSection(config=CONFIG), config)
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
+    weights = initialisation.InitialWeights(model, 0)
+
+    peaks = []
+
+    def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+        peaks.append(memory.close()[0])
+        return torch.optim.AdamW(model.parameters())
+
+    prepared = engine.prepare(
+        accelerator, model, weights, build_optimizer, micro_batch_size=1, accumulation_steps=1, max_grad_norm=1.0
+    )
+    peak = engine.max_over_processes(accelerator, peaks[0])
+    if accelerator.is_main_process:
+        output.write_text(json.dumps({"peak": peak, "size": size}))
+    del prepared
+    engine.finish(accelerator)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", default=["single", "fsdp2", "zero3"])
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker)
+        return
+    print("| engine | weights | peak of a process | of the weights |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in args.engines:
+            output = Path(folder) / f"{engine}.json"
+            command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
+            command += ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml"), __file__]
+            subprocess.run([*command, "--worker", str(output)], check=True, stderr=subprocess.DEVNULL, cwd=ROOT)
+            found = json.loads(output.read_text())
+            sizes = " | ".join(f"{found[key] / 2**20:,.0f} MiB" for key in ("size", "peak"))
+            print(f"| `{engine}` | {sizes} | {found['peak'] / found['size']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
