@@ -87,9 +87,7 @@ class PeakMemory:
             self.meaning = "torch.accelerator.max_memory_allocated"
             torch.accelerator.reset_peak_memory_stats()
             return
-        importlib.import_module(
-            "matplotlib.backends.backend_agg"
-        )  # else it counts as the run's own when it first plots
+        importlib.import_module("matplotlib.backends.backend_agg")  # the first plot's would count as the run's
         self.meaning = "resident above what the process had before the model was built"
         self._before_resident = _status("VmRSS")
         if self._free_blocks is None:
