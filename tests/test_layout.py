@@ -39,7 +39,7 @@ LEAVES = {
     "hub",
     "ranks",
 }
-COMPOSITION = ["prepare", "trace", "streaming", "score", "plan", "bill", "report", "train", "cli"]
+COMPOSITION = ["prepare", "trace", "streaming", "score", "plan", "bill", "report", "run", "train", "cli"]
 
 
 def imports(path):
