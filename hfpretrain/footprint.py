@@ -318,7 +318,7 @@ def memory(
         in_pass = gradients + held.peak_without // activations_by + bucket
     in_step = gradients + at_step + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
     host = 0
-    if engine.offload:
+    if engine.offload and not on_cpu:  # there the device's memory is the host's
         host, at_step = weights + gradients + at_step + optimizer, 0
         weights = optimizer = 0
         in_pass, in_step = in_pass - gradients, 0
