@@ -186,9 +186,9 @@ def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
         return f"--{section}.{key}={str(value).lower()}", recipe.model_copy(update={section: part})
 
     size, found = recipe.training.micro_batch_size, []
-    if size > 1:
+    for part in {size // 2, size // 8} - {0}:
         # The largest part of it divides whatever it divided.
-        found.append(changed("training", micro_batch_size=next(n for n in range(size // 2, 0, -1) if size % n == 0)))
+        found.append(changed("training", micro_batch_size=next(n for n in range(part, 0, -1) if size % n == 0)))
     if not recipe.model.gradient_checkpointing:
         found.append(changed("model", gradient_checkpointing=True))
     if recipe.training.chunked_loss is False:
