@@ -185,10 +185,10 @@ def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
         part = getattr(recipe, section).model_copy(update=update)
         return f"--{section}.{key}={str(value).lower()}", recipe.model_copy(update={section: part})
 
-    size, found = recipe.training.micro_batch_size, []
-    for part in {size // 2, size // 8} - {0}:
-        # The largest part of it divides whatever it divided.
-        found.append(changed("training", micro_batch_size=next(n for n in range(part, 0, -1) if size % n == 0)))
+    size = recipe.training.micro_batch_size
+    # The largest part of it divides whatever it divided.
+    parts = [next(n for n in range(part, 0, -1) if size % n == 0) for part in sorted({size // 2, size // 8} - {0})]
+    found = [changed("training", micro_batch_size=part) for part in dict.fromkeys(parts)]
     if not recipe.model.gradient_checkpointing:
         found.append(changed("model", gradient_checkpointing=True))
     if recipe.training.chunked_loss is False:
