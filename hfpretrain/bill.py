@@ -174,6 +174,8 @@ def out_of_memory(run: Any, message: str) -> str:
     lines = [f"{size} do not fit on {engine.device_name(accelerator)} under {name}: {message}", "", table(plan), ""]
     lines += [f"what helps most, in peak memory of a process ({_bytes(now) if now else 'not known'} now):"]
     lines += [f"  {_bytes(peak):>10}  {text}" for text, peak in helpful[:3]]
+    if all(peak > plan.usable * plan.device_memory for _, peak in helpful):
+        lines.append("none of them alone is enough: take several, or a smaller model or block_size")
     return "\n".join(lines)
 
 

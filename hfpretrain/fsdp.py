@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 
 def build_plugin(precision: str) -> Any:
-    """Accelerate's plugin of the launcher's file, which computes in `precision` and reduces gradients in float32."""
+    """Accelerate's plugin of the launcher's file, which computes in `precision` and reduces gradients in float32.
+
+    Raises `RecipeError` for a value that accelerate does not know.
+    """
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is None:
-        return FullyShardedDataParallelPlugin()
     # Accelerate's own policy casts the loss to bf16 too, and reduces gradients in it.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    try:
+        return FullyShardedDataParallelPlugin(mixed_precision_policy=policy if dtype else None)
+    except (ValueError, KeyError) as error:
+        raise RecipeError.at("fsdp_config", f"accelerate does not take it: {type(error).__name__}: {error}") from None
 
 
 def offloads(plugin: Any) -> bool:

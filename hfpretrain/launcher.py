@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from hfpretrain.recipe import Problem, RecipeError
+import yaml
+
+from hfpretrain.recipe import Problem, RecipeError, unknown_key
 
 # Dimensions of accelerate's ParallelismConfig: those that see different sequences, then those that share them.
 _DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
@@ -33,7 +35,7 @@ _DEEPSPEED_OWNERS = {
 def require_supported() -> None:
     """Raises `RecipeError` with every setting of the launcher's file that would change what a recipe means, or that
     this stack can't run right. Needs no process group."""
-    problems = [*_engine_problems(), *_ownership_problems(), *_parallelism_problems()]
+    problems = [*_file_problems(), *_engine_problems(), *_ownership_problems(), *_parallelism_problems()]
     if problems:
         raise RecipeError(problems)
 
@@ -174,6 +176,25 @@ def _uncut_sequences(config: Any, attn_implementation: str) -> Iterator[str]:
         yield f"{config.model_type} has no num_key_value_heads, which DeepSpeed reads; use zero3.yaml"
     if getattr(config, "output_router_logits", False):
         yield "the router's balancing loss of parts is not that of sequences; set output_router_logits to false"
+
+
+def _file_problems() -> Iterator[Problem]:
+    """Sections and keys of the launcher's file that accelerate passes over without a word."""
+    options = _launch_options()
+    if options is None or options.config_file is None:
+        return
+    settings = yaml.safe_load(Path(options.config_file).read_text(encoding="utf-8"))
+    for section, is_read in (("fsdp_config", uses_fsdp()), ("deepspeed_config", uses_deepspeed())):
+        if settings.get(section) and not is_read:
+            kind = section.removesuffix("_config").upper()
+            yield Problem(section, f"is not read with this distributed_type; remove it, or set that to {kind}")
+    own = settings.get("deepspeed_config") or {}
+    if uses_deepspeed() and options.zero_stage is None and not own.keys() & {"zero_stage", "deepspeed_config_file"}:
+        yield Problem("deepspeed_config.zero_stage", "is not set; set it to 1, 2 or 3")
+    for section in ("fsdp_config", "deepspeed_config", "parallelism_config"):
+        for key in settings.get(section) or {}:
+            if key not in vars(options):
+                yield Problem(f"{section}.{key}", unknown_key(key, list(vars(options))))
 
 
 def _engine_problems() -> Iterator[Problem]:

@@ -257,13 +257,17 @@ class _Rows:
         except RecipeError as error:
             return EngineRow(engine.name, number, reason=error.problems[0].message)
         memory = footprint.memory(engine, self.shape, number, self.precision, held, on_cpu=self.on_cpu)
+        # Processes on one CPU share its memory.
+        usable = self.usable_memory * (self.num_processes / number if self.on_cpu else 1)
         disk = footprint.disk(engine, self.shape, self.precision, self.recipe.model.dtype)
-        return EngineRow(engine.name, number, memory, memory.peak <= self.usable_memory, *disk)
+        return EngineRow(engine.name, number, memory, memory.peak <= usable, *disk)
 
     def _require(self, engine: Engine, number: int) -> None:
         """Raises `RecipeError` where a run would be refused."""
-        if engine.halves and number % 2:
-            raise RecipeError.at("--num-processes", f"{number} process(es) do not make two equal groups")
+        if engine.halves and (number % 2 or number < 4):
+            raise RecipeError.at("--num-processes", f"{number} process(es) do not make two equal groups of several")
+        if engine.cuts and number == 1:
+            raise RecipeError.at("--num-processes", f"one process has nobody to share {engine.cuts} with")
         if engine.cuts:
             launcher.require_divisible(
                 engine.cuts, number, self.config, self.recipe.model.attn_implementation, self.recipe.data.block_size

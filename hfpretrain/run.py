@@ -125,6 +125,8 @@ class Run:
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
         modeling.import_code(config)
+        if recipe.model.attn_implementation.startswith("flex") and self.accelerator.device.type == "cpu":
+            raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
         self.peak_memory = metrics.PeakMemory()
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config)

@@ -178,10 +178,21 @@ def test_an_option_of_the_command_line_that_nobody_reads_is_refused(folder):
     )
 
 
-def test_a_layer_that_the_model_has_not_is_refused(folder):
-    path = folder / "fsdp2.yaml"
-    text = (ROOT / "accelerate_configs" / "fsdp2.yaml").read_text().rstrip()
-    path.write_text(f"{text}\n  fsdp_transformer_layer_cls_to_wrap: NoSuchLayer\n")
+@pytest.mark.parametrize(
+    ("engine", "line", "message"),
+    [
+        ("fsdp2", "  fsdp_transformer_layer_cls_to_wrap: NoSuchLayer",
+         "fsdp_config.fsdp_transformer_layer_cls_to_wrap: LlamaForCausalLM has no NoSuchLayer"),
+        ("fsdp2", "  fsdp_offload_parms: true", "fsdp_config.fsdp_offload_parms: unknown key; did you mean"),
+        ("fsdp2", "  fsdp_auto_wrap_policy: WRAP", "fsdp_config: accelerate does not take it: ValueError: Inv"),
+        ("fsdp2", "  fsdp_offload_params: maybe", "fsdp_config: accelerate does not take it: ValueError: inv"),
+        ("zero2", "deepspeed_config: {zero_stge: 3}", "deepspeed_config.zero_stage: is not set"),
+        ("single", "fsdp_config: {fsdp_version: 2}", "fsdp_config: is not read with this distributed_type"),
+    ],
+)  # fmt: skip
+def test_what_the_file_says_in_vain_is_refused(folder, engine, line, message):
+    path = folder / f"{engine}.yaml"
+    text = (ROOT / "accelerate_configs" / path.name).read_text()
+    path.write_text(f"{text.rstrip()}\n{line}\n")
     result = train(write_recipe(folder), engine=str(path.with_suffix("")))
-    assert result.returncode != 0
-    assert "fsdp_transformer_layer_cls_to_wrap: LlamaForCausalLM has no NoSuchLayer" in result.stderr
+    assert result.returncode != 0 and message in result.stderr, result.stderr

@@ -200,7 +200,12 @@ def test_flops_of_the_formula(wide):
 def test_what_cannot_be_is_named(folder):
     recipe = load_recipe(write_recipe(folder))
     rows = {row.engine: row for row in make_plan(recipe, num_processes=3, device="A100-80GB").engines}
-    assert rows["single"].fits and "8 sequences" in rows["ddp"].reason and "two equal groups" in rows["hsdp"].reason
+    assert "nobody to share tensors" in make_plan(recipe, engine="tp", device="A100-80GB").engines[0].reason
+    assert (
+        rows["single"].fits
+        and "8 sequences" in rows["ddp"].reason
+        and "two equal groups of several" in rows["hsdp"].reason
+    )
     for keywords, message in (
         ({"engine": "fsdp"}, "unknown engine; did you mean `fsdp2`?"),
         ({"device": "H100-80G"}, "unknown device; did you mean `H100-80GB`?"),
