@@ -1,6 +1,7 @@
 """What `hfpretrain plan` predicts beside what runs measure: a few steps of recipes under several engines.
 
     python benchmarks/plan_accuracy.py [--engines single ddp ...] [--shakespeare tinyshakespeare.txt] [--steps 10]
+                                       [--section.key=value ...]
 
 Peak memory of the largest process, and seconds of a step at the plan's default MFU: where the MFU that came out is
 another, so is the time. Engines of several processes run with two. On a CPU libraries that are loaded meanwhile count
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=ENGINES)
     parser.add_argument("--shakespeare", type=Path, help="the text of recipes/shakespeare-char-cpu.yaml")
     parser.add_argument("--steps", type=int, default=10)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     cases = [("quickstart", "quickstart", []), ("quickstart, larger", "quickstart", MEDIUM)]
     if args.shakespeare is not None:
         text = f"--data.sources.0.data_files={args.shakespeare.absolute()}"
@@ -48,7 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for label, name, overrides in cases:
             for engine in ("single",) if name != "quickstart" else args.engines:
-                found = run(name, overrides, engine, Path(folder) / label.replace(" ", "-") / engine, args.steps)
+                found = run(
+                    name, [*overrides, *more], engine, Path(folder) / label.replace(" ", "-") / engine, args.steps
+                )
                 plan, measured, predicted = found["plan"], found["measured"], found["prediction"]
                 memory = " | ".join(f"{part['peak_memory'] / 2**20:,.0f} MiB" for part in (measured, predicted))
                 seconds = " | ".join(f"{part['seconds_per_step']:.2g} s" for part in (measured, predicted))

@@ -70,7 +70,10 @@ def table(plan: Plan, measured: dict[str, Any] | None = None) -> str:
 
 def _comparison(measured: dict[str, Any]) -> list[str]:
     rows = [f"{'':<14}{'predicted':>14}{'measured':>14}{'error':>9}"]
-    for label, key, show in (("peak memory", "peak_memory", _bytes), ("seconds a step", "seconds_per_step", _seconds)):
+    for label, key, show in (
+        ("peak memory", "peak_memory", _bytes),
+        ("seconds a step", "seconds_per_step", "{:,.3g} s".format),
+    ):
         predicted, found, error = (measured[part].get(key) for part in ("prediction", "measured", "error"))
         cells = [f"{show(value) if value is not None else '-':>14}" for value in (predicted, found)]
         rows.append(f"{label:<14}{''.join(cells)}{f'{error:+.0%}' if error is not None else '-':>9}")
@@ -81,11 +84,6 @@ def _comparison(measured: dict[str, Any]) -> list[str]:
     if found["mfu"] is not None:
         rows.append(f"  time: MFU {found['mfu']:.2f}, assumed were {measured['prediction']['mfu']:g}")
     return rows
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON's types, bytes and seconds as numbers."""
-    return asdict(plan)
 
 
 def compare(
@@ -149,7 +147,7 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
     rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
     seconds = seconds_per_step(rows, run.recipe.training.tokens_per_step)
     found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
-    (run.output_dir / FILE).write_text(json.dumps({"plan": as_json(plan), **found}, indent=1), encoding="utf-8")
+    (run.output_dir / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
     return table(plan, found)
 
 
@@ -214,10 +212,6 @@ def _bytes(number: float) -> str:
         if number >= 2**power:
             return f"{number / 2**power:,.1f} {prefix}"
     return f"{number / 1024:,.1f} KiB"
-
-
-def _seconds(number: float) -> str:
-    return f"{number:,.3g} s"
 
 
 def _hours(hours: float) -> str:

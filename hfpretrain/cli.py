@@ -127,12 +127,14 @@ def _parameters(recipe: Recipe) -> Any:
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.bill import as_json, table
+    from dataclasses import asdict
+
+    from hfpretrain.bill import table
     from hfpretrain.plan import make_plan
 
     keywords = {"engine": args.engine, "num_processes": args.num_processes, "device": args.device, "mfu": args.mfu}
     plan = make_plan(_load(args, overrides), **keywords)
-    print(json.dumps(as_json(plan)) if args.json else table(plan))
+    print(json.dumps(asdict(plan)) if args.json else table(plan))
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -279,14 +279,16 @@ def memory(
     mixed_precision: str,
     held: Pass,
     *,
+    accumulates: bool,
     on_cpu: bool,
 ) -> Memory:
     """What one process of an engine holds, `held` being its simulated pass.
 
-    How the engines hold it: torch's DDP keeps all gradients in its buckets. FSDP2 shards float32 weights, gradients and
-    moments, and gathers a layer in 16 bits. DeepSpeed holds 16-bit weights and gradients and float32 masters; in stages
-    1 and 2 it also copies its share of the weights when they are float32 already. Of its reduction bucket a CPU gives
-    only what is written to.
+    How the engines hold it: torch's DDP keeps buckets, in which the gradients are; if micro-steps accumulate
+    (`accumulates`), they are held apart until the last. FSDP2 shards float32 weights, gradients and moments, and
+    gathers a layer in 16 bits. DeepSpeed holds 16-bit weights and gradients and float32 masters; in stages 1 and 2 it
+    also copies its share of the weights when they are float32 already. Of its reduction bucket a CPU gives only what is
+    written to.
     """
     total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
     weights_by, gradients_by, optimizer_by, activations_by = (
@@ -306,6 +308,8 @@ def memory(
             buffers += bits * min(total, _MAX_LIVE)
     else:
         weights, gradients, optimizer = 4 * total // weights_by, 4 * total // gradients_by, 8 * total // optimizer_by
+        if engine.keeps_gradients and accumulates:
+            buffers += 4 * total
         if engine.family == "fsdp2":
             # Of a layer: gathered weights, the next one's on their way, gradients, and their float32 sum's input.
             buffers += shape.tail * bits + shape.largest_layer * (3 * bits + 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -89,32 +90,41 @@ def require_asked_processes(started: int | None = None) -> None:
 
 def asked_processes(command: list[str] | None = None) -> int | None:
     """Processes that the `accelerate launch` above this process was asked for; None without such a launcher."""
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.config.config_args import load_config_from_file
 
-    args = _launch_options(command)
-    if args is None:
+    options = _launch_options() if command is None else _options(command)
+    if options is None:
         return None
-    if args.num_processes is not None:
-        return int(args.num_processes)
-    if args.config_file is not None or os.path.isfile(default_config_file):
-        return int(load_config_from_file(args.config_file).num_processes)
-    return None
+    if options.num_processes is not None:
+        return int(options.num_processes)
+    path = _config_file(options)
+    return None if path is None else int(load_config_from_file(path).num_processes)
 
 
-def _launch_options(command: list[str] | None = None) -> Any:
+@functools.cache
+def _launch_options() -> Any:
     """The options of the `accelerate launch` above this process; None without such a launcher."""
     import psutil
 
-    if command is None:
-        commands = [parent.cmdline() for parent in psutil.Process().parents()[:3]]
-        command = next((line for line in commands if "accelerate" in " ".join(line[:3])), None)
-    arguments = _launch_arguments(command or [])
+    commands = [parent.cmdline() for parent in psutil.Process().parents()[:3]]
+    command = next((line for line in commands if "accelerate" in " ".join(line[:3])), None)
+    return None if command is None else _options(command)
+
+
+def _options(command: list[str]) -> Any:
+    arguments = _launch_arguments(command)
     if arguments is None:
         return None
     from accelerate.commands.launch import launch_command_parser
 
-    args, _ = launch_command_parser().parse_known_args(arguments)
-    return args
+    options, _ = launch_command_parser().parse_known_args(arguments)
+    return options
+
+
+def _config_file(options: Any) -> str | None:
+    from accelerate.commands.config.config_args import default_config_file
+
+    return options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
 
 
 def _launch_arguments(command: list[str]) -> list[str] | None:
@@ -181,9 +191,10 @@ def _uncut_sequences(config: Any, attn_implementation: str) -> Iterator[str]:
 def _file_problems() -> Iterator[Problem]:
     """Sections and keys of the launcher's file that accelerate passes over without a word."""
     options = _launch_options()
-    if options is None or options.config_file is None:
+    path = None if options is None else _config_file(options)
+    if path is None:
         return
-    settings = yaml.safe_load(Path(options.config_file).read_text(encoding="utf-8"))
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     for section, is_read in (("fsdp_config", uses_fsdp()), ("deepspeed_config", uses_deepspeed())):
         if settings.get(section) and not is_read:
             kind = section.removesuffix("_config").upper()

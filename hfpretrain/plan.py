@@ -253,10 +253,12 @@ class _Rows:
         number = min(self.num_processes, engine.max_processes or self.num_processes)
         try:
             self._require(engine, number)
-            held = self._pass(engine, number)
+            accumulates = self._accumulates(engine, number)
+            held = self._pass(engine, accumulates)
         except RecipeError as error:
             return EngineRow(engine.name, number, reason=error.problems[0].message)
-        memory = footprint.memory(engine, self.shape, number, self.precision, held, on_cpu=self.on_cpu)
+        settings = {"accumulates": accumulates, "on_cpu": self.on_cpu}
+        memory = footprint.memory(engine, self.shape, number, self.precision, held, **settings)
         # Processes on one CPU share its memory.
         usable = self.usable_memory * (self.num_processes / number if self.on_cpu else 1)
         disk = footprint.disk(engine, self.shape, self.precision, self.recipe.model.dtype)
@@ -273,16 +275,18 @@ class _Rows:
                 engine.cuts, number, self.config, self.recipe.model.attn_implementation, self.recipe.data.block_size
             )
 
-    def _pass(self, engine: Engine, number: int) -> Pass:
+    def _accumulates(self, engine: Engine, number: int) -> bool:
+        training, shares = self.recipe.training, 1 if engine.cuts else number
+        block_size = self.recipe.data.block_size
+        return accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, shares) > 1
+
+    def _pass(self, engine: Engine, accumulates: bool) -> Pass:
         from hfpretrain import footprint
 
-        training, block_size = self.recipe.training, self.recipe.data.block_size
-        groups = 1 if engine.cuts else number
-        steps = accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, groups)
         forward = footprint.forward_precision(engine, self.precision)
         settings: dict[str, Any] = {
             "precision": forward,
-            "accumulates": steps > 1,
+            "accumulates": accumulates,
             "chunked_loss": self.chunked_loss and engine.cuts != "tensors",
             "float32_outputs": engine.family != "deepspeed" and forward != "float32",
         }
@@ -291,8 +295,8 @@ class _Rows:
             try:
                 self._passes[key] = footprint.simulate(
                     self.build,
-                    batch_size=training.micro_batch_size,
-                    block_size=block_size,
+                    batch_size=self.recipe.training.micro_batch_size,
+                    block_size=self.recipe.data.block_size,
                     document_masking=self.document_masking,
                     **settings,
                 )

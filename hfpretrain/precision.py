@@ -43,8 +43,6 @@ def resolve(mixed_precision: MixedPrecision, launched: MixedPrecision, *, sharde
 # CUDA compute capability from which tensor cores have a format (NVIDIA, CUDA C++ Programming Guide, table "Tensor Core
 # Input Data Types by Compute Capability").
 _CAPABILITY = {"fp16": (7, 0), "bf16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
-
-
 _FP8_PACKAGES = ("torchao", "transformer_engine")
 
 

@@ -1,10 +1,12 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, rows, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -115,6 +117,51 @@ def test_a_state_of_zero_does_not_move(runs):
     shutil.rmtree(runs / "zero2" / "checkpoints" / "step-00000010", ignore_errors=True)
     result = train(runs / "recipe.yaml", f"--output_dir={runs / 'zero2'}", engine="single")
     assert result.returncode != 0 and "was saved by zero2 with 2 process(es)" in result.stderr
+
+
+GRADIENTS = """
+import sys
+import torch
+from transformers import AutoConfig
+from hfpretrain import engine, initialisation, model
+from hfpretrain.recipe import ModelSection
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+config = AutoConfig.for_model("llama", vocab_size=64, **sizes)
+accelerator = engine.build_accelerator("no", [], ".", 60)
+built = model.build_model(ModelSection(config={"model_type": "llama"}), config)
+weights = initialisation.InitialWeights(built, 0)
+sections = {"micro_batch_size": 1, "accumulation_steps": 2, "max_grad_norm": 1.0}
+built, _ = engine.prepare(accelerator, built, weights, lambda m: torch.optim.AdamW(m.parameters()), **sections)
+ids = torch.zeros((1, 8), dtype=torch.int64)
+for _ in range(1 if sys.argv[1] == "fsdp2" else 2):
+    with engine.accumulate(accelerator, built):
+        accelerator.backward(built(input_ids=ids, labels=ids).loss)
+parameter = engine.unwrap(built).lm_head.weight
+gradient = parameter.grad.to_local() if sys.argv[1] == "fsdp2" else parameter.grad
+if accelerator.is_main_process:
+    print("numbers", gradient.numel(), gradient.untyped_storage().nbytes() // 4)
+"""
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
+def test_no_gradient_is_held_more_than_it_must(tmp_path, name):
+    """Under FSDP2 this process's half after the first of two micro-steps, under DDP a view of buckets at the step."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / f"{name}.yaml"), str(tmp_path / "gradients.py"), name]
+    env = environment(PYTHONPATH=str(ROOT))
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("numbers")]
+    numbers, storage = map(int, line.split()[1:])
+    assert numbers == 64 * 32 // (2 if name == "fsdp2" else 1)
+    assert name == "fsdp2" or storage > numbers
+
+
+def test_flex_attention_on_a_cpu_is_refused(folder):
+    result = train(write_recipe(folder, model__attn_implementation="flex_attention"))
+    assert result.returncode == 2
+    assert "model.attn_implementation: flex_attention has no backward pass on CPUs; take sdpa" in result.stderr
 
 
 def test_fsdp2_with_one_process(runs):

@@ -80,6 +80,8 @@ def test_a_deepspeed_file_may_say_where_but_not_what(ask, tmp_path):
     where = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
     path.write_text(json.dumps(where))
     assert ask({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}) == ""
+    path.write_text(json.dumps({}))
+    assert "zero_optimization.stage: 0 shards nothing we know; set 1, 2 or 3" in ask({})
     path.write_text(json.dumps({**where, "train_batch_size": 8, "optimizer": {"type": "Adam"}, "curriculum": {"a": 1}}))
     first, second, third = ask({}).splitlines()
     assert "train_batch_size: the recipe owns it" in first and "training.tokens_per_step" in first

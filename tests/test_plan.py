@@ -183,6 +183,8 @@ def test_engines_side_by_side(wide):
     assert list(rows) == [engine.name for engine in footprint.ENGINES]
     assert {name for name, row in rows.items() if not row.fits} == {"single", "ddp"}
     assert rows["fsdp2"].memory.optimizer == 8 * total // 8
+    # Here micro-steps accumulate: DDP's buckets stand beside the gradients, FSDP2 divides them in each.
+    assert rows["ddp"].memory.peak == rows["single"].memory.peak + 4 * total and rows["ddp"].memory.buffers >= 4 * total
     assert rows["fsdp2"].memory.gradients == 4 * total // 8 and rows["fsdp2_offload"].memory.gradients == 0
     assert rows["hsdp"].memory.weights == 4 * total // 4
     assert rows["zero3_offload"].memory.weights == 0 and rows["zero3_offload"].memory.host > 16 * total / 8
