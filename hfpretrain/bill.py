@@ -70,10 +70,8 @@ def table(plan: Plan, measured: dict[str, Any] | None = None) -> str:
 
 def _comparison(measured: dict[str, Any]) -> list[str]:
     rows = [f"{'':<14}{'predicted':>14}{'measured':>14}{'error':>9}"]
-    for label, key, show in (
-        ("peak memory", "peak_memory", _bytes),
-        ("seconds a step", "seconds_per_step", "{:,.3g} s".format),
-    ):
+    quantities = ("peak memory", "peak_memory", _bytes), ("seconds a step", "seconds_per_step", "{:,.3g} s".format)
+    for label, key, show in quantities:
         predicted, found, error = (measured[part].get(key) for part in ("prediction", "measured", "error"))
         cells = [f"{show(value) if value is not None else '-':>14}" for value in (predicted, found)]
         rows.append(f"{label:<14}{''.join(cells)}{f'{error:+.0%}' if error is not None else '-':>9}")
