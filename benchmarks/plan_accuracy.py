@@ -49,9 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for label, name, overrides in cases:
             for engine in ("single",) if name != "quickstart" else args.engines:
-                found = run(
-                    name, [*overrides, *more], engine, Path(folder) / label.replace(" ", "-") / engine, args.steps
-                )
+                output_dir = Path(folder) / label.replace(" ", "-") / engine
+                found = run(name, [*overrides, *more], engine, output_dir, args.steps)
                 plan, measured, predicted = found["plan"], found["measured"], found["prediction"]
                 memory = " | ".join(f"{part['peak_memory'] / 2**20:,.0f} MiB" for part in (measured, predicted))
                 seconds = " | ".join(f"{part['seconds_per_step']:.2g} s" for part in (measured, predicted))
