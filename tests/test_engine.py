@@ -140,6 +140,7 @@ parameter = engine.unwrap(built).lm_head.weight
 gradient = parameter.grad.to_local() if sys.argv[1] == "fsdp2" else parameter.grad
 if accelerator.is_main_process:
     print("numbers", gradient.numel(), gradient.untyped_storage().nbytes() // 4)
+engine.finish(accelerator)
 """
 
 
