@@ -44,14 +44,13 @@ def worker(output: Path) -> None:
         peaks.append(memory.close()[0])
         return torch.optim.AdamW(model.parameters())
 
-    prepared = engine.prepare(
+    prepared, _ = engine.prepare(
         accelerator, model, weights, build_optimizer, micro_batch_size=1, accumulation_steps=1, max_grad_norm=1.0
     )
     peak = engine.max_over_processes(accelerator, peaks[0])
     if accelerator.is_main_process:
         output.write_text(json.dumps({"peak": peak, "size": size}))
-    del prepared
-    engine.finish(accelerator)
+    engine.finish(accelerator, prepared)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch.nn.parallel import DistributedDataParallel
 
 from hfpretrain import fsdp, initialisation, launcher, sequence_parallel, tensor_parallel, zero
 from hfpretrain import precision as precisions
@@ -478,7 +479,12 @@ def max_over_processes(accelerator: Accelerator, value: int) -> int:
     return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
 
 
-def finish(accelerator: Accelerator) -> None:
+def finish(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """End trackers and process group; the barrier keeps ZeRO-3 ranks from aborting while another still sends."""
     accelerator.wait_for_everyone()
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            # The last to hold the process group, these would wait for gloo's threads while keeping the interpreter
+            # from them, on a busy machine for ever (https://github.com/pytorch/pytorch/issues/56297, open).
+            del module.reducer, module.logger
     accelerator.end_training()

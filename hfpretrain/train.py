@@ -181,7 +181,7 @@ def _finish(run: Run) -> Path:
         write_card(run, model_path, report)
         print(run_summary(run, report), flush=True)
         print("", bill.report(run, *peak_memory), sep="\n")
-    engine.finish(run.accelerator)
+    engine.finish(run.accelerator, run.model)
     return model_path
 
 

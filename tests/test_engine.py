@@ -127,20 +127,23 @@ from hfpretrain import engine, initialisation, model
 from hfpretrain.recipe import ModelSection
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 config = AutoConfig.for_model("llama", vocab_size=64, **sizes)
-accelerator = engine.build_accelerator("no", [], ".", 60)
-built = model.build_model(ModelSection(config={"model_type": "llama"}), config)
-weights = initialisation.InitialWeights(built, 0)
-sections = {"micro_batch_size": 1, "accumulation_steps": 2, "max_grad_norm": 1.0}
-built, _ = engine.prepare(accelerator, built, weights, lambda m: torch.optim.AdamW(m.parameters()), **sections)
-ids = torch.zeros((1, 8), dtype=torch.int64)
-for _ in range(1 if sys.argv[1] == "fsdp2" else 2):
-    with engine.accumulate(accelerator, built):
-        accelerator.backward(built(input_ids=ids, labels=ids).loss)
-parameter = engine.unwrap(built).lm_head.weight
-gradient = parameter.grad.to_local() if sys.argv[1] == "fsdp2" else parameter.grad
-if accelerator.is_main_process:
-    print("numbers", gradient.numel(), gradient.untyped_storage().nbytes() // 4)
-engine.finish(accelerator)
+def main():
+    accelerator = engine.build_accelerator("no", [], ".", 60)
+    built = model.build_model(ModelSection(config={"model_type": "llama"}), config)
+    weights = initialisation.InitialWeights(built, 0)
+    sections = {"micro_batch_size": 1, "accumulation_steps": 2, "max_grad_norm": 1.0}
+    built, _ = engine.prepare(accelerator, built, weights, lambda m: torch.optim.AdamW(m.parameters()), **sections)
+    ids = torch.zeros((1, 8), dtype=torch.int64)
+    for _ in range(1 if sys.argv[1] == "fsdp2" else 2):
+        with engine.accumulate(accelerator, built):
+            accelerator.backward(built(input_ids=ids, labels=ids).loss)
+    parameter = engine.unwrap(built).lm_head.weight
+    gradient = parameter.grad.to_local() if sys.argv[1] == "fsdp2" else parameter.grad
+    if accelerator.is_main_process:
+        print("numbers", gradient.numel(), gradient.untyped_storage().nbytes() // 4)
+    engine.finish(accelerator, built)
+    assert not hasattr(built, "reducer"), "it would end the process group and may never return"
+main()
 """
 
 
