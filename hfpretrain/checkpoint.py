@@ -1,86 +1,211 @@
-"""Full state: save, rotate, find the newest that verifies, resume. And the export: a plain Hugging Face folder."""
+"""Full state: save beside training, rotate, find the newest that verifies. And the export: a plain folder."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
-from hfpretrain import files
-from hfpretrain.recipe import RecipeError
+from hfpretrain import files, fragments
+from hfpretrain.recipe import CheckpointSection, RecipeError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 _TRAIN_STATE = "train_state.json"
+_EVALUATION_LOSS = "evaluation_loss"
 REFERENCE = "reference.safetensors"
 _REFERENCE_TOKENS = 1024
 logger = logging.getLogger(__name__)
 
 
-def save(
-    accelerator: Accelerator,
-    folder: Path,
-    train_state: dict[str, Any],
-    write_engine_state: Callable[[Path], None],
-    keep_last: int,
-) -> Path:
-    """Write `folder/step-XXXXXXXX`, sealed; then remove all but the newest `keep_last`. All ranks must call it."""
-    path = folder / f"step-{train_state['step']:08d}"
-    if accelerator.is_main_process:
-        files.work_folder(path)
-    accelerator.wait_for_everyone()
-    work = path.with_name(path.name + files.INCOMPLETE)
-    write_engine_state(work)
-    torch.save(_rng_state(), work / f"rng-{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (work / _TRAIN_STATE).write_text(json.dumps(train_state), encoding="utf-8")
-        files.seal(work, path, {"step": train_state["step"]})
-        for old in _checkpoints(folder)[keep_last:]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return path
+@dataclass(frozen=True)
+class Saved:
+    """How a save went; `error` is None where the checkpoint is sealed."""
+
+    step: int
+    error: str | None
+    stall_seconds: float
+    """For so long training stood still: waiting for the save before, and copying the state."""
+    waited_seconds: float
+    """The part of it that was waiting for the save before."""
+    seconds: float
+    """From the beginning until all is on the disk."""
+    bytes: int
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file verifies; None where there is none at all.
+class Saver:
+    """Writes checkpoints into `folder` while training goes on. All ranks must call its methods alike.
 
-    Those passed over are named in the log and renamed, so that rotation neither counts nor keeps them. Raises
-    `RecipeError` if there are checkpoints but none verifies: to start anew is the user's decision.
+    `group`: a process group for its thread alone, None for a process alone.
     """
-    reasons = []
+
+    def __init__(self, folder: Path, section: CheckpointSection, group: Any):
+        self._folder, self._section, self._group = folder, section, group
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._thread: threading.Thread | None = None
+        self._done: list[Saved] = []
+
+    def save(
+        self,
+        train_state: dict[str, Any],
+        state: dict[str, Any],
+        writers: Mapping[str, Callable[[Path], None]],
+        in_background: bool,
+    ) -> None:
+        """Begin to write `step-XXXXXXXX`: `state` as of `engine.state`, and files by name as `writers` write them.
+
+        In the background it is a copy that is written, and this returns when that is made. A save that is still being
+        written is waited for first.
+        """
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        if in_background:
+            state = fragments.copy_to_host(state)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        stall = time.perf_counter() - start
+
+        def work() -> None:
+            error, size = self._write(train_state, state, writers)
+            seconds = time.perf_counter() - start
+            standstill = stall if in_background else seconds
+            self._done.append(Saved(train_state["step"], error, standstill, waited, seconds, size))
+
+        self._thread = threading.Thread(target=work, name="save")
+        self._thread.start()
+        if not in_background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was begun is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def done(self) -> list[Saved]:
+        """The saves that have ended since the last call, in each process on its own."""
+        done, self._done = self._done, []
+        return done
+
+    def _write(
+        self, train_state: dict[str, Any], state: dict[str, Any], writers: Mapping[str, Callable[[Path], None]]
+    ) -> tuple[str | None, int]:
+        path = self._folder / f"step-{train_state['step']:08d}"
+        work = path.with_name(path.name + files.INCOMPLETE)
+        written: dict[str, Any] = {}
+
+        def write_files() -> None:
+            for name, write in writers.items():
+                write(work / name)
+            ours = [*work.glob(f"__{self._rank}_*.distcp"), *(work / name for name in writers)]
+            written.update(files.entries(work, ours))
+
+        def seal() -> None:
+            (work / _TRAIN_STATE).write_text(json.dumps(train_state), encoding="utf-8")
+            content = {"step": train_state["step"], _EVALUATION_LOSS: train_state[_EVALUATION_LOSS]}
+            known = {name: entry for part in self._gathered for name, entry in part.items()}
+            manifest = files.seal(work, path, content, known)
+            written["size"] = sum(entry["size"] for entry in manifest["files"].values())
+            _remove_old(self._folder, self._section)
+
+        main = self._rank == 0
+        self._gathered: list[dict[str, Any]] = []
+        steps: list[tuple[bool, Callable[[], Any]]] = [
+            (main, lambda: files.work_folder(path)),
+            (True, lambda: fragments.save(state, work, self._group)),
+            (True, write_files),
+            (main, seal),
+        ]
+        for ours, step in steps:
+            error = None
+            try:
+                if ours:
+                    step()
+            except Exception as raised:  # an error of any kind must reach all ranks, which wait for this one
+                error = _reason(raised)
+            answers = self._exchange((error, dict(written)))
+            self._gathered = [entries for _, entries in answers]
+            error = next((error for error, _ in answers if error is not None), None)
+            if error is not None:
+                if main:  # its room may be what is missing
+                    shutil.rmtree(work, ignore_errors=True)
+                return error, 0
+        return None, written.get("size", 0)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        if self._group is None:
+            return [value]
+        values = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def _reason(error: BaseException) -> str:
+    """What an operating system said, from however deep below."""
+    inner = getattr(error, "failures", None)  # torch's CheckpointException holds those of all ranks
+    if inner:
+        error = next(iter(inner.values()))[0]
+    while error.__cause__ is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
+def _remove_old(folder: Path, section: CheckpointSection) -> None:
+    found = _checkpoints(folder)
+    kept = set(found[: section.keep_last])
+    if section.keep_every is not None:
+        kept |= {path for path in found if _step(path) % section.keep_every == 0}
+    if section.keep_best:
+        losses = {path: (files.manifest_of(path) or {}).get(_EVALUATION_LOSS) for path in found}
+        evaluated = [path for path in found if losses[path] is not None]
+        kept |= set(sorted(evaluated, key=lambda path: (losses[path], -_step(path)))[:1])
+    for path in found:
+        if path not in kept:
+            # Renamed first: a kill in between leaves nothing that looks like a damaged checkpoint.
+            aside = path.with_name(path.name + files.INCOMPLETE)
+            path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file verifies, None where there is none at all; and why others are not it.
+
+    Those passed over are renamed, so that rotation neither counts nor keeps them. Raises `RecipeError` if there are
+    checkpoints but none verifies: to start anew is the user's decision.
+    """
+    reasons: list[str] = []
     for path in _checkpoints(folder):
         reason = files.damage(path)
         if reason is None:
-            return path
+            return path, reasons
         logger.warning("checkpoint %s is passed over: %s", path.name, reason)
-        reasons.append(reason)
+        reasons.append(f"checkpoint {path.name} is passed over: {reason}")
         aside = path.with_name(path.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        with contextlib.suppress(OSError):  # a disk that can't be written to can be read
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     if reasons or any(folder.glob("step-*.damaged")):
         advice = "restore one, or delete the folder to start anew"
         raise RecipeError.at(str(folder), f"no checkpoint verifies: {'; '.join(reasons) or 'all damaged'}. {advice}")
-    return None
-
-
-def load(accelerator: Accelerator, path: Path, load_engine_state: Callable[[Path], None]) -> dict[str, Any]:
-    """Restore engine state and this rank's RNG from `path`; returns the train state. All ranks must call it."""
-    load_engine_state(path)
-    rng = path / f"rng-{accelerator.process_index}.pt"
-    if rng.exists():
-        _set_rng_state(torch.load(rng, weights_only=True))
-    return train_state(path)
+    return None, reasons
 
 
 def train_state(path: Path) -> dict[str, Any]:
@@ -94,17 +219,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def export(

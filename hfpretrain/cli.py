@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check a run, checkpoint or prepared folder: complete, unaltered, loadable")
     verify.add_argument("path")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
+    proof = command("verify-resume", _verify_resume, f"kill a short version of a recipe and compare; {_OVERRIDES}")
+    proof.add_argument("recipe")
+    proof.add_argument("--engine", help="accelerate file, or the name of one in accelerate_configs/; default: none")
+    proof.add_argument("--num-processes", type=int, help="default: the engine's file's")
+    proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
+    proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
     push = command("push", _push, "upload a run's exported model to the Hub")
     push.add_argument("run")
     push.add_argument("repo_id")
@@ -202,6 +208,16 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
         print(json.dumps(report))
     else:
         print(f"{path}: verified", *(f"  {key}: {value}" for key, value in report.items() if key != "sample"), sep="\n")
+
+
+def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.verify_resume import verify_resume
+
+    if args.steps < 4 or args.kills < 0:
+        raise RecipeError.at("--steps, --kills", "at least 4 steps, and no negative number of kills")
+    recipe, arguments = _load(args, overrides), [args.recipe, *overrides]
+    for line in verify_resume(recipe, arguments, args.engine, args.num_processes, args.steps, args.kills):
+        print(line, flush=True)
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:

@@ -301,6 +301,10 @@ class TrainingData:
         streams, rows = self.order(self._positions(step))
         return list(zip(streams.tolist(), rows.tolist(), strict=True))
 
+    def rows(self, step: int) -> np.ndarray:
+        """Tokens of every sequence of a step, over all processes: int64 (n, block_size)."""
+        return self._sequences(self._positions(step))[1]
+
     def checksum(self, step: int) -> int:
         """The checksum of a step over all processes."""
         positions = self._positions(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch.nn.parallel import DistributedDataParallel
 
-from hfpretrain import fsdp, initialisation, launcher, sequence_parallel, tensor_parallel, zero
+from hfpretrain import fragments, fsdp, initialisation, launcher, sequence_parallel, tensor_parallel, zero
 from hfpretrain import precision as precisions
 from hfpretrain.initialisation import Weights
 from hfpretrain.recipe import MixedPrecision, RecipeError
@@ -272,14 +273,6 @@ def accumulate(accelerator: Accelerator, model: Any) -> contextlib.AbstractConte
     return accelerator.accumulate(*(() if is_fsdp else (model,)))
 
 
-def scale_for_backward(accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:
-    """Undo the averages the engines take over ranks and micro-steps: the loss already is divided by the global
-    number of tokens, so its gradients must be summed."""
-    # With sequences cut as well, ZeRO-3 averages over all processes.
-    shares = accelerator.num_processes if _cuts_sequences(accelerator) else data_parallel(accelerator)[1]
-    return loss * (shares * accelerator.gradient_accumulation_steps)
-
-
 def precision(accelerator: Accelerator) -> str:
     """`no` (float32), `tf32`, `bf16`, `fp16` or `fp8`."""
     is_tf32 = accelerator.mixed_precision == "no" and torch.get_float32_matmul_precision() == "high"
@@ -360,65 +353,136 @@ def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Ten
     return {**state, **{name: network.get_buffer(name).cpu() for name in persistent}} if main else {}
 
 
-def save_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path) -> None:
-    """Model and optimizer state into the folder `path`; all ranks must call it.
+def state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
+    """What a run goes on from, in the same form under every engine: `model` and `optimizer`, by parameter name.
 
-    DeepSpeed writes its own format. Elsewhere state is named by parameter and written through torch distributed
-    checkpoint, which reshards it on load.
+    Its tensors share the memory of the model and the optimizer; of those that are cut each process has its pieces.
+    All ranks must call it.
     """
+    network = unwrap(model)
+    names = {name for name, _ in network.named_parameters()}  # each tied one once
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        model.save_checkpoint(str(path), tag="deepspeed")
-        return
-    import torch.distributed.checkpoint as dcp
+        found = zero.state(model)
+    else:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    with _quiet():
-        dcp.save(_state(accelerator, model, optimizer), checkpoint_id=str(path), no_dist=accelerator.num_processes == 1)  # type: ignore[attr-defined]
+        model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
+        states: Any = optimizer_state["state"]
+        found = {
+            "model": {name: fragments.in_pieces(model_state[name]) for name in names},
+            "optimizer": {
+                name: {key: fragments.in_pieces(value) for key, value in values.items()}
+                for name, values in states.items()
+            },
+        }
+    buffers = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
+    found["buffers"] = {name: network.get_buffer(name) for name in buffers}
+    if accelerator.scaler is not None:
+        found["scaler"] = accelerator.scaler.state_dict()
+    return found
 
 
-def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path) -> None:
-    """The reverse of `save_state`."""
+def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path, group: Any) -> None:
+    """Put a saved `state` of any engine and number of processes into this one's model and optimizer."""
+    loaded = fragments.load(state(accelerator, model, optimizer), path, group)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        loaded, _ = model.load_checkpoint(str(path), tag="deepspeed")
-        assert loaded is not None, f"DeepSpeed found nothing in {path}"
-        return
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    state = _state(accelerator, model, optimizer)
-    with _quiet():
-        dcp.load(state, checkpoint_id=str(path), no_dist=accelerator.num_processes == 1)  # type: ignore[attr-defined]
-    set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        zero.copy_masters_to_weights(model)
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.scaler.load_state_dict(loaded["scaler"])
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # torch warns that one process saves alone, which is what `no_dist` asks for.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def control_group(accelerator: Accelerator, timeout_seconds: int) -> Any:
+    """A process group of its own for a thread, or for what must not wait for the device; None for a process alone."""
+    if accelerator.num_processes == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds + 60))
 
 
-def _state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+class Votes:
+    """The largest number that any process has given, one call late: it travels while the device computes.
 
-    model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler.state_dict()
-    return state
+    All ranks must call `cast` alike.
+    """
+
+    def __init__(self, group: Any):
+        self._group, self._value = group, torch.zeros(1, dtype=torch.int64)
+        self._work: Any = None
+
+    def cast(self, value: int) -> int:
+        """Give this process's `value`; returns the largest of the call before, 0 at the first."""
+        if self._group is None:
+            return value
+        agreed = self.wait()
+        self._value.fill_(value)
+        maximum = torch.distributed.ReduceOp.MAX
+        self._work = torch.distributed.all_reduce(self._value, maximum, group=self._group, async_op=True)
+        return agreed
+
+    def wait(self) -> int:
+        """The largest of the last call."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return int(self._value)
 
 
-def require_compatible(accelerator: Accelerator, saved_engine: str, saved_processes: int, path: Path) -> None:
-    """Raises `RecipeError` if a checkpoint of another engine or process count can't be read by this one."""
-    ours = (engine_name(accelerator), accelerator.num_processes)
-    if ours != (saved_engine, saved_processes) and any(name.startswith("zero") for name in (ours[0], saved_engine)):
-        raise RecipeError.at(
-            str(path),
-            f"was saved by {saved_engine} with {saved_processes} process(es); DeepSpeed's state does not load under "
-            f"{ours[0]} with {ours[1]}. Launch as before, or start anew from the exported weights (model.pretrained)",
-        )
+def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None:
+    """A micro-step's gradients, without the update that accelerate makes DeepSpeed do in the same call.
+
+    Undoes the averages the engines take over ranks and micro-steps: the loss already is divided by the global number
+    of tokens, so its gradients must be summed.
+    """
+    # With sequences cut as well, ZeRO-3 averages over all processes.
+    shares = accelerator.num_processes if _cuts_sequences(accelerator) else data_parallel(accelerator)[1]
+    loss = loss * (shares * accelerator.gradient_accumulation_steps)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.set_gradient_accumulation_boundary(is_boundary=accelerator.sync_gradients)
+        model.backward(loss)
+    else:
+        accelerator.backward(loss)
+
+
+def clip_gradients(accelerator: Accelerator, model: Any, max_grad_norm: float | None) -> torch.Tensor:
+    """The norm of all gradients, float32 (), before they are scaled down to `max_grad_norm`; DeepSpeed does so in
+    `update`. Not finite if any of them is not."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return zero.gradient_norm(model)
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    assert norm is not None
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def update(accelerator: Accelerator, model: Any, optimizer: Any) -> None:
+    """An optimizer step with the gradients there are."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.step()
+    else:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def drop_gradients(accelerator: Accelerator, model: Any, optimizer: Any) -> None:
+    """Forget the gradients; weights and optimizer stay as they are."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero.drop_gradients(model)
+    else:
+        optimizer.zero_grad()
+
+
+def gradient_norms(accelerator: Accelerator, model: Any) -> dict[str, float]:
+    """Norm of each parameter's gradient by its name, before `update`. All ranks must call it."""
+    norms = {}
+    for name, parameter in unwrap(model).named_parameters():
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from deepspeed.utils import safe_get_full_grad
+
+            gradient = safe_get_full_grad(parameter)
+        else:
+            gradient = parameter.grad
+        if gradient is not None:
+            norm = torch.linalg.vector_norm(gradient.detach().float())
+            norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return norms
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -442,6 +506,13 @@ def broadcast(accelerator: Accelerator, objects: list[Any]) -> list[Any]:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list(objects) if accelerator.num_processes > 1 else objects
+
+
+def gather_lists(accelerator: Accelerator, ours: list[Any]) -> list[Any]:
+    """The lists of all processes as one."""
+    from accelerate.utils import gather_object
+
+    return list(gather_object(ours))
 
 
 def to_device(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def seal(
     found = dict(sorted({**known, **others}.items()))
     manifest = {**content, "files": found}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _fsync(work / MANIFEST)
+    for name in (work / MANIFEST, *(folder for folder in work.rglob("*") if folder.is_dir()), work):
+        _fsync(name)
     shutil.rmtree(path, ignore_errors=True)
     work.rename(path)
     _fsync(path.parent)
@@ -92,14 +94,21 @@ def damage(path: Path, checksums: bool = True) -> str | None:
     manifest = manifest_of(path)
     if manifest is None:
         return f"{path / MANIFEST} is missing or unreadable"
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{file} has {file.stat().st_size} bytes instead of {entry['size']}"
-        if checksums and sha256(file) != entry["sha256"]:
-            return f"{file} has another checksum than when it was sealed"
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        reasons = pool.map(lambda item: _file_damage(path, item[0], item[1], checksums), manifest["files"].items())
+        return next((reason for reason in reasons if reason is not None), None)
+
+
+def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool) -> str | None:
+    file = folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        return f"{folder / MANIFEST} names {name!r}, which is outside of the folder"
+    if not file.is_file():
+        return f"{file} is missing"
+    if file.stat().st_size != entry["size"]:
+        return f"{file} has {file.stat().st_size} bytes instead of {entry['size']}"
+    if checksums and sha256(file) != entry["sha256"]:
+        return f"{file} has another checksum than when it was sealed"
     return None
 
 

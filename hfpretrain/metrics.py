@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import logging
 import math
 import os
 import sys
@@ -17,22 +18,46 @@ from typing import Any
 
 import torch
 
+from hfpretrain import files
+
+logger = logging.getLogger(__name__)
+
 
 class MetricsFile:
-    """`metrics.jsonl`, one object a line. Resuming at a step forgets the lines after it."""
+    """`metrics.jsonl`, one object a line. Resuming at a step forgets the lines after it, but no events.
+
+    Where the disk takes no more, lines wait in memory.
+    """
 
     def __init__(self, path: Path, resume_step: int | None):
-        self._path = path
-        kept = [row for row in read_metrics(path) if resume_step is not None and row["step"] <= resume_step]
-        rows = [row for row in kept if "export/loss_export" not in row]  # the run ends, and exports, anew
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self._path, self._waiting = path, ""
+        self.forget(resume_step)
+
+    def forget(self, step: int | None) -> None:
+        """Drop the lines after `step`; all if it is None."""
+        rows = [] if step is None else read_metrics(self._path)
+        kept = [row for row in rows if "event" in row or row["step"] <= step]
+        kept = [row for row in kept if "export/loss_export" not in row]  # the run ends, and exports, anew
+        files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object."""
-        with self._path.open("a", encoding="utf-8") as file:
-            # JSON has no NaN; the word stays to be seen.
-            safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            file.write(json.dumps(safe) + "\n")
+        # JSON has no NaN; the word stays to be seen.
+        safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        first = not self._waiting
+        self._waiting += json.dumps(safe) + "\n"
+        try:
+            size = self._path.stat().st_size
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(self._waiting)
+            except OSError:
+                os.truncate(self._path, size)  # no half line
+                raise
+            self._waiting = ""
+        except OSError as error:
+            if first:
+                logger.warning("%s can't be written, its lines wait in memory: %s", self._path, error.strerror)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -321,6 +321,9 @@ class TrainingSection(Section):
     model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
     compile: bool = False
     """`torch.compile` the model; a chunked loss stays outside of the graph."""
+    stop_after: str | None = Field(default=None, min_length=2, pattern=r"^(\d+h)?(\d+m)?(\d+s)?$")
+    """Wall-clock time since the start, for example 3h50m, by which the run has saved and stopped with exit code 75, to
+    go on when started again. It stops earlier by twice the longest save so far, or 5 % before there was one."""
     timeout_seconds: int = Field(default=1800, ge=4)
     """A run in which no process gets on for so long ends with an error that names the one the others wait for. One
     without a sign of life for 30 seconds, or this if it is less, ends it too. 1800 is torch's default for gloo."""
@@ -332,6 +335,14 @@ class TrainingSection(Section):
         if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
             raise ValueError(f"`max_tokens` ({self.max_tokens}) is less than one step of {self.tokens_per_step} tokens")
         return self
+
+    @property
+    def stop_after_seconds(self) -> int | None:
+        """`stop_after` as a number."""
+        if self.stop_after is None:
+            return None
+        units = {"h": 3600, "m": 60, "s": 1}
+        return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", self.stop_after))
 
     @property
     def num_steps(self) -> int:
@@ -353,6 +364,27 @@ class CheckpointSection(Section):
     """Optimizer steps between checkpoints; null: only the last step's."""
     keep_last: PositiveInt = 2
     """How many of the newest complete checkpoints stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides stay for good."""
+    keep_best: bool = False
+    """The checkpoint with the lowest validation loss stays too, among those of steps that were evaluated."""
+    async_save: bool = True
+    """Write a copy of the state while training goes on, which takes as much of the host's memory; the last save of a
+    run needs none. A save that comes due before the one before is written waits for it."""
+
+
+class StabilitySection(Section):
+    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps up. Its update is never made."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """`stop` ends the run; `skip` leaves out the step's blocks; `rollback` goes back to the newest checkpoint and
+    leaves out all blocks from there to the step, as PaLM did (Chowdhery et al. 2022, section 5.1)."""
+    max_events: PositiveInt = 10
+    """After so many skips or rollbacks the run stops."""
+    spike_std: float | None = Field(default=None, gt=0)
+    """A loss so many standard deviations above the mean of the last `spike_window` steps is a jump; null: none is."""
+    spike_window: int = Field(default=100, ge=2)
+    """Optimizer steps that a jump is measured against; until there are so many, none is found."""
 
 
 class LoggingSection(Section):
@@ -392,6 +424,7 @@ class Recipe(Section):
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    stability: StabilitySection = StabilitySection()
     logging: LoggingSection = LoggingSection()
     hub: HubSection = HubSection()
 

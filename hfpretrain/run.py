@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from hfpretrain import (
     checkpoint,
     engine,
     evaluation,
+    incident,
     initialisation,
     launcher,
     metrics,
@@ -48,10 +49,13 @@ from hfpretrain.recipe import (
     flatten,
     load_recipe,
 )
+from hfpretrain.stability import Stability
+from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import token_bytes
 
 LEDGER = "ledger.npy"
+_GOES_ON = "the same command goes on from the newest checkpoint"
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 logger = logging.getLogger(__name__)
 
@@ -68,7 +72,9 @@ MAY_DIFFER = (
     "training.micro_batch_size",
     "training.chunked_loss",
     "training.compile",
+    "training.stop_after",
     "training.timeout_seconds",
+    "stability",
     "evaluation",
     "checkpoint",
     "logging",
@@ -77,24 +83,50 @@ MAY_DIFFER = (
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient is not a number."""
+    """A step must not update the weights, and the recipe says to stop, or that was so too often."""
+
+
+class NotSavedError(RuntimeError):
+    """The last checkpoint of a run could not be written."""
+
+
+class Stopping(Exception):  # noqa: N818 - not an error
+    """All ranks have agreed to stop here."""
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: optimizer steps done, tokens seen, and the losses summed since the last log line."""
+    """Where a run stands."""
 
     step: int = 0
+    """Optimizer steps done."""
     tokens: int = 0
     window_loss: float = 0.0
+    """Losses summed since the last log line."""
     window_steps: int = 0
+    evaluated: bool = False
+    """Whether the weights as they are were evaluated."""
+    evaluation_loss: float | None = None
+    """Of the weights as they are."""
+    losses: list[float] = field(default_factory=list)
+    """As of `Stability.losses`."""
+    num_events: int = 0
+    """Steps so far that were not stable."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """From optimizer step [0] on, data are taken from [1] steps further on: what rollbacks have left out."""
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """What trackers know the run by."""
+
+    def data_step(self, step: int) -> int:
+        """Whose data optimizer step `step` takes, counted from 0."""
+        return step + sum(count for first, count in self.skipped if first <= step)
 
 
 class Run:
     """Everything one process holds while it trains."""
 
-    def __init__(self, recipe: Recipe, watch: ranks.Watch):
-        self.recipe, self.output_dir, self.watch = recipe, Path(recipe.output_dir), watch
+    def __init__(self, recipe: Recipe, watch: ranks.Watch, stops: Stops):
+        self.recipe, self.output_dir, self.watch, self.stops = recipe, Path(recipe.output_dir), watch, stops
         launcher.require_supported()
         launcher.require_cuttable(
             modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
@@ -108,6 +140,9 @@ class Run:
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
         )
         self._meet_the_others()
+        self._votes = engine.Votes(engine.control_group(self.accelerator, training.timeout_seconds))
+        self._saving_group = engine.control_group(self.accelerator, training.timeout_seconds)
+        self.saver = checkpoint.Saver(self.output_dir / "checkpoints", recipe.checkpoint, self._saving_group)
         self.data_index, self.data_size = engine.data_parallel(self.accelerator)
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
@@ -120,6 +155,7 @@ class Run:
         self.tokenizer = load_prepared_tokenizer(self.prepared)
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
+        self.stops.defer()
         watch.beat("build", 0)
         config = modeling.resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
@@ -166,25 +202,30 @@ class Run:
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
         if training.compile:
             network.compile()
-        # Dropout differs between ranks whose activations do.
-        torch.manual_seed(recipe.seed + engine.dropout_index(self.accelerator))
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
+        self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
         self.documents_dropped = 0
         self.ledger = Ledger()
         self.source_tokens = np.zeros(len(self.data.order.sizes), dtype=np.int64)
         self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
-        self.grad_norm: Any = 0.0  # of the newest step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one, and open the records."""
-        self.resumed_step = self._resume()
-        steps = range(self.state.step, self.recipe.training.num_steps)
-        self.coming = Prefetcher(self.data.step, steps, pin_memory=self.accelerator.device.type == "cuda")
+        self.saved_step = self._resume()
+        self._start_data()
         self._start_records()
+        for reason in self._passed_over:
+            self.record_event(reason)
+
+    def _start_data(self) -> None:
+        steps = range(self.state.step, self.recipe.training.num_steps)
+        data, data_step = self.data, self.state.data_step
+        pin_memory = self.accelerator.device.type == "cuda"
+        self.coming = Prefetcher(lambda step: data.step(data_step(step)), steps, pin_memory=pin_memory)
 
     def _meet_the_others(self) -> None:
         """Begin to watch over the other ranks, if they run the same as this one."""
@@ -199,10 +240,12 @@ class Run:
         self.watch.start(self.accelerator.process_index, num_ranks, timeout_seconds, facts)
 
     def _newest_checkpoint(self) -> Path | None:
-        folder = self.output_dir / "checkpoints"
-        found = [str(checkpoint.newest(folder) or "")] if self.is_main else [""]
-        name = engine.broadcast(self.accelerator, found)[0]
-        return Path(name) if name else None
+        """The newest that verifies; others of `_passed_over` do not."""
+        found: list[Any] = [None, []]
+        if self.is_main:
+            found = list(checkpoint.newest(self.output_dir / "checkpoints"))
+        path, self._passed_over = engine.broadcast(self.accelerator, found)
+        return path
 
     def _open_data(self) -> TrainingData | StreamingData:
         recipe, manifest = self.recipe, self.prepared.manifest
@@ -222,7 +265,7 @@ class Run:
         if path is None:
             return None
         stored = checkpoint.train_state(path)
-        engine.require_compatible(self.accelerator, stored.pop("engine"), stored.pop("num_processes"), path)
+        origin = (stored.pop("engine"), stored.pop("num_processes"))
         if stored.pop("data") != self._data_identity():
             raise RecipeError.at(
                 "data", f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
@@ -234,12 +277,17 @@ class Run:
             )
         self.source_tokens = np.array(stored.pop("source_tokens"))
         self.documents_dropped = stored.pop("documents_dropped")
-        self._check_ledger(path, stored.pop("ledger"))
-        checkpoint.load(self.accelerator, path, self._load_engine_state)
+        digest = stored.pop("ledger")
         self.state = TrainState(**stored)
+        self._check_ledger(path, digest)
+        start = time.perf_counter()
+        engine.load_state(self.accelerator, self.model, self.optimizer, path, self._saving_group)
         optim.set_step(self.scheduler, self.state.step)
+        self.stability = Stability(self.recipe.stability, self.state.losses)
         if self.is_main:
-            logger.info("resumed from %s", path)
+            here = (engine.engine_name(self.accelerator), self.accelerator.num_processes)
+            moved = f", saved by {origin[0]} with {origin[1]} process(es)" if origin != here else ""
+            logger.info("resumed from %s%s, read in %.1f s", path, moved, time.perf_counter() - start)
         return self.state.step
 
     def _data_identity(self) -> str:
@@ -254,7 +302,10 @@ class Run:
         self.ledger = Ledger(np.load(path / LEDGER))
         wrong: Any = None
         if self.is_main and isinstance(self.data, TrainingData):
-            wrong = self.ledger.mismatch(self.data.checksum, self.recipe.training.tokens_per_step)
+            data, data_step = self.data, self.state.data_step
+            wrong = self.ledger.mismatch(
+                lambda step: data.checksum(data_step(step)), self.recipe.training.tokens_per_step
+            )
         wrong = engine.broadcast(self.accelerator, [wrong])[0]
         if wrong is not None or self.ledger.digest != digest:
             raise RecipeError.at(
@@ -263,11 +314,16 @@ class Run:
                 "`hfpretrain verify` tells what changed, deleting the folder makes it anew",
             )
 
-    def consume(self, data: StepData) -> None:
-        """Note what a step has consumed; `update_ledger` adds the other processes' share."""
+    def consume(self, data: StepData, loss: float) -> None:
+        """A step is done; `update_ledger` adds the other processes' share of what it has consumed."""
         signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
         self._consumed.append([signed, data.documents_dropped, *data.tokens.tolist()])
         self.data_state = data.state
+        state = self.state
+        state.step, state.tokens = state.step + 1, state.tokens + self.recipe.training.tokens_per_step
+        state.window_loss, state.window_steps = state.window_loss + loss, state.window_steps + 1
+        state.evaluated, state.evaluation_loss = False, None
+        self.progress.update()
 
     def update_ledger(self) -> None:
         """Bring ledger and tokens by source up to date. All ranks must call it."""
@@ -278,9 +334,6 @@ class Run:
                 self.source_tokens += np.array(tokens)
                 self.documents_dropped += dropped
             self._consumed = []
-
-    def _load_engine_state(self, path: Path) -> None:
-        engine.load_state(self.accelerator, self.model, self.optimizer, path)
 
     def _start_records(self) -> None:
         self.progress = tqdm(
@@ -295,13 +348,17 @@ class Run:
         if not self.is_main:
             self.file = None
         else:
-            self.file = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_step)
+            self.file = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.saved_step)
             (self.output_dir / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
             environment = json.dumps(self.environment(), indent=1)
             (self.output_dir / "environment.json").write_text(environment, encoding="utf-8")
         if self.recipe.logging.trackers:
             flat = {key: str(value) for key, value in flatten(self.recipe.model_dump(mode="json"))}
-            self.accelerator.init_trackers(self.recipe.logging.project_name, config=flat)
+            keywords = {
+                "wandb": {"id": self.state.run_id, "resume": "allow"},
+                "trackio": {"name": self.state.run_id, "resume": "allow"},
+            }
+            self.accelerator.init_trackers(self.recipe.logging.project_name, config=flat, init_kwargs=keywords)
 
     def environment(self) -> dict[str, Any]:
         """What the run runs on; no environment variables, no secrets."""
@@ -340,6 +397,7 @@ class Run:
             self.accelerator, evaluation.loss_sums(self.model, self._watched(batches), self.token_bytes)
         )
         figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
+        self.state.evaluated, self.state.evaluation_loss = True, figures["loss"]
         row = {f"eval/{name}": value for name, value in figures.items()}
         self.record({"step": self.state.step, "tokens": self.state.tokens, **row})
         self.throughput.pause(time.perf_counter() - start)
@@ -354,17 +412,26 @@ class Run:
     def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         for batch in batches:
             self.watch.beat("evaluate", self.state.step)
+            self.stop_if_asked()
             yield batch
 
-    def save(self) -> None:
+    def seed(self, micro_step: int) -> None:
+        """Dropout is a function of the seed and the place of a micro-batch in the run: no resume has to restore it, and
+        the number of processes does not change it."""
+        per_step = self.data_size * self.accumulation_steps
+        place = self.state.step * per_step + self.data_index * self.accumulation_steps + micro_step
+        parts = [self.recipe.seed, place * self.recipe.training.micro_batch_size]
+        parts.append(engine.dropout_index(self.accelerator))
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()))
+
+    def save(self, in_background: bool) -> None:
         """Write a checkpoint of the full state."""
         self.watch.beat("save", self.state.step)
         start = time.perf_counter()
         self.update_ledger()
-        sums = torch.tensor([self.state.window_loss], dtype=torch.float64)
+        self.state.losses = self.stability.losses
         state = {
             **asdict(self.state),
-            "window_loss": float(engine.sum_losses(self.accelerator, sums.to(self.accelerator.device))),
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
             "data": self._data_identity(),
@@ -372,41 +439,130 @@ class Run:
             "source_tokens": self.source_tokens.tolist(),
             "documents_dropped": self.documents_dropped,
         }
-        self.require_finite(state["window_loss"], self.grad_norm)
-        checkpoint.save(
-            self.accelerator,
-            self.output_dir / "checkpoints",
-            state,
-            self._save_engine_state,
-            self.recipe.checkpoint.keep_last,
-        )
+        tensors = engine.state(self.accelerator, self.model, self.optimizer)
+        self.saver.save(state, tensors, self._writers(), in_background)
+        self.saved_step = self.state.step
         self.throughput.pause(time.perf_counter() - start)
 
-    def _save_engine_state(self, path: Path) -> None:
-        engine.save_state(self.accelerator, self.model, self.optimizer, path)
+    def _writers(self) -> dict[str, Callable[[Path], None]]:
+        """Further files of a checkpoint that this process writes, as things stand."""
+        writers: dict[str, Callable[[Path], None]] = {}
         if self.is_main:
-            np.save(path / LEDGER, self.ledger.checksums)
+            checksums = self.ledger.checksums
+            writers[LEDGER] = lambda path: np.save(path, checksums)
         if isinstance(self.data, StreamingData) and engine.counts_its_data(self.accelerator):
-            save_states(self.data_state, self.state.step, path, self.data_index)
+            states, next_step = self.data_state, self.state.data_step(self.state.step - 1) + 1
+            writers[f"data-{self.data_index}.pt"] = lambda path: save_states(states, next_step, path)
+        return writers
 
-    def require_finite(self, loss: float, grad_norm: Any) -> None:
-        """Raises `TrainingDivergedError` before a broken state is saved; all ranks hold the same values.
+    def note_saves(self, last: bool = False) -> None:
+        """Record the saves that have ended. Raises `NotSavedError` if the `last` of the run is none of the good ones;
+        after others training goes on."""
+        for saved in self.saver.done():
+            self.stops.note_save(saved.seconds)
+            if saved.error is None:
+                figures = {k: v for k, v in asdict(saved).items() if k not in ("step", "error")}
+                self.record({"step": saved.step, **{f"save/{key}": value for key, value in figures.items()}})
+                continue
+            message = f"the checkpoint of step {saved.step} is not saved: {saved.error}"
+            self.record_event(message)
+            if last:
+                raise NotSavedError(f"{message}. Make room or allow writing in {self.output_dir}; {_GOES_ON}")
+            if self.is_main:
+                self.say(f"{message}; training goes on, older checkpoints are as they were")
 
-        Where gradients are scaled, steps whose gradients overflow are skipped and their norm says nothing.
+    def stop_if_asked(self) -> None:
+        """Raises `Stopping` on all ranks, at the same micro-step, after one of them was asked to stop."""
+        if self._votes.cast(self.stops.due()):
+            raise Stopping
+
+    def stop(self) -> None:
+        """Save where the run stands, for the same command to go on from."""
+        start = time.perf_counter()
+        self.saver.wait()
+        self.note_saves()
+        if self.state.step not in (0, self.saved_step):
+            self.save(in_background=False)
+        self.note_saves(last=True)
+        left = self.stops.seconds_left()
+        text = f"stopped by {self.stops.reason or 'another rank'} at step {self.state.step}"
+        text += f"; saving took {time.perf_counter() - start:.1f} s"
+        text += "" if left is None else f", {left:.0f} s before the end of training.stop_after"
+        self.record_event(text)
+        self.close()
+        if self.is_main:
+            self.say(f"{text}. {_GOES_ON.capitalize()}")
+        engine.finish(self.accelerator, self.model)
+
+    def close(self) -> None:
+        """End what works beside training."""
+        self.progress.close()
+        self.coming.close()
+        self._votes.wait()
+
+    def unstable(self, problem: str, step_data: StepData, loss: float, grad_norm: float) -> bool:
+        """Do as `stability.policy` says with a step that must not update the weights.
+
+        Returns whether the run was rolled back. Raises `TrainingDivergedError` if it must stop.
         """
-        norm = float(grad_norm) if self.accelerator.scaler is None else 0.0
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        state, section = self.state, self.recipe.stability
+        state.num_events += 1
+        policy = "stop" if state.num_events > section.max_events else section.policy
+        path = incident.write(self, problem, policy, step_data, loss, grad_norm)
+        engine.drop_gradients(self.accelerator, self.model, self.optimizer)
+        self.record_event(f"{problem}: {policy}", incident=str(path))
+        self.saver.wait()
+        self.note_saves()
+        if policy == "rollback" and not self._roll_back():
+            policy = "stop"
+        if policy == "stop":
             raise TrainingDivergedError(
-                f"the loss is {loss}, the gradient's norm {norm} at step {self.state.step}; the checkpoints in "
-                f"{self.output_dir}/checkpoints are from before. Lower optimizer.lr or look at the data"
+                f"{problem} at step {state.step + 1}, before it could change the weights; {path} tells more, and the "
+                f"checkpoints in {self.output_dir}/checkpoints are from before. stability.policy may skip such steps"
             )
+        if self.is_main:
+            self.say(f"step {state.step + 1}: {problem}; {policy}, see {path}")
+        return policy == "rollback"
+
+    def _roll_back(self) -> bool:
+        """Return to the newest checkpoint and leave out what was consumed since; False if there is none."""
+        self._checkpoint = self._newest_checkpoint()
+        if self._checkpoint is None:
+            return False
+        num_events, bad = self.state.num_events, self.state.data_step(self.state.step)
+        self.coming.close()
+        if isinstance(self.data, StreamingData):
+            self.data = self._open_data()
+        self._consumed = []
+        self.saved_step = self._resume()
+        state = self.state
+        state.num_events = num_events
+        state.skipped.append([state.step, bad + 1 - state.data_step(state.step)])
+        self._start_data()
+        if self.file is not None:
+            self.file.forget(state.step)
+        self.progress.reset()
+        self.progress.update(state.step)
+        return True
+
+    def record_event(self, text: str, **values: Any) -> None:
+        """A line in `metrics.jsonl` that no resume forgets."""
+        if self.file is not None:
+            self.file.write({"step": self.state.step, "event": text, **values})
 
     def record(self, row: dict[str, Any]) -> None:
         """One object for `metrics.jsonl` and the trackers."""
         if self.file is not None:
             self.file.write(row)
         values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-        self.accelerator.log(values, step=row["step"])
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(values, step=row["step"])
+            except Exception as error:  # a tracker's server may be down in any way
+                self.accelerator.trackers.remove(tracker)
+                text = f"{tracker.name} is not logged to any more: {type(error).__name__}: {error}"
+                self.record_event(text)
+                self.say(text)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

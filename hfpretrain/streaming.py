@@ -168,8 +168,10 @@ class StreamingData:
                     self._groups[stream, group] = made
 
     def step(self, step: int) -> StepData:
-        """What this process has of optimizer step `step`, which must be the one after the last asked for."""
-        assert step == self._next, "a stream has no random access"
+        """What this process has of step `step`, which comes after the last asked for; those between are left out."""
+        assert step >= self._next, "a stream has no random access"
+        while self._next < step:
+            self.step(self._next)
         self._next += 1
         first = step * self._per_step
         before, after = self.order.counts(first), self.order.counts(first + self._per_step)
@@ -229,9 +231,9 @@ def streaming_data(
     return StreamingData(recipe.data, encode, held_out, first_step=first_step, states=states, **keywords)
 
 
-def save_states(states: dict[tuple[int, int], GroupState], step: int, folder: Path, process_index: int) -> None:
-    """Write what `streaming_data` reads: where this process's groups stand after `step` steps."""
+def save_states(states: dict[tuple[int, int], GroupState], step: int, path: Path) -> None:
+    """Write what `streaming_data` reads: where this process's groups stand, and the step whose data come next."""
     content: dict[Any, Any] = {"step": step}
     for key, state in states.items():
         content[key] = {**vars(state), "pending": torch.from_numpy(state.pending)}
-    torch.save(content, folder / f"data-{process_index}.pt")
+    torch.save(content, path)

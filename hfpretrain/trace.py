@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hfpretrain.dataloader import TrainingData
 from hfpretrain.prepare import load_prepared_tokenizer, prepared_path, training_data
 from hfpretrain.prepared import PreparedData
 from hfpretrain.recipe import Recipe, RecipeError
@@ -33,13 +37,36 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
         eos_token_id=None,
     )
     tokenizer = load_prepared_tokenizer(prepared)
-    rows = [batch["input_ids"][0].numpy() for batch in data.step(step - 1).batches]
-    yield f"step {step}: {len(rows)} sequences of {block_size} tokens, checksum {data.checksum(step - 1):016x}"
-    for number, ((stream, row), ids) in enumerate(zip(data.places(step - 1), rows, strict=True)):
+    data_step = _data_step(recipe, step - 1)
+    found = list(sequences(prepared, data, tokenizer, data_step))
+    yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(data_step):016x}"
+    for number, sequence in enumerate(found):
+        yield f"\nsequence {number}: block {sequence['block']} of {sequence['split']}"
+        for document in sequence["documents"]:
+            yield f"  {document['origin']}, {document['tokens']} tokens"
+            yield "    | " + document["text"].replace("\n", "\n    | ")
+
+
+def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, data_step: int) -> Iterator[dict[str, Any]]:
+    """Block and documents of each sequence of a step over all processes; `data_step` is counted from 0."""
+    for (stream, row), ids in zip(data.places(data_step), data.rows(data_step), strict=True):
         split = prepared.train_splits[stream]
-        yield f"\nsequence {number}: block {row} of {split}"
         cuts = np.flatnonzero(ids[:-1] == tokenizer.eos_token_id) + 1  # a separator belongs to the document before
-        pieces = np.split(ids, cuts)
-        for (origin, line), piece in zip(prepared.documents(split, row), pieces, strict=False):
-            yield f"  {origin}:{line}, {len(piece)} tokens"
-            yield "    | " + tokenizer.decode(piece, skip_special_tokens=True).replace("\n", "\n    | ")
+        documents = [
+            {
+                "origin": f"{origin}:{line}",
+                "tokens": len(piece),
+                "text": tokenizer.decode(piece, skip_special_tokens=True),
+            }
+            for (origin, line), piece in zip(prepared.documents(split, row), np.split(ids, cuts), strict=False)
+        ]
+        yield {"split": split, "block": row, "documents": documents}
+
+
+def _data_step(recipe: Recipe, step: int) -> int:
+    """Whose data a step takes: after a rollback of the run, others than its own."""
+    folder = Path(recipe.output_dir) / "checkpoints"
+    for path in sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True):
+        skipped: list[list[int]] = json.loads((path / "train_state.json").read_text(encoding="utf-8"))["skipped"]
+        return step + sum(count for first, count in skipped if first <= step)
+    return step

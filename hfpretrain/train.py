@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import sys
 import time
@@ -20,18 +19,29 @@ from hfpretrain import bill, checkpoint, devices, engine, ranks
 from hfpretrain import model as modeling
 from hfpretrain.recipe import Recipe, RecipeError, load_recipe
 from hfpretrain.report import run_summary, write_card
-from hfpretrain.run import Run, TrainingDivergedError
+from hfpretrain.run import NotSavedError, Run, Stopping, TrainingDivergedError
+from hfpretrain.stopping import StoppedEarlyError, Stops
+
+STOPPED = 75
+"""Exit code of a run that stopped early with everything saved: EX_TEMPFAIL of sysexits.h."""
 
 
-def train(recipe: Recipe) -> Path:
-    """Run a recipe to its end, from wherever its output folder stands; returns the folder of the exported model."""
-    with ranks.Watch() as watch:
-        run = Run(recipe, watch)
+def train(recipe: Recipe) -> Path | None:
+    """Run a recipe to its end, from wherever its output folder stands.
+
+    Returns the folder of the exported model, or None if the run was stopped before its end, with everything saved.
+    """
+    with ranks.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
+        run = Run(recipe, watch, stops)
         with _explained(run):
             run.build()
             _rehearse(run)
             run.resume()
-            _fit(run)
+            try:
+                _fit(run)
+            except Stopping:
+                run.stop()
+                return None
             return _finish(run)
 
 
@@ -57,27 +67,21 @@ def _rehearse(run: Run) -> None:
     with engine.rehearsal(run.accelerator, run.model, run.optimizer):
         num_items = torch.tensor(batch["labels"].numel())
         _, objective = _loss(run.model(**batch, use_cache=False, num_items_in_batch=num_items), run.config, 1)
-        run.accelerator.backward(objective * 0.0)
-        run.accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.training.max_grad_norm or math.inf)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        engine.backward(run.accelerator, run.model, objective * 0.0)
+        engine.clip_gradients(run.accelerator, run.model, run.recipe.training.max_grad_norm)
+        engine.update(run.accelerator, run.model, run.optimizer)
 
 
 def _fit(run: Run) -> None:
-    recipe, accelerator, model, optimizer, state = run.recipe, run.accelerator, run.model, run.optimizer, run.state
+    recipe, accelerator, model, optimizer = run.recipe, run.accelerator, run.model, run.optimizer
     training, num_steps = recipe.training, recipe.training.num_steps
-    window = torch.tensor(state.window_loss if run.is_main else 0.0, dtype=torch.float64, device=accelerator.device)
     while True:
-        resumed_here = state.step == run.resumed_step
-        if (
-            recipe.data.has_validation
-            and not resumed_here
-            and _due(state.step, recipe.evaluation.every_steps, num_steps)
-        ):
+        state = run.state
+        if recipe.data.has_validation and not state.evaluated and _due(state.step, recipe.evaluation, num_steps):
             run.evaluate()
-        if state.step and not resumed_here and _due(state.step, recipe.checkpoint.every_steps, num_steps):
-            state.window_loss = window.item()
-            run.save()
+        if state.step not in (0, run.saved_step) and _due(state.step, recipe.checkpoint, num_steps):
+            run.save(in_background=recipe.checkpoint.async_save and state.step < num_steps)
+        run.note_saves(last=state.step >= num_steps)
         if state.step >= num_steps:
             break
         run.watch.beat("data", state.step)
@@ -85,33 +89,41 @@ def _fit(run: Run) -> None:
         run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
-        for batch in (engine.split_sequences(accelerator, batch) for batch in batches):
+        loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for number, batch in enumerate(engine.split_sequences(accelerator, batch) for batch in batches):
             run.watch.beat("train", state.step)
+            run.stop_if_asked()
+            run.seed(number)
             with engine.accumulate(accelerator, model):
                 # No name holds on to the outputs: their logits would outlive the micro-step.
-                loss, objective = _loss(
+                share, objective = _loss(
                     model(**batch, use_cache=False, num_items_in_batch=num_items),
                     run.config,
                     len(batches) * run.data_size,
                 )
-                accelerator.backward(engine.scale_for_backward(accelerator, objective))
-                window += loss.detach()
-        run.grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+                engine.backward(accelerator, model, objective)
+                loss += share.detach()
+        grad_norm = engine.clip_gradients(accelerator, model, training.max_grad_norm)
+        loss = engine.sum_losses(accelerator, loss)
+        # The one time in a step that the host waits for the device, before the weights are touched.
+        numbers = (loss.item(), grad_norm.item())
+        # Where gradients are scaled, some overflow: those steps are left out and their norm says nothing.
+        is_scaled = accelerator.mixed_precision == "fp16"
+        problem = run.stability.problem(numbers[0], 0.0 if is_scaled else numbers[1])
         lr = run.scheduler.get_last_lr()[0]
-        optimizer.step()
+        if problem is None:
+            engine.update(accelerator, model, optimizer)
+        elif run.unstable(problem, step_data, *numbers):
+            continue
         run.scheduler.step()
-        optimizer.zero_grad()
-        state.step, state.tokens = state.step + 1, state.tokens + training.tokens_per_step
-        state.window_steps += 1
-        run.consume(step_data)
-        run.progress.update()
+        run.consume(step_data, numbers[0])
         if state.step % recipe.logging.every_steps == 0 or state.step == num_steps:
-            _log(run, window, run.grad_norm, lr)
+            _log(run, numbers[1], lr)
 
 
-def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
+def _log(run: Run, grad_norm: float, lr: float) -> None:
     state = run.state
-    loss = engine.sum_losses(run.accelerator, window).item() / state.window_steps
+    loss = state.window_loss / state.window_steps
     tokens_per_second = run.throughput.read(state.window_steps * run.recipe.training.tokens_per_step)
     run.update_ledger()
     peak = devices.peak_flops(engine.device_name(run.accelerator), engine.precision(run.accelerator))
@@ -121,7 +133,7 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         "tokens": state.tokens,
         "loss": loss,
         "lr": lr,
-        "grad_norm": float(grad_norm),
+        "grad_norm": grad_norm,
         "tokens_per_second": tokens_per_second,
         "mfu": tokens_per_second * run.flops_per_token / (peak * num_devices) if peak else None,
         "data_wait_seconds": run.coming.wait_seconds,
@@ -132,14 +144,12 @@ def _log(run: Run, window: torch.Tensor, grad_norm: Any, lr: float) -> None:
         row["documents_dropped"] = run.documents_dropped
     run.coming.wait_seconds = 0.0
     run.record(row)
-    run.require_finite(loss, grad_norm)
     if run.is_main:
         run.progress.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
         if run.progress.disable:
             steps = run.recipe.training.num_steps
             run.say(f"step {state.step}/{steps}: loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s")
-    window.zero_()
-    state.window_steps = 0
+    state.window_loss, state.window_steps = 0.0, 0
 
 
 def _loss(outputs: Any, config: Any, num_micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,8 +166,8 @@ def _loss(outputs: Any, config: Any, num_micro_batches: int) -> tuple[torch.Tens
     return loss, loss + auxiliary / num_micro_batches
 
 
-def _due(step: int, every_steps: int | None, num_steps: int) -> bool:
-    return step in (0, num_steps) or (every_steps is not None and step % every_steps == 0)
+def _due(step: int, section: Any, num_steps: int) -> bool:
+    return step in (0, num_steps) or (section.every_steps is not None and step % section.every_steps == 0)
 
 
 def _finish(run: Run) -> Path:
@@ -165,8 +175,7 @@ def _finish(run: Run) -> Path:
     model_path, main = run.output_dir / "model", run.is_main
     reference = run.output_dir / checkpoint.REFERENCE
     run.watch.beat("export", run.state.step)
-    run.progress.close()
-    run.coming.close()
+    run.close()
     peak_memory = [engine.max_over_processes(run.accelerator, size or 0) for size in run.peak_memory.close()]
     batch = engine.to_device(run.accelerator, run.data.example())
     checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
@@ -207,7 +216,7 @@ def _main(arguments: list[str], rank: int) -> int:
         print("usage: accelerate launch -m hfpretrain.train RECIPE [--section.key=value ...]", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     try:
-        train(load_recipe(arguments[0], arguments[1:], checks=[modeling.config_problems]))
+        path = train(load_recipe(arguments[0], arguments[1:], checks=[modeling.config_problems]))
     except RecipeError as error:
         if rank:
             time.sleep(5)  # the launcher ends all ranks with the first: where all have the error, the main one speaks
@@ -217,11 +226,14 @@ def _main(arguments: list[str], rank: int) -> int:
         if rank == 0:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    except TrainingDivergedError as error:
+    except StoppedEarlyError as error:
+        print(f"stopped by {error}; what is finished stays, and the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    except (TrainingDivergedError, NotSavedError) as error:
         if rank == 0:
             print(f"stopped: {error}", file=sys.stderr)
         return 1
-    return 0
+    return STOPPED if path is None else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hfpretrain.fragments import Fragments, Piece, boxes
 from hfpretrain.recipe import RecipeError
 
 REDUCE_BUCKET = 500_000_000
@@ -85,3 +87,93 @@ def set_masters(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None
     for name, value in weights:
         if name in parameters:
             safe_set_full_fp32_param(parameters[name], value.to(model.device))
+
+
+def state(model: Any) -> dict[str, Any]:
+    """`engine.state` of a DeepSpeed engine: its float32 weights and its optimizer's state, in the pieces that this
+    process has of each parameter. Both are parts of flat tensors, of which it holds one or more."""
+    optimizer = model.optimizer
+    states = optimizer.optimizer.state
+    found: dict[str, Any] = {"model": {}, "optimizer": {}}
+    places = _places_stage3 if hasattr(optimizer, "fp32_partitioned_groups_flat") else _places
+    for name, shape, flat, start, first, numel in places(model.module, optimizer):
+
+        def pieces(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
+            return list(boxes(shape, first, tensor.detach().narrow(0, start, numel))) if numel else []
+
+        found["model"][name] = Fragments(shape, pieces(flat))
+        found["optimizer"][name] = {
+            key: Fragments(shape, pieces(value)) if value.shape == flat.shape else value
+            for key, value in states[flat].items()
+        }
+    return found
+
+
+# Name and shape of each parameter, the flat tensor that this process's part of it is in, where in that and where in the
+# flattened parameter the part begins, and its number of elements.
+_Place = tuple[str, tuple[int, ...], torch.Tensor, int, int, int]
+
+
+def _places(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]:
+    flats = {
+        id(parameter): flat
+        for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        for parameter in group
+    }
+    for name, parameter in network.named_parameters():
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        flat = flats[id(parameter)]
+        if mapping is None:  # all of it is another process's
+            yield name, tuple(parameter.shape), flat, 0, 0, 0
+        else:
+            inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield name, tuple(parameter.shape), flat, inner.start, outer.start, outer.numel
+
+
+def _places_stage3(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]:
+    for name, parameter in network.named_parameters():
+        p: Any = parameter
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
+        first = size * torch.distributed.get_rank(p.ds_process_group)
+        numel = max(0, min(size, p.ds_numel - first))  # the last ones are padded
+        yield name, tuple(p.ds_shape), optimizer.fp32_partitioned_groups_flat[group], start, first, numel
+
+
+def copy_masters_to_weights(model: Any) -> None:
+    """The weights that DeepSpeed computes with, from its float32 ones, as after a step."""
+    optimizer = model.optimizer
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()
+
+
+def gradient_norm(model: Any) -> torch.Tensor:
+    """Norm of all gradients, float32 (); NaN if any of them is not finite."""
+    from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+
+    optimizer = model.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+    else:
+        optimizer._wait_for_offload_copies()
+        norm = optimizer.scaled_global_norm()
+    return torch.as_tensor(math.nan if is_invalid_grad_norm(norm) else norm / optimizer.loss_scale)
+
+
+def drop_gradients(model: Any) -> None:
+    """Forget the gradients. DeepSpeed does so itself where their norm is not finite, so that is what it is told."""
+    optimizer, invalid = model.optimizer, torch.tensor(-1.0, device=model.device)
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._get_norm_groups = lambda: [invalid]
+        model.step()
+        del optimizer._get_norm_groups
+    else:
+        optimizer.check_grad_overflow = True  # without which it would update in bf16
+        optimizer.scaled_global_norm = lambda: invalid
+        model.step()
+        del optimizer.scaled_global_norm
+    assert optimizer.overflow

@@ -22,6 +22,7 @@ FOUNDATION = {
     "loss",
     "sequence_parallel",
     "initialisation",
+    "fragments",
 }
 LEAVES = {
     "corpus",
@@ -38,8 +39,23 @@ LEAVES = {
     "metrics",
     "hub",
     "ranks",
+    "stopping",
+    "stability",
 }
-COMPOSITION = ["prepare", "trace", "streaming", "score", "plan", "bill", "report", "run", "train", "cli"]
+COMPOSITION = [
+    "prepare",
+    "trace",
+    "streaming",
+    "score",
+    "plan",
+    "bill",
+    "report",
+    "incident",
+    "run",
+    "train",
+    "verify_resume",
+    "cli",
+]
 
 
 def imports(path):
@@ -54,7 +70,7 @@ def test_imports_go_one_way():
     for path in PACKAGE:
         name, found = path.stem, set(imports(path))
         if name in FOUNDATION:
-            assert found <= {"recipe", "files"} - {name}, name
+            assert found <= {"recipe", "files", "fragments"} - {name}, name
         elif name in LEAVES:
             assert found <= FOUNDATION, (name, found)
         elif name != "__init__":
@@ -107,4 +123,4 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 5660
+    assert sum(code_lines(path) for path in PACKAGE) < 6500

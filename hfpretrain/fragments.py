@@ -1,0 +1,148 @@
+"""Tensors by name of which each process holds pieces: the form in which every engine's state is saved and loaded.
+
+torch distributed checkpoint writes each piece once, whoever holds it, and gives every reader the pieces it asks for. So
+a state that one engine has cut loads into whatever another cuts.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+Piece = tuple[tuple[int, ...], torch.Tensor]
+
+
+class Fragments(torch.Tensor):
+    """This process's pieces of a tensor of `shape`, each given as (offsets, tensor); maybe none."""
+
+    pieces: list[Piece]
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], pieces: Sequence[Piece]) -> Fragments:
+        """Pieces must not overlap; they keep their memory, which `load` writes into."""
+        made: Fragments = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)
+        made.pieces = list(pieces)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} of a tensor in pieces")
+
+    # What torch distributed checkpoint asks of a tensor in pieces: `_Checkpointable` in torch/distributed/checkpoint.
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(offsets), number),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), piece.size()),
+                    properties=TensorProperties(dtype=piece.dtype),
+                    size=self.size(),
+                ),
+            )
+            for number, (offsets, piece) in enumerate(self.pieces)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offsets), piece.size()) for offsets, piece in self.pieces]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return next(piece for offsets, piece in self.pieces if torch.Size(offsets) == index.offset)
+
+
+def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piece]:
+    """Elements [start, start + n) of a flattened tensor of `shape`, as the few boxes that they are: views of `flat`."""
+    end = start + flat.numel()
+    if len(shape) <= 1:
+        if end > start or not shape:
+            yield ((start,), flat) if shape else ((), flat.view(()))
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # whole rows
+    if first >= last:  # none: what there is lies in one row, or in the end of one and the start of the next
+        middle = min(end, first * row)
+        cuts = [(start, middle), (middle, end)]
+    else:
+        cuts = [(start, first * row), (last * row, end)]
+        whole = flat[first * row - start : last * row - start].view(last - first, *shape[1:])
+        yield (first, *(0 for _ in shape[1:])), whole
+    for low, high in cuts:
+        if low < high:
+            for offsets, piece in boxes(shape[1:], low % row, flat[low - start : high - start]):
+                yield (low // row, *offsets), piece[None]
+
+
+def in_pieces(value: Any) -> Any:
+    """A `DTensor` as `Fragments` that share its memory; any other tensor, which all processes hold whole, as it is."""
+    if not isinstance(value, DTensor):
+        return value
+    (chunk,) = value.__create_chunk_list__()
+    local = value.to_local()
+    return Fragments(value.shape, [(tuple(chunk.offsets), local)] if local.numel() else [])
+
+
+def copy_to_host(value: Any) -> Any:
+    """A copy of a state in the host's memory, which training does not touch."""
+    if isinstance(value, dict):
+        return {key: copy_to_host(item) for key, item in value.items()}
+    if isinstance(value, Fragments):
+        return Fragments(value.shape, [(offsets, copy_to_host(piece)) for offsets, piece in value.pieces])
+    if isinstance(value, torch.Tensor):
+        pinned = value.device.type == "cuda"
+        copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned)
+        return copy.copy_(value.detach(), non_blocking=pinned)
+    return value
+
+
+def save(state: dict[str, Any], path: Path, group: Any = None) -> None:
+    """Write a state into the folder `path`; all processes of `group` must call it. None: this process is alone."""
+    _expect_to_be_alone()
+    dcp.save(_flat(state), checkpoint_id=str(path), process_group=group, no_dist=group is None)  # type: ignore[attr-defined]
+
+
+def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]:
+    """The values of a state on the disk, into the memory of `state`; what is no tensor is in the state returned."""
+    _expect_to_be_alone()
+    flat = _flat(state)
+    dcp.load(flat, checkpoint_id=str(path), process_group=group, no_dist=group is None)  # type: ignore[attr-defined]
+    return _nested(flat)
+
+
+def _expect_to_be_alone() -> None:
+    # torch warns that one process saves alone, which is what `no_dist` asks for.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+_SEPARATOR = "//"
+
+
+def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}{_SEPARATOR}")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(_SEPARATOR)
+        node = state
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return state

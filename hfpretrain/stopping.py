@@ -1,0 +1,68 @@
+"""When a run must stop before its end: a signal, or the time it was given."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StoppedEarlyError(Exception):
+    """A signal came while there was nothing to save."""
+
+
+class Stops:
+    """Takes the signals of this process, as a context around a run.
+
+    Until `defer` a signal raises `StoppedEarlyError` where the main thread is; from then on it is only noted. A second
+    SIGINT ends the process at once.
+    """
+
+    def __init__(self, stop_after_seconds: int | None):
+        self._after = stop_after_seconds
+        self._deferred = False
+        self._longest_save: float | None = None
+        self._before: dict[signal.Signals, object] = {}
+        self.reason: str | None = None
+        """Why the run must stop, None while it need not."""
+
+    def __enter__(self) -> Stops:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self._deferred:
+            raise StoppedEarlyError(self.reason)
+
+    def defer(self) -> None:
+        """From now on there is something to save first."""
+        self._deferred = True
+
+    def note_save(self, seconds: float) -> None:
+        """How long a save took: the run stops twice the longest before its time is over."""
+        self._longest_save = max(seconds, self._longest_save or 0.0)
+
+    def seconds_left(self) -> float | None:
+        """Of the time the run was given, counted from the start of the process; None if it was given none."""
+        return None if self._after is None else self._after - (time.time() - psutil.Process().create_time())
+
+    def due(self) -> bool:
+        """Whether this process must stop."""
+        left = self.seconds_left()
+        if self.reason is None and left is not None:
+            margin = 0.05 * (self._after or 0) if self._longest_save is None else 2 * self._longest_save
+            if left <= margin:
+                self.reason = "training.stop_after"
+        return self.reason is not None

@@ -1,0 +1,51 @@
+import random
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from hfpretrain import fragments
+from hfpretrain.fragments import Fragments, boxes
+
+
+def test_any_piece_of_a_flat_tensor_is_a_few_boxes():
+    draw = random.Random(0)
+    for _ in range(2000):
+        shape = [draw.randint(1, 5) for _ in range(draw.randint(1, 4))]
+        whole = torch.arange(1, 1 + torch.Size(shape).numel()).float().view(shape)
+        start = draw.randint(0, whole.numel())
+        end = draw.randint(start, whole.numel())
+        made, expected = torch.zeros(shape), torch.zeros(whole.numel())
+        expected[start:end] = whole.flatten()[start:end]
+        found = list(boxes(shape, start, whole.flatten()[start:end]))
+        assert len(found) <= 2 * len(shape) - 1
+        for offsets, piece in found:
+            place = made[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))]
+            assert not place.any() and piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            place.copy_(piece)
+        assert torch.equal(made.flatten(), expected)
+    ((offsets, piece),) = boxes([], 0, torch.tensor([7.0]))
+    assert offsets == () and piece == 7.0
+
+
+def test_what_is_saved_in_one_cut_loads_into_another(tmp_path):
+    whole = torch.randn(7, 5)
+    flat = whole.flatten()
+    cut = [*boxes(whole.shape, 0, flat[:18].clone()), *boxes(whole.shape, 18, flat[18:].clone())]
+    state = {"model": {"a.weight": Fragments(whole.shape, cut), "b": torch.ones(3)}, "scaler": {"scale": 2.0}}
+    fragments.save(fragments.copy_to_host(state), tmp_path / "saved")
+    rows = [((0, 0), torch.zeros(4, 5)), ((4, 0), torch.zeros(3, 5))]
+    asked = {"model": {"a.weight": Fragments(whole.shape, rows), "b": torch.zeros(3)}, "scaler": {"scale": 0.0}}
+    loaded = fragments.load(asked, tmp_path / "saved")
+    assert torch.equal(torch.cat([piece for _, piece in rows]), whole)
+    assert asked["model"]["b"].tolist() == [1, 1, 1] and loaded["scaler"]["scale"] == 2.0
+    # Others' tools read it as well.
+    dcp_to_torch_save(tmp_path / "saved", tmp_path / "whole.pt")
+    assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=True)["model//a.weight"], whole)
+
+
+def test_a_copy_shares_no_memory():
+    tensor = torch.zeros(4)
+    state = {"x": Fragments([4], [((0,), tensor)]), "y": tensor, "z": "text"}
+    copy = fragments.copy_to_host(state)
+    tensor.fill_(1)
+    assert not copy["x"].pieces[0][1].any() and not copy["y"].any() and copy["z"] == "text"
