@@ -136,8 +136,9 @@ class Saver:
             try:
                 if ours:
                     step()
-            except Exception as raised:  # an error of any kind must reach all ranks, which wait for this one
-                error = _reason(raised)
+            # An error of any kind must reach all ranks, which wait for this one; torch's is no `Exception`.
+            except BaseException as raised:
+                error = _reason(raised, self._folder)
             answers = self._exchange((error, dict(written)))
             self._gathered = [entries for _, entries in answers]
             error = next((error for error, _ in answers if error is not None), None)
@@ -156,16 +157,18 @@ class Saver:
         return values
 
 
-def _reason(error: BaseException) -> str:
-    """What an operating system said, from however deep below."""
+def _reason(error: BaseException, folder: Path) -> str:
+    """What an operating system said, from however deep below, or else the error and how much room there is."""
     inner = getattr(error, "failures", None)  # torch's CheckpointException holds those of all ranks
     if inner:
         error = next(iter(inner.values()))[0]
-    while error.__cause__ is not None and not isinstance(error, OSError):
-        error = error.__cause__
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    free = shutil.disk_usage(folder).free
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300} ({free / 2**20:,.0f} MiB are free there)"
 
 
 def _remove_old(folder: Path, section: CheckpointSection) -> None:

@@ -18,7 +18,7 @@ _OVERRIDES = "any number of --section.key=value may follow the recipe"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
+    """Returns the exit code: 0 done, 1 the disk takes no more, 2 the input is wrong, 130 interrupted."""
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     if overrides and getattr(args, "recipe", None) is None:
@@ -35,6 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader, for example `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        from hfpretrain import files
+
+        if (text := files.refusal(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 1
     return 0
 
 

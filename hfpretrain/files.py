@@ -5,9 +5,11 @@ A folder without its manifest is not whole. Prepared data and checkpoints both r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -17,6 +19,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def sha256(path: Path) -> str:
@@ -109,6 +112,24 @@ def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool
         return f"{file} has {file.stat().st_size} bytes instead of {entry['size']}"
     if checksums and sha256(file) != entry["sha256"]:
         return f"{file} has another checksum than when it was sealed"
+    return None
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """What a disk that takes no more says in `error` or in what caused it, and what to do; None if it is none of that.
+
+    safetensors and Arrow put the number of the system's error into their own.
+    """
+    while error is not None:
+        number = getattr(error, "errno", None)
+        match = re.search(r"os error (\d+)|\[Errno (\d+)\]", str(error))
+        if number is None and match is not None:
+            number = int(match[1] or match[2])
+        if number in _REFUSALS:
+            name = getattr(error, "filename", None)
+            where = f" for {name}" if name else ""
+            return f"{os.strerror(number)}{where}; make room or allow writing there: what is finished stays"
+        error = error.__cause__ or error.__context__
     return None
 
 

@@ -26,6 +26,7 @@ from hfpretrain import (
     checkpoint,
     engine,
     evaluation,
+    files,
     incident,
     initialisation,
     launcher,
@@ -570,8 +571,11 @@ class Run:
 
     def plot(self) -> None:
         """Refresh the loss plot."""
-        rows = metrics.read_metrics(self.output_dir / "metrics.jsonl")
-        metrics.plot_loss(rows, self.output_dir / "loss.png", self.output_dir.name)
+        try:
+            rows = metrics.read_metrics(self.output_dir / "metrics.jsonl")
+            metrics.plot_loss(rows, self.output_dir / "loss.png", self.output_dir.name)
+        except OSError as error:
+            self.say(f"the loss plot is not drawn: {files.refusal(error) or error}")
 
 
 def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from hfpretrain import bill, checkpoint, devices, engine, ranks
+from hfpretrain import bill, checkpoint, devices, engine, files, ranks
 from hfpretrain import model as modeling
 from hfpretrain.recipe import Recipe, RecipeError, load_recipe
 from hfpretrain.report import run_summary, write_card
@@ -232,6 +232,11 @@ def _main(arguments: list[str], rank: int) -> int:
     except (TrainingDivergedError, NotSavedError) as error:
         if rank == 0:
             print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (text := files.refusal(error)) is None:
+            raise
+        print(f"stopped: {text}, and the same command goes on from there", file=sys.stderr)
         return 1
     return STOPPED if path is None else 0
 

@@ -1,0 +1,137 @@
+"""A disk that fills or takes nothing more, with a limit of the system's on files and a small file system of memory."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
+
+from hfpretrain import files
+
+
+def limited(command, size):
+    """Run with files of at most `size` bytes; Python ignores the signal, so that a write raises."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def half_done(folder):
+    """A run with a sealed checkpoint at step 3."""
+    recipe = write_recipe(
+        folder, training__max_steps=3, scheduler__name="constant_with_warmup", checkpoint__every_steps=3
+    )
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    return recipe, folder / "run"
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(half_done):
+    recipe, run = half_done
+    before = (run / "checkpoints" / "step-00000003" / "manifest.json").read_bytes()
+    result = limited(["hfpretrain.train", recipe, "--training.max_steps=12"], 300_000)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    for step in (6, 9):
+        assert f"the checkpoint of step {step} is not saved: File too large" in result.stderr
+    assert "training goes on, older checkpoints are as they were" in result.stderr
+    assert "stopped: the checkpoint of step 12 is not saved: File too large" in result.stderr
+    assert list(rows(run, "loss")) == list(range(1, 13)) and len(rows(run, "event")) == 3
+    assert checkpoints(run) == ["step-00000003"] and files.damage(run / "checkpoints" / "step-00000003") is None
+    assert (run / "checkpoints" / "step-00000003" / "manifest.json").read_bytes() == before
+    result = train(recipe, "--training.max_steps=12")
+    assert result.returncode == 0 and "step-00000003" in result.stderr, result.stderr
+    assert checkpoints(run) == ["step-00000009", "step-00000012"]
+
+
+def test_an_export_that_does_not_fit_stops_and_is_made_later(half_done):
+    recipe, run = half_done
+    weights = (run / "model" / "model.safetensors").stat().st_size
+    shutil.rmtree(run / "model")
+    result = limited(["hfpretrain.train", recipe], weights - 1000)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "stopped: File too large" in result.stderr and "the same command goes on from there" in result.stderr
+    assert train(recipe).returncode == 0 and (run / "model" / "model.safetensors").exists()
+
+
+def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
+    code = (
+        "import resource, sys, logging; from pathlib import Path; from hfpretrain.metrics import MetricsFile\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "file = MetricsFile(Path(sys.argv[1]), None); row = {'step': 1, 'text': 'x' * 100}\n"
+        "[file.write(row) for _ in range(5)]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))\n"
+        "[file.write(row) for _ in range(5)]\n"
+        "assert Path(sys.argv[1]).read_text().count('x\"') == 5\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "file.write(row)\n"
+    )
+    path = tmp_path / "metrics.jsonl"
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert len(path.read_text().splitlines()) == 11
+    assert result.stderr.count("can't be written, its lines wait in memory: File too large") == 1
+
+
+def test_preparation_stops_with_a_message_and_goes_on(folder):
+    write_jsonl(folder / "corpus.jsonl", small_text(4000))
+    recipe = write_recipe(folder)
+    result = limited(["hfpretrain.cli", "prepare", recipe], 200_000)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "cannot write" in result.stderr and "File too large; what is finished stays" in result.stderr
+    result = limited(["hfpretrain.cli", "prepare", recipe], 100_000_000)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root and the right to mount")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(folder, small_disk):
+    recipe = write_recipe(folder, training__max_steps=12, checkpoint__every_steps=2, checkpoint__keep_last=100)
+    prepared = f"--data.prepared_dir={folder / 'prepared'}"
+    result = train(recipe, f"--output_dir={small_disk / 'run'}", prepared)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "is not saved: No space left on device" in result.stderr and "training goes on" in result.stderr
+    found = checkpoints(small_disk / "run")
+    assert found[0] == "step-00000002" and all("incomplete" not in name for name in found)
+    assert all(files.damage(small_disk / "run" / "checkpoints" / name) is None for name in found)
+    # Room is made by keeping less.
+    result = train(recipe, f"--output_dir={small_disk / 'run'}", prepared, "--checkpoint.keep_last=1")
+    assert result.returncode in (0, 1) and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_folder_that_becomes_read_only(half_done, tmp_path):
+    recipe, run = half_done
+    command = ["mount", "--bind", str(run / "checkpoints"), str(run / "checkpoints")]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a read-only mount needs root and the right to mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(run / "checkpoints")], check=True)
+        result = train(recipe, "--training.max_steps=8")
+    finally:
+        subprocess.run(["umount", str(run / "checkpoints")], check=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the checkpoint of step 6 is not saved: Read-only file system" in result.stderr
+    assert "stopped: the checkpoint of step 8 is not saved: Read-only file system" in result.stderr
+    assert checkpoints(run) == ["step-00000003"]
