@@ -1,0 +1,119 @@
+"""SIGTERM in every phase of a run: `python benchmarks/stopping.py`.
+
+Each row starts a run, waits until it is in the phase, signals one rank, and tells how long it took to end, with which
+exit code, at which step it was saved and whether the same command goes on to the end from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+from resume_anywhere import ROOT, mapping
+
+from hfpretrain import files
+
+PHASES = ("rehearse", "data", "train", "evaluate", "save")
+FAULTS = ROOT / "tests" / "faults.py"
+
+
+def command(recipe: Path, engine: str, output_dir: Path) -> list[str]:
+    """A run of `tests/faults.py`, which tells its phase."""
+    launcher = ["-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--config_file"]
+    start = [] if engine == "single" else [*launcher, str(ROOT / "accelerate_configs" / f"{engine}.yaml")]
+    return [sys.executable, *start, str(FAULTS), str(recipe), f"--output_dir={output_dir}"]
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes below a launcher, by rank; the process itself where it is alone."""
+    found = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    found = [p for p in found if str(FAULTS) in p.cmdline() and "accelerate.commands.launch" not in p.cmdline()]
+    return sorted(found, key=lambda p: int(p.environ().get("RANK", 0)))
+
+
+def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.SIGTERM) -> dict:
+    """One row: the last rank is signalled in `phase`."""
+    marker, code = run.with_suffix(".phase"), run.with_suffix(".code")
+    slow = f"slow:{phase}" if phase in ("data", "rehearse", "save") else ""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "PYTHONPATH": str(ROOT), "FAULT": slow}
+    env |= {"PHASE_FILE": str(marker), "HFPRETRAIN_EXIT_CODE_FILE": str(code), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command(recipe, engine, run), env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        told = marker.read_text().split() if marker.exists() else []
+        if len(told) == 2 and told[0] == phase and (phase in ("rehearse",) or int(told[1]) >= 3):
+            break
+        time.sleep(0.01)
+    start = time.perf_counter()
+    os.kill(ranks_of(process)[-1].pid, number)
+    _, stderr = process.communicate(timeout=120)
+    seconds = time.perf_counter() - start
+    sealed = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
+    return {
+        "engine": engine,
+        "phase": phase,
+        "seconds": seconds,
+        "exit code": int(code.read_text()),
+        "saved at step": int(sealed[-1].name[5:]) if sealed else 0,
+        "verified": all(files.damage(path) is None for path in sealed),
+        "stderr": stderr,
+    }
+
+
+def goes_on(recipe: Path, engine: str, run: Path) -> bool:
+    """Whether the same command ends the run."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "PYTHONPATH": str(ROOT), "FAULT": ""}
+    result = subprocess.run(command(recipe, engine, run), env=env, cwd=ROOT, capture_output=True, text=True)
+    return result.returncode == 0
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def write_recipe(folder: Path) -> Path:
+    """A run of 12 steps that saves and evaluates every 4."""
+    recipe = mapping(folder, "no")
+    recipe["training"] |= {"max_steps": 12}
+    recipe["checkpoint"] = {"every_steps": 4, "keep_last": 5}
+    recipe["evaluation"] = {"every_steps": 4}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", nargs="+", default=["single", "ddp", "fsdp2", "zero2"])
+    args = parser.parse_args()
+    print("| engine | phase | seconds to the end | exit code | newest sealed | all verify | goes on, same losses |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = write_recipe(Path(folder))
+        for engine in args.engines:
+            straight = Path(folder) / f"{engine}-straight"
+            assert goes_on(recipe, engine, straight)
+            for phase in PHASES:
+                run = Path(folder) / f"{engine}-{phase}"
+                row = stop(recipe, engine, phase, run)
+                same = goes_on(recipe, engine, run) and losses(run) == losses(straight)
+                print(
+                    f"| {engine} | {phase} | {row['seconds']:.1f} | {row['exit code']} | step {row['saved at step']} | "
+                    f"{'yes' if row['verified'] else 'NO'} | {'yes' if same else 'NO'} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import stopping as proof
+from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
+
+from hfpretrain.recipe import RecipeError, load_recipe
+from hfpretrain.stopping import StoppedEarlyError, Stops
+
+
+def test_a_signal_is_raised_before_there_is_something_to_save_and_noted_after():
+    before = signal.getsignal(signal.SIGUSR1)
+    with Stops(None) as stops:
+        with pytest.raises(StoppedEarlyError, match="SIGUSR1"):
+            signal.raise_signal(signal.SIGUSR1)
+        stops.defer()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the second ends the process at once
+        signal.raise_signal(signal.SIGTERM)
+        assert stops.due() and stops.reason == "SIGTERM" and stops.seconds_left() is None
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_the_deadline_leaves_time_for_twice_the_longest_save():
+    alive = -Stops(0).seconds_left()
+    stops = Stops(int(alive) + 1000)
+    assert not stops.due()
+    stops.note_save(100.0)
+    assert not stops.due() and 990 < stops.seconds_left() <= 1001
+    stops.note_save(600.0)
+    stops.note_save(1.0)
+    assert stops.due() and stops.reason == "training.stop_after"
+
+
+def test_stop_after_is_a_time(folder):
+    for text, seconds in (("3h50m", 13800), ("90s", 90), ("1h", 3600), ("2m5s", 125)):
+        recipe = load_recipe(write_recipe(folder, training__stop_after=text))
+        assert recipe.training.stop_after_seconds == seconds
+    for text in ("", "h", "50", "3h 50m", "m3", "1.5h"):
+        with pytest.raises(RecipeError, match="stop_after"):
+            load_recipe(write_recipe(folder, training__stop_after=text))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopping")
+    recipe = proof.write_recipe(folder)
+    assert proof.goes_on(recipe, "single", folder / "straight")
+    return recipe, folder
+
+
+@pytest.mark.parametrize(
+    ("engine", "phase"), [("single", "train"), ("single", "evaluate"), ("ddp", "data"), ("fsdp2", "save")]
+)
+def test_a_signal_to_one_rank_stops_all_with_everything_saved(straight, engine, phase):
+    """A short version of `benchmarks/stopping.py`."""
+    recipe, folder = straight
+    run = folder / f"{engine}-{phase}"
+    row = proof.stop(recipe, engine, phase, run, signal.SIGUSR1)
+    assert row["exit code"] == 75 and row["verified"] and row["saved at step"] >= 3, row
+    assert "stopped by " in row["stderr"] and "the same command goes on" in row["stderr"].lower(), row["stderr"]
+    assert proof.goes_on(recipe, engine, run)
+    there = proof.losses(folder / "straight")
+    assert proof.losses(run) == {step: pytest.approx(loss, rel=1e-5) for step, loss in there.items()}
+    assert list(rows(run, "eval/loss")) == [0, 4, 8, 12]
+
+
+def test_the_deadline_stops_a_run_and_says_what_was_left(folder):
+    recipe = write_recipe(folder, training__max_steps=100_000, logging__every_steps=50)
+    result = train(recipe, "--training.stop_after=25s")
+    assert result.returncode == 75 and "Traceback" not in result.stderr
+    assert "stopped by training.stop_after at step" in result.stderr
+    assert "s before the end of training.stop_after" in result.stderr
+    (event,) = rows(folder / "run", "event").values()
+    assert event["event"].startswith("stopped by training.stop_after") and event["step"] > 0
+
+
+def test_a_second_interrupt_ends_the_run_at_once(folder):
+    recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=20)
+    command = [sys.executable, "-m", "hfpretrain.train", str(recipe)]
+    env = environment(FAULT="slow:save", PYTHONPATH=str(ROOT))
+    command[1:3] = [str(ROOT / "tests" / "faults.py")]
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((folder / "run" / "checkpoints").glob("step-" + "[0-9]" * 8)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    assert train(recipe, "--training.stop_after=20s").returncode == 75
+
+
+def test_a_signal_while_preparing_ends_with_the_same_code(folder):
+    write_jsonl(folder / "corpus.jsonl", small_text(60_000))
+    recipe = write_recipe(folder)
+    command = [sys.executable, "-m", "hfpretrain.train", str(recipe)]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "tokeniz" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by SIGTERM; what is finished stays" in stderr, stderr
