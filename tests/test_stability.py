@@ -123,8 +123,7 @@ def test_skips_are_bounded(skipped):
     assert [event["event"].rpartition(": ")[2] for event in events(run)] == ["skip", "skip", "skip", "stop"]
 
 
-@pytest.mark.parametrize("engine", [None, "fsdp2", "zero2"])
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("engine", "streaming"), [(None, False), (None, True), ("fsdp2", False), ("zero2", True)])
 def test_rollback_goes_back_and_takes_other_blocks(skipped, engine, streaming):
     run, straight = skipped / f"rollback-{engine}-{streaming}", skipped / f"straight-{streaming}"
     data = []
