@@ -10,17 +10,15 @@ whether the checksum of all weights before the first step is the same.
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import yaml
 from safetensors.torch import load_file
+from small import rows, train, write_jsonl
 
-ROOT = Path(__file__).parent.parent
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 _SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -42,8 +40,7 @@ def write_recipe(folder: Path, model: str, accumulation: int, precision: str, st
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(200)]
     documents = [" ".join(draw.choices(words, k=draw.randint(10, 80))) for _ in range(400)]
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    corpus = write_jsonl(folder / "corpus.jsonl", documents)
     recipe = {
         "output_dir": "given by the command",
         "model": {"config": MODELS[model]},
@@ -73,20 +70,10 @@ def write_recipe(folder: Path, model: str, accumulation: int, precision: str, st
 def run(recipe: Path, engine: str) -> Path:
     """Train `recipe` under `engine` with two processes (`single`: one); the run folder."""
     output_dir = recipe.with_suffix("") / engine
-    config = ROOT / "accelerate_configs" / f"{engine}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-    command += ["--config_file", str(config), "-m", "hfpretrain.train", str(recipe), f"--output_dir={output_dir}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = train(recipe, f"--output_dir={output_dir}", engine=engine, timeout=600)
     if done.returncode:
         raise RuntimeError(f"{engine} failed on {recipe}:\n{done.stdout}{done.stderr}")
     return output_dir
-
-
-def rows(run: Path, key: str) -> dict[int, dict]:
-    """Lines of `metrics.jsonl` that have `key`, by step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if key in line}
 
 
 def differences(single: Path, other: Path) -> dict[str, float | bool]:

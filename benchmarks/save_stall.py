@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-import yaml
-from resume_anywhere import ROOT, mapping
+from small import small_text, train, write_jsonl, write_recipe
 
 
 def saves(folder: Path, asynchronous: bool, hidden_size: int, num_layers: int) -> tuple[list[dict], list[float]]:
     """Rows of `metrics.jsonl` of the saves in the middle of a run, and tokens per second."""
-    recipe = mapping(folder, "bf16")
-    recipe["output_dir"] = str(folder / f"run-{asynchronous}")
-    recipe["model"]["config"] |= {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size}
-    recipe["model"]["config"] |= {"num_hidden_layers": num_layers, "num_attention_heads": 16, "num_key_value_heads": 16}
-    recipe["data"]["validation_fraction"] = 0.0
-    recipe["training"] |= {"tokens_per_step": 256, "max_steps": 13}
-    recipe["checkpoint"] = {"every_steps": 4, "keep_last": 1, "async_save": asynchronous}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "hfpretrain.train", str(folder / "recipe.yaml")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": num_layers}
+    changes = {f"model__config__{key}": value for key, value in sizes.items()}
+    changes |= {"data__validation_fraction": 0.0, "training__mixed_precision": "bf16", "training__max_steps": 13}
+    checkpoint = {"every_steps": 4, "keep_last": 1, "async_save": asynchronous}
+    result = train(write_recipe(folder, checkpoint=checkpoint, **changes), timeout=3000, OMP_NUM_THREADS="2")
     if result.returncode:
         raise SystemExit(result.stderr)
-    lines = [json.loads(line) for line in (folder / f"run-{asynchronous}" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "save/seconds" in line and line["step"] < 13]
     return found, [line["tokens_per_second"] for line in lines if "loss" in line]
 

@@ -7,7 +7,6 @@ exit code, at which step it was saved and whether the same command goes on to th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -17,8 +16,7 @@ import time
 from pathlib import Path
 
 import psutil
-import yaml
-from resume_anywhere import ROOT, mapping
+from small import ROOT, environment, rows, small_text, write_jsonl, write_recipe
 
 from hfpretrain import files
 
@@ -44,8 +42,8 @@ def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.
     """One row: the last rank is signalled in `phase`."""
     marker, code = run.with_suffix(".phase"), run.with_suffix(".code")
     slow = f"slow:{phase}" if phase in ("data", "rehearse", "save") else ""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "PYTHONPATH": str(ROOT), "FAULT": slow}
-    env |= {"PHASE_FILE": str(marker), "HFPRETRAIN_EXIT_CODE_FILE": str(code), "HF_HUB_OFFLINE": "1"}
+    names = {"PHASE_FILE": str(marker), "HFPRETRAIN_EXIT_CODE_FILE": str(code)}
+    env = environment(PYTHONPATH=str(ROOT), FAULT=slow, **names)
     process = subprocess.Popen(
         command(recipe, engine, run), env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -72,25 +70,21 @@ def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.
 
 def goes_on(recipe: Path, engine: str, run: Path) -> bool:
     """Whether the same command ends the run."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "PYTHONPATH": str(ROOT), "FAULT": ""}
+    env = environment(PYTHONPATH=str(ROOT), FAULT="")
     result = subprocess.run(command(recipe, engine, run), env=env, cwd=ROOT, capture_output=True, text=True)
     return result.returncode == 0
 
 
 def losses(run: Path) -> dict[int, float]:
     """Loss by step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {step: row["loss"] for step, row in rows(run, "loss").items()}
 
 
-def write_recipe(folder: Path) -> Path:
+def write(folder: Path) -> Path:
     """A run of 12 steps that saves and evaluates every 4."""
-    recipe = mapping(folder, "no")
-    recipe["training"] |= {"max_steps": 12}
-    recipe["checkpoint"] = {"every_steps": 4, "keep_last": 5}
-    recipe["evaluation"] = {"every_steps": 4}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder / "recipe.yaml"
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    changes = {"training__max_steps": 12, "evaluation__every_steps": 4}
+    return write_recipe(folder, checkpoint={"every_steps": 4, "keep_last": 5}, **changes)
 
 
 def main() -> None:
@@ -100,7 +94,7 @@ def main() -> None:
     print("| engine | phase | seconds to the end | exit code | newest sealed | all verify | goes on, same losses |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        recipe = write_recipe(Path(folder))
+        recipe = write(Path(folder))
         for engine in args.engines:
             straight = Path(folder) / f"{engine}-straight"
             assert goes_on(recipe, engine, straight)

@@ -159,16 +159,9 @@ class Saver:
 
 def _reason(error: BaseException, folder: Path) -> str:
     """What an operating system said, from however deep below, or else the error and how much room there is."""
-    inner = getattr(error, "failures", None)  # torch's CheckpointException holds those of all ranks
-    if inner:
-        error = next(iter(inner.values()))[0]
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
-        cause = cause.__cause__ or cause.__context__
     free = shutil.disk_usage(folder).free
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300} ({free / 2**20:,.0f} MiB are free there)"
+    text = f"{type(error).__name__}: {' '.join(str(error).split()):.300} ({free / 2**20:,.0f} MiB are free there)"
+    return files.refusal(error) or text
 
 
 def _remove_old(folder: Path, section: CheckpointSection) -> None:

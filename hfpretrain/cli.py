@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if (text := files.refusal(error)) is None:
             raise
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {text}; make room or allow access there", file=sys.stderr)
         return 1
     return 0
 

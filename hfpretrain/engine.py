@@ -360,7 +360,7 @@ def state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any
     All ranks must call it.
     """
     network = unwrap(model)
-    names = {name for name, _ in network.named_parameters()}  # each tied one once
+    names = [name for name, _ in network.named_parameters()]  # each tied one once
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         found = zero.state(model)
     else:
@@ -371,15 +371,28 @@ def state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any
         found = {
             "model": {name: fragments.in_pieces(model_state[name]) for name in names},
             "optimizer": {
-                name: {key: fragments.in_pieces(value) for key, value in values.items()}
-                for name, values in states.items()
+                name: {key: fragments.in_pieces(value) for key, value in states[name].items()}
+                for name in names
+                if name in states
             },
         }
-    buffers = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
+    kept = network.state_dict().keys()
+    buffers = [name for name, _ in network.named_buffers() if name in kept]
     found["buffers"] = {name: network.get_buffer(name) for name in buffers}
     if accelerator.scaler is not None:
         found["scaler"] = accelerator.scaler.state_dict()
     return found
+
+
+def state_to_save(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
+    """Of `state` what this process writes: where several have the same, each a part of it."""
+    config = accelerator.parallelism_config
+    index, number = 0, 1
+    if accelerator.distributed_type == DistributedType.FSDP and config and config.dp_replicate_enabled:
+        index, number = accelerator.torch_device_mesh["dp_replicate"].get_local_rank(), config.dp_replicate_size
+    elif engine_name(accelerator) == "ddp":
+        index, number = accelerator.process_index, accelerator.num_processes
+    return fragments.share(state(accelerator, model, optimizer), index, number)
 
 
 def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path, group: Any) -> None:

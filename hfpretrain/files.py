@@ -116,19 +116,22 @@ def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """What a disk that takes no more says in `error` or in what caused it, and what to do; None if it is none of that.
+    """What a disk that takes no more says in `error` or in what caused it; None if it is none of that.
 
-    safetensors and Arrow put the number of the system's error into their own.
+    safetensors and Arrow put the number of the system's error into their own; torch's CheckpointException holds those
+    of all ranks.
     """
     while error is not None:
+        failures = getattr(error, "failures", None)
+        if failures:
+            error = next(iter(failures.values()))[0]
         number = getattr(error, "errno", None)
         match = re.search(r"os error (\d+)|\[Errno (\d+)\]", str(error))
         if number is None and match is not None:
             number = int(match[1] or match[2])
         if number in _REFUSALS:
             name = getattr(error, "filename", None)
-            where = f" for {name}" if name else ""
-            return f"{os.strerror(number)}{where}; make room or allow writing there: what is finished stays"
+            return f"{os.strerror(number)}: {name}" if name else os.strerror(number)
         error = error.__cause__ or error.__context__
     return None
 

@@ -101,7 +101,7 @@ class Pass:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one process's device, each part at its own largest; `peak` is the largest sum at one moment, `host` what
-    offloading leaves in the host's memory."""
+    offloading leaves in the host's memory and the copy of a checkpoint that is being written."""
 
     weights: int
     gradients: int
@@ -281,6 +281,7 @@ def memory(
     *,
     accumulates: bool,
     on_cpu: bool,
+    saves_beside: bool,
 ) -> Memory:
     """What one process of an engine holds, `held` being its simulated pass.
 
@@ -288,7 +289,8 @@ def memory(
     (`accumulates`), they are held apart until the last. FSDP2 shards float32 weights, gradients and moments, and
     gathers a layer in 16 bits. DeepSpeed holds 16-bit weights and gradients and float32 masters; in stages 1 and 2 it
     also copies its share of the weights when they are float32 already. Of its reduction bucket a CPU gives only what is
-    written to.
+    written to. A checkpoint that is written beside training (`saves_beside`) is a copy of this process's share of the
+    state in the host's memory.
     """
     total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
     weights_by, gradients_by, optimizer_by, activations_by = (
@@ -321,12 +323,16 @@ def memory(
     else:
         in_pass = gradients + held.peak_without // activations_by + bucket
     in_step = gradients + at_step + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
-    host = 0
+    host, copy = 0, 12 * total // num_processes if saves_beside else 0
     if engine.offload and not on_cpu:  # there the device's memory is the host's
         host, at_step = weights + gradients + at_step + optimizer, 0
         weights = optimizer = 0
         in_pass, in_step = in_pass - gradients, 0
         gradients = 0
+    if on_cpu:
+        buffers += copy
+    else:
+        host += copy
     return Memory(
         weights=weights + held.casts // weights_by,
         gradients=gradients + at_step,
@@ -339,14 +345,7 @@ def memory(
     )
 
 
-def disk(engine: Engine, shape: Shape, mixed_precision: str, dtype: str) -> tuple[int, int]:
-    """Bytes of one checkpoint, all processes together, and of the weights exported in `dtype`.
-
-    DeepSpeed's hold what its memory does: 16-bit weights and float32 masters, or float32 weights and their copy.
-    """
-    exported = (4 if dtype == "float32" else 2) * shape.total
-    if engine.family != "deepspeed":
-        return 12 * shape.total, exported
-    bits = 4 if mixed_precision in ("no", "tf32") else 2
-    weights = 0 if engine.weights == "all" and bits == 4 else bits
-    return (weights + 12) * shape.total, exported
+def disk(shape: Shape, dtype: str) -> tuple[int, int]:
+    """Bytes of one checkpoint, the same under every engine: float32 weights and two moments; and of the weights
+    exported in `dtype`."""
+    return 12 * shape.total, (4 if dtype == "float32" else 2) * shape.total

@@ -92,6 +92,21 @@ def in_pieces(value: Any) -> Any:
     return Fragments(value.shape, [(tuple(chunk.offsets), local)] if local.numel() else [])
 
 
+def share(state: dict[str, Any], index: int, number: int) -> dict[str, Any]:
+    """Of a state that `number` processes have alike, what the one of `index` saves: tensors, about as many bytes each.
+
+    The others' are in it without a piece.
+    """
+    flat, loads = _flat(state), [0] * number
+    for name, value in flat.items():
+        if isinstance(value, torch.Tensor):
+            pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragments) else [value]
+            owner = loads.index(min(loads))
+            loads[owner] += sum(piece.nbytes for piece in pieces)
+            flat[name] = value if owner == index else Fragments(value.shape, [])
+    return _nested(flat)
+
+
 def copy_to_host(value: Any) -> Any:
     """A copy of a state in the host's memory, which training does not touch."""
     if isinstance(value, dict):

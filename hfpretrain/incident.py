@@ -38,5 +38,5 @@ def write(run: Any, problem: str, policy: str, step_data: StepData, loss: float,
             path.parent.mkdir(exist_ok=True)
             files.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
         except OSError as error:
-            run.say(f"{path} can't be written: {error.strerror}")
+            run.records.say(f"{path} can't be written: {error.strerror}")
     return path

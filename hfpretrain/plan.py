@@ -257,11 +257,13 @@ class _Rows:
             held = self._pass(engine, accumulates)
         except RecipeError as error:
             return EngineRow(engine.name, number, reason=error.problems[0].message)
-        settings = {"accumulates": accumulates, "on_cpu": self.on_cpu}
+        section, num_steps = self.recipe.checkpoint, self.recipe.training.num_steps
+        saves_beside = section.async_save and section.every_steps is not None and section.every_steps < num_steps
+        settings = {"accumulates": accumulates, "on_cpu": self.on_cpu, "saves_beside": saves_beside}
         memory = footprint.memory(engine, self.shape, number, self.precision, held, **settings)
         # Processes on one CPU share its memory.
         usable = self.usable_memory * (self.num_processes / number if self.on_cpu else 1)
-        disk = footprint.disk(engine, self.shape, self.precision, self.recipe.model.dtype)
+        disk = footprint.disk(self.shape, self.recipe.model.dtype)
         return EngineRow(engine.name, number, memory, memory.peak <= usable, *disk)
 
     def _require(self, engine: Engine, number: int) -> None:

@@ -1,7 +1,10 @@
-"""What a finished run says of itself: the model card and the summary."""
+"""What a run says of itself: what it runs on, the model card, the summary."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +12,56 @@ from hfpretrain import engine, hub, metrics
 from hfpretrain.prepare import summary
 from hfpretrain.recipe import dump_recipe
 
+LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+
+
+def environment(run: Any) -> dict[str, Any]:
+    """What the run runs on; no environment variables, no secrets."""
+    return {
+        "engine": engine.engine_name(run.accelerator),
+        "num_processes": run.accelerator.num_processes,
+        "device": engine.device_name(run.accelerator),
+        "mixed_precision": engine.precision(run.accelerator),
+        "document_masking": run.document_masking,
+        "chunked_loss": run.chunked_loss,
+        "accumulation_steps": run.accumulation_steps,
+        "num_parameters": run.parameters.total,
+        "num_non_embedding_parameters": run.parameters.non_embedding,
+        "initial_weights": run.initial_weights,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in (*LIBRARIES, "evaluate")},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this package where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
 
 def write_card(run: Any, model_path: Path, report: dict[str, Any]) -> None:
     """The model card and the loss plot into an exported folder; `report` as of `checkpoint.verify_export`."""
-    run.plot()
+    run.records.plot()
     (model_path / "loss.png").write_bytes((run.output_dir / "loss.png").read_bytes())
-    recipe, environment = run.recipe, run.environment()
+    recipe, where = run.recipe, environment(run)
     rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
     hub_datasets = [s.path for s in recipe.data.sources if "/" in s.path and not Path(s.path).exists()]
     training = {
         "parameters": f"{run.parameters.total:,} ({run.parameters.non_embedding:,} without embeddings)",
         "tokens": f"{run.state.tokens:,} in {run.state.step:,} steps of {recipe.training.tokens_per_step:,}",
-        "engine": f"{environment['engine']}, {environment['num_processes']} process(es)",
-        "device": environment["device"],
-        "precision": environment["mixed_precision"],
+        "engine": f"{where['engine']}, {where['num_processes']} process(es)",
+        "device": where["device"],
+        "precision": where["mixed_precision"],
         "weights": report["dtype"]
         + (
             ", as training kept them" if report["dtype"] == "float32" else ", rounded from the float32 ones of training"
         ),
         "attention across documents": "no" if run.document_masking else "yes",
-        "versions": ", ".join(f"{name} {number}" for name, number in environment["versions"].items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in where["versions"].items()),
     }
     card = hub.model_card(
         name=run.output_dir.name,

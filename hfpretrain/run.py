@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -20,13 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hfpretrain import (
     checkpoint,
     engine,
     evaluation,
-    files,
     incident,
     initialisation,
     launcher,
@@ -34,6 +30,8 @@ from hfpretrain import (
     optim,
     plan,
     ranks,
+    report,
+    run_folder,
 )
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
@@ -41,15 +39,13 @@ from hfpretrain.loss import use_chunked_loss
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
-    Problem,
     Recipe,
     RecipeError,
     accumulation_steps,
-    differences,
     dump_recipe,
     flatten,
-    load_recipe,
 )
+from hfpretrain.records import Records
 from hfpretrain.stability import Stability
 from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
@@ -57,30 +53,7 @@ from hfpretrain.tokenizer import token_bytes
 
 LEDGER = "ledger.npy"
 _GOES_ON = "the same command goes on from the newest checkpoint"
-LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 logger = logging.getLogger(__name__)
-
-# What may differ when a run is taken up again: none of it changes which text is learned in which step.
-MAY_DIFFER = (
-    "output_dir",
-    "data.prepared_dir",
-    "model.attn_implementation",
-    "model.gradient_checkpointing",
-    "model.dtype",
-    "model.use_liger_kernel",
-    "training.max_steps",
-    "training.max_tokens",
-    "training.micro_batch_size",
-    "training.chunked_loss",
-    "training.compile",
-    "training.stop_after",
-    "training.timeout_seconds",
-    "stability",
-    "evaluation",
-    "checkpoint",
-    "logging",
-    "hub",
-)
 
 
 class TrainingDivergedError(RuntimeError):
@@ -134,8 +107,8 @@ class Run:
         )
         launcher.require_asked_processes()
         self.is_main = int(os.environ.get("RANK", "0")) == 0
-        _refuse_other_run(recipe)
-        self._lock = _lock(self.output_dir) if self.is_main else None
+        run_folder.refuse_other_run(recipe)
+        self._lock = run_folder.lock(self.output_dir) if self.is_main else None
         training = recipe.training
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
@@ -220,7 +193,7 @@ class Run:
         self._start_data()
         self._start_records()
         for reason in self._passed_over:
-            self.record_event(reason)
+            self.records.event(self.state.step, reason)
 
     def _start_data(self) -> None:
         steps = range(self.state.step, self.recipe.training.num_steps)
@@ -232,7 +205,7 @@ class Run:
         """Begin to watch over the other ranks, if they run the same as this one."""
         facts = {
             "python": platform.python_version(),
-            **{name: version(name) if find_spec(name) else None for name in (*LIBRARIES, "deepspeed")},
+            **{name: version(name) if find_spec(name) else None for name in (*report.LIBRARIES, "deepspeed")},
             "engine": engine.engine_name(self.accelerator),
             "precision": engine.precision(self.accelerator),
             **dict(flatten(self.recipe.model_dump(mode="json"))),
@@ -324,7 +297,7 @@ class Run:
         state.step, state.tokens = state.step + 1, state.tokens + self.recipe.training.tokens_per_step
         state.window_loss, state.window_steps = state.window_loss + loss, state.window_steps + 1
         state.evaluated, state.evaluation_loss = False, None
-        self.progress.update()
+        self.records.step_done()
 
     def update_ledger(self) -> None:
         """Bring ledger and tokens by source up to date. All ranks must call it."""
@@ -337,21 +310,11 @@ class Run:
             self._consumed = []
 
     def _start_records(self) -> None:
-        self.progress = tqdm(
-            total=self.recipe.training.num_steps,
-            initial=self.state.step,
-            unit=" steps",
-            disable=None if self.is_main else True,
-            dynamic_ncols=True,
-        )
         self.throughput = metrics.Throughput()
         self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
-        if not self.is_main:
-            self.file = None
-        else:
-            self.file = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.saved_step)
+        if self.is_main:
             (self.output_dir / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
-            environment = json.dumps(self.environment(), indent=1)
+            environment = json.dumps(report.environment(self), indent=1)
             (self.output_dir / "environment.json").write_text(environment, encoding="utf-8")
         if self.recipe.logging.trackers:
             flat = {key: str(value) for key, value in flatten(self.recipe.model_dump(mode="json"))}
@@ -360,24 +323,8 @@ class Run:
                 "trackio": {"name": self.state.run_id, "resume": "allow"},
             }
             self.accelerator.init_trackers(self.recipe.logging.project_name, config=flat, init_kwargs=keywords)
-
-    def environment(self) -> dict[str, Any]:
-        """What the run runs on; no environment variables, no secrets."""
-        return {
-            "engine": engine.engine_name(self.accelerator),
-            "num_processes": self.accelerator.num_processes,
-            "device": engine.device_name(self.accelerator),
-            "mixed_precision": engine.precision(self.accelerator),
-            "document_masking": self.document_masking,
-            "chunked_loss": self.chunked_loss,
-            "accumulation_steps": self.accumulation_steps,
-            "num_parameters": self.parameters.total,
-            "num_non_embedding_parameters": self.parameters.non_embedding,
-            "initial_weights": self.initial_weights,
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in (*LIBRARIES, "evaluate")},
-        }
+        trackers, num_steps = self.accelerator.trackers, self.recipe.training.num_steps
+        self.records = Records(self.output_dir, trackers, self.is_main, num_steps, self.saved_step)
 
     def evaluate(self) -> dict[str, float]:
         """Loss, perplexity and bits per byte over the whole validation split, equal on any number of processes."""
@@ -400,14 +347,13 @@ class Run:
         figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
         self.state.evaluated, self.state.evaluation_loss = True, figures["loss"]
         row = {f"eval/{name}": value for name, value in figures.items()}
-        self.record({"step": self.state.step, "tokens": self.state.tokens, **row})
+        self.records.row({"step": self.state.step, "tokens": self.state.tokens, **row})
         self.throughput.pause(time.perf_counter() - start)
-        if self.is_main:
-            self.say(
-                f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
-                f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
-            )
-            self.plot()
+        self.records.say(
+            f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
+            f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
+        )
+        self.records.plot()
         return figures
 
     def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -440,7 +386,7 @@ class Run:
             "source_tokens": self.source_tokens.tolist(),
             "documents_dropped": self.documents_dropped,
         }
-        tensors = engine.state(self.accelerator, self.model, self.optimizer)
+        tensors = engine.state_to_save(self.accelerator, self.model, self.optimizer)
         self.saver.save(state, tensors, self._writers(), in_background)
         self.saved_step = self.state.step
         self.throughput.pause(time.perf_counter() - start)
@@ -463,14 +409,13 @@ class Run:
             self.stops.note_save(saved.seconds)
             if saved.error is None:
                 figures = {k: v for k, v in asdict(saved).items() if k not in ("step", "error")}
-                self.record({"step": saved.step, **{f"save/{key}": value for key, value in figures.items()}})
+                self.records.row({"step": saved.step, **{f"save/{key}": value for key, value in figures.items()}})
                 continue
             message = f"the checkpoint of step {saved.step} is not saved: {saved.error}"
-            self.record_event(message)
+            self.records.event(self.state.step, message)
             if last:
                 raise NotSavedError(f"{message}. Make room or allow writing in {self.output_dir}; {_GOES_ON}")
-            if self.is_main:
-                self.say(f"{message}; training goes on, older checkpoints are as they were")
+            self.records.say(f"{message}; training goes on, older checkpoints are as they were")
 
     def stop_if_asked(self) -> None:
         """Raises `Stopping` on all ranks, at the same micro-step, after one of them was asked to stop."""
@@ -489,15 +434,14 @@ class Run:
         text = f"stopped by {self.stops.reason or 'another rank'} at step {self.state.step}"
         text += f"; saving took {time.perf_counter() - start:.1f} s"
         text += "" if left is None else f", {left:.0f} s before the end of training.stop_after"
-        self.record_event(text)
+        self.records.event(self.state.step, text)
         self.close()
-        if self.is_main:
-            self.say(f"{text}. {_GOES_ON.capitalize()}")
+        self.records.say(f"{text}. {_GOES_ON.capitalize()}")
         engine.finish(self.accelerator, self.model)
 
     def close(self) -> None:
         """End what works beside training."""
-        self.progress.close()
+        self.records.close()
         self.coming.close()
         self._votes.wait()
 
@@ -511,7 +455,7 @@ class Run:
         policy = "stop" if state.num_events > section.max_events else section.policy
         path = incident.write(self, problem, policy, step_data, loss, grad_norm)
         engine.drop_gradients(self.accelerator, self.model, self.optimizer)
-        self.record_event(f"{problem}: {policy}", incident=str(path))
+        self.records.event(self.state.step, f"{problem}: {policy}", incident=str(path))
         self.saver.wait()
         self.note_saves()
         if policy == "rollback" and not self._roll_back():
@@ -521,8 +465,7 @@ class Run:
                 f"{problem} at step {state.step + 1}, before it could change the weights; {path} tells more, and the "
                 f"checkpoints in {self.output_dir}/checkpoints are from before. stability.policy may skip such steps"
             )
-        if self.is_main:
-            self.say(f"step {state.step + 1}: {problem}; {policy}, see {path}")
+        self.records.say(f"step {state.step + 1}: {problem}; {policy}, see {path}")
         return policy == "rollback"
 
     def _roll_back(self) -> bool:
@@ -540,42 +483,8 @@ class Run:
         state.num_events = num_events
         state.skipped.append([state.step, bad + 1 - state.data_step(state.step)])
         self._start_data()
-        if self.file is not None:
-            self.file.forget(state.step)
-        self.progress.reset()
-        self.progress.update(state.step)
+        self.records.roll_back(state.step)
         return True
-
-    def record_event(self, text: str, **values: Any) -> None:
-        """A line in `metrics.jsonl` that no resume forgets."""
-        if self.file is not None:
-            self.file.write({"step": self.state.step, "event": text, **values})
-
-    def record(self, row: dict[str, Any]) -> None:
-        """One object for `metrics.jsonl` and the trackers."""
-        if self.file is not None:
-            self.file.write(row)
-        values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-        for tracker in list(self.accelerator.trackers):
-            try:
-                tracker.log(values, step=row["step"])
-            except Exception as error:  # a tracker's server may be down in any way
-                self.accelerator.trackers.remove(tracker)
-                text = f"{tracker.name} is not logged to any more: {type(error).__name__}: {error}"
-                self.record_event(text)
-                self.say(text)
-
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
-
-    def plot(self) -> None:
-        """Refresh the loss plot."""
-        try:
-            rows = metrics.read_metrics(self.output_dir / "metrics.jsonl")
-            metrics.plot_loss(rows, self.output_dir / "loss.png", self.output_dir.name)
-        except OSError as error:
-            self.say(f"the loss plot is not drawn: {files.refusal(error) or error}")
 
 
 def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
@@ -589,44 +498,3 @@ def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
             "other; set it to false, or choose another attn_implementation or model",
         )
     return isolates
-
-
-def _refuse_other_run(recipe: Recipe) -> None:
-    """An output folder belongs to one recipe."""
-    path = Path(recipe.output_dir) / "recipe.yaml"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-    except OSError as error:
-        raise RecipeError.at("output_dir", f"{recipe.output_dir} can't be used: {error.strerror}") from error
-    try:
-        changed = differences(recipe, load_recipe(path), ignore=MAY_DIFFER)
-    except RecipeError as error:
-        raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
-    if changed:
-        advice = "choose another output_dir, or undo the changes to resume"
-        raise RecipeError(
-            [Problem("output_dir", f"{recipe.output_dir} holds another recipe's run; {advice}"), *changed]
-        )
-
-
-def _lock(output_dir: Path) -> Any:
-    """A lock that a killed process gives back by itself: two runs in one folder would overwrite each other."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(output_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RecipeError.at("output_dir", f"{output_dir} is in use by a run that is alive") from None
-    return lock
-
-
-def _commit() -> str | None:
-    """The commit of this package where it runs from a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

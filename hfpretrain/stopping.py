@@ -12,8 +12,11 @@ import psutil
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class StoppedEarlyError(Exception):
-    """A signal came while there was nothing to save."""
+class StoppedEarlyError(BaseException):
+    """A signal came while there was nothing to save.
+
+    No `Exception`: what runs when it comes, `logging` for one, may report those and go on.
+    """
 
 
 class Stops:

@@ -143,12 +143,7 @@ def _log(run: Run, grad_norm: float, lr: float) -> None:
     if run.recipe.data.streaming:
         row["documents_dropped"] = run.documents_dropped
     run.coming.wait_seconds = 0.0
-    run.record(row)
-    if run.is_main:
-        run.progress.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
-        if run.progress.disable:
-            steps = run.recipe.training.num_steps
-            run.say(f"step {state.step}/{steps}: loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s")
+    run.records.training(row)
     state.window_loss, state.window_steps = 0.0, 0
 
 
@@ -185,8 +180,7 @@ def _finish(run: Run) -> Path:
             checkpoint.export(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
         report = checkpoint.verify_in_fresh_process(run.output_dir)
         exported = {f"export/{key}": value for key, value in report.items()}
-        assert run.file is not None
-        run.file.write({"step": run.state.step, "tokens": run.state.tokens, **exported})
+        run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         write_card(run, model_path, report)
         print(run_summary(run, report), flush=True)
         print("", bill.report(run, *peak_memory), sep="\n")
@@ -236,7 +230,8 @@ def _main(arguments: list[str], rank: int) -> int:
     except Exception as error:
         if (text := files.refusal(error)) is None:
             raise
-        print(f"stopped: {text}, and the same command goes on from there", file=sys.stderr)
+        advice = "make room or allow access there: what is finished stays, and the same command goes on from there"
+        print(f"stopped: {text}; {advice}", file=sys.stderr)
         return 1
     return STOPPED if path is None else 0
 

@@ -37,7 +37,7 @@ def verify_resume(
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=parent) as folder:
         straight = Path(folder) / "uninterrupted"
         start = time.perf_counter()
-        _finish(subprocess.Popen([*command, f"--output_dir={straight}"], **_QUIET), straight)
+        _finish(_Process([*command, f"--output_dir={straight}"]), straight)
         seconds = time.perf_counter() - start
         yield f"uninterrupted: {steps} steps in {seconds:.0f} s"
         done, rounds = 0, 0
@@ -51,7 +51,12 @@ def verify_resume(
             shutil.rmtree(killed)
 
 
-_QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+class _Process(subprocess.Popen[bytes]):
+    """Its messages go into a file: a pipe that nobody reads meanwhile would stop it when full."""
+
+    def __init__(self, command: list[str]):
+        self.messages = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        super().__init__(command, stdout=subprocess.DEVNULL, stderr=self.messages)
 
 
 def _command(engine: str | None, num_processes: int | None) -> list[str]:
@@ -84,7 +89,7 @@ def _short(recipe: Recipe, steps: int) -> list[str]:
 def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) -> Iterator[str]:
     """Start a run again and again until it ends, killed at random moments up to `kills` times: a line for each."""
     for _ in range(kills):
-        process = subprocess.Popen(command, **_QUIET)
+        process = _Process(command)
         try:
             process.wait(timeout=random.uniform(0, seconds))
         except subprocess.TimeoutExpired:
@@ -95,10 +100,10 @@ def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) 
             yield f"step {step} was the last logged, {sealed} checkpoint(s) sealed"
             continue
         return _finish(process, run)
-    return _finish(subprocess.Popen(command, **_QUIET), run)
+    return _finish(_Process(command), run)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: _Process) -> None:
     """SIGKILL to a process and all that it started, at the same moment."""
     tree = [psutil.Process(process.pid)]
     tree += tree[0].children(recursive=True)
@@ -108,13 +113,14 @@ def _kill(process: subprocess.Popen[str]) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(tree)
-    process.communicate()
+    process.wait()
 
 
-def _finish(process: subprocess.Popen[str], run: Path) -> None:
-    _, stderr = process.communicate()
-    if process.returncode:
-        raise RecipeError.at(str(run), f"the run ended with exit code {process.returncode}:\n{stderr[-3000:]}")
+def _finish(process: _Process, run: Path) -> None:
+    if process.wait():
+        process.messages.seek(0)
+        messages = process.messages.read().decode(errors="replace")
+        raise RecipeError.at(str(run), f"the run ended with exit code {process.returncode}:\n{messages[-3000:]}")
 
 
 def _compare(straight: Path, killed: Path) -> Iterator[str]:

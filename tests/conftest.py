@@ -6,66 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))  # their functions are what the tests call at small size
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # tests call their functions, at small size
+
+from small import ROOT, environment, recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
+
+__all__ = ["ROOT", "environment", "recipe_mapping", "rows", "small_text", "train", "write_jsonl", "write_recipe"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-WORDS = ("the", "a", "of", "river", "stone", "light", "runs", "falls", "under", "over", "quiet", "green", "water")
-
-
-def small_text(num_documents: int, seed: int = 0) -> list[str]:
-    """Documents of word salad with some Unicode, the same for the same seed."""
-    import random
-
-    draw = random.Random(seed)
-    return [
-        " ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 120))) + f" №{number} — ünïcode 漢字 🌊"
-        for number in range(num_documents)
-    ]
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    import json
-
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    return path
-
-
-def recipe_mapping(folder: Path, **changes: object) -> dict:
-    """A valid recipe of a tiny llama on `folder/corpus.jsonl`; `changes` are dotted keys with __ for the dot."""
-    mapping: dict = {
-        "output_dir": str(folder / "run"),
-        "model": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-            }
-        },
-        "tokenizer": {"algorithm": "byte_level_bpe", "vocab_size": 320},
-        "data": {
-            "sources": [{"path": "json", "data_files": str(folder / "corpus.jsonl")}],
-            "validation_fraction": 0.1,
-            "block_size": 32,
-        },
-        "optimizer": {"lr": 3e-3},
-        "scheduler": {"name": "cosine", "num_warmup_steps": 2},
-        "training": {"tokens_per_step": 256, "micro_batch_size": 2, "max_steps": 8, "mixed_precision": "no"},
-        "logging": {"every_steps": 1, "trackers": []},
-    }
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        node = mapping
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = value
-    return mapping
 
 
 @pytest.fixture
@@ -73,45 +20,6 @@ def folder(tmp_path: Path) -> Path:
     """A folder with a corpus of 200 documents."""
     write_jsonl(tmp_path / "corpus.jsonl", small_text(200))
     return tmp_path
-
-
-def write_recipe(folder: Path, **changes: object) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe_mapping(folder, **changes)), encoding="utf-8")
-    return path
-
-
-def environment(**extra: str) -> dict[str, str]:
-    launcher = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    return {**kept, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "HF_HUB_OFFLINE": "1", **extra}
-
-
-def train(
-    recipe: Path,
-    *overrides: str,
-    engine: str | None = None,
-    processes: int | None = None,
-    timeout: int = 300,
-    **env: str,
-):
-    """`accelerate launch` with an engine's file, or plain `python -m` without; the finished process."""
-    if engine is None:
-        command = [sys.executable, "-m", "hfpretrain.train"]
-    else:
-        config = str(ROOT / "accelerate_configs" / f"{engine}.yaml")
-        # Another port for each launch: tests of several checkouts may run at once.
-        command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-        command += ["--config_file", config, *(["--num_processes", str(processes)] if processes else [])]
-        command += ["-m", "hfpretrain.train"]
-    return subprocess.run(
-        [*command, str(recipe), *overrides],
-        cwd=ROOT,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
 
 
 def hfpretrain(*arguments: str, **env: str):
@@ -123,11 +31,3 @@ def hfpretrain(*arguments: str, **env: str):
         capture_output=True,
         text=True,
     )
-
-
-def rows(run: Path, key: str) -> dict[int, dict]:
-    """Lines of `metrics.jsonl` that have `key`, by step."""
-    import json
-
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if key in line}

@@ -82,6 +82,14 @@ def test_a_recipe_means_the_same_under_every_engine(runs, name):
     assert initial_weights(runs / name) == initial_weights(runs / "single")
     (row,) = json.loads((runs / name / "plan.json").read_text())["plan"]["engines"]
     assert (row["engine"], row["num_processes"], row["reason"]) == (name, number, None)
+    check_saved_once(runs / name / "checkpoints" / "step-00000010", row["checkpoint_bytes"], number)
+
+
+def check_saved_once(path, expected, number):
+    """The state of a checkpoint is on the disk once, by all processes alike."""
+    sizes = [sum(file.stat().st_size for file in path.glob(f"__{rank}_*.distcp")) for rank in range(number)]
+    assert expected < sum(sizes) < 1.6 * expected, sizes  # with what torch writes around each tensor
+    assert min(sizes) > 0.3 * sum(sizes) / number, sizes
 
 
 @pytest.mark.parametrize("name", ["single", *DISTRIBUTED, *OFFLOADED])

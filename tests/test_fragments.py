@@ -49,3 +49,14 @@ def test_a_copy_shares_no_memory():
     copy = fragments.copy_to_host(state)
     tensor.fill_(1)
     assert not copy["x"].pieces[0][1].any() and not copy["y"].any() and copy["z"] == "text"
+
+
+def test_copies_of_a_state_share_the_saving():
+    big, cut = torch.ones(300), Fragments([2, 200], [((0, 0), torch.ones(1, 200))])
+    state = {"model": {"a": big, "b": cut, "c": torch.ones(100)}, "scaler": {"scale": 2.0}}
+    shares = [fragments.share(state, index, 2) for index in range(2)]
+    assert shares[0]["model"]["a"] is big and shares[1]["model"]["b"] is cut
+    assert shares[1]["model"]["c"] is state["model"]["c"]
+    assert [shares[1]["model"]["a"].pieces, shares[0]["model"]["b"].pieces] == [[], []]
+    assert all(share["scaler"] == {"scale": 2.0} for share in shares)
+    assert fragments.share(state, 0, 1) == state

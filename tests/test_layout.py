@@ -51,6 +51,8 @@ COMPOSITION = [
     "bill",
     "report",
     "incident",
+    "records",
+    "run_folder",
     "run",
     "train",
     "verify_resume",

@@ -1,3 +1,4 @@
+import logging
 import signal
 import subprocess
 import sys
@@ -23,6 +24,16 @@ def test_a_signal_is_raised_before_there_is_something_to_save_and_noted_after():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_a_signal_that_comes_while_a_message_is_logged_is_not_swallowed():
+    class Signalling:
+        def write(self, text):
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = logging.StreamHandler(Signalling())
+    with Stops(None), pytest.raises(StoppedEarlyError, match="SIGTERM"):
+        handler.handle(logging.makeLogRecord({"msg": "training the tokenizer"}))
+
+
 def test_the_deadline_leaves_time_for_twice_the_longest_save():
     alive = -Stops(0).seconds_left()
     stops = Stops(int(alive) + 1000)
@@ -46,7 +57,7 @@ def test_stop_after_is_a_time(folder):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopping")
-    recipe = proof.write_recipe(folder)
+    recipe = proof.write(folder)
     assert proof.goes_on(recipe, "single", folder / "straight")
     return recipe, folder
 
