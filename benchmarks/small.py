@@ -74,6 +74,23 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "HF_HUB_OFFLINE": "1", **extra}
 
 
+FAULTS = ROOT / "tests" / "faults.py"
+
+
+def command(
+    recipe: Path, *overrides: str, engine: str | None = None, processes: int | None = None, faults: bool = False
+) -> list[str]:
+    """`accelerate launch` with an engine's file, or plain `python -m` without; `faults`: of `tests/faults.py`."""
+    training = [str(FAULTS)] if faults else ["-m", "hfpretrain.train"]
+    if engine is None:
+        return [sys.executable, *training, str(recipe), *overrides]
+    config = str(ROOT / "accelerate_configs" / f"{engine}.yaml")
+    # Another port for each launch: several may run at once.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
+    launch += ["--config_file", config, *(["--num_processes", str(processes)] if processes else [])]
+    return [*launch, *training, str(recipe), *overrides]
+
+
 def train(
     recipe: Path,
     *overrides: str,
@@ -81,18 +98,10 @@ def train(
     processes: int | None = None,
     timeout: int = 300,
     **env: str,
-):
-    """`accelerate launch` with an engine's file, or plain `python -m` without; the finished process."""
-    if engine is None:
-        command = [sys.executable, "-m", "hfpretrain.train"]
-    else:
-        config = str(ROOT / "accelerate_configs" / f"{engine}.yaml")
-        # Another port for each launch: tests of several checkouts may run at once.
-        command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-        command += ["--config_file", config, *(["--num_processes", str(processes)] if processes else [])]
-        command += ["-m", "hfpretrain.train"]
+) -> subprocess.CompletedProcess:
+    """The finished process of `command`."""
     return subprocess.run(
-        [*command, str(recipe), *overrides],
+        command(recipe, *overrides, engine=engine, processes=processes),
         cwd=ROOT,
         env=environment(**env),
         capture_output=True,

@@ -10,25 +10,21 @@ import argparse
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
-from small import ROOT, environment, rows, small_text, write_jsonl, write_recipe
+from small import FAULTS, ROOT, command, environment, rows, small_text, write_jsonl, write_recipe
 
 from hfpretrain import files
 
 PHASES = ("rehearse", "data", "train", "evaluate", "save")
-FAULTS = ROOT / "tests" / "faults.py"
 
 
-def command(recipe: Path, engine: str, output_dir: Path) -> list[str]:
-    """A run of `tests/faults.py`, which tells its phase."""
-    launcher = ["-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--config_file"]
-    start = [] if engine == "single" else [*launcher, str(ROOT / "accelerate_configs" / f"{engine}.yaml")]
-    return [sys.executable, *start, str(FAULTS), str(recipe), f"--output_dir={output_dir}"]
+def start(recipe: Path, engine: str, run: Path) -> list[str]:
+    """The command of a run that tells its phase."""
+    return command(recipe, f"--output_dir={run}", engine=None if engine == "single" else engine, faults=True)
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -45,17 +41,17 @@ def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.
     names = {"PHASE_FILE": str(marker), "HFPRETRAIN_EXIT_CODE_FILE": str(code)}
     env = environment(PYTHONPATH=str(ROOT), FAULT=slow, **names)
     process = subprocess.Popen(
-        command(recipe, engine, run), env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        start(recipe, engine, run), env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None:
         told = marker.read_text().split() if marker.exists() else []
         if len(told) == 2 and told[0] == phase and (phase in ("rehearse",) or int(told[1]) >= 3):
             break
         time.sleep(0.01)
-    start = time.perf_counter()
+    asked = time.perf_counter()
     os.kill(ranks_of(process)[-1].pid, number)
     _, stderr = process.communicate(timeout=120)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - asked
     sealed = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
     return {
         "engine": engine,
@@ -71,7 +67,7 @@ def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.
 def goes_on(recipe: Path, engine: str, run: Path) -> bool:
     """Whether the same command ends the run."""
     env = environment(PYTHONPATH=str(ROOT), FAULT="")
-    result = subprocess.run(command(recipe, engine, run), env=env, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(start(recipe, engine, run), env=env, cwd=ROOT, capture_output=True, text=True)
     return result.returncode == 0
 
 

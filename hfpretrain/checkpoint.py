@@ -1,20 +1,17 @@
-"""Full state: save beside training, rotate, find the newest that verifies. And the export: a plain folder."""
+"""Full state: save beside training, rotate, find the newest that verifies."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,13 +19,8 @@ import torch.distributed as dist
 from hfpretrain import files, fragments
 from hfpretrain.recipe import CheckpointSection, RecipeError
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
-
 _TRAIN_STATE = "train_state.json"
 _EVALUATION_LOSS = "evaluation_loss"
-REFERENCE = "reference.safetensors"
-_REFERENCE_TOKENS = 1024
 logger = logging.getLogger(__name__)
 
 
@@ -217,131 +209,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def export(
-    config: PretrainedConfig,
-    state_dict: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    path: Path,
-    dtype: str = "float32",
-) -> None:
-    """A plain folder that `from_pretrained` reads: safetensors in `dtype`, config, generation config, tokenizer.
-
-    Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    state_dict = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state_dict.items()}
-    missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    assert not unexpected and tied.issuperset(missing), f"unexpected {unexpected}, missing {missing}"
-    model.tie_weights()
-    model.config.use_cache = True
-    work = files.work_folder(path)
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    shutil.rmtree(path, ignore_errors=True)
-    work.rename(path)
-
-
-@torch.no_grad()
-def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, path: Path | None) -> None:
-    """Store a batch with the training process's logits for it, to which the export is compared.
-
-    Of each sequence the first 1,024 tokens: the logits of more may need memory that no training step did.
-    `precision` is that of `engine.forward_precision`. All ranks must call it (sharded engines need them); only the one
-    that gives `path` writes.
-    """
-    from safetensors.torch import save_file
-
-    training = model.training
-    model.eval()
-    inputs = {name: tensor[:, :_REFERENCE_TOKENS] for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits.cpu().float()
-    model.train(training)
-    if path is not None:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}
-        save_file({**tensors, "logits": logits.contiguous()}, path, metadata={"precision": precision})
-
-
-def verify_export(model_path: Path, reference: Path) -> dict[str, Any]:
-    """Load an export with plain transformers and compare it with the stored batch.
-
-    Raises `RecipeError` if the mean losses differ by more than 1e-3 (float32), 3e-2 (16 bits) or 0.1 (8 bits).
-    Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
-    token. Also a sample, since the model is at hand.
-    """
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with safe_open(reference, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        precision = file.metadata()["precision"]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_path).eval()
-    except Exception as error:  # a broken file may raise anything
-        raise RecipeError.at(str(model_path), f"does not load: {' '.join(str(error).split()):.300}") from error
-    dtype = str(model.dtype).removeprefix("torch.")
-    inputs = {name: tensor for name, tensor in stored.items() if name != "logits"}
-    # As in training, where matrix products or the whole model may be in 16 bits: equal means equal.
-    kind, _, bits = precision.partition(" ")
-    if kind == "cast":
-        model.to(getattr(torch, bits))
-    elif dtype != "float32":
-        model.float()
-    autocast = torch.autocast("cpu", getattr(torch, bits or "bfloat16"), enabled=kind in ("autocast", "fp8"))
-    with torch.no_grad(), autocast:
-        logits = model(**inputs, use_cache=False).logits.float()
-    labels = stored["input_ids"][:, 1:].flatten()
-    losses = [
-        torch.nn.functional.cross_entropy(values[:, :-1].flatten(0, 1), labels, reduction="none")
-        for values in (stored["logits"], logits)
-    ]
-    difference = (losses[0].mean() - losses[1].mean()).abs().item()
-    tolerance = 0.1 if kind == "fp8" else 1e-3 if kind == dtype == "float32" else 3e-2
-    if not difference <= tolerance:
-        raise RecipeError.at(
-            str(model_path),
-            f"its loss on the stored batch is {losses[1].mean():.6f}, that of the training process was "
-            f"{losses[0].mean():.6f}: these are not the trained weights",
-        )
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    torch.manual_seed(0)
-    model.float()
-    prompt = torch.tensor([[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]])
-    sample = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=min(120, (getattr(model.config, "max_position_embeddings", None) or 128) - 1),
-        do_sample=True,
-        top_k=50,
-        temperature=0.8,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return {
-        "dtype": dtype,
-        "precision": precision,
-        "loss_training": losses[0].mean().item(),
-        "loss_export": losses[1].mean().item(),
-        "max_token_loss_difference": (losses[0] - losses[1]).abs().max().item(),
-        "max_logit_difference": (stored["logits"] - logits).abs().max().item(),
-        "sample": tokenizer.decode(sample[0, 1:], skip_special_tokens=True),
-    }
-
-
-def verify_in_fresh_process(run: Path) -> dict[str, Any]:
-    """`verify_export` in a new interpreter that knows nothing of the launcher or the engine."""
-    launcher = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "DEEPSPEED_")
-    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(launcher) and name not in distributed
-    }
-    command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"the export in {run} does not verify:\n{result.stderr}")
-    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return report

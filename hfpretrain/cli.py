@@ -203,14 +203,14 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
     else:
         import transformers
 
-        from hfpretrain.checkpoint import REFERENCE, verify_export
+        from hfpretrain import export
 
         transformers.utils.logging.disable_progress_bar()
 
-        run = path.parent if (path / "config.json").is_file() and (path.parent / REFERENCE).is_file() else path
-        if not (run / "model" / "config.json").is_file() or not (run / REFERENCE).is_file():
+        run = path.parent if (path / "config.json").is_file() and (path.parent / export.REFERENCE).is_file() else path
+        if not (run / "model" / "config.json").is_file() or not (run / export.REFERENCE).is_file():
             raise RecipeError(Problem(str(path), "neither a finished run, nor a checkpoint, nor prepared data"))
-        report = verify_export(run / "model", run / REFERENCE)
+        report = export.verify(run / "model", run / export.REFERENCE)
     if args.json:
         print(json.dumps(report))
     else:

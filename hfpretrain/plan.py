@@ -361,7 +361,7 @@ def _hardware(
     return False, target, precision, peak or None, "data sheet" if peak else "not in the table of devices"
 
 
-def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.5) -> float:
+def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.1) -> float:
     """FLOP/s of this machine's fastest square matrix product in a precision, on all cores it may use.
 
     The best within `min_seconds`, since another program's work only makes them slower.

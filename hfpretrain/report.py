@@ -44,7 +44,7 @@ def _commit() -> str | None:
 
 
 def write_card(run: Any, model_path: Path, report: dict[str, Any]) -> None:
-    """The model card and the loss plot into an exported folder; `report` as of `checkpoint.verify_export`."""
+    """The model card and the loss plot into an exported folder; `report` as of `export.verify`."""
     run.records.plot()
     (model_path / "loss.png").write_bytes((run.output_dir / "loss.png").read_bytes())
     recipe, where = run.recipe, environment(run)

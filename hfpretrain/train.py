@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from hfpretrain import bill, checkpoint, devices, engine, files, ranks
+from hfpretrain import bill, devices, engine, export, files, ranks
 from hfpretrain import model as modeling
 from hfpretrain.recipe import Recipe, RecipeError, load_recipe
 from hfpretrain.report import run_summary, write_card
@@ -168,17 +168,17 @@ def _due(step: int, section: Any, num_steps: int) -> bool:
 def _finish(run: Run) -> Path:
     """Export, compare the export with the training process, write the card and the summary."""
     model_path, main = run.output_dir / "model", run.is_main
-    reference = run.output_dir / checkpoint.REFERENCE
+    reference = run.output_dir / export.REFERENCE
     run.watch.beat("export", run.state.step)
     run.close()
     peak_memory = [engine.max_over_processes(run.accelerator, size or 0) for size in run.peak_memory.close()]
     batch = engine.to_device(run.accelerator, run.data.example())
-    checkpoint.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
+    export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
     state_dict = engine.full_state_dict(run.accelerator, run.model)
     if main:
         with engine.plain_initialisation():
-            checkpoint.export(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
-        report = checkpoint.verify_in_fresh_process(run.output_dir)
+            export.write(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
+        report = export.verify_in_fresh_process(run.output_dir)
         exported = {f"export/{key}": value for key, value in report.items()}
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         write_card(run, model_path, report)

@@ -1,18 +1,81 @@
 """Shared pieces: a small corpus, a small recipe, and a way to run commands as a user would."""
 
+import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # tests call their functions, at small size
 
-from small import ROOT, environment, recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
+import small
+from small import ROOT, environment, recipe_mapping, rows, small_text, write_jsonl, write_recipe
 
-__all__ = ["ROOT", "environment", "recipe_mapping", "rows", "small_text", "train", "write_jsonl", "write_recipe"]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+__all__ = ["ROOT", "environment", "recipe_mapping", "rows", "small_text", "write_jsonl", "write_recipe"]
+os.environ.update(environment())
+
+# Most of what a short run takes is importing. This server has imported all of it and computed nothing; a process forked
+# from it is as one that `python -m` has started.
+_processes = multiprocessing.get_context("forkserver")
+_modules = ("hfpretrain.train", "hfpretrain.cli", "accelerate.commands.launch")
+_processes.set_forkserver_preload([*_modules, "torch.distributed.run", "evaluate", "matplotlib.backends.backend_agg"])
+
+
+def _main(module: str, arguments: list[str], output: str, env: dict[str, str]) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(ROOT)
+    os.environ.update(env)
+    sys.argv = [module, *arguments]
+    sys.exit(importlib.import_module(module).main())
+
+
+def _call(module: str, arguments: list[str], timeout: int, env: dict[str, str]) -> subprocess.CompletedProcess:
+    """`python -m module arguments` from the server."""
+    with tempfile.TemporaryDirectory() as output:
+        process = _processes.Process(target=_main, args=(module, arguments, output, env))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([module, *arguments], timeout)
+        texts = [Path(output, name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess([module, *arguments], process.exitcode, *texts)
+
+
+def train(
+    recipe: Path,
+    *overrides: str,
+    engine: str | None = None,
+    processes: int | None = None,
+    timeout: int = 300,
+    fault: str = "",
+    **env: str,
+):
+    """`accelerate launch` with an engine's file, or plain `python -m` without; the finished process.
+
+    `fault`: what `faults.py` shall spoil.
+    """
+    if engine is None and env:  # which libraries read when they are imported
+        return small.train(recipe, *overrides, timeout=timeout, **env)
+    if fault:
+        env |= {"FAULT": fault, "PYTHONPATH": str(ROOT)}
+    if engine is None:
+        return _call("faults" if fault else "hfpretrain.train", [str(recipe), *overrides], timeout, env)
+    command = small.command(recipe, *overrides, engine=engine, processes=processes, faults=bool(fault))
+    return _call("accelerate.commands.launch", command[3:], timeout, env)
+
+
+def hfpretrain(*arguments: str, **env: str):
+    """The console command."""
+    if not env:
+        return _call("hfpretrain.cli", list(arguments), 300, env)
+    command = [sys.executable, "-m", "hfpretrain.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -20,14 +83,3 @@ def folder(tmp_path: Path) -> Path:
     """A folder with a corpus of 200 documents."""
     write_jsonl(tmp_path / "corpus.jsonl", small_text(200))
     return tmp_path
-
-
-def hfpretrain(*arguments: str, **env: str):
-    """The console command."""
-    return subprocess.run(
-        [sys.executable, "-m", "hfpretrain.cli", *arguments],
-        cwd=ROOT,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-    )

@@ -34,6 +34,7 @@ LEAVES = {
     "optim",
     "engine",
     "checkpoint",
+    "export",
     "evaluation",
     "footprint",
     "metrics",

@@ -8,6 +8,7 @@ import pytest
 import stopping as proof
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
+from hfpretrain import files
 from hfpretrain.recipe import RecipeError, load_recipe
 from hfpretrain.stopping import StoppedEarlyError, Stops
 
@@ -62,9 +63,7 @@ def straight(tmp_path_factory):
     return recipe, folder
 
 
-@pytest.mark.parametrize(
-    ("engine", "phase"), [("single", "train"), ("single", "evaluate"), ("ddp", "data"), ("fsdp2", "save")]
-)
+@pytest.mark.parametrize(("engine", "phase"), [("single", "evaluate"), ("ddp", "data"), ("fsdp2", "save")])
 def test_a_signal_to_one_rank_stops_all_with_everything_saved(straight, engine, phase):
     """A short version of `benchmarks/stopping.py`."""
     recipe, folder = straight
@@ -94,14 +93,15 @@ def test_a_second_interrupt_ends_the_run_at_once(folder):
     env = environment(FAULT="slow:save", PYTHONPATH=str(ROOT))
     command[1:3] = [str(ROOT / "tests" / "faults.py")]
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((folder / "run" / "checkpoints").glob("step-" + "[0-9]" * 8)):
+    sealed = folder / "run" / "checkpoints"
+    while not list(sealed.glob("step-" + "[0-9]" * 8)):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
-    assert train(recipe, "--training.stop_after=20s").returncode == 75
+    assert all(files.damage(path) is None for path in sealed.glob("step-" + "[0-9]" * 8))
 
 
 def test_a_signal_while_preparing_ends_with_the_same_code(folder):

@@ -229,12 +229,12 @@ def test_mixture_stages_and_padding_are_accounted_in_the_metrics(folder):
 def test_the_ledger_does_not_depend_on_processes_or_stops(folder):
     recipe = write_recipe(folder, training__max_steps=6, training__micro_batch_size=1, checkpoint__every_steps=3)
     ledgers = {}
-    for processes in (1, 2, 4):
+    for processes in (1, 4):
         run = folder / f"run-{processes}"
         result = train(recipe, f"--output_dir={run}", engine="ddp", processes=processes)
         assert result.returncode == 0, result.stderr
         ledgers[processes] = {step: row["ledger"] for step, row in rows(run, "ledger").items()}
-    assert ledgers[1] == ledgers[2] == ledgers[4] and len(set(ledgers[1].values())) == 6
+    assert ledgers[1] == ledgers[4] and len(set(ledgers[1].values())) == 6
     shutil.rmtree(folder / "run-4" / "checkpoints" / "step-00000006")
     result = train(recipe, f"--output_dir={folder / 'run-4'}", engine="ddp", processes=2)
     assert result.returncode == 0 and "resumed from" in result.stderr, result.stderr
