@@ -23,6 +23,7 @@ from hfpretrain import (
     checkpoint,
     engine,
     evaluation,
+    files,
     incident,
     initialisation,
     launcher,
@@ -313,9 +314,8 @@ class Run:
         self.throughput = metrics.Throughput()
         self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
-            (self.output_dir / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
-            environment = json.dumps(report.environment(self), indent=1)
-            (self.output_dir / "environment.json").write_text(environment, encoding="utf-8")
+            files.write_whole(self.output_dir / "recipe.yaml", dump_recipe(self.recipe))
+            files.write_whole(self.output_dir / "environment.json", json.dumps(report.environment(self), indent=1))
         if self.recipe.logging.trackers:
             flat = {key: str(value) for key, value in flatten(self.recipe.model_dump(mode="json"))}
             keywords = {
