@@ -73,7 +73,10 @@ class Saver:
         stall = time.perf_counter() - start
 
         def work() -> None:
-            error, size = self._write(train_state, state, writers)
+            try:
+                error, size = self._write(train_state, state, writers)
+            except Exception as raised:  # another rank is gone, and with it the group
+                error, size = _reason(raised, self._folder), 0
             seconds = time.perf_counter() - start
             standstill = stall if in_background else seconds
             self._done.append(Saved(train_state["step"], error, standstill, waited, seconds, size))
@@ -113,7 +116,10 @@ class Saver:
             known = {name: entry for part in self._gathered for name, entry in part.items()}
             manifest = files.seal(work, path, content, known)
             written["size"] = sum(entry["size"] for entry in manifest["files"].values())
-            _remove_old(self._folder, self._section)
+            try:
+                _remove_old(self._folder, self._section)
+            except OSError as error:  # the new one is sealed all the same
+                logger.warning("older checkpoints can't be removed: %s", error)
 
         main = self._rank == 0
         self._gathered: list[dict[str, Any]] = []
@@ -151,8 +157,9 @@ class Saver:
 
 def _reason(error: BaseException, folder: Path) -> str:
     """What an operating system said, from however deep below, or else the error and how much room there is."""
-    free = shutil.disk_usage(folder).free
-    text = f"{type(error).__name__}: {' '.join(str(error).split()):.300} ({free / 2**20:,.0f} MiB are free there)"
+    text = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+        text += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
     return files.refusal(error) or text
 
 
@@ -180,8 +187,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     checkpoints but none verifies: to start anew is the user's decision.
     """
     reasons: list[str] = []
+    for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # by a kill, of a step that may never be saved again
+        shutil.rmtree(left, ignore_errors=True)
     for path in _checkpoints(folder):
         reason = files.damage(path)
+        if reason is None and (files.manifest_of(path) or {}).get("step") != _step(path):
+            reason = f"{path / files.MANIFEST} is that of another step"
         if reason is None:
             return path, reasons
         logger.warning("checkpoint %s is passed over: %s", path.name, reason)

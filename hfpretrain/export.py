@@ -143,7 +143,8 @@ def verify_in_fresh_process(run: Path) -> dict[str, Any]:
         name: value for name, value in os.environ.items() if not name.startswith(launcher) and name not in distributed
     }
     command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # A session of its own: a signal to all processes of the run must not make a good export look like a bad one.
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
     if result.returncode:
         raise RuntimeError(f"the export in {run} does not verify:\n{result.stderr}")
     report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

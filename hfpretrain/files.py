@@ -43,9 +43,13 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, whoever else writes it at the same time."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=INCOMPLETE, delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.unlink(file.name)
+            raise
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     _fsync(path.parent)
@@ -86,7 +90,11 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    entries = manifest.get("files") if isinstance(manifest, dict) else None
+    is_whole = isinstance(entries, dict) and all(
+        isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in entries.values()
+    )
+    return manifest if entries and is_whole else None
 
 
 def damage(path: Path, checksums: bool = True) -> str | None:

@@ -23,6 +23,8 @@ def write(run: Any, problem: str, policy: str, step_data: StepData, loss: float,
         gathered = engine.gather_lists(run.accelerator, ours)
         texts = [{"text": run.tokenizer.decode(row)} for row in gathered] if run.is_main else []
     path = run.output_dir / "incidents" / f"step-{run.state.step + 1:08d}.json"
+    if path.exists():  # the same step once more, after a rollback
+        path = path.with_stem(f"{path.stem}-event-{run.state.num_events}")
     content = {
         "step": run.state.step + 1,
         "problem": problem,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +34,23 @@ _DEEPSPEED_OWNERS = {
     "optimizer": "optimizer",
     "scheduler": "scheduler",
 }
+
+
+def end_with_launcher() -> None:
+    """From now on this process gets SIGTERM when the `accelerate launch` that started it ends, on Linux.
+
+    That of a single process dies of signals without passing them on, and any does of SIGKILL or SIGUSR1: the training
+    would go on, and nobody would know.
+    """
+    import psutil
+
+    parent = psutil.Process().parent()
+    if sys.platform != "linux" or parent is None or _launch_arguments(parent.cmdline()) is None:
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent.pid:  # it ended in between
+        signal.raise_signal(signal.SIGTERM)
 
 
 def require_supported() -> None:

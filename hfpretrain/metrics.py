@@ -38,7 +38,13 @@ class MetricsFile:
         rows = [] if step is None else read_metrics(self._path)
         kept = [row for row in rows if "event" in row or row["step"] <= step]
         kept = [row for row in kept if "export/loss_export" not in row]  # the run ends, and exports, anew
-        files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        try:
+            files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        except OSError as error:
+            if not self._path.exists():
+                raise
+            # Steps that are done again stand twice, the later line is theirs.
+            logger.warning("%s keeps the lines after step %s: %s", self._path, step, error.strerror)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object."""
@@ -47,7 +53,7 @@ class MetricsFile:
         first = not self._waiting
         self._waiting += json.dumps(safe) + "\n"
         try:
-            size = self._path.stat().st_size
+            size = self._path.stat().st_size if self._path.exists() else 0
             try:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(self._waiting)
@@ -61,15 +67,17 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`; a last line that a kill left half-written is passed over."""
+    """The objects of a `metrics.jsonl`; what is none of ours, as a line that a kill left half, is passed over."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

@@ -191,6 +191,7 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one, and open the records."""
         self.saved_step = self._resume()
+        self.first_step = self.state.step
         self._start_data()
         self._start_records()
         for reason in self._passed_over:
@@ -240,7 +241,7 @@ class Run:
         if path is None:
             return None
         stored = checkpoint.train_state(path)
-        origin = (stored.pop("engine"), stored.pop("num_processes"))
+        origin, precision = (stored.pop("engine"), stored.pop("num_processes")), stored.pop("precision", None)
         if stored.pop("data") != self._data_identity():
             raise RecipeError.at(
                 "data", f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
@@ -250,14 +251,22 @@ class Run:
                 "training",
                 f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
             )
-        self.source_tokens = np.array(stored.pop("source_tokens"))
-        self.documents_dropped = stored.pop("documents_dropped")
-        digest = stored.pop("ledger")
-        self.state = TrainState(**stored)
+        try:
+            self.source_tokens = np.array(stored.pop("source_tokens"))
+            self.documents_dropped = stored.pop("documents_dropped")
+            digest = stored.pop("ledger")
+            self.state = TrainState(**stored)
+        except (KeyError, TypeError) as error:
+            message = f"its train_state.json is that of another version of hfpretrain: {error}"
+            raise RecipeError.at(str(path), message) from error
         self._check_ledger(path, digest)
         start = time.perf_counter()
         engine.load_state(self.accelerator, self.model, self.optimizer, path, self._saving_group)
         optim.set_step(self.scheduler, self.state.step)
+        now = engine.precision(self.accelerator)
+        if precision not in (None, now):
+            self._passed_over.append(f"training goes on in {now}; up to step {self.state.step} it was in {precision}")
+            logger.warning(self._passed_over[-1])
         self.stability = Stability(self.recipe.stability, self.state.losses)
         if self.is_main:
             here = (engine.engine_name(self.accelerator), self.accelerator.num_processes)
@@ -381,6 +390,7 @@ class Run:
             **asdict(self.state),
             "engine": engine.engine_name(self.accelerator),
             "num_processes": self.accelerator.num_processes,
+            "precision": engine.precision(self.accelerator),
             "data": self._data_identity(),
             "ledger": self.ledger.digest,
             "source_tokens": self.source_tokens.tolist(),
@@ -413,6 +423,8 @@ class Run:
                 continue
             message = f"the checkpoint of step {saved.step} is not saved: {saved.error}"
             self.records.event(self.state.step, message)
+            if saved.step == self.saved_step:
+                self.saved_step = None
             if last:
                 raise NotSavedError(f"{message}. Make room or allow writing in {self.output_dir}; {_GOES_ON}")
             self.records.say(f"{message}; training goes on, older checkpoints are as they were")
@@ -427,6 +439,12 @@ class Run:
         start = time.perf_counter()
         self.saver.wait()
         self.note_saves()
+        if self.stops.reason == "training.stop_after" and self.state.step == self.first_step:
+            started = (self.recipe.training.stop_after_seconds or 0) - (self.stops.seconds_left() or 0)
+            message = (
+                f"{self.recipe.training.stop_after} were over before the first step, {started:.0f} s after the start"
+            )
+            raise RecipeError.at("training.stop_after", f"{message}; give more, or it never gets anywhere")
         if self.state.step not in (0, self.saved_step):
             self.save(in_background=False)
         self.note_saves(last=True)
@@ -453,26 +471,29 @@ class Run:
         state, section = self.state, self.recipe.stability
         state.num_events += 1
         policy = "stop" if state.num_events > section.max_events else section.policy
+        self.saver.wait()
+        self.note_saves()
+        if policy == "rollback":
+            self._checkpoint = self._newest_checkpoint()
+            for reason in self._passed_over:
+                self.records.event(state.step, reason)
+            policy = "stop" if self._checkpoint is None else policy
         path = incident.write(self, problem, policy, step_data, loss, grad_norm)
         engine.drop_gradients(self.accelerator, self.model, self.optimizer)
         self.records.event(self.state.step, f"{problem}: {policy}", incident=str(path))
-        self.saver.wait()
-        self.note_saves()
-        if policy == "rollback" and not self._roll_back():
-            policy = "stop"
         if policy == "stop":
             raise TrainingDivergedError(
-                f"{problem} at step {state.step + 1}, before it could change the weights; {path} tells more, and the "
-                f"checkpoints in {self.output_dir}/checkpoints are from before. stability.policy may skip such steps"
+                f"{problem} at step {state.step + 1}, before it could change the weights; {path} tells more, "
+                f"checkpoints are from before. stability.policy may skip such steps; this was number "
+                f"{state.num_events} of stability.max_events {section.max_events}"
             )
         self.records.say(f"step {state.step + 1}: {problem}; {policy}, see {path}")
+        if policy == "rollback":
+            self._roll_back()
         return policy == "rollback"
 
-    def _roll_back(self) -> bool:
-        """Return to the newest checkpoint and leave out what was consumed since; False if there is none."""
-        self._checkpoint = self._newest_checkpoint()
-        if self._checkpoint is None:
-            return False
+    def _roll_back(self) -> None:
+        """Return to the newest checkpoint and leave out what was consumed since."""
         num_events, bad = self.state.num_events, self.state.data_step(self.state.step)
         self.coming.close()
         if isinstance(self.data, StreamingData):
@@ -484,7 +505,6 @@ class Run:
         state.skipped.append([state.step, bad + 1 - state.data_step(state.step)])
         self._start_data()
         self.records.roll_back(state.step)
-        return True
 
 
 def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:

@@ -36,6 +36,9 @@ def refuse_other_run(recipe: Recipe) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            if any((path.parent / "checkpoints").glob("step-*")):
+                message = f"{recipe.output_dir} has checkpoints but no recipe.yaml that says what of; restore it"
+                raise RecipeError.at("output_dir", f"{message}, or choose another output_dir")
             return
     except OSError as error:
         raise RecipeError.at("output_dir", f"{recipe.output_dir} can't be used: {error.strerror}") from error

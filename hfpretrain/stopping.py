@@ -39,9 +39,11 @@ class Stops:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # A launcher and a scheduler may both signal: the second must not cut off what the first has begun.
+            ending = kind is StoppedEarlyError and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

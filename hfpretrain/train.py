@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from hfpretrain import bill, devices, engine, export, files, ranks
+from hfpretrain import bill, devices, engine, export, files, launcher, ranks
 from hfpretrain import model as modeling
 from hfpretrain.recipe import Recipe, RecipeError, load_recipe
 from hfpretrain.report import run_summary, write_card
@@ -32,6 +32,7 @@ def train(recipe: Recipe) -> Path | None:
     Returns the folder of the exported model, or None if the run was stopped before its end, with everything saved.
     """
     with ranks.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
+        launcher.end_with_launcher()
         run = Run(recipe, watch, stops)
         with _explained(run):
             run.build()

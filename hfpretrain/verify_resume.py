@@ -29,7 +29,7 @@ def verify_resume(
 
     `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one in
     accelerate_configs/, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
-    differs, or a loss by more than 1e-5.
+    differs, a loss or rate by more than 1e-5, or a gradient norm by more than 1e-4.
     """
     command = _command(engine, num_processes) + arguments + _short(recipe, steps)
     parent = Path(recipe.output_dir).parent
@@ -137,7 +137,7 @@ def _compare(straight: Path, killed: Path) -> Iterator[str]:
     yield "largest relative differences: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
     digests = [_weights(run / "model") for run in (straight, killed)]
     yield f"sha256 of the final weights: {digests[0]} and {digests[1]}"
-    if worst["ledger"] or worst["loss"] > TOLERANCE:
+    if worst["ledger"] or max(worst["loss"], worst["lr"], worst["eval/loss"], worst["grad_norm"] / 10) > TOLERANCE:
         raise RecipeError.at("verify-resume", "the killed run is not the uninterrupted one")
     same = digests[0] == digests[1] and not any(worst.values())
     yield "equal bit for bit" if same else f"equal to {TOLERANCE:.0e}, not bit for bit"

@@ -95,3 +95,33 @@ def test_a_file_that_cannot_be_written_leaves_older_checkpoints_as_they_were(tmp
     first, second = saver.done()
     assert first.error is None and second.error.startswith("No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_folder_that_cannot_be_is_a_reason_and_not_the_end_of_a_thread(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "nowhere" / "at-all")
+    saver = checkpoint.Saver(tmp_path / "checkpoints", CheckpointSection(), None)
+    save(saver, 1)
+    (saved,) = saver.done()
+    assert "FileExistsError" in saved.error or "No such file" in saved.error
+
+
+def test_a_checkpoint_under_another_step_s_name_is_passed_over(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+    for step in (1, 2):
+        save(saver, step)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
+    path, (reason,) = checkpoint.newest(tmp_path)
+    assert path.name == "step-00000002" and "is that of another step" in reason
+
+
+def test_a_manifest_without_files_seals_nothing(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+    for step in (1, 2):
+        save(saver, step)
+    (tmp_path / "step-00000007.incomplete").mkdir()
+    (tmp_path / "step-00000002" / "manifest.json").write_text('{"step": 2, "files": {}}')
+    path, (reason,) = checkpoint.newest(tmp_path)
+    assert path.name == "step-00000001" and "manifest.json is missing or unreadable" in reason
+    (path / "manifest.json").write_text('{"step": 1, "files": {"train_state.json": 3}}')
+    assert "manifest.json is missing or unreadable" in files.damage(path)
+    assert not list(tmp_path.glob("*.incomplete"))

@@ -9,11 +9,14 @@ from hfpretrain import metrics
 
 def test_resuming_forgets_later_lines_and_a_half_written_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    path.write_bytes(b'{"step": 1}\n3\nnull\n{"loss": 1}\n\x00\xff\n{"step": 2}\n{"step": 3}\n{"st')
     metrics.MetricsFile(path, resume_step=2).write({"step": 3, "loss": 1.0})
     assert metrics.read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
-    metrics.MetricsFile(path, resume_step=None)
+    file = metrics.MetricsFile(path, resume_step=None)
     assert metrics.read_metrics(path) == []
+    path.unlink()  # by whoever cleans up
+    file.write({"step": 4})
+    assert metrics.read_metrics(path) == [{"step": 4}]
 
 
 def test_flops():

@@ -110,6 +110,14 @@ def test_skips_are_bounded(skipped):
     assert [event["event"].rpartition(": ")[2] for event in events(run)] == ["skip", "skip", "skip", "stop"]
 
 
+def test_a_rollback_without_a_checkpoint_is_a_stop(skipped):
+    run = skipped / "nowhere-to-go"
+    arguments = [f"--output_dir={run}", "--stability.policy=rollback", "--checkpoint.every_steps=null"]
+    result = train(skipped / "recipe.yaml", *arguments, fault="gradient:5")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert [event["event"] for event in events(run)] == ["the gradient's norm is nan: stop"]
+
+
 @pytest.mark.parametrize(("engine", "streaming"), [(None, False), (None, True), ("fsdp2", False), ("zero2", True)])
 def test_rollback_goes_back_and_takes_other_blocks(skipped, engine, streaming):
     run, straight = skipped / f"rollback-{engine}-{streaming}", skipped / f"straight-{streaming}"

@@ -1,10 +1,12 @@
 import logging
+import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import small
 import stopping as proof
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
@@ -98,7 +100,7 @@ def test_a_second_interrupt_ends_the_run_at_once(folder):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.05)
+    time.sleep(0.25)  # or both are seen as one
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
     assert all(files.damage(path) is None for path in sealed.glob("step-" + "[0-9]" * 8))
@@ -113,5 +115,60 @@ def test_a_signal_while_preparing_ends_with_the_same_code(folder):
         if "tokeniz" in line:
             break
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.15)  # Slurm's and the launcher's
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and "stopped by SIGTERM; what is finished stays" in stderr, stderr
+
+
+@pytest.mark.parametrize(("engine", "number"), [("single", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
+def test_a_launcher_that_dies_takes_nothing_with_it(folder, engine, number):
+    """accelerate's launcher of a single process, and any of SIGUSR1, ends without a word to the training."""
+    recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=100_000)
+    code = folder / "code"
+    process = subprocess.Popen(
+        small.command(recipe, engine=engine),
+        env=environment(HFPRETRAIN_EXIT_CODE_FILE=str(code)),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and rows(folder / "run", "loss")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    deadline = time.time() + 60
+    while not code.exists() and time.time() < deadline:
+        time.sleep(0.1)
+    assert code.read_text() == "75\n"
+    (path,) = (folder / "run" / "checkpoints").iterdir()
+    assert files.damage(path) is None and "stopped by" in next(iter(rows(folder / "run", "event").values()))["event"]
+
+
+def test_a_stop_that_could_not_be_saved_says_so(folder):
+    """The background save of the very step failed before: it is tried again, and its failure is the run's."""
+    recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=1)
+    size = 200_000
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hfpretrain.train", str(recipe)],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    for line in process.stderr:
+        if "step 3/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "is not saved: File too large" in stderr, stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_time_that_is_over_before_the_first_step_is_an_error(folder):
+    result = train(write_recipe(folder), "--training.stop_after=1s")
+    assert result.returncode == 2 and "training.stop_after: 1s were over before a step" in result.stderr

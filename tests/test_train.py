@@ -349,6 +349,10 @@ def test_an_output_folder_of_another_recipe_is_left_alone(finished):
     assert "holds another recipe's run" in result.stderr
     assert "optimizer.lr: is 1e-05 here, 0.003 there" in result.stderr and "seed: is 3 here, 0 there" in result.stderr
     assert "logging" not in result.stderr
+    other = folder / "nameless"
+    shutil.copytree(folder / "run" / "checkpoints", other / "checkpoints")
+    result = train(folder / "recipe.yaml", f"--output_dir={other}")
+    assert result.returncode == 2 and "has checkpoints but no recipe.yaml" in result.stderr
     assert (folder / "run" / "recipe.yaml").read_text() == before
 
 
