@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -363,35 +363,3 @@ class Prefetcher:
         """End the thread."""
         self._stopped.set()
         self._thread.join()
-
-
-def validation_batches(
-    blocks: Blocks,
-    remainder_ids: Sequence[int],
-    block_size: int,
-    *,
-    batch_size: int,
-    process_index: int,
-    num_processes: int,
-    eos_token_id: int,
-    document_masking: bool,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's share of the whole validation split, the remainder as a last row padded with ignored labels.
-
-    All processes get the same number of batches (sharded engines need every rank in every forward pass); where rows
-    run out, batches are filled with rows whose labels are ignored.
-    """
-    num_rows = len(blocks) + bool(remainder_ids)
-    per_round = batch_size * num_processes
-    for start in range(0, num_rows, per_round):
-        rows = np.full((batch_size, block_size), eos_token_id, dtype=np.int64)
-        valid = np.zeros((batch_size, block_size), dtype=bool)
-        for slot in range(batch_size):
-            row = start + process_index * batch_size + slot
-            if row < len(blocks):
-                rows[slot], valid[slot] = blocks[np.array([row])][0], True
-            elif row < num_rows:
-                rows[slot, : len(remainder_ids)], valid[slot, : len(remainder_ids)] = remainder_ids, True
-        batch = collate(rows, eos_token_id if document_masking else None)
-        batch["labels"][torch.from_numpy(~valid)] = IGNORE_INDEX
-        yield batch

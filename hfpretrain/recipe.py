@@ -147,6 +147,9 @@ class SourceSection(Section):
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the other sources' weights. All sources have one or none has;
     without, every block of every source is seen once per epoch. 0 is for a source that only `data.stages` use."""
+    domain: str | None = Field(default=None, pattern="^[A-Za-z0-9_.-]+$")
+    """Of a validation source: the name under which evaluation gives figures of it alone. Sources of one name are one
+    set; all of them have a name or none has."""
     max_epochs: PositiveInt | None = None
     """How often the source's tokens may be seen. A run that needs more is refused at its start, a stream stops when it
     has run out; null: no cap."""
@@ -215,6 +218,10 @@ class DataSection(Section):
             raise ValueError("give every source a `weight` or none")
         if any(source.weight is not None or source.max_epochs is not None for source in self.validation_sources):
             raise ValueError("`weight` and `max_epochs` have no meaning in `validation_sources`")
+        if any(source.domain is not None for source in self.sources):
+            raise ValueError("`domain` names a set of `validation_sources`")
+        if len({source.domain is None for source in self.validation_sources}) > 1:
+            raise ValueError("give every validation source a `domain` or none")
         if self.stages and not any(weighted):
             raise ValueError("`stages` change the sources' `weight`: give every source one")
         if any(weighted) and not any(source.weight for source in self.sources):
@@ -239,6 +246,18 @@ class DataSection(Section):
     def has_validation(self) -> bool:
         """Whether anything is held out."""
         return bool(self.validation_sources) or self.validation_fraction > 0
+
+    def validation_split(self, number: int) -> str:
+        """Where the text of validation source `number` is prepared."""
+        domain = self.validation_sources[number].domain
+        return "validation" if domain is None else f"validation-{domain}"
+
+    @property
+    def validation_splits(self) -> list[str]:
+        """All of them, each once."""
+        if self.validation_fraction > 0:
+            return ["validation"]
+        return list(dict.fromkeys(map(self.validation_split, range(len(self.validation_sources)))))
 
     @property
     def weights(self) -> list[tuple[int, list[float]]]:

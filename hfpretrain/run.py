@@ -34,10 +34,9 @@ from hfpretrain import (
     run_folder,
 )
 from hfpretrain import model as modeling
-from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
+from hfpretrain.dataloader import Ledger, Prefetcher, StepData, TrainingData
 from hfpretrain.loss import use_chunked_loss
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
-from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
     Recipe,
     RecipeError,
@@ -50,6 +49,7 @@ from hfpretrain.stability import Stability
 from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import token_bytes
+from hfpretrain.validation import ValidationSets
 
 LEDGER = "ledger.npy"
 _GOES_ON = "the same command goes on from the newest checkpoint"
@@ -180,6 +180,7 @@ class Run:
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
+        self.validation = ValidationSets(self.prepared)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
         self.documents_dropped = 0
@@ -326,25 +327,21 @@ class Run:
         trackers, num_steps = self.accelerator.trackers, self.recipe.training.num_steps
         self.records = Records(self.output_dir, trackers, self.is_main, num_steps, self.saved_step)
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss, perplexity and bits per byte over the whole validation split, equal on any number of processes."""
+    def evaluate(self) -> None:
+        """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""
         start = time.perf_counter()
-        manifest = self.prepared.manifest
-        entry = manifest["splits"][VALIDATION]
-        batches = validation_batches(
-            Blocks(self.prepared.blocks(VALIDATION)),
-            entry["remainder_ids"],
-            manifest["block_size"],
+        batches = self.validation.batches(
             batch_size=self.recipe.training.micro_batch_size,
             process_index=self.data_index,
             num_processes=self.data_size,
-            eos_token_id=manifest["eos_token_id"],
             document_masking=self.document_masking,
         )
-        sums = engine.sum_over_processes(
-            self.accelerator, evaluation.loss_sums(self.model, self._watched(batches), self.token_bytes)
+        sums = evaluation.loss_sums(self.model, self._watched(batches), self.token_bytes, self.validation.num_documents)
+        documents, contexts = (
+            engine.sum_over_processes(self.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
         )
-        figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
+        figures = self.validation.figures(documents)
+        figures["loss_by_context"] = evaluation.loss_by_context(contexts)
         self.state.evaluated, self.state.evaluation_loss = True, figures["loss"]
         row = {f"eval/{name}": value for name, value in figures.items()}
         self.records.row({"step": self.state.step, "tokens": self.state.tokens, **row})
@@ -354,7 +351,6 @@ class Run:
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
         self.records.plot()
-        return figures
 
     def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         for batch in batches:

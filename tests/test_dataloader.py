@@ -12,7 +12,6 @@ from hfpretrain.dataloader import (
     TrainingOrder,
     collate,
     document_positions,
-    validation_batches,
 )
 
 EOS = 0
@@ -98,32 +97,6 @@ def test_positions_restart_at_the_separator_which_opens_the_next_document():
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 0, 1]]
     assert torch.equal(batch["labels"], batch["input_ids"]) and batch["labels"] is not batch["input_ids"]
     assert "position_ids" not in collate(rows, None)
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_validation_covers_every_token_once_with_equal_batches_on_all_processes(rows, num_processes):
-    blocks = Blocks([numbered(rows)] if rows else [])
-    remainder = [991, 992, 993]
-    parts = [
-        list(
-            validation_batches(
-                blocks,
-                remainder,
-                4,
-                batch_size=2,
-                process_index=index,
-                num_processes=num_processes,
-                eos_token_id=EOS,
-                document_masking=True,
-            )
-        )
-        for index in range(num_processes)
-    ]
-    assert len({len(part) for part in parts}) == 1
-    scored = [batch["input_ids"][batch["labels"] != IGNORE_INDEX] for part in parts for batch in part]
-    expected = [*numbered(rows).reshape(-1).tolist(), *remainder]
-    assert sorted(torch.cat(scored).tolist()) == sorted(expected)
 
 
 def test_stages_change_the_weights_and_go_on_with_each_stream():

@@ -46,6 +46,7 @@ LEAVES = {
 COMPOSITION = [
     "prepare",
     "trace",
+    "validation",
     "streaming",
     "score",
     "plan",
