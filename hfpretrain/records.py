@@ -59,7 +59,8 @@ class Records:
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
         self._progress.set_postfix_str(f"{text}, {speed}")
         if self._progress.disable:
-            self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}")
+            left = tqdm.format_interval(row["seconds_left"])
+            self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
 
     def roll_back(self, step: int) -> None:
         """The run stands at `step` again."""

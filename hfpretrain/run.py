@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -21,6 +22,7 @@ import torch
 
 from hfpretrain import (
     checkpoint,
+    devices,
     engine,
     evaluation,
     incident,
@@ -185,7 +187,7 @@ class Run:
         self.data_state: Any = None  # where a stream stands behind the newest step
         self.documents_dropped = 0
         self.ledger = Ledger()
-        self.source_tokens = np.zeros(len(self.data.order.sizes), dtype=np.int64)
+        self.source_tokens, self.source_documents = np.zeros((2, len(self.data.order.sizes)), dtype=np.int64)
         self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
 
     def resume(self) -> None:
@@ -229,7 +231,8 @@ class Run:
             "accumulation_steps": self.accumulation_steps,
             "process_index": self.data_index,
             "num_processes": self.data_size,
-            "eos_token_id": manifest["eos_token_id"] if self.document_masking else None,
+            "eos_token_id": manifest["eos_token_id"],
+            "document_masking": self.document_masking,
         }
         if not recipe.data.streaming:
             return training_data(recipe, self.prepared, **keywords)
@@ -251,6 +254,7 @@ class Run:
                 f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
             )
         self.source_tokens = np.array(stored.pop("source_tokens"))
+        self.source_documents = np.array(stored.pop("source_documents"))
         self.documents_dropped = stored.pop("documents_dropped")
         digest = stored.pop("ledger")
         self.state = TrainState(**stored)
@@ -292,7 +296,7 @@ class Run:
     def consume(self, data: StepData, loss: float) -> None:
         """A step is done; `update_ledger` adds the other processes' share of what it has consumed."""
         signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
-        self._consumed.append([signed, data.documents_dropped, *data.tokens.tolist()])
+        self._consumed.append([signed, data.documents_dropped, *data.tokens.tolist(), *data.documents.tolist()])
         self.data_state = data.state
         state = self.state
         state.step, state.tokens = state.step + 1, state.tokens + self.recipe.training.tokens_per_step
@@ -304,14 +308,18 @@ class Run:
         """Bring ledger and tokens by source up to date. All ranks must call it."""
         if self._consumed:
             rows = torch.tensor(self._consumed, dtype=torch.int64, device=self.accelerator.device)
-            for checksum, dropped, *tokens in engine.sum_over_processes(self.accelerator, rows).tolist():
+            for checksum, dropped, *counts in engine.sum_over_processes(self.accelerator, rows).tolist():
                 self.ledger.append(checksum % 2**64)
-                self.source_tokens += np.array(tokens)
+                tokens, documents = np.split(np.array(counts), 2)
+                self.source_tokens += tokens
+                self.source_documents += documents
                 self.documents_dropped += dropped
             self._consumed = []
 
     def _start_records(self) -> None:
-        self.throughput = metrics.Throughput()
+        self.clock = metrics.Clock(self.accelerator.device)
+        self._first_step = self.state.step
+        self.peak_flops = self._peak_flops()
         self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
             (self.output_dir / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
@@ -327,9 +335,54 @@ class Run:
         trackers, num_steps = self.accelerator.trackers, self.recipe.training.num_steps
         self.records = Records(self.output_dir, trackers, self.is_main, num_steps, self.saved_step)
 
+    def _peak_flops(self) -> float | None:
+        """FLOP/s of all devices together: of accelerators by their data sheets, of a CPU a measured matrix product."""
+        precision, number = engine.precision(self.accelerator), self.accelerator.num_processes
+        if self.accelerator.device.type != "cpu":
+            peak = devices.peak_flops(engine.device_name(self.accelerator), precision)
+            return peak and peak * number
+        hosts = max(1, number // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return plan.cpu_flops(precision) * hosts if self.is_main else None
+
+    def log(self, loss: float, grad_norm: float, lr: list[float]) -> None:
+        """The row of a log step: `loss` and `grad_norm` of the steps since the last one. All ranks must call it."""
+        self.update_ledger()
+        state, training = self.state, self.recipe.training
+        self.clock.mark("log")
+        seconds = self.clock.read()
+        steps = state.window_steps
+        trained = sum(value for part, value in seconds.items() if part not in ("evaluate", "save"))
+        tokens_per_second = steps * training.tokens_per_step / max(trained, 1e-9)
+        memory, peak_memory = self.peak_memory.now()
+        left = (training.num_steps - state.step) * self.clock.running() / max(1, state.step - self._first_step)
+        row = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "lr": lr[0],
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": tokens_per_second / self.accelerator.num_processes,
+            "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "flops": self.flops_per_token * state.tokens,
+            **{f"seconds/{part}": value for part, value in seconds.items()},
+            "memory_bytes": memory,
+            "peak_memory_bytes": peak_memory,
+            "seconds_left": left,
+            "ledger": self.ledger.digest,
+            "source_tokens": self.source_tokens.tolist(),
+            "source_documents": self.source_documents.tolist(),
+        }
+        if len(set(lr)) > 1:
+            row["lr_by_group"] = lr
+        if self.recipe.data.streaming:
+            row["documents_dropped"] = self.documents_dropped
+        self.records.training(row)
+        state.window_loss, state.window_steps = 0.0, 0
+
     def evaluate(self) -> None:
         """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""
-        start = time.perf_counter()
         batches = self.validation.batches(
             batch_size=self.recipe.training.micro_batch_size,
             process_index=self.data_index,
@@ -345,7 +398,6 @@ class Run:
         self.state.evaluated, self.state.evaluation_loss = True, figures["loss"]
         row = {f"eval/{name}": value for name, value in figures.items()}
         self.records.row({"step": self.state.step, "tokens": self.state.tokens, **row})
-        self.throughput.pause(time.perf_counter() - start)
         self.records.say(
             f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
@@ -370,7 +422,6 @@ class Run:
     def save(self, in_background: bool) -> None:
         """Write a checkpoint of the full state."""
         self.watch.beat("save", self.state.step)
-        start = time.perf_counter()
         self.update_ledger()
         self.state.losses = self.stability.losses
         state = {
@@ -380,12 +431,12 @@ class Run:
             "data": self._data_identity(),
             "ledger": self.ledger.digest,
             "source_tokens": self.source_tokens.tolist(),
+            "source_documents": self.source_documents.tolist(),
             "documents_dropped": self.documents_dropped,
         }
         tensors = engine.state_to_save(self.accelerator, self.model, self.optimizer)
         self.saver.save(state, tensors, self._writers(), in_background)
         self.saved_step = self.state.step
-        self.throughput.pause(time.perf_counter() - start)
 
     def _writers(self) -> dict[str, Callable[[Path], None]]:
         """Further files of a checkpoint that this process writes, as things stand."""

@@ -34,7 +34,8 @@ def data(num_processes=1, process_index=0, accumulation=8, micro_batch_size=1, r
         accumulation_steps=accumulation,
         process_index=process_index,
         num_processes=num_processes,
-        eos_token_id=None,
+        eos_token_id=EOS,
+        document_masking=False,
     )
 
 
@@ -133,9 +134,11 @@ def test_padding_is_not_predicted_and_not_counted():
         process_index=0,
         num_processes=1,
         eos_token_id=EOS,
+        document_masking=True,
         padded_with=EOS,
     )
     assert padded.step(0).tokens.tolist() == [12]
+    assert padded.step(0).documents.tolist() == [4]
 
 
 def test_the_ledger_is_the_same_for_any_processes_and_notices_any_change():
@@ -168,7 +171,6 @@ def test_prefetched_steps_are_the_steps_and_errors_arrive():
         for one, other in zip(coming.next().batches, expected, strict=True):
             assert torch.equal(one["input_ids"], other["input_ids"])
     coming.close()
-    assert coming.wait_seconds > 0
 
     def broken(step):
         raise ValueError(f"step {step}")
