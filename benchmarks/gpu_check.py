@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import yaml
-from equivalence import ROOT, rows, write_recipe
+from equivalence import write_recipe
+from small import ROOT, rows
 
 # Row to (engine, changes of the recipe); the first is what the others are compared with.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {

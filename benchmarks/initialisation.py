@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from equivalence import ROOT
+from small import ROOT
 
 CONFIG = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
           "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32000}  # fmt: skip

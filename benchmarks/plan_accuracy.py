@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from equivalence import ROOT
+from small import ROOT
 
 ENGINES = ("single", "ddp", "tp", "fsdp2", "fsdp2_offload", "zero1", "zero2", "zero3", "zero3_offload")
 _SIZES = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10}

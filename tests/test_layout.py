@@ -1,7 +1,9 @@
 """The rules that DESIGN.md gives the package, held by its syntax trees."""
 
 import ast
+import importlib
 
+import pytest
 from conftest import ROOT
 
 PACKAGE = sorted((ROOT / "hfpretrain").glob("*.py"))
@@ -128,3 +130,9 @@ def test_the_package_stays_small():
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
     assert sum(code_lines(path) for path in PACKAGE) < 8000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import(path):
+    """Most run by hand: what they call must be there all the same."""
+    importlib.import_module(path.stem)
