@@ -92,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--num-processes", type=int, help="default: the engine's file's")
     proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
     proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
+    runs = command("runs", _runs, "one line for each run in a folder: what it is, its figures, where it stands")
+    runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
+    runs.add_argument("--plot", metavar="PNG", help="also draw the validation losses of all into one picture")
+    generate = command("generate", _generate, "continue a prompt, as the text comes")
+    generate.add_argument("model", help="folder or Hub id")
+    generate.add_argument("prompt", nargs="?", default="", help="default: begin a document")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=50)
+    generate.add_argument("--seed", type=int, default=0)
     push = command("push", _push, "upload a run's exported model to the Hub")
     push.add_argument("run")
     push.add_argument("repo_id")
@@ -241,6 +251,22 @@ def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe, arguments = _load(args, overrides), [args.recipe, *overrides]
     for line in verify_resume(recipe, arguments, args.engine, args.num_processes, args.steps, args.kills):
         print(line, flush=True)
+
+
+def _runs(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain import runs
+
+    print(runs.table(Path(args.folder)))
+    if args.plot:
+        runs.plot(Path(args.folder), Path(args.plot))
+
+
+def _generate(args: argparse.Namespace, _: list[str]) -> None:
+    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 1:
+        raise RecipeError.at("--max-new-tokens, --temperature, --top-k", "at least 1, 0 and 1")
+    from hfpretrain.score import stream_text
+
+    stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:

@@ -31,6 +31,23 @@ class Sums:
 
 
 @torch.no_grad()
+def predictions(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest token at each place but the first, and the label there: two int64 (batch, length - 1).
+
+    One row at a time: no more logits than a sequence's are in memory.
+    """
+    training = model.training
+    model.eval()
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DOCUMENTS)}
+    rows = [
+        model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}, use_cache=False).logits.argmax(-1)
+        for row in range(len(batch["labels"]))
+    ]
+    model.train(training)
+    return torch.cat(rows)[:, :-1], batch["labels"].to(device)[:, 1:]
+
+
+@torch.no_grad()
 def loss_sums(
     model: Any, batches: Iterable[dict[str, torch.Tensor]], token_bytes: torch.Tensor, num_documents: int
 ) -> Sums:

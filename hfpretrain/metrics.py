@@ -120,6 +120,38 @@ class Clock:
         return time.perf_counter() - self._begin
 
 
+class Profiler:
+    """torch's profiler from the first of `steps` to the last, both counted from 1; never, if that is None."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, is_main: bool):
+        self._steps, self._folder, self._is_main = steps, folder, is_main
+        self._profile: Any = None
+
+    def at(self, step: int) -> None:
+        """So many steps are done."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        if self._profile is None and first <= step + 1 <= last:
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        elif self._profile is not None and step >= last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was seen, if anything was begun."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._folder.mkdir(exist_ok=True)
+        self._profile.export_chrome_trace(str(self._folder / f"rank-{os.environ.get('RANK', '0')}.json.gz"))
+        if self._is_main:
+            averages = self._profile.key_averages()
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            (self._folder / "operators.txt").write_text(averages.table(sort_by=key, row_limit=10), encoding="utf-8")
+        self._profile, self._steps = None, None
+
+
 class PeakMemory:
     """The largest memory that a process has needed since this was made, in bytes. Made before the model is built.
 

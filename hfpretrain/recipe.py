@@ -374,6 +374,18 @@ class EvaluationSection(Section):
 
     every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations; null: only at step 0 and at the end."""
+    metrics: tuple[str, ...] = ()
+    """Folders or files of `evaluate` metrics that take `predictions` and `references`: they get the likeliest token at
+    every place and the one that is there. Each needs the logits, so a second forward pass, of one row at a time."""
+    prompts: tuple[str, ...] = ()
+    """Continued at every evaluation, greedily and drawn with a fixed seed, into the log, the trackers and
+    `samples.jsonl`. An empty one begins a document."""
+    sample_tokens: PositiveInt = 64
+    """Tokens of each continuation. Each is a forward pass over all before it."""
+    temperature: float = Field(default=0.8, gt=0)
+    """Of the drawn continuation."""
+    top_k: PositiveInt = 50
+    """The drawn continuation takes each token from so many of the likeliest."""
 
 
 class CheckpointSection(Section):
@@ -415,6 +427,15 @@ class LoggingSection(Section):
     """Trackers of accelerate by name: tensorboard, wandb, trackio, mlflow, ... Each needs its package."""
     project_name: str = "hfpretrain"
     """Project under which the tracker files the run."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last optimizer step of a profile: `profile/rank-N.json.gz`, which Perfetto and chrome://tracing open,
+    and `profile/operators.txt`, the ten operators that took most time."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LoggingSection:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError("`profile_steps` are the first and the last step")
+        return self
 
 
 class HubSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,29 @@ class Records:
         if self._file is not None:
             self._file.write(row)
         values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        self._track(values, row["step"])
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.log(values, step=row["step"])
+                tracker.log(values, step=step)
             except Exception as error:  # a tracker's server may be down in any way
                 self._trackers.remove(tracker)
                 text = f"{tracker.name} is not logged to any more: {type(error).__name__}: {error}"
-                self.event(row["step"], text)
+                self.event(step, text)
                 self.say(text)
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Continuations of prompts: into the log, the trackers and `samples.jsonl`."""
+        if not self._is_main:
+            return
+        with (self._output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+        for number, sample in enumerate(samples):
+            self._track({f"samples/{number}/{kind}": text for kind, text in sample.items()}, step)
+            for kind in ("greedy", "drawn"):
+                self.say(f"  {kind:<6} {sample['prompt']!r} -> {sample[kind]!r}")
 
     def event(self, step: int, text: str, **values: Any) -> None:
         """A line in `metrics.jsonl` that no resume forgets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -34,10 +35,12 @@ from hfpretrain import (
     ranks,
     report,
     run_folder,
+    sampling,
 )
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Ledger, Prefetcher, StepData, TrainingData
 from hfpretrain.loss import use_chunked_loss
+from hfpretrain.metric_folders import MetricFolders
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.recipe import (
     Recipe,
@@ -183,6 +186,7 @@ class Run:
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
         self.validation = ValidationSets(self.prepared)
+        self.metric_folders = MetricFolders(recipe.evaluation.metrics, self.is_main)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
         self.documents_dropped = 0
@@ -320,6 +324,7 @@ class Run:
         self.clock = metrics.Clock(self.accelerator.device)
         self._first_step = self.state.step
         self.peak_flops = self._peak_flops()
+        self.profiler = metrics.Profiler(self.recipe.logging.profile_steps, self.output_dir / "profile", self.is_main)
         self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
             (self.output_dir / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
@@ -394,6 +399,7 @@ class Run:
             engine.sum_over_processes(self.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
         )
         figures = self.validation.figures(documents)
+        figures |= self.metric_folders.compute()
         figures["loss_by_context"] = evaluation.loss_by_context(contexts)
         self.state.evaluated, self.state.evaluation_loss = True, figures["loss"]
         row = {f"eval/{name}": value for name, value in figures.items()}
@@ -403,11 +409,36 @@ class Run:
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
         self.records.plot()
+        if self.recipe.evaluation.prompts:
+            self._sample()
+
+    def _sample(self) -> None:
+        section, eos = self.recipe.evaluation, self.prepared.manifest["eos_token_id"]
+        keywords: dict[str, Any] = {
+            "context": self.recipe.data.block_size,
+            "eos_token_id": eos,
+            "device": self.accelerator.device,
+            "agree": functools.partial(engine.agree, self.accelerator),
+        }
+        samples = []
+        for prompt in section.prompts:
+            ids = [eos, *self.tokenizer.encode(prompt, add_special_tokens=False)]  # as a document begins in training
+            sample = {"prompt": prompt}
+            for kind, temperature in (("greedy", 0.0), ("drawn", section.temperature)):
+                self.watch.beat("evaluate", self.state.step)
+                drawing: dict[str, Any] = {"temperature": temperature, "top_k": section.top_k}
+                made = sampling.continue_text(self.model, ids, section.sample_tokens, **keywords, **drawing)
+                sample[kind] = str(self.tokenizer.decode(made))
+            samples.append(sample)
+        self.records.samples(self.state.step, samples)
 
     def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         for batch in batches:
             self.watch.beat("evaluate", self.state.step)
             self.stop_if_asked()
+            if self.metric_folders.wanted:
+                ours = evaluation.predictions(self.model, batch, self.accelerator.device)
+                self.metric_folders.add(*(engine.gather_shares(self.accelerator, part) for part in ours))
             yield batch
 
     def seed(self, micro_step: int) -> None:
@@ -488,6 +519,7 @@ class Run:
 
     def close(self) -> None:
         """End what works beside training."""
+        self.profiler.close()
         self.records.close()
         self.coming.close()
         self._votes.wait()

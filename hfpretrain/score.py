@@ -108,7 +108,28 @@ def file_texts(names: list[str]) -> Texts:
     return texts
 
 
-def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
+def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Print `prompt` and what `model` makes of it, token by token."""
+    from transformers import TextStreamer, set_seed
+
+    tokenizer, network = _load(model)
+    set_seed(seed)
+    # As a document begins in training.
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    input_ids = torch.tensor([ids], device=network.device)
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    network.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampled,
+    )
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    """Tokenizer and float32 network, on an accelerator if there is one."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
@@ -117,7 +138,12 @@ def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) ->
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model", f"cannot load {model!r}: {(str(error).splitlines() or [''])[0]}") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    network.to(device)
+    return tokenizer, network.to(device)
+
+
+def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
+    tokenizer, network = _load(model)
+    device = network.device
     block_size, stride = _sizes(windows, recipe, getattr(network.config, "max_position_embeddings", None) or 1024)
     wanted = recipe.training.document_masking if recipe else "auto"
     masking = wanted is not False and isolates_documents(network)

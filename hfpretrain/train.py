@@ -86,6 +86,7 @@ def _fit(run: Run) -> None:
         run.clock.mark("save")
         if state.step >= num_steps:
             break
+        run.profiler.at(state.step)
         run.watch.beat("data", state.step)
         step_data = run.coming.next()
         run.clock.mark("data")

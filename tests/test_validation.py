@@ -128,3 +128,56 @@ def test_domains_are_for_validation_and_for_all_of_it(tmp_path):
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(write_recipe(tmp_path, **changes))
+
+
+ACCURACY = """
+import datasets
+import evaluate
+
+class TokenAccuracy(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        same = sum(p == r for p, r in zip(predictions, references))
+        return {"accuracy": same / len(references), "count": len(references)}
+"""
+
+
+@pytest.mark.parametrize("engine", [None, "zero2"])
+def test_a_metric_folder_of_the_recipe_is_computed(two, engine, tmp_path):
+    folder, path, _ = two
+    metric = tmp_path / "token_accuracy"
+    metric.mkdir()
+    (metric / "token_accuracy.py").write_text(ACCURACY)
+    run = tmp_path / "run"
+    arguments = [f"--evaluation.metrics=[{metric}]", f"--output_dir={run}", "--training.max_steps=4"]
+    result = train(path, *arguments, f"--data.prepared_dir={folder / 'prepared'}", engine=engine)
+    assert result.returncode == 0, result.stderr
+    last = rows(run, "eval/loss")[4]
+    assert last["eval/token_accuracy/count"] == last["eval/tokens"]
+    if engine is None:
+        from transformers import AutoModelForCausalLM
+
+        model, prepared = AutoModelForCausalLM.from_pretrained(run / "model"), prepare(load_recipe(path))
+        settings = {"batch_size": 4, "process_index": 0, "num_processes": 1, "document_masking": True}
+        right = count = 0
+        for batch in ValidationSets(prepared).batches(**settings):
+            with torch.no_grad():
+                guesses = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits.argmax(-1)
+            valid = batch["labels"][:, 1:] != IGNORE_INDEX
+            right += int((guesses[:, :-1] == batch["labels"][:, 1:])[valid].sum())
+            count += int(valid.sum())
+        assert last["eval/token_accuracy/accuracy"] == pytest.approx(right / count)
+
+
+def test_a_metric_that_does_not_load_or_fit_is_named(two, tmp_path):
+    _, path, _ = two
+    result = train(path, "--evaluation.metrics=[nowhere]", f"--output_dir={tmp_path}")
+    assert result.returncode == 2 and "evaluation.metrics.0: nowhere does not load" in result.stderr
+    import hfpretrain.token_perplexity
+
+    ours = hfpretrain.token_perplexity.__file__
+    result = train(path, f"--evaluation.metrics=[{ours}]", f"--output_dir={tmp_path}")
+    assert result.returncode == 2 and "takes nll, tokens, content_nll, bytes" in result.stderr
