@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ class Records:
     def __init__(self, output_dir: Path, trackers: list[Any], is_main: bool, num_steps: int, step: int | None):
         self._output_dir, self._trackers, self._is_main, self._num_steps = output_dir, trackers, is_main, num_steps
         self._file = metrics.MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
+        self._first_step = step
+        self._samples: metrics.MetricsFile | None = None
         disable = None if is_main else True
         self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
 
@@ -46,9 +47,10 @@ class Records:
         """Continuations of prompts: into the log, the trackers and `samples.jsonl`."""
         if not self._is_main:
             return
-        with (self._output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+        if self._samples is None:
+            self._samples = metrics.MetricsFile(self._output_dir / "samples.jsonl", self._first_step)
+        for sample in samples:
+            self._samples.write({"step": step, **sample})
         for number, sample in enumerate(samples):
             self._track({f"samples/{number}/{kind}": text for kind, text in sample.items()}, step)
             for kind in ("greedy", "drawn"):

@@ -165,7 +165,8 @@ def test_a_metric_folder_of_the_recipe_is_computed(two, engine, tmp_path):
         right = count = 0
         for batch in ValidationSets(prepared).batches(**settings):
             with torch.no_grad():
-                guesses = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits.argmax(-1)
+                inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+                guesses = model(**inputs, use_cache=False).logits.argmax(-1)
             valid = batch["labels"][:, 1:] != IGNORE_INDEX
             right += int((guesses[:, :-1] == batch["labels"][:, 1:])[valid].sum())
             count += int(valid.sum())
