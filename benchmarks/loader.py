@@ -27,6 +27,7 @@ def main() -> None:
     array[draw.random(array.shape) < 0.002] = 0
     blocks = Blocks(np.array_split(array, max(1, args.rows // 512)))
     keywords = {"seed": 0, "micro_batch_size": 64, "process_index": 0, "num_processes": 1, "eos_token_id": 0}
+    keywords["document_masking"] = True
     data = TrainingData([blocks], [], accumulation_steps=8, **keywords)
     count = 512
     rates: dict[str, list[float]] = {"copy": [], "blocks": [], "step": []}

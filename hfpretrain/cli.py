@@ -73,11 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--step", type=int, required=True, help="optimizer step as in metrics.jsonl, from 1")
     evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
     evaluate.add_argument("model", help="folder or Hub id")
-    evaluate.add_argument("recipe", nargs="?", help="evaluate on this recipe's validation split")
-    evaluate.add_argument("--data", help="or on a text (.txt, one document) or JSON lines file (.jsonl, key `text`)")
-    evaluate.add_argument("--block-size", type=int, help="context in tokens; default: the recipe's or the model's")
-    evaluate.add_argument("--stride", type=int, help="advance windows by so many tokens; default: the block size")
-    evaluate.add_argument("--batch-size", type=int, default=8)
+    compare = command("compare", _compare, f"two checkpoints on the same documents, by bits per byte; {_OVERRIDES}")
+    compare.add_argument("a", help="folder or Hub id")
+    compare.add_argument("b", help="folder or Hub id, maybe with another tokenizer")
+    for scores in (evaluate, compare):
+        scores.add_argument("recipe", nargs="?", help="on this recipe's validation text")
+        files = "or on a text (.txt, one document) or JSON lines file (.jsonl, key `text`); may be given several times"
+        scores.add_argument("--data", action="append", metavar="[NAME=]FILE", help=files)
+        scores.add_argument("--block-size", type=int, help="context in tokens; default: the recipe's or the model's")
+        scores.add_argument("--stride", type=int, help="advance windows by so many tokens; default: the block size")
+        scores.add_argument("--batch-size", type=int, default=8)
     verify = command("verify", _verify, "check a run, checkpoint or prepared folder: complete, unaltered, loadable")
     verify.add_argument("path")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
@@ -87,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--num-processes", type=int, help="default: the engine's file's")
     proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
     proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
+    runs = command("runs", _runs, "one line for each run in a folder: what it is, its figures, where it stands")
+    runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
+    runs.add_argument("--plot", metavar="PNG", help="also draw the validation losses of all into one picture")
+    generate = command("generate", _generate, "continue a prompt, as the text comes")
+    generate.add_argument("model", help="folder or Hub id")
+    generate.add_argument("prompt", nargs="?", default="", help="default: begin a document")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=50)
+    generate.add_argument("--seed", type=int, default=0)
     push = command("push", _push, "upload a run's exported model to the Hub")
     push.add_argument("run")
     push.add_argument("repo_id")
@@ -174,15 +189,26 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
-    if (args.recipe is None) == (args.data is None):
-        raise RecipeError(Problem("evaluate", "give a recipe or --data FILE, one of the two"))
     from hfpretrain.score import evaluate_checkpoint
 
+    print(json.dumps(evaluate_checkpoint(args.model, *_scored_text(args, overrides)), indent=1))
+
+
+def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.score import compare_checkpoints
+
+    print(json.dumps(compare_checkpoints(args.a, args.b, *_scored_text(args, overrides)), indent=1))
+
+
+def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, ...]:
+    """Texts, recipe and windows."""
+    if (args.recipe is None) == (args.data is None):
+        raise RecipeError.at("recipe", "give a recipe or --data FILE, one of the two")
+    from hfpretrain.score import Windows, file_texts, recipe_texts
+
     recipe = _load(args, overrides) if args.recipe else None
-    result = evaluate_checkpoint(
-        args.model, recipe, args.data, block_size=args.block_size, stride=args.stride, batch_size=args.batch_size
-    )
-    print(json.dumps(result, indent=1))
+    texts = file_texts(args.data) if recipe is None else recipe_texts(recipe)
+    return texts, recipe, Windows(args.block_size, args.stride, args.batch_size)
 
 
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
@@ -225,6 +251,22 @@ def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe, arguments = _load(args, overrides), [args.recipe, *overrides]
     for line in verify_resume(recipe, arguments, args.engine, args.num_processes, args.steps, args.kills):
         print(line, flush=True)
+
+
+def _runs(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain import runs
+
+    print(runs.table(Path(args.folder)))
+    if args.plot:
+        runs.plot(Path(args.folder), Path(args.plot))
+
+
+def _generate(args: argparse.Namespace, _: list[str]) -> None:
+    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 1:
+        raise RecipeError.at("--max-new-tokens, --temperature, --top-k", "at least 1, 0 and 1")
+    from hfpretrain.score import stream_text
+
+    stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:

@@ -473,11 +473,12 @@ def training_documents(data: DataSection) -> Iterator[str]:
     return _of_split(data, "train")
 
 
-def validation_documents(data: DataSection) -> Iterator[str]:
-    """Only the text that is held out."""
+def validation_documents(data: DataSection) -> Iterator[tuple[str, str]]:
+    """Only the text that is held out, each with the name of its split."""
     if data.validation_sources:
-        return (document.text for _, document in _validation_sources(data) if document.text)
-    return _of_split(data, "validation")
+        found = _validation_sources(data)
+        return ((data.validation_split(number), document.text) for number, document in found if document.text)
+    return (("validation", text) for text in _of_split(data, "validation"))
 
 
 def _of_split(data: DataSection, wanted: str) -> Iterator[str]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,6 +188,8 @@ class StepData:
     """Sum modulo 2^64 of the hashes of its sequences; those of all processes add up to the step's."""
     tokens: np.ndarray
     """Tokens of each source, padding left out: int64 (sources,)."""
+    documents: np.ndarray
+    """Of each source those that end in it, by their separators: int64 (sources,)."""
     state: Any = None
     """Where the data stand after this step, if that is not a function of the step."""
     documents_dropped: int = 0
@@ -199,6 +200,11 @@ def sequence_checksum(rows: np.ndarray, positions: np.ndarray) -> int:
     narrow = rows.astype("<u4")
     hashes = (xxhash.xxh3_64_intdigest(row, seed=int(at)) for row, at in zip(narrow, positions, strict=True))
     return sum(hashes) % 2**64
+
+
+def by_source(sources: np.ndarray, counted: np.ndarray, num_sources: int) -> np.ndarray:
+    """How many places of sequences, bool (n, block_size), are counted for each source, int64 (n,)."""
+    return np.bincount(sources, weights=counted.sum(axis=1), minlength=num_sources).astype(np.int64)
 
 
 class Ledger:
@@ -257,26 +263,27 @@ class TrainingData:
         accumulation_steps: int,
         process_index: int,
         num_processes: int,
-        eos_token_id: int | None,
+        eos_token_id: int,
+        document_masking: bool,
         padded_with: int | None = None,
     ):
         self._streams = list(streams)
         self.order = TrainingOrder([len(stream) for stream in streams], stages, seed)
         self._micro_batch_size, self._per_process = micro_batch_size, micro_batch_size * accumulation_steps
         self._process_index, self._num_processes = process_index, num_processes
-        self._eos_token_id, self._padded_with = eos_token_id, padded_with
+        self._eos_token_id, self._document_masking = eos_token_id, document_masking
+        self._padded_with = padded_with
 
     def step(self, step: int) -> StepData:
         """What this process has of optimizer step `step`, counted from 0."""
         first = (step * self._num_processes + self._process_index) * self._per_process
         positions = np.arange(first, first + self._per_process)
         streams, rows = self._sequences(positions)
-        tokens = np.bincount(streams, minlength=len(self._streams)) * rows.shape[1]
-        if self._padded_with is not None:
-            lost = padding(rows, self._padded_with).sum(axis=1)
-            tokens -= np.bincount(streams, weights=lost, minlength=len(self._streams)).astype(np.int64)
-        checksum = sequence_checksum(rows, positions)
-        return StepData(self._collated(rows), checksum, tokens)
+        valid = np.ones(rows.shape, bool) if self._padded_with is None else ~padding(rows, self._padded_with)
+        tokens, documents = (
+            by_source(streams, counted & valid, len(self._streams)) for counted in (valid, rows == self._eos_token_id)
+        )
+        return StepData(self._collated(rows), sequence_checksum(rows, positions), tokens, documents)
 
     def _sequences(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         streams, rows = self.order(positions)
@@ -288,7 +295,9 @@ class TrainingData:
     def _collated(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
         size = self._micro_batch_size
         return [
-            collate(rows[start : start + size], self._eos_token_id, self._padded_with)
+            collate(
+                rows[start : start + size], self._eos_token_id if self._document_masking else None, self._padded_with
+            )
             for start in range(0, len(rows), size)
         ]
 
@@ -324,7 +333,6 @@ class Prefetcher:
     def __init__(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool, ahead: int = 2):
         self._queue: queue.Queue[StepData | BaseException] = queue.Queue(ahead)
         self._stopped = threading.Event()
-        self.wait_seconds = 0.0
         arguments = (step_data, steps, pin_memory)
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="data")
         self._thread.start()
@@ -351,10 +359,8 @@ class Prefetcher:
                 continue
 
     def next(self) -> StepData:
-        """The next step's data; the time spent waiting for them is added to `wait_seconds`."""
-        start = time.perf_counter()
+        """The next step's data."""
         item = self._queue.get()
-        self.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
         return item
@@ -363,35 +369,3 @@ class Prefetcher:
         """End the thread."""
         self._stopped.set()
         self._thread.join()
-
-
-def validation_batches(
-    blocks: Blocks,
-    remainder_ids: Sequence[int],
-    block_size: int,
-    *,
-    batch_size: int,
-    process_index: int,
-    num_processes: int,
-    eos_token_id: int,
-    document_masking: bool,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's share of the whole validation split, the remainder as a last row padded with ignored labels.
-
-    All processes get the same number of batches (sharded engines need every rank in every forward pass); where rows
-    run out, batches are filled with rows whose labels are ignored.
-    """
-    num_rows = len(blocks) + bool(remainder_ids)
-    per_round = batch_size * num_processes
-    for start in range(0, num_rows, per_round):
-        rows = np.full((batch_size, block_size), eos_token_id, dtype=np.int64)
-        valid = np.zeros((batch_size, block_size), dtype=bool)
-        for slot in range(batch_size):
-            row = start + process_index * batch_size + slot
-            if row < len(blocks):
-                rows[slot], valid[slot] = blocks[np.array([row])][0], True
-            elif row < num_rows:
-                rows[slot, : len(remainder_ids)], valid[slot, : len(remainder_ids)] = remainder_ids, True
-        batch = collate(rows, eos_token_id if document_masking else None)
-        batch["labels"][torch.from_numpy(~valid)] = IGNORE_INDEX
-        yield batch

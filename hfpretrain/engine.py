@@ -521,6 +521,20 @@ def broadcast(accelerator: Accelerator, objects: list[Any]) -> list[Any]:
     return broadcast_object_list(objects) if accelerator.num_processes > 1 else objects
 
 
+def gather_shares(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """The tensors of all processes one after another; of those that share their sequences the first's."""
+    config = accelerator.parallelism_config
+    parts = accelerator.gather(value.contiguous()).view(accelerator.num_processes, *value.shape)
+    return parts[:: config.non_data_parallel_size if config else 1].flatten(0, 1)
+
+
+def agree(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """The main process's tensor on all processes."""
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast(value, 0)
+    return value
+
+
 def gather_lists(accelerator: Accelerator, ours: list[Any]) -> list[Any]:
     """The lists of all processes as one."""
     from accelerate.utils import gather_object

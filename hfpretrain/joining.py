@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from hfpretrain.prepared import (
     RowWriter,
     digests,
     features,
+    is_validation,
     part_account,
     part_source,
     token_chunks,
@@ -50,7 +52,7 @@ def join(
     known = _checked(work, accounts)
     num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
     names = [f"train-{number}" for number in range(num_streams)]
-    names += [VALIDATION] if data.has_validation else []
+    names += data.validation_splits
     sources = _by_source(accounts, 0 if data.streaming else len(data.sources))
     splits = {name: _join_split(work, name, accounts, data.block_size, dtype) for name in names}
     _require_text(splits, data, sources)
@@ -120,7 +122,7 @@ def _join_split(
                 columns[name].append(value)
         ids += entry["remainder_ids"]
     rows = len(ids) // block_size
-    if rows or not parts:
+    if ids or not parts:
         key = f"joined-{split}"
         writer = RowWriter(work / split / f"data-{key}.arrow", block_size, dtype)
         writer.write(np.array(ids[: rows * block_size], dtype=dtype))
@@ -154,12 +156,12 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
             why = f"no document with text ({dropped or 'nothing read'})"
             raise RecipeError.at(f"data.sources.{number}", f"the corpus is empty: {why}")
     for name, entry in splits.items():
-        if name == VALIDATION:
+        if is_validation(name):
             if not entry["documents"]:
                 key = "data.validation_sources" if data.validation_sources else "data.validation_fraction"
                 raise RecipeError.at(
                     key,
-                    "the validation split is empty; take a larger fraction or, of few texts, `validation_by: tail`",
+                    f"the {name} split is empty; take a larger fraction or, of few texts, `validation_by: tail`",
                 )
             continue
         key = f"data.sources.{name.removeprefix('train-')}" if data.weights else "data.sources"
@@ -178,15 +180,17 @@ def _hygiene(
 ) -> dict[str, Any]:
     """Exact duplicates among the documents of train and of validation, and n-grams of validation found in train."""
     result: dict[str, Any] = {}
-    train = [name for name in splits if name != VALIDATION]
-    for kind, names in (("train", train), (VALIDATION, [name for name in splits if name == VALIDATION])):
+    train, held_out = ([name for name in splits if is_validation(name) == wanted] for wanted in (False, True))
+    for kind, names in (("train", train), (VALIDATION, held_out)):
         tables = [work / "documents" / f"{name}-{key}.parquet" for name in names for key in accounts]
         tables = [table for table in tables if table.exists()]
         total = sum(splits[name]["documents"] for name in names)
         result[f"{kind}_duplicates"] = total - hygiene.num_distinct(functools.partial(map, digests, tables), total)
-    if VALIDATION in splits:
-        chunks = {name: token_chunks(work / name, splits[name]) for name in splits}
-        held_out = chunks.pop(VALIDATION)
-        trained_on = (chunk for name in train for chunk in chunks[name])
-        result["validation_ngrams"] = hygiene.ngram_overlap(held_out, trained_on, eos_token_id, num_workers=num_workers)
+    if held_out:
+        looked_for, trained_on = (
+            itertools.chain.from_iterable(token_chunks(work / name, splits[name]) for name in names)
+            for names in (held_out, train)
+        )
+        overlap = hygiene.ngram_overlap(looked_for, trained_on, eos_token_id, num_workers=num_workers)
+        result["validation_ngrams"] = overlap
     return result

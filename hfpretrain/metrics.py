@@ -86,22 +86,78 @@ def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: in
     return 6.0 * num_matmul_parameters + 12.0 * num_layers * hidden_size * block_size
 
 
-class Throughput:
-    """Tokens per second since the last reading, pauses (evaluation, saving) left out."""
+class Clock:
+    """What the time of a run goes to. Each `mark` gives all time since the one before to one part.
 
-    def __init__(self) -> None:
-        self._start, self._paused = time.perf_counter(), 0.0
+    On an accelerator it is the device's time line that is measured: events are put into its queue and read later, so
+    that the host never waits for it.
+    """
 
-    def pause(self, seconds: float) -> None:
-        """Take `seconds` out of the current reading."""
-        self._paused += seconds
+    PARTS = ("data", "forward_backward", "optimizer", "evaluate", "save", "log")
 
-    def read(self, tokens: int) -> float:
-        """Tokens per second for `tokens` since the last reading; starts the next one."""
-        now = time.perf_counter()
-        seconds = now - self._start - self._paused
-        self._start, self._paused = now, 0.0
-        return tokens / max(seconds, 1e-9)
+    def __init__(self, device: torch.device):
+        self._device, self._on_host = device, device.type == "cpu"
+        self._laps: list[tuple[str, Any]] = []
+        self._last = self._now()
+        self._begin = time.perf_counter()
+
+    def _now(self) -> Any:
+        if self._on_host:
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, part: str) -> None:
+        """What was done since the last mark was `part`."""
+        self._laps.append((part, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since the last reading; waits for the device."""
+        if self._laps and not self._on_host:
+            self._laps[-1][1].synchronize()
+        seconds = dict.fromkeys(self.PARTS, 0.0)
+        for part, now in self._laps:
+            seconds[part] += now - self._last if self._on_host else self._last.elapsed_time(now) / 1000
+            self._last = now
+        self._laps = []
+        return seconds
+
+    def running(self) -> float:
+        """Seconds since this was made."""
+        return time.perf_counter() - self._begin
+
+
+class Profiler:
+    """torch's profiler from the first of `steps` to the last, both counted from 1; never, if that is None."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, is_main: bool):
+        self._steps, self._folder, self._is_main = steps, folder, is_main
+        self._profile: Any = None
+
+    def at(self, step: int) -> None:
+        """So many steps are done."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        if self._profile is None and first <= step + 1 <= last:
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        elif self._profile is not None and step >= last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was seen, if anything was begun."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._folder.mkdir(exist_ok=True)
+        self._profile.export_chrome_trace(str(self._folder / f"rank-{os.environ.get('RANK', '0')}.json.gz"))
+        if self._is_main:
+            averages = self._profile.key_averages()
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            (self._folder / "operators.txt").write_text(averages.table(sort_by=key, row_limit=10), encoding="utf-8")
+        self._profile, self._steps = None, None
 
 
 class PeakMemory:
@@ -141,6 +197,15 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):
             self._peak = max(self._peak, self._in_use())
+
+    def now(self) -> tuple[int, int]:
+        """What the process needs now, and the largest so far."""
+        if torch.accelerator.is_available():
+            return torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
+        if self._thread is None:
+            return max(0, _status("VmRSS") - self._before_resident), max(0, _status("VmHWM") - self._before_resident)
+        now = self._in_use()
+        return max(0, now - self._before), max(0, max(self._peak, now) - self._before)
 
     def close(self) -> tuple[int, int | None]:
         """The largest so far, and the same with all that is resident where it was left out; ends the sampling."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hfpretrain import files, prepared
-from hfpretrain.prepared import READ_COUNTS, VALIDATION, RowWriter, write_table
+from hfpretrain.prepared import READ_COUNTS, RowWriter, is_validation, write_table
 from hfpretrain.recipe import DataSection, TokenizerSection
 
 PART_CHARS = 2**26
@@ -173,7 +173,7 @@ class _Part:
 
     def _open(self, split: str) -> _Stream:
         # Padding would make the validation depend on the packing of the training text.
-        best_fit = self._data.packing == "best_fit" and split != VALIDATION
+        best_fit = self._data.packing == "best_fit" and not is_validation(split)
         kind = _BestFit if best_fit else _Stream
         stream = kind(self._work, split, self._key, self._data.block_size, self._encoder)
         self._streams[split] = stream

@@ -22,7 +22,7 @@ from hfpretrain.corpus import Document, Reader, Splitter
 from hfpretrain.dataloader import Blocks, TrainingData
 from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
-from hfpretrain.prepared import VALIDATION, PreparedData, part_account, part_key
+from hfpretrain.prepared import PreparedData, is_validation, part_account, part_key
 from hfpretrain.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
 _TOKENIZER_MARK = "tokenizer/tokenizer_config.json"
+_GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
 
@@ -295,7 +296,7 @@ class _Preparation:
         for number, (source, (nth, group), reader, pieces) in enumerate(groups):
             if by_group and number % count != index:
                 continue
-            group = nth * 10_000 + group if source is None else group
+            group = nth * _GROUPS_PER_SOURCE + group if source is None else group
             known = self._finished_group(source, group)
             if known:
                 done += known
@@ -332,11 +333,12 @@ class _Preparation:
         chars = count = 0
         batch = Batch(key)
         drops = None if self.drops is None or source is None else self.drops[source, group]
+        held_out = self.data.validation_split(group // _GROUPS_PER_SOURCE) if source is None else ""
         for number, document in documents:
             if drops is not None and document.text and not drops[number]:
                 routed = [("duplicate", "")]
             else:
-                routed = [(VALIDATION, document.text)] if source is None else self.splitter(document)
+                routed = [(held_out, document.text)] if source is None else self.splitter(document)
                 if source is None and not document.text:
                     routed = [(document.problem[0] if document.problem else "empty", "")]
             self._add(batch, document, routed, source)
@@ -355,14 +357,14 @@ class _Preparation:
         batch.documents_read += 1
         batch.bytes_read += document.num_bytes
         batch.chars += len(document.text)
-        if routed[0][0] not in ("train", VALIDATION):
+        if routed[0][0] != "train" and not is_validation(routed[0][0]):
             batch.dropped[routed[0][0]] += 1
             batch.bytes_dropped += document.num_bytes
             return
         batch.documents_kept += 1
         digest = int.from_bytes(document.digest[:8], "big")
         for split, text in routed:
-            name = VALIDATION if split == VALIDATION else f"train-{source if self.data.weights else 0}"
+            name = f"train-{source if self.data.weights else 0}" if split == "train" else split
             whole = len(text) == len(document.text)
             num_bytes = document.num_bytes if whole else len(text.encode())
             batch.items.append(Item(name, text, num_bytes, digest, document.origin, document.row, whole))

@@ -14,7 +14,7 @@ import numpy as np
 from hfpretrain import files
 from hfpretrain.recipe import RecipeError
 
-FORMAT = 2
+FORMAT = 3
 VALIDATION = "validation"
 ROWS_PER_BATCH = 512
 READ_COUNTS = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
@@ -42,8 +42,13 @@ class PreparedData:
     @property
     def train_splits(self) -> list[str]:
         """Names of the training streams, in the order of `data.sources`."""
-        names = [name for name in self.manifest["splits"] if name != VALIDATION]
+        names = [name for name in self.manifest["splits"] if not is_validation(name)]
         return sorted(names, key=lambda name: int(name.removeprefix("train-")))
+
+    @property
+    def validation_splits(self) -> list[str]:
+        """Names of the validation sets: `validation`, or one `validation-DOMAIN` for each domain."""
+        return [name for name in self.manifest["splits"] if is_validation(name)]
 
     def blocks(self, split: str) -> list[np.ndarray]:
         """Rows of a split as zero-copy views of its memory-mapped batches: uint16 or uint32 (rows, block_size)."""
@@ -69,6 +74,28 @@ class PreparedData:
         first, end = np.searchsorted(table["start"], [row * block_size + 1, (row + 1) * block_size])
         first = max(0, first - 1)
         return [(origins[table["origin"][i]], int(table["row"][i])) for i in range(first, end)]
+
+    def document_starts(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the tokens of a split a document, or the rest of one, begins, and which it is: two int64 (pieces,).
+
+        Documents are numbered from 0 in their order.
+        """
+        starts, numbers = [], []
+        known: dict[tuple[str, int], int] = {}
+        offset = 0
+        for key, rows in self.manifest["splits"][split]["parts"]:
+            table = read_table(self.path / "documents" / f"{split}-{key}.parquet")
+            origins = json.loads((self.path / "parts" / f"{key}.json").read_text(encoding="utf-8"))["origins"]
+            places = zip(table["origin"].tolist(), table["row"].tolist(), strict=True)
+            starts.append(table["start"] + offset)
+            numbers.append([known.setdefault((origins[origin], row), len(known)) for origin, row in places])
+            offset += rows * self.manifest["block_size"]
+        return np.concatenate(starts).astype(np.int64), np.concatenate(numbers).astype(np.int64)
+
+
+def is_validation(split: str) -> bool:
+    """Whether a split is held out."""
+    return split.partition("-")[0] == VALIDATION
 
 
 def verify(path: Path) -> dict[str, int]:

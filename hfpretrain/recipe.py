@@ -147,6 +147,9 @@ class SourceSection(Section):
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the other sources' weights. All sources have one or none has;
     without, every block of every source is seen once per epoch. 0 is for a source that only `data.stages` use."""
+    domain: str | None = Field(default=None, pattern="^[A-Za-z0-9_.-]+$")
+    """Of a validation source: the name under which evaluation gives figures of it alone. Sources of one name are one
+    set; all of them have a name or none has."""
     max_epochs: PositiveInt | None = None
     """How often the source's tokens may be seen. A run that needs more is refused at its start, a stream stops when it
     has run out; null: no cap."""
@@ -215,6 +218,10 @@ class DataSection(Section):
             raise ValueError("give every source a `weight` or none")
         if any(source.weight is not None or source.max_epochs is not None for source in self.validation_sources):
             raise ValueError("`weight` and `max_epochs` have no meaning in `validation_sources`")
+        if any(source.domain is not None for source in self.sources):
+            raise ValueError("`domain` names a set of `validation_sources`")
+        if len({source.domain is None for source in self.validation_sources}) > 1:
+            raise ValueError("give every validation source a `domain` or none")
         if self.stages and not any(weighted):
             raise ValueError("`stages` change the sources' `weight`: give every source one")
         if any(weighted) and not any(source.weight for source in self.sources):
@@ -239,6 +246,18 @@ class DataSection(Section):
     def has_validation(self) -> bool:
         """Whether anything is held out."""
         return bool(self.validation_sources) or self.validation_fraction > 0
+
+    def validation_split(self, number: int) -> str:
+        """Where the text of validation source `number` is prepared."""
+        domain = self.validation_sources[number].domain
+        return "validation" if domain is None else f"validation-{domain}"
+
+    @property
+    def validation_splits(self) -> list[str]:
+        """All of them, each once."""
+        if self.validation_fraction > 0:
+            return ["validation"]
+        return list(dict.fromkeys(map(self.validation_split, range(len(self.validation_sources)))))
 
     @property
     def weights(self) -> list[tuple[int, list[float]]]:
@@ -355,6 +374,18 @@ class EvaluationSection(Section):
 
     every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations; null: only at step 0 and at the end."""
+    metrics: tuple[str, ...] = ()
+    """Folders or files of `evaluate` metrics that take `predictions` and `references`: they get the likeliest token at
+    every place and the one that is there. Each needs the logits, so a second forward pass, of one row at a time."""
+    prompts: tuple[str, ...] = ()
+    """Continued at every evaluation, greedily and drawn with a fixed seed, into the log, the trackers and
+    `samples.jsonl`. An empty one begins a document."""
+    sample_tokens: PositiveInt = 64
+    """Tokens of each continuation. Each is a forward pass over all before it."""
+    temperature: float = Field(default=0.8, gt=0)
+    """Of the drawn continuation."""
+    top_k: PositiveInt = 50
+    """The drawn continuation takes each token from so many of the likeliest."""
 
 
 class CheckpointSection(Section):
@@ -396,6 +427,15 @@ class LoggingSection(Section):
     """Trackers of accelerate by name: tensorboard, wandb, trackio, mlflow, ... Each needs its package."""
     project_name: str = "hfpretrain"
     """Project under which the tracker files the run."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last optimizer step of a profile: `profile/rank-N.json.gz`, which Perfetto and chrome://tracing open,
+    and `profile/operators.txt`, the ten operators that took most time."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LoggingSection:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError("`profile_steps` are the first and the last step")
+        return self
 
 
 class HubSection(Section):

@@ -21,6 +21,8 @@ class Records:
     def __init__(self, output_dir: Path, trackers: list[Any], is_main: bool, num_steps: int, step: int | None):
         self._output_dir, self._trackers, self._is_main, self._num_steps = output_dir, trackers, is_main, num_steps
         self._file = metrics.MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
+        self._first_step = step
+        self._samples: metrics.MetricsFile | None = None
         disable = None if is_main else True
         self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
 
@@ -29,14 +31,30 @@ class Records:
         if self._file is not None:
             self._file.write(row)
         values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        self._track(values, row["step"])
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.log(values, step=row["step"])
+                tracker.log(values, step=step)
             except Exception as error:  # a tracker's server may be down in any way
                 self._trackers.remove(tracker)
                 text = f"{tracker.name} is not logged to any more: {type(error).__name__}: {error}"
-                self.event(row["step"], text)
+                self.event(step, text)
                 self.say(text)
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Continuations of prompts: into the log, the trackers and `samples.jsonl`."""
+        if not self._is_main:
+            return
+        if self._samples is None:
+            self._samples = metrics.MetricsFile(self._output_dir / "samples.jsonl", self._first_step)
+        for sample in samples:
+            self._samples.write({"step": step, **sample})
+        for number, sample in enumerate(samples):
+            self._track({f"samples/{number}/{kind}": text for kind, text in sample.items()}, step)
+            for kind in ("greedy", "drawn"):
+                self.say(f"  {kind:<6} {sample['prompt']!r} -> {sample[kind]!r}")
 
     def event(self, step: int, text: str, **values: Any) -> None:
         """A line in `metrics.jsonl` that no resume forgets."""
@@ -59,7 +77,8 @@ class Records:
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
         self._progress.set_postfix_str(f"{text}, {speed}")
         if self._progress.disable:
-            self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}")
+            left = tqdm.format_interval(row["seconds_left"])
+            self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
 
     def roll_back(self, step: int) -> None:
         """The run stands at `step` again."""

@@ -22,6 +22,10 @@ def environment(run: Any) -> dict[str, Any]:
         "num_processes": run.accelerator.num_processes,
         "device": engine.device_name(run.accelerator),
         "mixed_precision": engine.precision(run.accelerator),
+        "peak_flops": run.peak_flops,
+        "peak_flops_are": "a matrix product on all cores, measured"
+        if run.accelerator.device.type == "cpu"
+        else "of data sheets",
         "document_masking": run.document_masking,
         "chunked_loss": run.chunked_loss,
         "accumulation_steps": run.accumulation_steps,

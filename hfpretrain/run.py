@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -21,6 +23,7 @@ import torch
 
 from hfpretrain import (
     checkpoint,
+    devices,
     engine,
     evaluation,
     files,
@@ -33,12 +36,13 @@ from hfpretrain import (
     ranks,
     report,
     run_folder,
+    sampling,
 )
 from hfpretrain import model as modeling
-from hfpretrain.dataloader import Blocks, Ledger, Prefetcher, StepData, TrainingData, validation_batches
+from hfpretrain.dataloader import Ledger, Prefetcher, StepData, TrainingData
 from hfpretrain.loss import use_chunked_loss
+from hfpretrain.metric_folders import MetricFolders
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
-from hfpretrain.prepared import VALIDATION
 from hfpretrain.recipe import (
     Recipe,
     RecipeError,
@@ -51,6 +55,7 @@ from hfpretrain.stability import Stability
 from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import token_bytes
+from hfpretrain.validation import ValidationSets
 
 LEDGER = "ledger.npy"
 _GOES_ON = "the same command goes on from the newest checkpoint"
@@ -181,11 +186,13 @@ class Run:
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
+        self.validation = ValidationSets(self.prepared)
+        self.metric_folders = MetricFolders(recipe.evaluation.metrics, self.is_main)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
         self.documents_dropped = 0
         self.ledger = Ledger()
-        self.source_tokens = np.zeros(len(self.data.order.sizes), dtype=np.int64)
+        self.source_tokens, self.source_documents = np.zeros((2, len(self.data.order.sizes)), dtype=np.int64)
         self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
 
     def resume(self) -> None:
@@ -230,7 +237,8 @@ class Run:
             "accumulation_steps": self.accumulation_steps,
             "process_index": self.data_index,
             "num_processes": self.data_size,
-            "eos_token_id": manifest["eos_token_id"] if self.document_masking else None,
+            "eos_token_id": manifest["eos_token_id"],
+            "document_masking": self.document_masking,
         }
         if not recipe.data.streaming:
             return training_data(recipe, self.prepared, **keywords)
@@ -253,6 +261,7 @@ class Run:
             )
         try:
             self.source_tokens = np.array(stored.pop("source_tokens"))
+            self.source_documents = np.array(stored.pop("source_documents"))
             self.documents_dropped = stored.pop("documents_dropped")
             digest = stored.pop("ledger")
             self.state = TrainState(**stored)
@@ -301,7 +310,7 @@ class Run:
     def consume(self, data: StepData, loss: float) -> None:
         """A step is done; `update_ledger` adds the other processes' share of what it has consumed."""
         signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
-        self._consumed.append([signed, data.documents_dropped, *data.tokens.tolist()])
+        self._consumed.append([signed, data.documents_dropped, *data.tokens.tolist(), *data.documents.tolist()])
         self.data_state = data.state
         state = self.state
         state.step, state.tokens = state.step + 1, state.tokens + self.recipe.training.tokens_per_step
@@ -313,14 +322,18 @@ class Run:
         """Bring ledger and tokens by source up to date. All ranks must call it."""
         if self._consumed:
             rows = torch.tensor(self._consumed, dtype=torch.int64, device=self.accelerator.device)
-            for checksum, dropped, *tokens in engine.sum_over_processes(self.accelerator, rows).tolist():
+            for checksum, dropped, *counts in engine.sum_over_processes(self.accelerator, rows).tolist():
                 self.ledger.append(checksum % 2**64)
-                self.source_tokens += np.array(tokens)
+                tokens, documents = np.split(np.array(counts), 2)
+                self.source_tokens += tokens
+                self.source_documents += documents
                 self.documents_dropped += dropped
             self._consumed = []
 
     def _start_records(self) -> None:
-        self.throughput = metrics.Throughput()
+        self.clock = metrics.Clock(self.accelerator.device)
+        self.peak_flops = self._peak_flops()
+        self.profiler = metrics.Profiler(self.recipe.logging.profile_steps, self.output_dir / "profile", self.is_main)
         self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
             files.write_whole(self.output_dir / "recipe.yaml", dump_recipe(self.recipe))
@@ -335,40 +348,105 @@ class Run:
         trackers, num_steps = self.accelerator.trackers, self.recipe.training.num_steps
         self.records = Records(self.output_dir, trackers, self.is_main, num_steps, self.saved_step)
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss, perplexity and bits per byte over the whole validation split, equal on any number of processes."""
-        start = time.perf_counter()
-        manifest = self.prepared.manifest
-        entry = manifest["splits"][VALIDATION]
-        batches = validation_batches(
-            Blocks(self.prepared.blocks(VALIDATION)),
-            entry["remainder_ids"],
-            manifest["block_size"],
+    def _peak_flops(self) -> float | None:
+        """FLOP/s of all devices together: of accelerators by their data sheets, of a CPU a measured matrix product."""
+        precision, number = engine.precision(self.accelerator), self.accelerator.num_processes
+        if self.accelerator.device.type != "cpu":
+            peak = devices.peak_flops(engine.device_name(self.accelerator), precision)
+            return peak and peak * number
+        hosts = max(1, number // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return plan.cpu_flops(precision) * hosts if self.is_main else None
+
+    def log(self, loss: float, grad_norm: float, lr: list[float]) -> None:
+        """The row of a log step: `loss` and `grad_norm` of the steps since the last one. All ranks must call it."""
+        self.update_ledger()
+        state, training = self.state, self.recipe.training
+        self.clock.mark("log")
+        seconds = self.clock.read()
+        steps = state.window_steps
+        trained = sum(value for part, value in seconds.items() if part not in ("evaluate", "save"))
+        tokens_per_second = steps * training.tokens_per_step / max(trained, 1e-9)
+        memory, peak_memory = self.peak_memory.now()
+        left = (training.num_steps - state.step) * self.clock.running() / max(1, state.step - self.first_step)
+        row = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "lr": lr[0],
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": tokens_per_second / self.accelerator.num_processes,
+            "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "flops": self.flops_per_token * state.tokens,
+            **{f"seconds/{part}": value for part, value in seconds.items()},
+            "memory_bytes": memory,
+            "peak_memory_bytes": peak_memory,
+            "seconds_left": left,
+            "ledger": self.ledger.digest,
+            "source_tokens": self.source_tokens.tolist(),
+            "source_documents": self.source_documents.tolist(),
+        }
+        if len(set(lr)) > 1:
+            row["lr_by_group"] = lr
+        if self.recipe.data.streaming:
+            row["documents_dropped"] = self.documents_dropped
+        self.records.training(row)
+        state.window_loss, state.window_steps = 0.0, 0
+
+    def evaluate(self) -> None:
+        """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""
+        batches = self.validation.batches(
             batch_size=self.recipe.training.micro_batch_size,
             process_index=self.data_index,
             num_processes=self.data_size,
-            eos_token_id=manifest["eos_token_id"],
             document_masking=self.document_masking,
         )
-        sums = engine.sum_over_processes(
-            self.accelerator, evaluation.loss_sums(self.model, self._watched(batches), self.token_bytes)
+        sums = evaluation.loss_sums(self.model, self._watched(batches), self.token_bytes, self.validation.num_documents)
+        documents, contexts = (
+            engine.sum_over_processes(self.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
         )
-        figures = evaluation.figures(sums, entry["bytes"] / max(1, entry["token_bytes"]))
+        figures = self.validation.figures(documents)
+        figures |= self.metric_folders.compute()
+        figures["loss_by_context"] = evaluation.loss_by_context(contexts)
         self.state.evaluated, self.state.evaluation_loss = True, figures["loss"]
         row = {f"eval/{name}": value for name, value in figures.items()}
         self.records.row({"step": self.state.step, "tokens": self.state.tokens, **row})
-        self.throughput.pause(time.perf_counter() - start)
         self.records.say(
             f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
         self.records.plot()
-        return figures
+        if self.recipe.evaluation.prompts:
+            self._sample()
+
+    def _sample(self) -> None:
+        section, eos = self.recipe.evaluation, self.prepared.manifest["eos_token_id"]
+        keywords: dict[str, Any] = {
+            "context": self.recipe.data.block_size,
+            "eos_token_id": eos,
+            "device": self.accelerator.device,
+            "agree": functools.partial(engine.agree, self.accelerator),
+        }
+        samples = []
+        for prompt in section.prompts:
+            ids = [eos, *self.tokenizer.encode(prompt, add_special_tokens=False)]  # as a document begins in training
+            sample = {"prompt": prompt}
+            for kind, temperature in (("greedy", 0.0), ("drawn", section.temperature)):
+                self.watch.beat("evaluate", self.state.step)
+                drawing: dict[str, Any] = {"temperature": temperature, "top_k": section.top_k}
+                made = sampling.continue_text(self.model, ids, section.sample_tokens, **keywords, **drawing)
+                sample[kind] = str(self.tokenizer.decode(made))
+            samples.append(sample)
+        self.records.samples(self.state.step, samples)
 
     def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         for batch in batches:
             self.watch.beat("evaluate", self.state.step)
             self.stop_if_asked()
+            if self.metric_folders.wanted:
+                ours = evaluation.predictions(self.model, batch, self.accelerator.device)
+                self.metric_folders.add(*(engine.gather_shares(self.accelerator, part) for part in ours))
             yield batch
 
     def seed(self, micro_step: int) -> None:
@@ -383,7 +461,6 @@ class Run:
     def save(self, in_background: bool) -> None:
         """Write a checkpoint of the full state."""
         self.watch.beat("save", self.state.step)
-        start = time.perf_counter()
         self.update_ledger()
         self.state.losses = self.stability.losses
         state = {
@@ -394,12 +471,12 @@ class Run:
             "data": self._data_identity(),
             "ledger": self.ledger.digest,
             "source_tokens": self.source_tokens.tolist(),
+            "source_documents": self.source_documents.tolist(),
             "documents_dropped": self.documents_dropped,
         }
         tensors = engine.state_to_save(self.accelerator, self.model, self.optimizer)
         self.saver.save(state, tensors, self._writers(), in_background)
         self.saved_step = self.state.step
-        self.throughput.pause(time.perf_counter() - start)
 
     def _writers(self) -> dict[str, Callable[[Path], None]]:
         """Further files of a checkpoint that this process writes, as things stand."""
@@ -459,6 +536,7 @@ class Run:
 
     def close(self) -> None:
         """End what works beside training."""
+        self.profiler.close()
         self.records.close()
         self.coming.close()
         self._votes.wait()

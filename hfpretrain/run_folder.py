@@ -53,6 +53,17 @@ def refuse_other_run(recipe: Recipe) -> None:
         )
 
 
+def is_in_use(output_dir: Path) -> bool:
+    """Whether a run in this folder is alive on a machine that shares its disk."""
+    if not (output_dir / ".lock").exists():
+        return False
+    try:
+        lock(output_dir).release()
+    except RecipeError:
+        return True
+    return False
+
+
 def lock(output_dir: Path) -> Any:
     """A lock that a killed process gives back by itself: two runs in one folder would overwrite each other."""
     from filelock import FileLock, Timeout

@@ -1,8 +1,9 @@
-"""Score any checkpoint folder or Hub id on a recipe's validation split or on a file."""
+"""Score any checkpoint folder or Hub id on a recipe's validation text or on files; two of them on the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,119 @@ from hfpretrain.model import isolates_documents
 from hfpretrain.recipe import Recipe, RecipeError, SourceSection, TokenizerSection
 from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes
 
+Texts = dict[str, list[str]]
+"""Documents of each set of them, by its name."""
 
-def evaluate_checkpoint(
-    model: str,
-    recipe: Recipe | None = None,
-    data: str | None = None,
-    *,
-    block_size: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte of `model` on the recipe's validation documents or the file `data`.
 
-    Documents are joined as in training, one EOS after each. `stride` < `block_size` slides the window, so that every
-    token has at least `block_size - stride` tokens of context where the document has them. Attention ends at document
-    boundaries where the model isolates and the recipe does not forbid it; the result says so.
+@dataclass(frozen=True)
+class Windows:
+    """How text is cut for a model; None: the recipe's block size or the model's context, and no overlap."""
+
+    block_size: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model scored on documents, in their order."""
+
+    documents: np.ndarray
+    """As of `evaluation.Sums`, bytes being those of the text."""
+    report: dict[str, Any]
+
+
+def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte of `model` on all `texts`, and on each set where there are several.
+
+    The documents of a set are joined as in training, one EOS after each, so that longer ones than the context go on in
+    the next window. `stride` < `block_size` slides the window: every token has at least `block_size - stride` tokens
+    of context where the document has them. Attention ends at document boundaries where the model isolates and the
+    recipe does not forbid it; the result says so.
     """
+    return _score(model, texts, recipe, windows).report
+
+
+def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
+    """Both models on the same documents, and the paired difference of their bits per byte, which do not depend on the
+    tokenizers: a - b with its 95 % interval over documents, and the share of documents on which a has fewer bits (of
+    equal ones half)."""
+    scores = [_score(model, texts, recipe, windows) for model in (a, b)]
+    bits = np.concatenate([score.documents[:, 2:] for score in scores], axis=1)  # nll and bytes of a, then of b
+    bits = bits[(bits[:, 1] > 0) & (bits[:, 3] > 0)]
+    if not len(bits):
+        raise RecipeError.at("data", "there is no document that both models score")
+
+    def difference(sums: np.ndarray) -> Any:
+        return (sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]) / np.log(2)
+
+    by_document = difference(bits)
+    interval = None
+    if len(bits) > 1:
+        tail = 50 * (1 - evaluation.INTERVAL)
+        interval = np.percentile(difference(evaluation.resampled(bits)), (tail, 100 - tail)).tolist()
+    return {
+        "a": {"model": a, **scores[0].report},
+        "b": {"model": b, **scores[1].report},
+        "bits_per_byte_difference": float(difference(bits.sum(axis=0))),
+        "bits_per_byte_difference_interval": interval,
+        "wins_of_a": float((by_document < 0).mean() + (by_document == 0).mean() / 2),
+        "documents": len(bits),
+    }
+
+
+def recipe_texts(recipe: Recipe) -> Texts:
+    """The documents that a recipe holds out, by split."""
+    if not recipe.data.has_validation:
+        raise RecipeError.at("data", "the recipe holds no validation text out")
+    texts: Texts = {}
+    for split, text in corpus.validation_documents(recipe.data):
+        texts.setdefault(split.removeprefix("validation-"), []).append(text)
+    return texts
+
+
+def file_texts(names: list[str]) -> Texts:
+    """The documents of files, each given as FILE or NAME=FILE: one in a .txt, those under `text` in a .jsonl."""
+    texts: Texts = {}
+    for given in names:
+        name, _, path = (
+            given.partition("=") if "=" in given and not Path(given).exists() else (Path(given).name, "", given)
+        )
+        if not Path(path).exists():
+            raise RecipeError.at("--data", f"no such file: {path}")
+        suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
+        if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
+            raise RecipeError.at("--data", f"{path} is neither a .txt nor a .jsonl file")
+        is_text = suffixes[-1] == ".txt"
+        source = SourceSection(
+            path="text" if is_text else "json", data_files=path, sample_by="document" if is_text else None
+        )
+        texts.setdefault(name, []).extend(d.text for d in corpus.Reader(source, "--data").read() if d.text)
+    return texts
+
+
+def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Print `prompt` and what `model` makes of it, token by token."""
+    from transformers import TextStreamer, set_seed
+
+    tokenizer, network = _load(model)
+    set_seed(seed)
+    # As a document begins in training.
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    input_ids = torch.tensor([ids], device=network.device)
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    network.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampled,
+    )
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    """Tokenizer and float32 network, on an accelerator if there is one."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
@@ -40,72 +138,96 @@ def evaluate_checkpoint(
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model", f"cannot load {model!r}: {(str(error).splitlines() or [''])[0]}") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    network.to(device)
-    context = getattr(network.config, "max_position_embeddings", None) or 1024
+    return tokenizer, network.to(device)
+
+
+def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
+    tokenizer, network = _load(model)
+    device = network.device
+    block_size, stride = _sizes(windows, recipe, getattr(network.config, "max_position_embeddings", None) or 1024)
+    wanted = recipe.training.document_masking if recipe else "auto"
+    masking = wanted is not False and isolates_documents(network)
+    use_chunked_loss(network, "auto")
+    table = token_bytes(tokenizer, network.config.vocab_size)
+    encode = Encoder(tokenizer, np.dtype(np.int64))
+    streams = {name: [ids for text in documents for ids in encode([text])] for name, documents in texts.items()}
+    num_documents = sum(map(len, streams.values()))
+    if not num_documents:
+        raise RecipeError.at("data", "there is no text to evaluate on")
+    batches = _batches(streams, block_size, stride, windows.batch_size, tokenizer.eos_token_id, masking)
+    sums = evaluation.loss_sums(network, batches, torch.from_numpy(table).to(device), num_documents)
+    documents = sums.documents.cpu().numpy()
+    num_bytes = np.array([len(t.encode("utf-8", "surrogatepass")) for some in texts.values() for t in some])
+    spelled = np.array([table[ids].sum() for some in streams.values() for ids in some])
+    documents[:, 3] *= num_bytes / np.maximum(1, spelled)  # tokenizers that normalize spell other bytes than the text's
+    report = evaluation.figures(documents)
+    if len(texts) > 1:
+        ends = np.cumsum([len(some) for some in streams.values()])[:-1]
+        for name, part in zip(streams, np.split(documents, ends), strict=True):
+            report |= {f"{name}/{key}": value for key, value in evaluation.figures(part).items()}
+    context = f"blocks of {block_size} tokens" if stride == block_size else f"{block_size} tokens, sliding by {stride}"
+    return Score(
+        documents,
+        {
+            **report,
+            "bytes": int(num_bytes.sum()),
+            "block_size": block_size,
+            "stride": stride,
+            "context": f"{context}; a longer document goes on in the next",
+            "document_masking": masking,
+            "loss_by_context": evaluation.loss_by_context(sums.contexts.cpu().numpy()),
+        },
+    )
+
+
+def _sizes(windows: Windows, recipe: Recipe | None, context: int) -> tuple[int, int]:
+    """Block size and stride."""
+    block_size = windows.block_size
     if block_size is None:
         block_size = recipe.data.block_size if recipe else min(context, 1024)
-    stride = block_size if stride is None else stride
-    if batch_size < 1:
-        raise RecipeError.at("--batch-size", f"{batch_size} must be at least 1")
+    stride = block_size if windows.stride is None else windows.stride
+    if windows.batch_size < 1:
+        raise RecipeError.at("--batch-size", f"{windows.batch_size} must be at least 1")
     if not 1 <= stride <= block_size:
         raise RecipeError.at("--stride", f"{stride} must be between 1 and the block size {block_size}")
     if block_size < 2 or block_size > context:
         raise RecipeError.at("--block-size", f"{block_size} must be between 2 and the model's context {context}")
-    wanted = recipe.training.document_masking if recipe else "auto"
-    masking = wanted is not False and isolates_documents(network)
-    use_chunked_loss(network, "auto")
-    stream, num_documents, num_bytes = _stream(tokenizer, _documents(recipe, data))
-    table = token_bytes(tokenizer, network.config.vocab_size)
-    batches = _batches(stream, block_size, stride, batch_size, tokenizer.eos_token_id, masking)
-    sums = evaluation.loss_sums(network, batches, torch.from_numpy(table).to(device))
-    result = evaluation.figures(sums, num_bytes / max(1, int(table[stream].sum())))
-    return {
-        **result,
-        "documents": num_documents,
-        "bytes": num_bytes,
-        "block_size": block_size,
-        "stride": stride,
-        "document_masking": masking,
-    }
-
-
-def _documents(recipe: Recipe | None, data: str | None) -> Iterator[str]:
-    if recipe is not None:
-        if not recipe.data.has_validation:
-            raise RecipeError.at("data", "the recipe holds no validation text out")
-        return corpus.validation_documents(recipe.data)
-    assert data is not None
-    if not Path(data).exists():
-        raise RecipeError.at("--data", f"no such file: {data}")
-    suffixes = [suffix for suffix in Path(data).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
-    if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
-        raise RecipeError.at("--data", f"{data} is neither a .txt nor a .jsonl file")
-    is_text = suffixes[-1] == ".txt"
-    source = SourceSection(
-        path="text" if is_text else "json", data_files=data, sample_by="document" if is_text else None
-    )
-    return (document.text for document in corpus.Reader(source, "--data").read() if document.text)
-
-
-def _stream(tokenizer: Any, documents: Iterator[str]) -> tuple[np.ndarray, int, int]:
-    """All tokens, int64 (n,), with the number of documents and their UTF-8 bytes."""
-    encode = Encoder(tokenizer, np.dtype(np.int64))
-    ids: list[np.ndarray] = []
-    num_bytes = 0
-    for text in documents:
-        ids += encode([text])
-        num_bytes += len(text.encode("utf-8", "surrogatepass"))
-    if not ids:
-        raise RecipeError.at("data", "there is no text to evaluate on")
-    return np.concatenate(ids), len(ids), num_bytes
+    return block_size, stride
 
 
 def _batches(
-    stream: np.ndarray, block_size: int, stride: int, batch_size: int, eos_token_id: int, masking: bool
+    streams: dict[str, list[np.ndarray]],
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    eos_token_id: int,
+    masking: bool,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    windows = list(evaluation.sliding_windows(stream, block_size, stride, eos_token_id))
-    for start in range(0, len(windows), batch_size):
-        rows, scored = (np.stack(part) for part in zip(*windows[start : start + batch_size], strict=True))
-        batch = collate(rows, eos_token_id if masking else None)
-        batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
-        yield batch
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    before = 0
+    for documents in streams.values():
+        if not documents:
+            continue
+        ids = np.concatenate(documents)
+        numbers = np.repeat(np.arange(before, before + len(documents)), [len(document) for document in documents])
+        before += len(documents)
+        for start, first in evaluation.sliding_windows(len(ids), block_size, stride):
+            part = slice(start, start + block_size)
+            missing = (0, block_size - len(ids[part]))
+            scored = np.arange(start, start + block_size) >= first
+            scored[len(ids[part]) :] = False
+            rows.append(
+                (np.pad(ids[part], missing, constant_values=eos_token_id), np.pad(numbers[part], missing), scored)
+            )
+            if len(rows) == batch_size:
+                yield _batch(rows, eos_token_id if masking else None)
+                rows = []
+    if rows:
+        yield _batch(rows, eos_token_id if masking else None)
+
+
+def _batch(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], eos_token_id: int | None) -> dict[str, torch.Tensor]:
+    ids, numbers, scored = (np.stack(part) for part in zip(*rows, strict=True))
+    batch = collate(ids, eos_token_id)
+    batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
+    return {**batch, evaluation.DOCUMENTS: torch.from_numpy(numbers)}

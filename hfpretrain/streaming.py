@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hfpretrain.corpus import Reader, Splitter, held_out_digests
-from hfpretrain.dataloader import StepData, TrainingOrder, collate, sequence_checksum
+from hfpretrain.dataloader import StepData, TrainingOrder, by_source, collate, sequence_checksum
 from hfpretrain.recipe import DataSection, Recipe, RecipeError
 from hfpretrain.tokenizer import Encoder, token_dtype
 
@@ -136,9 +136,11 @@ class StreamingData:
         accumulation_steps: int,
         process_index: int,
         num_processes: int,
-        eos_token_id: int | None,
+        eos_token_id: int,
+        document_masking: bool,
     ):
-        self._micro_batch_size, self._eos_token_id, self._next = micro_batch_size, eos_token_id, first_step
+        self._micro_batch_size, self._next = micro_batch_size, first_step
+        self._eos_token_id, self._document_masking = eos_token_id, document_masking
         per_process = micro_batch_size * accumulation_steps
         self._per_step = per_process * num_processes
         self._mine = range(process_index * per_process, (process_index + 1) * per_process)
@@ -186,10 +188,12 @@ class StreamingData:
             per_group = (after[stream] - before[stream]) // self._num_groups[stream]
             group, row = divmod(index, per_group)
             rows.append(blocks[stream, group][row])
+        stacked = np.stack(rows)
         return StepData(
-            batches=self._collated(np.stack(rows)),
-            checksum=sequence_checksum(np.stack(rows), positions),
-            tokens=np.bincount(streams, minlength=len(before)) * rows[0].shape[0],
+            batches=self._collated(stacked),
+            checksum=sequence_checksum(stacked, positions),
+            tokens=np.bincount(streams, minlength=len(before)) * stacked.shape[1],
+            documents=by_source(streams, stacked == self._eos_token_id, len(before)),
             state={key: made.state() for key, made in self._groups.items()},
             documents_dropped=self._dropped(),
         )
@@ -205,12 +209,13 @@ class StreamingData:
 
     def _collated(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
         size = self._micro_batch_size
-        return [collate(rows[start : start + size], self._eos_token_id) for start in range(0, len(rows), size)]
+        eos = self._eos_token_id if self._document_masking else None
+        return [collate(rows[start : start + size], eos) for start in range(0, len(rows), size)]
 
     def example(self) -> dict[str, torch.Tensor]:
         """A batch of one sequence, which stays to be trained on."""
         group = next(iter(self._groups.values()))
-        return collate(group.copy().blocks(1), self._eos_token_id)
+        return self._collated(group.copy().blocks(1))[0]
 
 
 def streaming_data(

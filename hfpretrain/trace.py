@@ -34,7 +34,8 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
         accumulation_steps=recipe.training.tokens_per_step // block_size,
         process_index=0,
         num_processes=1,
-        eos_token_id=None,
+        eos_token_id=prepared.manifest["eos_token_id"],
+        document_masking=False,
     )
     tokenizer = load_prepared_tokenizer(prepared)
     data_step = _data_step(recipe, step - 1)

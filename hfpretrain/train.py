@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from hfpretrain import bill, devices, engine, export, files, launcher, ranks
+from hfpretrain import bill, engine, export, files, launcher, ranks
 from hfpretrain import model as modeling
 from hfpretrain.recipe import Recipe, RecipeError, load_recipe
 from hfpretrain.report import run_summary, write_card
@@ -80,13 +80,17 @@ def _fit(run: Run) -> None:
         state = run.state
         if recipe.data.has_validation and not state.evaluated and _due(state.step, recipe.evaluation, num_steps):
             run.evaluate()
+            run.clock.mark("evaluate")
         if state.step not in (0, run.saved_step) and _due(state.step, recipe.checkpoint, num_steps):
             run.save(in_background=recipe.checkpoint.async_save and state.step < num_steps)
         run.note_saves(last=state.step >= num_steps)
+        run.clock.mark("save")
         if state.step >= num_steps:
             break
+        run.profiler.at(state.step)
         run.watch.beat("data", state.step)
         step_data = run.coming.next()
+        run.clock.mark("data")
         run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
         num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
@@ -108,44 +112,20 @@ def _fit(run: Run) -> None:
         loss = engine.sum_losses(accelerator, loss)
         # The one time in a step that the host waits for the device, before the weights are touched.
         numbers = (loss.item(), grad_norm.item())
+        run.clock.mark("forward_backward")
         # Where gradients are scaled, some overflow: those steps are left out and their norm says nothing.
         is_scaled = accelerator.mixed_precision == "fp16"
         problem = run.stability.problem(numbers[0], 0.0 if is_scaled else numbers[1])
-        lr = run.scheduler.get_last_lr()[0]
+        lr = run.scheduler.get_last_lr()
         if problem is None:
             engine.update(accelerator, model, optimizer)
         elif run.unstable(problem, step_data, *numbers):
             continue
         run.scheduler.step()
+        run.clock.mark("optimizer")
         run.consume(step_data, numbers[0])
         if state.step % recipe.logging.every_steps == 0 or state.step == num_steps:
-            _log(run, numbers[1], lr)
-
-
-def _log(run: Run, grad_norm: float, lr: float) -> None:
-    state = run.state
-    loss = state.window_loss / state.window_steps
-    tokens_per_second = run.throughput.read(state.window_steps * run.recipe.training.tokens_per_step)
-    run.update_ledger()
-    peak = devices.peak_flops(engine.device_name(run.accelerator), engine.precision(run.accelerator))
-    num_devices = run.accelerator.num_processes
-    row = {
-        "step": state.step,
-        "tokens": state.tokens,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * run.flops_per_token / (peak * num_devices) if peak else None,
-        "data_wait_seconds": run.coming.wait_seconds,
-        "ledger": run.ledger.digest,
-        "source_tokens": run.source_tokens.tolist(),
-    }
-    if run.recipe.data.streaming:
-        row["documents_dropped"] = run.documents_dropped
-    run.coming.wait_seconds = 0.0
-    run.records.training(row)
-    state.window_loss, state.window_steps = 0.0, 0
+            run.log(state.window_loss / state.window_steps, numbers[1], lr)
 
 
 def _loss(outputs: Any, config: Any, num_micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
     ("arguments", "fragment"),
     [
         (["verify", "nowhere"], "neither a finished run"),
-        (["evaluate", "nowhere", "--data", "LICENSE.txt"], "cannot load 'nowhere'"),
+        (["evaluate", "nowhere", "--data", "constraints.txt"], "cannot load 'nowhere'"),
         (["evaluate", "nowhere"], "give a recipe or --data"),
         (["check", "nowhere.yaml"], "no such recipe file"),
         (["evaluate", "x", "--data", "y.txt", "--strid=8"], "unknown arguments: --strid=8"),

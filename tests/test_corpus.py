@@ -63,7 +63,11 @@ def test_builtin_corpus_is_real_text_in_a_fixed_order_without_tests():
 
 def split(data):
     splitter = corpus.Splitter(data, corpus.held_out_digests(data))
-    parts = {"train": [], "validation": list(corpus.validation_documents(data)), "also_in_validation": []}
+    parts = {
+        "train": [],
+        "validation": [text for _, text in corpus.validation_documents(data)],
+        "also_in_validation": [],
+    }
     for source in data.sources:
         for document in corpus.Reader(source).read():
             for name, text in splitter(document):

@@ -35,15 +35,15 @@ def test_peak_memory_counts_what_is_used_after_its_start():
     assert 0.8 * 2**27 < used < 1.5 * 2**27 and len(before)
 
 
-def test_throughput_leaves_pauses_out(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    throughput = metrics.Throughput()
-    now[0] = 10.0
-    throughput.pause(8.0)
-    assert throughput.read(100) == 50
-    now[0] = 11.0
-    assert throughput.read(30) == 30
+def test_the_clock_gives_all_time_to_some_part(monkeypatch):
+    now = iter([0.0, 0.0, 1.0, 3.0, 7.0, 7.5, 7.5])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    clock = metrics.Clock(torch.device("cpu"))
+    for part in ("data", "optimizer", "data"):
+        clock.mark(part)
+    assert clock.read() == dict.fromkeys(metrics.Clock.PARTS, 0.0) | {"data": 5.0, "optimizer": 2.0}
+    clock.mark("save")
+    assert clock.read()["save"] == 0.5 and clock.running() == 7.5
 
 
 def test_the_plot_is_a_picture(tmp_path):

@@ -47,7 +47,8 @@ def stream(data, encode, num_processes=1, process_index=0, first_step=0, states=
         accumulation_steps=8 // num_processes,
         process_index=process_index,
         num_processes=num_processes,
-        eos_token_id=None,
+        eos_token_id=encode.eos_token_id,
+        document_masking=False,
     )
 
 

@@ -220,7 +220,6 @@ def test_mixture_stages_and_padding_are_accounted_in_the_metrics(folder):
     # 80 sequences at 3 to 1, then 80 at 1 to 1, less the padding.
     for step, expected in ((10, [60, 20]), (20, [100, 60])):
         assert all(0.8 * count * 32 < found <= count * 32 for found, count in zip(tokens[step], expected, strict=True))
-    assert rows(folder / "run", "loss")[20]["data_wait_seconds"] >= 0
     result = train(recipe, "--output_dir=" + str(folder / "long"), "--training.max_steps=2000")
     assert result.returncode == 2 and "data.sources.0.max_epochs: the run needs" in result.stderr
     assert not (folder / "long" / "metrics.jsonl").exists()

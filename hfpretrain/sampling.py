@@ -1,0 +1,50 @@
+"""Text from a model while it trains, under every engine: whole forward passes that all ranks make together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def continue_text(
+    model: Any,
+    input_ids: list[int],
+    num_tokens: int,
+    *,
+    context: int,
+    eos_token_id: int,
+    device: torch.device,
+    agree: Callable[[torch.Tensor], torch.Tensor],
+    temperature: float = 0.0,
+    top_k: int = 50,
+    seed: int = 0,
+) -> list[int]:
+    """Up to `num_tokens` ids that follow `input_ids`, until EOS: greedy at temperature 0, else drawn with `seed`.
+
+    Every token is a whole forward pass without a cache, since only that all engines can do; of more than `context`
+    tokens the last are seen. All ranks must call it; `agree` gives each the main process's choice, int64 (1,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    keywords = inspect.signature(getattr(model, "module", model).forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in keywords else {}
+    training = model.training
+    model.eval()
+    made: list[int] = []
+    while len(made) < num_tokens:
+        ids = torch.tensor([[*input_ids, *made][-context:]], device=device)
+        logits = model(input_ids=ids, use_cache=False, **last).logits[0, -1].float().cpu()
+        if temperature:
+            kept, places = (logits / temperature).topk(min(top_k, len(logits)))
+            choice = places[torch.multinomial(kept.softmax(-1), 1, generator=generator)]
+        else:
+            choice = logits.argmax()[None]
+        token = int(agree(choice.to(device)))
+        if token == eos_token_id:
+            break
+        made.append(token)
+    model.train(training)
+    return made
