@@ -139,6 +139,7 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
                 mixed_precision=engine.precision(accelerator),
                 document_masking=run.document_masking,
                 chunked_loss=run.chunked_loss,
+                cpu_peak_flops=run.peak_flops if accelerator.device.type == "cpu" else None,
             )
     except RecipeError as error:  # a run that has ended well must not fail for want of its bill
         return f"no plan of this run: {error}"

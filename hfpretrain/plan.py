@@ -132,11 +132,13 @@ def make_plan(
     mixed_precision: str | None = None,
     document_masking: bool | None = None,
     chunked_loss: bool | None = None,
+    cpu_peak_flops: float | None = None,
 ) -> Plan:
     """The plan of a recipe at `num_processes`, for every engine or one, on this machine's device or a named one.
 
     What a run has settled already may be given: its model's `config`, `mixed_precision`, `document_masking`,
-    `chunked_loss`. Raises `RecipeError` for an unknown engine or device and for a model that cannot be built.
+    `chunked_loss`, and what `cpu_flops` measured. Raises `RecipeError` for an unknown engine or device and for a model
+    that cannot be built.
     """
     from hfpretrain import footprint, loss
     from hfpretrain import model as modeling
@@ -155,7 +157,7 @@ def make_plan(
     training, block_size = recipe.training, recipe.data.block_size
     config = model_config(recipe) if config is None else config
     on_cpu, target, precision, peak, peak_is = _hardware(
-        device, num_processes, mixed_precision or training.mixed_precision
+        device, num_processes, mixed_precision or training.mixed_precision, cpu_peak_flops
     )
     counts = parameters_of(config)
     per_token = flops_per_token(config, counts, block_size)
@@ -334,7 +336,7 @@ def _is_local(source: SourceSection) -> bool:
 
 
 def _hardware(
-    name: str | None, num_processes: int, mixed_precision: str
+    name: str | None, num_processes: int, mixed_precision: str, cpu_peak_flops: float | None
 ) -> tuple[bool, devices.Device, str, float | None, str]:
     """Whether it is a CPU, the device, the precision on it, its peak FLOP/s and where that comes from."""
     import torch
@@ -345,7 +347,7 @@ def _hardware(
         import psutil
 
         precision = ("bf16" if has_bf16() else "no") if mixed_precision == "auto" else mixed_precision
-        flops = cpu_flops(precision)
+        flops = cpu_peak_flops or cpu_flops(precision)
         target = devices.Device("cpu", (), psutil.virtual_memory().total // num_processes, flops, flops)
         return True, target, precision, flops, "measured, a matrix product on all cores"
     if name is not None:
