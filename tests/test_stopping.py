@@ -91,19 +91,19 @@ def test_the_deadline_stops_a_run_and_says_what_was_left(folder):
 
 def test_a_second_interrupt_ends_the_run_at_once(folder):
     recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=20)
-    command = [sys.executable, "-m", "hfpretrain.train", str(recipe)]
-    env = environment(FAULT="slow:save", PYTHONPATH=str(ROOT))
-    command[1:3] = [str(ROOT / "tests" / "faults.py")]
+    phase = folder / "phase"
+    env = environment(FAULT="slow:save", PHASE_FILE=str(phase), PYTHONPATH=str(ROOT))
+    command = small.command(recipe, faults=True)
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    sealed = folder / "run" / "checkpoints"
-    while not list(sealed.glob("step-" + "[0-9]" * 8)):
+    while not (phase.exists() and phase.read_text() == "save 40"):  # and in it for half a second
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.25)  # or both are seen as one
+    time.sleep(0.2)  # or both are seen as one
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
-    assert all(files.damage(path) is None for path in sealed.glob("step-" + "[0-9]" * 8))
+    (path,) = (folder / "run" / "checkpoints").glob("step-" + "[0-9]" * 8)
+    assert path.name == "step-00000020" and files.damage(path) is None
 
 
 def test_a_signal_while_preparing_ends_with_the_same_code(folder):
@@ -171,4 +171,4 @@ def test_a_stop_that_could_not_be_saved_says_so(folder):
 
 def test_a_time_that_is_over_before_the_first_step_is_an_error(folder):
     result = train(write_recipe(folder), "--training.stop_after=1s")
-    assert result.returncode == 2 and "training.stop_after: 1s were over before a step" in result.stderr
+    assert result.returncode == 2 and "training.stop_after: 1s were over before the first step" in result.stderr
