@@ -15,7 +15,7 @@ from hfpretrain.token_perplexity import TokenPerplexity
 
 DOCUMENTS = "documents"
 """Key of a batch: int64 (batch, length), the number of the document that each label is of."""
-INTERVAL = 0.95
+_INTERVAL = 0.95
 _RESAMPLES = 1000
 _MAX_UNITS = 20_000
 
@@ -96,10 +96,10 @@ def figures(documents: np.ndarray) -> dict[str, Any]:
     low_high: dict[str, Any] = {"loss": None, "perplexity": None, "bits_per_byte": None}
     if len(scored) > 1:
         totals = resampled(scored)
-        losses = _percentiles(totals[:, 0] / totals[:, 1])
+        losses = percentiles(totals[:, 0] / totals[:, 1])
         low_high |= {"loss": losses, "perplexity": [math.exp(min(loss, 700.0)) for loss in losses]}
         if num_bytes:
-            low_high["bits_per_byte"] = _percentiles(totals[:, 2] / totals[:, 3] / math.log(2))
+            low_high["bits_per_byte"] = percentiles(totals[:, 2] / totals[:, 3] / math.log(2))
     return result | {f"{name}_interval": bounds for name, bounds in low_high.items()}
 
 
@@ -119,8 +119,9 @@ def resampled(documents: np.ndarray, seed: int = 0) -> np.ndarray:
     )
 
 
-def _percentiles(values: np.ndarray) -> list[float]:
-    tail = 100 * (1 - INTERVAL) / 2
+def percentiles(values: np.ndarray) -> list[float]:
+    """Bounds of the middle 95 % of `values`, float64 (n,)."""
+    tail = 100 * (1 - _INTERVAL) / 2
     return [float(value) for value in np.percentile(values, (tail, 100 - tail))]
 
 

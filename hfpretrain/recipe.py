@@ -428,7 +428,7 @@ class LoggingSection(Section):
     project_name: str = "hfpretrain"
     """Project under which the tracker files the run."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
-    """First and last optimizer step of a profile: `profile/rank-N.json.gz`, which Perfetto and chrome://tracing open,
+    """First and last optimizer step of a profile: `profile/rank-N.json.gz` in Chrome's trace format, for Perfetto,
     and `profile/operators.txt`, the ten operators that took most time."""
 
     @model_validator(mode="after")

@@ -82,8 +82,10 @@ class Records:
 
     def roll_back(self, step: int) -> None:
         """The run stands at `step` again."""
-        if self._file is not None:
-            self._file.forget(step)
+        self._first_step = step
+        for file in (self._file, self._samples):
+            if file is not None:
+                file.forget(step)
         self._progress.reset()
         self._progress.update(step)
 

@@ -406,17 +406,18 @@ class Run:
         documents, contexts = (
             engine.sum_over_processes(self.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
         )
-        figures = self.validation.figures(documents)
-        figures |= self.metric_folders.compute()
-        figures["loss_by_context"] = evaluation.loss_by_context(contexts)
-        self.state.evaluated, self.state.evaluation_loss = True, figures["loss"]
-        row = {f"eval/{name}": value for name, value in figures.items()}
-        self.records.row({"step": self.state.step, "tokens": self.state.tokens, **row})
-        self.records.say(
-            f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
-            f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
-        )
-        self.records.plot()
+        nll, tokens, *_ = documents.sum(axis=0)
+        self.state.evaluated, self.state.evaluation_loss = True, float(nll / tokens)
+        if self.is_main:  # intervals are drawn once
+            figures = self.validation.figures(documents) | self.metric_folders.compute()
+            figures["loss_by_context"] = evaluation.loss_by_context(contexts)
+            row = {f"eval/{name}": value for name, value in figures.items()}
+            self.records.row({"step": self.state.step, "tokens": self.state.tokens, **row})
+            self.records.say(
+                f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
+                f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
+            )
+            self.records.plot()
         if self.recipe.evaluation.prompts:
             self._sample()
 

@@ -66,8 +66,7 @@ def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, win
     by_document = difference(bits)
     interval = None
     if len(bits) > 1:
-        tail = 50 * (1 - evaluation.INTERVAL)
-        interval = np.percentile(difference(evaluation.resampled(bits)), (tail, 100 - tail)).tolist()
+        interval = evaluation.percentiles(difference(evaluation.resampled(bits)))
     return {
         "a": {"model": a, **scores[0].report},
         "b": {"model": b, **scores[1].report},

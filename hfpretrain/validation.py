@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,15 +46,17 @@ class ValidationSets:
         All processes get the same number of batches (sharded engines need every rank in every forward pass); where rows
         run out, batches are filled with rows whose labels are ignored.
         """
-        rows = [(n, row) for n, (blocks, rest, *_) in enumerate(self._sets) for row in range(len(blocks) + bool(rest))]
-        per_round = batch_size * num_processes
-        for start in range(0, len(rows), per_round):
+        ends = list(itertools.accumulate(len(blocks) + bool(remainder) for blocks, remainder, *_ in self._sets))
+        num_rows = ends[-1] if ends else 0
+        for start in range(0, num_rows, batch_size * num_processes):
             first = start + process_index * batch_size
             ids = np.full((batch_size, self._block_size), self._eos_token_id, dtype=np.int64)
             valid = np.zeros(ids.shape, dtype=bool)
             documents = np.zeros_like(ids)
-            for slot, (number, row) in enumerate(rows[first : first + batch_size]):
+            for slot, at in enumerate(range(first, min(first + batch_size, num_rows))):
+                number = bisect.bisect_right(ends, at)
                 blocks, remainder, starts, numbers = self._sets[number]
+                row = at - (ends[number - 1] if number else 0)
                 tokens = blocks[np.array([row])][0] if row < len(blocks) else np.array(remainder)
                 place = row * self._block_size + np.arange(len(tokens))
                 ids[slot, : len(tokens)], valid[slot, : len(tokens)] = tokens, True

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import small
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
 from hfpretrain import files
@@ -83,6 +84,30 @@ def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(path.read_text().splitlines()) == 11
     assert result.stderr.count("can't be written, its lines wait in memory: File too large") == 1
+
+
+def test_a_rollback_keeps_lines_that_cannot_be_taken_back(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; from hfpretrain.metrics import MetricsFile\n"
+        "file = MetricsFile(Path(sys.argv[1]), None)\n"
+        "[file.write({'step': step, 'text': 'x' * 50}) for step in range(5)]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
+        "file.forget(3)\n"
+    )
+    path = tmp_path / "metrics.jsonl"
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "keeps the lines after step 3: File too large" in result.stderr, result.stderr
+    assert len(path.read_text().splitlines()) == 5 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_hub_that_is_down_stops_only_what_needs_it(folder):
+    down = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
+    result = small.train(write_recipe(folder), **down)
+    assert result.returncode == 0, result.stderr
+    for changes in ({"data__sources": [{"path": "user/data"}]}, {"tokenizer": {"pretrained": "user/model"}}):
+        recipe = write_recipe(folder, output_dir=str(folder / "other"), **changes)
+        result = small.train(recipe, **down)
+        assert result.returncode == 2 and "user/" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
 def test_preparation_stops_with_a_message_and_goes_on(folder):

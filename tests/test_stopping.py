@@ -1,4 +1,5 @@
 import logging
+import os
 import resource
 import signal
 import subprocess
@@ -172,3 +173,23 @@ def test_a_stop_that_could_not_be_saved_says_so(folder):
 def test_a_time_that_is_over_before_the_first_step_is_an_error(folder):
     result = train(write_recipe(folder), "--training.stop_after=1s")
     assert result.returncode == 2 and "training.stop_after: 1s were over before the first step" in result.stderr
+
+
+def test_a_signal_to_all_processes_leaves_the_export_s_proof_alone(folder):
+    recipe, phase = write_recipe(folder), folder / "phase"
+    process = subprocess.Popen(
+        small.command(recipe, faults=True),
+        env=environment(PHASE_FILE=str(phase), PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not ((folder / "run" / "model").exists() and phase.read_text().startswith("export")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)  # the proof has begun, and takes seconds
+    os.killpg(process.pid, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "loaded in a fresh process" in stdout, stderr
