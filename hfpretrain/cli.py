@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import __version__
-from hfpretrain.recipe import Problem, Recipe, RecipeError, dump_recipe, json_schema, load_recipe
+from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema, load_recipe
 
 _OVERRIDES = "any number of --section.key=value may follow the recipe"
 
@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--step", type=int, required=True, help="optimizer step as in metrics.jsonl, from 1")
     evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
     evaluate.add_argument("model", help="folder or Hub id")
+    evaluate.add_argument("--tasks", help="tasks of lm-eval, separated by commas; alone, or beside a recipe or --data")
+    evaluate.add_argument("--include-path", metavar="FOLDER", help="with task files of your own")
+    evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: what each task says")
+    evaluate.add_argument("--limit", type=int, help="only so many documents of each task")
     compare = command("compare", _compare, f"two checkpoints on the same documents, by bits per byte; {_OVERRIDES}")
     compare.add_argument("a", help="folder or Hub id")
     compare.add_argument("b", help="folder or Hub id, maybe with another tokenizer")
@@ -189,9 +193,22 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.score import evaluate_checkpoint
+    from hfpretrain.score import evaluate_checkpoint, evaluate_tasks
 
-    print(json.dumps(evaluate_checkpoint(args.model, *_scored_text(args, overrides)), indent=1))
+    report: dict[str, Any] = {}
+    if args.tasks is None or args.recipe or args.data:
+        report = evaluate_checkpoint(args.model, *_scored_text(args, overrides))
+    if args.tasks is not None:
+        if (args.num_fewshot or 0) < 0 or (args.limit is not None and args.limit < 1) or args.batch_size < 1:
+            raise RecipeError.at("--num-fewshot, --limit, --batch-size", "at least 0, 1 and 1")
+        names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+        if not names:
+            raise RecipeError.at("--tasks", f"{args.tasks!r} names no task")
+        section = LmEvalSection(
+            tasks=names, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit
+        )
+        report["tasks"] = evaluate_tasks(args.model, section, args.batch_size)
+    print(json.dumps(report, indent=1))
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:

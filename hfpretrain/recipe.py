@@ -369,6 +369,21 @@ class TrainingSection(Section):
         return self.max_steps or typing.cast(int, self.max_tokens) // self.tokens_per_step
 
 
+class LmEvalSection(Section):
+    """Downstream tasks by lm-eval (extra `lm-eval`) on the model in memory; the keywords are those of lm-eval."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of tasks, groups or tags."""
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between; null: only at the end."""
+    include_path: str | None = None
+    """Folder with task files of your own; where it has all `tasks`, nothing else is looked at."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in the prompt; null: what each task says, else none."""
+    limit: PositiveInt | None = None
+    """Only so many documents of each task."""
+
+
 class EvaluationSection(Section):
     """Loss, perplexity, bits per byte over the whole validation split: at step 0, every `every_steps`, at the end."""
 
@@ -386,6 +401,8 @@ class EvaluationSection(Section):
     """Of the drawn continuation."""
     top_k: PositiveInt = 50
     """The drawn continuation takes each token from so many of the likeliest."""
+    lm_eval: LmEvalSection | None = None
+    """Downstream tasks; null: none."""
 
 
 class CheckpointSection(Section):
@@ -514,11 +531,14 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"data.stages.{number}.from_tokens", f"{stage.from_tokens} is behind the end of the run")
     if recipe.data.streaming and recipe.tokenizer.pretrained is None:
         yield Problem("tokenizer.pretrained", "`data.streaming` needs a tokenizer that exists: training one reads all")
-    if recipe.evaluation.every_steps and not recipe.data.has_validation:
-        yield Problem(
-            "evaluation.every_steps",
-            "there is nothing to evaluate on; set `data.validation_fraction` or `data.validation_sources`",
-        )
+    evaluation = recipe.evaluation
+    for key in ("every_steps", "metrics"):
+        # Prompts need no text.
+        if getattr(evaluation, key) and not recipe.data.has_validation and (key == "metrics" or not evaluation.prompts):
+            yield Problem(
+                f"evaluation.{key}",
+                "there is nothing to evaluate on; set `data.validation_fraction` or `data.validation_sources`",
+            )
 
 
 def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: int, num_processes: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -11,7 +10,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,7 +24,6 @@ from hfpretrain import (
     checkpoint,
     devices,
     engine,
-    evaluation,
     files,
     incident,
     initialisation,
@@ -36,12 +34,11 @@ from hfpretrain import (
     ranks,
     report,
     run_folder,
-    sampling,
 )
 from hfpretrain import model as modeling
 from hfpretrain.dataloader import Ledger, Prefetcher, StepData, TrainingData
+from hfpretrain.evaluator import Evaluator
 from hfpretrain.loss import use_chunked_loss
-from hfpretrain.metric_folders import MetricFolders
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.recipe import (
     Recipe,
@@ -55,7 +52,6 @@ from hfpretrain.stability import Stability
 from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import token_bytes
-from hfpretrain.validation import ValidationSets
 
 LEDGER = "ledger.npy"
 _GOES_ON = "the same command goes on from the newest checkpoint"
@@ -85,7 +81,7 @@ class TrainState:
     """Losses summed since the last log line."""
     window_steps: int = 0
     evaluated: bool = False
-    """Whether the weights as they are were evaluated."""
+    """Whether all that is due was evaluated of the weights as they are."""
     evaluation_loss: float | None = None
     """Of the weights as they are."""
     losses: list[float] = field(default_factory=list)
@@ -186,8 +182,7 @@ class Run:
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
-        self.validation = ValidationSets(self.prepared)
-        self.metric_folders = MetricFolders(recipe.evaluation.metrics, self.is_main)
+        self.evaluator = Evaluator(self)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
         self.documents_dropped = 0
@@ -393,62 +388,6 @@ class Run:
             row["documents_dropped"] = self.documents_dropped
         self.records.training(row)
         state.window_loss, state.window_steps = 0.0, 0
-
-    def evaluate(self) -> None:
-        """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""
-        batches = self.validation.batches(
-            batch_size=self.recipe.training.micro_batch_size,
-            process_index=self.data_index,
-            num_processes=self.data_size,
-            document_masking=self.document_masking,
-        )
-        sums = evaluation.loss_sums(self.model, self._watched(batches), self.token_bytes, self.validation.num_documents)
-        documents, contexts = (
-            engine.sum_over_processes(self.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
-        )
-        nll, tokens, *_ = documents.sum(axis=0)
-        self.state.evaluated, self.state.evaluation_loss = True, float(nll / tokens)
-        if self.is_main:  # intervals are drawn once
-            figures = self.validation.figures(documents) | self.metric_folders.compute()
-            figures["loss_by_context"] = evaluation.loss_by_context(contexts)
-            row = {f"eval/{name}": value for name, value in figures.items()}
-            self.records.row({"step": self.state.step, "tokens": self.state.tokens, **row})
-            self.records.say(
-                f"step {self.state.step}: validation loss {figures['loss']:.4f}, perplexity "
-                f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
-            )
-            self.records.plot()
-        if self.recipe.evaluation.prompts:
-            self._sample()
-
-    def _sample(self) -> None:
-        section, eos = self.recipe.evaluation, self.prepared.manifest["eos_token_id"]
-        keywords: dict[str, Any] = {
-            "context": self.recipe.data.block_size,
-            "eos_token_id": eos,
-            "device": self.accelerator.device,
-            "agree": functools.partial(engine.agree, self.accelerator),
-        }
-        samples = []
-        for prompt in section.prompts:
-            ids = [eos, *self.tokenizer.encode(prompt, add_special_tokens=False)]  # as a document begins in training
-            sample = {"prompt": prompt}
-            for kind, temperature in (("greedy", 0.0), ("drawn", section.temperature)):
-                self.watch.beat("evaluate", self.state.step)
-                drawing: dict[str, Any] = {"temperature": temperature, "top_k": section.top_k}
-                made = sampling.continue_text(self.model, ids, section.sample_tokens, **keywords, **drawing)
-                sample[kind] = str(self.tokenizer.decode(made))
-            samples.append(sample)
-        self.records.samples(self.state.step, samples)
-
-    def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in batches:
-            self.watch.beat("evaluate", self.state.step)
-            self.stop_if_asked()
-            if self.metric_folders.wanted:
-                ours = evaluation.predictions(self.model, batch, self.accelerator.device)
-                self.metric_folders.add(*(engine.gather_shares(self.accelerator, part) for part in ours))
-            yield batch
 
     def seed(self, micro_step: int) -> None:
         """Dropout is a function of the seed and the place of a micro-batch in the run: no resume has to restore it, and

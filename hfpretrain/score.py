@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfpretrain import corpus, evaluation
+from hfpretrain import corpus, evaluation, tasks
 from hfpretrain.dataloader import collate
 from hfpretrain.loss import IGNORE_INDEX, use_chunked_loss
 from hfpretrain.model import isolates_documents
-from hfpretrain.recipe import Recipe, RecipeError, SourceSection, TokenizerSection
+from hfpretrain.recipe import LmEvalSection, Recipe, RecipeError, SourceSection, TokenizerSection
 from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes
 
 Texts = dict[str, list[str]]
@@ -75,6 +75,14 @@ def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, win
         "wins_of_a": float((by_document < 0).mean() + (by_document == 0).mean() / 2),
         "documents": len(bits),
     }
+
+
+def evaluate_tasks(model: str, section: LmEvalSection, batch_size: int) -> dict[str, Any]:
+    """lm-eval's results of `model` in float32: `results` by task, `n-samples`, `n-shot`, `versions`."""
+    wanted = tasks.Tasks(section, "--tasks")
+    tokenizer, network = _load(model)
+    ours = tasks.shared_language_model(network, tokenizer, network.device, batch_size, tasks.Processes())
+    return wanted.run(ours)
 
 
 def recipe_texts(recipe: Recipe) -> Texts:

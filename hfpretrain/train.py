@@ -17,6 +17,7 @@ import transformers
 
 from hfpretrain import bill, engine, export, files, launcher, ranks
 from hfpretrain import model as modeling
+from hfpretrain.evaluator import is_due
 from hfpretrain.recipe import Recipe, RecipeError, load_recipe
 from hfpretrain.report import run_summary, write_card
 from hfpretrain.run import NotSavedError, Run, Stopping, TrainingDivergedError
@@ -78,10 +79,10 @@ def _fit(run: Run) -> None:
     training, num_steps = recipe.training, recipe.training.num_steps
     while True:
         state = run.state
-        if recipe.data.has_validation and not state.evaluated and _due(state.step, recipe.evaluation, num_steps):
-            run.evaluate()
+        if not state.evaluated:
+            run.evaluator.evaluate()
             run.clock.mark("evaluate")
-        if state.step not in (0, run.saved_step) and _due(state.step, recipe.checkpoint, num_steps):
+        if state.step not in (0, run.saved_step) and is_due(state.step, recipe.checkpoint.every_steps, num_steps):
             run.save(in_background=recipe.checkpoint.async_save and state.step < num_steps)
         run.note_saves(last=state.step >= num_steps)
         run.clock.mark("save")
@@ -140,10 +141,6 @@ def _loss(outputs: Any, config: Any, num_micro_batches: int) -> tuple[torch.Tens
     auxiliary = config.router_aux_loss_coef * auxiliary
     loss = loss - auxiliary
     return loss, loss + auxiliary / num_micro_batches
-
-
-def _due(step: int, section: Any, num_steps: int) -> bool:
-    return step in (0, num_steps) or (section.every_steps is not None and step % section.every_steps == 0)
 
 
 def _finish(run: Run) -> Path:
