@@ -8,11 +8,13 @@ import logging
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hfpretrain import __version__
-from hfpretrain.recipe import Problem, Recipe, RecipeError, dump_recipe, json_schema, load_recipe
+from hfpretrain.loading import load_recipe
+from hfpretrain.recipe import Problem, Recipe, RecipeError, dump_recipe, json_schema
 
 _OVERRIDES = "any number of --section.key=value may follow the recipe"
 
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     proof = command("verify-resume", _verify_resume, f"kill a short version of a recipe and compare; {_OVERRIDES}")
     proof.add_argument("recipe")
-    proof.add_argument("--engine", help="accelerate file, or the name of one in accelerate_configs/; default: none")
+    proof.add_argument("--engine", help="accelerate file, or the name of one that is shipped; default: none")
     proof.add_argument("--num-processes", type=int, help="default: the engine's file's")
     proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
     proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
@@ -102,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument("--top-k", type=int, default=50)
     generate.add_argument("--seed", type=int, default=0)
+    path = command("path", _path, "where a recipe or accelerate file that comes with the package is")
+    path.add_argument("name", help="for example quickstart or ddp")
     push = command("push", _push, "upload a run's exported model to the Hub")
     push.add_argument("run")
     push.add_argument("repo_id")
@@ -111,16 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
-    checks = []
-    try:
-        import transformers  # noqa: F401
-
-        from hfpretrain.model import config_problems
-
-        checks.append(config_problems)
-    except ImportError:
+    if find_spec("transformers") is None:
         print("transformers is not installed: model.config is not checked", file=sys.stderr)
-    return load_recipe(args.recipe, overrides, checks=checks)
+    return load_recipe(args.recipe, overrides)
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -142,8 +139,6 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _parameters(recipe: Recipe) -> Any:
     """Parameter counts where torch is there and the recipe alone tells them."""
-    from importlib.util import find_spec
-
     if find_spec("torch") is None or recipe.model.config is None:
         return None
     if "vocab_size" not in recipe.model.config and recipe.tokenizer.vocab_size is None:
@@ -267,6 +262,12 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.score import stream_text
 
     stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
+
+
+def _path(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain import shipped
+
+    print(shipped.find(args.name, "recipe", "engine", path="name"))
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:

@@ -14,6 +14,7 @@ FOUNDATION = {
     "devices",
     "hygiene",
     "mirror",
+    "shipped",
     "prepared",
     "token_perplexity",
     "launcher",
@@ -48,6 +49,7 @@ LEAVES = {
     "stability",
 }
 COMPOSITION = [
+    "loading",
     "prepare",
     "trace",
     "validation",
