@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check a run, checkpoint or prepared folder: complete, unaltered, loadable")
     verify.add_argument("path")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument("--downstream", action="store_true", help="compare first losses of fine-tuning with evaluation")
+    verify.add_argument("--data", metavar="FILE|RECIPE", help="its text; default: what the run's recipe holds out")
     proof = command("verify-resume", _verify_resume, f"kill a short version of a recipe and compare; {_OVERRIDES}")
     proof.add_argument("recipe")
     proof.add_argument("--engine", help="accelerate file, or the name of one that is shipped; default: none")
@@ -209,6 +212,11 @@ def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, .
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain import files
 
+    if args.downstream:
+        _verify_downstream(args)
+        return
+    if args.data is not None:
+        raise RecipeError.at("--data", "goes with --downstream")
     path = Path(args.path)
     report: dict[str, Any] = {}
     if files.manifest_of(path) is not None or path.name.startswith("step-"):
@@ -236,6 +244,30 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
         print(json.dumps(report))
     else:
         print(f"{path}: verified", *(f"  {key}: {value}" for key, value in report.items() if key != "sample"), sep="\n")
+
+
+def _verify_downstream(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from hfpretrain import downstream
+    from hfpretrain.score import file_texts, recipe_texts
+
+    path = Path(args.path)
+    model = path / "model" if (path / "model" / "config.json").is_file() else path
+    recipe = args.data or model.parent / "recipe.yaml"
+    if args.data is None and not recipe.is_file():
+        raise RecipeError.at("--data", f"{path} is not of a run, whose recipe names the text; give a file or a recipe")
+    is_text = args.data is not None and Path(args.data).is_file() and Path(args.data).suffix not in (".yaml", ".yml")
+    texts = file_texts([args.data]) if is_text else recipe_texts(load_recipe(recipe))
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print there, too
+        rows, notes = downstream.compare(str(model), texts)
+    if args.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}))
+    else:
+        print(downstream.table(str(model), rows, notes))
+    wrong = [row for row in rows if not row.holds]
+    if wrong:
+        raise RecipeError([Problem(row.way, f"loss {row.loss:.7f}, evaluated {row.evaluated:.7f}") for row in wrong])
 
 
 def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, script, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, hfpretrain, script, small_text, train, write_jsonl, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hfpretrain import evaluate_perplexity
@@ -95,6 +95,21 @@ def test_run_clm_begins_at_the_evaluated_loss(folder):
     assert report["tokens"] == 31 * int(re.search(r"(\d+) blocks of 32", printed)[1])
     assert step_0_loss(printed) == pytest.approx(report["loss"], abs=1e-5)
     assert AutoModelForCausalLM.from_pretrained(folder / "clm")
+
+
+def test_verify_compares_every_way_on_what_the_run_holds_out(folder):
+    result = hfpretrain("verify", str(folder / "run"), "--downstream", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [row["way"] for row in report["rows"]] == [
+        "AutoModelForCausalLM, a document at a time",
+        "Trainer, documents padded",
+        "Trainer, run_clm's blocks of 64",
+        "TRL SFTTrainer",
+        "TRL SFTTrainer with LoRA",
+    ]
+    assert all(row["loss"] == pytest.approx(row["evaluated"], abs=1e-5) for row in report["rows"])
+    assert all(row["tokens"] == row["evaluated_tokens"] > 500 for row in report["rows"])
 
 
 def test_classification(folder):

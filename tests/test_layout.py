@@ -55,6 +55,7 @@ COMPOSITION = [
     "validation",
     "streaming",
     "score",
+    "downstream",
     "plan",
     "bill",
     "report",
