@@ -27,6 +27,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOMES.get(name, name)}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 class _Package(ModuleType):
     """`hfpretrain.train` and `hfpretrain.prepare` are the functions, whether or not the modules that hold them, which
     Python sets as attributes of the package when it imports them, are there already."""

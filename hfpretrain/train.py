@@ -29,12 +29,14 @@ STOPPED = 75
 def train(recipe: Recipe) -> Path | None:
     """Run a recipe to its end, from wherever its output folder stands.
 
-    Started by plain Python this is one process; under `accelerate launch` every process must call it. Returns the
+    Started by plain Python this is one process, which may call it again; under `accelerate launch` every process must
+    call it, once. Returns the
     folder of the exported model, or None if the run was stopped before its end, with everything saved. Raises
     `RecipeError` for what is wrong with the recipe, the launcher or the machine, `TrainingDivergedError` where
     `stability.policy` says to stop, `NotSavedError` if the last checkpoint could not be written.
     """
     with ranks.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
+        launcher.require_first_run()
         launcher.end_with_launcher()
         run = Run(recipe, watch, stops)
         with _explained(run):
