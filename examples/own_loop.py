@@ -18,9 +18,12 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr)
 
 for step, batches in enumerate(training_batches(recipe, prepared), start=1):
     num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-    losses = [model(**batch, use_cache=False, num_items_in_batch=num_items).loss for batch in batches]
-    torch.stack(losses).sum().backward()
+    loss = 0.0
+    for batch in batches:
+        share = model(**batch, use_cache=False, num_items_in_batch=num_items).loss
+        share.backward()
+        loss += share.item()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}: loss {sum(losses):.4f}")
+    print(f"step {step}: loss {loss:.4f}")
 model.save_pretrained(recipe.output_dir)
