@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hfpretrain import __version__
-from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema, load_recipe
+from hfpretrain.loading import load_recipe
+from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
 
 _OVERRIDES = "any number of --section.key=value may follow the recipe"
 
@@ -90,9 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check a run, checkpoint or prepared folder: complete, unaltered, loadable")
     verify.add_argument("path")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument("--downstream", action="store_true", help="compare first losses of fine-tuning with evaluation")
+    verify.add_argument("--data", metavar="FILE|RECIPE", help="its text; default: what the run's recipe holds out")
     proof = command("verify-resume", _verify_resume, f"kill a short version of a recipe and compare; {_OVERRIDES}")
     proof.add_argument("recipe")
-    proof.add_argument("--engine", help="accelerate file, or the name of one in accelerate_configs/; default: none")
+    proof.add_argument("--engine", help="accelerate file, or the name of one that is shipped; default: none")
     proof.add_argument("--num-processes", type=int, help="default: the engine's file's")
     proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
     proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
@@ -106,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument("--top-k", type=int, default=50)
     generate.add_argument("--seed", type=int, default=0)
+    path = command("path", _path, "where a recipe or accelerate file that comes with the package is")
+    path.add_argument("name", help="for example quickstart or ddp")
     push = command("push", _push, "upload a run's exported model to the Hub")
     push.add_argument("run")
     push.add_argument("repo_id")
@@ -115,16 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
-    checks = []
-    try:
-        import transformers  # noqa: F401
-
-        from hfpretrain.model import config_problems
-
-        checks.append(config_problems)
-    except ImportError:
+    if find_spec("transformers") is None:
         print("transformers is not installed: model.config is not checked", file=sys.stderr)
-    return load_recipe(args.recipe, overrides, checks=checks)
+    return load_recipe(args.recipe, overrides)
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -146,8 +146,6 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _parameters(recipe: Recipe) -> Any:
     """Parameter counts where torch is there and the recipe alone tells them."""
-    from importlib.util import find_spec
-
     if find_spec("torch") is None or recipe.model.config is None:
         return None
     if "vocab_size" not in recipe.model.config and recipe.tokenizer.vocab_size is None:
@@ -231,6 +229,11 @@ def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, .
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain import files
 
+    if args.downstream:
+        _verify_downstream(args)
+        return
+    if args.data is not None:
+        raise RecipeError.at("--data", "goes with --downstream")
     path = Path(args.path)
     report: dict[str, Any] = {}
     if files.manifest_of(path) is not None or path.name.startswith("step-"):
@@ -260,6 +263,30 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
         print(f"{path}: verified", *(f"  {key}: {value}" for key, value in report.items() if key != "sample"), sep="\n")
 
 
+def _verify_downstream(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from hfpretrain import downstream
+    from hfpretrain.score import file_texts, recipe_texts
+
+    path = Path(args.path)
+    model = path / "model" if (path / "model" / "config.json").is_file() else path
+    recipe = args.data or model.parent / "recipe.yaml"
+    if args.data is None and not recipe.is_file():
+        raise RecipeError.at("--data", f"{path} is not of a run, whose recipe names the text; give a file or a recipe")
+    is_text = args.data is not None and Path(args.data).is_file() and Path(args.data).suffix not in (".yaml", ".yml")
+    texts = file_texts([args.data]) if is_text else recipe_texts(load_recipe(recipe))
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print there, too
+        rows, notes = downstream.compare(str(model), texts)
+    if args.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}))
+    else:
+        print(downstream.table(str(model), rows, notes))
+    wrong = [row for row in rows if not row.holds]
+    if wrong:
+        raise RecipeError([Problem(row.way, f"loss {row.loss:.7f}, evaluated {row.evaluated:.7f}") for row in wrong])
+
+
 def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.verify_resume import verify_resume
 
@@ -284,6 +311,12 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.score import stream_text
 
     stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
+
+
+def _path(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain import shipped
+
+    print(shipped.find(args.name, "recipe", "engine", path="name"))
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,6 +62,8 @@ def build_accelerator(
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     }
+    if not launcher.has_group():
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision, in the same process
     if use_deepspeed:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # It calls collectives by names that torch 2.13 has changed.

@@ -35,6 +35,8 @@ _DEEPSPEED_OWNERS = {
     "scheduler": "scheduler",
 }
 
+_RUNS: list[int] = []
+
 
 def end_with_launcher() -> None:
     """From now on this process gets SIGTERM when the `accelerate launch` that started it ends, on Linux.
@@ -51,6 +53,19 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != parent.pid:  # it ended in between
         signal.raise_signal(signal.SIGTERM)
+
+
+def has_group() -> bool:
+    """Whether a launcher has started this process as one of a group."""
+    return "MASTER_ADDR" in os.environ
+
+
+def require_first_run() -> None:
+    """Raises `RecipeError` for a second run in a process of a group: the launcher's store would answer its ranks with
+    what they told each other in the first."""
+    if has_group() and _RUNS:
+        raise RecipeError.at("train", "has run in this process, which a launcher started; launch each run anew")
+    _RUNS.append(os.getpid())
 
 
 def require_supported() -> None:

@@ -43,7 +43,8 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
         # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
         source["weight"] = source["weight"] is not None
         del source["max_epochs"]
-    text = json.dumps([prepared.FORMAT, content, tokenizer.model_dump(mode="json"), identities], sort_keys=True)
+    made_by = tokenizer.model_dump(mode="json", exclude={"chat_template"})  # no document is a chat
+    text = json.dumps([prepared.FORMAT, content, made_by, identities], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

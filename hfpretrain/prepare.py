@@ -23,9 +23,10 @@ from hfpretrain.dataloader import Blocks, TrainingData
 from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
 from hfpretrain.prepared import PreparedData, is_validation, part_account, part_key
-from hfpretrain.recipe import Recipe, RecipeError
+from hfpretrain.recipe import Recipe, RecipeError, accumulation_steps
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast
 
 # Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
@@ -174,6 +175,40 @@ def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> Tr
                 f"{cap} allowed; lower its weight, shorten the run or raise the cap",
             )
     return made
+
+
+def training_batches(
+    recipe: Recipe,
+    prepared: PreparedData,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    start_step: int = 0,
+    document_masking: bool = True,
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """For every optimizer step of a recipe from `start_step` on the micro-batches of one process: for your own loop.
+
+    The same sequences in the same step as `hfpretrain.train` on any number of processes. Of each micro-batch
+    `input_ids`, `labels` (not shifted, -100 at padding) and, with `document_masking`, `position_ids` that restart where
+    a document begins: int64 (micro_batch_size, block_size). Models that isolate packed documents by them do so without
+    an attention mask and with `use_cache=False`; what does not take them needs `document_masking=False`. Raises
+    `RecipeError` if the step's sequences do not divide by `micro_batch_size * num_processes`.
+    """
+    training = recipe.training
+    steps = accumulation_steps(
+        training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes
+    )
+    data = training_data(
+        recipe,
+        prepared,
+        micro_batch_size=training.micro_batch_size,
+        accumulation_steps=steps,
+        process_index=process_index,
+        num_processes=num_processes,
+        eos_token_id=prepared.manifest["eos_token_id"],
+        document_masking=document_masking,
+    )
+    return (data.step(step).batches for step in range(start_step, training.num_steps))
 
 
 class _Preparation:

@@ -108,6 +108,10 @@ class TokenizerSection(Section):
     """The model's vocabulary is the tokenizer's, rounded up to a multiple of this: matrix kernels want it."""
     trust_remote_code: bool = False
     """Run tokenizer code that comes with `pretrained`."""
+    chat_template: str | None = None
+    """How messages become text (`tokenizer.apply_chat_template`, which TRL calls), exported with the tokenizer: Jinja,
+    or the file that holds it. Pretraining does not use it, so it may change between starts of a run. null: that of
+    `pretrained`, or none."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> TokenizerSection:

@@ -51,7 +51,7 @@ from hfpretrain.records import Records
 from hfpretrain.stability import Stability
 from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
-from hfpretrain.tokenizer import token_bytes
+from hfpretrain.tokenizer import set_chat_template, token_bytes
 
 LEDGER = "ledger.npy"
 _GOES_ON = "the same command goes on from the newest checkpoint"
@@ -129,6 +129,7 @@ class Run:
         recipe, training, watch = self.recipe, self.recipe.training, self.watch
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
+        set_chat_template(self.tokenizer, recipe.tokenizer)
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
         self.stops.defer()

@@ -15,6 +15,7 @@ MAY_DIFFER = (
     "model.gradient_checkpointing",
     "model.dtype",
     "model.use_liger_kernel",
+    "tokenizer.chat_template",
     "training.max_steps",
     "training.max_tokens",
     "training.micro_batch_size",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from hfpretrain.loss import IGNORE_INDEX, use_chunked_loss
 from hfpretrain.model import isolates_documents
 from hfpretrain.recipe import LmEvalSection, Recipe, RecipeError, SourceSection, TokenizerSection
 from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Texts = dict[str, list[str]]
 """Documents of each set of them, by its name."""
@@ -28,6 +31,8 @@ class Windows:
     block_size: int | None = None
     stride: int | None = None
     batch_size: int = 8
+    document_masking: bool | None = None
+    """Attention ends at document boundaries; None: as the recipe says, else where the model isolates."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,45 @@ class Score:
     documents: np.ndarray
     """As of `evaluation.Sums`, bytes being those of the text."""
     report: dict[str, Any]
+
+
+def evaluate_perplexity(
+    model: str | Path | PreTrainedModel,
+    texts: Recipe | Sequence[str] | Mapping[str, Sequence[str]],
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    block_size: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Loss (nats per token), perplexity and bits per byte of a model on whole documents, with 95 % intervals.
+
+    `model`: a folder, a Hub id, or a causal LM in memory with its fast `tokenizer`, where it is and in its dtype.
+    `texts`: documents; several sets of them by name, for figures of each beside those of all; or a recipe, for the
+    text it holds out. `block_size` and `stride` in tokens, by default the recipe's block size or the model's context up
+    to 1,024, and no overlap. The report is that of `hfpretrain evaluate`. Raises `RecipeError` where there is nothing
+    to score or the model does not load.
+    """
+    recipe = texts if isinstance(texts, Recipe) else None
+    if isinstance(texts, str):
+        raise RecipeError.at("texts", "is one string; give a list of documents")
+    if isinstance(texts, Recipe):
+        documents = recipe_texts(texts)
+    elif isinstance(texts, Mapping):
+        documents = {name: list(some) for name, some in texts.items()}
+    else:
+        documents = {"": list(texts)}
+    windows = Windows(block_size, stride, batch_size)
+    if isinstance(model, (str, Path)):
+        return evaluate_checkpoint(str(model), documents, recipe, windows)
+    if tokenizer is None:
+        raise RecipeError.at("tokenizer", "a model in memory needs its tokenizer")
+    training = model.training
+    model.eval()  # dropout would look like documents that see each other
+    try:
+        return _score_network(tokenizer, model, documents, recipe, windows).report
+    finally:
+        model.train(training)
 
 
 def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
@@ -150,11 +194,17 @@ def _load(model: str) -> tuple[Any, Any]:
 
 def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
     tokenizer, network = _load(model)
+    use_chunked_loss(network, "auto")
+    return _score_network(tokenizer, network, texts, recipe, windows)
+
+
+def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
     device = network.device
     block_size, stride = _sizes(windows, recipe, getattr(network.config, "max_position_embeddings", None) or 1024)
-    wanted = recipe.training.document_masking if recipe else "auto"
-    masking = wanted is not False and isolates_documents(network)
-    use_chunked_loss(network, "auto")
+    wanted = windows.document_masking
+    if wanted is None:
+        wanted = recipe is None or recipe.training.document_masking is not False
+    masking = wanted and isolates_documents(network)
     table = token_bytes(tokenizer, network.config.vocab_size)
     encode = Encoder(tokenizer, np.dtype(np.int64))
     streams = {name: [ids for text in documents for ids in encode([text])] for name, documents in texts.items()}

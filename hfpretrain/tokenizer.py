@@ -6,11 +6,12 @@ import hashlib
 import re
 import string
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfpretrain.recipe import RecipeError, TokenizerSection
+from hfpretrain.recipe import Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,6 +80,44 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
         unk_token=unknown,
         clean_up_tokenization_spaces=False,
     )
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerFast, section: TokenizerSection) -> None:
+    """Give a tokenizer the section's chat template, if it has one."""
+    if section.chat_template is not None:
+        tokenizer.chat_template = _template_text(section.chat_template)
+
+
+def chat_template_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
+    """What is wrong with `tokenizer.chat_template` of a recipe's raw mapping: a file that is not there, or Jinja that
+    does not turn a question and its answer into text that holds both."""
+    section = mapping.get("tokenizer")
+    given = section.get("chat_template") if isinstance(section, dict) else None
+    if not isinstance(given, str):
+        return
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+    try:
+        (text,), _ = render_jinja_template([messages], chat_template=_template_text(given), **special)
+    except OSError as error:
+        yield Problem(
+            "tokenizer.chat_template", f"{given!r} has no {{ so it names a file, which cannot be read: {error.strerror}"
+        )
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        line = f" in line {error.lineno}" if hasattr(error, "lineno") else ""
+        yield Problem("tokenizer.chat_template", f"does not render a question and its answer: {error}{line}")
+    else:
+        if not all(message["content"] in text for message in messages):
+            yield Problem(
+                "tokenizer.chat_template", f"leaves out what is said: a question and its answer give {text!r}"
+            )
+
+
+def _template_text(given: str) -> str:
+    return given if "{" in given else Path(given).read_text(encoding="utf-8")
 
 
 def _batched(documents: Iterable[str], size: int = 1000) -> Iterator[list[str]]:

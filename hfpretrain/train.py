@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from hfpretrain import bill, engine, export, files, launcher, ranks
-from hfpretrain import model as modeling
 from hfpretrain.evaluator import is_due
-from hfpretrain.recipe import Recipe, RecipeError, load_recipe
+from hfpretrain.loading import load_recipe
+from hfpretrain.recipe import Recipe, RecipeError
 from hfpretrain.report import run_summary, write_card
 from hfpretrain.run import NotSavedError, Run, Stopping, TrainingDivergedError
 from hfpretrain.stopping import StoppedEarlyError, Stops
@@ -30,9 +30,14 @@ STOPPED = 75
 def train(recipe: Recipe) -> Path | None:
     """Run a recipe to its end, from wherever its output folder stands.
 
-    Returns the folder of the exported model, or None if the run was stopped before its end, with everything saved.
+    Started by plain Python this is one process, which may call it again; under `accelerate launch` every process must
+    call it, once. Returns the folder of the exported model, or None if the run was stopped before its end, with
+    everything saved. Raises `RecipeError` for what is wrong with the recipe, the launcher or the machine,
+    `TrainingDivergedError` where `stability.policy` says to stop, `NotSavedError` if the last checkpoint could not be
+    written.
     """
     with ranks.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
+        launcher.require_first_run()
         launcher.end_with_launcher()
         run = Run(recipe, watch, stops)
         with _explained(run):
@@ -188,7 +193,7 @@ def _main(arguments: list[str], rank: int) -> int:
         print("usage: accelerate launch -m hfpretrain.train RECIPE [--section.key=value ...]", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     try:
-        path = train(load_recipe(arguments[0], arguments[1:], checks=[modeling.config_problems]))
+        path = train(load_recipe(arguments[0], arguments[1:]))
     except RecipeError as error:
         if rank:
             time.sleep(5)  # the launcher ends all ranks with the first: where all have the error, the main one speaks

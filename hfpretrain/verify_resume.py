@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from hfpretrain import metrics
+from hfpretrain import metrics, shipped
 from hfpretrain.recipe import Recipe, RecipeError
 
 TOLERANCE = 1e-5
@@ -27,8 +27,8 @@ def verify_resume(
 ) -> Iterator[str]:
     """Lines that tell what was done and compared.
 
-    `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one in
-    accelerate_configs/, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
+    `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one that
+    is shipped, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
     differs, a loss or rate by more than 1e-5, or a gradient norm by more than 1e-4.
     """
     command = _command(engine, num_processes) + arguments + _short(recipe, steps)
@@ -62,9 +62,7 @@ class _Process(subprocess.Popen[bytes]):
 def _command(engine: str | None, num_processes: int | None) -> list[str]:
     if engine is None:
         return [sys.executable, "-m", "hfpretrain.train"]
-    path = next((p for p in (Path(engine), Path("accelerate_configs") / f"{engine}.yaml") if p.is_file()), None)
-    if path is None:
-        raise RecipeError.at("--engine", f"there is neither a file {engine} nor accelerate_configs/{engine}.yaml here")
+    path = shipped.find(engine, "engine", path="--engine")
     count = [] if num_processes is None else ["--num_processes", str(num_processes)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
     return [*launcher, "--config_file", str(path), *count, "-m", "hfpretrain.train"]

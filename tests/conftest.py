@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -31,11 +32,14 @@ def _main(module: str, arguments: list[str], output: str, env: dict[str, str]) -
     os.chdir(ROOT)
     os.environ.update(env)
     sys.argv = [module, *arguments]
+    if module.endswith(".py"):
+        runpy.run_path(module, run_name="__main__")
+        sys.exit(0)
     sys.exit(importlib.import_module(module).main())
 
 
 def _call(module: str, arguments: list[str], timeout: int, env: dict[str, str]) -> subprocess.CompletedProcess:
-    """`python -m module arguments` from the server."""
+    """`python -m module arguments` from the server, or `python module arguments` where it is a file."""
     with tempfile.TemporaryDirectory() as output:
         process = _processes.Process(target=_main, args=(module, arguments, output, env))
         process.start()
@@ -76,6 +80,11 @@ def hfpretrain(*arguments: str, **env: str):
         return _call("hfpretrain.cli", list(arguments), 300, env)
     command = [sys.executable, "-m", "hfpretrain.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True)
+
+
+def script(path: Path, *arguments: object):
+    """`python path arguments`."""
+    return _call(str(path), list(map(str, arguments)), 300, {})
 
 
 @pytest.fixture

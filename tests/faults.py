@@ -5,6 +5,7 @@ last rank alone; FAULT=slow:PHASE makes a beat of the watch in that phase take s
 the phase the main thread is in is written.
 """
 
+import importlib
 import os
 import sys
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from hfpretrain import dataloader, engine, ranks, streaming, train
+from hfpretrain import dataloader, engine, ranks, streaming
+
+train = importlib.import_module("hfpretrain.train")
 
 kind, _, place = os.environ.get("FAULT", "").partition(":")
 RANK = int(os.environ.get("RANK", "0"))

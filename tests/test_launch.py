@@ -26,7 +26,8 @@ if [[ $1 == show ]]; then printf '127.0.0.1\\n%.0s' $(seq $SLURM_JOB_NUM_NODES);
 STOPPED_EARLY = f"""#!/bin/bash
 RANK=$SLURM_NODEID {sys.executable} -c '
 import sys
-from hfpretrain import train
+import hfpretrain.train
+train = sys.modules["hfpretrain.train"]
 train._main = lambda arguments, rank: 75
 sys.exit(train.main())' || exit 1
 """

@@ -14,6 +14,7 @@ FOUNDATION = {
     "devices",
     "hygiene",
     "mirror",
+    "shipped",
     "prepared",
     "token_perplexity",
     "launcher",
@@ -49,11 +50,13 @@ LEAVES = {
     "stability",
 }
 COMPOSITION = [
+    "loading",
     "prepare",
     "trace",
     "validation",
     "streaming",
     "score",
+    "downstream",
     "plan",
     "bill",
     "report",

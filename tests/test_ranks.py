@@ -37,7 +37,8 @@ with Watch() as watch:
 # A training of which one rank hangs at its third step.
 HANGS = """
 import os, sys, time
-from hfpretrain import dataloader, train
+from hfpretrain import dataloader
+from hfpretrain.train import main
 
 step = dataloader.TrainingData.step
 
@@ -47,7 +48,7 @@ def hangs(self, number):
     return step(self, number)
 
 dataloader.TrainingData.step = hangs
-sys.exit(train.main())
+sys.exit(main())
 """
 
 

@@ -67,7 +67,7 @@ def test_every_command_is_covered():
         "pip install",
         "DS_BUILD_OPS=0 pip",
     ]
-    assert len(TRAINING) == 3 and len(CONSOLE) == 13 and len(PYTHON) == 1
+    assert len(TRAINING) == 3 and len(CONSOLE) == 14 and len(PYTHON) == 2
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -136,7 +136,7 @@ def test_the_slurm_script_prepares_a_share(folder):
 
 def test_python_snippets(folder):
     for code in PYTHON:
-        result = run(folder, "python -c", code)
+        result = run(folder, "python -c", code.replace('("quickstart")', f'("quickstart", {SMALL})'))
         assert result.returncode == 0, result.stderr
     assert (folder / "runs" / "fine-tuned" / "model.safetensors").exists()
 

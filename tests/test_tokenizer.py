@@ -1,10 +1,20 @@
 import random
 
 import pytest
-from conftest import small_text
+from conftest import small_text, write_recipe
 
-from hfpretrain.recipe import RecipeError, TokenizerSection
-from hfpretrain.tokenizer import END_OF_TEXT, load_tokenizer, padded_vocab_size, token_bytes, train_tokenizer
+from hfpretrain import load_recipe
+from hfpretrain.prepare import prepared_path
+from hfpretrain.recipe import RecipeError, TokenizerSection, dump_recipe
+from hfpretrain.run_folder import refuse_other_run
+from hfpretrain.tokenizer import (
+    END_OF_TEXT,
+    chat_template_problems,
+    load_tokenizer,
+    padded_vocab_size,
+    token_bytes,
+    train_tokenizer,
+)
 
 BPE = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
 CHARACTER = TokenizerSection(algorithm="character", pad_to_multiple_of=8)
@@ -54,3 +64,34 @@ def test_token_bytes_add_up_to_the_text(section):
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"tokenizer.pretrained: cannot load .*nowhere"):
         load_tokenizer(TokenizerSection(pretrained=str(tmp_path / "nowhere")))
+
+
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (TEMPLATE, None),
+        # TRL's mark of what the assistant said, which Jinja alone does not know.
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", None),
+        ("{% for message in messages %}{{ message.content }}", "does not render a question and its answer: Unexpected"),
+        ("{{ raise_exception('system first') }}", "does not render a question and its answer: system first"),
+        ("{{ messages[0].content }}", "leaves out what is said"),
+        ("nowhere.jinja", "'nowhere.jinja' has no { so it names a file, which cannot be read: No such file"),
+    ],
+)
+def test_a_chat_template_must_render_messages(given, message):
+    problems = list(chat_template_problems({"tokenizer": {"chat_template": given}}))
+    assert (message is None and not problems) or (message is not None and problems[0].message.startswith(message))
+    assert not list(chat_template_problems({"tokenizer": None}))
+
+
+def test_a_chat_template_asks_for_no_new_preparation_or_run(folder):
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    without = load_recipe(write_recipe(folder))
+    given = load_recipe(write_recipe(folder, tokenizer__chat_template=str(folder / "chat.jinja")))
+    assert prepared_path(given) == prepared_path(without)
+    (folder / "run").mkdir()
+    (folder / "run" / "recipe.yaml").write_text(dump_recipe(without))
+    refuse_other_run(given)

@@ -13,6 +13,6 @@ def test_a_run_killed_at_random_moments_is_the_one_that_was_not(folder):
 def test_what_does_not_run_is_an_error(folder):
     recipe = write_recipe(folder)
     result = hfpretrain("verify-resume", str(recipe), "--engine", "nowhere")
-    assert result.returncode == 2 and "accelerate_configs/nowhere.yaml" in result.stderr
+    assert result.returncode == 2 and "no such engine file" in result.stderr
     result = hfpretrain("verify-resume", str(recipe), "--data.sources.0.data_files=nowhere.jsonl")
     assert result.returncode == 2 and "the run ended with exit code 2" in result.stderr

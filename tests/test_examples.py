@@ -1,0 +1,130 @@
+"""The scripts of examples/ that take a checkpoint, on one of this project's making; they import nothing of ours."""
+
+import ast
+import json
+import re
+
+import pytest
+from conftest import ROOT, hfpretrain, script, small_text, train, write_jsonl, write_recipe
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hfpretrain import evaluate_perplexity
+
+EXAMPLES = ROOT / "examples"
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
+TEXTS = [text[:60] for text in small_text(8, seed=5)]
+MESSAGES = [[{"role": "user", "content": t[:20]}, {"role": "assistant", "content": t[20:40]}] for t in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with a chat template, and files of documents, chats and labels."""
+    folder = tmp_path_factory.mktemp("examples")
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    write_jsonl(folder / "text.jsonl", TEXTS)
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in MESSAGES))
+    labels = [{"text": t[:60], "label": int("river" in t[:60])} for t in small_text(64, seed=6)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    recipe = write_recipe(folder, training__max_steps=30, tokenizer__chat_template=str(folder / "chat.jinja"))
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run(name, *arguments):
+    result = script(EXAMPLES / f"{name}.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def step_0_loss(output):
+    return float(re.search(r"step 0: loss ([\d.]+)", output)[1])
+
+
+def evaluated(folder, texts):
+    """Loss of documents that each stand alone."""
+    report = evaluate_perplexity(folder / "run" / "model", {str(n): [text] for n, text in enumerate(texts)})
+    return report["loss"]
+
+
+def test_they_know_nothing_of_hfpretrain():
+    for path in EXAMPLES.glob("*.py"):
+        if path.stem != "own_loop":
+            modules = {
+                getattr(node, "module", None) or alias.name
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names
+            }
+            assert not any(module.startswith("hfpretrain") for module in modules), path
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
+def test_sft_begins_at_the_evaluated_loss(folder, lora):
+    model, output = folder / "run" / "model", folder / f"sft{len(lora)}"
+    printed = run("sft", model, folder / "text.jsonl", output, "--steps", 2, *lora)
+    assert step_0_loss(printed) == pytest.approx(evaluated(folder, TEXTS), abs=1e-5)
+    tuned, before = (dict(AutoModelForCausalLM.from_pretrained(m).named_parameters()) for m in (output, model))
+    assert tuned.keys() == before.keys() and any(not tuned[name].equal(before[name]) for name in tuned)
+
+
+def test_sft_takes_messages_by_the_recipes_chat_template(folder):
+    model = folder / "run" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.chat_template == TEMPLATE and (model / "chat_template.jinja").read_text() == TEMPLATE
+    assert "<|endoftext|>assistant: " in tokenizer.apply_chat_template(MESSAGES[0], tokenize=False)
+    printed = run("sft", model, folder / "chat.jsonl", folder / "chat", "--steps", 2)
+    assert 3 < step_0_loss(printed) < 7
+    assert AutoTokenizer.from_pretrained(folder / "chat").chat_template == TEMPLATE
+
+
+def test_run_clm_begins_at_the_evaluated_loss(folder):
+    # One text that fills whole blocks with its EOS: run_clm drops the rest.
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "model")
+    ids = tokenizer(" ".join(TEXTS))["input_ids"]
+    text = next(
+        text
+        for text in (tokenizer.decode(ids[:end]) for end in range(len(ids), 0, -1))
+        if (len(tokenizer(text)["input_ids"]) + 1) % 32 == 0
+    )
+    write_jsonl(folder / "long.jsonl", [text])
+    model = folder / "run" / "model"
+    printed = run("run_clm", model, folder / "long.jsonl", folder / "clm", "--block-size", 32, "--steps", 2)
+    report = evaluate_perplexity(model, [text], block_size=32)
+    assert report["tokens"] == 31 * int(re.search(r"(\d+) blocks of 32", printed)[1])
+    assert step_0_loss(printed) == pytest.approx(report["loss"], abs=1e-5)
+    assert AutoModelForCausalLM.from_pretrained(folder / "clm")
+
+
+def test_verify_compares_every_way_on_what_the_run_holds_out(folder):
+    result = hfpretrain("verify", str(folder / "run"), "--downstream", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [row["way"] for row in report["rows"]] == [
+        "AutoModelForCausalLM, a document at a time",
+        "Trainer, documents padded",
+        "Trainer, run_clm's blocks of 64",
+        "TRL SFTTrainer",
+        "TRL SFTTrainer with LoRA",
+    ]
+    assert all(row["loss"] == pytest.approx(row["evaluated"], abs=1e-5) for row in report["rows"])
+    assert all(row["tokens"] == row["evaluated_tokens"] > 500 for row in report["rows"])
+
+
+def test_classification(folder):
+    printed = run("classify", folder / "run" / "model", folder / "labels.jsonl", folder / "classes", "--steps", 20)
+    assert re.search(r"accuracy on 13 held-out texts: 0\.\d+ before, [01]\.\d+", printed)
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "classes").num_labels == 2
+
+
+def test_pipeline(folder):
+    assert run("generate", folder / "run" / "model", "the river").startswith("the river")
+    assert run("generate", folder / "run" / "model", "the river", "--chat").strip()
+
+
+def test_lm_eval_finds_the_evaluated_bits_per_byte(folder):
+    printed = run("lm_eval_task", folder / "run" / "model", folder / "text.jsonl")
+    # lm-eval begins every document with EOS, so the first one needs one before it here.
+    report = evaluate_perplexity(folder / "run" / "model", ["", *TEXTS], stride=32)
+    assert float(re.search(r"bits_per_byte ([\d.]+)", printed)[1]) == pytest.approx(report["bits_per_byte"], abs=2e-6)

@@ -1,0 +1,93 @@
+"""`import hfpretrain`: what a script of one's own can do."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment, rows, script, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hfpretrain
+from hfpretrain import evaluate_perplexity, load_recipe, prepare, training_batches
+from hfpretrain.dataloader import Ledger, sequence_checksum
+from hfpretrain.recipe import RecipeError
+
+SCRIPT = """
+import sys
+from hfpretrain import load_recipe, train
+
+path, *overrides = sys.argv[1:]
+model = train(load_recipe(path, overrides))
+print("first", model)
+recipe = load_recipe(path, [*overrides, "--training.mixed_precision=bf16", "--output_dir=" + str(model.parent) + "-2"])
+print("second", train(recipe))
+"""
+
+
+def test_nothing_heavy_is_imported_until_it_is_used():
+    code = (
+        "import sys, hfpretrain\n"
+        "assert not {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "import hfpretrain.train as module, hfpretrain.prepare\n"  # Python would set these as attributes
+        "from hfpretrain import prepare, train\n"
+        "assert callable(train) and callable(prepare) and hfpretrain.train is train is module\n"
+        "assert sys.modules['hfpretrain.train'].main and set(hfpretrain.__all__) <= set(dir(hfpretrain))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        hfpretrain.trian  # noqa: B018
+
+
+def test_a_script_trains_alone_and_under_a_launcher(folder):
+    (folder / "mine.py").write_text(SCRIPT)
+    arguments = [write_recipe(folder), "--training.max_steps=3"]
+    result = script(folder / "mine.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"first {folder / 'run' / 'model'}" in result.stdout
+    assert f"second {folder / 'run-2' / 'model'}" in result.stdout
+    launch = ["-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--num_processes", "2"]
+    launch += ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), str(folder / "mine.py")]
+    command = [sys.executable, *launch, *map(str, arguments), f"--output_dir={folder / 'ddp'}"]
+    result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert f"first {folder / 'ddp' / 'model'}" in result.stdout
+    assert result.returncode == 1 and "launch each run anew" in result.stderr
+    alone, launched = (rows(folder / run, "loss") for run in ("run", "ddp"))
+    assert [alone[n]["ledger"] for n in (1, 2, 3)] == [launched[n]["ledger"] for n in (1, 2, 3)]
+    # An own loop gets what the runs consumed, on any number of processes.
+    recipe = load_recipe(*arguments[:1], arguments[1:])
+    prepared, ledger = prepare(recipe), Ledger()
+    shares = [training_batches(recipe, prepared, process_index=rank, num_processes=2) for rank in (0, 1)]
+    for step, batches in enumerate(training_batches(recipe, prepared)):
+        both = [batch for share in shares for batch in next(share)]
+        for name in ("input_ids", "labels", "position_ids"):
+            assert torch.equal(torch.cat([b[name] for b in batches]), torch.cat([b[name] for b in both]))
+        ids = np.concatenate([batch["input_ids"].numpy() for batch in batches])
+        ledger.append(sequence_checksum(ids, np.arange(step * len(ids), (step + 1) * len(ids))))
+        assert ledger.digest == alone[step + 1]["ledger"]
+    assert step == 2 and len(list(training_batches(recipe, prepared, start_step=1))) == 2
+    with pytest.raises(RecipeError, match="does not divide by 3"):
+        training_batches(recipe, prepared, num_processes=3)
+    # And the report of `hfpretrain evaluate`, of a folder or a model in memory, which stays as it was.
+    path = folder / "run" / "model"
+    report = evaluate_perplexity(path, recipe)
+    assert report["tokens"] > 500 and report["block_size"] == 32
+    texts = {"a": ["The river runs."], "b": ["under the stone", "over it"]}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).train(), AutoTokenizer.from_pretrained(path)
+    in_memory = evaluate_perplexity(model, texts, tokenizer=tokenizer)
+    assert model.training and "forward" not in vars(model.get_output_embeddings())
+    stored = evaluate_perplexity(str(path), texts)
+    assert in_memory.keys() == stored.keys() and in_memory["b/documents"] == 2
+    assert in_memory["b/loss"] == pytest.approx(stored["b/loss"])
+    with pytest.raises(RecipeError, match="give a list"):
+        evaluate_perplexity(path, "one string")
+
+
+def test_the_example_of_an_own_loop(folder):
+    result = script(ROOT / "examples" / "own_loop.py", write_recipe(folder), "--training.max_steps=20")
+    assert result.returncode == 0, result.stderr
+    losses = [float(line.split()[-1]) for line in result.stdout.splitlines() if line.startswith("step ")]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    assert AutoModelForCausalLM.from_pretrained(folder / "run")

@@ -1,0 +1,77 @@
+"""What is uploaded to PyPI, built offline."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from conftest import ROOT, environment
+
+from hfpretrain import __version__, shipped
+
+KEPT = ("pyproject.toml", "MANIFEST.in", "*.md", "LICENSE", "Makefile", "constraints.txt")
+FOLDERS = ("hfpretrain", "recipes", "accelerate_configs", "tests", "benchmarks", "examples")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Wheel and sdist in `dist`, the wheel's content in `site`; built in a copy, since setuptools writes beside it."""
+    folder = tmp_path_factory.mktemp("release")
+    (folder / "source").mkdir()
+    for path in (path for pattern in KEPT for path in ROOT.glob(pattern)):
+        shutil.copy(path, folder / "source")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta as b; b.build_wheel('../dist'); b.build_sdist('../dist')"
+    (folder / "dist").mkdir()
+    result = subprocess.run([sys.executable, "-c", build], cwd=folder / "source", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(next((folder / "dist").glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder
+
+
+def run(folder, *arguments):
+    """The command of the unpacked wheel, in an empty folder."""
+    (folder / "empty").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "hfpretrain.cli", *arguments]
+    env = environment(PYTHONPATH=str(folder / "site"))
+    return subprocess.run(command, cwd=folder / "empty", env=env, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_package_recipes_and_engines(folder):
+    found = {str(path.relative_to(folder / "site")) for path in (folder / "site").rglob("*") if path.is_file()}
+    metadata = f"hfpretrain-{__version__}.dist-info"
+    wanted = {f"hfpretrain/{path.name}" for path in (ROOT / "hfpretrain").glob("*.py")} | {"hfpretrain/py.typed"}
+    for name in ("recipes", "accelerate_configs"):
+        wanted |= {f"hfpretrain/{name}/{path.name}" for path in (ROOT / name).glob("*.yaml")}
+    assert {path for path in found if not path.startswith(metadata)} == wanted
+    assert f"{metadata}/licenses/LICENSE" in found
+    assert "hfpretrain = hfpretrain.cli:main" in (folder / "site" / metadata / "entry_points.txt").read_text()
+
+
+def test_the_sdist_holds_what_a_tester_needs(folder):
+    with tarfile.open(folder / "dist" / f"hfpretrain-{__version__}.tar.gz") as sdist:
+        found = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"tests/conftest.py", "tests/test_release.py", "benchmarks/small.py", "examples/sft.py"} <= found
+    assert {"CHANGELOG.md", "constraints.txt", "recipes/quickstart.yaml", "accelerate_configs/ddp.yaml"} <= found
+
+
+def test_recipes_and_engines_are_found_by_name(folder):
+    shown = run(folder, "path", "ddp")
+    assert shown.stdout.strip() == str(folder / "site" / "hfpretrain" / "accelerate_configs" / "ddp.yaml"), shown.stderr
+    checked = run(folder, "check", "quickstart", "--training.max_steps=60")
+    assert checked.returncode == 0 and "# parameters       4,737,792" in checked.stdout, checked.stderr
+    (folder / "empty" / "quickstart").write_text("output_dir: 3")
+    mine = run(folder, "check", "quickstart")  # a file that is there wins over a name
+    assert mine.returncode == 2 and "output_dir" in mine.stderr
+    wrong = run(folder, "path", "quickstrat")
+    assert wrong.returncode == 2 and "shipped: quickstart" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_name_is_a_recipes_or_an_engines():
+    recipes, engines = shipped.names("recipe"), shipped.names("engine")
+    assert "quickstart" in recipes and "fsdp2" in engines and not set(recipes) & set(engines)
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
