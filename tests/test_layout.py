@@ -25,6 +25,7 @@ FOUNDATION = {
     "sequence_parallel",
     "initialisation",
     "fragments",
+    "subruns",
 }
 LEAVES = {
     "corpus",
@@ -46,6 +47,7 @@ LEAVES = {
     "ranks",
     "stopping",
     "stability",
+    "scaling",
 }
 COMPOSITION = [
     "prepare",
@@ -54,6 +56,7 @@ COMPOSITION = [
     "streaming",
     "score",
     "plan",
+    "family",
     "bill",
     "report",
     "incident",
@@ -63,6 +66,7 @@ COMPOSITION = [
     "run",
     "train",
     "verify_resume",
+    "ladder",
     "cli",
 ]
 
