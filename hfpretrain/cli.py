@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--num-processes", type=int, help="default: the engine's file's")
     proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
     proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
+    ladder = command("ladder", _ladder, f"small models of a recipe's family, and what they predict of it; {_OVERRIDES}")
+    ladder.add_argument("recipe")
+    sizes = "parameters in all, at least four, as 400k 2.5M 1B; the largest checks the fit of the others"
+    ladder.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help=sizes)
+    ratios = "tokens per parameter, in those of the recipe; several tell the best size; default: 1"
+    ladder.add_argument("--ratios", nargs="+", type=float, default=[1.0], metavar="RATIO", help=ratios)
+    ladder.add_argument("--engine", help="accelerate file, or the name of one that is shipped; default: none")
+    ladder.add_argument("--num-processes", type=int, help="default: the engine's file's")
+    ladder.add_argument("--compute", type=float, help="FLOPs to find the best size for; default: the recipe's")
+    ladder.add_argument("--output", help="folder of the rungs, the table and the plot; default: OUTPUT_DIR-ladder")
     runs = command("runs", _runs, "one line for each run in a folder: what it is, its figures, where it stands")
     runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
     runs.add_argument("--plot", metavar="PNG", help="also draw the validation losses of all into one picture")
@@ -294,6 +305,20 @@ def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
         raise RecipeError.at("--steps, --kills", "at least 4 steps, and no negative number of kills")
     recipe, arguments = _load(args, overrides), [args.recipe, *overrides]
     for line in verify_resume(recipe, arguments, args.engine, args.num_processes, args.steps, args.kills):
+        print(line, flush=True)
+
+
+def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.ladder import ladder, parse_size
+
+    for name, value in (("--compute", args.compute), ("--num-processes", args.num_processes)):
+        if value is not None and not 0 < value < float("inf"):
+            raise RecipeError.at(name, f"{value} must be a positive number")
+    sizes = [parse_size(text) for text in args.sizes]
+    recipe = _load(args, overrides)
+    folder = Path(args.output or f"{recipe.output_dir.rstrip('/')}-ladder")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a rung must not go on alone
+    for line in ladder(recipe, sizes, args.ratios, args.engine, args.num_processes, args.compute, folder):
         print(line, flush=True)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from hfpretrain import metrics, shipped
+from hfpretrain import metrics, subruns
 from hfpretrain.recipe import Recipe, RecipeError
 
 TOLERANCE = 1e-5
@@ -27,17 +26,17 @@ def verify_resume(
 ) -> Iterator[str]:
     """Lines that tell what was done and compared.
 
-    `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one that
-    is shipped, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
+    `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one that is
+    shipped, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
     differs, a loss or rate by more than 1e-5, or a gradient norm by more than 1e-4.
     """
-    command = _command(engine, num_processes) + arguments + _short(recipe, steps)
+    command = subruns.command(engine, num_processes) + arguments + _short(recipe, steps)
     parent = Path(recipe.output_dir).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=parent) as folder:
         straight = Path(folder) / "uninterrupted"
         start = time.perf_counter()
-        _finish(_Process([*command, f"--output_dir={straight}"]), straight)
+        subruns.finish(subruns.Process([*command, f"--output_dir={straight}"]), straight)
         seconds = time.perf_counter() - start
         yield f"uninterrupted: {steps} steps in {seconds:.0f} s"
         done, rounds = 0, 0
@@ -49,23 +48,6 @@ def verify_resume(
                 yield f"kill {done} (run {rounds}): {line}"
             yield from _compare(straight, killed)
             shutil.rmtree(killed)
-
-
-class _Process(subprocess.Popen[bytes]):
-    """Its messages go into a file: a pipe that nobody reads meanwhile would stop it when full."""
-
-    def __init__(self, command: list[str]):
-        self.messages = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
-        super().__init__(command, stdout=subprocess.DEVNULL, stderr=self.messages)
-
-
-def _command(engine: str | None, num_processes: int | None) -> list[str]:
-    if engine is None:
-        return [sys.executable, "-m", "hfpretrain.train"]
-    path = shipped.find(engine, "engine", path="--engine")
-    count = [] if num_processes is None else ["--num_processes", str(num_processes)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-    return [*launcher, "--config_file", str(path), *count, "-m", "hfpretrain.train"]
 
 
 def _short(recipe: Recipe, steps: int) -> list[str]:
@@ -87,7 +69,7 @@ def _short(recipe: Recipe, steps: int) -> list[str]:
 def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) -> Iterator[str]:
     """Start a run again and again until it ends, killed at random moments up to `kills` times: a line for each."""
     for _ in range(kills):
-        process = _Process(command)
+        process = subruns.Process(command)
         try:
             process.wait(timeout=random.uniform(0, seconds))
         except subprocess.TimeoutExpired:
@@ -97,11 +79,11 @@ def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) 
             sealed = len(list((run / "checkpoints").glob("step-" + "[0-9]" * 8)))
             yield f"step {step} was the last logged, {sealed} checkpoint(s) sealed"
             continue
-        return _finish(process, run)
-    return _finish(_Process(command), run)
+        return subruns.finish(process, run)
+    return subruns.finish(subruns.Process(command), run)
 
 
-def _kill(process: _Process) -> None:
+def _kill(process: subruns.Process) -> None:
     """SIGKILL to a process and all that it started, at the same moment."""
     tree = [psutil.Process(process.pid)]
     tree += tree[0].children(recursive=True)
@@ -112,13 +94,6 @@ def _kill(process: _Process) -> None:
             continue
     psutil.wait_procs(tree)
     process.wait()
-
-
-def _finish(process: _Process, run: Path) -> None:
-    if process.wait():
-        process.messages.seek(0)
-        messages = process.messages.read().decode(errors="replace")
-        raise RecipeError.at(str(run), f"the run ended with exit code {process.returncode}:\n{messages[-3000:]}")
 
 
 def _compare(straight: Path, killed: Path) -> Iterator[str]:

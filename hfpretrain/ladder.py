@@ -1,0 +1,472 @@
+"""The scaling ladder: small models of a recipe's family trained by its rules, and what they say of the recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfpretrain import files, metrics, run_folder, scaling, subruns
+from hfpretrain.family import Family, Member
+from hfpretrain.model import config_problems
+from hfpretrain.prepare import prepare
+from hfpretrain.recipe import Problem, Recipe, RecipeError, dump_recipe, load_recipe
+
+LR_EXPONENT, BATCH_EXPONENT = -0.125, 0.3271
+"""Peak learning rate and tokens of a step follow compute by these (Bi et al. 2024, "DeepSeek LLM", section 3.1)."""
+_MIN_SIZES, _MIN_STEPS, _MIN_PARAMETERS = 4, 20, 1000
+_UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
+
+
+def parse_size(text: str) -> int:
+    """Parameters from 250000, 250k, 0.25M or 1B. Raises `RecipeError` for anything else."""
+    number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1.0)
+    try:
+        size = round(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < _MIN_PARAMETERS:
+        raise RecipeError.at("--sizes", f"{text!r} is no number of parameters from 1k on, such as 400k, 2.5M or 1B")
+    return size
+
+
+@dataclass
+class Rung:
+    """One run of a ladder. `asked` and `parameters` are total parameters, `flops` the whole run's 6 N D with N those
+    that a token meets, `ratio` its tokens per parameter in those of the recipe."""
+
+    name: str
+    asked: int
+    parameters: int
+    ratio: float
+    tokens: int
+    flops: float
+    held_out: bool
+    recipe: Recipe = field(repr=False)
+    path: Path
+    loss: float | None = None
+    bits_per_byte: float | None = None
+
+    @property
+    def run(self) -> Path:
+        """Its output folder."""
+        return Path(self.recipe.output_dir)
+
+    def read(self) -> bool:
+        """Whether it is finished; its final validation loss is then known."""
+        rows = metrics.read_metrics(self.run / "metrics.jsonl")
+        last = self.recipe.training.num_steps
+        if not rows or "export/loss_export" not in rows[-1] or rows[-1]["step"] != last:
+            return False
+        row = next(row for row in reversed(rows) if "eval/loss" in row)
+        self.loss, self.bits_per_byte = row["eval/loss"], row["eval/bits_per_byte"]
+        return True
+
+
+class Ladder:
+    """The rungs of a recipe in `folder`, by growing compute, as recipes of their own; nothing is trained yet.
+
+    `sizes`: total parameters, since with the embeddings left out the exponents of small models are not those of large
+    ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling Laws"). Every size is trained on the recipe's
+    tokens per parameter times each of `ratios`. The largest is held out of the first fit. Raises `RecipeError`.
+    """
+
+    def __init__(self, recipe: Recipe, sizes: Sequence[int], ratios: Sequence[float], num_processes: int, folder: Path):
+        self.recipe, self.folder, self.ratios = recipe, folder, sorted(set(ratios))
+        sizes = sorted(set(sizes))
+        if not recipe.data.has_validation:
+            raise RecipeError.at(
+                "data.validation_fraction", "a ladder compares validation losses; hold something out, for example 0.01"
+            )
+        if len(sizes) < _MIN_SIZES:
+            raise RecipeError.at(
+                "--sizes",
+                f"{len(sizes)} different sizes; give at least {_MIN_SIZES}: three to fit, the largest to check",
+            )
+        if not ratios or any(not 0 < ratio < math.inf for ratio in ratios):
+            raise RecipeError.at("--ratios", f"{list(ratios)} must be positive numbers")
+        # The rungs' own folders are elsewhere, the data are not.
+        shared = recipe.data.model_copy(update={"prepared_dir": str(recipe.prepared_dir)})
+        self.prepared = prepare(recipe)
+        self.family = Family(recipe)
+        self.parameters = self.family.whole.parameters
+        self.tokens = recipe.training.num_steps * recipe.training.tokens_per_step
+        self.flops = _flops(self.family.whole, self.tokens)
+        members = [self.family.nearest(size) for size in sizes]
+        self.rungs: list[Rung] = []
+        problems: list[Problem] = []
+        for size, member, next_member in zip(sizes, members, [*members[1:], None], strict=True):
+            if next_member is not None and member.parameters.total == next_member.parameters.total:
+                message = f"{size:,} and the next give the same model of {member.parameters.total:,} parameters"
+                problems.append(Problem("--sizes", f"{message}; the family has none between, ask for other sizes"))
+                continue
+            for ratio in self.ratios:
+                rung = self._rung(recipe.model_copy(update={"data": shared}), size, member, ratio, num_processes)
+                if rung.recipe.training.num_steps < _MIN_STEPS:
+                    steps = rung.recipe.training.num_steps
+                    message = f"{size:,} parameters at ratio {ratio:g} would train for {steps} step(s), less than"
+                    message += f" {_MIN_STEPS}; ask for larger sizes or ratios, or give the recipe more steps"
+                    problems.append(Problem("--sizes", message))
+                rung.held_out = size == sizes[-1]
+                self.rungs.append(rung)
+        if problems:
+            raise RecipeError(problems)
+        self.rungs.sort(key=lambda rung: rung.flops)
+
+    def _rung(self, recipe: Recipe, size: int, member: Member, ratio: float, num_processes: int) -> Rung:
+        total = member.parameters.total
+        tokens = self.tokens / self.parameters.total * ratio * total
+        share = _flops(member, tokens) / self.flops
+        name = f"{total}-x{ratio:g}"
+        mapping = _rung_mapping(recipe, tokens, share, num_processes)
+        mapping["model"]["config"] = member.config
+        mapping["output_dir"] = str(self.folder / "rungs" / name)
+        made = Recipe.model_validate(mapping)
+        trained = made.training.num_steps * made.training.tokens_per_step
+        path = self.folder / "rungs" / f"{name}.yaml"
+        return Rung(name, size, total, ratio, trained, _flops(member, trained), False, made, path)
+
+    def write(self) -> None:
+        """Each rung's recipe, for any launcher. Raises `RecipeError` where the folder holds other rungs."""
+        for rung in self.rungs:
+            run_folder.refuse_other_run(rung.recipe)
+            if (rung.run / "recipe.yaml").exists():
+                before = load_recipe(rung.run / "recipe.yaml").training.num_steps
+                if before != rung.recipe.training.num_steps:
+                    raise RecipeError.at(
+                        "--output",
+                        f"{rung.run} is a run of {before} steps, now {rung.recipe.training.num_steps} are asked: its "
+                        "schedule would not be a whole one; choose another folder",
+                    )
+            files.write_whole(rung.path, dump_recipe(rung.recipe))
+            load_recipe(rung.path, checks=[config_problems])
+
+    def table(self) -> str:
+        """What will be trained, a line for each rung."""
+        columns = ("rung", "asked", "parameters", "layers", "width", "tokens", "steps", "tokens/step", "lr", "FLOPs")
+        lines: list[tuple[str, ...]] = [columns]
+        for rung in self.rungs:
+            training, config = rung.recipe.training, rung.recipe.model.config or {}
+            layers, width = self.family.shape(config)
+            cells = (rung.asked, rung.parameters, layers, width, rung.tokens, training.num_steps)
+            rates = (f"{training.tokens_per_step:,}", f"{rung.recipe.optimizer.lr:.2e}", f"{rung.flops:.2e}")
+            lines.append((rung.name, *(f"{cell:,}" for cell in cells), *rates))
+        return _aligned(lines)
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the recipe sees its training text; None where it is streamed."""
+        splits = [self.prepared.manifest["splits"][name] for name in self.prepared.train_splits]
+        rows = sum(split["rows"] for split in splits)
+        return self.tokens / (rows * self.recipe.data.block_size) if rows else None
+
+
+def _flops(member: Member, tokens: float) -> float:
+    return scaling.FLOPS_PER_PARAMETER_AND_TOKEN * member.parameters.active * tokens
+
+
+def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: int) -> dict[str, Any]:
+    """The recipe at `share` of its compute and for `tokens` tokens, with the model yet to be changed.
+
+    Batch and peak rate by `BATCH_EXPONENT` and `LR_EXPONENT`; warm-up, decay and stages keep their part of the run.
+    """
+    training, block_size = recipe.training, recipe.data.block_size
+    sequences, micro_batch_size = _batch(
+        training.tokens_per_step / block_size * share**BATCH_EXPONENT, training.micro_batch_size, num_processes
+    )
+    tokens_per_step = sequences * block_size
+    num_steps = max(1, round(tokens / tokens_per_step))
+    part = num_steps / training.num_steps
+    lr_factor = share**LR_EXPONENT
+    mapping = recipe.model_dump(mode="json")
+    mapping["optimizer"]["lr"] = float(f"{recipe.optimizer.lr * lr_factor:.4g}")
+    mapping["training"] |= {
+        "tokens_per_step": tokens_per_step,
+        "micro_batch_size": micro_batch_size,
+        "max_steps": num_steps,
+        "max_tokens": None,
+        "stop_after": None,
+    }
+    scheduler = mapping["scheduler"]
+    scheduler["num_warmup_steps"] = _steps(scheduler["num_warmup_steps"], part)
+    for key, value in scheduler["scheduler_specific_kwargs"].items():
+        if isinstance(value, int) and (key.endswith("_steps") or key == "timescale"):
+            scheduler["scheduler_specific_kwargs"][key] = _steps(value, part)
+        elif key in ("min_lr", "lr_end"):  # a rate, not a share of the peak
+            scheduler["scheduler_specific_kwargs"][key] = value * lr_factor
+    whole = training.num_steps * training.tokens_per_step
+    for stage in mapping["data"]["stages"]:
+        stage["from_tokens"] = max(1, int(stage["from_tokens"] * num_steps * tokens_per_step / whole))
+    # Only the last loss counts; an interrupted rung loses a quarter at most.
+    mapping["evaluation"] = {}
+    mapping["checkpoint"] |= {"every_steps": max(1, num_steps // 4), "keep_last": 1, "keep_every": None}
+    mapping["logging"] |= {"every_steps": max(1, num_steps // 50), "trackers": [], "profile_steps": None}
+    return mapping
+
+
+def _steps(number: int, part: float) -> int:
+    """Steps of a phase in a shorter run; one that was there is not left out."""
+    return max(min(number, 1), int(number * part))
+
+
+def _batch(sequences: float, micro_batch_size: int, num_processes: int) -> tuple[int, int]:
+    """Whole sequences of a step, within a tenth where that is possible, and the largest micro-batch up to the given
+    one that divides each process's share."""
+    for micro in range(micro_batch_size, 0, -1):
+        number = max(1, round(sequences / (micro * num_processes))) * micro * num_processes
+        if abs(number / sequences - 1) <= 0.1:
+            return number, micro
+    shares = max(1, round(sequences / num_processes))
+    micro = next(m for m in range(min(micro_batch_size, shares), 0, -1) if shares % m == 0)
+    return shares * num_processes, micro
+
+
+def ladder(
+    recipe: Recipe,
+    sizes: Sequence[int],
+    ratios: Sequence[float],
+    engine: str | None,
+    num_processes: int | None,
+    compute: float | None,
+    folder: Path,
+) -> Iterator[str]:
+    """Train the rungs that are not finished, fit, check, predict: lines that tell of it.
+
+    `engine`, `num_processes`: as of `subruns.command`; `compute`: FLOPs for which the best size is asked, by default
+    the recipe's. Leaves `ladder.json`, `ladder.png` and the rungs' runs in `folder`; the same call goes on where the
+    last one ended. Raises `RecipeError` for what is wrong with the input, and with a rung's message where one fails.
+    """
+    start = subruns.command(engine, num_processes)
+    made = Ladder(recipe, sizes, ratios, subruns.process_count(engine, num_processes), folder)
+    (folder / "rungs").mkdir(parents=True, exist_ok=True)
+    made.write()
+    yield made.table()
+    if made.epochs is not None and made.epochs > 1:
+        yield (
+            f"the recipe sees its training text {made.epochs:.2f} times; the law is one of text seen once, and up to "
+            "about 4 times is nearly as good (Muennighoff et al. 2023, section 5)"
+        )
+    total, done = sum(rung.flops for rung in made.rungs), 0.0
+    for number, rung in enumerate(made.rungs, 1):
+        known = rung.read()
+        if not known:
+            subruns.finish(subruns.Process([*start, str(rung.path)]), rung.run)
+            if not rung.read():
+                raise RecipeError.at(str(rung.run), "the run ended without its last evaluation; start again to resume")
+        done += rung.flops
+        yield (
+            f"rung {number}/{len(made.rungs)} {rung.name}: loss {rung.loss:.4f}, bits per byte "
+            f"{rung.bits_per_byte:.4f}{' (was finished)' if known else ''}; {done / total:.0%} of the ladder's FLOPs"
+        )
+    findings = _Findings(made, compute)
+    files.write_whole(folder / "ladder.json", json.dumps(findings.mapping(), indent=1))
+    findings.plot(folder / "ladder.png")
+    yield from findings.lines()
+    yield f"{folder / 'ladder.json'}, {folder / 'ladder.png'}"
+
+
+class _Findings:
+    """The fits of a ladder whose runs are done, and what follows from them."""
+
+    def __init__(self, made: Ladder, compute: float | None):
+        self.made, self.rungs, self.recipe = made, made.rungs, made.recipe
+        self.both = len(made.ratios) > 1
+        """Whether size and tokens vary apart, so that each has an exponent of its own."""
+        self.factor = made.flops / (made.parameters.total * made.tokens)
+        self.compute = made.flops if compute is None else compute
+        self.check = self._fit([rung for rung in self.rungs if not rung.held_out])
+        self.fit = self._fit(self.rungs)
+
+    def _fit(self, rungs: list[Rung]) -> scaling.Fit:
+        variables = np.array([self.at(rung.parameters, rung.tokens, rung.flops) for rung in rungs])
+        return scaling.fit(variables, np.array([rung.loss for rung in rungs], dtype=np.float64))
+
+    def at(self, parameters: float, tokens: float, flops: float) -> tuple[float, ...]:
+        """The variables of the law."""
+        return (parameters, tokens) if self.both else (flops,)
+
+    def _constants(self, law: scaling.Law) -> dict[str, float]:
+        if self.both:
+            (a, b), (alpha, beta) = law.coefficients, law.exponents
+            return {"E": law.irreducible, "A": a, "alpha": alpha, "B": b, "beta": beta}
+        return {"E": law.irreducible, "K": law.coefficients[0], "gamma": law.exponents[0]}
+
+    def _described(self, fit: scaling.Fit, points: int) -> dict[str, Any]:
+        samples = [self._constants(sample) for sample in fit.samples]
+        constants = {
+            key: {"value": value, "interval": fit.interval([sample[key] for sample in samples])}
+            for key, value in self._constants(fit.law).items()
+        }
+        return {"points": points, "constants": constants}
+
+    def held_out(self) -> list[dict[str, Any]]:
+        """Measured and predicted losses of the rungs that the first fit has not seen."""
+        found = []
+        for rung in self.rungs:
+            if rung.held_out and rung.loss is not None:
+                at = self.at(rung.parameters, rung.tokens, rung.flops)
+                predicted = self.check.law.loss(*at)
+                interval = self.check.loss_interval(*at, of_a_run=True)
+                error = predicted / rung.loss - 1
+                found.append(
+                    {
+                        "name": rung.name,
+                        "measured": rung.loss,
+                        "predicted": predicted,
+                        "interval": interval,
+                        "relative_error": error,
+                    }
+                )
+        return found
+
+    def target(self) -> dict[str, Any]:
+        """The recipe's predicted loss."""
+        made = self.made
+        at = self.at(made.parameters.total, made.tokens, made.flops)
+        return {
+            "parameters": made.parameters.total,
+            "tokens": made.tokens,
+            "flops": made.flops,
+            "times_largest_rung": made.flops / max(rung.flops for rung in self.rungs),
+            "predicted": self.fit.law.loss(*at),
+            "interval": self.fit.loss_interval(*at, of_a_run=True),
+        }
+
+    def at_compute(self) -> dict[str, Any]:
+        """The least loss for the compute asked; its size and tokens where the law tells them apart."""
+        if not self.both:  # the loss with the recipe's tokens per parameter
+            interval = self.fit.loss_interval(self.compute)
+            return {"flops": self.compute, "predicted": self.fit.law.loss(self.compute), "interval": interval}
+        laws = (self.fit.law, *self.fit.samples)
+        best = [law.optimum(self.compute, self.factor) for law in laws]
+        losses = [law.loss(*at) for law, at in zip(laws, best, strict=True)]
+        (parameters, tokens), *others = best
+        return {
+            "flops": self.compute,
+            "parameters": parameters,
+            "parameters_interval": self.fit.interval([at[0] for at in others]),
+            "tokens": tokens,
+            "tokens_interval": self.fit.interval([at[1] for at in others]),
+            "predicted": losses[0],
+            "interval": self.fit.interval(losses[1:]),
+        }
+
+    def mapping(self) -> dict[str, Any]:
+        """Everything, for `ladder.json`."""
+        made = self.made
+        seen = [rung for rung in self.rungs if not rung.held_out]
+        keys = ("name", "asked", "parameters", "ratio", "tokens", "flops", "held_out", "loss", "bits_per_byte")
+        return {
+            "recipe": Path(made.recipe.output_dir).name,
+            "law": "L = E + A / N^alpha + B / D^beta" if self.both else "L = E + K / C^gamma",
+            "units": "nats per token; N total parameters, D tokens, C = 6 N D FLOPs with N those that a token meets",
+            "tokens_per_parameter": made.tokens / made.parameters.total,
+            "epochs": made.epochs,
+            "rungs": [{key: getattr(rung, key) for key in keys} for rung in self.rungs],
+            "fit_without_held_out": self._described(self.check, len(seen)),
+            "held_out": self.held_out(),
+            "fit": self._described(self.fit, len(self.rungs)),
+            "target": self.target(),
+            "at_compute": self.at_compute(),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """What was found, for people."""
+        found = self.mapping()
+        yield f"law {found['law']}; C = 6 N D; intervals are 95 %, by parametric bootstrap"
+        first, then = found["fit_without_held_out"], found["fit"]
+        yield f"fit to {first['points']} runs without the largest size: {_constants_text(first['constants'])}"
+        if not self.check.samples:
+            yield "  as many constants as runs: no interval; more sizes or --ratios give one"
+        for row in found["held_out"]:
+            yield (
+                f"held out {row['name']}: measured {row['measured']:.4f}, predicted {row['predicted']:.4f}"
+                f"{_interval_text(row['interval'], '.4f')}, error {row['relative_error']:+.2%}"
+            )
+        yield f"fit to all {then['points']} runs: {_constants_text(then['constants'])}"
+        target, best = found["target"], found["at_compute"]
+        yield (
+            f"the recipe: {target['parameters']:,} parameters, {target['tokens']:,} tokens, {target['flops']:.2e} "
+            f"FLOPs ({target['times_largest_rung']:,.1f} times the largest rung): loss {target['predicted']:.4f}"
+            f"{_interval_text(target['interval'], '.4f')}"
+        )
+        if self.both:
+            yield (
+                f"best for {best['flops']:.2e} FLOPs: {best['parameters']:.3g} parameters"
+                f"{_interval_text(best['parameters_interval'], '.3g')}, {best['tokens']:.3g} tokens"
+                f"{_interval_text(best['tokens_interval'], '.3g')}, loss {best['predicted']:.4f}"
+                f"{_interval_text(best['interval'], '.4f')}"
+            )
+        else:
+            yield (
+                f"{best['flops']:.2e} FLOPs at the recipe's tokens per parameter: loss {best['predicted']:.4f}"
+                f"{_interval_text(best['interval'], '.4f')}. With one ratio, size and tokens grow together: the best "
+                "size is not known; give several --ratios"
+            )
+        constants = scaling.num_constants(1 + self.both)
+        if self.fit.samples and len(self.rungs) < 2 * constants:
+            yield f"{len(self.rungs)} runs are few for {constants} constants: the intervals are rough"
+
+    def plot(self, path: Path) -> None:
+        """Loss against compute as a PNG: runs and the law by ratio, the held-out size, the recipe with its interval."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5.4), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        made, target = self.made, self.target()
+        flops = np.geomspace(min(r.flops for r in self.rungs) / 1.5, 1.5 * max(made.flops, self.rungs[-1].flops), 200)
+        colours = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d")
+        for number, ratio in enumerate(made.ratios):
+            colour = colours[number % len(colours)]
+            per_parameter = made.tokens / made.parameters.total * ratio
+            sizes = np.sqrt(flops / (self.factor * per_parameter))
+            line = [self.at(n, per_parameter * n, c) for n, c in zip(sizes, flops, strict=True)]
+            axes.plot(flops, [self.check.law.loss(*at) for at in line], lw=1.4, color=colour)
+            if self.check.samples and ratio == min(made.ratios, key=lambda value: abs(math.log(value))):
+                low, high = zip(*(self.check.loss_interval(*at) or () for at in line), strict=True)
+                axes.fill_between(flops, low, high, color=colour, alpha=0.15, lw=0)
+            for rung in self.rungs:
+                if rung.ratio == ratio:
+                    style: dict[str, Any] = {"marker": "o", "ms": 6, "color": colour}
+                    if rung.held_out:
+                        style |= {"marker": "D", "ms": 8, "mfc": "white", "mew": 1.8}
+                    axes.plot([rung.flops], [rung.loss or math.nan], ls="", **style)
+            axes.plot([], [], lw=1.4, marker="o", color=colour, label=f"{per_parameter:.3g} tokens per parameter")
+        axes.plot([], [], ls="", marker="D", ms=8, mfc="white", mew=1.8, color="#555555", label="held out of the fit")
+        interval = target["interval"] or (target["predicted"],) * 2
+        away = [[max(0.0, target["predicted"] - interval[0])], [max(0.0, interval[1] - target["predicted"])]]
+        label = f"the recipe, predicted {target['predicted']:.3f}"
+        bar: dict[str, Any] = {"marker": "*", "ms": 15, "color": "#e45756", "capsize": 4, "ls": "", "label": label}
+        axes.errorbar([target["flops"]], [target["predicted"]], yerr=away, **bar)
+        axes.set_xscale("log")
+        name = Path(made.recipe.output_dir).name
+        axes.set(xlabel="training compute 6 N D (FLOPs)", ylabel="validation loss (nats per token)", title=name)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path)
+
+
+def _constants_text(constants: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {entry['value']:.3g}{_interval_text(entry['interval'], '.3g')}" for key, entry in constants.items()
+    )
+
+
+def _interval_text(interval: tuple[float, float] | None, form: str) -> str:
+    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
