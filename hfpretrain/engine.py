@@ -253,6 +253,12 @@ def prepare(
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
         sequence_parallel.mask_documents(model)
     optimizer = build_optimizer(model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and not isinstance(optimizer, torch.optim.AdamW):
+        message = "DeepSpeed cuts weights flat, and this optimizer works on matrices; take another engine, or adamw"
+        raise RecipeError.at("optimizer.name", message)
+    if isinstance(optimizer, torch.optim.Adafactor) and any(hasattr(p, "placements") for p in model.parameters()):
+        message = "torch's Adafactor does not work on sharded matrices (2.13); take single or ddp, or adamw or muon"
+        raise RecipeError.at("optimizer.name", message)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.FSDP and weights is not None:

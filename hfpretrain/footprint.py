@@ -82,6 +82,8 @@ class Shape:
     tail: int
     """Final norm and output embedding, which FSDP2 keeps gathered from the forward to the backward pass."""
     buffers: int
+    moments: int
+    """What the optimizer keeps of all parameters, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -253,14 +255,15 @@ def _plain_seed() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def model_shape(model: PreTrainedModel, layers: Any) -> Shape:
-    """The sizes of a model on any device, `layers` being its stack of blocks."""
+def model_shape(model: PreTrainedModel, layers: Any, moments: int) -> Shape:
+    """The sizes of a model on any device, `layers` being its stack of blocks; `moments` as of `Shape`."""
     output = model.get_output_embeddings()
     return Shape(
         total=sum(parameter.numel() for parameter in model.parameters()),
         largest_layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         tail=sum(parameter.numel() for parameter in output.parameters()) if output is not None else 0,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        moments=moments,
     )
 
 
@@ -301,7 +304,7 @@ def memory(
     if engine.family == "deepspeed":
         weights, gradients = bits * total // weights_by, bits * total // gradients_by
         masters = 0 if bits == 4 and engine.weights == "all" else 4
-        optimizer = (masters + 8) * total // optimizer_by
+        optimizer = (masters * total + shape.moments) // optimizer_by
         bucket = bits * min(REDUCE_BUCKET, total)
         share = total // optimizer_by
         # The optimizer reads float32 gradients, which are made of the 16-bit ones for the step.
@@ -309,7 +312,11 @@ def memory(
         if engine.weights == "all":
             buffers += bits * min(total, _MAX_LIVE)
     else:
-        weights, gradients, optimizer = 4 * total // weights_by, 4 * total // gradients_by, 8 * total // optimizer_by
+        weights, gradients, optimizer = (
+            4 * total // weights_by,
+            4 * total // gradients_by,
+            shape.moments // optimizer_by,
+        )
         if engine.keeps_gradients and accumulates:
             buffers += 4 * total
         if engine.family == "fsdp2":
@@ -323,7 +330,7 @@ def memory(
     else:
         in_pass = gradients + held.peak_without // activations_by + bucket
     in_step = gradients + at_step + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
-    host, copy = 0, 12 * total // num_processes if saves_beside else 0
+    host, copy = 0, (4 * total + shape.moments) // num_processes if saves_beside else 0
     if engine.offload and not on_cpu:  # there the device's memory is the host's
         host, at_step = weights + gradients + at_step + optimizer, 0
         weights = optimizer = 0
@@ -346,6 +353,6 @@ def memory(
 
 
 def disk(shape: Shape, dtype: str) -> tuple[int, int]:
-    """Bytes of one checkpoint, the same under every engine: float32 weights and two moments; and of the weights
-    exported in `dtype`."""
-    return 12 * shape.total, (4 if dtype == "float32" else 2) * shape.total
+    """Bytes of one checkpoint, the same under every engine: float32 weights and what the optimizer keeps; and of the
+    weights exported in `dtype`."""
+    return 4 * shape.total + shape.moments, (4 if dtype == "float32" else 2) * shape.total

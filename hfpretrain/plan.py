@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain import devices, launcher, metrics
+from hfpretrain import devices, launcher, metrics, optim
 from hfpretrain.recipe import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps, unknown_key
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def make_plan(
         return modeling.build_model(section, config, device="cpu")
 
     model = modeling.build_model(section, config)
-    shape = footprint.model_shape(model, decoder_layers(model))
+    shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
     chunks = training.chunked_loss is not False if chunked_loss is None else chunked_loss
     chunks = chunks and loss.can_chunk(model)
     masking = training.document_masking is not False if document_masking is None else document_masking

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_serializer, model_validator
 
 MixedPrecision = Literal["auto", "no", "tf32", "bf16", "fp16", "fp8"]
 
@@ -276,8 +276,12 @@ _Average = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """`torch.optim.AdamW` by its own keyword names. Matrices decay, vectors (norms, biases) do not."""
+    """An optimizer of torch by its own keyword names. Matrices decay, vectors (norms, biases) do not."""
 
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """`torch.optim.AdamW`, `Muon` or `Adafactor`. Muon takes the matrices between embedding and head, its update scaled
+    so that `lr` and `weight_decay` mean the same as for AdamW, which takes the rest (Liu et al. 2025, "Muon is Scalable
+    for LLM Training"). Both others need whole matrices: not under ZeRO, which cuts them flat."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     betas: tuple[_Average, _Average] = (0.9, 0.95)
@@ -286,6 +290,32 @@ class OptimizerSection(Section):
     """Added to the denominator; torch's default."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay of parameters with two or more dimensions; 0.1 as in GPT-3."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Of Muon; torch's default."""
+    beta2_decay: float = Field(default=-0.8, le=0)
+    """Of Adafactor; torch's default."""
+    d: float = Field(default=1.0, ge=1)
+    """Of Adafactor: updates are clipped to this root mean square; torch's default."""
+
+    _KEYS: typing.ClassVar[dict[str, set[str]]] = {
+        "adamw": {"betas", "eps"},
+        "muon": {"betas", "eps", "momentum"},
+        "adafactor": {"beta2_decay", "d"},
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_keys(cls, given: Any) -> Any:
+        name = given.get("name", "adamw") if isinstance(given, dict) else None
+        if name in cls._KEYS:
+            for key in sorted(set().union(*cls._KEYS.values()) & set(given) - cls._KEYS[name]):
+                raise ValueError(f"`{key}` is no keyword of {name}")
+        return given
+
+    @model_serializer(mode="wrap")
+    def _without_others(self, dump: Any) -> dict[str, Any]:
+        others = set().union(*self._KEYS.values()) - self._KEYS[self.name]
+        return {key: value for key, value in dump(self).items() if key not in others}
 
 
 class SchedulerSection(Section):

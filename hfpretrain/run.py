@@ -145,7 +145,7 @@ class Run:
             model = modeling.build_model(recipe.model, config)
         self.config = model.config
         self.parameters = modeling.count_parameters(model)
-        decayed = optim.decayed_names(model)
+        decayed, hidden = optim.decayed_names(model), optim.hidden_names(model)
         weights = None
         if recipe.model.pretrained is None:
             weights = initialisation.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init)
@@ -153,7 +153,7 @@ class Run:
             modeling.apply_liger_kernel(model)
 
         def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-            optimizer = optim.build_optimizer(model, recipe.optimizer, decayed)
+            optimizer = optim.build_optimizer(model, recipe.optimizer, decayed, hidden)
             self.scheduler = optim.build_scheduler(optimizer, recipe.scheduler, training.num_steps)
             return optimizer
 

@@ -165,6 +165,22 @@ def test_no_gradient_is_held_more_than_it_must(tmp_path, name):
     assert name == "fsdp2" or storage > numbers
 
 
+def test_muon_is_the_same_under_engines_that_shard_matrices_and_refused_under_others(tmp_path):
+    changes = {"optimizer__name": "muon", "checkpoint__every_steps": 4}
+    recipe = run_all(tmp_path, ["single", "tp"], **changes)
+    shutil.copytree(tmp_path / "single" / "checkpoints" / "step-00000004", tmp_path / "fsdp2/checkpoints/step-00000004")
+    shutil.copy(tmp_path / "single" / "recipe.yaml", tmp_path / "fsdp2")
+    run_all(tmp_path, ["fsdp2"], **changes)
+    single = rows(tmp_path / "single", "loss")
+    for name in ("tp", "fsdp2"):
+        found = rows(tmp_path / name, "loss")
+        assert len(found) == (8 if name == "tp" else 4)
+        for step, row in found.items():  # Muon's own products are in 16 bits
+            assert row["loss"] == pytest.approx(single[step]["loss"], rel=1e-4), (name, step)
+    refused = train(recipe, f"--output_dir={tmp_path / 'zero2'}", engine="zero2")
+    assert refused.returncode == 1 and "optimizer.name: DeepSpeed cuts weights flat" in refused.stderr
+
+
 def test_flex_attention_on_a_cpu_is_refused(folder):
     result = train(write_recipe(folder, model__attn_implementation="flex_attention"))
     assert result.returncode == 2
