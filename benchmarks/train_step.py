@@ -1,4 +1,4 @@
-"""The wrapper's own share of a step, and the peers: `python benchmarks/train_step.py [RECIPE] [--section.key=value ...]`.
+"""The wrapper's own share of a step, and Trainer: `python benchmarks/train_step.py [RECIPE] [--section.key=value ...]`.
 
 In one process, on the same model, optimizer and kind of batch, by turns: a step of the bare PyTorch loop, a step of
 hfpretrain as it trains the recipe (data, loss over all tokens, checks, records, logging). Between such runs, as many
@@ -16,7 +16,6 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
