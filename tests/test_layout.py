@@ -43,7 +43,9 @@ LEAVES = {
     "sampling",
     "metric_folders",
     "tasks",
+    "card",
     "hub",
+    "outbox",
     "ranks",
     "stopping",
     "stability",
@@ -57,9 +59,13 @@ COMPOSITION = [
     "plan",
     "bill",
     "report",
+    "run_card",
+    "publisher",
+    "publishing",
     "incident",
     "records",
     "run_folder",
+    "resume_from",
     "evaluator",
     "runs",
     "run",
@@ -134,7 +140,7 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 8000
+    assert sum(code_lines(path) for path in PACKAGE) < 9000
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
