@@ -42,11 +42,14 @@ class Saved:
 class Saver:
     """Writes checkpoints into `folder` while training goes on. All ranks must call its methods alike.
 
-    `group`: a process group for its thread alone, None for a process alone.
+    `group`: a process group for its thread alone, None for a process alone. `sealed`: called by the main process with
+    each new checkpoint, before older ones go.
     """
 
-    def __init__(self, folder: Path, section: CheckpointSection, group: Any):
-        self._folder, self._section, self._group = folder, section, group
+    def __init__(
+        self, folder: Path, section: CheckpointSection, group: Any, sealed: Callable[[Path], None] | None = None
+    ):
+        self._folder, self._section, self._group, self._sealed = folder, section, group, sealed
         self._rank = 0 if group is None else dist.get_rank(group)
         self._thread: threading.Thread | None = None
         self._done: list[Saved] = []
@@ -55,7 +58,7 @@ class Saver:
         self,
         train_state: dict[str, Any],
         state: dict[str, Any],
-        writers: Mapping[str, Callable[[Path], None]],
+        writers: Mapping[str, Callable[[Path], object]],
         in_background: bool,
     ) -> None:
         """Begin to write `step-XXXXXXXX`: `state` as of `engine.state`, and files by name as `writers` write them.
@@ -98,7 +101,7 @@ class Saver:
         return done
 
     def _write(
-        self, train_state: dict[str, Any], state: dict[str, Any], writers: Mapping[str, Callable[[Path], None]]
+        self, train_state: dict[str, Any], state: dict[str, Any], writers: Mapping[str, Callable[[Path], object]]
     ) -> tuple[str | None, int]:
         path = self._folder / f"step-{train_state['step']:08d}"
         work = path.with_name(path.name + files.INCOMPLETE)
@@ -117,6 +120,8 @@ class Saver:
             manifest = files.seal(work, path, content, known)
             written["size"] = sum(entry["size"] for entry in manifest["files"].values())
             try:
+                if self._sealed is not None:
+                    self._sealed(path)
                 _remove_old(self._folder, self._section)
             except OSError as error:  # the new one is sealed all the same
                 logger.warning("older checkpoints can't be removed: %s", error)
@@ -164,14 +169,14 @@ def _reason(error: BaseException, folder: Path) -> str:
 
 
 def _remove_old(folder: Path, section: CheckpointSection) -> None:
-    found = _checkpoints(folder)
+    found = files.steps(folder)
     kept = set(found[: section.keep_last])
     if section.keep_every is not None:
-        kept |= {path for path in found if _step(path) % section.keep_every == 0}
+        kept |= {path for path in found if files.step_of(path) % section.keep_every == 0}
     if section.keep_best:
         losses = {path: (files.manifest_of(path) or {}).get(_EVALUATION_LOSS) for path in found}
         evaluated = [path for path in found if losses[path] is not None]
-        kept |= set(sorted(evaluated, key=lambda path: (losses[path], -_step(path)))[:1])
+        kept |= set(sorted(evaluated, key=lambda path: (losses[path], -files.step_of(path)))[:1])
     for path in found:
         if path not in kept:
             # Renamed first: a kill in between leaves nothing that looks like a damaged checkpoint.
@@ -189,9 +194,9 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     reasons: list[str] = []
     for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # by a kill, of a step that may never be saved again
         shutil.rmtree(left, ignore_errors=True)
-    for path in _checkpoints(folder):
+    for path in files.steps(folder):
         reason = files.damage(path)
-        if reason is None and (files.manifest_of(path) or {}).get("step") != _step(path):
+        if reason is None and (files.manifest_of(path) or {}).get("step") != files.step_of(path):
             reason = f"{path / files.MANIFEST} is that of another step"
         if reason is None:
             return path, reasons
@@ -211,12 +216,3 @@ def train_state(path: Path) -> dict[str, Any]:
     """The counters stored in a checkpoint."""
     state: dict[str, Any] = json.loads((path / _TRAIN_STATE).read_text(encoding="utf-8"))
     return state
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Sealed checkpoints, newest first."""
-    return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

@@ -124,10 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     path = command("path", _path, "where a recipe or accelerate file that comes with the package is")
     path.add_argument("name", help="for example quickstart or ddp")
-    push = command("push", _push, "upload a run's exported model to the Hub")
-    push.add_argument("run")
-    push.add_argument("repo_id")
-    push.add_argument("--private", action="store_true")
+    push = command("push", _push, "upload what a Hub repo lacks of a run: each checkpoint as a revision, the export")
+    push.add_argument("run", help="run folder, or an exported folder alone")
+    push.add_argument("repo_id", help="USER/NAME")
+    push.add_argument("--private", action="store_true", help="of a repo that does not exist yet")
+    push.add_argument("--state", action="store_true", help="also what `checkpoint.resume_from` goes on from")
+    card = command("card", _card, "write the model card of a run anew; what a person has written into it stays")
+    card.add_argument("run")
     command("schema", _schema, "print the JSON schema of recipes, for editors")
     return parser
 
@@ -345,10 +348,20 @@ def _path(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.hub import push
+    from hfpretrain.publisher import push
+
+    if not push(Path(args.run), args.repo_id, args.private, args.state):
+        raise SystemExit(1)
+
+
+def _card(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain.run_card import write_card
 
     run = Path(args.run)
-    print(push(run / "model" if (run / "model").is_dir() else run, args.repo_id, args.private))
+    if not (run / "model" / "config.json").is_file():
+        raise RecipeError.at(args.run, "has no exported model to write a card for; let the run come to its end")
+    write_card(run, run / "model")
+    print(run / "model" / "README.md")
 
 
 def _schema(_: argparse.Namespace, __: list[str]) -> None:

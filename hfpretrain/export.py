@@ -46,6 +46,8 @@ def write(
     work = files.work_folder(path)
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
+    if (path / "README.md").is_file():  # a person may have written into it
+        shutil.copy2(path / "README.md", work)
     shutil.rmtree(path, ignore_errors=True)
     work.rename(path)
 
@@ -135,16 +137,20 @@ def verify(model_path: Path, reference: Path) -> dict[str, Any]:
     }
 
 
-def verify_in_fresh_process(run: Path) -> dict[str, Any]:
-    """`verify` in a new interpreter that knows nothing of the launcher or the engine."""
+def plain_environment() -> dict[str, str]:
+    """This process's environment without what a launcher has put into it."""
     launcher = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "DEEPSPEED_")
     distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-    environment = {
+    return {
         name: value for name, value in os.environ.items() if not name.startswith(launcher) and name not in distributed
     }
+
+
+def verify_in_fresh_process(run: Path) -> dict[str, Any]:
+    """`verify` in a new interpreter that knows nothing of the launcher or the engine."""
     command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
     # A session of its own: a signal to all processes of the run must not make a good export look like a bad one.
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+    result = subprocess.run(command, env=plain_environment(), capture_output=True, text=True, start_new_session=True)
     if result.returncode:
         raise RuntimeError(f"the export in {run} does not verify:\n{result.stderr}")
     report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

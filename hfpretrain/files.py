@@ -123,6 +123,16 @@ def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool
     return None
 
 
+def steps(folder: Path) -> list[Path]:
+    """Sealed folders that are named after a step, newest first."""
+    return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that such a folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
 def refusal(error: BaseException | None) -> str | None:
     """What a disk that takes no more says in `error` or in what caused it; None if it is none of that.
 

@@ -6,7 +6,10 @@ a state that one engine has cut loads into whatever another cuts.
 
 from __future__ import annotations
 
+import io
 import math
+import pathlib
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
@@ -130,8 +139,68 @@ def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]
     """The values of a state on the disk, into the memory of `state`; what is no tensor is in the state returned."""
     _expect_to_be_alone()
     flat = _flat(state)
-    dcp.load(flat, checkpoint_id=str(path), process_group=group, no_dist=group is None)  # type: ignore[attr-defined]
+    keywords: dict[str, Any] = {"process_group": group, "no_dist": group is None}
+    dcp.load(flat, storage_reader=_Reader(path), planner=_Planner(), **keywords)  # type: ignore[attr-defined]
     return _nested(flat)
+
+
+def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Whole tensors of a state on the disk, by their names in those `parts` of it, in one dictionary."""
+    found: dict[str, Any] = {part: {} for part in parts}
+    for name, entry in _Reader(path).read_metadata().state_dict_metadata.items():
+        part, _, rest = name.partition(_SEPARATOR)
+        if part in found and isinstance(entry, TensorStorageMetadata):
+            found[part][rest] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    loaded = load(found, path)
+    return {name: tensor for part in parts for name, tensor in loaded.get(part, {}).items()}
+
+
+_RECORDS = {
+    *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+}
+_KNOWN = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("pathlib", "PosixPath"): pathlib.PurePath,
+    ("pathlib", "WindowsPath"): pathlib.PurePath,
+    ("collections", "OrderedDict"): dict,
+}
+
+
+class _Index(pickle.Unpickler):
+    """Makes nothing but what torch writes into its index: a state may be somebody else's, and a pickle can run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == metadata.__name__ and name in _RECORDS:
+            return getattr(metadata, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        raise pickle.UnpicklingError(f"its index asks for {module}.{name}, which no state of ours has")
+
+
+class _Reader(filesystem.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            found = _Index(file).load()
+        for entry in found.storage_data.values():
+            if Path(entry.relative_path).name != str(entry.relative_path):
+                raise pickle.UnpicklingError(f"its index names {entry.relative_path!r}, which is outside of the folder")
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Planner(dcp.DefaultLoadPlanner):  # type: ignore[name-defined]
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        """What is no tensor, from which torch 2.13 would make any object."""
+        safe = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), safe)
+        safe.seek(0)
+        super().load_bytes(read_item, safe)
 
 
 def _expect_to_be_alone() -> None:

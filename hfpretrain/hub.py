@@ -1,148 +1,169 @@
-"""The model card and the upload."""
+"""The Hub: what a repo has, one immutable revision a checkpoint, the export on `main`, a state to go on from.
+
+The token is huggingface_hub's own business: it is read there at each request, and nothing here touches it.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hfpretrain.recipe import HubSection, RecipeError
+from hfpretrain.recipe import RecipeError
 
-_CARD = """
-# {name}
-
-A causal language model pretrained from {origin} with hfpretrain.
-
-{results}
-
-![Training and validation loss](loss.png)
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-The tokenizer adds no special tokens; begin a prompt with `{bos}` to start a document.
-
-## Sample
-
-Drawn with top-k 50 at temperature 0.8, seed 0, from an empty prompt:
-
-```text
-{sample}
-```
-
-## Data
-
-{data}
-
-## Training
-
-{training}
-
-<details><summary>Recipe</summary>
-
-```yaml
-{recipe}
-```
-
-</details>
-
-## Limits
-
-A base model: it continues text, it does not follow instructions, and it repeats what its training text holds,
-errors and prejudices included. {verification}
-"""
+TIMEOUT_SECONDS = 60
+"""For so long a connection may say nothing; huggingface_hub itself would wait for ever."""
+_OURS = re.compile(r"Step \d+ \(run \w+, ledger \w+\)")
 
 
-def model_card(
-    *,
-    name: str,
-    section: HubSection,
-    origin: str,
-    base_model: str | None,
-    datasets: list[str],
-    results: dict[str, Any],
-    data: str,
-    training: dict[str, Any],
-    recipe: str,
-    report: dict[str, Any],
-    bos: str,
-) -> str:
-    """The model card: Hub metadata and the text around measured figures.
+class HopelessError(Exception):
+    """What can't be pushed whenever it is tried."""
 
-    `results` holds `eval/...` figures of the first and last evaluation under "first" and "last".
-    """
-    from huggingface_hub import EvalResult, ModelCardData
 
-    last = results.get("last") or {}
-    evaluations = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=datasets[0] if datasets else "text",
-            dataset_name="validation split of the training text",
-            metric_type=key,
-            metric_value=round(last[f"eval/{key}"], 4),
+class Trouble(NamedTuple):
+    """Why something was not done."""
+
+    text: str
+    retry_after: int | None
+    """Seconds after which the Hub wants to be asked again, where it said so."""
+    final: bool
+    """Whether trying again is of no use."""
+
+
+class Repo:
+    """A model repo, made with the first call that needs it. Methods raise what huggingface_hub raises: `trouble`."""
+
+    def __init__(self, repo_id: str, private: bool):
+        from huggingface_hub import HfApi
+
+        self._api, self._asked, self._private = HfApi(), repo_id, private
+        self._repo_id: str | None = None
+
+    def open(self) -> str:
+        """Make the repo where there is none; its full name."""
+        if self._repo_id is None:
+            self._repo_id = self._api.create_repo(self._asked, private=self._private, exist_ok=True).repo_id
+        return self._repo_id
+
+    def revision(self, name: str, title: str) -> str | None:
+        """The commit of a pushed revision with this title, None if it is not there, or not whole.
+
+        Raises `HopelessError` if what is there is something else: it must never be replaced.
+        """
+        tags, branches = self._refs()
+        if name in tags or name in branches:
+            (newest, *_) = self._api.list_repo_commits(self.open(), revision=tags.get(name) or branches[name])
+            if newest.title == title:
+                return str(newest.commit_id) if name in tags else None
+            if name in tags or _OURS.fullmatch(newest.title):
+                raise HopelessError(f"{self.open()} has another {name} ({newest.title!r}); push to a repo of its own")
+        return None
+
+    def push_revision(self, name: str, title: str, description: str, files: Mapping[str, Path]) -> str:
+        """One commit on a branch `name` that holds `files` by their path in the repo, and a tag `name` on that commit.
+
+        Stopped anywhere and called again, it does what is missing. The branch begins at the repo's first commit, so
+        that nothing of `main` is in it. Branch and tag are of one name, as the commit they point to is the same:
+        git, and `from_pretrained` with it, may take either. Returns the commit.
+        """
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.errors import HfHubHTTPError
+
+        repo_id, (_, branches) = self.open(), self._refs()
+        if name not in branches:
+            first = self._api.list_repo_commits(repo_id)[-1].commit_id
+            self._api.create_branch(repo_id, branch=name, revision=first, exist_ok=True)
+        (newest, *_) = self._api.list_repo_commits(repo_id, revision=branches.get(name, name))
+        commit = str(newest.commit_id)
+        if newest.title != title:
+            operations = [CommitOperationAdd(path, local) for path, local in sorted(files.items())]
+            keywords: dict[str, Any] = {"revision": name, "commit_description": description}
+            commit = self._api.create_commit(repo_id, operations, commit_message=title, **keywords).oid
+        try:
+            self._api.create_tag(repo_id, tag=name, revision=commit, tag_message=title)
+        except HfHubHTTPError as error:
+            # It may be there by an answer that was lost; if not, the branch has the name for itself alone.
+            if error.response.status_code != 409 or self._refs()[0].get(name, commit) != commit:
+                raise
+        return commit
+
+    def push_main(self, folder: Path) -> str:
+        """Upload what `main` lacks of a folder; returns its newest commit."""
+        repo_id = self.open()
+        keywords: dict[str, Any] = {"delete_patterns": ["*.safetensors", "*.safetensors.index.json"]}
+        return str(
+            self._api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=_MESSAGE, **keywords).oid
         )
-        for key in ("perplexity", "bits_per_byte")
-        if f"eval/{key}" in last
-    ]
-    metadata = ModelCardData(
-        license=section.license,
-        language=list(section.language) or None,
-        datasets=datasets or None,
-        base_model=base_model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hfpretrain", *section.tags],
-        model_name=name,
-        eval_results=evaluations or None,
-    )
-    verification = (
-        f"The export was loaded in a fresh process and gave a loss of {report['loss_export']:.6f} on a stored batch; "
-        f"the training process {report['loss_training']:.6f}."
-    )
-    text = _CARD.format(
-        name=name,
-        origin=origin,
-        results=_results_table(results),
-        sample=report["sample"].replace("```", "'''"),
-        data=data,
-        training="\n".join(f"- {key}: {value}" for key, value in training.items()),
-        recipe=recipe.strip(),
-        verification=verification,
-        bos=bos,
-    )
-    return f"---\n{metadata.to_yaml()}\n---\n{text}"
+
+    def card(self) -> str | None:
+        """The card on `main`, None where there is none."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = self._api.hf_hub_download(self.open(), "README.md", force_download=True)
+        except EntryNotFoundError:
+            return None
+        return Path(path).read_text(encoding="utf-8")
+
+    def _refs(self) -> tuple[dict[str, str], dict[str, str]]:
+        refs = self._api.list_repo_refs(self.open())
+        tags, branches = ({ref.name: ref.target_commit for ref in kind} for kind in (refs.tags, refs.branches))
+        return tags, branches
 
 
-def _results_table(results: dict[str, Any]) -> str:
-    rows = [(label, results.get(key)) for label, key in (("before training", "first"), ("after training", "last"))]
-    lines = [
-        f"| {label} | {row['eval/loss']:.4f} | {row['eval/perplexity']:.2f} | {row['eval/bits_per_byte']:.4f} |"
-        for label, row in rows
-        if row
-    ]
-    if not lines:
-        return "No validation split was held out."
-    header = ["| validation | loss | perplexity | bits per byte |", "|---|---|---|---|"]
-    return "\n".join([*header, *lines])
+_MESSAGE = "Upload from hfpretrain"
 
 
-def push(model_path: Path, repo_id: str, private: bool) -> str:
-    """Upload an exported folder; returns its address. The token is huggingface_hub's own business."""
-    from huggingface_hub import HfApi
+def bound_waiting() -> None:
+    """From now on this process's requests fail after `TIMEOUT_SECONDS` of silence, and log no addresses: those of
+    storage are signed."""
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not (model_path / "config.json").is_file():
-        raise RecipeError.at(str(model_path), "no exported model here; train first, then give the run folder")
-    api = HfApi()
+    def client() -> httpx2.Client:
+        made = _http.default_client_factory()
+        made.timeout = httpx2.Timeout(TIMEOUT_SECONDS)
+        return made
+
+    huggingface_hub.set_client_factory(client)
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def trouble(error: Exception) -> Trouble:
+    """What to say of an error, and whether and when to try again. No signed address and no token is in it."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", " ".join(str(error).split()))[:300]
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        advice = "; `hf auth login` sets a token" if response.status_code in (401, 403) else ""
+        wait = response.headers.get("Retry-After", "")
+        message = error.server_message or response.reason_phrase
+        where = f"{response.request.method} {response.request.url.path}"
+        text = f"{response.status_code} {' '.join(message.split()):.200} ({where}){advice}"
+        return Trouble(text, int(wait) if wait.isdigit() else None, False)
+    final = isinstance(error, (HopelessError, HFValidationError, OfflineModeIsEnabled))
+    return Trouble(text if final else f"{type(error).__name__}: {text}", None, final)
+
+
+def download_state(repo_id: str, revision: str, folder: Path) -> Path:
+    """The state that a revision holds, into `folder`; its files are not verified yet.
+
+    Raises `RecipeError` where it has none, or the Hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    where = f"hub://{repo_id}@{revision}"
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(repo_id=repo_id, folder_path=model_path, commit_message="Upload from hfpretrain")
+        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns="state/*")
     except Exception as error:  # its HTTP library raises classes of its own
-        message = " ".join(str(error).split())
-        raise RecipeError.at(repo_id, f"the Hub did not take it: {message}; `hf auth login` sets a token") from error
-    return str(commit.commit_url)
+        raise RecipeError.at("checkpoint.resume_from", f"{where} can't be read: {trouble(error).text}") from error
+    if not (folder / "state").is_dir():
+        advice = "push with `hub.push_state: true`, or go on from its weights alone by `model.pretrained`"
+        raise RecipeError.at("checkpoint.resume_from", f"{where} holds no state; {advice}")
+    return folder / "state"

@@ -153,6 +153,11 @@ class Watch:
             self._threads.append(threading.Thread(target=work, daemon=True, name=f"ranks{work.__name__}"))
             self._threads[-1].start()
 
+    def leave(self) -> None:
+        """This rank has done its part; what it still does concerns no other."""
+        self.__exit__(None, None, None)
+        self._threads = []
+
     def _write(self, tick: int, end: str | None = None) -> None:
         count, phase, step = self._progress
         status = Status(self._host, os.getpid(), tick, count, phase, step, end, self._hurt)

@@ -439,6 +439,27 @@ class EvaluationSection(Section):
     """Downstream tasks; null: none."""
 
 
+# As `huggingface_hub.utils.validate_repo_id` has it.
+_REPO_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
+
+
+def repo_id_problem(repo_id: str) -> str | None:
+    """Why no repo of the Hub can have this name, None if one can."""
+    if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        return f"{repo_id!r} is no name of a repo; write USER/NAME with letters, digits, `-`, `_` and `.`"
+    return None
+
+
+def hub_address(address: str) -> tuple[str, str] | None:
+    """Repo and revision of `hub://USER/NAME@REVISION`, None where it is no address of the Hub."""
+    if not address.startswith("hub://"):
+        return None
+    repo_id, _, revision = address.removeprefix("hub://").partition("@")
+    if repo_id_problem(repo_id) is not None or not revision:
+        raise ValueError(f"{address!r} is not of the form hub://USER/NAME@step-00001000")
+    return repo_id, revision
+
+
 class CheckpointSection(Section):
     """Full state from which the same command resumes."""
 
@@ -453,6 +474,14 @@ class CheckpointSection(Section):
     async_save: bool = True
     """Write a copy of the state while training goes on, which takes as much of the host's memory; the last save of a
     run needs none. A save that comes due before the one before is written waits for it."""
+    resume_from: str | None = Field(default=None, min_length=1)
+    """Where a run whose `output_dir` has no checkpoint yet takes its first from: the folder of another run's, or
+    `hub://USER/NAME@step-00001000`, pushed there with `hub.push_state`. The recipe must be that run's."""
+
+    @model_validator(mode="after")
+    def _address(self) -> CheckpointSection:
+        hub_address(self.resume_from or "")
+        return self
 
 
 class StabilitySection(Section):
@@ -490,7 +519,18 @@ class LoggingSection(Section):
 
 
 class HubSection(Section):
-    """What the model card says beyond what is measured."""
+    """Where a run is published while it goes on, and what the model card says beyond what is measured."""
+
+    repo_id: str | None = None
+    """USER/NAME of a model repo that gets every checkpoint as the revision `step-00001000`, a branch and a tag, and the
+    export as `main`; null: nothing is pushed. A process of its own does it, training never waits for the network."""
+    private: bool = False
+    """Of a repo that does not exist yet."""
+    push_state: bool = False
+    """Push with each checkpoint also what `checkpoint.resume_from` goes on from: three times as many bytes or more."""
+    max_wait_seconds: int = Field(default=60, ge=0)
+    """So long a finished run waits for a Hub that takes nothing; then what is left stays in `outbox` for
+    `hfpretrain push`. Uploads that are under way are waited for, at a MiB a second or faster."""
 
     license: str | None = None
     """License of the weights as the Hub spells it, for example apache-2.0."""
@@ -498,6 +538,12 @@ class HubSection(Section):
     """Languages of the text, ISO 639-1."""
     tags: tuple[str, ...] = ()
     """Further tags of the card."""
+
+    @model_validator(mode="after")
+    def _named(self) -> HubSection:
+        if self.repo_id is not None and (problem := repo_id_problem(self.repo_id)) is not None:
+            raise ValueError(f"`repo_id`: {problem}")
+        return self
 
 
 class Recipe(Section):

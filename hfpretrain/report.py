@@ -1,18 +1,22 @@
-"""What a run says of itself: what it runs on, the model card, the summary."""
+"""What a run says of itself: what it runs on, what it was made from, the summary."""
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import engine, hub, metrics
+from hfpretrain import engine, files, metrics
 from hfpretrain.prepare import summary
 from hfpretrain.recipe import dump_recipe
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+PLAIN = "config"
+"""Folder of a run with its model's config and its tokenizer: what an export is made of beside weights."""
+DATA = "data.json"
 
 
 def environment(run: Any) -> dict[str, Any]:
@@ -47,69 +51,40 @@ def _commit() -> str | None:
         return None
 
 
-def write_card(run: Any, model_path: Path, report: dict[str, Any]) -> None:
-    """The model card and the loss plot into an exported folder; `report` as of `export.verify`."""
-    run.records.plot()
-    (model_path / "loss.png").write_bytes((run.output_dir / "loss.png").read_bytes())
-    recipe, where = run.recipe, environment(run)
-    rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
-    hub_datasets = [s.path for s in recipe.data.sources if "/" in s.path and not Path(s.path).exists()]
-    training = {
-        "parameters": f"{run.parameters.total:,} ({run.parameters.non_embedding:,} without embeddings)",
-        "tokens": f"{run.state.tokens:,} in {run.state.step:,} steps of {recipe.training.tokens_per_step:,}",
-        "engine": f"{where['engine']}, {where['num_processes']} process(es)",
-        "device": where["device"],
-        "precision": where["mixed_precision"],
-        "weights": report["dtype"]
-        + (
-            ", as training kept them" if report["dtype"] == "float32" else ", rounded from the float32 ones of training"
-        ),
-        "attention across documents": "no" if run.document_masking else "yes",
-        "versions": ", ".join(f"{name} {number}" for name, number in where["versions"].items()),
+def describe(run: Any) -> None:
+    """Write into the run folder what tells of the run without what it was made from."""
+    folder = run.output_dir
+    run.config.save_pretrained(folder / PLAIN)
+    run.tokenizer.save_pretrained(folder / PLAIN)
+    _, _, account = summary(run.prepared).partition("\n")
+    manifest = run.prepared.manifest
+    data = {
+        "checksum": run.prepared.checksum,
+        "account": account,
+        "sources": manifest["recipe"]["sources"] + manifest["recipe"]["validation_sources"],
+        "identities": manifest["source_identities"] + manifest["validation_identities"],
+        "document_start": run.tokenizer.bos_token or run.tokenizer.eos_token,
     }
-    card = hub.model_card(
-        name=run.output_dir.name,
-        section=recipe.hub,
-        origin=recipe.model.pretrained or "scratch",
-        base_model=recipe.model.pretrained,
-        datasets=hub_datasets,
-        results=_first_and_last(rows),
-        data=_data(run),
-        training=training,
-        recipe=dump_recipe(recipe),
-        report=report,
-        bos=run.tokenizer.bos_token or run.tokenizer.eos_token,
-    )
-    (model_path / "README.md").write_text(card, encoding="utf-8")
-
-
-def _data(run: Any) -> str:
-    _, _, lines = summary(run.prepared).partition("\n")
-    if run.recipe.data.streaming:
-        lines = f"  streamed from   {', '.join(source.path for source in run.recipe.data.sources)}\n{lines}".rstrip()
-    return f"```text\n{lines}\n```"
-
-
-def _first_and_last(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    evaluations = [row for row in rows if "eval/loss" in row]
-    return {"first": evaluations[0], "last": evaluations[-1]} if evaluations else {}
+    for name, content in ((DATA, json.dumps(data, indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):
+        files.write_whole(folder / name, content)
+    files.write_whole(folder / "environment.json", json.dumps(environment(run), indent=1))
 
 
 def run_summary(run: Any, report: dict[str, Any]) -> str:
     """What a finished run prints."""
-    results = _first_and_last(metrics.read_metrics(run.output_dir / "metrics.jsonl"))
+    rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
+    evaluations = [row for row in rows if "eval/loss" in row]
     lines = [
         "",
         f"{run.output_dir.name}: {run.parameters.total:,} parameters, {run.state.tokens:,} tokens in "
         f"{run.state.step:,} steps, {engine.engine_name(run.accelerator)} on {engine.device_name(run.accelerator)}",
     ]
-    for label, key in (("before training", "first"), ("after training", "last")):
-        row = results.get(key)
-        if row:
-            lines.append(
-                f"  {label:<16} loss {row['eval/loss']:.4f}   perplexity {row['eval/perplexity']:,.2f}   "
-                f"bits per byte {row['eval/bits_per_byte']:.4f}"
-            )
+    for label, found in (("before training", evaluations[:1]), ("after training", evaluations[-1:])):
+        lines += [
+            f"  {label:<16} loss {row['eval/loss']:.4f}   perplexity {row['eval/perplexity']:,.2f}   "
+            f"bits per byte {row['eval/bits_per_byte']:.4f}"
+            for row in found
+        ]
     lines += [
         f"  {'model':<16} {run.output_dir / 'model'}",
         f"  {'loss plot':<16} {run.output_dir / 'loss.png'}",

@@ -24,7 +24,6 @@ from hfpretrain import (
     checkpoint,
     devices,
     engine,
-    files,
     incident,
     initialisation,
     launcher,
@@ -33,6 +32,7 @@ from hfpretrain import (
     plan,
     ranks,
     report,
+    resume_from,
     run_folder,
 )
 from hfpretrain import model as modeling
@@ -40,7 +40,9 @@ from hfpretrain.dataloader import Ledger, Prefetcher, StepData, TrainingData
 from hfpretrain.evaluator import Evaluator
 from hfpretrain.loss import use_chunked_loss
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
+from hfpretrain.publishing import Publishing
 from hfpretrain.recipe import (
+    HubSection,
     Recipe,
     RecipeError,
     accumulation_steps,
@@ -118,7 +120,10 @@ class Run:
         self._meet_the_others()
         self._votes = engine.Votes(engine.control_group(self.accelerator, training.timeout_seconds))
         self._saving_group = engine.control_group(self.accelerator, training.timeout_seconds)
-        self.saver = checkpoint.Saver(self.output_dir / "checkpoints", recipe.checkpoint, self._saving_group)
+        self.publishing = Publishing(self.output_dir, recipe.hub if self.is_main else HubSection())
+        self.saver = checkpoint.Saver(
+            self.output_dir / "checkpoints", recipe.checkpoint, self._saving_group, self.publishing.keep
+        )
         self.data_index, self.data_size = engine.data_parallel(self.accelerator)
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
@@ -127,6 +132,7 @@ class Run:
     def build(self) -> None:
         """Data, model and optimizer."""
         recipe, training, watch = self.recipe, self.recipe.training, self.watch
+        (resume_from.fetch if self.is_main else resume_from.wait)(recipe)
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
         set_chat_template(self.tokenizer, recipe.tokenizer)
@@ -332,8 +338,8 @@ class Run:
         self.profiler = metrics.Profiler(self.recipe.logging.profile_steps, self.output_dir / "profile", self.is_main)
         self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
-            files.write_whole(self.output_dir / "recipe.yaml", dump_recipe(self.recipe))
-            files.write_whole(self.output_dir / "environment.json", json.dumps(report.environment(self), indent=1))
+            report.describe(self)
+            self.publishing.start()
         if self.recipe.logging.trackers:
             flat = {key: str(value) for key, value in flatten(self.recipe.model_dump(mode="json"))}
             keywords = {
@@ -419,20 +425,23 @@ class Run:
         self.saver.save(state, tensors, self._writers(), in_background)
         self.saved_step = self.state.step
 
-    def _writers(self) -> dict[str, Callable[[Path], None]]:
+    def _writers(self) -> dict[str, Callable[[Path], object]]:
         """Further files of a checkpoint that this process writes, as things stand."""
-        writers: dict[str, Callable[[Path], None]] = {}
+        writers: dict[str, Callable[[Path], object]] = {}
         if self.is_main:
             checksums = self.ledger.checksums
             writers[LEDGER] = lambda path: np.save(path, checksums)
+            recipe = dump_recipe(self.recipe).encode()
+            writers["recipe.yaml"] = lambda path: path.write_bytes(recipe)
         if isinstance(self.data, StreamingData) and engine.counts_its_data(self.accelerator):
             states, next_step = self.data_state, self.state.data_step(self.state.step - 1) + 1
             writers[f"data-{self.data_index}.pt"] = lambda path: save_states(states, next_step, path)
         return writers
 
     def note_saves(self, last: bool = False) -> None:
-        """Record the saves that have ended. Raises `NotSavedError` if the `last` of the run is none of the good ones;
-        after others training goes on."""
+        """Record the saves and pushes that have ended. Raises `NotSavedError` if the `last` save of the run is none of
+        the good ones; after others training goes on."""
+        self._note_pushes()
         for saved in self.saver.done():
             self.stops.note_save(saved.seconds)
             if saved.error is None:
@@ -446,6 +455,18 @@ class Run:
             if last:
                 raise NotSavedError(f"{message}. Make room or allow writing in {self.output_dir}; {_GOES_ON}")
             self.records.say(f"{message}; training goes on, older checkpoints are as they were")
+
+    def _note_pushes(self) -> None:
+        for text, values in self.publishing.news():
+            self.records.event(self.state.step, text, **values)
+            self.records.say(text)
+
+    def publish(self) -> None:
+        """Wait for the Hub to take what is missing, until it takes nothing or this process is asked to stop."""
+        self.publishing.finish(self.stops.due)
+        self._note_pushes()
+        if (table := self.publishing.table()) != "":
+            print("", table, sep="\n", flush=True)
 
     def stop_if_asked(self) -> None:
         """Raises `Stopping` on all ranks, at the same micro-step, after one of them was asked to stop."""
@@ -466,6 +487,8 @@ class Run:
         if self.state.step not in (0, self.saved_step):
             self.save(in_background=False)
         self.note_saves(last=True)
+        self.publishing.close()
+        self._note_pushes()
         left = self.stops.seconds_left()
         text = f"stopped by {self.stops.reason or 'another rank'} at step {self.state.step}"
         text += f"; saving took {time.perf_counter() - start:.1f} s"

@@ -38,7 +38,7 @@ def describe(path: Path) -> dict[str, Any]:
     step = max((row["step"] for row in rows), default=0)
     if run_folder.is_in_use(path):
         state = "running"
-    elif rows and "export/loss_export" in rows[-1]:
+    elif any("export/loss_export" in row for row in rows):  # a run that goes on forgets it
         state = "finished"
     else:
         state = "stopped"

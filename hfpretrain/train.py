@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import transformers
 
-from hfpretrain import bill, engine, export, files, launcher, ranks
+from hfpretrain import bill, engine, export, files, launcher, ranks, run_card
 from hfpretrain.evaluator import is_due
 from hfpretrain.loading import load_recipe
 from hfpretrain.recipe import Recipe, RecipeError
-from hfpretrain.report import run_summary, write_card
+from hfpretrain.report import run_summary
 from hfpretrain.run import NotSavedError, Run, Stopping, TrainingDivergedError
 from hfpretrain.stopping import StoppedEarlyError, Stops
 
@@ -49,7 +49,10 @@ def train(recipe: Recipe) -> Path | None:
             except Stopping:
                 run.stop()
                 return None
-            return _finish(run)
+            path = _finish(run)
+            watch.leave()
+            run.publish()
+            return path
 
 
 @contextlib.contextmanager
@@ -164,9 +167,10 @@ def _finish(run: Run) -> Path:
         report = export.verify_in_fresh_process(run.output_dir)
         exported = {f"export/{key}": value for key, value in report.items()}
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
-        write_card(run, model_path, report)
+        run.records.plot()
+        run_card.write_card(run.output_dir, model_path)
         print(run_summary(run, report), flush=True)
-        print("", bill.report(run, *peak_memory), sep="\n")
+        print("", bill.report(run, *peak_memory), sep="\n", flush=True)
     engine.finish(run.accelerator, run.model)
     return model_path
 

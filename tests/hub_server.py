@@ -3,6 +3,7 @@
     with HubServer() as hub:
         subprocess.run(["hf", "upload", "user/tiny", folder], env=hub.environment(tmp_path), check=True)
         hub.repos["models/user/tiny"].at("main").files["config.json"]  # bytes
+        hub.fault = lambda method, path: HubError(503, "busy") if method == "PUT" else None
 
 The client reads its environment when imported, so it has to run in a process of its own.
 """
@@ -10,12 +11,15 @@ The client reads its environment when imported, so it has to run in a process of
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
@@ -34,10 +38,20 @@ class HubError(Exception):
         self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
 
 
+class Cut(Exception):
+    """The connection ends in the middle of a request; or when it has been done, before the answer is sent."""
+
+    def __init__(self, done: bool = False):
+        super().__init__()
+        self.done = done
+
+
 class Commit(NamedTuple):
     oid: str
     title: str
     files: dict[str, bytes]
+    message: str = ""
+    parent: str | None = None
 
 
 def is_lfs(start: bytes, num_bytes: int) -> bool:
@@ -63,18 +77,25 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, a tag or a full oid."""
-        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        """The commit of a tag, a branch or a full oid; of one name, git takes the tag."""
+        oid = self.tags.get(revision) or self.branches.get(revision) or revision
         for commit in self.commits:
             if commit.oid == oid:
                 return commit
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
-    def commit(self, branch: str, title: str, files: dict[str, bytes]) -> Commit:
+    def history(self, revision: str) -> list[Commit]:
+        """A commit and those before it, newest first."""
+        commits = [self.at(revision)]
+        while (parent := commits[-1].parent) is not None:
+            commits.append(self.at(parent))
+        return commits
+
+    def commit(self, branch: str, title: str, files: dict[str, bytes], message: str = "") -> Commit:
         # Of the content too: the client's cache, which may outlive a server, takes equal oids for equal files.
         contents = sorted((path, content_oid(content)) for path, content in files.items())
         oid = hashlib.sha1(repr((self.id, len(self.commits), title, contents)).encode()).hexdigest()
-        self.commits.append(Commit(oid, title, files))
+        self.commits.append(Commit(oid, title, files, message, self.branches.get(branch)))
         self.branches[branch] = oid
         return self.commits[-1]
 
@@ -114,7 +135,7 @@ class Repo:
                 files[path] = lfs[oid]
             else:  # deletedFile, deletedFolder
                 files = {name: kept for name, kept in files.items() if name != path and not name.startswith(f"{path}/")}
-        return self.commit(branch, header["value"]["summary"], files)
+        return self.commit(branch, header["value"]["summary"], files, header["value"].get("description") or "")
 
 
 class HubServer:
@@ -124,17 +145,40 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, self))
+        self.fault: Callable[[str, str], Exception | float | None] | None = None
+        """By method and path, what becomes of a request: a `HubError`, a `Cut`, seconds before it is answered."""
+        self.requests: list[str] = []
+        """Method and path of each request."""
+        self._http: ThreadingHTTPServer | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Answer, after a `stop` at the same address."""
+        port = 0 if self._http is None else self._http.server_port
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, self))
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
+        # The poll interval is the time that stopping takes.
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuse connections."""
+        self._http.shutdown()
+        self._http.server_close()
+
+    @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """Refuse connections for a while."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
 
     def __enter__(self) -> HubServer:
-        # The poll interval is the time that leaving the `with` block takes.
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self.stop()
 
     def environment(self, home: str | os.PathLike[str]) -> dict[str, str]:
         """The environment of a process that sees this Hub alone, with its caches under `home`."""
@@ -156,14 +200,27 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*args)  # serves the request, so it comes last
 
     def _serve(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
+        self.hub.requests.append(f"{self.command} {url.path}")
+        fault = self.hub.fault and self.hub.fault(self.command, url.path)
+        size = int(self.headers.get("Content-Length") or 0)
+        if isinstance(fault, Cut) and not fault.done:
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        self.body = self.rfile.read(size)
+        if isinstance(fault, float):
+            time.sleep(fault)
         self.query = parse_qs(url.query)
         # A whole address in place of a path is for another host: this server stands as the proxy.
         parts = [] if url.netloc else [unquote(part) for part in url.path.split("/")[1:]]
         try:
+            if isinstance(fault, HubError):
+                raise fault
             with self.hub.lock:
                 answer = self._answer(self.command.replace("HEAD", "GET"), parts)
+            if isinstance(fault, Cut):
+                return
         except HubError as error:
             self._send({"error": str(error)}, error.status, error.headers)
         else:
@@ -237,6 +294,17 @@ class Handler(BaseHTTPRequestHandler):
                     ]
                     for what, (at, names) in named.items()
                 }
+            case ["GET", "commits", revision]:
+                return [
+                    {
+                        "id": commit.oid,
+                        "title": commit.title,
+                        "message": commit.message,
+                        "authors": [],
+                        "date": "2026-01-01T00:00:00.000Z",
+                    }
+                    for commit in repo.history(revision)
+                ]
             case ["GET", "tree", revision, *folder]:
                 prefix = "".join(f"{name}/" for name in folder)
                 below = {path: entry for path, entry in repo.entries(revision).items() if path.startswith(prefix)}

@@ -45,7 +45,9 @@ LEAVES = {
     "sampling",
     "metric_folders",
     "tasks",
+    "card",
     "hub",
+    "outbox",
     "ranks",
     "stopping",
     "stability",
@@ -63,9 +65,13 @@ COMPOSITION = [
     "family",
     "bill",
     "report",
+    "run_card",
+    "publisher",
+    "publishing",
     "incident",
     "records",
     "run_folder",
+    "resume_from",
     "evaluator",
     "runs",
     "run",
@@ -141,7 +147,7 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 9000
+    assert sum(code_lines(path) for path in PACKAGE) < 9500
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)

@@ -1,0 +1,104 @@
+"""The outbox of a run: checkpoints that wait to be pushed, safe from rotation, and what was pushed already.
+
+<output_dir>/outbox/step-00001000/state/    hard links to a sealed checkpoint's files, until they are not needed
+<output_dir>/outbox/step-00001000/model/    its plain export with a card
+<output_dir>/outbox/published.json          by repo and revision: the commit
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfpretrain import files
+
+STATE, MODEL = "state", "model"
+_PUBLISHED, _TRAIN_STATE = "published.json", "train_state.json"
+
+
+def put(checkpoint: Path, outbox: Path) -> str | None:
+    """Keep a sealed checkpoint for a push: hard links where the file system has them, copies otherwise.
+
+    Returns why it is not kept: there must stay room for two more checkpoints, because training comes first.
+    """
+    place = outbox / checkpoint.name
+    if (place / STATE).is_dir() and identity(place) == identity(checkpoint):  # the step was done again
+        return None
+    outbox.mkdir(parents=True, exist_ok=True)
+    sources = list(checkpoint.iterdir())
+    size, free = sum(file.stat().st_size for file in sources), shutil.disk_usage(outbox).free
+    if free < 2 * size:
+        return f"{free / 2**20:,.0f} MiB are free in {outbox}, less than two checkpoints of {size / 2**20:,.0f} MiB"
+    work = files.work_folder(place)
+    (work / STATE).mkdir()
+    for file in sources:
+        try:
+            os.link(file, work / STATE / file.name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(file, work / STATE / file.name)
+    shutil.copy2(checkpoint / _TRAIN_STATE, work)
+    remove(place)
+    work.rename(place)
+    return None
+
+
+def identity(place: Path) -> str:
+    """What tells the weights of one step from those of another run, or of other data: run id and ledger."""
+    state = train_state(place)
+    return f"run {state['run_id']}, ledger {state['ledger'][:16]}"
+
+
+def train_state(place: Path) -> dict[str, Any]:
+    """The counters of a checkpoint, in the outbox or not."""
+    state: dict[str, Any] = json.loads((place / _TRAIN_STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def waiting(outbox: Path) -> list[Path]:
+    """What waits, oldest step first."""
+    return files.steps(outbox)[::-1]
+
+
+def remove(place: Path) -> None:
+    """It need not wait any more."""
+    with contextlib.suppress(FileNotFoundError):
+        aside = place.with_name(place.name + ".pushed")
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def published(outbox: Path) -> dict[str, dict[str, str]]:
+    """The commit by repo and revision, of what was pushed from here."""
+    try:
+        found: dict[str, dict[str, str]] = json.loads((outbox / _PUBLISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def note_published(outbox: Path, repo_id: str, revision: str, commit: str) -> None:
+    """Remember that a revision is there."""
+    outbox.mkdir(parents=True, exist_ok=True)
+    found = published(outbox)
+    found.setdefault(repo_id, {})[revision] = commit
+    files.write_whole(outbox / _PUBLISHED, json.dumps(found, indent=1))
+
+
+def table(outbox: Path, repo_id: str, reasons: Mapping[str, str]) -> str:
+    """What is where: a line for each revision, pushed by whatever process, or not, by `reasons`."""
+    there = published(outbox).get(repo_id, {})
+    missing = {path.name: "waits" for path in waiting(outbox)} | dict(reasons)
+    lines = [f"on the Hub, {repo_id}:"]
+    for name in sorted(there.keys() | missing.keys(), key=lambda name: (name == "main", name)):
+        # Of `main` an older commit may be there, and the newer export not.
+        state = f"not pushed: {missing[name]}" if name in missing else f"commit {there[name]}"
+        lines.append(f"  {name:<16} {state}")
+    if missing:
+        lines.append(f"  `hfpretrain push {outbox.parent} {repo_id}` pushes what is missing")
+    return "\n".join(lines)

@@ -1,0 +1,251 @@
+"""The model card of a run folder, by what stands in it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from hfpretrain import bill, card, files, metrics, report
+from hfpretrain.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+
+_EMISSIONS = "emissions.csv"  # as codecarbon names it
+_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({arguments})
+tokenizer = AutoTokenizer.from_pretrained({arguments})"""
+_LIMITS = """A base model: it continues text, it does not follow instructions, and it repeats what its training text
+holds, errors and prejudices included."""
+
+
+def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | None = None) -> None:
+    """The card and the loss plot of a run folder into `model`, an exported folder, by what stands in the run folder.
+
+    `step`: of a checkpoint, if it is not the end of the run. What a person has written into a card that is there stays.
+    Raises `RecipeError` where `run` is no run.
+    """
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+        where, data = (json.loads((run / name).read_text("utf-8")) for name in ("environment.json", report.DATA))
+    except (OSError, ValueError) as error:
+        raise RecipeError.at(str(run), f"is no run folder of this version of hfpretrain: {error}") from error
+    rows = _rows(run, step)
+    name = repo_id or recipe.hub.repo_id
+    title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
+    metrics.plot_loss(rows, model / "loss.png", title)
+    text = card.write(_metadata(run, recipe, rows, title), _blocks(run, recipe, where, data, rows, name, title, step))
+    path = model / "README.md"
+    files.write_whole(path, card.update(path.read_text("utf-8"), text) if path.exists() else text)
+
+
+def keep_edits(path: Path, remote: str | None) -> None:
+    """Take over into the card at `path` what a person has written into the one on the Hub, unless both were edited."""
+    ours = path.read_text(encoding="utf-8")
+    if remote is not None and not card.is_edited(ours):
+        files.write_whole(path, card.update(remote, ours))
+
+
+def figures(run: Path, step: int | None = None) -> dict[str, Any]:
+    """The newest figures of each kind that were measured up to a step."""
+    found: dict[str, Any] = {}
+    for row in _rows(run, step):
+        kept = ("loss", "lr", "tokens", "step")
+        found |= {k: v for k, v in row.items() if k in kept or (k.startswith(("eval/", "tasks/")) and v is not None)}
+    return found
+
+
+def figures_text(run: Path, step: int) -> str:
+    """The same as lines, for a commit's message."""
+    found = {key: value for key, value in figures(run, step).items() if isinstance(value, (int, float))}
+    return "\n".join(
+        f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}" for key, value in found.items()
+    )
+
+
+def _rows(run: Path, step: int | None) -> list[dict[str, Any]]:
+    rows = metrics.read_metrics(run / "metrics.jsonl")
+    return [row for row in rows if "event" not in row and (step is None or row["step"] <= step)]
+
+
+def _evaluations(rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, dict[str, Any]]]]:
+    """Step and figures by domain of each evaluation, those of all text under the empty name."""
+    found = []
+    for row in rows:
+        if "eval/loss" in row:
+            by_domain: dict[str, dict[str, Any]] = {"": {}}
+            for key, value in row.items():
+                if key.startswith("eval/"):
+                    domain, _, figure = key.removeprefix("eval/").rpartition("/")
+                    by_domain.setdefault(domain, {})[figure] = value
+            found.append((row["step"], {name: part for name, part in by_domain.items() if "loss" in part}))
+    return found
+
+
+def _tasks(rows: list[dict[str, Any]]) -> dict[str, float]:
+    for row in reversed(rows):
+        found = {key.removeprefix("tasks/"): value for key, value in row.items() if key.startswith("tasks/")}
+        if found:
+            return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+    return {}
+
+
+def _hub_datasets(recipe: Recipe) -> list[str]:
+    sources = (*recipe.data.sources, *recipe.data.validation_sources)
+    found = [source.path for source in sources if "/" in source.path and not Path(source.path).exists()]
+    return list(dict.fromkeys(path for path in found if "://" not in path and path.count("/") == 1))
+
+
+def _base_model(recipe: Recipe) -> str | None:
+    """Of the Hub, which a folder is not."""
+    pretrained = recipe.model.pretrained
+    return pretrained if pretrained is not None and not Path(pretrained).exists() else None
+
+
+def _emissions(run: Path) -> dict[str, Any] | None:
+    """What codecarbon has left in the run folder, in grams of CO2; None where nothing was measured."""
+    try:
+        with (run / _EMISSIONS).open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        grams = sum(1000 * float(row["emissions"]) for row in rows)
+    except (OSError, KeyError, ValueError):
+        return None
+    region = ", ".join(dict.fromkeys(row["country_name"] for row in rows if row.get("country_name")))
+    return {"emissions": round(grams, 3), "source": "codecarbon", "training_type": "pre-training"} | (
+        {"geographical_location": region} if region else {}
+    )
+
+
+def _metadata(run: Path, recipe: Recipe, rows: list[dict[str, Any]], title: str) -> dict[str, Any]:
+    evaluations, section = _evaluations(rows), recipe.hub
+    return card.metadata(
+        name=title,
+        license=section.license,
+        language=section.language,
+        datasets=_hub_datasets(recipe),
+        base_model=_base_model(recipe),
+        tags=section.tags,
+        validation=evaluations[-1][1] if evaluations else {},
+        tasks=_tasks(rows),
+        emissions=_emissions(run),
+    )
+
+
+def _blocks(
+    run: Path,
+    recipe: Recipe,
+    where: dict[str, Any],
+    data: dict[str, Any],
+    rows: list[dict[str, Any]],
+    name: str | None,
+    title: str,
+    step: int | None,
+) -> dict[str, str]:
+    exported: dict[str, Any] = next((row for row in reversed(rows) if "export/loss_export" in row), {})
+    evaluations = _evaluations(rows)
+    labels = [(f"step {at:,}", by_domain) for at, by_domain in (*evaluations[:1], *evaluations[1:][-1:])]
+    kind = recipe.model.pretrained or (recipe.model.config or {})["model_type"]
+    origin = f"{kind}, trained further" if recipe.model.pretrained else f"{kind}, trained from scratch"
+    tokens = max((row.get("tokens", 0) for row in rows), default=0)
+    steps = recipe.training.num_steps
+    summary = (
+        f"# {title}\n\nA causal language model ({origin}, {where['num_parameters']:,} parameters, {tokens:,} tokens), "
+        "pretrained with hfpretrain."
+    )
+    if step is not None:
+        summary += f" This is the checkpoint of step {step:,} of {steps:,}."
+    elif name is not None and recipe.hub.repo_id is not None and recipe.checkpoint.every_steps:
+        summary += " Each checkpoint of the training is a revision of this repo, named by its step."
+    arguments = json.dumps(name or title) + ("" if step is None else f', revision="step-{step:08d}"')
+    use = card.fenced(_USE.format(arguments=arguments), "python")
+    use += (
+        f"\n\nThe tokenizer adds no special tokens; begin a prompt with `{data['document_start']}` to start a document."
+    )
+    limits = _LIMITS
+    if exported:
+        limits += (
+            f" The export was loaded in a fresh process and gave a loss of {exported['export/loss_export']:.6f} on a "
+            f"stored batch; the training process {exported['export/loss_training']:.6f}."
+        )
+    blocks = {
+        "summary": summary,
+        "results": f"## Results\n\n{card.validation_table(labels)}\n\n{card.tasks_table(_tasks(rows))}",
+        "loss": "![Training and validation loss](loss.png)",
+        "use": f"## Use\n\n{use}",
+        "samples": _samples(run, exported, step),
+        "data": f"## Data\n\n{_sources(data)}\n\n{card.fenced(data['account'])}",
+        "training": f"## Training\n\n{card.listed(_training(run, recipe, where, rows, exported))}",
+        "reproduce": _reproduce(recipe, where),
+        "limits": f"## Limits\n\n{limits}",
+    }
+    return {key: text for key, text in blocks.items() if text}
+
+
+def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:
+    samples = [s for s in metrics.read_metrics(run / "samples.jsonl") if step is None or s["step"] <= step]
+    newest = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    parts = [
+        f"{how} from {sample['prompt']!r}, at step {sample['step']:,}:\n\n{card.fenced(sample[kind])}"
+        for sample in newest
+        for kind, how in (("greedy", "Greedily"), ("drawn", "Drawn"))
+    ]
+    if exported:
+        how = "Drawn with top-k 50 at temperature 0.8, seed 0, from an empty prompt:"
+        parts.append(f"{how}\n\n{card.fenced(exported['export/sample'])}")
+    return "\n\n".join(["## Samples", *parts]) if parts else ""
+
+
+def _sources(data: dict[str, Any]) -> str:
+    """A line for each source: its name, what was read of it, the revision of a Hub dataset."""
+    lines = []
+    for source, identity in zip(data["sources"], data["identities"], strict=True):
+        details = [f"{key} `{source[key]}`" for key in ("name", "split", "data_files", "weight") if source.get(key)]
+        if len(identity) == 1 and isinstance(identity[0], str):  # else path, size and time of each file
+            details.append(f"revision `{identity[0]}`")
+        lines.append(f"- `{source['path']}`" + (f": {', '.join(details)}" if details else ""))
+    return "\n".join(lines)
+
+
+def _training(
+    run: Path, recipe: Recipe, where: dict[str, Any], rows: list[dict[str, Any]], exported: dict[str, Any]
+) -> dict[str, Any]:
+    logged: list[dict[str, Any]] = [row for row in rows if "tokens_per_second" in row]
+    last = logged[-1] if logged else {}
+    seconds = bill.seconds_per_step(rows, recipe.training.tokens_per_step)
+    speed = f"{recipe.training.tokens_per_step / seconds:,.0f} tokens/s" if seconds else None
+    if seconds and last.get("mfu"):
+        mfu = last["mfu"] / last["tokens_per_second"] * recipe.training.tokens_per_step / seconds
+        speed = f"{speed}, MFU {mfu:.3f} ({where['peak_flops_are']})"
+    dtype = exported.get("export/dtype", recipe.model.dtype)
+    emissions = _emissions(run)
+    return {
+        "parameters": f"{where['num_parameters']:,} ({where['num_non_embedding_parameters']:,} without embeddings)",
+        "tokens": f"{last['tokens']:,} in {last['step']:,} steps of {recipe.training.tokens_per_step:,}"
+        if last
+        else None,
+        "compute": f"{last['flops']:.3g} FLOP" if last else None,
+        "hardware": f"{where['num_processes']} x {where['device']}, engine {where['engine']}",
+        "throughput": speed,
+        "time in training": f"{last['step'] * seconds / 3600:,.2f} hours" if last and seconds else None,
+        "peak memory of a process": f"{last['peak_memory_bytes'] / 2**30:,.2f} GiB" if last else None,
+        "emissions": f"{emissions['emissions']:,} g CO2 (codecarbon)" if emissions else None,
+        "precision": where["mixed_precision"],
+        "weights": f"{dtype}, {'as training kept them' if dtype == 'float32' else 'rounded from float32'}",
+        "attention across documents": "no" if where["document_masking"] else "yes",
+    }
+
+
+def _reproduce(recipe: Recipe, where: dict[str, Any]) -> str:
+    engine, number, versions = where["engine"], where["num_processes"], where["versions"]
+    installed = " ".join(f"{name}=={number}" for name, number in versions.items() if name != "hfpretrain")
+    commands = [
+        f"# hfpretrain {versions['hfpretrain']}" + (f", commit {where['commit']}" if where["commit"] else ""),
+        f"pip install {installed}  # Python {where['python']}",
+        f"accelerate launch --config_file accelerate_configs/{engine}.yaml --num_processes {number} "
+        "-m hfpretrain.train recipe.yaml",
+    ]
+    text = "\n".join(
+        ["## Reproduce", "", "With the recipe below as `recipe.yaml`:", "", card.fenced("\n".join(commands), "sh")]
+    )
+    details = f"<details><summary>recipe.yaml</summary>\n\n{card.fenced(dump_recipe(recipe), 'yaml')}\n\n</details>"
+    return f"{text}\n\n{details}"
