@@ -8,7 +8,7 @@ from pathlib import Path
 from hfpretrain.recipe import RecipeError
 
 # In a wheel they stand inside of the package, in a checkout (editable or not) beside it.
-_HOME = next(p for p in (Path(__file__).parent, Path(__file__).parent.parent) if (p / "accelerate_configs").is_dir())
+_HOME = Path(__file__).parent if (Path(__file__).parent / "recipes").is_dir() else Path(__file__).parent.parent
 _FOLDERS = {"recipe": _HOME / "recipes", "engine": _HOME / "accelerate_configs"}
 
 
