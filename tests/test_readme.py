@@ -111,14 +111,15 @@ def test_console_commands(folder, command, monkeypatch):
     assert result.stdout
 
 
-def test_the_yaml_of_a_mixture_is_valid():
+def test_the_yaml_snippets_are_valid():
     import yaml
 
-    from hfpretrain.recipe import DataSection
+    from hfpretrain.recipe import DataSection, EvaluationSection
 
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    section = DataSection.model_validate({**yaml.safe_load(text)["data"], "block_size": 1024})
+    mixture, evaluation = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    section = DataSection.model_validate({**mixture["data"], "block_size": 1024})
     assert section.weights == [(0, [0.8, 0.2]), (9_000_000_000, [0.3, 0.7])]
+    assert EvaluationSection.model_validate(evaluation["evaluation"]).lm_eval.limit == 500
 
 
 def test_a_recipe_reads_what_datatrove_writes(folder):
