@@ -2,10 +2,11 @@
 
 A training of 8 steps that pushes 4 checkpoints and its export with the real client to a server on localhost
 (`tests/hub_server.py`), once for each fault; the server's state at the run's end, and after `hfpretrain push` once the
-fault is over.
+fault is over. And one that is told to stop while an upload hangs.
 """
 
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,36 @@ def trial(folder: Path, fault: str) -> list[str]:
         return [*row, told, at_end, f"{there(hub)} (exit {pushed.returncode})"]
 
 
+def stopped(folder: Path) -> list[str]:
+    """The row of a training that gets SIGTERM while the upload of its first checkpoint hangs."""
+    folder.mkdir()
+    small.write_jsonl(folder / "corpus.jsonl", small.small_text(200))
+    keys = {"checkpoint__every_steps": 50, "hub__repo_id": "user/tiny", "training__max_steps": 100_000}
+    recipe = small.write_recipe(folder, **keys, logging__every_steps=50)
+    with HubServer() as hub:
+        env = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(small.ROOT)}
+        hub.fault = always(lambda: 600.0, "^PUT")
+        command = [sys.executable, "-m", "hfpretrain.train", str(recipe)]
+        with subprocess.Popen(command, cwd=small.ROOT, env=env, stdout=-1, stderr=-1) as training:
+            while not any(request.startswith("PUT") for request in hub.requests):
+                time.sleep(0.1)
+            start = time.monotonic()
+            training.send_signal(signal.SIGTERM)
+            training.communicate()
+            seconds = time.monotonic() - start
+        hub.fault = None
+        push = [sys.executable, "-m", "hfpretrain.cli", "push", str(folder / "run"), "user/tiny"]
+        pushed = subprocess.run(push, cwd=small.ROOT, env=env, capture_output=True, text=True)
+        repo = hub.repos["models/user/tiny"]
+        saved = len(list((folder / "run" / "checkpoints").glob("step-*")))
+        row = [
+            "an upload hangs; SIGTERM",
+            f"exit {training.returncode}, {saved} checkpoints",
+            f"{seconds:.0f} s (to stop)",
+        ]
+        return [*row, "-", "no revision", f"{len(repo.tags)} revisions (exit {pushed.returncode})"]
+
+
 def main() -> None:
     """Print the table."""
     header = ["fault", "training", "from step 8 to the end", "what it says at its end"]
@@ -123,6 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for number, fault in enumerate([*FAULTS, *DOWN]):
             print("|", " | ".join(trial(Path(root) / str(number), fault)), "|", flush=True)
+        print("|", " | ".join(stopped(Path(root) / "stopped")), "|")
 
 
 if __name__ == "__main__":

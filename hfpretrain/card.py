@@ -122,6 +122,7 @@ def _validation_results(validation: Mapping[str, Mapping[str, Any]], datasets: S
                 yield {
                     "dataset_type": datasets[0] if datasets else "text",
                     "dataset_name": f"held-out text{f' ({domain})' if domain else ''}",
+                    "dataset_config": domain or None,  # what tells sets of one dataset apart
                     "dataset_split": "validation",
                     "metric_type": metric,
                     "metric_value": round(figures[metric], 4),
@@ -150,7 +151,8 @@ def validation_table(evaluations: Sequence[tuple[str, Mapping[str, Mapping[str, 
         for domain, figures in by_domain.items():
             cells = [_figure(figures, metric, digits) for metric, digits in zip(FIGURES, (4, 2, 4), strict=True)]
             lines.append(f"| {label}{f', {domain}' if domain else ''} | {' | '.join(cells)} |")
-    return "\n".join(lines) if evaluations else "No validation text was held out."
+    caption = "In brackets 95 % intervals, drawn over documents."
+    return "\n".join([*lines, "", caption]) if evaluations else "No validation text was held out."
 
 
 def _figure(figures: Mapping[str, Any], metric: str, digits: int) -> str:

@@ -348,7 +348,7 @@ def _path(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.publisher import push
+    from hfpretrain.push import push
 
     if not push(Path(args.run), args.repo_id, args.private, args.state):
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""The process that publishes a run while it trains: `python -m hfpretrain.publisher RUN`; and the same afterwards.
+"""The process that publishes a run while it trains: `python -m hfpretrain.publisher RUN`.
 
 It is told that the run has ended by a line on its standard input and ends itself when that is closed. What it did, and
 what it could not do, it writes as one JSON object a line. Training waits for none of it.
@@ -14,15 +14,16 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+import psutil
+from filelock import FileLock
 
 from hfpretrain import files, outbox
 from hfpretrain.hub import HopelessError, Repo, Trouble, bound_waiting, trouble
-from hfpretrain.recipe import HubSection, RecipeError, load_recipe, repo_id_problem
+from hfpretrain.recipe import HubSection, load_recipe
 
 MAIN = "main"
 FINISH = "finish"
@@ -44,7 +45,7 @@ class Publisher:
         self._run, self._section, self._repo, self._tell, self._keep = run, section, repo, tell, keep
         self._outbox = run / "outbox"
         self._attempts: dict[str, int] = {}
-        self._finished: set[str] = set()  # pushed, or never to be
+        self._finished: set[str] = set()  # pushed, or never to be; by `title`, for a step may be done again
         self._failures, self._retry_at, self._asked = 0, 0.0, False
         self._last_success = 0.0
 
@@ -72,32 +73,44 @@ class Publisher:
             if ending and (not names or (over and self._failures)):
                 return
             if names and now >= self._retry_at:
-                self._try(names[0], ending)
+                self._try(names[0])
             elif ending:
                 time.sleep(0.2)
             else:
                 finish.wait(0.2)
 
     def _todo(self, ending: bool) -> list[str]:
-        names = [place.name for place in outbox.waiting(self._outbox) if (place / outbox.MODEL).is_dir()]
-        if ending and (self._run / "model" / "config.json").is_file():
+        names = [place.name for place in self._open_places() if (place / outbox.MODEL).is_dir()]
+        if ending and MAIN not in self._finished and (self._run / "model" / "config.json").is_file():
             names.insert(0, MAIN)
-        return sorted((n for n in names if n not in self._finished), key=lambda name: self._attempts.get(name, 0))
+        return sorted(names, key=lambda name: self._attempts.get(name, 0))
 
-    def _try(self, name: str, ending: bool) -> None:
-        folder = self._run / "model" if name == MAIN else self._outbox / name
+    def _open_places(self) -> Iterator[Path]:
+        for place in outbox.waiting(self._outbox):
+            with contextlib.suppress(OSError):  # the run is just replacing it
+                if title(place) not in self._finished:
+                    yield place
+
+    def _close(self, name: str) -> None:
+        self._finished.add(name if name == MAIN else title(self._outbox / name))
+
+    def _begin(self, folder: Path) -> None:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         self._tell(attempt_seconds=_BASE_SECONDS + size / _BYTES_PER_SECOND)
+
+    def _try(self, name: str) -> None:
+        folder = self._run / "model" if name == MAIN else self._outbox / name
+        self._begin(folder)
         start = time.monotonic()
         try:
             commit = self._push_main() if name == MAIN else self._push_step(folder)
+            repo_id = self._repo.open()
+            outbox.note_published(self._outbox, repo_id, name, commit)
+            self._close(name)
         except Exception as error:  # a network, a server and a disk can fail in any way
             self._note_failure(name, trouble(error))
             return
         self._failures, self._retry_at, self._asked, self._last_success = 0, 0.0, False, time.monotonic()
-        self._finished.add(name)
-        repo_id = self._repo.open()
-        outbox.note_published(self._outbox, repo_id, name, commit)
         self._tell(revision=name, commit=commit, repo_id=repo_id, seconds=round(time.monotonic() - start, 3))
         if name != MAIN and not self._keep:
             outbox.remove(folder)
@@ -105,7 +118,7 @@ class Publisher:
     def _note_failure(self, name: str, found: Trouble) -> None:
         self._attempts[name] = self._attempts.get(name, 0) + 1
         if found.final:
-            self._finished.add(name)
+            self._close(name)
             self._tell(revision=name, reason=found.text)
             return
         first, most = _RETRY_SECONDS
@@ -124,33 +137,34 @@ class Publisher:
     def _push_step(self, place: Path) -> str:
         from hfpretrain import run_card
 
-        title = _title(place)
-        if (commit := self._repo.revision(place.name, title)) is not None:
+        name, text = title(place), run_card.figures_text(self._run, files.step_of(place))
+        if (commit := self._repo.revision(place.name, name)) is not None:
             return commit
         content = {path.name: path for path in (place / outbox.MODEL).iterdir()}
         if self._section.push_state:
             if not (place / outbox.STATE).is_dir():
                 raise HopelessError("its state was not kept; push without it")
             content |= {f"{outbox.STATE}/{path.name}": path for path in (place / outbox.STATE).iterdir()}
-        text = run_card.figures_text(self._run, files.step_of(place))
-        return self._repo.push_revision(place.name, title, text, content)
+        return self._repo.push_revision(place.name, name, text, content)
 
     def _export_one(self) -> None:
         """Make the plain folder of one checkpoint, also where the Hub can't be reached: it is smaller than a state."""
-        for place in outbox.waiting(self._outbox):
-            if not (place / outbox.MODEL).is_dir() and place.name not in self._finished:
+        for place in self._open_places():
+            if not (place / outbox.MODEL).is_dir():
+                self._begin(place)
                 try:
                     export_checkpoint(self._run, place, self._section.repo_id)
                 except Exception as error:  # no room, no memory, or files that are not what they were
                     self._tell(revision=place.name, reason=f"not exported: {trouble(error).text}")
-                    self._finished.add(place.name)
+                    self._close(place.name)
                     return
                 if not self._section.push_state:
                     shutil.rmtree(place / outbox.STATE)
                 return
 
 
-def _title(place: Path) -> str:
+def title(place: Path) -> str:
+    """Of the commit of a checkpoint, in the outbox or not: the same for the same weights alone."""
     return f"Step {files.step_of(place)} ({outbox.identity(place)})"
 
 
@@ -179,75 +193,6 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     work.rename(place / outbox.MODEL)
 
 
-def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
-    """Push what a repo lacks of a run: checkpoints that are there or wait in the outbox, and the export.
-
-    Prints what happens and at last what is where; returns whether nothing is missing. Raises `RecipeError` where there
-    is nothing to push, the name is wrong, or the run's own publisher is at work.
-    """
-    if (problem := repo_id_problem(repo_id)) is not None:
-        raise RecipeError.at("repo_id", problem)
-    bound_waiting()
-    repo, section = Repo(repo_id, private), HubSection(repo_id=repo_id, push_state=push_state)
-    if (run / "config.json").is_file():  # an exported folder alone
-        commit = _or_recipe_error(repo_id, lambda: repo.push_main(run))
-        print(f"{repo.open()}: commit {commit}")
-        return True
-    if not (run / "recipe.yaml").is_file():
-        raise RecipeError.at(str(run), "no run and no exported model here")
-    recipe = load_recipe(run / "recipe.yaml")
-    section = section.model_copy(update={"push_state": push_state or recipe.hub.push_state})
-    (run / "outbox").mkdir(exist_ok=True)
-    try:
-        with FileLock(run / "outbox" / LOCK, timeout=0):
-            _or_recipe_error(repo_id, repo.open)
-            missing = _push_all(run, section, repo, keep=recipe.hub.repo_id not in (None, repo_id))
-    except Timeout:
-        raise RecipeError.at(str(run), "its own publisher is at work; wait for the run's end") from None
-    print(outbox.table(run / "outbox", repo.open(), missing))
-    return not missing
-
-
-def _push_all(run: Path, section: HubSection, repo: Repo, keep: bool) -> dict[str, str]:
-    """Why what is missing is missing, by revision."""
-    reasons: dict[str, str] = {}
-
-    def tell(**values: Any) -> None:
-        if (name := values.get("revision")) is None:
-            return
-        if "commit" in values:
-            reasons.pop(name, None)
-            print(f"{name}: commit {values['commit']}", flush=True)
-        else:
-            reasons[name] = values["reason"]
-            print(f"{name}: {values['reason']}", file=sys.stderr, flush=True)
-
-    for path in reversed(files.steps(run / "checkpoints")):
-        try:
-            commit = repo.revision(path.name, _title(path))
-        except Exception as error:
-            if (found := trouble(error)).final:
-                reasons[path.name] = found.text
-                continue
-            commit = None  # what is there is asked again before it is pushed
-        if commit is not None:
-            outbox.note_published(run / "outbox", repo.open(), path.name, commit)
-        elif (reason := outbox.put(path, run / "outbox")) is not None:
-            reasons[path.name] = reason
-    finish = threading.Event()
-    finish.set()
-    Publisher(run, section, repo, tell, keep).follow(finish)
-    left = [] if keep else [place.name for place in outbox.waiting(run / "outbox")]
-    return reasons | {name: "the time was over" for name in left if name not in reasons}
-
-
-def _or_recipe_error(repo_id: str, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as error:  # its HTTP library raises classes of its own
-        raise RecipeError.at(repo_id, f"the Hub does not take it: {trouble(error).text}") from error
-
-
 def main(run: Path) -> int:
     """Follow a run until it tells that it ends; the exit code is 0."""
     finish = threading.Event()
@@ -263,7 +208,10 @@ def main(run: Path) -> int:
 
     threading.Thread(target=listen, daemon=True).start()
     os.nice(10)
-    with contextlib.suppress(OSError):  # Linux: where memory runs out, this process is the one to go
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # Linux: training reads first, and where memory runs out it stays
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
         Path("/proc/self/oom_score_adj").write_text("800", encoding="utf-8")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     bound_waiting()

@@ -16,6 +16,7 @@ from hfpretrain import export, outbox
 from hfpretrain.publisher import FINISH, MAIN
 from hfpretrain.recipe import HubSection
 
+LOG = "publisher.log"
 _REPO = "the repo"
 _START_SECONDS = 120  # until a new process has imported what it needs and speaks
 
@@ -37,7 +38,7 @@ class Publishing:
         if not self._wanted or (self._process is not None and self._process.poll() is None):
             return
         (self._run / "outbox").mkdir(exist_ok=True)
-        with (self._run / "outbox" / "publisher.log").open("a", encoding="utf-8") as log:
+        with (self._run / "outbox" / LOG).open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "hfpretrain.publisher", str(self._run)],
                 stdin=subprocess.PIPE,
@@ -66,6 +67,7 @@ class Publishing:
             return
         try:
             reason = outbox.put(checkpoint, self._run / "outbox")
+            self.start()  # where it has died
         except OSError as error:
             reason = str(error)
         if reason is not None:
@@ -84,8 +86,8 @@ class Publishing:
                 text = f"{name} is on the Hub: {said['repo_id']}, commit {said['commit']}"
             elif self._reasons.get(name) != reason:
                 self._reasons[name] = reason
-                later = "; it is tried again" if "retry_seconds" in said else ""
-                text = f"{name} is not on the Hub: {reason}{later}; training goes on"
+                later = "; it is tried again" if "retry_seconds" in said or name == _REPO else ""
+                text = f"{name} is not on the Hub: {reason}{later}"
             else:
                 continue
             found.append((text, {f"hub/{key}": value for key, value in said.items()}))
@@ -99,7 +101,7 @@ class Publishing:
         self.start()
         process = self._process
         assert process is not None and process.stdin is not None
-        self._limit = time.monotonic() + self._section.max_wait_seconds + _START_SECONDS
+        self._limit = max(self._limit, time.monotonic() + self._section.max_wait_seconds + _START_SECONDS)
         try:
             process.stdin.write(f"{FINISH}\n")
             process.stdin.flush()
@@ -107,6 +109,9 @@ class Publishing:
             pass
         while process.poll() is None and time.monotonic() < self._limit and not stopped():
             time.sleep(0.1)
+        if process.poll():
+            reason = f"its process ended with exit code {process.returncode}, see {self._run / 'outbox' / LOG}"
+            self._said.put({"reason": reason})
         self.close()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def environment(run: Any) -> dict[str, Any]:
         "initial_weights": run.initial_weights,
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in (*LIBRARIES, "evaluate")},
+        "versions": {name: version(name) for name in (*LIBRARIES, "evaluate", "deepspeed") if find_spec(name)},
     }
 
 
@@ -63,6 +64,7 @@ def describe(run: Any) -> None:
         "account": account,
         "sources": manifest["recipe"]["sources"] + manifest["recipe"]["validation_sources"],
         "identities": manifest["source_identities"] + manifest["validation_identities"],
+        "num_training_sources": len(manifest["source_identities"]),
         "document_start": run.tokenizer.bos_token or run.tokenizer.eos_token,
     }
     for name, content in ((DATA, json.dumps(data, indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):

@@ -198,8 +198,11 @@ def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:
 def _sources(data: dict[str, Any]) -> str:
     """A line for each source: its name, what was read of it, the revision of a Hub dataset."""
     lines = []
-    for source, identity in zip(data["sources"], data["identities"], strict=True):
-        details = [f"{key} `{source[key]}`" for key in ("name", "split", "data_files", "weight") if source.get(key)]
+    for number, (source, identity) in enumerate(zip(data["sources"], data["identities"], strict=True)):
+        details = ["held out"] if number >= data["num_training_sources"] else []
+        details += [
+            f"{key} `{source[key]}`" for key in ("domain", "name", "split", "data_files", "weight") if source.get(key)
+        ]
         if len(identity) == 1 and isinstance(identity[0], str):  # else path, size and time of each file
             details.append(f"revision `{identity[0]}`")
         lines.append(f"- `{source['path']}`" + (f": {', '.join(details)}" if details else ""))
@@ -229,7 +232,7 @@ def _training(
         "time in training": f"{last['step'] * seconds / 3600:,.2f} hours" if last and seconds else None,
         "peak memory of a process": f"{last['peak_memory_bytes'] / 2**30:,.2f} GiB" if last else None,
         "emissions": f"{emissions['emissions']:,} g CO2 (codecarbon)" if emissions else None,
-        "precision": where["mixed_precision"],
+        "precision": "float32" if where["mixed_precision"] == "no" else where["mixed_precision"],
         "weights": f"{dtype}, {'as training kept them' if dtype == 'float32' else 'rounded from float32'}",
         "attention across documents": "no" if where["document_masking"] else "yes",
     }
@@ -237,10 +240,11 @@ def _training(
 
 def _reproduce(recipe: Recipe, where: dict[str, Any]) -> str:
     engine, number, versions = where["engine"], where["num_processes"], where["versions"]
-    installed = " ".join(f"{name}=={number}" for name, number in versions.items() if name != "hfpretrain")
+    # A local version as torch's `+cpu` is of no package registry.
+    pins = [f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "hfpretrain"]
     commands = [
         f"# hfpretrain {versions['hfpretrain']}" + (f", commit {where['commit']}" if where["commit"] else ""),
-        f"pip install {installed}  # Python {where['python']}",
+        f"pip install {' '.join(pins)}  # Python {where['python']}",
         f"accelerate launch --config_file accelerate_configs/{engine}.yaml --num_processes {number} "
         "-m hfpretrain.train recipe.yaml",
     ]

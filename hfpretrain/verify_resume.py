@@ -62,6 +62,8 @@ def _short(recipe: Recipe, steps: int) -> list[str]:
         "checkpoint.every_steps": max(1, steps // 6),
         "logging.every_steps": 1,
         "logging.trackers": "[]",
+        "checkpoint.resume_from": "null",
+        "hub.repo_id": "null",
     }
     return [f"--{key}={value}" for key, value in values.items()]
 

@@ -147,7 +147,7 @@ def test_push_does_what_is_missing_and_replaces_nothing(world):
 PUSHES = """
 import sys
 from pathlib import Path
-from hfpretrain.publisher import push
+from hfpretrain.push import push
 from hfpretrain.recipe import RecipeError
 for line in sys.stdin:
     try:

@@ -68,6 +68,7 @@ COMPOSITION = [
     "run_card",
     "publisher",
     "publishing",
+    "push",
     "incident",
     "records",
     "run_folder",
