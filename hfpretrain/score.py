@@ -181,8 +181,10 @@ def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float
 
 def _load(model: str) -> tuple[Any, Any]:
     """Tokenizer and float32 network, on an accelerator if there is one."""
+    import transformers
     from transformers import AutoModelForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
