@@ -145,13 +145,19 @@ def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]
 
 
 def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Whole tensors of a state on the disk, by their names in those `parts` of it, in one dictionary."""
+    """Whole tensors of a state on the disk, by their names in those `parts` of it, in one dictionary.
+
+    Raises `RuntimeError` or `ValueError` where they are not read.
+    """
     found: dict[str, Any] = {part: {} for part in parts}
     for name, entry in _Reader(path).read_metadata().state_dict_metadata.items():
         part, _, rest = name.partition(_SEPARATOR)
         if part in found and isinstance(entry, TensorStorageMetadata):
             found[part][rest] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    loaded = load(found, path)
+    try:
+        loaded = load(found, path)
+    except dcp.CheckpointException as error:  # type: ignore[attr-defined] # no `Exception`
+        raise RuntimeError(str(next(iter(error.failures.values()))[0])) from error
     return {name: tensor for part in parts for name, tensor in loaded.get(part, {}).items()}
 
 
@@ -179,7 +185,7 @@ class _Index(pickle.Unpickler):
             return dtype
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
-        raise pickle.UnpicklingError(f"its index asks for {module}.{name}, which no state of ours has")
+        raise ValueError(f"its index asks for {module}.{name}, which no state of ours has")
 
 
 class _Reader(filesystem.FileSystemReader):
@@ -188,7 +194,7 @@ class _Reader(filesystem.FileSystemReader):
             found = _Index(file).load()
         for entry in found.storage_data.values():
             if Path(entry.relative_path).name != str(entry.relative_path):
-                raise pickle.UnpicklingError(f"its index names {entry.relative_path!r}, which is outside of the folder")
+                raise ValueError(f"its index names {entry.relative_path!r}, which is outside of the folder")
         found.storage_meta = found.storage_meta or metadata.StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found

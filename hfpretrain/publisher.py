@@ -181,12 +181,12 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     transformers.utils.logging.disable_progress_bar()
     if (reason := files.damage(place / outbox.STATE)) is not None:
         raise HopelessError(reason)
-    recipe = load_recipe(run / "recipe.yaml")
-    config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=recipe.model.trust_remote_code)
+    section = load_recipe(run / "recipe.yaml").model
+    config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=section.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(run / report.PLAIN)
     tensors = fragments.load_whole(place / outbox.STATE, ("model", "buffers"))
     work = files.work_folder(place / outbox.MODEL)
-    export.write(config, tensors, tokenizer, work, recipe.model.dtype)
+    export.write(config, tensors, tokenizer, work, section.dtype)
     step = files.step_of(place)
     run_card.write_card(run, work, step, repo_id)
     (work / "metrics.json").write_text(json.dumps(run_card.figures(run, step), indent=1), encoding="utf-8")

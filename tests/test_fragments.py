@@ -1,6 +1,9 @@
+import pickle
 import random
 
+import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import fragments
@@ -60,3 +63,21 @@ def test_copies_of_a_state_share_the_saving():
     assert [shares[1]["model"]["a"].pieces, shares[0]["model"]["b"].pieces] == [[], []]
     assert all(share["scaler"] == {"scale": 2.0} for share in shares)
     assert fragments.share(state, 0, 1) == state
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("this was run",)
+
+
+def test_a_state_runs_no_code(tmp_path, capsys):
+    """Neither where it has no tensor nor in its index; see `test_hub.py` for one that came from the Hub."""
+    state = {"model": {"a": torch.ones(2)}, "scaler": {"scale": Attack()}}
+    fragments.save(state, tmp_path)
+    with pytest.raises(dcp.CheckpointException, match="Weights only load failed"):
+        fragments.load({"scaler": {"scale": None}}, tmp_path)
+    assert torch.equal(fragments.load_whole(tmp_path, ["model"])["a"], torch.ones(2))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(ValueError, match=r"its index asks for builtins\.print"):
+        fragments.load_whole(tmp_path, ["model"])
+    assert "this was run" not in capsys.readouterr().out
