@@ -32,7 +32,7 @@ def test_a_folder_without_runs_is_named(tmp_path):
     assert result.returncode == 2 and "there is no run here" in result.stderr
 
 
-@pytest.mark.parametrize("engine", [None, "fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", [None, "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_prompts_are_continued_at_evaluations_under_every_engine(folder, engine):
     recipe = write_recipe(
         folder,

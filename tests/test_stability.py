@@ -62,7 +62,7 @@ def test_a_step_with_a_broken_gradient_is_skipped(skipped):
     assert documents[0]["origin"].startswith(str(skipped / "corpus.jsonl"))
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_all_ranks_skip_the_step_that_one_of_them_spoils(skipped, engine):
     run = skipped / engine
     result = train(skipped / "recipe.yaml", f"--output_dir={run}", engine=engine, fault="gradient:5")
@@ -75,7 +75,7 @@ def test_all_ranks_skip_the_step_that_one_of_them_spoils(skipped, engine):
         torch.testing.assert_close(tensor, weights(skipped / "run")[name], rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_loss_that_jumps_is_left_out_before_deepspeed_updates(skipped, engine):
     run = skipped / f"jump-{engine}"
     arguments = [f"--output_dir={run}", "--stability.spike_std=20", "--stability.spike_window=4"]

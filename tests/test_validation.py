@@ -145,7 +145,7 @@ class TokenAccuracy(evaluate.Metric):
 """
 
 
-@pytest.mark.parametrize("engine", [None, "zero2"])
+@pytest.mark.parametrize("engine", [None, pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_metric_folder_of_the_recipe_is_computed(two, engine, tmp_path):
     folder, path, _ = two
     metric = tmp_path / "token_accuracy"
