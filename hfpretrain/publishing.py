@@ -34,9 +34,14 @@ class Publishing:
         self._repo_id = section.repo_id or ""
 
     def start(self) -> None:
-        """Start the process, or start it again: it goes on with what is in the outbox."""
-        if not self._wanted or (self._process is not None and self._process.poll() is None):
-            return
+        """Start the process, or start it again: it goes on with what is in the outbox. Training goes on without it."""
+        if self._wanted and (self._process is None or self._process.poll() is not None):
+            try:
+                self._start()
+            except OSError as error:
+                self._said.put({"reason": f"its process does not start: {error}"})
+
+    def _start(self) -> None:
         (self._run / "outbox").mkdir(exist_ok=True)
         with (self._run / "outbox" / LOG).open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
@@ -55,6 +60,8 @@ class Publishing:
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
+            if not line.startswith("{"):  # a library's
+                continue
             said: dict[str, Any] = json.loads(line)
             seconds = said.get("attempt_seconds", said.get("retry_seconds", 0.0))
             self._limit = time.monotonic() + seconds + self._section.max_wait_seconds
@@ -96,11 +103,11 @@ class Publishing:
     def finish(self, stopped: Callable[[], bool]) -> None:
         """Have the export pushed and all that is missing, and wait for it, until `stopped` or `hub.max_wait_seconds`
         after the last thing that worked."""
-        if not self._wanted:
-            return
         self.start()
         process = self._process
-        assert process is not None and process.stdin is not None
+        if process is None:
+            return
+        assert process.stdin is not None
         self._limit = max(self._limit, time.monotonic() + self._section.max_wait_seconds + _START_SECONDS)
         try:
             process.stdin.write(f"{FINISH}\n")
