@@ -97,7 +97,7 @@ def single(hosts, tmp_path_factory):
     return recipe
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_hosts_train_what_one_process_trains(hosts, single, engine):
     folder, before = single.parent, received(hosts)
     for code, stderr in finish(start(hosts, engine, single, f"--output_dir={folder / engine}")):
