@@ -34,16 +34,12 @@ class Family:
     in the width. All else is the recipe's: vocabulary, context, number of experts and how many of them a token meets.
     Keys are found through the config class's `attribute_map`, so any model type works that has the three.
 
-    Raises `RecipeError` for a recipe with `model.pretrained`, for a model type without heads, layers and width, and
-    for keys that hold a value for each layer.
+    Raises `RecipeError` for a model type without heads, layers and width, for keys that hold a value for each layer,
+    and where the vocabulary is not known because the data are not prepared.
     """
 
     def __init__(self, recipe: Recipe):
-        if recipe.model.config is None:
-            raise RecipeError.at(
-                "model.pretrained",
-                f"{recipe.model.pretrained} has one size; a ladder needs `model.config`, of which it makes others",
-            )
+        assert recipe.model.config is not None
         self._section, self._given = recipe.model, recipe.model.config
         self._whole = model_config(recipe)
         self._names = getattr(type(self._whole), "attribute_map", {})
@@ -119,8 +115,9 @@ class Family:
                 divisors = (number for number in range(heads, 0, -1) if heads % number == 0)
                 scaled[key] = min(divisors, key=lambda number: abs(math.log(number / wanted)))
             elif _WIDTHS.search(key):
-                multiple = math.gcd(value, 8)
-                scaled[key] = max(1, round(value * heads / self._heads / multiple)) * multiple
+                # Where the share is no whole number, a multiple of 8: matrix kernels want it.
+                whole, rest = divmod(value * heads, self._heads)
+                scaled[key] = max(1, round((whole + rest / self._heads) / 8)) * 8 if rest else whole
         scaled = {self._names.get(key, key): value for key, value in scaled.items()}
         aliases = {alias for alias, key in self._names.items() if key in scaled}
         return {key: value for key, value in self._given.items() if key not in aliases} | scaled

@@ -79,6 +79,9 @@ class Ladder:
     def __init__(self, recipe: Recipe, sizes: Sequence[int], ratios: Sequence[float], num_processes: int, folder: Path):
         self.recipe, self.folder, self.ratios = recipe, folder, sorted(set(ratios))
         sizes = sorted(set(sizes))
+        if recipe.model.pretrained is not None:
+            message = f"{recipe.model.pretrained} has one size; a ladder needs `model.config`, of which it makes others"
+            raise RecipeError.at("model.pretrained", message)
         if not recipe.data.has_validation:
             raise RecipeError.at(
                 "data.validation_fraction", "a ladder compares validation losses; hold something out, for example 0.01"

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
 """Training compute C = 6 N D for N parameters that each token meets and D tokens (Kaplan et al. 2020, section 2.1)."""
 _DELTA = 1e-3
+_MAX_STEPS = 300
 # Of the reducible loss' exponents and the share of the loss that is irreducible, where an optimization starts.
 _EXPONENTS, _SHARES = (0.1, 0.4, 1.0), (0.2, 0.8)
 
@@ -80,11 +80,11 @@ def num_constants(num_variables: int) -> int:
 def fit(variables: np.ndarray, losses: np.ndarray, num_samples: int = 200, seed: int = 0) -> Fit:
     """Fit a `Law` to runs: `variables` float64 (points, 1 or 2), `losses` float64 (points,) in nats per token.
 
-    As Hoffmann et al. 2022, appendix D.2: the Huber loss (delta 1e-3) of ln predicted - ln measured, the prediction as
-    a log-sum-exp, minimised by L-BFGS from a grid of starts, the best kept. The logarithms of the variables are
-    centred and the exponents positive through their own logarithms, which moves no minimum and lets a coarser grid
-    reach it; the objective is summed, not averaged, and followed to convergence, without which Hoffmann et al.'s own
-    fit stopped early (Besiroglu et al. 2024, "Chinchilla Scaling: A replication attempt").
+    The objective is that of Hoffmann et al. 2022, appendix D.2: the Huber loss (delta 1e-3) of ln predicted - ln
+    measured, the prediction as a log-sum-exp, from a grid of starts of which the best end is kept. The logarithms of
+    the variables are centred and the exponents kept positive by their own logarithms, which moves no minimum and lets a
+    coarse grid reach it. It is summed, not averaged, and followed to convergence, without which the published fit
+    stopped early (Besiroglu et al. 2024, "Chinchilla Scaling: A replication attempt").
 
     Uncertainty by parametric bootstrap (Efron & Tibshirani 1993, section 6.5), each fit started from the best: losses
     are drawn about the law with a standard deviation that is itself drawn, the residuals' squares over a chi-squared
@@ -101,68 +101,85 @@ def fit(variables: np.ndarray, losses: np.ndarray, num_samples: int = 200, seed:
         raise ValueError("every loss must be a positive number")
     logs = np.log(variables)
     centre = logs.mean(axis=0)
-    x, y = torch.from_numpy(logs - centre), torch.from_numpy(np.log(losses))
-    best = min((_minimise(start, x, y) for start in _starts(num_variables, float(losses.min()))), key=lambda m: m[1])[0]
-    fitted = _log_loss(best, x)
+    x, y = logs - centre, np.log(losses)
+    ends, objectives = _minimise(_starts(num_variables, float(losses.min())), x, y[None])
+    best = ends[objectives.argmin()]
+    fitted = _log_losses(best[None], x)[0][0]
     freedom = points - constants
     generator = np.random.default_rng(seed)
     squares = float(((y - fitted) ** 2).sum())
     scatter = np.sqrt(squares / generator.chisquare(freedom, num_samples)) if freedom else np.empty(0)
-    noise = torch.from_numpy(generator.normal(size=(len(scatter), points)) * scatter[:, None])
-    samples = tuple(_law(_minimise(best, x, fitted + drawn)[0], centre) for drawn in noise)
-    return Fit(_law(best, centre), samples, scatter)
+    drawn = fitted + generator.normal(size=(len(scatter), points)) * scatter[:, None]
+    samples, _ = _minimise(np.tile(best, (len(scatter), 1)), x, drawn)
+    return Fit(_law(best, centre), tuple(_law(sample, centre) for sample in samples), scatter)
 
 
-def _starts(num_variables: int, smallest_loss: float) -> list[torch.Tensor]:
-    """Constants to start from, in the form that is optimized: ln E, ln of each term at the centre, ln exponents."""
-    return [
-        torch.tensor(
+def _starts(num_variables: int, smallest_loss: float) -> np.ndarray:
+    """Constants to start from, float64 (starts, constants): ln E, ln of each term at the centre, ln exponents."""
+    return np.array(
+        [
             [
                 math.log(share * smallest_loss),
                 *[math.log((1 - share) * smallest_loss / num_variables)] * num_variables,
                 *map(math.log, exponents),
-            ],
-            dtype=torch.float64,
-        )
-        for share in _SHARES
-        for exponents in itertools.product(_EXPONENTS, repeat=num_variables)
-    ]
+            ]
+            for share in _SHARES
+            for exponents in itertools.product(_EXPONENTS, repeat=num_variables)
+        ]
+    )
 
 
-def _log_loss(constants: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Logarithm of the loss of every point, float64 (points,), of centred logarithms `x` (points, variables)."""
+def _log_losses(constants: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of the loss, float64 (fits, points), at centred logarithms `x` (points, variables), and their
+    derivatives by the constants (fits, points, constants)."""
     number = x.shape[1]
-    terms = constants[1 : 1 + number] - constants[1 + number :].exp() * x
-    return torch.logsumexp(torch.cat([constants[:1].expand(len(x), 1), terms], dim=1), dim=1)
+    slopes = -np.exp(constants[:, None, 1 + number :]) * x
+    terms = np.concatenate([np.broadcast_to(constants[:, None, :1], (*slopes.shape[:2], 1)), slopes], axis=2)
+    terms[:, :, 1:] += constants[:, None, 1 : 1 + number]
+    largest = terms.max(axis=2, keepdims=True)
+    shares = np.exp(terms - largest)
+    total = shares.sum(axis=2, keepdims=True)
+    shares /= total
+    return (largest + np.log(total))[:, :, 0], np.concatenate([shares, shares[:, :, 1:] * slopes], axis=2)
 
 
-def _minimise(start: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The constants that L-BFGS finds, and their objective."""
-    constants = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [constants], max_iter=500, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
+def _minimise(starts: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Constants at the ends of as many fits as there are `starts`, and their objectives.
 
-    def objective() -> torch.Tensor:
-        # In units of delta squared: of order one, as the tolerances expect.
-        scaled = (_log_loss(constants, x) - y) / _DELTA
-        return torch.nn.functional.huber_loss(scaled, torch.zeros_like(scaled), reduction="sum")
+    Levenberg's and Marquardt's damped least squares, points beyond delta weighted by delta / residual (Huber 1981,
+    section 7.8), instead of L-BFGS: it makes a few products of all fits at once, where L-BFGS runs one after another
+    and hundreds of times as long. `tests/test_scaling.py` holds that L-BFGS goes no lower.
+    """
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = objective()
-        value.backward()
-        return value
+    def objective(constants: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        values, slopes = _log_losses(constants, x)
+        residuals = values - y
+        size = np.abs(residuals)
+        return np.where(size < _DELTA, size**2 / 2, _DELTA * (size - _DELTA / 2)).sum(axis=1), residuals, slopes
 
-    optimizer.step(closure)
-    with torch.no_grad():
-        value = objective().item()
-    return constants.detach(), value if math.isfinite(value) else math.inf
+    constants, damping = starts.copy(), np.full(len(starts), 1e-2)
+    value, residuals, slopes = objective(constants)
+    diagonal = np.eye(constants.shape[1])
+    for _ in range(_MAX_STEPS):
+        weights = np.minimum(1.0, _DELTA / np.maximum(np.abs(residuals), 1e-300))[:, :, None]
+        gradient = (slopes * weights * residuals[:, :, None]).sum(axis=1)
+        curvature = np.einsum("fpi,fpj->fij", slopes * weights, slopes)
+        scale = np.einsum("fii->fi", curvature) + 1e-12
+        step = np.linalg.solve(curvature + damping[:, None, None] * diagonal * scale[:, None], gradient[:, :, None])
+        tried = constants - np.clip(step[:, :, 0], -1.0, 1.0)
+        new_value, new_residuals, new_slopes = objective(tried)
+        better = new_value < value
+        constants, value = np.where(better[:, None], tried, constants), np.where(better, new_value, value)
+        residuals = np.where(better[:, None], new_residuals, residuals)
+        slopes = np.where(better[:, None, None], new_slopes, slopes)
+        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-12, 1e8)
+        if (damping == 1e8).all():  # no step helps any more
+            break
+    return constants, value
 
 
-def _law(constants: torch.Tensor, centre: np.ndarray) -> Law:
+def _law(constants: np.ndarray, centre: np.ndarray) -> Law:
     number = len(centre)
-    exponents = constants[1 + number :].exp().numpy()
-    coefficients = np.exp(constants[1 : 1 + number].numpy() + exponents * centre)
-    return Law(math.exp(constants[0].item()), tuple(map(float, coefficients)), tuple(map(float, exponents)))
+    exponents = np.exp(constants[1 + number :])
+    coefficients = np.exp(constants[1 : 1 + number] + exponents * centre)
+    return Law(math.exp(constants[0]), tuple(map(float, coefficients)), tuple(map(float, exponents)))

@@ -67,7 +67,7 @@ def test_every_command_is_covered():
         "pip install",
         "DS_BUILD_OPS=0 pip",
     ]
-    assert len(TRAINING) == 3 and len(CONSOLE) == 13 and len(PYTHON) == 1
+    assert len(TRAINING) == 3 and len(CONSOLE) == 14 and len(PYTHON) == 1
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -93,6 +93,15 @@ def test_console_commands(folder, command):
         with HubServer() as hub:
             result = run(folder, command, env=hub.environment(folder / "home"))
             assert "models/USER/NAME" in hub.repos
+    elif command.startswith("hfpretrain ladder"):
+        # Of the 10 seconds of a rung most are its start: four rungs, once each.
+        small = re.sub("--sizes .*", "--sizes 5k 12k 20k 30k", command)
+        longer = ["--training.max_steps=100", "--evaluation.every_steps=50"]
+        first, again = (run(folder, small, *SMALL, *longer) for _ in range(2))
+        assert first.returncode == 0 and first.stdout.count(": loss ") == 4, first.stderr
+        assert "finished" not in first.stdout and again.stdout.count("(was finished)") == 4
+        assert "held out" in again.stdout and (folder / "runs" / "quickstart-ladder" / "ladder.png").exists()
+        return
     else:
         overrides = SMALL if "recipes/quickstart.yaml" in command else []
         result = run(folder, command.replace("--stride 128", "--stride 16"), *overrides)
