@@ -1,10 +1,8 @@
-"""The real ladder, every rung in a process of its own, is README's: `test_readme.py` runs it twice."""
-
 import json
 import math
 
 import pytest
-from conftest import recipe_mapping, write_recipe
+from conftest import hfpretrain, recipe_mapping, write_recipe
 from filelock import FileLock
 from PIL import Image
 
@@ -139,6 +137,18 @@ def test_a_ladder_finds_the_law_of_its_runs_and_what_it_means_for_the_recipe(fol
         list(ladder(recipe, SIZES, RATIOS, None, None, None, output))
     with pytest.raises(RecipeError, match="are asked: its schedule would not be a whole one"):
         Ladder(target(folder, training__max_steps=600), SIZES, RATIOS, 1, output).write()
+
+
+@pytest.mark.slow
+def test_a_real_ladder_trains_each_rung_once(folder):
+    recipe = write_recipe(folder, training__max_steps=200, training__tokens_per_step=512)
+    command = ("ladder", str(recipe), "--sizes", "4k", "10k", "18k", "30k", "--output", str(folder / "ladder"))
+    first, again = hfpretrain(*command), hfpretrain(*command)
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    assert "(was finished)" not in first.stdout and again.stdout.count("(was finished)") == 4
+    assert first.stdout.count(": loss ") == 4 and "held out" in first.stdout
+    rungs = json.loads((folder / "ladder" / "ladder.json").read_text())["rungs"]
+    assert all(0 < rung["loss"] < math.log(320) for rung in rungs)
 
 
 @pytest.mark.parametrize(
