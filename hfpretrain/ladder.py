@@ -246,7 +246,6 @@ def ladder(
     """
     start = subruns.command(engine, num_processes)
     made = Ladder(recipe, sizes, ratios, subruns.process_count(engine, num_processes), folder)
-    (folder / "rungs").mkdir(parents=True, exist_ok=True)
     made.write()
     yield made.table()
     if made.epochs is not None and made.epochs > 1:
@@ -405,6 +404,13 @@ class _Findings:
                 f"{_interval_text(best['tokens_interval'], '.3g')}, loss {best['predicted']:.4f}"
                 f"{_interval_text(best['interval'], '.4f')}"
             )
+            trained = [rung.tokens / rung.parameters for rung in self.rungs]
+            wanted = best["tokens"] / best["parameters"]
+            if not min(trained) <= wanted <= max(trained):
+                yield (
+                    f"  those are {wanted:.3g} tokens per parameter, outside the {min(trained):.3g} to "
+                    f"{max(trained):.3g} of the runs: other --ratios would tell it better"
+                )
         else:
             yield (
                 f"{best['flops']:.2e} FLOPs at the recipe's tokens per parameter: loss {best['predicted']:.4f}"
@@ -432,9 +438,11 @@ class _Findings:
             sizes = np.sqrt(flops / (self.factor * per_parameter))
             line = [self.at(n, per_parameter * n, c) for n, c in zip(sizes, flops, strict=True)]
             axes.plot(flops, [self.check.law.loss(*at) for at in line], lw=1.4, color=colour)
-            if self.check.samples and ratio == min(made.ratios, key=lambda value: abs(math.log(value))):
-                low, high = zip(*(self.check.loss_interval(*at) or () for at in line), strict=True)
-                axes.fill_between(flops, low, high, color=colour, alpha=0.15, lw=0)
+            if ratio == min(made.ratios, key=lambda value: abs(math.log(value))):
+                axes.plot(flops, [self.fit.law.loss(*at) for at in line], lw=1.2, ls="--", color=colour)
+                if self.check.samples:
+                    low, high = zip(*(self.check.loss_interval(*at) or () for at in line), strict=True)
+                    axes.fill_between(flops, low, high, color=colour, alpha=0.15, lw=0)
             for rung in self.rungs:
                 if rung.ratio == ratio:
                     style: dict[str, Any] = {"marker": "o", "ms": 6, "color": colour}
@@ -442,7 +450,10 @@ class _Findings:
                         style |= {"marker": "D", "ms": 8, "mfc": "white", "mew": 1.8}
                     axes.plot([rung.flops], [rung.loss or math.nan], ls="", **style)
             axes.plot([], [], lw=1.4, marker="o", color=colour, label=f"{per_parameter:.3g} tokens per parameter")
-        axes.plot([], [], ls="", marker="D", ms=8, mfc="white", mew=1.8, color="#555555", label="held out of the fit")
+        grey: dict[str, Any] = {"color": "#555555"}
+        axes.plot([], [], ls="", marker="D", ms=8, mfc="white", mew=1.8, label="the largest size, held out", **grey)
+        axes.plot([], [], lw=1.4, label="law fitted without it", **grey)
+        axes.plot([], [], lw=1.2, ls="--", label="law fitted to all runs", **grey)
         interval = target["interval"] or (target["predicted"],) * 2
         away = [[max(0.0, target["predicted"] - interval[0])], [max(0.0, interval[1] - target["predicted"])]]
         label = f"the recipe, predicted {target['predicted']:.3f}"
