@@ -31,7 +31,9 @@ class Family:
 
     Width and layers are in proportion to the heads, so the aspect width / layers and the size of a head stay; so do,
     as nearly as whole numbers allow, the shares of key and value heads and of the feed-forward and low-rank widths
-    in the width. All else is the recipe's: vocabulary, context, number of experts and how many of them a token meets.
+    in the width. `initializer_range` goes by 1 / sqrt(width), which is a variance of 1 / fan-in (Yang et al. 2022,
+    "Tensor Programs V", table 3): that of a wide model leaves a narrow one on a plateau for most of a short run. All
+    else is the recipe's: vocabulary, context, number of experts and how many of them a token meets.
     Keys are found through the config class's `attribute_map`, so any model type works that has the three.
 
     Raises `RecipeError` for a model type without heads, layers and width, for keys that hold a value for each layer,
@@ -101,7 +103,7 @@ class Family:
                 yield Member(keywords, parameters_of(load_config(section, vocab_size=self._whole.vocab_size)))
 
     def _config(self, heads: int, layers: int) -> dict[str, Any]:
-        scaled = {
+        scaled: dict[str, Any] = {
             "num_attention_heads": heads,
             "num_hidden_layers": layers,
             "hidden_size": self._width * heads // self._heads,
@@ -118,6 +120,9 @@ class Family:
                 # Where the share is no whole number, a multiple of 8: matrix kernels want it.
                 whole, rest = divmod(value * heads, self._heads)
                 scaled[key] = max(1, round((whole + rest / self._heads) / 8)) * 8 if rest else whole
+        deviation = getattr(self._whole, self._names.get("initializer_range", "initializer_range"), None)
+        if isinstance(deviation, float):
+            scaled["initializer_range"] = float(f"{deviation * math.sqrt(self._heads / heads):.4g}")
         scaled = {self._names.get(key, key): value for key, value in scaled.items()}
         aliases = {alias for alias, key in self._names.items() if key in scaled}
         return {key: value for key, value in self._given.items() if key not in aliases} | scaled

@@ -163,7 +163,9 @@ class Ladder:
 
     @property
     def epochs(self) -> float | None:
-        """How often the recipe sees its training text; None where it is streamed."""
+        """How often the recipe sees its training text; None for streams and mixtures, where no one number tells it."""
+        if self.recipe.data.weights:
+            return None
         splits = [self.prepared.manifest["splits"][name] for name in self.prepared.train_splits]
         rows = sum(split["rows"] for split in splits)
         return self.tokens / (rows * self.recipe.data.block_size) if rows else None
@@ -200,7 +202,7 @@ def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: in
     for key, value in scheduler["scheduler_specific_kwargs"].items():
         if isinstance(value, int) and (key.endswith("_steps") or key == "timescale"):
             scheduler["scheduler_specific_kwargs"][key] = _steps(value, part)
-        elif key in ("min_lr", "lr_end"):  # a rate, not a share of the peak
+        elif isinstance(value, (int, float)) and key in ("min_lr", "lr_end"):  # a rate, not a share of the peak
             scheduler["scheduler_specific_kwargs"][key] = value * lr_factor
     whole = training.num_steps * training.tokens_per_step
     for stage in mapping["data"]["stages"]:

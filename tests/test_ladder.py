@@ -75,6 +75,8 @@ def test_a_member_is_the_same_shape_at_another_size(folder, model_type):
         for key in ("intermediate_size", "moe_intermediate_size"):
             if key in config:
                 assert member.config[key] / member.config[width] == pytest.approx(config[key] / config[width], rel=0.1)
+        deviation = 0.02 * math.sqrt(config[width] / member.config[width])
+        assert member.config["initializer_range"] == pytest.approx(deviation, rel=1e-3)
         assert set(config) <= set(member.config) and member.config["vocab_size"] == 1024
 
 
