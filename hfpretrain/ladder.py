@@ -210,6 +210,8 @@ def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: in
     # Only the last loss counts; an interrupted rung loses a quarter at most.
     mapping["evaluation"] = {}
     mapping["checkpoint"] |= {"every_steps": max(1, num_steps // 4), "keep_last": 1, "keep_every": None}
+    mapping["hub"]["repo_id"] = None  # a rung is nothing to publish
+    mapping["checkpoint"]["resume_from"] = None
     mapping["logging"] |= {"every_steps": max(1, num_steps // 50), "trackers": [], "profile_steps": None}
     return mapping
 
