@@ -58,6 +58,9 @@ def describe(run: Any) -> None:
     run.config.save_pretrained(folder / PLAIN)
     run.tokenizer.save_pretrained(folder / PLAIN)
     _, _, account = summary(run.prepared).partition("\n")
+    if run.recipe.data.streaming:
+        sources = ", ".join(source.path for source in run.recipe.data.sources)
+        account = f"  streamed from   {sources}\n{account}".rstrip()
     manifest = run.prepared.manifest
     data = {
         "checksum": run.prepared.checksum,

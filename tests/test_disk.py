@@ -100,6 +100,7 @@ def test_a_rollback_keeps_lines_that_cannot_be_taken_back(tmp_path):
     assert len(path.read_text().splitlines()) == 5 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_down_stops_only_what_needs_it(folder):
     down = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
     result = small.train(write_recipe(folder), **down)

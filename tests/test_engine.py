@@ -204,6 +204,7 @@ def test_flex_attention_on_a_cpu_is_refused(folder):
     assert "model.attn_implementation: flex_attention has no backward pass on CPUs; take sdpa" in result.stderr
 
 
+@pytest.mark.slow
 def test_fsdp2_with_one_process(runs):
     """As with offloading on one GPU; the launcher starts a single process in another way."""
     result = train(runs / "recipe.yaml", f"--output_dir={runs / 'alone'}", engine="fsdp2", processes=1)
@@ -212,6 +213,7 @@ def test_fsdp2_with_one_process(runs):
     assert json.loads((runs / "alone" / "environment.json").read_text())["engine"] == "fsdp2"
 
 
+@pytest.mark.slow
 def test_bfloat16_under_a_sharded_engine_reports_float32_losses(tmp_path):
     run_all(tmp_path, ["single", "fsdp2"], training__mixed_precision="bf16", training__max_steps=4)
     for key in ("loss", "eval/loss"):

@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT, environment
 
 
-@pytest.mark.parametrize(("model", "engines"), [("gpt2", ("fsdp2",)), ("qwen3_moe", ("zero3",))])
+@pytest.mark.parametrize(
+    ("model", "engines"), [pytest.param("gpt2", ("fsdp2",), marks=pytest.mark.slow), ("qwen3_moe", ("zero3",))]
+)
 def test_a_recipe_means_the_same_under_every_engine(tmp_path, model, engines):
     """Tied embeddings and experts, three micro-steps on each process, documents masked; `make proofs` has all of it."""
     recipe = equivalence.write_recipe(tmp_path, model, accumulation=3, precision="no", steps=10)

@@ -118,7 +118,10 @@ def test_a_rollback_without_a_checkpoint_is_a_stop(skipped):
     assert [event["event"] for event in events(run)] == ["the gradient's norm is nan: stop"]
 
 
-@pytest.mark.parametrize(("engine", "streaming"), [(None, False), (None, True), ("fsdp2", False), ("zero2", True)])
+@pytest.mark.parametrize(
+    ("engine", "streaming"),
+    [(None, False), (None, True), ("fsdp2", False), pytest.param("zero2", True, marks=pytest.mark.slow)],
+)
 def test_rollback_goes_back_and_takes_other_blocks(skipped, engine, streaming):
     run, straight = skipped / f"rollback-{engine}-{streaming}", skipped / f"straight-{streaming}"
     data = []

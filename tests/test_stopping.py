@@ -66,7 +66,10 @@ def straight(tmp_path_factory):
     return recipe, folder
 
 
-@pytest.mark.parametrize(("engine", "phase"), [("single", "evaluate"), ("ddp", "data"), ("fsdp2", "save")])
+@pytest.mark.parametrize(
+    ("engine", "phase"),
+    [("single", "evaluate"), ("ddp", "data"), pytest.param("fsdp2", "save", marks=pytest.mark.slow)],
+)
 def test_a_signal_to_one_rank_stops_all_with_everything_saved(straight, engine, phase):
     """A short version of `benchmarks/stopping.py`."""
     recipe, folder = straight
