@@ -312,7 +312,8 @@ def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.ladder import ladder, parse_size
+    from hfpretrain.ladder import ladder
+    from hfpretrain.rungs import parse_size
 
     for name, value in (("--compute", args.compute), ("--num-processes", args.num_processes)):
         if value is not None and not 0 < value < float("inf"):

@@ -43,6 +43,8 @@ class Evaluator:
         if self._tasks is not None and state.step and is_due(state.step, section.lm_eval.every_steps, num_steps):
             self._run_tasks(self._tasks)
             state.evaluated = True
+        if state.evaluated:
+            self._run.clock.mark("evaluate")
 
     def _validate(self) -> None:
         """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""

@@ -119,14 +119,13 @@ _MESSAGE = "Upload from hfpretrain"
 def bound_waiting() -> None:
     """From now on this process's requests fail after `TIMEOUT_SECONDS` of silence, and log no addresses: those of
     storage are signed."""
-    import httpx2
     import huggingface_hub
     from huggingface_hub.utils import _http
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    def client() -> httpx2.Client:
+    def client() -> Any:
         made = _http.default_client_factory()
-        made.timeout = httpx2.Timeout(TIMEOUT_SECONDS)
+        made.timeout = TIMEOUT_SECONDS
         return made
 
     huggingface_hub.set_client_factory(client)

@@ -281,7 +281,8 @@ class OptimizerSection(Section):
     name: Literal["adamw", "muon", "adafactor"] = "adamw"
     """`torch.optim.AdamW`, `Muon` or `Adafactor`. Muon takes the matrices between embedding and head, its update scaled
     so that `lr` and `weight_decay` mean the same as for AdamW, which takes the rest (Liu et al. 2025, "Muon is Scalable
-    for LLM Training"). Both others need whole matrices: not under ZeRO, which cuts them flat."""
+    for LLM Training"); not under ZeRO, which cuts matrices flat. Adafactor only on `single` and `ddp`: torch's does
+    not work on sharded matrices."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     betas: tuple[_Average, _Average] = (0.9, 0.95)

@@ -89,7 +89,6 @@ def _fit(run: Run) -> None:
         state = run.state
         if not state.evaluated:
             run.evaluator.evaluate()
-            run.clock.mark("evaluate")
         if state.step not in (0, run.saved_step) and is_due(state.step, recipe.checkpoint.every_steps, num_steps):
             run.save(in_background=recipe.checkpoint.async_save and state.step < num_steps)
         run.note_saves(last=state.step >= num_steps)

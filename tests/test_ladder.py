@@ -9,9 +9,10 @@ from PIL import Image
 from hfpretrain import plan
 from hfpretrain.cli import main
 from hfpretrain.family import Family
-from hfpretrain.ladder import Ladder, ladder, parse_size
+from hfpretrain.ladder import ladder
 from hfpretrain.prepare import prepared_path
 from hfpretrain.recipe import Recipe, RecipeError, dump_recipe
+from hfpretrain.rungs import Ladder, parse_size
 from hfpretrain.scaling import Law
 
 SIZES, RATIOS = (6_000, 12_000, 20_000, 32_000), (0.5, 1.0, 2.0)

@@ -78,6 +78,7 @@ COMPOSITION = [
     "run",
     "train",
     "verify_resume",
+    "rungs",
     "ladder",
     "cli",
 ]

@@ -12,8 +12,8 @@ from conftest import ROOT, environment
 from hub_server import HubServer
 from test_ladder import LAW, finish
 
-from hfpretrain.ladder import Ladder
 from hfpretrain.recipe import accumulation_steps, load_recipe
+from hfpretrain.rungs import Ladder
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
