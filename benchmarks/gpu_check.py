@@ -1,20 +1,24 @@
 """Everything of the engines that one device can show, one row a run: a GPU, or at toy size this machine's CPU.
 
-    python benchmarks/gpu_check.py [--rows WORD ...] [--steps 20]
+    python benchmarks/gpu_check.py [--rows WORD ...] [--steps 20] [--jobs 1]
 
 The same llama on the same random words under every engine with one process, and under `single` in every precision,
 with Liger's kernels, flash attention and the naive loss. Columns: whether the initial weights are those of the first
 row; the largest relative difference of a step's loss from it; tokens/s and MFU; peak memory and its predicted value;
 the largest difference of a logit between the training process on the device and plain transformers on the CPU. A row
-that is refused shows the reason. The table is printed and kept in benchmarks/results/gpu_check.md.
+that is refused shows the reason. With several `--jobs` at a time tokens/s say nothing and are left out. The table is
+printed and kept in benchmarks/results/gpu_check.md.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +82,7 @@ def run(recipe: Path, name: str, engine: str, changes: dict[str, Any]) -> Path |
     return (refused or [line for line in lines if "Error" in line][-1:] or lines[-1:] or ["no message"])[0]
 
 
-def cells(run: Path, first: Path) -> list[str]:
+def cells(run: Path, first: Path, with_rates: bool) -> list[str]:
     """What the table says of a run that ended."""
     losses, known = rows(run, "loss"), rows(first, "loss")
     difference = max(abs(losses[step]["loss"] / known[step]["loss"] - 1) for step in known)
@@ -91,17 +95,28 @@ def cells(run: Path, first: Path) -> list[str]:
         "same" if ours == theirs else "OTHER",
         f"{last['loss']:.4f}",
         f"{difference:.1e}",
-        f"{last['tokens_per_second']:,.0f}",
-        "-" if last["mfu"] is None else f"{last['mfu']:.3f}",
+        f"{last['tokens_per_second']:,.0f}" if with_rates else "",
+        f"{last['mfu']:.3f}" if with_rates and last["mfu"] is not None else "",
         *("-" if size is None else f"{size / 2**20:,.0f} MiB" for size in memory),
         f"{export['export/max_logit_difference']:.1e}",
     ]
+
+
+def print_rows(found: Iterable[tuple[str, Path | str]], first: Path, with_rates: bool) -> list[str]:
+    """The rows of the table, printed as they come."""
+    lines = []
+    for name, run in found:
+        texts = [run.replace("|", "/")[:160]] if isinstance(run, str) else cells(run, first, with_rates)
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", help="only rows with one of these words in their name, and the first")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_check.md")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}, no GPU"
@@ -112,19 +127,17 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     print(*lines, sep="\n", flush=True)
-    first = None
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(Path(folder), args.steps)
-        for name, (engine, changes) in RUNS.items():
-            if first is not None and args.rows and not any(word in name.split() for word in args.rows):
-                continue
-            found = run(recipe, name, engine, changes)
-            first = first or found
-            if isinstance(first, str):
-                sys.exit(f"the first row did not run: {first}")
-            texts = [found.replace("|", "/")[:160]] if isinstance(found, str) else cells(found, first)
-            lines.append(f"| {name} | {' | '.join(texts)} |")
-            print(lines[-1], flush=True)
+        first_name = next(iter(RUNS))
+        first = run(recipe, first_name, *RUNS[first_name])  # it prepares the data for all
+        if isinstance(first, str):
+            sys.exit(f"the first row did not run: {first}")
+        wanted = [n for n in RUNS if n != first_name and (not args.rows or set(args.rows) & set(n.split()))]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            others = pool.map(lambda name: run(recipe, name, *RUNS[name]), wanted)
+            found_runs = zip([first_name, *wanted], itertools.chain([first], others), strict=True)
+            lines += print_rows(found_runs, first, with_rates=args.jobs == 1)
     args.results.parent.mkdir(exist_ok=True)
     args.results.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

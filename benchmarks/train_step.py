@@ -1,11 +1,12 @@
-"""The wrapper's own share of a step, and Trainer: `python benchmarks/train_step.py [RECIPE] [--section.key=value ...]`.
+"""A step of hfpretrain beside the same step of others: `python benchmarks/train_step.py [RECIPE] [--section.key=value]`.
 
-In one process, on the same model, optimizer and kind of batch, by turns: a step of the bare PyTorch loop, a step of
-hfpretrain as it trains the recipe (data, loss over all tokens, checks, records, logging). Between such runs, as many
+In one process, on the same batches in the same precision, by turns: a step of hfpretrain as it trains the recipe (data,
+loss over all tokens, checks, records, logging); a step of the bare PyTorch loop on the same model and optimizer; with
+`--nanogpt FOLDER`, nanoGPT's repository, its model of the same sizes, compiled, in its loop. Between such runs, as many
 steps of `transformers.Trainer` on a model of the same config. Ratios are of neighbours, so that the machine's noise
 meets both.
 
-`--check` exits with 1 if the wrapper's share is above 3 %.
+`--check` leaves out Trainer and exits with 1 if the wrapper's share of a step is above 3 %.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
+import importlib.util
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,9 +30,64 @@ import torch
 from hfpretrain import engine
 from hfpretrain.recipe import load_recipe
 from hfpretrain.run import Run
-from hfpretrain.train import train
 
 LIMIT = 0.03
+training = importlib.import_module("hfpretrain.train")  # the package's `train` is the function
+Batches = list[dict[str, torch.Tensor]]
+Peer = Callable[[Batches], None]
+
+
+def seconds_now() -> float:
+    """With nothing of the device's queue left."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def timed_run(
+    recipe: str | Path, steps: int, overrides: list[str], peers: Callable[[Run], dict[str, Peer]] = lambda _: {}
+) -> tuple[dict[str, np.ndarray], Run, Batches]:
+    """Train a recipe, and after each step let every peer do its own on the same batches: seconds of each step by name,
+    float64 (steps - 3,), of hfpretrain's as "hfpretrain"; the run and the last batches."""
+    found: dict[str, list[float]] = {"hfpretrain": []}
+    consume, start = Run.consume, Run.resume
+    begun, others, used, runs = 0.0, {}, [], []
+
+    def resume(run: Run) -> None:
+        nonlocal begun, others
+        start(run)
+        runs.append(run)
+        others = peers(run)
+        found.update({name: [] for name in others})
+        begun = seconds_now()
+
+    def timed(run: Run, data: Any, loss: float) -> None:
+        nonlocal begun, used
+        consume(run, data, loss)
+        found["hfpretrain"].append(seconds_now() - begun)
+        used = [engine.to_device(run.accelerator, batch) for batch in data.batches]
+        for name, peer in others.items():
+            begun = seconds_now()
+            peer(used)
+            found[name].append(seconds_now() - begun)
+        begun = seconds_now()
+
+    def finish(run: Run) -> None:  # without the export
+        run.close()
+        run.peak_memory.close()
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        changes = {"output_dir": Path(folder) / "run", "training.max_steps": steps, "logging.trackers": "[]"}
+        changes |= {"evaluation.every_steps": "null", "checkpoint.every_steps": "null"}
+        changes |= {"scheduler.num_warmup_steps": 1, "training.max_tokens": "null"}
+        arguments = [f"--{key}={value}" for key, value in changes.items()]
+        with (
+            mock.patch.object(Run, "consume", timed),
+            mock.patch.object(Run, "resume", resume),
+            mock.patch.object(training, "_finish", finish),
+        ):
+            training.train(load_recipe(recipe, [*arguments, *overrides]))
+    return {name: np.array(seconds[3:]) for name, seconds in found.items()}, runs[0], used
 
 
 def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
@@ -37,88 +97,73 @@ def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, getattr(torch, dtype)) if kind == "autocast" else contextlib.nullcontext()
 
 
-def bare_step(model: Any, optimizer: Any, scheduler: Any, batches: list[Any], context: Any, max_norm: float) -> None:
+def bare_loop(run: Run) -> Peer:
     """What every training script of PyTorch does."""
-    for batch in batches:
-        with context:
-            loss = model(**batch, use_cache=False).loss / len(batches)
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
+    model, optimizer, context = engine.unwrap(run.model), run.optimizer.optimizer, autocast(run)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    max_norm = run.recipe.training.max_grad_norm or 1e9
+
+    def step(batches: Batches) -> None:
+        for batch in batches:
+            with context:
+                loss = model(**batch, use_cache=False).loss / len(batches)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    return step
 
 
-def pairs(recipe: str | Path, steps: int, *overrides: str) -> tuple[np.ndarray, Any]:
-    """Seconds of neighbouring steps, hfpretrain's and the bare loop's: float64 (steps, 2); and config,
-    batches of a step and whether they are computed in bf16."""
-    found: list[tuple[float, float]] = []
-    used: list[Any] = [None]
-    consume, start = Run.consume, Run.resume
-    begun = 0.0
+def nanogpt(run: Run, folder: Path) -> Peer:
+    """nanoGPT's model with the sizes of a gpt2 recipe and the loop of its train.py."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    config, section, device = run.config, run.recipe.optimizer, run.accelerator.device.type
+    sizes = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    network = module.GPT(
+        module.GPTConfig(**sizes, block_size=run.recipe.data.block_size, dropout=config.resid_pdrop, bias=True)
+    ).to(device)
+    optimizer = network.configure_optimizers(section.weight_decay, section.lr, section.betas, device)
+    network, context = torch.compile(network), autocast(run)
 
-    def synchronize(run: Run) -> float:
-        if run.accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+    def step(batches: Batches) -> None:
+        for batch in batches:
+            with context:
+                _, loss = network(batch["input_ids"], batch["labels"])
+                loss = loss / len(batches)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), run.recipe.training.max_grad_norm or 1e9)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    def resume(run: Run) -> None:
-        nonlocal begun
-        start(run)
-        raw = engine.unwrap(run.model)
-        run.bare = {  # type: ignore[attr-defined]
-            "model": raw,
-            "optimizer": run.optimizer.optimizer,
-            "scheduler": torch.optim.lr_scheduler.LambdaLR(run.optimizer.optimizer, lambda _: 1.0),
-            "max_norm": run.recipe.training.max_grad_norm or 1e9,
-        }
-        begun = synchronize(run)
-
-    def timed(run: Run, data: Any, loss: float) -> None:
-        nonlocal begun
-        consume(run, data, loss)
-        ours = synchronize(run) - begun
-        batches = [engine.to_device(run.accelerator, batch) for batch in data.batches]
-        used[0] = (run.config, batches, engine.precision(run.accelerator) == "bf16")
-        start = synchronize(run)
-        bare_step(batches=batches, context=autocast(run), **run.bare)  # type: ignore[attr-defined]
-        begun = synchronize(run)
-        found.append((ours, begun - start))
-
-    Run.consume, Run.resume = timed, resume  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-            changes = {"output_dir": Path(folder) / "run", "training.max_steps": steps}
-            changes |= {"evaluation.every_steps": "null", "checkpoint.every_steps": "null"}
-            changes |= {"scheduler.num_warmup_steps": 1}
-            train(load_recipe(recipe, [*(f"--{key}={value}" for key, value in changes.items()), *overrides]))
-    finally:
-        Run.consume, Run.resume = consume, start  # type: ignore[method-assign]
-    return np.array(found)[2:], used[0]
+    return step
 
 
-def trainer_steps(config: Any, batches: list[dict[str, torch.Tensor]], steps: int, bf16: bool) -> np.ndarray:
+def trainer_steps(config: Any, batches: Batches, steps: int, bf16: bool, compiled: bool) -> np.ndarray:
     """Seconds of steps of `transformers.Trainer` on a new model of `config`, fed one step's `batches` again and again
     (its own collator and sampler would only add to it): float64 (steps,)."""
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    class Batches(torch.utils.data.Dataset):
+    class Dataset(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return steps * sum(len(batch["input_ids"]) for batch in batches)
 
         def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
             size = len(batches[0]["input_ids"])
             batch = batches[number // size % len(batches)]
-            return {key: value[number % size] for key, value in batch.items()}
+            return {key: value[number % size].cpu() for key, value in batch.items()}
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.times: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            self.times.append(time.perf_counter())
+            self.times.append(seconds_now())
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
@@ -128,6 +173,7 @@ def trainer_steps(config: Any, batches: list[dict[str, torch.Tensor]], steps: in
             per_device_train_batch_size=len(batches[0]["input_ids"]),
             gradient_accumulation_steps=len(batches),
             bf16=bf16,
+            torch_compile=compiled,
             use_cpu=not torch.accelerator.is_available(),
             optim="adamw_torch_fused",
             learning_rate=1e-4,
@@ -136,7 +182,7 @@ def trainer_steps(config: Any, batches: list[dict[str, torch.Tensor]], steps: in
             report_to=[],
             disable_tqdm=True,
         )
-        Trainer(AutoModelForCausalLM.from_config(config), arguments, train_dataset=Batches(), callbacks=[clock]).train()
+        Trainer(AutoModelForCausalLM.from_config(config), arguments, train_dataset=Dataset(), callbacks=[clock]).train()
     return np.diff(clock.times)[1:]
 
 
@@ -145,33 +191,51 @@ def main() -> int:
     parser.add_argument("recipe", nargs="?", default="recipes/quickstart.yaml")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--no-trainer", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit with 1 above the limit")
     args, overrides = parser.parse_known_args()
-    found, of_trainer = [], []
+
+    def peers(run: Run) -> dict[str, Peer]:
+        return {"bare loop": bare_loop(run)} | ({"nanoGPT": nanogpt(run, args.nanogpt)} if args.nanogpt else {})
+
+    found: dict[str, list[np.ndarray]] = {}
+    of_trainer = []
     for _ in range(args.rounds):
-        seconds, peer = pairs(args.recipe, args.steps, *overrides)
-        found.append(seconds)
+        seconds, run, batches = timed_run(args.recipe, args.steps, overrides, peers)
+        for name, values in seconds.items():
+            found.setdefault(name, []).append(values)
+        facts = run.config, engine.precision(run.accelerator) == "bf16", run.flops_per_token, run.peak_flops
+        compiled = run.recipe.training.compile is True
+        tokens = run.recipe.training.tokens_per_step
+        del run
         gc.collect()
-        if not args.check:
-            config, batches, bf16 = peer
-            of_trainer.append(np.median(trainer_steps(config, batches, args.steps, bf16)) / np.median(seconds[:, 0]))
-    seconds = np.concatenate(found)
-    shares = seconds[:, 0] / seconds[:, 1] - 1
-    low, high = interval(shares)
-    print("| step | seconds, median | wrapper's share, median (95 % interval) |\n|---|---|---|")
-    print(f"| bare loop | {np.median(seconds[:, 1]):.4f} | |")
-    print(f"| hfpretrain | {np.median(seconds[:, 0]):.4f} | {np.median(shares):.2%} ({low:.2%} to {high:.2%}) |")
+        if not (args.check or args.no_trainer):
+            theirs = trainer_steps(facts[0], batches, args.steps, facts[1], compiled)
+            of_trainer.append(np.median(theirs) / np.median(seconds["hfpretrain"]))
+    ours = np.concatenate(found["hfpretrain"])
+    print("| step | seconds, median | tokens/s | MFU | hfpretrain is, median (95 % interval) |\n|---|---|---|---|---|")
+    shares = []
+    for name, rounds in found.items():
+        values = np.concatenate(rounds)
+        rate = tokens / np.median(values)
+        mfu = f"{rate * facts[2] / facts[3]:.3f}" if facts[3] else "-"
+        ratio = "" if name == "hfpretrain" else "{:.4f} x as fast ({:.4f} to {:.4f})".format(*interval(values / ours))
+        print(f"| {name} | {np.median(values):.4f} | {rate:,.0f} | {mfu} | {ratio} |")
+        shares.append(interval(ours / values - 1))
     if of_trainer:
         spread = f"{min(of_trainer):.3f} to {max(of_trainer):.3f}"
-        print(f"| Trainer | {np.median(of_trainer):.3f} x hfpretrain's ({spread} in {args.rounds} rounds) | |")
+        print(f"| Trainer | | | | {np.median(of_trainer):.3f} x as fast ({spread} in {args.rounds} rounds) |")
+    share, low, _ = shares[1]
+    print(f"\nThe wrapper's share of a step: {share:.2%}")
     return int(args.check and low > LIMIT)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Bootstrap of the median."""
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The median and its bootstrap interval."""
     draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
-    return float(low), float(high)
+    return float(np.median(values)), float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,12 +17,13 @@ _MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; below it kernel launches cost mo
 _ROWS = 2**14
 
 
-def chunk_tokens(num_tokens: int, vocab_size: int) -> int:
+def chunk_tokens(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
     """How many of a micro-batch's tokens have their logits in memory at once: a sixteenth, or 16 MiB if that is more.
 
     Each chunk reads and writes the whole gradient of the head, so more chunks would save little memory and cost time.
+    `fused`: as of `_fusible`, which needs half as much for each.
     """
-    return max(-(-num_tokens // 16), _MIN_CHUNK_LOGITS // vocab_size)
+    return max(-(-num_tokens // (8 if fused else 16)), _MIN_CHUNK_LOGITS // vocab_size)
 
 
 def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -175,7 +177,7 @@ def head_loss(
     In place of `torch.nn.functional.linear_cross_entropy`, whose loss and sums over chunks are in bf16 if the input is
     (torch 2.13), and whose chunks of tokens * hidden / vocabulary are slower the larger the vocabulary.
     """
-    num_tokens = num_tokens or chunk_tokens(targets.numel(), len(weight))
+    num_tokens = num_tokens or chunk_tokens(targets.numel(), len(weight), _has_triton(hidden.device.type))
     inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
     if torch.is_grad_enabled():
         total: torch.Tensor = _SummedLoss.apply(*inputs)
@@ -233,18 +235,55 @@ def _token_losses(
         for start in range(0, len(hidden), num_tokens):
             chunk = slice(start, start + num_tokens)
             inputs, target = hidden[chunk], targets[chunk, None]
-            counts, target = target != IGNORE_INDEX, target.clamp(min=0)
-            logits = linear(inputs, weight, bias).float()
-            logits.sub_(logits.amax(1, keepdim=True))
-            wanted = logits.gather(1, target)
-            total = logits.exp_().sum(1, keepdim=True)
-            losses[chunk] = (total.log() - wanted).masked_fill_(~counts, 0)[:, 0]
-            if gradients is None:
-                continue
-            # The gradient of the logits: softmax less 1 at the target.
-            logits.mul_(counts / total).scatter_add_(1, target, -counts.float())
-            _add_gradients(gradients, chunk, inputs, weight, logits)
+            logits = linear(inputs, weight, bias)
+            softmax = _compiled() if _has_triton(device) else _in_place
+            losses[chunk], grad_logits = softmax(logits, target, gradients is not None)
+            if gradients is not None:
+                _add_gradients(gradients, chunk, inputs, weight, grad_logits)
     return losses
+
+
+def _in_place(
+    logits: torch.Tensor, target: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """-log p of `target`, int64 (tokens, 1), and the gradient of the logits: softmax less 1 at the target. Both are 0
+    where that is -100. A float32 `logits` is used up."""
+    logits = logits.float()
+    counts, target = target != IGNORE_INDEX, target.clamp(min=0)
+    logits.sub_(logits.amax(1, keepdim=True))
+    wanted = logits.gather(1, target)
+    total = logits.exp_().sum(1, keepdim=True)
+    losses = (total.log() - wanted).masked_fill_(~counts, 0)[:, 0]
+    if not with_gradient:
+        return losses, None
+    return losses, logits.mul_(counts / total).scatter_add_(1, target, -counts.float())
+
+
+def _fusible(
+    logits: torch.Tensor, target: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `_in_place`, for a compiler: two passes over the logits, the gradient in their dtype and nothing in between,
+    where single kernels make a dozen passes in float32."""
+    wide, counts = logits.float(), target != IGNORE_INDEX
+    target = target.clamp(min=0)
+    log_total = torch.logsumexp(wide, 1, keepdim=True)
+    losses = torch.where(counts, log_total - wide.gather(1, target), 0.0)[:, 0]
+    if not with_gradient:
+        return losses, None
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    return losses, torch.where(counts, (wide - log_total).exp() - is_target.float(), 0.0).to(logits.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    return torch.compile(_fusible)
+
+
+@functools.cache
+def _has_triton(device: str) -> bool:
+    from torch.utils._triton import has_triton
+
+    return device == "cuda" and has_triton()
 
 
 def _add_gradients(
@@ -265,6 +304,9 @@ def _add_gradients(
     if weight_grad.dtype == weight.dtype:
         weight_grad.addmm_(grad_logits.T, inputs)
         return
-    # In 16 bits the product is a copy before it is added: for a part of the vocabulary at a time it is a small one.
+    if grad_logits.is_cuda and torch.version.cuda:  # its products in 16 bits add to float32 as they are made
+        torch.addmm(weight_grad, grad_logits.T, inputs, out_dtype=torch.float32, out=weight_grad)
+        return
+    # Elsewhere such a product is a copy before it is added: for a part of the vocabulary at a time it is a small one.
     for rows, logits in zip(weight_grad.split(_ROWS), grad_logits.split(_ROWS, dim=1), strict=True):
         rows.add_(logits.T @ inputs)

@@ -223,7 +223,7 @@ def _notes(
         notes.append("weights of single and ddp are float32 with the 16-bit copies that autocast makes of them")
     if recipe.model.attn_implementation.startswith(("flash", "flex")):
         notes.append(f"activations are those of sdpa; {recipe.model.attn_implementation} holds as much or less")
-    if recipe.training.compile:
+    if recipe.training.compile is True:
         notes.append("activations are those without torch.compile, which holds as much or less")
     whole = [engine.name for engine in engines if engine.cuts == "tensors"]
     if chunked_loss and len(whole) < len(engines):

@@ -183,8 +183,8 @@ class Run:
             )
         self.document_masking = _document_masking(recipe, probe, self.accelerator)
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
-        if training.compile:
-            network.compile()
+        if modeling.compiles(training.compile, training.num_steps * self.accumulation_steps):
+            modeling.compile_layers(network)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()

@@ -1,0 +1,98 @@
+"""All that is to be measured on a GPU, by one command, into one page: `python benchmarks/gpu.py [--only WORD ...]`.
+
+Each part is a benchmark of this folder with its sizes for a GPU; nothing is downloaded. `--quick` is for a first look
+at a new machine; without a GPU all sizes are those of a toy. The page is benchmarks/results/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from small import ROOT, environment, small_text, write_jsonl
+
+TOY = ("--model.config.n_layer=2", "--model.config.n_embd=64", "--model.config.n_head=2", "--data.block_size=64",
+       "--training.tokens_per_step=512", "--training.micro_batch_size=4")  # fmt: skip
+LLAMA_TOY = ("--model.config.num_hidden_layers=2", "--model.config.hidden_size=64", "--model.config.head_dim=16",
+             "--model.config.intermediate_size=128", "--model.config.num_attention_heads=4", "--data.block_size=64",
+             "--model.config.num_key_value_heads=2", "--training.tokens_per_step=512")  # fmt: skip
+
+
+def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str]]:
+    """Arguments of python by title."""
+    toy = not torch.cuda.is_available()
+    local = [f"--data.sources=[{{path: json, data_files: {corpus}}}]", "--data.validation_fraction=0.01"]
+    local += [f"--data.prepared_dir={corpus.parent / 'prepared'}", "--tokenizer.pretrained=null"]
+    local += ["--tokenizer.algorithm=byte_level_bpe", "--tokenizer.vocab_size=512"]
+    local += ["--training.document_masking=false"]  # peers have none
+    gpt2 = ["benchmarks/train_step.py", "recipes/gpt2-124m-openwebtext.yaml", *local]
+    gpt2 += ["--steps", "6" if quick else "18", "--rounds", "1"]
+    gpt2 += TOY if toy else ["--training.micro_batch_size=32"]
+    llama = ["benchmarks/train_step.py", "recipes/llama-1b-fineweb-edu.yaml", *local, "--no-trainer"]
+    llama += ["--steps", "6" if quick else "12", "--rounds", "1"]
+    llama += LLAMA_TOY if toy else ["--training.tokens_per_step=131072", "--training.micro_batch_size=8"]
+    peer = ["--nanogpt", str(nanogpt)] if nanogpt else []
+    return {
+        "engines": ["benchmarks/gpu_check.py", "--jobs", "5", "--steps", "5" if quick else "20"],
+        "GPT-2 124M, compiled": [*gpt2, *peer, "--training.compile=true"],
+        "GPT-2 124M": [*gpt2, "--training.compile=false"],
+        "llama 1 B, compiled": [*llama, "--training.compile=true"],
+        "llama 1 B, compiled, activations checkpointed": [
+            *llama,
+            "--training.compile=true",
+            "--model.gradient_checkpointing=true",
+        ],
+        "llama 1 B, compiled, heads of 128": [
+            *llama,
+            "--training.compile=true",
+            *([] if toy else ["--model.config.head_dim=128", "--model.config.num_attention_heads=16"]),
+        ],
+        "llama 1 B, compiled, fp8": [*llama, "--training.compile=true", "--training.mixed_precision=fp8"],
+        "the loss": ["benchmarks/loss_memory.py"],
+        "a save": ["benchmarks/save_stall.py", *(["--hidden-size", "64", "--num-layers", "2"] if toy else [])],
+    }
+
+
+def tables(command: list[str]) -> tuple[list[str], int]:
+    """The rows of tables that a benchmark prints, shown as they come, and its exit code; its errors go to stderr."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        if line.startswith("|"):
+            lines.append(line.rstrip())
+            print(lines[-1], flush=True)
+    return lines, process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts whose title has one of these in it")
+    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
+    args = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    page = [f"# On {device}, torch {torch.__version__}"]
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = write_jsonl(Path(folder) / "corpus.jsonl", small_text(20_000))
+        for title, command in parts(corpus, args.nanogpt, args.quick).items():
+            if not any(word in title for word in args.only):
+                continue
+            start = time.perf_counter()
+            shown = " ".join(command).replace(str(corpus.parent), "CORPUS")
+            page.append(f"## {title}\n\n`python {shown}`\n")
+            print(page[-1], flush=True)
+            lines, code = tables([sys.executable, *command])
+            page.append("\n".join(lines))
+            print(f"exit code {code}, {time.perf_counter() - start:.0f} s\n", flush=True)
+            args.results.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
