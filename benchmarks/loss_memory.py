@@ -2,8 +2,8 @@
 
     python benchmarks/loss_memory.py [--train]
 
-One forward and backward of output embedding and loss, on a CPU in a process of its own; the last of four rounds is timed.
-Memory is what came on top of hidden states and weight: of the process on a CPU (`ru_maxrss`), allocated on a GPU.
+One forward and backward of output embedding and loss, on a CPU in a process of its own; of four rounds the last is
+timed. Memory is what came on top of hidden states and weight: of the process on a CPU (`ru_maxrss`), else allocated.
 bf16 is autocast with float32 weights. `--train` runs whole steps of a llama with a vocabulary of 128k instead, through
 `accelerate launch -m hfpretrain.train` (CPU: memory of the largest process, sampled every 20 ms).
 """

@@ -1,4 +1,4 @@
-"""A step of hfpretrain beside the same step of others: `python benchmarks/train_step.py [RECIPE] [--section.key=value]`.
+"""A step of hfpretrain beside that of others: `python benchmarks/train_step.py [RECIPE] [--section.key=value ...]`.
 
 In one process, on the same batches in the same precision, by turns: a step of hfpretrain as it trains the recipe (data,
 loss over all tokens, checks, records, logging); a step of the bare PyTorch loop on the same model and optimizer; with

@@ -3,7 +3,15 @@ import torch
 from test_model import GPT2, LLAMA, MOE, SMALL, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfpretrain.loss import chunk_tokens, head_loss, is_chunked, token_losses, use_chunked_loss
+from hfpretrain.loss import (
+    _fusible,
+    _in_place,
+    chunk_tokens,
+    head_loss,
+    is_chunked,
+    token_losses,
+    use_chunked_loss,
+)
 from hfpretrain.model import apply_liger_kernel
 from hfpretrain.recipe import RecipeError
 
@@ -70,6 +78,20 @@ def test_chunks_add_up_in_float32(mode, num_tokens):
     tolerance = 1e-6 if mode == "float32" else 1e-2  # a bf16 number has 8 significant bits
     for ours, theirs in zip(*(torch.autograd.grad(loss / 96, tensors) for loss in (chunked, whole)), strict=True):
         assert ours.dtype == dtype and (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_compiles_is_what_others_compute_in_place(dtype):
+    draw = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(30, 640, generator=draw)).to(dtype)
+    target = torch.randint(640, (30, 1), generator=draw)
+    target[::5] = -100
+    (losses, gradient), (expected, wanted) = _fusible(logits, target, True), _in_place(logits.clone(), target, True)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    assert gradient.dtype == dtype and not gradient[::5].any() and not losses[::5].any()
+    assert (gradient - wanted).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * wanted.norm()
+    assert _fusible(logits, target, False)[1] is None
+    assert chunk_tokens(32768, 50304, fused=True) == 2 * chunk_tokens(32768, 50304)
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "granite", "logits_scaling": 8.0}, {"model_type": "gemma2"}])

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from conftest import recipe_mapping
@@ -106,3 +108,24 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*gradients)
+
+
+def test_long_runs_on_gpus_are_compiled(monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert (
+        modeling.compiles("auto", 2000) and not modeling.compiles("auto", 1999) and not modeling.compiles(False, 2000)
+    )
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert not modeling.compiles("auto", 2000) and modeling.compiles(True, 1)
+
+
+def test_one_graph_serves_all_layers(monkeypatch):
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(LLAMA)
+    modeling.compile_layers(model)
+    for _ in range(2):
+        model(input_ids=torch.arange(16)[None], use_cache=False).logits.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -384,10 +384,12 @@ def test_a_balancing_loss_is_shared_out_among_micro_batches():
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_the_same_losses(finished):
+@pytest.mark.parametrize("engine", [None, "ddp", "fsdp2", "zero3", "tp"])
+def test_compiled_training_gives_the_same_losses(finished, engine):
     folder, _ = finished
-    run = folder / "compiled"
+    run = folder / f"compiled-{engine}"
     arguments = [f"--output_dir={run}", "--training.compile=true", "--training.max_steps=40"]
-    assert train(folder / "recipe.yaml", *arguments).returncode == 0
+    result = train(folder / "recipe.yaml", *arguments, engine=engine)
+    assert result.returncode == 0, result.stderr
     for step, row in rows(run, "loss").items():
         assert row["loss"] == pytest.approx(rows(folder / "run", "loss")[step]["loss"], rel=0.02)
