@@ -238,7 +238,7 @@ def _token_losses(
             logits = linear(inputs, weight, bias)
             softmax = _compiled() if _has_triton(device) else _in_place
             losses[chunk], grad_logits = softmax(logits, target, gradients is not None)
-            if gradients is not None:
+            if gradients is not None and grad_logits is not None:
                 _add_gradients(gradients, chunk, inputs, weight, grad_logits)
     return losses
 
