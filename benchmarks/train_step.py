@@ -75,6 +75,7 @@ def timed_run(
     def finish(run: Run) -> None:  # without the export
         run.close()
         run.peak_memory.close()
+        engine.finish(run.accelerator, run.model)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         changes = {"output_dir": Path(folder) / "run", "training.max_steps": steps, "logging.trackers": "[]"}

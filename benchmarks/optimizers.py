@@ -1,0 +1,53 @@
+"""Optimizers at equal tokens and equal time: `python benchmarks/optimizers.py [--steps 400] [--section.key=value ...]`.
+
+The quickstart's text and a smaller model of its kind. Each optimizer gets the rates in `RATES`; the best at equal
+tokens then runs again for as many steps as fit into the time that AdamW took for all of its own, with its schedule cut
+to that. Losses are of the whole validation split at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+from train_step import timed_run
+
+SIZES = ["--model.config.hidden_size=128", "--model.config.intermediate_size=384", "--model.config.num_hidden_layers=4",
+         "--training.tokens_per_step=2048", "--training.micro_batch_size=8", "--tokenizer.vocab_size=2048",
+         "--data.validation_fraction=0.02"]  # fmt: skip
+RATES = {
+    "adamw": (2e-3, 4e-3, 8e-3),
+    "muon": (2e-3, 4e-3, 8e-3),
+    "adafactor": (1e-2, 2e-2, 4e-2),
+}
+
+
+def result(name: str, lr: float, steps: int, overrides: list[str]) -> tuple[float, float]:
+    """Validation loss at the end, and the median seconds of a step."""
+    chosen = [f"--optimizer.name={name}", f"--optimizer.lr={lr}", f"--scheduler.num_warmup_steps={steps // 10}"]
+    seconds, run, _ = timed_run("recipes/quickstart.yaml", steps, [*SIZES, *chosen, *overrides])
+    return run.state.evaluation_loss, float(np.median(seconds["hfpretrain"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--only", nargs="+", default=list(RATES))
+    args, overrides = parser.parse_known_args()
+    print("| optimizer | lr | loss at equal tokens | seconds a step | steps in AdamW's time | loss at equal time |")
+    print("|---|---|---|---|---|---|", flush=True)
+    whole: Any = None
+    for name in args.only:
+        tried = [(*result(name, lr, args.steps, overrides), lr) for lr in RATES[name]]
+        others = ", ".join(f"{loss:.4f} at {lr:g}" for loss, _, lr in sorted(tried)[1:])
+        loss, seconds, lr = min(tried)
+        whole = whole or args.steps * seconds
+        steps = round(whole / seconds)
+        timed = loss if name == args.only[0] else result(name, lr, steps, overrides)[0]
+        print(f"| {name} | {lr:g} | {loss:.4f} ({others}) | {seconds:.3f} | {steps} | {timed:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
