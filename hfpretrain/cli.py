@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -208,6 +209,11 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.score import evaluate_checkpoint, evaluate_tasks
 
     report: dict[str, Any] = {}
+    of_tasks = {"--include-path": args.include_path, "--num-fewshot": args.num_fewshot, "--limit": args.limit}
+    of_text = {"--block-size": args.block_size, "--stride": args.stride}
+    given = of_tasks if args.tasks is None else {} if args.recipe or args.data else of_text
+    if wrong := next((flag for flag, value in given.items() if value is not None), None):
+        raise RecipeError.at(wrong, f"goes with {'--tasks' if given is of_tasks else 'a recipe or --data'}")
     if args.tasks is None or args.recipe or args.data:
         report = evaluate_checkpoint(args.model, *_scored_text(args, overrides))
     if args.tasks is not None:
@@ -220,13 +226,20 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
             tasks=names, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit
         )
         report["tasks"] = evaluate_tasks(args.model, section, args.batch_size)
-    print(json.dumps(report, indent=1))
+    print(json.dumps(_numbers(report), indent=1))
+
+
+def _numbers(report: Any) -> Any:
+    """What JSON has no number for is null."""
+    if isinstance(report, dict):
+        return {key: _numbers(value) for key, value in report.items()}
+    return None if isinstance(report, float) and not math.isfinite(report) else report
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.score import compare_checkpoints
 
-    print(json.dumps(compare_checkpoints(args.a, args.b, *_scored_text(args, overrides)), indent=1))
+    print(json.dumps(_numbers(compare_checkpoints(args.a, args.b, *_scored_text(args, overrides))), indent=1))
 
 
 def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, ...]:
@@ -335,8 +348,10 @@ def _runs(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _generate(args: argparse.Namespace, _: list[str]) -> None:
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 1:
-        raise RecipeError.at("--max-new-tokens, --temperature, --top-k", "at least 1, 0 and 1")
+    if args.max_new_tokens < 1 or args.top_k < 1 or not 0 <= args.seed < 2**32:
+        raise RecipeError.at("--max-new-tokens, --top-k, --seed", "at least 1, at least 1, and from 0 to 2**32 - 1")
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
+        raise RecipeError.at("--temperature", f"{args.temperature} is neither 0 nor between 0.01 and 100")
     from hfpretrain.score import stream_text
 
     stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)

@@ -99,6 +99,7 @@ def figures(documents: np.ndarray) -> dict[str, Any]:
         losses = percentiles(totals[:, 0] / totals[:, 1])
         low_high |= {"loss": losses, "perplexity": [math.exp(min(loss, 700.0)) for loss in losses]}
         if num_bytes:
+            totals = totals[totals[:, 3] > 0]
             low_high["bits_per_byte"] = percentiles(totals[:, 2] / totals[:, 3] / math.log(2))
     return result | {f"{name}_interval": bounds for name, bounds in low_high.items()}
 

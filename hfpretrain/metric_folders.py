@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,13 +39,21 @@ class MetricFolders:
         """Tokens of all processes, int64 (n, length); places whose reference is -100 are left out."""
         valid = references != IGNORE_INDEX
         for metric in self._metrics.values():
-            metric.add_batch(predictions=predictions[valid].cpu().numpy(), references=references[valid].cpu().numpy())
+            predicted, wanted = predictions[valid].cpu().numpy(), references[valid].cpu().numpy()
+            self._called(metric, functools.partial(metric.add_batch, predictions=predicted, references=wanted))
+
+    def _called(self, metric: Any, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # a metric is a script
+            message = f"{metric.name} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise RecipeError.at("evaluation.metrics", message) from error
 
     def compute(self) -> dict[str, float]:
         """`METRIC/key` of every number they give."""
         found = {}
         for name, metric in self._metrics.items():
-            for key, value in (metric.compute() or {}).items():
+            for key, value in (self._called(metric, metric.compute) or {}).items():
                 if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
                     found[f"{name}/{key}"] = float(value)
         return found

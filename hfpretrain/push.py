@@ -27,11 +27,14 @@ def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
     bound_waiting()
     repo, section = Repo(repo_id, private), HubSection(repo_id=repo_id, push_state=push_state)
     if (run / "config.json").is_file():  # an exported folder alone
+        if push_state:
+            raise RecipeError.at("--state", f"{run} is an exported model; give the run's folder, which has the state")
         commit = _or_recipe_error(repo_id, lambda: repo.push_main(run))
         print(f"{repo.open()}: commit {commit}")
         return True
-    if not (run / "recipe.yaml").is_file():
-        raise RecipeError.at(str(run), "no run and no exported model here")
+    is_run = (run / "model" / "config.json").is_file() or (run / "checkpoints").is_dir()
+    if not is_run or not (run / "recipe.yaml").is_file():
+        raise RecipeError.at(str(run), "no run with checkpoints or an exported model, and no exported model itself")
     recipe = load_recipe(run / "recipe.yaml")
     section = section.model_copy(update={"push_state": push_state or recipe.hub.push_state})
     (run / "outbox").mkdir(exist_ok=True)

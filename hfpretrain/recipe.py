@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 MixedPrecision = Literal["auto", "no", "tf32", "bf16", "fp16", "fp8"]
 
@@ -480,10 +489,11 @@ class CheckpointSection(Section):
     """Where a run whose `output_dir` has no checkpoint yet takes its first from: the folder of another run's, or
     `hub://USER/NAME@step-00001000`, pushed there with `hub.push_state`. The recipe must be that run's."""
 
-    @model_validator(mode="after")
-    def _address(self) -> CheckpointSection:
-        hub_address(self.resume_from or "")
-        return self
+    @field_validator("resume_from")
+    @classmethod
+    def _address(cls, given: str | None) -> str | None:
+        hub_address(given or "")
+        return given
 
 
 class StabilitySection(Section):

@@ -36,7 +36,10 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
     metrics.plot_loss(rows, model / "loss.png", title)
     text = card.write(_metadata(run, recipe, rows, title), _blocks(run, recipe, where, data, rows, name, title, step))
     path = model / "README.md"
-    files.write_whole(path, card.update(path.read_text("utf-8"), text) if path.exists() else text)
+    try:
+        files.write_whole(path, card.update(path.read_text("utf-8"), text) if path.exists() else text)
+    except UnicodeDecodeError as error:
+        raise RecipeError.at(str(path), "is not UTF-8; move it away, and a new card is written") from error
 
 
 def keep_edits(path: Path, remote: str | None) -> None:

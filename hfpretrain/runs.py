@@ -79,6 +79,8 @@ def plot(folder: Path, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
+        raise RecipeError.at("--plot", f"{path} is no name of a .png file in a folder that is there")
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from hfpretrain.dataloader import collate
 from hfpretrain.loss import IGNORE_INDEX, use_chunked_loss
 from hfpretrain.model import isolates_documents
 from hfpretrain.recipe import LmEvalSection, Recipe, RecipeError, SourceSection, TokenizerSection
-from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes
+from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes, unknown_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -66,21 +66,39 @@ def evaluate_perplexity(
         raise RecipeError.at("texts", "is one string; give a list of documents")
     if isinstance(texts, Recipe):
         documents = recipe_texts(texts)
-    elif isinstance(texts, Mapping):
-        documents = {name: list(some) for name, some in texts.items()}
     else:
-        documents = {"": list(texts)}
+        documents = _checked(texts if isinstance(texts, Mapping) else {"": texts})
     windows = Windows(block_size, stride, batch_size)
     if isinstance(model, (str, Path)):
         return evaluate_checkpoint(str(model), documents, recipe, windows)
     if tokenizer is None:
         raise RecipeError.at("tokenizer", "a model in memory needs its tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise RecipeError.at("tokenizer", "has no EOS token, which ends a document")
     training = model.training
     model.eval()  # dropout would look like documents that see each other
     try:
         return _score_network(tokenizer, model, documents, recipe, windows).report
     finally:
         model.train(training)
+
+
+def _checked(texts: Mapping[str, Sequence[str]]) -> Texts:
+    """Documents by set, if they are: a string would be taken for a list of letters."""
+    checked: Texts = {}
+    for name, documents in texts.items():
+        path = f"texts.{name}" if name else "texts"
+        if isinstance(documents, str) or not isinstance(documents, Iterable):
+            raise RecipeError.at(path, f"is one {type(documents).__name__}; give a list of documents")
+        checked[name] = list(documents)
+        for number, text in enumerate(checked[name]):
+            if not isinstance(text, str):
+                raise RecipeError.at(f"{path}.{number}", f"is a {type(text).__name__}, not a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RecipeError.at(f"{path}.{number}", f"is no valid Unicode: {error.reason}") from error
+    return checked
 
 
 def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
@@ -99,6 +117,12 @@ def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, win
     tokenizers: a - b with its 95 % interval over documents, and the share of documents on which a has fewer bits (of
     equal ones half)."""
     scores = [_score(model, texts, recipe, windows) for model in (a, b)]
+    for model, score in zip((a, b), scores, strict=True):
+        if score.report["unknown_tokens"]:
+            message = (
+                f"{score.report['unknown_tokens']} tokens of {model} stand for text that its tokenizer does not know"
+            )
+            raise RecipeError.at("data", f"{message}: bits per byte would say nothing")
     bits = np.concatenate([score.documents[:, 2:] for score in scores], axis=1)  # nll and bytes of a, then of b
     bits = bits[(bits[:, 1] > 0) & (bits[:, 3] > 0)]
     if not len(bits):
@@ -167,12 +191,16 @@ def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float
     set_seed(seed)
     # As a document begins in training.
     ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    _require_embedded(network, max(ids))
+    context = getattr(network.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
+    if len(ids) >= context:
+        raise RecipeError.at("prompt", f"its {len(ids)} tokens leave no room in the model's context of {context}")
     input_ids = torch.tensor([ids], device=network.device)
     sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     network.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, context - len(ids)),
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampled,
@@ -185,13 +213,28 @@ def _load(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
+    path = Path(model)
+    if not (path / "config.json").is_file() and (path.exists() or model.startswith((".", "/")) or model.count("/") > 1):
+        exported = next((p for p in (path / "model", *(q / "model" for q in path.parents)) if p.is_dir()), None)
+        hint = f"; did you mean {exported}?" if exported else ""
+        raise RecipeError.at("model", f"{model} is no folder with a model{hint}")
     tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
     try:
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        network, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model", f"cannot load {model!r}: {(str(error).splitlines() or [''])[0]}") from error
+    if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of a {type(network).__name__}: {names}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return tokenizer, network.to(device)
+    return tokenizer, network.eval().to(device)
+
+
+def _require_embedded(network: Any, largest_id: int) -> None:
+    rows = network.get_input_embeddings().num_embeddings
+    if largest_id >= rows:
+        message = f"gives id {largest_id} where the model has {rows} embeddings: they do not belong together"
+        raise RecipeError.at("tokenizer", message)
 
 
 def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
@@ -211,8 +254,11 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
     encode = Encoder(tokenizer, np.dtype(np.int64))
     streams = {name: [ids for text in documents for ids in encode([text])] for name, documents in texts.items()}
     num_documents = sum(map(len, streams.values()))
-    if not num_documents:
-        raise RecipeError.at("data", "there is no text to evaluate on")
+    for name, some in {"": [ids for part in streams.values() for ids in part], **streams}.items():
+        if sum(map(len, some)) < 2:
+            raise RecipeError.at(f"data.{name}" if name else "data", "there is no text to evaluate on")
+    _require_embedded(network, max(int(ids.max()) for some in streams.values() for ids in some if len(ids)))
+    unknown = unknown_id(tokenizer)
     batches = _batches(streams, block_size, stride, windows.batch_size, tokenizer.eos_token_id, masking)
     sums = evaluation.loss_sums(network, batches, torch.from_numpy(table).to(device), num_documents)
     documents = sums.documents.cpu().numpy()
@@ -220,6 +266,8 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
     spelled = np.array([table[ids].sum() for some in streams.values() for ids in some])
     documents[:, 3] *= num_bytes / np.maximum(1, spelled)  # tokenizers that normalize spell other bytes than the text's
     report = evaluation.figures(documents)
+    if not np.isfinite(report["loss"]):
+        raise RecipeError.at("model", f"its loss is no number: {report['loss']}")
     if len(texts) > 1:
         ends = np.cumsum([len(some) for some in streams.values()])[:-1]
         for name, part in zip(streams, np.split(documents, ends), strict=True):
@@ -230,6 +278,7 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
         {
             **report,
             "bytes": int(num_bytes.sum()),
+            "unknown_tokens": sum(int((ids == unknown).sum()) for some in streams.values() for ids in some),
             "block_size": block_size,
             "stride": stride,
             "context": f"{context}; a longer document goes on in the next",

@@ -74,7 +74,8 @@ class Tasks:
         try:
             self._loaded = manager.load(names)
         except Exception as error:  # a task is a script, its data may be anywhere
-            raise RecipeError.at(key, f"do not load: {' '.join(str(error).split()):.300}") from error
+            message = f"{', '.join(names)}: not all of these load: {' '.join(str(error).split()):.300}"
+            raise RecipeError.at(key, message) from error
         for task in self._loaded["tasks"].values():
             shots = section.num_fewshot
             # As lm_eval.simple_evaluate: a task that says 0 means it.

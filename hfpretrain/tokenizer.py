@@ -144,8 +144,8 @@ def padded_vocab_size(section: TokenizerSection, tokenizer: PreTrainedTokenizerF
 def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
     """UTF-8 bytes of the text each token stands for: int64 (vocab_size,), 0 for special tokens and unused ids.
 
-    Exact for byte-level and character tokenizers. For others (those that normalize text) the packing records the
-    ratio to the true bytes, by which the evaluation corrects.
+    Exact for byte-level and character tokenizers. For others (those that normalize text, or know not all of it) the
+    packing records the ratio to the true bytes, by which the evaluation corrects.
     """
     from tokenizers import pre_tokenizers
 
@@ -164,7 +164,15 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
             sizes[index] = 1  # byte fallback of SentencePiece models
         else:
             sizes[index] = len(token.replace("▁", " ").encode())
+    if (unknown := unknown_id(tokenizer)) is not None and unknown < vocab_size:
+        sizes[unknown] = 1  # it stands for text, whose loss counts
     return sizes
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id that stands for text which the tokenizer does not know; None where there is none of its own."""
+    unknown = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) else unknown
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

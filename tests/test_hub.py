@@ -318,7 +318,7 @@ def test_a_hub_model_is_evaluated(world):
 
 def test_what_cannot_be_pushed_is_said_without_a_traceback(world):
     missing = world.push(world.folder / "nowhere", "user/tiny")
-    assert missing.returncode == 2 and "no run and no exported model here" in missing.stderr
+    assert missing.returncode == 2 and "no run with checkpoints" in missing.stderr
     refused = world.push(world.folder / "run", "not a name!")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "not a name!" in refused.stderr
     with pytest.raises(recipe.RecipeError, match="hub: `repo_id`: 'a--b' is no name of a repo"):

@@ -137,7 +137,7 @@ def test_what_cannot_be_evaluated_is_refused_at_the_start(folder, tasks_folder):
     assert "did you mean river_text" in refused(tasks=("river_txt",))
     assert "there is no folder" in refused(include_path=str(folder / "none"))
     (folder / "broken.yaml").write_text((tasks_folder / "river_text.yaml").read_text().replace("documents", "gone"))
-    assert "do not load" in refused(include_path=str(folder))
+    assert "not all of these load" in refused(include_path=str(folder))
     recipe = write_recipe(folder, evaluation__lm_eval={"tasks": ["river_txt"], "include_path": str(tasks_folder)})
     result = train(recipe)
     assert result.returncode == 2 and "evaluation.lm_eval.tasks: 'river_txt'" in result.stderr
