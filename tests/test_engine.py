@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hfpretrain import engine, fragments, optim
-from hfpretrain.recipe import load_recipe
+from hfpretrain import engine, fragments, outbox, publisher
 
 DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
 OFFLOADED = ["fsdp2_offload", "zero3_offload"]
@@ -214,18 +213,19 @@ def test_schedule_free_is_the_same_under_an_engine_that_shards_and_exports_what_
     changes = {"optimizer__name": "adamw_schedule_free", "scheduler__name": "constant_with_warmup"}
     message = resume_elsewhere(tmp_path, "fsdp2", "zero2", 1e-6, **changes, evaluation__every_steps=3)
     assert "optimizer.name: DeepSpeed cuts weights flat" in message
-    evaluated, recipe = rows(tmp_path / "single", "eval/loss")[8]["eval/loss"], tmp_path / "recipe.yaml"
-    for name in ("single", "fsdp2"):
-        check_export(tmp_path / name)
-        result = hfpretrain("evaluate", str(tmp_path / name / "model"), str(recipe))
+    evaluated = rows(tmp_path / "single", "eval/loss")[8]["eval/loss"]
+    for run in (tmp_path / "single", tmp_path / "fsdp2"):
+        check_export(run)
+        result = hfpretrain("evaluate", str(run / "model"), str(tmp_path / "recipe.yaml"))
         assert json.loads(result.stdout)["loss"] == pytest.approx(evaluated, rel=1e-6), result.stderr
-        place, exported = (tmp_path / name / part for part in ("checkpoints/step-00000008", "model/model.safetensors"))
-        exported, weights = load_file(exported), fragments.load_whole(place, ["model"])
-        assert not any(torch.equal(exported[key], weights[key]) for key in exported)
-        # As a revision on the Hub is made.
-        optim.average(weights, fragments.load_whole(place, ["optimizer"]), load_recipe(recipe).optimizer)
+        checkpoint, exported = run / "checkpoints" / "step-00000008", load_file(run / "model" / "model.safetensors")
+        trained = fragments.load_whole(checkpoint, ["model"])
+        assert not any(torch.equal(exported[key], trained[key]) for key in exported)
+        outbox.put(checkpoint, run / "outbox")
+        publisher.export_checkpoint(run, run / "outbox" / checkpoint.name, None)
+        revision = load_file(run / "outbox" / checkpoint.name / "model" / "model.safetensors")
         for key, tensor in exported.items():
-            torch.testing.assert_close(weights[key], tensor, rtol=0, atol=0 if name == "single" else 1e-6)
+            torch.testing.assert_close(revision[key], tensor, rtol=0, atol=0 if run.name == "single" else 1e-6)
 
 
 def test_8_bit_moments_are_the_same_in_copies_and_refused_in_shards(tmp_path):
