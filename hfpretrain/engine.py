@@ -253,12 +253,7 @@ def prepare(
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
         sequence_parallel.mask_documents(model)
     optimizer = build_optimizer(model)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and not isinstance(optimizer, torch.optim.AdamW):
-        message = "DeepSpeed cuts weights flat, and this optimizer works on matrices; take another engine, or adamw"
-        raise RecipeError.at("optimizer.name", message)
-    if isinstance(optimizer, torch.optim.Adafactor) and any(hasattr(p, "placements") for p in model.parameters()):
-        message = "torch's Adafactor does not work on sharded matrices (2.13); take single or ddp, or adamw or muon"
-        raise RecipeError.at("optimizer.name", message)
+    _require_supported(accelerator, optimizer)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.FSDP and weights is not None:
@@ -271,6 +266,17 @@ def prepare(
         if weights is not None and accelerator.mixed_precision != "no":
             zero.set_masters(prepared[0], weights)
     return prepared
+
+
+def _require_supported(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and not isinstance(optimizer, torch.optim.AdamW):
+        message = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that; take another engine"
+        raise RecipeError.at("optimizer.name", f"{message}, or adamw")
+    reason = getattr(optimizer, "whole_tensors_only", None)
+    if isinstance(optimizer, torch.optim.Adafactor):
+        reason = "torch's Adafactor does not work on sharded matrices (2.13)"
+    if reason is not None and engine_name(accelerator) not in ("single", "ddp"):
+        raise RecipeError.at("optimizer.name", f"{reason}; take single or ddp, or adamw or muon")
 
 
 def accumulate(accelerator: Accelerator, model: Any) -> contextlib.AbstractContextManager[None]:
@@ -336,10 +342,7 @@ def full_parameters(accelerator: Accelerator, model: Any) -> Iterator[tuple[str,
     """
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     network = unwrap(model)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        for module in network.modules():
-            if hasattr(module, "reshard"):  # some stay gathered, in 16 bits, after a forward pass
-                module.reshard()
+    _reshard(accelerator, network)
     for name, parameter in network.named_parameters():
         if deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
@@ -349,6 +352,29 @@ def full_parameters(accelerator: Accelerator, model: Any) -> Iterator[tuple[str,
             yield name, parameter.detach().full_tensor()
         else:
             yield name, parameter.detach()
+
+
+def _reshard(accelerator: Accelerator, network: Any) -> None:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for module in network.modules():
+            if hasattr(module, "reshard"):  # some stay gathered, in 16 bits, after a forward pass
+                module.reshard()
+
+
+@contextlib.contextmanager
+def evaluated_weights(accelerator: Accelerator, model: Any, optimizer: Any) -> Iterator[None]:
+    """Within, the model's weights are those to evaluate and to export, where its optimizer trains others; what is
+    trained is not changed by it."""
+    averaged = getattr(optimizer.optimizer, "averaged", None)
+    if averaged is None:
+        yield
+        return
+    try:
+        with averaged():
+            _reshard(accelerator, unwrap(model))
+            yield
+    finally:
+        _reshard(accelerator, unwrap(model))
 
 
 def full_state_dict(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:

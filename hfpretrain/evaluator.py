@@ -32,19 +32,26 @@ class Evaluator:
 
     def evaluate(self) -> None:
         """All that is due of the weights as they are, by the recipe and the step."""
-        state, num_steps, section = self._run.state, self._run.recipe.training.num_steps, self._section
-        if state.step == 0 or is_due(state.step, section.every_steps, num_steps):
-            if self._run.recipe.data.has_validation:
+        run, state, section = self._run, self._run.state, self._section
+        num_steps = run.recipe.training.num_steps
+        validates = state.step == 0 or is_due(state.step, section.every_steps, num_steps)
+        runs_tasks = (
+            section.lm_eval is not None and state.step and is_due(state.step, section.lm_eval.every_steps, num_steps)
+        )
+        if not (validates or runs_tasks):
+            return
+        with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
+            if validates and run.recipe.data.has_validation:
                 self._validate()
                 state.evaluated = True
-            if section.prompts:
+            if validates and section.prompts:
                 self._sample()
                 state.evaluated = True
-        if self._tasks is not None and state.step and is_due(state.step, section.lm_eval.every_steps, num_steps):
-            self._run_tasks(self._tasks)
-            state.evaluated = True
+            if runs_tasks and self._tasks is not None:
+                self._run_tasks(self._tasks)
+                state.evaluated = True
         if state.evaluated:
-            self._run.clock.mark("evaluate")
+            run.clock.mark("evaluate")
 
     def _validate(self) -> None:
         """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""

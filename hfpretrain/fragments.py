@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Piece = tuple[tuple[int, ...], torch.Tensor]
 
@@ -93,8 +94,11 @@ def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piec
 
 
 def in_pieces(value: Any) -> Any:
-    """A `DTensor` as `Fragments` that share its memory; any other tensor, which all processes hold whole, as it is."""
+    """A `DTensor` as `Fragments` that share its memory; any other tensor, which all processes hold whole, as it is, or
+    as the tensors by name that it is made of."""
     if not isinstance(value, DTensor):
+        if is_traceable_wrapper_subclass(value):  # torchao's of 8 bits: codes, and a scale for each block
+            return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
         return value
     (chunk,) = value.__create_chunk_list__()
     local = value.to_local()

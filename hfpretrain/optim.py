@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,31 +29,48 @@ def hidden_names(model: Any) -> set[str]:
 
 
 def moment_bytes(model: Any, section: OptimizerSection) -> int:
-    """What the optimizer keeps of a model on any device: float32."""
+    """What the optimizer keeps of a model on any device: float32, or 8 bits of tensors that divide into blocks."""
     hidden = hidden_names(model) if section.name == "muon" else set()
-    numbers = 0
+    total = 0
     for name, parameter in model.named_parameters():
+        numbers = parameter.numel()
         if section.name == "adafactor" and parameter.ndim >= 2:  # a mean of the squares of each row and column
-            numbers += parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2]
+            total += 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
+        elif section.name == "adamw_8bit" and numbers >= 4096 and numbers % 256 == 0:  # by block a scale, and the codes
+            total += 2 * (numbers + 4 * numbers // 256 + 4 * 256)
         else:
-            numbers += parameter.numel() * (1 if section.name == "adafactor" or name in hidden else 2)
-    return 4 * numbers
+            total += 4 * numbers * (1 if section.name == "adafactor" or name in hidden else 2)
+    return total
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for `hidden` matrices and AdamW for the `other` groups, as one optimizer with one state."""
+_LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
 
-    def __init__(self, hidden: list[torch.Tensor], other: list[dict[str, Any]], section: OptimizerSection):
-        shared: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
-        muon = torch.optim.Muon(hidden, momentum=section.momentum, adjust_lr_fn="match_rms_adamw", **shared)
-        self._parts: list[torch.optim.Optimizer] = [muon, _adamw(other, section)]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+def require_library(section: OptimizerSection) -> None:
+    """Raises `RecipeError` where the library of the recipe's optimizer is not installed."""
+    library = _LIBRARIES.get(section.name)
+    if library is not None and importlib.util.find_spec(library) is None:
+        message = f"{section.name} is an optimizer of the package {library}, which is not installed; "
+        raise RecipeError.at("optimizer.name", f"{message}`pip install {library}`, or take adamw")
+
+
+class _Wrapped(torch.optim.Optimizer):
+    """Other optimizers as one, whose groups and state are theirs."""
+
+    whole_tensors_only: str | None = None
+    """Why weights must not be sharded, if they must not."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self._parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
         self._link()
 
     def _link(self) -> None:
-        self._parts[0].param_groups, self._parts[1].param_groups = self.param_groups[:1], self.param_groups[1:]
+        first = 0
         for part in self._parts:
-            part.state = self.state
+            end = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:end], self.state
+            first = end
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As of torch, which makes groups and state anew."""
@@ -61,6 +82,100 @@ class MuonWithAdamW(torch.optim.Optimizer):
         assert closure is None
         for part in self._parts:
             part.step()
+
+
+class MuonWithAdamW(_Wrapped):
+    """Muon for `hidden` matrices and AdamW for the `other` groups, as one optimizer with one state."""
+
+    def __init__(self, hidden: list[torch.Tensor], other: list[dict[str, Any]], section: OptimizerSection):
+        shared: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+        muon = torch.optim.Muon(hidden, momentum=section.momentum, adjust_lr_fn="match_rms_adamw", **shared)
+        super().__init__(muon, _adamw(other, section))
+
+
+class AdamW8bit(_Wrapped):
+    """torchao's AdamW with moments in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+
+    Those of tensors with fewer than 4,096 numbers, or not a multiple of 256, stay float32.
+    """
+
+    whole_tensors_only = "torchao quantizes blocks of what a process holds, so that shards would train otherwise"
+
+    def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
+        from torchao.optim import AdamW8bit as Library
+
+        super().__init__(Library(groups, lr=section.lr, betas=section.betas, eps=section.eps))
+        for group in self.param_groups:
+            group["lr"] = section.lr  # as schedules and log lines expect, not a tensor
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters; compiled, as torchao has it, but on CPUs, which need no compiler then."""
+        rates = [group["lr"] for group in self.param_groups]
+        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)  # a number would be compiled in
+        with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
+            super().step(closure)
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            group["lr"] = lr
+
+
+class ScheduleFreeAdamW(_Wrapped):
+    """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled"): gradients are taken at y, the parameters in
+    training; what is evaluated is the average x, which follows from y and the state's z.
+
+    What the library counts by group is in the state, as float64 (): `step`, `weight_sum`, `lr_max`.
+    """
+
+    _COUNTED: typing.ClassVar = {"k": "step", "weight_sum": "weight_sum", "lr_max": "lr_max"}
+
+    def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
+        from schedulefree import AdamWScheduleFree
+
+        super().__init__(AdamWScheduleFree(groups, lr=section.lr, betas=section.betas, eps=section.eps))
+        for group in self.param_groups:
+            group["train_mode"] = True
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters, from what the state says."""
+        for group in self.param_groups:
+            group.update(k=0, weight_sum=0.0, lr_max=-1.0)
+            for state in self._states(group)[:1]:
+                group.update({ours: state[theirs].item() for ours, theirs in self._COUNTED.items()})
+        super().step(closure)
+        for group in self.param_groups:
+            counted = {theirs: torch.tensor(group[ours], dtype=torch.float64) for ours, theirs in self._COUNTED.items()}
+            for state in self._states(group):
+                state.update(counted)
+
+    def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self.state[p] for p in group["params"] if "z" in self.state.get(p, {})]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the parameters are x; afterwards exactly the y of before, which the library's way back is not."""
+        before = {p: p.detach().clone() for p in self.state}
+        if before:
+            self._parts[0].eval()  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, y in before.items():
+                    p.copy_(y)
+            for group in self.param_groups:
+                group["train_mode"] = True
+
+
+def trains_others(section: OptimizerSection) -> bool:
+    """Whether the weights of a checkpoint are not those to evaluate, which `average` makes of them."""
+    return section.name == "adamw_schedule_free"
+
+
+def average(weights: dict[str, torch.Tensor], moments: Mapping[str, Any], section: OptimizerSection) -> None:
+    """Turn schedule-free's y into x, as `ScheduleFreeAdamW.averaged` does; `moments` has each parameter's `z`."""
+    for name in weights.keys() & moments.keys():
+        weights[name].lerp_(moments[name]["z"], 1 - 1 / section.betas[0])
 
 
 def build_optimizer(
@@ -81,6 +196,10 @@ def build_optimizer(
         return MuonWithAdamW([p for name, p in named if name in hidden], groups, section)
     if section.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=section.lr, beta2_decay=section.beta2_decay, d=section.d)
+    if section.name == "adamw_8bit":
+        return AdamW8bit(groups, section)
+    if section.name == "adamw_schedule_free":
+        return ScheduleFreeAdamW(groups, section)
     return _adamw(groups, section)
 
 

@@ -176,15 +176,18 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
-    from hfpretrain import export, fragments, report, run_card
+    from hfpretrain import export, fragments, optim, report, run_card
 
     transformers.utils.logging.disable_progress_bar()
     if (reason := files.damage(place / outbox.STATE)) is not None:
         raise HopelessError(reason)
-    section = load_recipe(run / "recipe.yaml").model
+    recipe = load_recipe(run / "recipe.yaml")
+    section = recipe.model
     config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=section.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(run / report.PLAIN)
     tensors = fragments.load_whole(place / outbox.STATE, ("model", "buffers"))
+    if optim.trains_others(recipe.optimizer):
+        optim.average(tensors, fragments.load_whole(place / outbox.STATE, ("optimizer",)), recipe.optimizer)
     work = files.work_folder(place / outbox.MODEL)
     export.write(config, tensors, tokenizer, work, section.dtype)
     step = files.step_of(place)

@@ -285,13 +285,17 @@ _Average = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """An optimizer of torch by its own keyword names. Matrices decay, vectors (norms, biases) do not."""
+    """An optimizer by its own keyword names. Matrices decay, vectors (norms, biases) do not."""
 
-    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    name: Literal["adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"] = "adamw"
     """`torch.optim.AdamW`, `Muon` or `Adafactor`. Muon takes the matrices between embedding and head, its update scaled
     so that `lr` and `weight_decay` mean the same as for AdamW, which takes the rest (Liu et al. 2025, "Muon is Scalable
     for LLM Training"); not under ZeRO, which cuts matrices flat. Adafactor only on `single` and `ddp`: torch's does
-    not work on sharded matrices."""
+    not work on sharded matrices. `adamw_8bit` is `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single`
+    and `ddp`, since shards would be quantized in other blocks. `adamw_schedule_free` is
+    `schedulefree.AdamWScheduleFree`, for `constant` schedules, not under ZeRO: the weights that are evaluated and
+    exported are averages of those that are trained. These two are packages of their own: `pip install
+    hfpretrain[optimizers]`."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     betas: tuple[_Average, _Average] = (0.9, 0.95)
@@ -311,6 +315,8 @@ class OptimizerSection(Section):
         "adamw": {"betas", "eps"},
         "muon": {"betas", "eps", "momentum"},
         "adafactor": {"beta2_decay", "d"},
+        "adamw_8bit": {"betas", "eps"},
+        "adamw_schedule_free": {"betas", "eps"},
     }
 
     @model_validator(mode="before")
@@ -321,6 +327,12 @@ class OptimizerSection(Section):
             for key in sorted(set().union(*cls._KEYS.values()) & set(given) - cls._KEYS[name]):
                 raise ValueError(f"`{key}` is no keyword of {name}")
         return given
+
+    @model_validator(mode="after")
+    def _interpolates(self) -> OptimizerSection:
+        if self.name == "adamw_schedule_free" and self.betas[0] == 0:
+            raise ValueError("`adamw_schedule_free` divides by the first of `betas`; 0.9 is its default")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_others(self, dump: Any) -> dict[str, Any]:
@@ -609,6 +621,12 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
             "scheduler.scheduler_specific_kwargs.num_decay_steps",
             f"{scheduler.num_warmup_steps} warm-up and {decay_steps} decay steps do not fit into "
             f"{training.num_steps} steps",
+        )
+    if recipe.optimizer.name == "adamw_schedule_free" and not scheduler.name.startswith("constant"):
+        yield Problem(
+            "scheduler.name",
+            f"adamw_schedule_free averages instead of lowering the rate as {scheduler.name} does; take `constant` or "
+            "`constant_with_warmup`",
         )
     if recipe.model.pretrained is not None and recipe.tokenizer.pretrained is None:
         yield Problem("tokenizer.pretrained", "a model that goes on needs the tokenizer it was trained with; name it")

@@ -15,6 +15,7 @@ from hfpretrain.prepare import summary
 from hfpretrain.recipe import dump_recipe
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+_OTHERS = ("evaluate", "deepspeed", "torchao", "schedulefree")
 PLAIN = "config"
 """Folder of a run with its model's config and its tokenizer: what an export is made of beside weights."""
 DATA = "data.json"
@@ -39,7 +40,7 @@ def environment(run: Any) -> dict[str, Any]:
         "initial_weights": run.initial_weights,
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in (*LIBRARIES, "evaluate", "deepspeed") if find_spec(name)},
+        "versions": {name: version(name) for name in (*LIBRARIES, *_OTHERS) if find_spec(name)},
     }
 
 

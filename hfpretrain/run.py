@@ -110,6 +110,7 @@ class Run:
             modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
         )
         launcher.require_asked_processes()
+        optim.require_library(recipe.optimizer)
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         run_folder.refuse_other_run(recipe)
         self._lock = run_folder.lock(self.output_dir) if self.is_main else None

@@ -158,11 +158,13 @@ def _finish(run: Run) -> Path:
     run.close()
     peak_memory = [engine.max_over_processes(run.accelerator, size or 0) for size in run.peak_memory.close()]
     batch = engine.to_device(run.accelerator, run.data.example())
-    export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
-    state_dict = engine.full_state_dict(run.accelerator, run.model)
+    with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
+        export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
+        state_dict = engine.full_state_dict(run.accelerator, run.model)
+        if main:
+            with engine.plain_initialisation():
+                export.write(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
     if main:
-        with engine.plain_initialisation():
-            export.write(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
         report = export.verify_in_fresh_process(run.output_dir)
         exported = {f"export/{key}": value for key, value in report.items()}
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})

@@ -3,16 +3,17 @@ import math
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import resume_anywhere
 import torch
-from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, environment, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hfpretrain import engine
+from hfpretrain import engine, fragments, outbox, publisher
 
 DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
 OFFLOADED = ["fsdp2_offload", "zero3_offload"]
@@ -183,19 +184,55 @@ def test_no_gradient_is_held_more_than_it_must(tmp_path, name):
     assert name == "fsdp2" or storage > numbers
 
 
+def resume_elsewhere(folder, name, refused, max_loss, **changes):
+    """Run on one process, go on from its middle under `name`, and not at all under `refused`: returns its message."""
+    changes["checkpoint__every_steps"] = 4
+    recipe = run_all(folder, ["single"], **changes)
+    shutil.copytree(folder / "single" / "checkpoints" / "step-00000004", folder / name / "checkpoints/step-00000004")
+    shutil.copy(folder / "single" / "recipe.yaml", folder / name)
+    run_all(folder, [name], **changes)
+    for key in ("loss", "eval/loss"):
+        single, found = rows(folder / "single", key), rows(folder / name, key)
+        assert list(found) == ([5, 6, 7, 8] if key == "loss" else [step for step in single if step > 4])
+        for step, row in found.items():
+            assert row[key] == pytest.approx(single[step][key], rel=max_loss), (key, step)
+    result = train(recipe, f"--output_dir={folder / refused}", engine=refused)
+    assert result.returncode == 1
+    return result.stderr
+
+
 def test_muon_is_the_same_under_engines_that_shard_matrices_and_refused_under_others(tmp_path):
-    changes = {"optimizer__name": "muon", "checkpoint__every_steps": 4}
-    recipe = run_all(tmp_path, ["single"], **changes)
-    shutil.copytree(tmp_path / "single" / "checkpoints" / "step-00000004", tmp_path / "fsdp2/checkpoints/step-00000004")
-    shutil.copy(tmp_path / "single" / "recipe.yaml", tmp_path / "fsdp2")
-    run_all(tmp_path, ["fsdp2"], **changes)
-    single = rows(tmp_path / "single", "loss")
-    found = rows(tmp_path / "fsdp2", "loss")
-    assert list(found) == [5, 6, 7, 8]
-    for step, row in found.items():  # Muon's own products are in 16 bits
-        assert row["loss"] == pytest.approx(single[step]["loss"], rel=1e-4), step
-    refused = train(recipe, f"--output_dir={tmp_path / 'zero2'}", engine="zero2")
-    assert refused.returncode == 1 and "optimizer.name: DeepSpeed cuts weights flat" in refused.stderr
+    # Muon's own products are in 16 bits.
+    message = resume_elsewhere(tmp_path, "fsdp2", "zero2", 1e-4, optimizer__name="muon")
+    assert "optimizer.name: DeepSpeed cuts weights flat" in message
+
+
+def test_schedule_free_is_the_same_under_an_engine_that_shards_and_exports_what_it_evaluates(tmp_path):
+    if find_spec("schedulefree") is None:
+        pytest.skip("schedulefree is not installed")
+    changes = {"optimizer__name": "adamw_schedule_free", "scheduler__name": "constant_with_warmup"}
+    message = resume_elsewhere(tmp_path, "fsdp2", "zero2", 1e-6, **changes, evaluation__every_steps=3)
+    assert "optimizer.name: DeepSpeed cuts weights flat" in message
+    evaluated = rows(tmp_path / "single", "eval/loss")[8]["eval/loss"]
+    for run in (tmp_path / "single", tmp_path / "fsdp2"):
+        check_export(run)
+        result = hfpretrain("evaluate", str(run / "model"), str(tmp_path / "recipe.yaml"))
+        assert json.loads(result.stdout)["loss"] == pytest.approx(evaluated, rel=1e-6), result.stderr
+        checkpoint, exported = run / "checkpoints" / "step-00000008", load_file(run / "model" / "model.safetensors")
+        trained = fragments.load_whole(checkpoint, ["model"])
+        assert not any(torch.equal(exported[key], trained[key]) for key in exported)
+        outbox.put(checkpoint, run / "outbox")
+        publisher.export_checkpoint(run, run / "outbox" / checkpoint.name, None)
+        revision = load_file(run / "outbox" / checkpoint.name / "model" / "model.safetensors")
+        for key, tensor in exported.items():
+            torch.testing.assert_close(revision[key], tensor, rtol=0, atol=0 if run.name == "single" else 1e-6)
+
+
+def test_8_bit_moments_are_the_same_in_copies_and_refused_in_shards(tmp_path):
+    if find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    message = resume_elsewhere(tmp_path, "ddp", "fsdp2", 1e-6, optimizer__name="adamw_8bit")
+    assert "optimizer.name: torchao quantizes blocks" in message and "take single or ddp" in message
 
 
 def test_flex_attention_on_a_cpu_is_refused(folder):

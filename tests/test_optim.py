@@ -1,11 +1,30 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
-from conftest import ROOT, recipe_mapping
+from conftest import ROOT, recipe_mapping, write_recipe
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpretrain.optim import build_optimizer, build_scheduler, decayed_names, hidden_names, moment_bytes, set_step
-from hfpretrain.recipe import OptimizerSection, RecipeError, SchedulerSection
+from hfpretrain import engine, fragments
+from hfpretrain.optim import (
+    average,
+    build_optimizer,
+    build_scheduler,
+    decayed_names,
+    hidden_names,
+    moment_bytes,
+    require_library,
+    set_step,
+)
+from hfpretrain.recipe import OptimizerSection, RecipeError, SchedulerSection, load_recipe
+
+NAMES = ["adamw", "muon", "adafactor"]
+LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
+NAMES_OF_LIBRARIES = [
+    pytest.param(name, marks=pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is not installed"))
+    for name, library in LIBRARIES.items()
+]
 
 WSD = {"name": "warmup_stable_decay", "num_warmup_steps": 5, "scheduler_specific_kwargs": {"num_decay_steps": 10}}
 
@@ -53,16 +72,117 @@ def test_a_keyword_the_schedule_does_not_take_is_refused():
         build_scheduler(optimizer(), section, 30)
 
 
-def test_moments_are_counted_as_torch_keeps_them():
-    config = recipe_mapping(ROOT)["model"]["config"]
+def build(name, lr=1e-3):
+    """A tiny llama with matrices of 4,096 numbers, and its optimizer."""
+    torch.manual_seed(0)
+    config = recipe_mapping(ROOT)["model"]["config"] | {"hidden_size": 64}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=64, tie_word_embeddings=False))
-    for name in ("adamw", "muon", "adafactor"):
-        section = OptimizerSection(name=name, lr=1e-3)
-        optimizer = build_optimizer(model, section, decayed_names(model), hidden_names(model))
-        model(torch.ones(1, 4, dtype=torch.int64), labels=torch.ones(1, 4, dtype=torch.int64)).loss.backward()
+    section = OptimizerSection(name=name, lr=lr)
+    return model, build_optimizer(model, section, decayed_names(model), hidden_names(model))
+
+
+@pytest.mark.parametrize("name", [*NAMES, *NAMES_OF_LIBRARIES])
+def test_moments_are_counted_as_they_are_kept(name):
+    model, optimizer = build(name)
+    train(model, optimizer, range(1))
+    kept = [fragments.in_pieces(value) for state in optimizer.state.values() for value in state.values()]
+    kept = [tensor for value in kept for tensor in (value.values() if isinstance(value, dict) else [value])]
+    counted = moment_bytes(model, OptimizerSection(name=name, lr=1e-3))
+    assert counted == sum(tensor.nbytes for tensor in kept if tensor.ndim)
+
+
+def train(model, optimizer, steps):
+    losses = []
+    for step in steps:
+        ids = torch.randint(8, (4, 16), generator=torch.Generator().manual_seed(step))
+        loss = model(ids, labels=ids).loss
+        loss.backward()
         optimizer.step()
-        kept = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-        assert moment_bytes(model, section) == sum(tensor.nbytes for tensor in kept if tensor.ndim), name
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def accelerated(name):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    return accelerator, *accelerator.prepare(*build(name, lr=1e-2))
+
+
+@pytest.mark.parametrize("name", NAMES_OF_LIBRARIES)
+def test_optimizers_of_libraries_learn_and_resume_exactly_after_a_rehearsal(tmp_path, name):
+    model, optimizer = build(name, lr=1e-2)
+    whole = train(model, optimizer, range(20))
+    assert whole[-1] < 0.6 * whole[0]
+    stopped = accelerated(name)
+    assert train(*stopped[1:], range(10)) == whole[:10]
+    state = engine.state_to_save(*stopped)
+    fragments.save(state, tmp_path / "checkpoint")
+    _, model, optimizer = resumed = accelerated(name)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with engine.rehearsal(*resumed):
+        (model(torch.ones(1, 4, dtype=torch.int64)).logits.sum() * 0.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not optimizer.state and all(map(torch.equal, before, model.parameters()))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
+    assert train(model, optimizer, range(1)) == whole[:1]  # as if nothing had been
+    engine.load_state(*resumed, tmp_path / "checkpoint", None)
+    assert train(model, optimizer, range(10, 20)) == whole[10:]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_LIBRARIES)
+def test_a_rate_that_is_scheduled_reaches_optimizers_of_libraries(name):
+    model, optimizer = build(name)
+    scheduler = build_scheduler(optimizer, SchedulerSection(name="constant_with_warmup", num_warmup_steps=4), 30)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train(model, optimizer, range(1))  # at the rate 0 of a warm-up's first step
+    assert all(map(torch.equal, before, model.parameters()))
+    scheduler.step()
+    assert scheduler.get_last_lr() == [2.5e-4, 2.5e-4]
+    train(model, optimizer, range(1))
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES_OF_LIBRARIES[1:])
+def test_schedule_free_evaluates_the_average_and_trains_on_as_if_it_had_not(name):
+    accelerator, model, optimizer = accelerated(name)
+    z = [parameter.detach().clone() for parameter in model.parameters()]
+    x, y = [p.clone() for p in z], None
+    for step in range(5):  # the average of z over steps of one rate, by its definition
+        train(model, optimizer, [step])
+        z = [optimizer.state[p]["z"].clone() for p in model.parameters()]
+        x = [mean.lerp(new, 1 / (step + 1)) for mean, new in zip(x, z, strict=True)]
+        y = [parameter.detach().clone() for parameter in model.parameters()]
+        with engine.evaluated_weights(accelerator, model, optimizer):
+            found = [parameter.detach().clone() for parameter in model.parameters()]
+        for theirs, ours in zip(found, x, strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+        assert all(map(torch.equal, y, model.parameters())) and (step == 0 or not any(map(torch.equal, y, found)))
+    weights = {str(number): tensor for number, tensor in enumerate(y)}
+    moments = {str(number): {"z": tensor} for number, tensor in enumerate(z)}
+    average(weights, moments, OptimizerSection(name=name, lr=1.0))
+    assert all(map(torch.equal, weights.values(), found))
+
+
+def test_schedule_free_takes_constant_rates_only(tmp_path):
+    changes = {"optimizer__name": "adamw_schedule_free", "scheduler__name": "constant_with_warmup"}
+    assert load_recipe(write_recipe(tmp_path, **changes)).optimizer.betas[0] == 0.9
+    with pytest.raises(RecipeError, match=r"scheduler\.name: adamw_schedule_free averages .* as cosine does"):
+        load_recipe(write_recipe(tmp_path, **changes | {"scheduler__name": "cosine"}))
+    with pytest.raises(RecipeError, match="divides by the first of `betas`"):
+        load_recipe(write_recipe(tmp_path, **changes, optimizer__betas=[0.0, 0.9]))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library_that_is_missing_is_named(monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=rf"optimizer\.name: {name} .*`pip install {LIBRARIES[name]}`"):
+        require_library(OptimizerSection(name=name, lr=1.0))
+    require_library(OptimizerSection(lr=1.0))
 
 
 def test_muon_takes_the_matrices_between_embedding_and_head():
@@ -94,7 +214,7 @@ def test_muon_takes_the_matrices_between_embedding_and_head():
 def test_keys_belong_to_the_optimizer_that_takes_them():
     with pytest.raises(ValidationError, match="`momentum` is no keyword of adamw"):
         OptimizerSection(lr=1.0, momentum=0.9)
-    for name in ("adamw", "muon", "adafactor"):
+    for name in (*NAMES, *LIBRARIES):
         dumped = OptimizerSection(name=name, lr=1.0).model_dump()
         assert OptimizerSection(**dumped) == OptimizerSection(name=name, lr=1.0)
     assert "momentum" not in OptimizerSection(lr=1.0).model_dump()
