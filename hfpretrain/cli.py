@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
     plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the device's peak; default: 0.4")
     plan.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOP/s")
+    many = "simulate communication on so many devices instead; default: 8 64 512 4096"
+    plan.add_argument("--scaling", type=int, nargs="*", metavar="DEVICES", help=many)
+    plan.add_argument("--devices-per-node", type=int, default=8, help="of --scaling; default: 8")
+    plan.add_argument("--nvlink", type=float, default=450, help="GB/s a device sends inside its node; default: 450")
+    plan.add_argument("--infiniband", type=float, default=50, help="GB/s a device sends to others; default: 50")
+    plan.add_argument("--shard-size", type=int, help="devices that share a copy under hsdp; default: its file's")
     prepare = command("prepare", _prepare, f"make tokenizer and blocks; {_OVERRIDES}")
     prepare.add_argument("recipe")
     prepare.add_argument("--shard", metavar="I/N", help="do share I of N, as one of N machines; then once without")
@@ -177,8 +183,18 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.bill import table
     from hfpretrain.plan import make_plan
 
-    keywords = {"engine": args.engine, "num_processes": args.num_processes, "device": args.device, "mfu": args.mfu}
-    plan = make_plan(_load(args, overrides), **keywords)
+    keywords = {"engine": args.engine, "device": args.device, "mfu": args.mfu}
+    if args.scaling is not None:
+        from hfpretrain import communication
+
+        cluster = communication.Cluster(args.devices_per_node, args.nvlink * 1e9, args.infiniband * 1e9)
+        keywords |= {"cluster": cluster, "shard_size": args.shard_size}
+        numbers = args.scaling or list(communication.DEVICES)
+        plan, rows = communication.scaling(_load(args, overrides), numbers, **keywords)
+        simulated = json.dumps({"simulated": [asdict(row) for row in rows], "cluster": asdict(cluster)})
+        print(simulated if args.json else communication.table(plan, rows, cluster))
+        return
+    plan = make_plan(_load(args, overrides), num_processes=args.num_processes, **keywords)
     print(json.dumps(asdict(plan)) if args.json else table(plan))
 
 

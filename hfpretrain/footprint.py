@@ -78,6 +78,7 @@ class Shape:
     """The sizes of a model that its memory depends on, in parameters; `buffers` in bytes."""
 
     total: int
+    num_layers: int
     largest_layer: int
     tail: int
     """Final norm and output embedding, which FSDP2 keeps gathered from the forward to the backward pass."""
@@ -260,6 +261,7 @@ def model_shape(model: PreTrainedModel, layers: Any, moments: int) -> Shape:
     output = model.get_output_embeddings()
     return Shape(
         total=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=len(layers),
         largest_layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         tail=sum(parameter.numel() for parameter in output.parameters()) if output is not None else 0,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class Plan:
     name: str
     model_type: str
     parameters: Parameters
+    shape: Shape
     flops_per_token: float
     flops: float
     num_steps: int
@@ -133,12 +134,13 @@ def make_plan(
     document_masking: bool | None = None,
     chunked_loss: bool | None = None,
     cpu_peak_flops: float | None = None,
+    passes: dict[Any, Any] | None = None,
 ) -> Plan:
     """The plan of a recipe at `num_processes`, for every engine or one, on this machine's device or a named one.
 
     What a run has settled already may be given: its model's `config`, `mixed_precision`, `document_masking`,
-    `chunked_loss`, and what `cpu_flops` measured. Raises `RecipeError` for an unknown engine or device and for a model
-    that cannot be built.
+    `chunked_loss`, and what `cpu_flops` measured. Plans of one recipe share the simulations in `passes`. Raises
+    `RecipeError` for an unknown engine or device and for a model that cannot be built.
     """
     from hfpretrain import footprint, loss
     from hfpretrain import model as modeling
@@ -180,15 +182,15 @@ def make_plan(
     chunks = chunks and loss.can_chunk(model)
     masking = training.document_masking is not False if document_masking is None else document_masking
     usable = 0.6 if on_cpu else 0.9
-    make_row = _Rows(
-        recipe, config, shape, build, num_processes, precision, masking, chunks, on_cpu, usable * target.memory
-    )
+    settings = num_processes, precision, masking, chunks, on_cpu, usable * target.memory
+    make_row = _Rows(recipe, config, shape, build, *settings, {} if passes is None else passes)
     rows = [make_row(candidate) for candidate in engines]
     prepared_bytes, prepared_is = _prepared(recipe, tokens * token_dtype(config.get_text_config().vocab_size).itemsize)
     return Plan(
         name=Path(recipe.output_dir).name,
         model_type=config.model_type,
         parameters=counts,
+        shape=shape,
         flops_per_token=per_token,
         flops=per_token * tokens,
         num_steps=training.num_steps,
@@ -247,7 +249,7 @@ class _Rows:
     chunked_loss: bool
     on_cpu: bool
     usable_memory: float
-    _passes: dict[tuple[Any, ...], Pass | RecipeError] = field(default_factory=dict)
+    _passes: dict[tuple[Any, ...], Pass | RecipeError]
 
     def __call__(self, engine: Engine) -> EngineRow:
         from hfpretrain import footprint

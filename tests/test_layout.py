@@ -62,6 +62,7 @@ COMPOSITION = [
     "score",
     "downstream",
     "plan",
+    "communication",
     "family",
     "bill",
     "report",

@@ -2,12 +2,14 @@ import json
 import subprocess
 import sys
 
+import growth
 import pytest
 import torch
 from conftest import ROOT, environment, hfpretrain, train, write_recipe
+from PIL import Image
 from transformers import AutoConfig
 
-from hfpretrain import footprint
+from hfpretrain import communication, footprint
 from hfpretrain import model as modeling
 from hfpretrain.bill import seconds_per_step, table
 from hfpretrain.plan import make_plan
@@ -282,3 +284,69 @@ def test_running_out_of_memory_says_what_would_help(folder):
     helpful = result.stderr.partition("what helps most")[2].splitlines()[1:]
     assert len(helpful) == 3 and any("--training.micro_batch_size=4096" in line for line in helpful)
     assert not (folder / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "sent"),
+    [
+        ("ddp", 2 * 3 / 4 * 4000),
+        ("fsdp2", 3 * 3 / 4 * (2 * 1000 + 2 * 800 + 4 * 1000)),  # the tail of 200 is gathered once
+        ("hsdp", 3 * (1 / 2 * (2 * 1000 + 2 * 800 + 4 * 1000) + 2 * 1 / 2 * 4000 / 2)),
+        ("zero1", 2 * 3 / 4 * 2000 + 3 / 4 * 2000),
+        ("zero2", 3 * 2 * 3 / 4 * 2000 + 3 / 4 * 2000),
+        ("zero3", 3 * 3 / 4 * (2000 + 2000 + 2000)),
+    ],
+)
+def test_bytes_sent_by_an_engine(engine, sent):
+    """1,000 parameters, 4 devices, 3 micro-steps in bf16; under hsdp two groups of 2."""
+    shape = footprint.Shape(total=1000, num_layers=2, largest_layer=300, tail=200, buffers=0, moments=8000)
+    found = communication.exchanges(engine, shape, 4, 3, "bf16", shard_size=2)
+    assert sum(exchange.sent for exchange in found) == pytest.approx(sent)
+    alone = communication.exchanges(engine, shape, 1, 1, "bf16", shard_size=1)
+    assert sum(exchange.sent for exchange in alone) == 0
+
+
+def test_seconds_of_an_exchange():
+    cluster = communication.Cluster(devices_per_node=2, nvlink=100.0, infiniband=10.0)
+
+    def seconds(*arguments, **keywords):
+        return communication.Exchange(*arguments, **keywords).seconds(cluster)
+
+    # In one node by NVLink, a hop of 3.4 us; beyond, both adapters of a node carry half, and one of 3 hops is 14.
+    assert seconds(1, 200.0, 2) == pytest.approx(1 / 2 * 200 / 100 + 3.4e-6, rel=1e-12)
+    assert seconds(1, 200.0, 4, calls=3, times=5) == pytest.approx(5 * (3 / 4 * 200 / 20 + 3 * (2 * 3.4e-6 + 14e-6)))
+    # Of the groups across nodes each device is alone in its node. With two nodes ring and tree are as fast.
+    assert seconds(2, 200.0, 2, stride=2) == pytest.approx(2 / 2 * 200 / 10 + 28e-6, rel=1e-12)
+    tree = seconds(2, 0.0, 1024)
+    assert tree == pytest.approx(2 * (4e-6 + 9 * 14e-6))
+
+
+def test_scaling_is_called_simulated_and_scales_nothing_silently(folder):
+    recipe = str(write_recipe(folder, training__mixed_precision="bf16"))  # 8 sequences a step, 2 a micro-batch
+    result = hfpretrain("plan", recipe, "--scaling", "2", "4", "8", "--device", "H100-80GB", "--shard-size", "2")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 120 and lines[0].startswith("simulated scaling") and "not measured" in lines[0]
+    assert "hsdp   no two or more equal groups of --shard-size 2" in result.stdout
+    assert any(line.split()[:6] == ["8", "all", "a", "step", "has", "8"] for line in lines)
+    arguments = ("--scaling", "4", "--device", "H100-80GB", "--engine", "zero1", "--json")
+    (row,) = json.loads(hfpretrain("plan", recipe, *arguments).stdout)["simulated"]
+    assert row["sent_bytes"] == pytest.approx(3 * 3 / 4 * 2 * 39_072) and row["micro_steps"] == 1
+    for wrong in (["--scaling", "1", "--device", "L4"], ["--scaling", "8", "--device", "cpu"]):
+        assert hfpretrain("plan", recipe, *wrong).returncode == 2
+
+
+def test_growth_measures_and_draws(tmp_path):
+    """What it measures by the clock is not looked at."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), "--quick", "--output", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    width, height = Image.open(tmp_path / "growth.png").size
+    assert width > 1000 and height > 600
+    rows = [line.split(" | ") for line in (tmp_path / "growth.md").read_text().splitlines()[2:]]
+    assert len(rows) == 10 and {len(row) for row in rows} == {6} and result.stdout.strip().count("\n") == 11
+    titles = {panel.title for name, panel in growth.PANELS.items() if name != "many"}
+    assert {row[0].strip("| ").partition(":")[0] for row in rows} == titles
+    exponents = {row[0].strip("| "): float(row[4]) for row in rows}
+    (whole,) = (value for name, value in exponents.items() if name.startswith("Loss") and name.endswith("whole"))
+    assert whole == pytest.approx(1, abs=0.3)  # memory, not time
