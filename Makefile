@@ -7,7 +7,7 @@ export DS_BUILD_OPS = 0
 # then takes eight times as long.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: install quickstart test proofs style quality
+.PHONY: install quickstart test proofs overhead style quality
 
 install: $(BIN)/.installed
 
@@ -25,6 +25,9 @@ test: install
 
 proofs: install
 	$(BIN)/python -m pytest -m slow
+
+overhead: install
+	$(BIN)/python benchmarks/train_step.py --check --rounds 1 --steps 40
 
 style: install
 	$(BIN)/ruff check --fix .

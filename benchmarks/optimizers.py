@@ -18,15 +18,19 @@ SIZES = ["--model.config.hidden_size=128", "--model.config.intermediate_size=384
          "--training.tokens_per_step=2048", "--training.micro_batch_size=8", "--tokenizer.vocab_size=2048",
          "--data.validation_fraction=0.02"]  # fmt: skip
 RATES = {
-    "adamw": (2e-3, 4e-3, 8e-3),
-    "muon": (2e-3, 4e-3, 8e-3),
-    "adafactor": (1e-2, 2e-2, 4e-2),
+    "adamw": (4e-3, 8e-3),
+    "adamw_8bit": (4e-3, 8e-3),
+    "adamw_schedule_free": (4e-3, 8e-3, 1.6e-2),
+    "muon": (4e-3, 8e-3),
+    "adafactor": (1e-2, 3e-2),
 }
 
 
 def result(name: str, lr: float, steps: int, overrides: list[str]) -> tuple[float, float]:
     """Validation loss at the end, and the median seconds of a step."""
     chosen = [f"--optimizer.name={name}", f"--optimizer.lr={lr}", f"--scheduler.num_warmup_steps={steps // 10}"]
+    if name == "adamw_schedule_free":
+        chosen += ["--scheduler.name=constant_with_warmup"]
     seconds, run, _ = timed_run("recipes/quickstart.yaml", steps, [*SIZES, *chosen, *overrides])
     return run.state.evaluation_loss, float(np.median(seconds["hfpretrain"]))
 
