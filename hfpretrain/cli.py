@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, f"what a run will cost: memory by engine, FLOPs, time, disk; {_OVERRIDES}")
     plan.add_argument("recipe")
     plan.add_argument("--engine", help="this one alone; default: all side by side")
-    plan.add_argument("--num-processes", type=int, default=1, help="one for each device")
+    plan.add_argument("--num-processes", type=int, help="one for each device; default: 1")
     plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
     plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the device's peak; default: 0.4")
     plan.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOP/s")
@@ -187,6 +187,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.scaling is not None:
         from hfpretrain import communication
 
+        if args.num_processes is not None:
+            raise RecipeError.at("--num-processes", "--scaling takes the numbers of devices itself")
         cluster = communication.Cluster(args.devices_per_node, args.nvlink * 1e9, args.infiniband * 1e9)
         keywords |= {"cluster": cluster, "shard_size": args.shard_size}
         numbers = args.scaling or list(communication.DEVICES)
@@ -194,7 +196,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         simulated = json.dumps({"simulated": [asdict(row) for row in rows], "cluster": asdict(cluster)})
         print(simulated if args.json else communication.table(plan, rows, cluster))
         return
-    plan = make_plan(_load(args, overrides), num_processes=args.num_processes, **keywords)
+    processes = 1 if args.num_processes is None else args.num_processes
+    plan = make_plan(_load(args, overrides), num_processes=processes, **keywords)
     print(json.dumps(asdict(plan)) if args.json else table(plan))
 
 
