@@ -2,7 +2,8 @@
 
 In one process, on the same batches in the same precision, by turns: a step of hfpretrain as it trains the recipe (data,
 loss over all tokens, checks, records, logging); a step of the bare PyTorch loop on the same model and optimizer; with
-`--nanogpt FOLDER`, nanoGPT's repository, its model of the same sizes, compiled, in its loop. Between such runs, as many
+`--nanogpt FOLDER`, nanoGPT's repository, its model of the same sizes, compiled, in its loop; with `--litgpt FOLDER`
+litgpt's of a llama recipe (it needs the package lightning). Between such runs, as many
 steps of `transformers.Trainer` on a model of the same config. Ratios are of neighbours, so that the machine's noise
 meets both.
 
@@ -145,6 +146,56 @@ def nanogpt(run: Run, folder: Path) -> Peer:
     return step
 
 
+def litgpt(run: Run, folder: Path) -> Peer:
+    """litgpt's model with the sizes of a llama recipe, compiled, and the loop of its pretrain.py with Fabric."""
+    sys.path.append(str(folder))
+    from lightning import Fabric
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    config, section = run.config, run.recipe.optimizer
+    bf16 = engine.precision(run.accelerator) == "bf16"
+    fabric = Fabric(devices=1, precision="bf16-mixed" if bf16 else "32-true", accelerator="auto")
+    with fabric.init_module(empty_init=False):
+        network = GPT(
+            Config(
+                block_size=run.recipe.data.block_size,
+                padded_vocab_size=config.vocab_size,
+                n_layer=config.num_hidden_layers,
+                n_head=config.num_attention_heads,
+                n_query_groups=config.num_key_value_heads,
+                n_embd=config.hidden_size,
+                head_size=config.head_dim,
+                intermediate_size=config.intermediate_size,
+                rotary_percentage=1.0,
+                parallel_residual=False,
+                bias=False,
+                norm_class_name="RMSNorm",
+                norm_eps=config.rms_norm_eps,
+                mlp_class_name="LLaMAMLP",
+            )
+        )
+    if config.tie_word_embeddings:
+        network.transformer.wte.weight = network.lm_head.weight
+    network = fabric.setup(torch.compile(network) if run.recipe.training.compile is True else network)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=section.lr, betas=section.betas, weight_decay=section.weight_decay, fused=True
+    )
+    optimizer = fabric.setup_optimizers(optimizer)
+
+    def step(batches: Batches) -> None:
+        for number, batch in enumerate(batches):
+            with fabric.no_backward_sync(network, enabled=number < len(batches) - 1):
+                loss = chunked_cross_entropy(network(batch["input_ids"][:, :-1]), batch["labels"][:, 1:].contiguous())
+                fabric.backward(loss / len(batches))
+        fabric.clip_gradients(network, optimizer, max_norm=run.recipe.training.max_grad_norm or 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def trainer_steps(config: Any, batches: Batches, steps: int, bf16: bool, compiled: bool) -> np.ndarray:
     """Seconds of steps of `transformers.Trainer` on a new model of `config`, fed one step's `batches` again and again
     (its own collator and sampler would only add to it): float64 (steps,)."""
@@ -193,12 +244,18 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--litgpt", type=Path)
     parser.add_argument("--no-trainer", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit with 1 above the limit")
     args, overrides = parser.parse_known_args()
 
     def peers(run: Run) -> dict[str, Peer]:
-        return {"bare loop": bare_loop(run)} | ({"nanoGPT": nanogpt(run, args.nanogpt)} if args.nanogpt else {})
+        found = {"bare loop": bare_loop(run)}
+        if args.nanogpt:
+            found["nanoGPT"] = nanogpt(run, args.nanogpt)
+        if args.litgpt:
+            found["litgpt"] = litgpt(run, args.litgpt)
+        return found
 
     found: dict[str, list[np.ndarray]] = {}
     of_trainer = []
