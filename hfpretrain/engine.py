@@ -279,6 +279,11 @@ def _require_supported(accelerator: Accelerator, optimizer: torch.optim.Optimize
         raise RecipeError.at("optimizer.name", f"{reason}; take single or ddp, or adamw or muon")
 
 
+def can_compile(accelerator: Accelerator) -> bool:
+    """Whether layers may be compiled unasked: DeepSpeed's hooks and tensor parallelism's tensors break their graphs."""
+    return engine_name(accelerator).removesuffix("_offload") in ("single", "ddp", "fsdp2", "hsdp")
+
+
 def accumulate(accelerator: Accelerator, model: Any) -> contextlib.AbstractContextManager[None]:
     """One micro-step; the last of a step reduces the gradients.
 

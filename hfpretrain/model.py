@@ -205,11 +205,11 @@ def apply_liger_kernel(model: PreTrainedModel) -> None:
     liger.apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def compiles(wanted: Literal["auto"] | bool, num_micro_steps: int) -> bool:
+def compiles(wanted: Literal["auto"] | bool, num_micro_steps: int, engine_can: bool) -> bool:
     """Whether a run compiles its model: `auto` where that is sure to save more time than it takes."""
     from torch.utils._triton import has_triton
 
-    return num_micro_steps >= 2000 and has_triton() if wanted == "auto" else wanted
+    return engine_can and num_micro_steps >= 2000 and has_triton() if wanted == "auto" else wanted
 
 
 def compile_layers(model: PreTrainedModel) -> None:

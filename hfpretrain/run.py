@@ -184,7 +184,8 @@ class Run:
             )
         self.document_masking = _document_masking(recipe, probe, self.accelerator)
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
-        if modeling.compiles(training.compile, training.num_steps * self.accumulation_steps):
+        num_micro_steps = training.num_steps * self.accumulation_steps
+        if modeling.compiles(training.compile, num_micro_steps, engine.can_compile(self.accelerator)):
             modeling.compile_layers(network)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()

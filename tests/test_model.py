@@ -112,11 +112,10 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_long_runs_on_gpus_are_compiled(monkeypatch):
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    assert (
-        modeling.compiles("auto", 2000) and not modeling.compiles("auto", 1999) and not modeling.compiles(False, 2000)
-    )
+    assert modeling.compiles("auto", 2000, True) and not modeling.compiles("auto", 1999, True)
+    assert not modeling.compiles("auto", 2000, False) and not modeling.compiles(False, 2000, True)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    assert not modeling.compiles("auto", 2000) and modeling.compiles(True, 1)
+    assert not modeling.compiles("auto", 2000, True) and modeling.compiles(True, 1, False)
 
 
 def test_one_graph_serves_all_layers(monkeypatch):
