@@ -29,6 +29,7 @@ def test_the_whole_matrix(precision):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_gpu_check_at_toy_size(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--steps", "2", "--rows", "fp8", "export"]
     command += ["--results", str(tmp_path / "table.md")]

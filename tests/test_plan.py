@@ -336,6 +336,7 @@ def test_scaling_is_called_simulated_and_scales_nothing_silently(folder):
         assert hfpretrain("plan", recipe, *wrong).returncode == 2
 
 
+@pytest.mark.slow
 def test_growth_measures_and_draws(tmp_path):
     """What it measures by the clock is not looked at."""
     command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), "--quick", "--output", str(tmp_path)]
