@@ -1,7 +1,7 @@
 """What each default is worth: `python benchmarks/defaults.py [RECIPE] [--only WORD ...] [--section.key=value ...]`.
 
-The recipe without it and with it, by turns, seconds of a step; the ratio is of neighbouring runs. Rows that the machine
-cannot have (a GPU's) are left out. `no_sync` is of two processes under ddp with four micro-steps.
+The recipe without it and with it, in two processes that do a step by turns; ratios are of neighbouring steps. Rows that
+the machine cannot have (a GPU's) are left out. `no_sync` is of two ranks each under ddp.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
-import subprocess
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 from small import ROOT, environment
-from train_step import timed_run
+from train_step import Turns, interval, my_turn, timed_run
 
 from hfpretrain import dataloader, engine, optim
 from hfpretrain import run as running
@@ -59,6 +58,7 @@ def _reducing_every_time() -> Iterator[None]:
 
 # Name to (what is off: overrides, patch; what is on: overrides).
 GPU = torch.cuda.is_available()
+WARM_UP = 3
 ROWS: dict[str, tuple[list[str], Patch | None, list[str]]] = {
     "bf16": (["--training.mixed_precision=no"], None, ["--training.mixed_precision=bf16"]),
     "fused AdamW": ([], lambda: mock.patch.object(optim, "_adamw", _unfused), []),
@@ -74,51 +74,48 @@ if GPU:
     ROWS["flex attention, documents masked"] = ([], None, ["--model.attn_implementation=flex_attention"])
 
 
-def seconds(recipe: str, steps: int, overrides: list[str], patch: Patch | None) -> float:
-    """The median of a run's steps."""
-    with patch() if patch else contextlib.nullcontext():
-        return float(np.median(timed_run(recipe, steps, overrides)[0]["hfpretrain"]))
+NO_SYNC = "no_sync, two ranks"
+ROWS[NO_SYNC] = (["--training.micro_batch_size=1"], _reducing_every_time, ["--training.micro_batch_size=1"])
 
 
-def two_processes(recipe: str, steps: int, overrides: list[str], *flags: str) -> float:
-    """The same of a launch of two processes under ddp."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--num_processes=2"]
-    launch += ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml")]
-    with tempfile.TemporaryDirectory() as folder:
-        inside = [__file__, recipe, "--inside", "--steps", str(steps), *flags, *overrides, f"--output_dir={folder}/run"]
-        done = subprocess.run([*launch, *inside], check=True, env=environment(), stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def inside(recipe: str, row: str, side: str, steps: int, overrides: list[str]) -> None:
+    """One side of a row: a run that waits for its turn after each step."""
+    without, patch, with_it = ROWS[row]
+    is_off = side == "off"
+    wait: Callable[[Any], Any] = lambda _: my_turn()  # noqa: E731
+    with patch() if patch and is_off else contextlib.nullcontext():
+        peers = {"turn": wait} if int(os.environ.get("RANK", "0")) == 0 else {}
+        timed_run(recipe, steps, [*overrides, *(without if is_off else with_it)], lambda _: peers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="recipes/quickstart.yaml")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--only", nargs="+", help="rows whose name has one of these in it")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--reduce-every-time", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
     if args.inside:
-        patch = _reducing_every_time if args.reduce_every_time else None
-        print(json.dumps(seconds(args.recipe, args.steps, overrides, patch)), flush=True)
+        inside(args.recipe, *args.inside, args.steps, overrides)
         return
-    print("| default | off, s | on, s | on is, median (min to max) |\n|---|---|---|---|")
-
-    def show(name: str, off_and_on: Callable[[], tuple[float, float]]) -> None:
+    print("| default | off, s | on, s | on is, median (95 % interval) |\n|---|---|---|---|")
+    for name in ROWS:
         if args.only and not any(word in name for word in args.only):
-            return
-        off, on = np.array([off_and_on() for _ in range(args.rounds)]).T
-        ratios = off / on
-        spread = f"{np.median(ratios):.2f} x as fast ({ratios.min():.2f} to {ratios.max():.2f})"
-        print(f"| {name} | {np.median(off):.3f} | {np.median(on):.3f} | {spread} |", flush=True)
-
-    for name, (without, patch, with_it) in ROWS.items():
-        off = functools.partial(seconds, args.recipe, args.steps, [*overrides, *without], patch)
-        on = functools.partial(seconds, args.recipe, args.steps, [*overrides, *with_it], None)
-        show(name, lambda off=off, on=on: (off(), on()))
-    two = functools.partial(two_processes, args.recipe, args.steps, overrides)
-    show("no_sync, four micro-steps of two processes", lambda: (two("--reduce-every-time"), two()))
+            continue
+        launch, env = [sys.executable], {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if name == NO_SYNC:
+            launch += ["-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--num_processes=2"]
+            launch += ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml")]
+            env = environment()
+        with tempfile.TemporaryDirectory() as folder:  # the same for all ranks of a side
+            of_row = [*launch, __file__, args.recipe, "--steps", str(args.steps), *overrides, "--inside", name]
+            sides = [Turns([*of_row, side, f"--output_dir={folder}/{side}"], env) for side in ("off", "on")]
+            seconds = np.array([[side.step() for side in sides] for _ in range(args.steps - 1)])[WARM_UP:]
+            for side in sides:
+                side.close()
+        ratio = "{:.3f} x as fast ({:.3f} to {:.3f})".format(*interval(seconds[:, 0] / seconds[:, 1]))
+        off, on = np.median(seconds, axis=0)
+        print(f"| {name} | {off:.4f} | {on:.4f} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

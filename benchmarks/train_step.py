@@ -1,11 +1,11 @@
 """A step of hfpretrain beside that of others: `python benchmarks/train_step.py [RECIPE] [--section.key=value ...]`.
 
 In one process, on the same batches in the same precision, by turns: a step of hfpretrain as it trains the recipe (data,
-loss over all tokens, checks, records, logging); a step of the bare PyTorch loop on the same model and optimizer; with
+loss over all tokens, checks, records, logging); a step of the bare PyTorch loop on the same model and optimizer; a step
+of `transformers.Trainer` on a model of the same config, in a process of its own that waits meanwhile; with
 `--nanogpt FOLDER`, nanoGPT's repository, its model of the same sizes, compiled, in its loop; with `--litgpt FOLDER`
-litgpt's of a llama recipe (it needs the package lightning). Between such runs, as many
-steps of `transformers.Trainer` on a model of the same config. Ratios are of neighbours, so that the machine's noise
-meets both.
+litgpt's of a llama recipe (it needs the package lightning). Ratios are of neighbours, so that the machine's noise meets
+both.
 
 `--check` leaves out Trainer and exits with 1 if the wrapper's share of a step is above 3 %.
 """
@@ -17,6 +17,8 @@ import contextlib
 import gc
 import importlib
 import importlib.util
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -198,34 +200,96 @@ def litgpt(run: Run, folder: Path) -> Peer:
     return step
 
 
-def trainer_steps(config: Any, batches: Batches, steps: int, bf16: bool, compiled: bool) -> np.ndarray:
-    """Seconds of steps of `transformers.Trainer` on a new model of `config`, fed one step's `batches` again and again
-    (its own collator and sampler would only add to it): float64 (steps,)."""
+class Turns:
+    """A process that says on its standard output when it is ready, and then does one step for each line it is sent."""
+
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None):
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._hear()
+
+    def _hear(self) -> None:
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"{self._process.args} has ended with {self._process.wait()}")
+
+    def step(self) -> float:
+        """Seconds of its next step."""
+        assert self._process.stdin is not None
+        begun = time.perf_counter()
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        self._hear()
+        return time.perf_counter() - begun
+
+    def close(self) -> None:
+        """No more of them."""
+        self._process.communicate()
+
+
+def my_turn() -> bool:
+    """In such a process, after a step: say so and wait. False if nobody asks for another."""
+    seconds_now()
+    print("done", file=sys.__stdout__, flush=True)
+    return bool(sys.stdin.readline())
+
+
+def trainer(run: Run, steps: int) -> Peer:
+    """`transformers.Trainer` on a new model of the run's config, in a process of its own: accelerate's state is one for
+    a process."""
+    folder = run.output_dir / "trainer"
+    process: Turns | None = None
+
+    def step(batches: Batches) -> None:
+        nonlocal process
+        if process is None:
+            folder.mkdir()
+            facts = (
+                run.config,
+                steps,
+                engine.precision(run.accelerator) == "bf16",
+                run.recipe.training.compile is True,
+            )
+            cpu = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
+            torch.save((*facts, run.recipe.training.max_grad_norm, cpu), folder / "facts.pt")
+            process = Turns([sys.executable, __file__, "--trainer-of", str(folder)])
+        process.step()
+
+    return step
+
+
+def trainer_process(folder: Path) -> int:
+    """The other side of `trainer`, fed one step's batches again and again (its own collator and sampler would only add
+    to it)."""
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    config, steps, bf16, compiled, max_grad_norm, batches = torch.load(folder / "facts.pt", weights_only=False)
 
     class Dataset(torch.utils.data.Dataset):
         def __len__(self) -> int:
-            return steps * sum(len(batch["input_ids"]) for batch in batches)
+            return (steps + 1) * sum(len(batch["input_ids"]) for batch in batches)
 
         def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
             size = len(batches[0]["input_ids"])
             batch = batches[number // size % len(batches)]
-            return {key: value[number % size].cpu() for key, value in batch.items()}
+            return {key: value[number % size] for key, value in batch.items()}
 
     class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.times: list[float] = []
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            my_turn()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(seconds_now())
+            if not my_turn():
+                os._exit(0)
 
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(None):
         arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
+            output_dir=str(folder),
+            max_steps=steps + 1,
             per_device_train_batch_size=len(batches[0]["input_ids"]),
             gradient_accumulation_steps=len(batches),
+            max_grad_norm=max_grad_norm or 0.0,
             bf16=bf16,
             torch_compile=compiled,
             use_cpu=not torch.accelerator.is_available(),
@@ -236,8 +300,10 @@ def trainer_steps(config: Any, batches: Batches, steps: int, bf16: bool, compile
             report_to=[],
             disable_tqdm=True,
         )
-        Trainer(AutoModelForCausalLM.from_config(config), arguments, train_dataset=Dataset(), callbacks=[clock]).train()
-    return np.diff(clock.times)[1:]
+        Trainer(
+            AutoModelForCausalLM.from_config(config), arguments, train_dataset=Dataset(), callbacks=[Clock()]
+        ).train()
+    return 0
 
 
 def main() -> int:
@@ -249,10 +315,15 @@ def main() -> int:
     parser.add_argument("--litgpt", type=Path)
     parser.add_argument("--no-trainer", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit with 1 above the limit")
+    parser.add_argument("--trainer-of", type=Path, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
+    if args.trainer_of:
+        return trainer_process(args.trainer_of)
 
     def peers(run: Run) -> dict[str, Peer]:
         found = {"bare loop": bare_loop(run)}
+        if not (args.check or args.no_trainer):
+            found["Trainer"] = trainer(run, args.steps)
         if args.nanogpt:
             found["nanoGPT"] = nanogpt(run, args.nanogpt)
         if args.litgpt:
@@ -260,32 +331,23 @@ def main() -> int:
         return found
 
     found: dict[str, list[np.ndarray]] = {}
-    of_trainer = []
     for _ in range(args.rounds):
-        seconds, run, batches = timed_run(args.recipe, args.steps, overrides, peers)
+        seconds, run, _ = timed_run(args.recipe, args.steps, overrides, peers)
         for name, values in seconds.items():
             found.setdefault(name, []).append(values)
-        facts = run.config, engine.precision(run.accelerator) == "bf16", run.flops_per_token, run.peak_flops
-        compiled = run.recipe.training.compile is True
-        tokens = run.recipe.training.tokens_per_step
+        facts = run.flops_per_token, run.peak_flops, run.recipe.training.tokens_per_step
         del run
         gc.collect()
-        if not (args.check or args.no_trainer):
-            theirs = trainer_steps(facts[0], batches, args.steps, facts[1], compiled)
-            of_trainer.append(np.median(theirs) / np.median(seconds["hfpretrain"]))
     ours = np.concatenate(found["hfpretrain"])
     print("| step | seconds, median | tokens/s | MFU | hfpretrain is, median (95 % interval) |\n|---|---|---|---|---|")
     shares = []
     for name, rounds in found.items():
         values = np.concatenate(rounds)
-        rate = tokens / np.median(values)
-        mfu = f"{rate * facts[2] / facts[3]:.3f}" if facts[3] else "-"
+        rate = facts[2] / np.median(values)
+        mfu = f"{rate * facts[0] / facts[1]:.3f}" if facts[1] else "-"
         ratio = "" if name == "hfpretrain" else "{:.4f} x as fast ({:.4f} to {:.4f})".format(*interval(values / ours))
         print(f"| {name} | {np.median(values):.4f} | {rate:,.0f} | {mfu} | {ratio} |")
         shares.append(interval(ours / values - 1))
-    if of_trainer:
-        spread = f"{min(of_trainer):.3f} to {max(of_trainer):.3f}"
-        print(f"| Trainer | | | | {np.median(of_trainer):.3f} x as fast ({spread} in {args.rounds} rounds) |")
     share, low, _ = shares[1]
     print(f"\nThe wrapper's share of a step: {share:.2%}")
     return int(args.check and low > LIMIT)

@@ -55,10 +55,14 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class Blocks:
-    """Rows of one or more arrays of shape (rows, block_size) under one index."""
+    """Rows of one or more arrays of shape (rows, block_size) under one index.
 
-    def __init__(self, chunks: Sequence[np.ndarray]):
+    `last_rows`: int64 (parts,), those whose text does not go on in the next row; by default the last of all.
+    """
+
+    def __init__(self, chunks: Sequence[np.ndarray], last_rows: np.ndarray | None = None):
         self._chunks = list(chunks)
+        self._last_rows = last_rows
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
         self.block_size = self._chunks[0].shape[1] if self._chunks else 0
 
@@ -72,6 +76,17 @@ class Blocks:
         for index, (chunk, row) in enumerate(zip(chunks.tolist(), (rows - self._starts[chunks]).tolist(), strict=True)):
             result[index] = self._chunks[chunk][row]
         return result
+
+    def shifted(self, rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that begin `shift` tokens later and end in the next row, that of the last row being the first.
+
+        int64 (n,) to int64 (n, block_size), and int64 (n,): where in each another text begins without a separator.
+        """
+        if not shift:
+            return self[rows], np.zeros(len(rows), dtype=np.int64)
+        tokens = np.concatenate([self[rows][:, shift:], self[(rows + 1) % len(self)][:, :shift]], axis=1)
+        last_rows = np.array([len(self) - 1]) if self._last_rows is None else self._last_rows
+        return tokens, np.where(np.isin(rows, last_rows), self.block_size - shift, 0)
 
 
 class TrainingOrder:
@@ -115,18 +130,25 @@ class TrainingOrder:
             counts[here] = self._base[stage][table[slots]] + rounds * per_round[table[slots]] + ranks[slots]
         return streams, counts
 
-    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Streams and rows at global sequence positions: int64 (n,) to two int64 (n,)."""
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Streams, rows and the streams' epochs at global sequence positions: int64 (n,) to three int64 (n,)."""
         streams, counts = self.draw(positions)
-        rows = np.empty_like(positions)
+        rows, all_epochs = np.empty_like(positions), np.empty_like(positions)
         for stream in np.unique(streams):
             here = np.flatnonzero(streams == stream)
             epochs, offsets = np.divmod(counts[here], self.sizes[stream])
+            all_epochs[here] = epochs
             for epoch in np.unique(epochs):
                 chosen = epochs == epoch
                 permutation = Permutation(self.sizes[stream], self.seed, int(stream), int(epoch))
                 rows[here[chosen]] = permutation(offsets[chosen])
-        return streams, rows
+        return streams, rows, all_epochs
+
+
+def epoch_shift(seed: int, stream: int, epoch: int, block_size: int) -> int:
+    """By how many tokens the blocks of an epoch are shifted, 0 in the first; a pure function like the order."""
+    digest = hashlib.blake2b(repr(("shift", seed, stream, epoch)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % block_size if epoch else 0
 
 
 def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,18 +164,23 @@ def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.n
     return streams[order], ranks[order], counts
 
 
-def collate(rows: np.ndarray, eos_token_id: int | None, padded_with: int | None = None) -> dict[str, torch.Tensor]:
+def collate(
+    rows: np.ndarray, eos_token_id: int | None, padded_with: int | None = None, seams: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
     """Rows of token ids, int64 (n, block_size), as a batch: input_ids, labels and, where `eos_token_id` is given,
     position_ids, all int64 (n, block_size).
 
-    `padded_with`: rows may end in this token repeated; all but the first of those get ignored labels.
+    `padded_with`: rows may end in this token repeated; all but the first of those get ignored labels. `seams`: int64
+    (n,), where in each row another text begins without a separator, 0 for nowhere; no text predicts the other.
     """
     input_ids = torch.from_numpy(rows)
     batch = {"input_ids": input_ids, "labels": input_ids.clone()}
     if padded_with is not None:
         batch["labels"][torch.from_numpy(padding(rows, padded_with))] = IGNORE_INDEX
+    if seams is not None:
+        batch["labels"][torch.arange(len(rows)), torch.from_numpy(seams)] = IGNORE_INDEX  # the first is never predicted
     if eos_token_id is not None:
-        batch["position_ids"] = torch.from_numpy(document_positions(rows, eos_token_id))
+        batch["position_ids"] = torch.from_numpy(document_positions(rows, eos_token_id, seams))
     return batch
 
 
@@ -163,14 +190,16 @@ def padding(rows: np.ndarray, token_id: int) -> np.ndarray:
     return np.concatenate([np.zeros((len(rows), 1), bool), trailing[:, :-1] & trailing[:, 1:]], axis=1)
 
 
-def document_positions(rows: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """Positions that restart at every EOS: int64 (n, block_size).
+def document_positions(rows: np.ndarray, eos_token_id: int, seams: np.ndarray | None = None) -> np.ndarray:
+    """Positions that restart at every EOS, and at each row's seam as of `collate`: int64 (n, block_size).
 
     The separator opens the next document's segment: it is predicted from the document it ends, and the first token
     after it is predicted from the separator alone. So no prediction sees another document, and none is lost.
     """
     begins = rows == eos_token_id
     begins[:, 0] = True
+    if seams is not None:
+        begins[np.arange(len(rows)), seams] = True
     starts = np.flatnonzero(begins)
     # A running sum of ones that falls back to 0 at every start.
     steps = np.ones(rows.size, dtype=np.int64)
@@ -250,7 +279,8 @@ class Ledger:
 class TrainingData:
     """The micro-batches of this process for any step.
 
-    `stages` as of `TrainingOrder`; `padded_with` as of `collate`.
+    `stages` as of `TrainingOrder`; `padded_with` as of `collate`. `shift_blocks`: each epoch of a stream after the
+    first has its blocks begin at another place of the text.
     """
 
     def __init__(
@@ -266,37 +296,54 @@ class TrainingData:
         eos_token_id: int,
         document_masking: bool,
         padded_with: int | None = None,
+        shift_blocks: bool = False,
     ):
         self._streams = list(streams)
         self.order = TrainingOrder([len(stream) for stream in streams], stages, seed)
         self._micro_batch_size, self._per_process = micro_batch_size, micro_batch_size * accumulation_steps
         self._process_index, self._num_processes = process_index, num_processes
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
-        self._padded_with = padded_with
+        self._padded_with, self._shift_blocks = padded_with, shift_blocks
+        self._block_size, self._seed = self._streams[0].block_size, seed
 
     def step(self, step: int) -> StepData:
         """What this process has of optimizer step `step`, counted from 0."""
         first = (step * self._num_processes + self._process_index) * self._per_process
         positions = np.arange(first, first + self._per_process)
-        streams, rows = self._sequences(positions)
+        streams, rows, seams = self._sequences(positions)
         valid = np.ones(rows.shape, bool) if self._padded_with is None else ~padding(rows, self._padded_with)
         tokens, documents = (
             by_source(streams, counted & valid, len(self._streams)) for counted in (valid, rows == self._eos_token_id)
         )
-        return StepData(self._collated(rows), sequence_checksum(rows, positions), tokens, documents)
+        return StepData(self._collated(rows, seams), sequence_checksum(rows, positions), tokens, documents)
 
-    def _sequences(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        streams, rows = self.order(positions)
-        tokens = np.empty((len(positions), self._streams[0].block_size), dtype=np.int64)
-        for stream in np.unique(streams):
-            tokens[streams == stream] = self._streams[stream][rows[streams == stream]]
-        return streams, tokens
+    def _places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Streams, rows and by how much the rows are shifted: three int64 (n,)."""
+        streams, rows, epochs = self.order(positions)
+        if not self._shift_blocks:
+            return streams, rows, np.zeros_like(rows)
+        of_epoch = zip(streams.tolist(), epochs.tolist(), strict=True)
+        return streams, rows, np.array([epoch_shift(self._seed, *place, self._block_size) for place in of_epoch])
 
-    def _collated(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
+    def _sequences(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Streams, tokens and, of shifted blocks, seams as of `collate`."""
+        streams, rows, shifts = self._places(positions)
+        tokens = np.empty((len(positions), self._block_size), dtype=np.int64)
+        seams = np.zeros_like(rows)
+        for stream, shift in np.unique(np.stack([streams, shifts]), axis=1).T:
+            here = (streams == stream) & (shifts == shift)
+            tokens[here], seams[here] = self._streams[stream].shifted(rows[here], int(shift))
+        return streams, tokens, seams if self._shift_blocks else None
+
+    def _collated(self, rows: np.ndarray, seams: np.ndarray | None) -> list[dict[str, torch.Tensor]]:
         size = self._micro_batch_size
+        eos_token_id = self._eos_token_id if self._document_masking else None
         return [
             collate(
-                rows[start : start + size], self._eos_token_id if self._document_masking else None, self._padded_with
+                rows[start : start + size],
+                eos_token_id,
+                self._padded_with,
+                None if seams is None else seams[start : start + size],
             )
             for start in range(0, len(rows), size)
         ]
@@ -305,10 +352,10 @@ class TrainingData:
         """A batch of one sequence."""
         return {name: tensor[:1] for name, tensor in self.step(0).batches[0].items()}
 
-    def places(self, step: int) -> list[tuple[int, int]]:
-        """(stream, row) of every sequence of a step, over all processes."""
-        streams, rows = self.order(self._positions(step))
-        return list(zip(streams.tolist(), rows.tolist(), strict=True))
+    def places(self, step: int) -> list[tuple[int, int, int]]:
+        """(stream, row, tokens by which it is shifted) of every sequence of a step, over all processes."""
+        streams, rows, shifts = self._places(self._positions(step))
+        return list(zip(streams.tolist(), rows.tolist(), shifts.tolist(), strict=True))
 
     def rows(self, step: int) -> np.ndarray:
         """Tokens of every sequence of a step, over all processes: int64 (n, block_size)."""

@@ -198,7 +198,7 @@ class PeakMemory:
         # glibc walks through all of its free blocks: every 10 ms that would take a seventh of a step. Steps are alike,
         # so that later ones need fewer samples each.
         begin = time.perf_counter()
-        while not self._stop.wait(min(max(0.01, (time.perf_counter() - begin) / 200), 5.0)):
+        while not self._stop.wait(min(max(0.01, (time.perf_counter() - begin) / 50), 5.0)):
             self._peak = max(self._peak, self._in_use())
 
     def now(self) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     `identities` is what the sources and the tokenizer were at the time (size and time of files, commit on the Hub).
     A changed source, tokenizer or block size gives another name, so nothing stale is ever used.
     """
-    content = data.model_dump(mode="json", exclude={"prepared_dir", "stages"})
+    content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
     for source in content["sources"]:
         # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
         source["weight"] = source["weight"] is not None

@@ -155,10 +155,11 @@ def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> Tr
     data, training = recipe.data, recipe.training
     stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
     made = TrainingData(
-        [Blocks(prepared.blocks(split)) for split in prepared.train_splits],
+        [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
         stages,
         seed=recipe.seed,
         padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
+        shift_blocks=data.shift_blocks,
         **keywords,
     )
     needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)

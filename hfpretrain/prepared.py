@@ -61,6 +61,10 @@ class PreparedData:
             if len(chunk)
         ]
 
+    def last_rows(self, split: str) -> np.ndarray:
+        """Rows of a split after which the text does not go on, since a part ends there: int64 (parts,)."""
+        return np.cumsum([rows for _, rows in self.manifest["splits"][split]["parts"]], dtype=np.int64) - 1
+
     def documents(self, split: str, row: int) -> list[tuple[str, int]]:
         """(file, line or row) of every document that has tokens in row `row` of a split, in their order there."""
         parts = iter(self.manifest["splits"][split]["parts"])

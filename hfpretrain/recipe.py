@@ -210,6 +210,9 @@ class DataSection(Section):
     """`concat`: documents in a row, cut where a block ends; no padding. `best_fit`: only a document that is longer than
     a block is cut (one that fills it has no separator), blocks are padded (Ding et al. 2024, "Fewer Truncations Improve
     Language Modeling")."""
+    shift_blocks: bool = False
+    """Whether blocks begin at another place of the text in each epoch after the first, so that a corpus that is read
+    many times is not seen in the same pieces. Every token still comes once an epoch."""
     deduplicate: bool = False
     """Keep only the first of training documents with equal text. They are counted in any case."""
     on_bad_document: Literal["error", "skip"] = "error"
@@ -249,6 +252,10 @@ class DataSection(Section):
             raise ValueError("`streaming` cannot draw `validation_fraction`: name `validation_sources`")
         if self.streaming and (self.deduplicate or self.packing != "concat"):
             raise ValueError("`streaming` sees each document once: `deduplicate` and `best_fit` need prepared data")
+        if self.shift_blocks and (self.streaming or self.packing != "concat"):
+            raise ValueError(
+                "`shift_blocks` moves the cuts of prepared `concat` blocks; `best_fit` and `streaming` have none"
+            )
         if self.validation_sources and self.validation_fraction:
             raise ValueError("give `validation_sources` or `validation_fraction`, not both")
         if self.block_size < 2:

@@ -42,7 +42,8 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
     found = list(sequences(prepared, data, tokenizer, data_step))
     yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(data_step):016x}"
     for number, sequence in enumerate(found):
-        yield f"\nsequence {number}: block {sequence['block']} of {sequence['split']}"
+        shift = f", shifted by {sequence['shift']} tokens" if sequence["shift"] else ""
+        yield f"\nsequence {number}: block {sequence['block']} of {sequence['split']}{shift}"
         for document in sequence["documents"]:
             yield f"  {document['origin']}, {document['tokens']} tokens"
             yield "    | " + document["text"].replace("\n", "\n    | ")
@@ -50,18 +51,30 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
 
 def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, data_step: int) -> Iterator[dict[str, Any]]:
     """Block and documents of each sequence of a step over all processes; `data_step` is counted from 0."""
-    for (stream, row), ids in zip(data.places(data_step), data.rows(data_step), strict=True):
+    for (stream, row, shift), ids in zip(data.places(data_step), data.rows(data_step), strict=True):
         split = prepared.train_splits[stream]
-        cuts = np.flatnonzero(ids[:-1] == tokenizer.eos_token_id) + 1  # a separator belongs to the document before
+        following = (row + 1) % prepared.manifest["splits"][split]["rows"]
+        here, there = ids[: len(ids) - shift], ids[len(ids) - shift :]
+        pieces = _by_document(here, tokenizer.eos_token_id)
+        found = list(zip(prepared.documents(split, row)[-len(pieces) :], pieces, strict=False))
+        if shift:
+            found += zip(
+                prepared.documents(split, following), _by_document(there, tokenizer.eos_token_id), strict=False
+            )
         documents = [
             {
                 "origin": f"{origin}:{line}",
                 "tokens": len(piece),
                 "text": tokenizer.decode(piece, skip_special_tokens=True),
             }
-            for (origin, line), piece in zip(prepared.documents(split, row), np.split(ids, cuts), strict=False)
+            for (origin, line), piece in found
         ]
-        yield {"split": split, "block": row, "documents": documents}
+        yield {"split": split, "block": row, "shift": shift, "documents": documents}
+
+
+def _by_document(ids: np.ndarray, eos_token_id: int) -> list[np.ndarray]:
+    """Its cuts: a separator belongs to the document before."""
+    return np.split(ids, np.flatnonzero(ids[:-1] == eos_token_id) + 1)
 
 
 def _data_step(recipe: Recipe, step: int) -> int:

@@ -83,7 +83,7 @@ def test_a_step_has_the_same_sequences_on_any_number_of_processes():
 
 def test_mixture_has_its_weights_at_any_moment_and_shuffles_each_stream():
     order = TrainingOrder([1000, 77], [(0, [0.7, 0.3])], seed=0)
-    streams, rows = order(np.arange(30_000))
+    streams, rows, _ = order(np.arange(30_000))
     for count in (100, 1000, 12_345, 30_000):
         assert abs((streams[:count] == 0).mean() - 0.7) <= 1 / count + 1e-4
     second = rows[streams == 1]
@@ -102,7 +102,7 @@ def test_positions_restart_at_the_separator_which_opens_the_next_document():
 
 def test_stages_change_the_weights_and_go_on_with_each_stream():
     order = TrainingOrder([1000, 77, 500], [(0, [0.7, 0.3, 0]), (20_000, [0.2, 0.2, 0.6])], seed=0)
-    streams, rows = order(np.arange(50_000))
+    streams, rows, _ = order(np.arange(50_000))
     assert np.allclose(np.bincount(streams[:20_000], minlength=3) / 20_000, [0.7, 0.3, 0], atol=1e-4)
     assert np.allclose(np.bincount(streams[20_000:]) / 30_000, [0.2, 0.2, 0.6], atol=1e-4)
     for position in (0, 1, 19_999, 20_000, 20_001, 43_210):
@@ -177,3 +177,51 @@ def test_prefetched_steps_are_the_steps_and_errors_arrive():
 
     with pytest.raises(ValueError, match="step 5"):
         Prefetcher(broken, range(5, 9), pin_memory=False).next()
+
+
+def shifting(num_processes=1, process_index=0):
+    """Three blocks of one text, two of another, [10 11 12 13] [20 ..."""
+    return TrainingData(
+        [Blocks([numbered(3), numbered(2) + 100], last_rows=np.array([2, 4]))],
+        [],
+        seed=5,
+        micro_batch_size=1,
+        accumulation_steps=10 // num_processes,
+        process_index=process_index,
+        num_processes=num_processes,
+        eos_token_id=EOS,
+        document_masking=True,
+        shift_blocks=True,
+    )
+
+
+def test_shifted_blocks_have_every_token_once_an_epoch_at_other_places():
+    shifted, plain = shifting(), Blocks([numbered(3), numbered(2) + 100])
+    first, second = np.split(shifted.rows(0), 2)
+    assert np.array_equal(first[np.argsort(first[:, 0])], plain[np.arange(5)])  # as without the shift
+    assert np.array_equal(np.sort(second, axis=None), np.sort(first, axis=None))
+    shifts = {shift for step in range(20) for _, _, shift in shifted.places(step)}
+    assert shifts == {0, 1, 2, 3}
+    for (_, row, shift), ids in zip(shifted.places(1), shifted.rows(1), strict=True):
+        here, there = plain[np.array([row, (row + 1) % 5])]
+        assert ids.tolist() == [*here[shift:], *there[:shift]]
+
+
+def test_shifted_blocks_are_the_same_on_two_processes():
+    alone = torch.cat([batch["labels"] for batch in shifting().step(3).batches])
+    parts = [batch["labels"] for index in range(2) for batch in shifting(2, index).step(3).batches]
+    assert torch.equal(torch.cat(parts), alone)
+
+
+def test_no_text_predicts_another_where_a_shifted_block_spans_both():
+    seams = 0
+    for step in range(4):
+        for (_, row, shift), batch in zip(shifting().places(step), shifting().step(step).batches, strict=True):
+            positions, labels = batch["position_ids"][0].tolist(), batch["labels"][0, 1:]
+            if shift and row in (2, 4):
+                seams += 1
+                assert positions == [*range(4 - shift), *range(shift)]
+                assert (labels == IGNORE_INDEX).tolist() == [at == 4 - shift for at in range(1, 4)]
+            else:
+                assert positions == [0, 1, 2, 3] and not (labels == IGNORE_INDEX).any()
+    assert seams > 4

@@ -21,9 +21,11 @@ from hfpretrain.prepare import (
     prepare_shard,
     prepared_path,
     summary,
+    training_data,
     wait_for_prepared,
 )
 from hfpretrain.recipe import Recipe, RecipeError, TokenizerSection
+from hfpretrain.trace import sequences
 
 # Parts and batches as a large corpus has them, with a small one.
 SMALL = "import hfpretrain.packing as p; p.PART_CHARS = 20_000; p._BATCH_CHARS = 4_000; p.prepared.ROWS_PER_BATCH = 8"
@@ -525,3 +527,23 @@ def test_memory_stays_flat(folder):
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout.split()[-1]) / 1024)  # MiB
     assert peaks[1] < 1.3 * peaks[0] and peaks[1] < 1024
+
+
+def test_shifted_blocks_are_the_corpus_in_pieces_whose_documents_are_known(folder, small_parts):
+    write_jsonl(folder / "corpus.jsonl", small_text(400))
+    texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    with_shift = recipe(folder, data__shift_blocks=True, training__max_steps=400)
+    made = prepare(with_shift)
+    assert made.path == prepare(recipe(folder)).path  # nothing on disk depends on it
+    assert len(made.last_rows("train-0")) > 3
+    rows = made.manifest["splits"]["train-0"]["rows"]
+    places = {"micro_batch_size": 1, "accumulation_steps": 8, "process_index": 0, "num_processes": 1}
+    data = training_data(with_shift, made, eos_token_id=made.manifest["eos_token_id"], document_masking=True, **places)
+    tokenizer = load_prepared_tokenizer(made)
+    for step in range(rows // 8 + 1, 2 * rows // 8):  # the second epoch
+        for sequence in sequences(made, data, tokenizer, step):
+            assert 0 < sequence["shift"] < 32
+            assert sum(document["tokens"] for document in sequence["documents"]) == 32
+            for document in sequence["documents"]:
+                line = int(document["origin"].rsplit(":", 1)[1])
+                assert document["text"].strip("\ufffd") in texts[line - 1]

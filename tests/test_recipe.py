@@ -95,6 +95,7 @@ def test_yaml_scalars_are_those_of_yaml_1_2():
         ({"model": {"pretrained": "x"}}, "tokenizer.pretrained", "the tokenizer it was trained with"),
         ({"training__max_steps": -1}, "training.max_steps", "greater than 0"),
         ({"optimizer__lr": "fast"}, "optimizer.lr", "'fast'"),
+        ({"data__shift_blocks": True, "data__packing": "best_fit"}, "data", "`concat`"),
     ],
 )
 def test_cross_checks_name_path_and_fix(folder, changes, path, fragment):
