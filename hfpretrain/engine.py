@@ -253,7 +253,6 @@ def prepare(
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
         sequence_parallel.mask_documents(model)
     optimizer = build_optimizer(model)
-    _require_supported(accelerator, optimizer)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.FSDP and weights is not None:
@@ -266,17 +265,6 @@ def prepare(
         if weights is not None and accelerator.mixed_precision != "no":
             zero.set_masters(prepared[0], weights)
     return prepared
-
-
-def _require_supported(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and not isinstance(optimizer, torch.optim.AdamW):
-        message = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that; take another engine"
-        raise RecipeError.at("optimizer.name", f"{message}, or adamw")
-    reason = getattr(optimizer, "whole_tensors_only", None)
-    if isinstance(optimizer, torch.optim.Adafactor):
-        reason = "torch's Adafactor does not work on sharded matrices (2.13)"
-    if reason is not None and engine_name(accelerator) not in ("single", "ddp"):
-        raise RecipeError.at("optimizer.name", f"{reason}; take single or ddp, or adamw or muon")
 
 
 def can_compile(accelerator: Accelerator) -> bool:

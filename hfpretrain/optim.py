@@ -44,6 +44,10 @@ def moment_bytes(model: Any, section: OptimizerSection) -> int:
 
 
 _LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
+_WHOLE_TENSORS_ONLY = {
+    "adafactor": "torch's Adafactor does not work on sharded matrices (2.13)",
+    "adamw_8bit": "torchao quantizes blocks of what a process holds, so that shards would train otherwise",
+}
 
 
 def require_library(section: OptimizerSection) -> None:
@@ -54,11 +58,18 @@ def require_library(section: OptimizerSection) -> None:
         raise RecipeError.at("optimizer.name", f"{message}`pip install {library}`, or take adamw")
 
 
+def require_engine(section: OptimizerSection, engine: str) -> None:
+    """Raises `RecipeError` where the recipe's optimizer cannot train under an engine, or would train otherwise."""
+    if engine.startswith("zero") and section.name != "adamw":
+        message = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that; take another engine"
+        raise RecipeError.at("optimizer.name", f"{message}, or adamw")
+    reason = _WHOLE_TENSORS_ONLY.get(section.name)
+    if reason is not None and engine not in ("single", "ddp"):
+        raise RecipeError.at("optimizer.name", f"{reason}; take single or ddp, or adamw or muon")
+
+
 class _Wrapped(torch.optim.Optimizer):
     """Other optimizers as one, whose groups and state are theirs."""
-
-    whole_tensors_only: str | None = None
-    """Why weights must not be sharded, if they must not."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self._parts = parts
@@ -98,8 +109,6 @@ class AdamW8bit(_Wrapped):
 
     Those of tensors with fewer than 4,096 numbers, or not a multiple of 256, stay float32.
     """
-
-    whole_tensors_only = "torchao quantizes blocks of what a process holds, so that shards would train otherwise"
 
     def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
         from torchao.optim import AdamW8bit as Library

@@ -272,6 +272,7 @@ class _Rows:
 
     def _require(self, engine: Engine, number: int) -> None:
         """Raises `RecipeError` where a run would be refused."""
+        optim.require_engine(self.recipe.optimizer, engine.name)
         if engine.halves and (number % 2 or number < 4):
             raise RecipeError.at("--num-processes", f"{number} process(es) do not make two equal groups of several")
         if engine.cuts and number == 1:

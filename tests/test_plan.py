@@ -210,6 +210,9 @@ def test_what_cannot_be_is_named(folder):
         and "8 sequences" in rows["ddp"].reason
         and "two equal groups of several" in rows["hsdp"].reason
     )
+    muon = load_recipe(write_recipe(folder, optimizer__name="muon"))
+    refused = [row.engine for row in make_plan(muon, num_processes=2, device="A100-80GB").engines if row.reason]
+    assert set(refused) == {"zero1", "zero2", "zero3", "zero3_offload", "zero3_ulysses", "hsdp"}
     for keywords, message in (
         ({"engine": "fsdp"}, "unknown engine; did you mean `fsdp2`?"),
         ({"device": "H100-80G"}, "unknown device; did you mean `H100-80GB`?"),
