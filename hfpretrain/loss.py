@@ -45,21 +45,20 @@ def is_chunked(model: Any) -> bool:
     return hasattr(_causal_lm(model).get_output_embeddings(), "chunked_loss")
 
 
-def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool) -> bool:
+def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float = 0.0) -> bool:
     """Let a model that is called with labels compute its loss in chunks, if that is its loss; says whether.
 
     Decided on the very model, as the engine prepared it, by its own loss on a small batch; all ranks must call it.
     Afterwards `model(..., labels, num_items_in_batch)` gives the same `loss`, and `logits` only of a call without
-    labels. Raises `RecipeError` where `wanted` is true and the model's loss is another.
+    labels. Raises `RecipeError` where `wanted` is true and the model's loss is another. `z_loss`: as of `head_loss`.
     """
     reason = None if wanted is False else _difference(model)
-    if wanted is True and reason:
-        raise RecipeError.at(
-            "training.chunked_loss", f"{type(_causal_lm(model)).__name__} {reason}; set it to false or auto"
-        )
+    if reason and (wanted is True or z_loss):
+        key, fix = ("chunked_loss", "set it to false or auto") if wanted is True else ("z_loss", "set it to 0")
+        raise RecipeError.at(f"training.{key}", f"{type(_causal_lm(model)).__name__} {reason}; {fix}")
     if wanted is False or reason:
         return False
-    install(_causal_lm(model))
+    install(_causal_lm(model), z_loss)
     return True
 
 
@@ -119,7 +118,7 @@ def _installed(network: Any) -> Iterator[None]:
         undo()
 
 
-def install(network: Any) -> Callable[[], None]:
+def install(network: Any, z_loss: float = 0.0) -> Callable[[], None]:
     """Compute the loss in the forward of the head, the only place where every engine has its weight at hand.
 
     What the head returns, loss instead of logits, float32 (..., 1), passes through the model to its `loss_function`,
@@ -141,7 +140,7 @@ def install(network: Any) -> Callable[[], None]:
             return plain(hidden)
         if hasattr(head.weight, "placements"):
             raise ValueError("the output embedding is divided between processes")
-        return head_loss(hidden, head.weight, head.bias, pending.pop())
+        return head_loss(hidden, head.weight, head.bias, pending.pop(), z_loss=z_loss)
 
     def divide(logits: Any, labels: Any, vocab_size: Any, num_items_in_batch: Any = None, **_: Any) -> torch.Tensor:
         num_items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
@@ -168,11 +167,13 @@ def head_loss(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     num_tokens: int | None = None,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Cross entropy of a linear head, float32: its sum (1, 1, 1) with gradients, else of each token (batch, length, 1).
 
     `hidden`: (batch, length, hidden); `weight`: (vocabulary, hidden); `targets`: int64 (batch, length), of which -100
     does not count. Products are in the weight's dtype or autocast's, the rest is in float32. `num_tokens` in a chunk.
+    The gradients are those of the sum and `z_loss` times the squared logarithm of each softmax's denominator.
 
     In place of `torch.nn.functional.linear_cross_entropy`, whose loss and sums over chunks are in bf16 if the input is
     (torch 2.13), and whose chunks of tokens * hidden / vocabulary are slower the larger the vocabulary.
@@ -180,7 +181,7 @@ def head_loss(
     num_tokens = num_tokens or chunk_tokens(targets.numel(), len(weight), _has_triton(hidden.device.type))
     inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
     if torch.is_grad_enabled():
-        total: torch.Tensor = _SummedLoss.apply(*inputs)
+        total: torch.Tensor = _SummedLoss.apply(*inputs, z_loss)
         return total
     return _token_losses(*inputs).view(*targets.shape, 1).clone()  # FSDP2 warns of a module that returns a view
 
@@ -196,6 +197,7 @@ class _SummedLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         num_tokens: int,
+        z_loss: float,
     ) -> torch.Tensor:
         inputs = (hidden, weight, bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
@@ -204,7 +206,8 @@ class _SummedLoss(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
             for tensor, dtype, needed in zip(inputs, sums, ctx.needs_input_grad[:3], strict=True)
         ]
-        return _token_losses(hidden, weight, bias, targets, num_tokens, ctx.gradients).sum().view(1, 1, 1).clone()
+        losses = _token_losses(hidden, weight, bias, targets, num_tokens, ctx.gradients, z_loss)
+        return losses.sum().view(1, 1, 1).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -214,7 +217,7 @@ class _SummedLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_output.view(())).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
 def _token_losses(
@@ -224,8 +227,9 @@ def _token_losses(
     targets: torch.Tensor,
     num_tokens: int,
     gradients: list[torch.Tensor | None] | None = None,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """-log p of each target, float32 (tokens,); `gradients` of the sum are added for hidden, weight, bias."""
+    """-log p of each target, float32 (tokens,); `gradients` as of `head_loss` are added for hidden, weight, bias."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -237,30 +241,34 @@ def _token_losses(
             inputs, target = hidden[chunk], targets[chunk, None]
             logits = linear(inputs, weight, bias)
             softmax = _compiled() if _has_triton(device) else _in_place
-            losses[chunk], grad_logits = softmax(logits, target, gradients is not None)
+            losses[chunk], grad_logits = softmax(logits, target, gradients is not None, z_loss)
             if gradients is not None and grad_logits is not None:
                 _add_gradients(gradients, chunk, inputs, weight, grad_logits)
     return losses
 
 
 def _in_place(
-    logits: torch.Tensor, target: torch.Tensor, with_gradient: bool
+    logits: torch.Tensor, target: torch.Tensor, with_gradient: bool, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """-log p of `target`, int64 (tokens, 1), and the gradient of the logits: softmax less 1 at the target. Both are 0
-    where that is -100. A float32 `logits` is used up."""
+    """-log p of `target`, int64 (tokens, 1), and the gradient of the logits: softmax less 1 at the target, and with a
+    `z_loss` softmax * 2 * z_loss * its log-denominator more. Both are 0 where the target is -100. A float32 `logits` is
+    used up."""
     logits = logits.float()
     counts, target = target != IGNORE_INDEX, target.clamp(min=0)
-    logits.sub_(logits.amax(1, keepdim=True))
+    largest = logits.amax(1, keepdim=True)
+    logits.sub_(largest)
     wanted = logits.gather(1, target)
     total = logits.exp_().sum(1, keepdim=True)
-    losses = (total.log() - wanted).masked_fill_(~counts, 0)[:, 0]
+    log_total = total.log()
+    losses = (log_total - wanted).masked_fill_(~counts, 0)[:, 0]
     if not with_gradient:
         return losses, None
-    return losses, logits.mul_(counts / total).scatter_add_(1, target, -counts.float())
+    scale = counts * (1 + 2 * z_loss * (log_total + largest)) / total
+    return losses, logits.mul_(scale).scatter_add_(1, target, -counts.float())
 
 
 def _fusible(
-    logits: torch.Tensor, target: torch.Tensor, with_gradient: bool
+    logits: torch.Tensor, target: torch.Tensor, with_gradient: bool, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `_in_place`, for a compiler: two passes over the logits, the gradient in their dtype and nothing in between,
     where single kernels make a dozen passes in float32."""
@@ -271,7 +279,8 @@ def _fusible(
     if not with_gradient:
         return losses, None
     is_target = torch.arange(logits.shape[1], device=logits.device) == target
-    return losses, torch.where(counts, (wide - log_total).exp() - is_target.float(), 0.0).to(logits.dtype)
+    gradient = (wide - log_total).exp() * (1 + 2 * z_loss * log_total) - is_target.float()
+    return losses, torch.where(counts, gradient, 0.0).to(logits.dtype)
 
 
 @functools.cache

@@ -401,6 +401,9 @@ class TrainingSection(Section):
     chunked_loss: Literal["auto"] | bool = "auto"
     """Compute the loss a chunk of tokens at a time, so that the logits are never whole in memory. `auto`: where the
     model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared logarithm of each softmax's denominator in what is minimised, to keep logits from drifting;
+    1e-4 in PaLM (Chowdhery et al. 2022, section 5). The loss reported is without it. Needs the chunked loss."""
     compile: Literal["auto"] | bool = "auto"
     """`torch.compile` the decoder layers, one graph for all of them. `auto`: on GPUs with Triton under single, ddp and
     fsdp2, in a run of at least 2,000 micro-steps: on an H100 GPT-2 124M compiled in 2.4 s and saved 90 ms of each."""
@@ -417,6 +420,8 @@ class TrainingSection(Section):
             raise ValueError("give exactly one of `max_steps` and `max_tokens`")
         if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
             raise ValueError(f"`max_tokens` ({self.max_tokens}) is less than one step of {self.tokens_per_step} tokens")
+        if self.z_loss and self.chunked_loss is False:
+            raise ValueError("`z_loss` is part of the chunked loss: set `chunked_loss` to auto or true")
         return self
 
     @property

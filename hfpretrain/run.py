@@ -184,7 +184,7 @@ class Run:
                 self.accelerator.device
             )
         self.document_masking = _document_masking(recipe, probe, self.accelerator)
-        self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss)
+        self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss, training.z_loss)
         num_micro_steps = training.num_steps * self.accumulation_steps
         if modeling.compiles(training.compile, num_micro_steps, engine.can_compile(self.accelerator)):
             modeling.compile_layers(network)

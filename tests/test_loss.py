@@ -80,13 +80,44 @@ def test_chunks_add_up_in_float32(mode, num_tokens):
         assert ours.dtype == dtype and (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize("num_tokens", [None, 7])
+def test_the_gradient_has_the_z_loss_that_the_loss_has_not(num_tokens):
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((3, 32, 16), (640, 16), (640,))
+    hidden, weight, bias = tensors = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
+    _, labels = batch(640)
+    logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, 1)
+    whole = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+    log_totals = logits.logsumexp(1)[labels.flatten() != -100]
+    loss = head_loss(*tensors, labels, num_tokens, z_loss=0.01).sum()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    expected = torch.autograd.grad(whole + 0.01 * log_totals.square().sum(), tensors)
+    for ours, theirs in zip(torch.autograd.grad(loss, tensors), expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_a_z_loss_draws_the_denominators_of_a_models_softmax_to_one():
+    denominators = []
+    for z_loss in (0.0, 0.1):
+        model = build(LLAMA)
+        assert use_chunked_loss(model, "auto", z_loss)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(60):
+            loss_and_gradients(model)
+            optimizer.step()
+        denominators.append(model(input_ids=batch()[0]).logits.logsumexp(-1).abs().mean().item())
+    assert denominators[1] < denominators[0] / 2
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_gpu_compiles_is_what_others_compute_in_place(dtype):
+def test_what_a_gpu_compiles_is_what_others_compute_in_place(dtype, z_loss):
     draw = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(30, 640, generator=draw)).to(dtype)
     target = torch.randint(640, (30, 1), generator=draw)
     target[::5] = -100
-    (losses, gradient), (expected, wanted) = _fusible(logits, target, True), _in_place(logits.clone(), target, True)
+    losses, gradient = _fusible(logits, target, True, z_loss)
+    expected, wanted = _in_place(logits.clone(), target, True, z_loss)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     assert gradient.dtype == dtype and not gradient[::5].any() and not losses[::5].any()
     assert (gradient - wanted).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * wanted.norm()
@@ -100,6 +131,8 @@ def test_a_model_that_changes_its_logits_keeps_its_own_loss(changes):
     before = loss_and_gradients(model)[0]
     with pytest.raises(RecipeError, match=r"training\.chunked_loss: .* changes the logits behind its head"):
         use_chunked_loss(model, True)
+    with pytest.raises(RecipeError, match=r"training\.z_loss: .* changes the logits behind its head"):
+        use_chunked_loss(model, "auto", 1e-4)
     assert not use_chunked_loss(model, "auto") and not is_chunked(model)
     assert loss_and_gradients(model)[0] == before
 

@@ -95,6 +95,7 @@ def test_yaml_scalars_are_those_of_yaml_1_2():
         ({"model": {"pretrained": "x"}}, "tokenizer.pretrained", "the tokenizer it was trained with"),
         ({"training__max_steps": -1}, "training.max_steps", "greater than 0"),
         ({"optimizer__lr": "fast"}, "optimizer.lr", "'fast'"),
+        ({"training__z_loss": 1e-4, "training__chunked_loss": False}, "training", "`chunked_loss` to auto"),
         ({"data__shift_blocks": True, "data__packing": "best_fit"}, "data", "`concat`"),
     ],
 )
