@@ -406,7 +406,8 @@ class Run:
         place = self.state.step * per_step + self.data_index * self.accumulation_steps + micro_step
         parts = [self.recipe.seed, place * self.recipe.training.micro_batch_size]
         parts.append(engine.dropout_index(self.accelerator))
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()))
+        number = int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
+        engine.seed(self.accelerator, number)
 
     def save(self, in_background: bool) -> None:
         """Write a checkpoint of the full state."""
