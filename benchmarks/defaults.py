@@ -75,7 +75,8 @@ if GPU:
 
 
 NO_SYNC = "no_sync, two ranks"
-ROWS[NO_SYNC] = (["--training.micro_batch_size=1"], _reducing_every_time, ["--training.micro_batch_size=1"])
+if not GPU or torch.cuda.device_count() > 1:  # NCCL wants a GPU for each
+    ROWS[NO_SYNC] = (["--training.micro_batch_size=1"], _reducing_every_time, ["--training.micro_batch_size=1"])
 
 
 def inside(recipe: str, row: str, side: str, steps: int, overrides: list[str]) -> None:

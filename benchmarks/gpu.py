@@ -30,12 +30,15 @@ def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str
     local += [f"--data.prepared_dir={corpus.parent / 'prepared'}", "--tokenizer.pretrained=null"]
     local += ["--tokenizer.algorithm=byte_level_bpe", "--tokenizer.vocab_size=512"]
     local += ["--training.document_masking=false"]  # peers have none
-    gpt2 = ["benchmarks/train_step.py", "recipes/gpt2-124m-openwebtext.yaml", *local]
-    gpt2 += ["--steps", "6" if quick else "18", "--rounds", "1"]
+    gpt2 = ["recipes/gpt2-124m-openwebtext.yaml", *local, "--steps", "6" if quick else "18"]
     gpt2 += TOY if toy else ["--training.micro_batch_size=32"]
-    llama = ["benchmarks/train_step.py", "recipes/llama-1b-fineweb-edu.yaml", *local, "--no-trainer"]
+    defaults = ["benchmarks/defaults.py", *gpt2, *(["--only", "fused"] if toy else [])]
+    gpt2 = ["benchmarks/train_step.py", *gpt2, "--rounds", "1"]
+    llama = ["benchmarks/train_step.py", "recipes/llama-1b-fineweb-edu.yaml", *local]
     llama += ["--steps", "6" if quick else "12", "--rounds", "1"]
     llama += LLAMA_TOY if toy else ["--training.tokens_per_step=131072", "--training.micro_batch_size=8"]
+    beside_trainer = [*llama, "--training.compile=true", *([] if toy else ["--training.micro_batch_size=2"])]
+    llama += ["--no-trainer"]
     peer = ["--nanogpt", str(nanogpt)] if nanogpt else []
     return {
         "engines": ["benchmarks/gpu_check.py", "--jobs", "5", "--steps", "5" if quick else "20"],
@@ -53,6 +56,8 @@ def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str
             *([] if toy else ["--model.config.head_dim=128", "--model.config.num_attention_heads=16"]),
         ],
         "llama 1 B, compiled, fp8": [*llama, "--training.compile=true", "--training.mixed_precision=fp8"],
+        "llama 1 B, compiled, micro-steps of 4,096 tokens, beside Trainer": beside_trainer,
+        "defaults": defaults,
         "the loss": ["benchmarks/loss_memory.py"],
         "a save": ["benchmarks/save_stall.py", *(["--hidden-size", "64", "--num-layers", "2"] if toy else [])],
     }

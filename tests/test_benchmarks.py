@@ -1,0 +1,30 @@
+"""Benchmarks that CI's `make overhead` does not start, at small size."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+def table(folder, script, *arguments):
+    """Rows of the printed table by their first cell."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), str(write_recipe(folder)), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    cells = [line.strip("| ").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in others] for first, *others in cells}
+
+
+def test_steps_of_trainer_and_the_bare_loop_by_turns(folder):
+    rows = table(folder, "train_step.py", "--steps", "6", "--rounds", "1", "--logging.trackers=[]")
+    assert {"hfpretrain", "bare loop", "Trainer"} <= set(rows)
+    assert all(float(rows[name][0]) > 0 and "x as fast" in rows[name][3] for name in ("bare loop", "Trainer"))
+
+
+def test_steps_with_and_without_a_default_by_turns(folder):
+    rows = table(folder, "defaults.py", "--steps", "6", "--only", "prefetch", "no_sync")
+    for name in ("prefetch", "no_sync, two ranks"):
+        assert float(rows[name][0]) > 0 and float(rows[name][1]) > 0 and "x as fast" in rows[name][2]
