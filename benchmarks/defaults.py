@@ -83,7 +83,10 @@ def inside(recipe: str, row: str, side: str, steps: int, overrides: list[str]) -
     """One side of a row: a run that waits for its turn after each step."""
     without, patch, with_it = ROWS[row]
     is_off = side == "off"
-    wait: Callable[[Any], Any] = lambda _: my_turn()  # noqa: E731
+
+    def wait(_: Any) -> None:
+        my_turn()
+
     with patch() if patch and is_off else contextlib.nullcontext():
         peers = {"turn": wait} if int(os.environ.get("RANK", "0")) == 0 else {}
         timed_run(recipe, steps, [*overrides, *(without if is_off else with_it)], lambda _: peers)
