@@ -145,10 +145,10 @@ class TrainingOrder:
         return streams, rows, all_epochs
 
 
-def epoch_shift(seed: int, stream: int, epoch: int, block_size: int) -> int:
-    """By how many tokens the blocks of an epoch are shifted, 0 in the first; a pure function like the order."""
-    digest = hashlib.blake2b(repr(("shift", seed, stream, epoch)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % block_size if epoch else 0
+def epoch_shifts(epochs: np.ndarray, block_size: int) -> np.ndarray:
+    """By how many tokens the blocks of epochs are shifted, int64 (n,) to int64 (n,): multiples of the golden section,
+    which lie as far apart for any number of epochs as places can; drawn ones would often nearly coincide."""
+    return (epochs * ((5**0.5 - 1) / 2) % 1 * block_size).astype(np.int64)
 
 
 def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -304,7 +304,7 @@ class TrainingData:
         self._process_index, self._num_processes = process_index, num_processes
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
         self._padded_with, self._shift_blocks = padded_with, shift_blocks
-        self._block_size, self._seed = self._streams[0].block_size, seed
+        self._block_size = self._streams[0].block_size
 
     def step(self, step: int) -> StepData:
         """What this process has of optimizer step `step`, counted from 0."""
@@ -322,8 +322,7 @@ class TrainingData:
         streams, rows, epochs = self.order(positions)
         if not self._shift_blocks:
             return streams, rows, np.zeros_like(rows)
-        of_epoch = zip(streams.tolist(), epochs.tolist(), strict=True)
-        return streams, rows, np.array([epoch_shift(self._seed, *place, self._block_size) for place in of_epoch])
+        return streams, rows, epoch_shifts(epochs, self._block_size)
 
     def _sequences(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Streams, tokens and, of shifted blocks, seams as of `collate`."""

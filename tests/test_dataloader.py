@@ -12,6 +12,7 @@ from hfpretrain.dataloader import (
     TrainingOrder,
     collate,
     document_positions,
+    epoch_shifts,
 )
 
 EOS = 0
@@ -200,8 +201,10 @@ def test_shifted_blocks_have_every_token_once_an_epoch_at_other_places():
     first, second = np.split(shifted.rows(0), 2)
     assert np.array_equal(first[np.argsort(first[:, 0])], plain[np.arange(5)])  # as without the shift
     assert np.array_equal(np.sort(second, axis=None), np.sort(first, axis=None))
-    shifts = {shift for step in range(20) for _, _, shift in shifted.places(step)}
-    assert shifts == {0, 1, 2, 3}
+    assert [shift for *_, shift in shifted.places(0)] == [0] * 5 + [2] * 5
+    shifts = epoch_shifts(np.arange(20), 256)
+    apart = [abs(a - b) % 256 for a in shifts for b in shifts if a != b]
+    assert len(set(shifts)) == 20 and min(min(gap, 256 - gap) for gap in apart) >= 256 // 20 // 2
     for (_, row, shift), ids in zip(shifted.places(1), shifted.rows(1), strict=True):
         here, there = plain[np.array([row, (row + 1) % 5])]
         assert ids.tolist() == [*here[shift:], *there[:shift]]
