@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="rows whose name has one of these in it")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
+    if args.steps < WARM_UP + 2:
+        parser.error(f"--steps {args.steps}: the first {WARM_UP + 1} are not counted; give at least {WARM_UP + 2}")
     if args.inside:
         inside(args.recipe, *args.inside, args.steps, overrides)
         return

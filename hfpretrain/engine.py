@@ -267,6 +267,24 @@ def prepare(
     return prepared
 
 
+_WHOLE_TENSORS_ONLY = {
+    "adafactor": "torch's Adafactor does not work on sharded matrices (2.13)",
+    "adamw_8bit": "torchao quantizes blocks of what a process holds, so that shards would train otherwise",
+}
+
+
+def require_optimizer(optimizer: str, engine: str) -> None:
+    """Raises `RecipeError` where an optimizer of the recipes cannot train under an engine, or would train otherwise."""
+    if engine.startswith("zero") and optimizer != "adamw":
+        reason = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that"
+        raise RecipeError.at("optimizer.name", f"{optimizer} under {engine}: {reason}; take another engine, or adamw")
+    reason = _WHOLE_TENSORS_ONLY.get(optimizer, "")
+    if reason and engine not in ("single", "ddp"):
+        raise RecipeError.at(
+            "optimizer.name", f"{optimizer} under {engine}: {reason}; take single or ddp, or adamw or muon"
+        )
+
+
 def can_compile(accelerator: Accelerator) -> bool:
     """Whether layers may be compiled unasked: where that was seen to train the same (tests/test_train.py)."""
     return engine_name(accelerator) in ("single", "ddp", "fsdp2")

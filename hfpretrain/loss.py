@@ -54,7 +54,9 @@ def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float =
     """
     reason = None if wanted is False else _difference(model)
     if reason and (wanted is True or z_loss):
-        key, fix = ("chunked_loss", "set it to false or auto") if wanted is True else ("z_loss", "set it to 0")
+        key, fix = "chunked_loss", "set it to false or auto"
+        if z_loss:
+            key, fix = "z_loss", f"set it from {z_loss} to 0, and chunked_loss to auto, or take an engine other than tp"
         raise RecipeError.at(f"training.{key}", f"{type(_causal_lm(model)).__name__} {reason}; {fix}")
     if wanted is False or reason:
         return False

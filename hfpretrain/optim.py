@@ -44,10 +44,6 @@ def moment_bytes(model: Any, section: OptimizerSection) -> int:
 
 
 _LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
-_WHOLE_TENSORS_ONLY = {
-    "adafactor": "torch's Adafactor does not work on sharded matrices (2.13)",
-    "adamw_8bit": "torchao quantizes blocks of what a process holds, so that shards would train otherwise",
-}
 
 
 def require_library(section: OptimizerSection) -> None:
@@ -56,16 +52,6 @@ def require_library(section: OptimizerSection) -> None:
     if library is not None and importlib.util.find_spec(library) is None:
         message = f"{section.name} is an optimizer of the package {library}, which is not installed; "
         raise RecipeError.at("optimizer.name", f"{message}`pip install {library}`, or take adamw")
-
-
-def require_engine(section: OptimizerSection, engine: str) -> None:
-    """Raises `RecipeError` where the recipe's optimizer cannot train under an engine, or would train otherwise."""
-    if engine.startswith("zero") and section.name != "adamw":
-        message = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that; take another engine"
-        raise RecipeError.at("optimizer.name", f"{message}, or adamw")
-    reason = _WHOLE_TENSORS_ONLY.get(section.name)
-    if reason is not None and engine not in ("single", "ddp"):
-        raise RecipeError.at("optimizer.name", f"{reason}; take single or ddp, or adamw or muon")
 
 
 class _Wrapped(torch.optim.Optimizer):

@@ -272,7 +272,11 @@ class _Rows:
 
     def _require(self, engine: Engine, number: int) -> None:
         """Raises `RecipeError` where a run would be refused."""
-        optim.require_engine(self.recipe.optimizer, engine.name)
+        from hfpretrain.engine import require_optimizer
+
+        require_optimizer(self.recipe.optimizer.name, engine.name)
+        if self.recipe.training.z_loss and engine.cuts == "tensors":
+            raise RecipeError.at("training.z_loss", "needs the chunked loss, for which no process has a whole head")
         if engine.halves and (number % 2 or number < 4):
             raise RecipeError.at("--num-processes", f"{number} process(es) do not make two equal groups of several")
         if engine.cuts and number == 1:

@@ -190,10 +190,11 @@ def training_batches(
     """For every optimizer step of a recipe from `start_step` on the micro-batches of one process: for your own loop.
 
     The same sequences in the same step as `hfpretrain.train` on any number of processes. Of each micro-batch
-    `input_ids`, `labels` (not shifted, -100 at padding) and, with `document_masking`, `position_ids` that restart where
-    a document begins: int64 (micro_batch_size, block_size). Models that isolate packed documents by them do so without
-    an attention mask and with `use_cache=False`; what does not take them needs `document_masking=False`. Raises
-    `RecipeError` if the step's sequences do not divide by `micro_batch_size * num_processes`.
+    `input_ids`, `labels` (not shifted, -100 at padding and where a shifted block goes on with another text) and, with
+    `document_masking`, `position_ids` that restart where a document begins: int64 (micro_batch_size, block_size).
+    Models that isolate packed documents by them do so without an attention mask and with `use_cache=False`; what does
+    not take them needs `document_masking=False`. Raises `RecipeError` if the step's sequences do not divide by
+    `micro_batch_size * num_processes`.
     """
     training = recipe.training
     steps = accumulation_steps(

@@ -403,7 +403,8 @@ class TrainingSection(Section):
     model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared logarithm of each softmax's denominator in what is minimised, to keep logits from drifting;
-    1e-4 in PaLM (Chowdhery et al. 2022, section 5). The loss reported is without it. Needs the chunked loss."""
+    1e-4 in PaLM (Chowdhery et al. 2022, section 5). The loss reported is without it. Needs the chunked loss, which
+    tp has not."""
     compile: Literal["auto"] | bool = "auto"
     """`torch.compile` the decoder layers, one graph for all of them. `auto`: on GPUs with Triton under single, ddp and
     fsdp2, in a run of at least 2,000 micro-steps: on an H100 GPT-2 124M compiled in 2.4 s and saved 90 ms of each."""

@@ -118,7 +118,7 @@ class Run:
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
         )
-        optim.require_engine(recipe.optimizer, engine.engine_name(self.accelerator))
+        engine.require_optimizer(recipe.optimizer.name, engine.engine_name(self.accelerator))
         self._meet_the_others()
         self._votes = engine.Votes(engine.control_group(self.accelerator, training.timeout_seconds))
         self._saving_group = engine.control_group(self.accelerator, training.timeout_seconds)

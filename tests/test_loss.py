@@ -133,6 +133,8 @@ def test_a_model_that_changes_its_logits_keeps_its_own_loss(changes):
         use_chunked_loss(model, True)
     with pytest.raises(RecipeError, match=r"training\.z_loss: .* changes the logits behind its head"):
         use_chunked_loss(model, "auto", 1e-4)
+    with pytest.raises(RecipeError, match=r"training\.z_loss: .* from 0.0001 to 0, and chunked_loss to auto"):
+        use_chunked_loss(model, True, 1e-4)
     assert not use_chunked_loss(model, "auto") and not is_chunked(model)
     assert loss_and_gradients(model)[0] == before
 
