@@ -165,6 +165,13 @@ def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
     return {name: tensor for part in parts for name, tensor in loaded.get(part, {}).items()}
 
 
+def _member(kind: Any, name: str) -> Any:
+    """What Python 3.11 before 3.11.4, Debian 12's, pickles a member of an enumeration as, in place of `getattr`."""
+    if kind is not metadata._MEM_FORMAT_ENCODING:
+        raise ValueError(f"its index asks for an attribute of {kind!r}, which no state of ours has")
+    return kind[name]
+
+
 _RECORDS = {
     *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
     *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
@@ -176,6 +183,7 @@ _KNOWN = {
     ("pathlib", "PosixPath"): pathlib.PurePath,
     ("pathlib", "WindowsPath"): pathlib.PurePath,
     ("collections", "OrderedDict"): dict,
+    ("builtins", "getattr"): _member,
 }
 
 

@@ -1,9 +1,11 @@
+import io
 import pickle
 import random
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import fragments
@@ -81,3 +83,21 @@ def test_a_state_runs_no_code(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"its index asks for builtins\.print"):
         fragments.load_whole(tmp_path, ["model"])
     assert "this was run" not in capsys.readouterr().out
+
+
+class Attribute:
+    def __init__(self, *where):
+        self.where = where
+
+    def __reduce__(self):
+        return getattr, self.where
+
+
+def test_an_index_written_by_python_3_11_2_is_read(tmp_path):
+    """It pickles members of enumerations by `getattr`, which is of no use for anything else."""
+    encoding = metadata._MEM_FORMAT_ENCODING
+    index = pickle.dumps(Attribute(encoding, "TORCH_CONTIGUOUS_FORMAT"))
+    assert fragments._Index(io.BytesIO(index)).load() is encoding.TORCH_CONTIGUOUS_FORMAT
+    other = pickle.dumps(Attribute(metadata.Metadata, "__init__"))
+    with pytest.raises(ValueError, match=r"an attribute of <class '.*Metadata'>"):
+        fragments._Index(io.BytesIO(other)).load()
