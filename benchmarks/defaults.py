@@ -70,8 +70,12 @@ ROWS: dict[str, tuple[list[str], Patch | None, list[str]]] = {
     "foreach clipping": ([], _clipping_one_by_one, []),
 }
 if GPU:
+    bf16, fp8 = (["--training.compile=true", f"--training.mixed_precision={name}"] for name in ("bf16", "fp8"))
+    ROWS["fp8"] = (bf16, None, fp8)
     ROWS["Liger"] = ([], None, ["--model.use_liger_kernel=true"])
-    ROWS["flex attention, documents masked"] = ([], None, ["--model.attn_implementation=flex_attention"])
+    ROWS["tf32"] = (["--training.mixed_precision=no"], None, ["--training.mixed_precision=tf32"])
+    masked = ["--training.document_masking=true"]
+    ROWS["flex attention"] = (masked, None, [*masked, "--model.attn_implementation=flex_attention"])
 
 
 NO_SYNC = "no_sync, two ranks"
@@ -92,7 +96,7 @@ def inside(recipe: str, row: str, side: str, steps: int, overrides: list[str]) -
         timed_run(recipe, steps, [*overrides, *(without if is_off else with_it)], lambda _: peers)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="recipes/quickstart.yaml")
     parser.add_argument("--steps", type=int, default=30)
@@ -103,7 +107,8 @@ def main() -> None:
         parser.error(f"--steps {args.steps}: the first {WARM_UP + 1} are not counted; give at least {WARM_UP + 2}")
     if args.inside:
         inside(args.recipe, *args.inside, args.steps, overrides)
-        return
+        return 0
+    failed = 0
     print("| default | off, s | on, s | on is, median (95 % interval) |\n|---|---|---|---|")
     for name in ROWS:
         if args.only and not any(word in name for word in args.only):
@@ -116,13 +121,22 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:  # the same for all ranks of a side
             of_row = [*launch, __file__, args.recipe, "--steps", str(args.steps), *overrides, "--inside", name]
             sides = [Turns([*of_row, side, f"--output_dir={folder}/{side}"], env) for side in ("off", "on")]
-            seconds = np.array([[side.step() for side in sides] for _ in range(args.steps - 1)])[WARM_UP:]
-            for side in sides:
-                side.close()
+            try:
+                for side in sides:
+                    side.hear()
+                seconds = np.array([[side.step() for side in sides] for _ in range(args.steps - 1)])[WARM_UP:]
+            except RuntimeError as error:
+                print(f"| {name} | {error} | | |", flush=True)
+                failed = 1
+                continue
+            finally:
+                for side in sides:
+                    side.close()
         ratio = "{:.3f} x as fast ({:.3f} to {:.3f})".format(*interval(seconds[:, 0] / seconds[:, 1]))
         off, on = np.median(seconds, axis=0)
         print(f"| {name} | {off:.4f} | {on:.4f} | {ratio} |", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

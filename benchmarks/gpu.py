@@ -7,6 +7,7 @@ at a new machine; without a GPU all sizes are those of a toy. The page is benchm
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,18 +27,26 @@ LLAMA_TOY = ("--model.config.num_hidden_layers=2", "--model.config.hidden_size=6
 def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str]]:
     """Arguments of python by title."""
     toy = not torch.cuda.is_available()
-    local = [f"--data.sources=[{{path: json, data_files: {corpus}}}]", "--data.validation_fraction=0.01"]
+    local = [f"--data.sources=[{{path: json, data_files: {corpus}}}]", "--data.validation_fraction=0.0"]
+    local += ["--evaluation.every_steps=null"]
     local += [f"--data.prepared_dir={corpus.parent / 'prepared'}", "--tokenizer.pretrained=null"]
     local += ["--tokenizer.algorithm=byte_level_bpe", "--tokenizer.vocab_size=512"]
     local += ["--training.document_masking=false"]  # peers have none
     gpt2 = ["recipes/gpt2-124m-openwebtext.yaml", *local, "--steps", "6" if quick else "18"]
     gpt2 += TOY if toy else ["--training.micro_batch_size=32"]
-    defaults = ["benchmarks/defaults.py", *gpt2, *(["--only", "fused"] if toy else [])]
+    # Two processes share the GPU's memory, so that batches are smaller.
+    few = ["--training.tokens_per_step=131072", "--training.micro_batch_size=16"]
+    of_gpt2 = ["bf16", "tf32", "fused", "sdpa", "masked", "compiled", "chunked", "prefetch", "foreach"]
+    defaults = ["benchmarks/defaults.py", *gpt2, *([] if toy else few), "--only", *(["fused"] if toy else of_gpt2)]
     gpt2 = ["benchmarks/train_step.py", *gpt2, "--rounds", "1"]
-    llama = ["benchmarks/train_step.py", "recipes/llama-1b-fineweb-edu.yaml", *local]
-    llama += ["--steps", "6" if quick else "12", "--rounds", "1"]
+    llama = ["recipes/llama-1b-fineweb-edu.yaml", *local, "--steps", "6" if quick else "12"]
     llama += LLAMA_TOY if toy else ["--training.tokens_per_step=131072", "--training.micro_batch_size=8"]
-    beside_trainer = [*llama, "--training.compile=true", *([] if toy else ["--training.micro_batch_size=2"])]
+    layers = ["--training.micro_batch_size=4", "--model.config.num_hidden_layers=6", "--model.config.vocab_size=32768"]
+    of_llama = ["benchmarks/defaults.py", *llama, *([] if toy else layers)]
+    of_llama += ["--only", *(["compiled"] if toy else ["fp8", "Liger", "flex"])]
+    llama = ["benchmarks/train_step.py", *llama, "--rounds", "1"]
+    small_steps = [] if toy else ["--training.micro_batch_size=2", "--training.tokens_per_step=65536"]
+    beside_trainer = [*llama, "--training.compile=true", *small_steps]
     llama += ["--no-trainer"]
     peer = ["--nanogpt", str(nanogpt)] if nanogpt else []
     return {
@@ -57,15 +66,17 @@ def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str
         ],
         "llama 1 B, compiled, fp8": [*llama, "--training.compile=true", "--training.mixed_precision=fp8"],
         "llama 1 B, compiled, micro-steps of 4,096 tokens, beside Trainer": beside_trainer,
-        "defaults": defaults,
+        "defaults of GPT-2": defaults,
+        "defaults of a llama": of_llama,
         "the loss": ["benchmarks/loss_memory.py"],
-        "a save": ["benchmarks/save_stall.py", *(["--hidden-size", "64", "--num-layers", "2"] if toy else [])],
+        "a save": ["benchmarks/save_stall.py", "--num-layers", *(["2", "--hidden-size", "64"] if toy else ["4"])],
     }
 
 
 def tables(command: list[str]) -> tuple[list[str], int]:
     """The rows of tables that a benchmark prints, shown as they come, and its exit code; its errors go to stderr."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    env = environment(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // 2)))  # weights are drawn on the CPU
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
     for line in process.stdout:

@@ -208,12 +208,12 @@ class Turns:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._hear()
 
-    def _hear(self) -> None:
+    def hear(self) -> None:
+        """Wait until it is ready."""
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
-            raise RuntimeError(f"{self._process.args} has ended with {self._process.wait()}")
+            raise RuntimeError(f"ended with {self._process.wait()}: {self._process.args}")
 
     def step(self) -> float:
         """Seconds of its next step."""
@@ -221,12 +221,13 @@ class Turns:
         begun = time.perf_counter()
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
-        self._hear()
+        self.hear()
         return time.perf_counter() - begun
 
     def close(self) -> None:
         """No more of them."""
-        self._process.communicate()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
 
 def my_turn() -> bool:
@@ -255,6 +256,7 @@ def trainer(run: Run, steps: int) -> Peer:
             cpu = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
             torch.save((*facts, run.recipe.training.max_grad_norm, cpu), folder / "facts.pt")
             process = Turns([sys.executable, __file__, "--trainer-of", str(folder)])
+            process.hear()
         process.step()
 
     return step

@@ -47,6 +47,9 @@ def build_accelerator(
         )
     _require_trackers(trackers)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if precision == "fp8":
+        # Weights would be of a class whose values nothing can read, for a gathering that only FSDP2 has.
+        os.environ["ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"] = "false"
     on_cpu = not torch.accelerator.is_available()
     if on_cpu or launcher.offloads():
         _use_all_cores()

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import engine, files, metrics
+from hfpretrain import __version__, engine, files, metrics
 from hfpretrain.prepare import summary
 from hfpretrain.recipe import dump_recipe
 
@@ -40,8 +40,15 @@ def environment(run: Any) -> dict[str, Any]:
         "initial_weights": run.initial_weights,
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in (*LIBRARIES, *_OTHERS) if find_spec(name)},
+        "versions": {name: known for name in (*LIBRARIES, *_OTHERS) if (known := version_of(name))},
     }
+
+
+def version_of(name: str) -> str | None:
+    """Of a package, this one also where it is not installed but on Python's path; None if there is no such package."""
+    if name == "hfpretrain":
+        return __version__
+    return version(name) if find_spec(name) else None
 
 
 def _commit() -> str | None:

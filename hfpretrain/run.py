@@ -12,8 +12,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +217,7 @@ class Run:
         """Begin to watch over the other ranks, if they run the same as this one."""
         facts = {
             "python": platform.python_version(),
-            **{name: version(name) if find_spec(name) else None for name in (*report.LIBRARIES, "deepspeed")},
+            **{name: report.version_of(name) for name in (*report.LIBRARIES, "deepspeed")},
             "engine": engine.engine_name(self.accelerator),
             "precision": engine.precision(self.accelerator),
             **dict(flatten(self.recipe.model_dump(mode="json"))),

@@ -1,5 +1,11 @@
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
+from conftest import environment, rows, write_recipe
 
 from hfpretrain import precision
 from hfpretrain.recipe import RecipeError
@@ -39,3 +45,22 @@ def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
 def test_a_precision_the_hardware_lacks_is_refused(name, device, capability, sharded, packages, expected):
     found = precision.problem(name, device, capability, sharded=sharded, installed=lambda package: package in packages)
     assert found is None if expected is None else expected in found
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_fp8_trains_saves_resumes_and_exports(folder):
+    recipe = write_recipe(folder, training__mixed_precision="fp8", checkpoint={"every_steps": 3})
+    on_a_cpu = "from hfpretrain import precision; precision.problem = lambda *_, **__: None; "
+    command = [sys.executable, "-c", on_a_cpu + "from hfpretrain.train import main; raise SystemExit(main())", recipe]
+
+    def losses():
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return [row["loss"] for row in rows(folder / "run", "loss").values()]
+
+    first = losses()
+    assert first[-1] < first[0] - 0.3
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000008")
+    assert losses() == first
+    (export,) = rows(folder / "run", "export/precision").values()
+    assert export["export/precision"] == "fp8 bfloat16" and export["export/max_logit_difference"] < 0.1
