@@ -18,11 +18,11 @@ SIZES = ["--model.config.hidden_size=128", "--model.config.intermediate_size=384
          "--training.tokens_per_step=2048", "--training.micro_batch_size=8", "--tokenizer.vocab_size=2048",
          "--data.validation_fraction=0.02"]  # fmt: skip
 RATES = {
-    "adamw": (4e-3, 8e-3),
-    "adamw_8bit": (4e-3, 8e-3),
+    "adamw": (2e-3, 4e-3, 8e-3),
+    "adamw_8bit": (2e-3, 4e-3, 8e-3),
     "adamw_schedule_free": (4e-3, 8e-3, 1.6e-2),
-    "muon": (4e-3, 8e-3),
-    "adafactor": (1e-2, 3e-2),
+    "muon": (4e-3, 8e-3, 1.6e-2),
+    "adafactor": (1e-2, 3e-2, 1e-1),
 }
 
 
