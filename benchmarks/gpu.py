@@ -1,7 +1,7 @@
 """All that is to be measured on a GPU, by one command, into one page: `python benchmarks/gpu.py [--only WORD ...]`.
 
 Each part is a benchmark of this folder with its sizes for a GPU; nothing is downloaded. `--quick` is for a first look
-at a new machine; without a GPU all sizes are those of a toy. The page is benchmarks/results/gpu.md.
+at a new machine; without a GPU all sizes are those of a toy. The page is written to `--results`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str
     gpt2 += TOY if toy else ["--training.micro_batch_size=32"]
     # Two processes share the GPU's memory, so that batches are smaller.
     few = ["--training.tokens_per_step=131072", "--training.micro_batch_size=16"]
-    of_gpt2 = ["bf16", "tf32", "fused", "sdpa", "masked", "compiled", "chunked", "prefetch", "foreach"]
+    of_gpt2 = ["nothing", "bf16", "tf32", "fused", "sdpa", "masked", "compiled", "chunked", "prefetch", "foreach"]
     defaults = ["benchmarks/defaults.py", *gpt2, *([] if toy else few), "--only", *(["fused"] if toy else of_gpt2)]
     gpt2 = ["benchmarks/train_step.py", *gpt2, "--rounds", "1"]
     llama = ["recipes/llama-1b-fineweb-edu.yaml", *local, "--steps", "6" if quick else "12"]
@@ -75,7 +75,7 @@ def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str
 
 def tables(command: list[str]) -> tuple[list[str], int]:
     """The rows of tables that a benchmark prints, shown as they come, and its exit code; its errors go to stderr."""
-    env = environment(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // 2)))  # weights are drawn on the CPU
+    env = environment(OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // 2)))  # weights are drawn on the CPU
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="parts whose title has one of these in it")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
+    parser.add_argument("--results", type=Path, default=Path("gpu.md"))
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     page = [f"# On {device}, torch {torch.__version__}"]

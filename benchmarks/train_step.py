@@ -213,14 +213,15 @@ class Turns:
         """Wait until it is ready."""
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
-            raise RuntimeError(f"ended with {self._process.wait()}: {self._process.args}")
+            raise RuntimeError(f"ended with exit code {self._process.wait()}")
 
     def step(self) -> float:
         """Seconds of its next step."""
         assert self._process.stdin is not None
         begun = time.perf_counter()
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as will be heard
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
         self.hear()
         return time.perf_counter() - begun
 

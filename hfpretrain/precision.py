@@ -15,8 +15,8 @@ def resolve(mixed_precision: MixedPrecision, launched: MixedPrecision, *, sharde
     """`auto` becomes what the launcher's file says, else bf16 where the hardware has it, else `no`.
 
     `launched` is the launcher's, which is `no` also when nobody said so: its `no` decides nothing. `sharded`: under
-    FSDP2 or DeepSpeed. Raises `RecipeError` if recipe and launcher contradict each other, or the hardware or a package
-    is missing.
+    FSDP2, DeepSpeed or tp. Raises `RecipeError` if recipe and launcher contradict each other, or the hardware or a
+    package is missing.
     """
     if mixed_precision == "auto":
         chosen: MixedPrecision = launched if launched != "no" else ("bf16" if has_bf16() else "no")
@@ -56,7 +56,7 @@ def problem(
 ) -> str | None:
     """Why a device can't train in a precision, with the fix; None if it can.
 
-    `capability` is that of a CUDA device, None for others; `sharded`: under FSDP2 or DeepSpeed.
+    `capability` is that of a CUDA device, None for others; `sharded`: under FSDP2, DeepSpeed or tp.
     """
     if precision in ("auto", "no") or (precision == "bf16" and device == "CPU"):
         return None

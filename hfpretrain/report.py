@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,10 @@ def version_of(name: str) -> str | None:
     """Of a package, this one also where it is not installed but on Python's path; None if there is no such package."""
     if name == "hfpretrain":
         return __version__
-    return version(name) if find_spec(name) else None
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -53,14 +53,15 @@ def test_fp8_trains_saves_resumes_and_exports(folder):
     on_a_cpu = "from hfpretrain import precision; precision.problem = lambda *_, **__: None; "
     command = [sys.executable, "-c", on_a_cpu + "from hfpretrain.train import main; raise SystemExit(main())", recipe]
 
-    def losses():
+    def losses(resumes):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+        assert ("resumed from" in done.stderr) == resumes
         return [row["loss"] for row in rows(folder / "run", "loss").values()]
 
-    first = losses()
+    first = losses(resumes=False)
     assert first[-1] < first[0] - 0.3
     shutil.rmtree(folder / "run" / "checkpoints" / "step-00000008")
-    assert losses() == first
+    assert losses(resumes=True) == first
     (export,) = rows(folder / "run", "export/precision").values()
     assert export["export/precision"] == "fp8 bfloat16" and export["export/max_logit_difference"] < 0.1

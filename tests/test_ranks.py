@@ -8,6 +8,7 @@ import psutil
 import pytest
 from conftest import ROOT, environment, write_recipe
 
+from hfpretrain import report
 from hfpretrain.ranks import SILENCE_SECONDS, Judge, Status
 
 HOST = socket.gethostname()
@@ -194,3 +195,10 @@ def test_ranks_that_differ_do_not_begin(folder):
         for key, theirs, ours in (("optimizer.lr", 0.001, 0.003), ("seed", 1, 0)):
             assert f"{key}: is {theirs} on rank 1 ({HOST}), {ours} on rank 0 ({HOST})" in stderr
     assert not (folder / "prepared").exists()
+
+
+def test_a_folder_that_is_no_package_has_no_version(tmp_path, monkeypatch):
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert report.version_of("hfpretrain") and report.version_of("torch")
+    assert report.version_of("no_such_package") is None

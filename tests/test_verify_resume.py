@@ -1,9 +1,10 @@
-from conftest import hfpretrain, write_recipe
+from conftest import hfpretrain, small_text, write_jsonl, write_recipe
 
 
 def test_a_run_killed_at_random_moments_is_the_one_that_was_not(folder):
     """The long version: `hfpretrain verify-resume RECIPE --kills 50`, with and without an engine."""
-    recipe = write_recipe(folder, model__config__attention_dropout=0.1)
+    write_jsonl(folder / "corpus.jsonl", small_text(12))  # read more than once, cut elsewhere each time
+    recipe = write_recipe(folder, model__config__attention_dropout=0.1, data__shift_blocks=True)
     result = hfpretrain("verify-resume", str(recipe), "--steps", "8", "--kills", "1")
     assert result.returncode == 0, result.stderr
     assert "kill 1 (run" in result.stdout and "equal bit for bit" in result.stdout
