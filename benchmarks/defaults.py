@@ -129,6 +129,8 @@ def main() -> int:
             except RuntimeError as error:
                 print(f"| {name} | {error} | | |", flush=True)
                 failed = 1
+                for side in sides:
+                    side.kill()  # the other would train to its end
                 continue
             finally:
                 for side in sides:

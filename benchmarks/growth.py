@@ -18,7 +18,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 BLOCK_SIZE, SEQUENCES = 1024, 64  # of a step of the data panels: 65,536 tokens
 HIDDEN, TOKENS = 64, 2048  # of the loss
@@ -111,11 +110,11 @@ def data_of_a_step(quick: bool) -> list[Curve]:
 
 
 def start_up(quick: bool) -> list[Curve]:
-    """`Run._check_ledger` and the first batch of a `Prefetcher`, as a run does them that finds a checkpoint."""
+    """What a run does that finds a checkpoint: read the ledger, compare it with the data, fetch the first batch."""
     import numpy as np
 
+    from hfpretrain.consumption import LEDGER, Consumption
     from hfpretrain.dataloader import Ledger, Prefetcher
-    from hfpretrain.run import LEDGER, Run, TrainState
 
     steps = [0, 8, 32] if quick else [0, 10**3, 10**4, 10**5, 10**6, 4 * 10**6]
     tokens_per_step = SEQUENCES * BLOCK_SIZE
@@ -124,21 +123,16 @@ def start_up(quick: bool) -> list[Curve]:
     ledger = Curve("start", "ledger's checksums", steps, expected="1", fitted_from=8 if quick else 10**5)
     first = Curve("start", "first batch", steps, expected="0")
     data = training_data(10**5 if quick else 10**8)
-    accelerator = SimpleNamespace(num_processes=1)
-    recipe = SimpleNamespace(training=SimpleNamespace(tokens_per_step=tokens_per_step))
     for step in steps:
         chosen: list[int] = []
         checksums = np.zeros(step, dtype=np.uint64)
         Ledger(checksums).mismatch(lambda step, chosen=chosen: chosen.append(step) or 0, tokens_per_step)
         for number in chosen:  # those of the others are never looked at
             checksums[number] = data.checksum(number)
-        digest = Ledger(checksums).digest
+        stored = Consumption(1).state()
         with tempfile.TemporaryDirectory() as name:
             np.save(Path(name) / LEDGER, checksums)
-            run = SimpleNamespace(is_main=True, data=data, state=TrainState(step=step), recipe=recipe)
-            run.accelerator = accelerator
-            whole = timed(lambda run=run, path=Path(name), digest=digest: Run._check_ledger(run, path, digest), 2)
-            taken = timed(lambda path=Path(name): Ledger(np.load(path / LEDGER)), 5 if step > 10**5 else 31)
+            taken = timed(lambda s=stored, path=Path(name): Consumption(1).take({**s}, path), 5 if step > 10**5 else 31)
 
             def batch(step=step):
                 coming = Prefetcher(data.step, range(step, step + 1), pin_memory=False)
@@ -147,7 +141,8 @@ def start_up(quick: bool) -> list[Curve]:
 
             first.y.append(timed(batch, 5))
         ledger.y.append(taken)
-        checked.y.append(max(whole - taken, 0))
+        mismatch = Ledger(checksums).mismatch
+        checked.y.append(timed(lambda mismatch=mismatch: mismatch(data.checksum, tokens_per_step), 2))
     return [ledger, checked, first]
 
 

@@ -26,7 +26,7 @@ def worker(output: Path) -> None:
     import torch
     from transformers import AutoConfig
 
-    from hfpretrain import engine, initialisation, metrics
+    from hfpretrain import collectives, engine, initialisation, metrics
     from hfpretrain import model as modeling
     from hfpretrain.recipe import ModelSection
 
@@ -47,7 +47,7 @@ def worker(output: Path) -> None:
     prepared, _ = engine.prepare(
         accelerator, model, weights, build_optimizer, micro_batch_size=1, accumulation_steps=1, max_grad_norm=1.0
     )
-    peak = engine.max_over_processes(accelerator, peaks[0])
+    peak = collectives.largest(accelerator, peaks[0])
     if accelerator.is_main_process:
         output.write_text(json.dumps({"peak": peak, "size": size}))
     engine.finish(accelerator, prepared)

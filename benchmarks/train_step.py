@@ -225,6 +225,10 @@ class Turns:
         self.hear()
         return time.perf_counter() - begun
 
+    def kill(self) -> None:
+        """End it where it is."""
+        self._process.kill()
+
     def close(self) -> None:
         """No more of them."""
         with contextlib.suppress(BrokenPipeError):

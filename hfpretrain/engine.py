@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch.nn.parallel import DistributedDataParallel
 
-from hfpretrain import fragments, fsdp, initialisation, launcher, sequence_parallel, tensor_parallel, zero
+from hfpretrain import collectives, fragments, fsdp, initialisation, launcher, sequence_parallel, tensor_parallel, zero
 from hfpretrain import precision as precisions
 from hfpretrain.initialisation import Weights
 from hfpretrain.recipe import MixedPrecision, RecipeError
@@ -150,27 +150,6 @@ def _set_parallelism_on_cpu(accelerator: Accelerator) -> None:
     accelerator.state.device_mesh = config.get_device_mesh("cpu")
 
 
-def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
-    """Which share of a step's sequences this process has, and how many shares there are: (index, size).
-
-    Processes that share their sequences (tensor and sequence parallelism) have neighbouring ranks and one index.
-    """
-    config = accelerator.parallelism_config
-    sharing = config.non_data_parallel_size if config else 1
-    return accelerator.process_index // sharing, accelerator.num_processes // sharing
-
-
-def dropout_index(accelerator: Accelerator) -> int:
-    """What the seed of a process's dropout adds: equal where processes compute the same activations."""
-    return accelerator.process_index if _cuts_sequences(accelerator) else data_parallel(accelerator)[0]
-
-
-def counts_its_data(accelerator: Accelerator) -> bool:
-    """Whether this process is the first of those that share its sequences: one of them counts, reports and saves."""
-    config = accelerator.parallelism_config
-    return accelerator.process_index % (config.non_data_parallel_size if config else 1) == 0
-
-
 def engine_name(accelerator: Accelerator) -> str:
     """`single`, `ddp`, `tp`, `fsdp2`, `hsdp`, `zero1`, `zero2`, `zero3`, `zero3_ulysses`; all that shard also with
     `_offload`."""
@@ -179,7 +158,7 @@ def engine_name(accelerator: Accelerator) -> str:
         plugin = accelerator.state.deepspeed_plugin
         sections = (plugin.hf_ds_config.get_value(f"zero_optimization.offload_{part}.device") for part in _OFFLOADED)
         offload = any(device not in (None, "none") for device in sections)
-        ulysses = "_ulysses" if _cuts_sequences(accelerator) else ""
+        ulysses = "_ulysses" if collectives.cuts_sequences(accelerator) else ""
         return f"zero{plugin.zero_stage}{ulysses}{'_offload' if offload else ''}"
     if accelerator.distributed_type == DistributedType.FSDP:
         name = "hsdp" if config and config.dp_replicate_enabled else "fsdp2"
@@ -254,7 +233,7 @@ def prepare(
         else:
             initialisation.filled(model, weights)
     shard_tensors(accelerator, model)
-    if _cuts_sequences(accelerator):
+    if collectives.cuts_sequences(accelerator):
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
         sequence_parallel.mask_documents(model)
     optimizer = build_optimizer(model)
@@ -455,41 +434,6 @@ def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path,
         accelerator.scaler.load_state_dict(loaded["scaler"])
 
 
-def control_group(accelerator: Accelerator, timeout_seconds: int) -> Any:
-    """A process group of its own for a thread, or for what must not wait for the device; None for a process alone."""
-    if accelerator.num_processes == 1:
-        return None
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds + 60))
-
-
-class Votes:
-    """The largest number that any process has given, one call late: it travels while the device computes.
-
-    All ranks must call `cast` alike.
-    """
-
-    def __init__(self, group: Any):
-        self._group, self._value = group, torch.zeros(1, dtype=torch.int64)
-        self._work: Any = None
-
-    def cast(self, value: int) -> int:
-        """Give this process's `value`; returns the largest of the call before, 0 at the first."""
-        if self._group is None:
-            return value
-        agreed = self.wait()
-        self._value.fill_(value)
-        maximum = torch.distributed.ReduceOp.MAX
-        self._work = torch.distributed.all_reduce(self._value, maximum, group=self._group, async_op=True)
-        return agreed
-
-    def wait(self) -> int:
-        """The largest of the last call."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return int(self._value)
-
-
 def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None:
     """A micro-step's gradients, without the update that accelerate makes DeepSpeed do in the same call.
 
@@ -497,7 +441,8 @@ def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None:
     of tokens, so its gradients must be summed.
     """
     # With sequences cut as well, ZeRO-3 averages over all processes.
-    shares = accelerator.num_processes if _cuts_sequences(accelerator) else data_parallel(accelerator)[1]
+    cut = collectives.cuts_sequences(accelerator)
+    shares = accelerator.num_processes if cut else collectives.data_parallel(accelerator)[1]
     loss = loss * (shares * accelerator.gradient_accumulation_steps)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.set_gradient_accumulation_boundary(is_boundary=accelerator.sync_gradients)
@@ -565,34 +510,6 @@ def device_name(accelerator: Accelerator) -> str:
     )
 
 
-def broadcast(accelerator: Accelerator, objects: list[Any]) -> list[Any]:
-    """The main process's `objects` on all processes."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list(objects) if accelerator.num_processes > 1 else objects
-
-
-def gather_shares(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """The tensors of all processes one after another; of those that share their sequences the first's."""
-    config = accelerator.parallelism_config
-    parts = accelerator.gather(value.contiguous()).view(accelerator.num_processes, *value.shape)
-    return parts[:: config.non_data_parallel_size if config else 1].flatten(0, 1)
-
-
-def agree(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """The main process's tensor on all processes."""
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast(value, 0)
-    return value
-
-
-def gather_lists(accelerator: Accelerator, ours: list[Any]) -> list[Any]:
-    """The lists of all processes as one."""
-    from accelerate.utils import gather_object
-
-    return list(gather_object(ours))
-
-
 def to_device(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch on this process's device, copied without waiting where the device allows."""
     if accelerator.device.type == "cuda":
@@ -607,32 +524,12 @@ def seed(accelerator: Accelerator, number: int) -> None:
         getattr(torch, accelerator.device.type).manual_seed(number)
 
 
-def sum_over_processes(accelerator: Accelerator, value: Any) -> torch.Tensor:
-    """A tensor summed over all processes; of those that share their sequences it counts once."""
-    return accelerator.reduce(value.clone() if counts_its_data(accelerator) else torch.zeros_like(value), "sum")
-
-
-def sum_losses(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """As `sum_over_processes`, of what each process computed from its part of a sequence, if these are cut."""
-    return accelerator.reduce(value, "sum") if _cuts_sequences(accelerator) else sum_over_processes(accelerator, value)
-
-
 def split_sequences(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """This process's part of a training batch, where the engine cuts sequences; else the batch."""
-    if not _cuts_sequences(accelerator):
+    if not collectives.cuts_sequences(accelerator):
         return batch
     size = accelerator.parallelism_config.sp_size
     return sequence_parallel.split(batch, accelerator.process_index % size, size)
-
-
-def _cuts_sequences(accelerator: Accelerator) -> bool:
-    config = accelerator.parallelism_config
-    return bool(config and config.sp_enabled)
-
-
-def max_over_processes(accelerator: Accelerator, value: int) -> int:
-    """The largest of all processes' numbers."""
-    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
 
 
 def finish(accelerator: Accelerator, model: torch.nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hfpretrain import engine, evaluation, sampling, tasks
+from hfpretrain import collectives, engine, evaluation, sampling, tasks
 from hfpretrain.metric_folders import MetricFolders
 from hfpretrain.validation import ValidationSets
 
@@ -64,7 +64,7 @@ class Evaluator:
         )
         sums = evaluation.loss_sums(run.model, self._watched(batches), run.token_bytes, self._sets.num_documents)
         documents, contexts = (
-            engine.sum_over_processes(run.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
+            collectives.total(run.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
         )
         nll, tokens, *_ = documents.sum(axis=0)
         run.state.evaluation_loss = float(nll / tokens)
@@ -85,7 +85,7 @@ class Evaluator:
             self._pause()
             if self._metrics.wanted:
                 ours = evaluation.predictions(run.model, batch, run.accelerator.device)
-                self._metrics.add(*(engine.gather_shares(run.accelerator, part) for part in ours))
+                self._metrics.add(*(collectives.gather_shares(run.accelerator, part) for part in ours))
             yield batch
 
     def _pause(self) -> None:
@@ -99,7 +99,7 @@ class Evaluator:
             "context": run.recipe.data.block_size,
             "eos_token_id": eos,
             "device": run.accelerator.device,
-            "agree": functools.partial(engine.agree, run.accelerator),
+            "agree": functools.partial(collectives.agree, run.accelerator),
         }
         samples = []
         for prompt in section.prompts:
@@ -120,8 +120,8 @@ class Evaluator:
             processes = tasks.Processes(
                 run.data_index,
                 run.data_size,
-                broadcast=lambda job: engine.broadcast(run.accelerator, [job])[0],
-                gather=functools.partial(engine.gather_lists, run.accelerator),
+                broadcast=lambda job: collectives.broadcast(run.accelerator, [job])[0],
+                gather=functools.partial(collectives.gather_lists, run.accelerator),
                 any_computes=self._any_computes,
             )
             self._language_model = tasks.shared_language_model(
@@ -143,7 +143,7 @@ class Evaluator:
 
     def _any_computes(self, computes: bool) -> bool:
         self._pause()
-        return bool(engine.max_over_processes(self._run.accelerator, int(computes)))
+        return bool(collectives.largest(self._run.accelerator, int(computes)))
 
     def _record(self, row: dict[str, Any]) -> None:
         self._run.records.row({"step": self._run.state.step, "tokens": self._run.state.tokens, **row})

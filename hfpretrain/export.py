@@ -35,6 +35,9 @@ def write(
     """
     from transformers import AutoModelForCausalLM
 
+    if not torch.accelerator.is_available():
+        # `save_pretrained` loads DeepSpeed, which warns unless it is told that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     state_dict = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state_dict.items()}

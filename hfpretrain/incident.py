@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import engine, files
+from hfpretrain import collectives, engine, files
 from hfpretrain.dataloader import StepData, TrainingData
 from hfpretrain.trace import sequences
 
@@ -19,8 +19,8 @@ def write(run: Any, problem: str, policy: str, step_data: StepData, loss: float,
         texts: list[Any] = list(sequences(run.prepared, run.data, run.tokenizer, data_step)) if run.is_main else []
     else:
         ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
-        ours = ids if engine.counts_its_data(run.accelerator) else []
-        gathered = engine.gather_lists(run.accelerator, ours)
+        ours = ids if collectives.counts_its_data(run.accelerator) else []
+        gathered = collectives.gather_lists(run.accelerator, ours)
         texts = [{"text": run.tokenizer.decode(row)} for row in gathered] if run.is_main else []
     path = run.output_dir / "incidents" / f"step-{run.state.step + 1:08d}.json"
     if path.exists():  # the same step once more, after a rollback

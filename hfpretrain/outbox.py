@@ -90,10 +90,9 @@ def note_published(outbox: Path, repo_id: str, revision: str, commit: str) -> No
     files.write_whole(outbox / _PUBLISHED, json.dumps(found, indent=1))
 
 
-def table(outbox: Path, repo_id: str, reasons: Mapping[str, str]) -> str:
-    """What is where: a line for each revision, pushed by whatever process, or not, by `reasons`."""
+def table(outbox: Path, repo_id: str, missing: Mapping[str, str]) -> str:
+    """What is where: a line for each revision, pushed by whatever process, or `missing` and why."""
     there = published(outbox).get(repo_id, {})
-    missing = {path.name: "its turn has not come" for path in waiting(outbox)} | dict(reasons)
     lines = [f"on the Hub, {repo_id}:"]
     for name in sorted(there.keys() | missing.keys(), key=lambda name: (name == "main", name)):
         # Of `main` an older commit may be there, and the newer export not.

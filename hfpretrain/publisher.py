@@ -80,12 +80,13 @@ class Publisher:
                 finish.wait(0.2)
 
     def _todo(self, ending: bool) -> list[str]:
-        names = [place.name for place in self._open_places() if (place / outbox.MODEL).is_dir()]
+        names = [place.name for place in self.open_places() if (place / outbox.MODEL).is_dir()]
         if ending and MAIN not in self._finished and (self._run / "model" / "config.json").is_file():
             names.insert(0, MAIN)
         return sorted(names, key=lambda name: self._attempts.get(name, 0))
 
-    def _open_places(self) -> Iterator[Path]:
+    def open_places(self) -> Iterator[Path]:
+        """What waits in the outbox, and is neither pushed by this publisher nor never to be."""
         for place in outbox.waiting(self._outbox):
             with contextlib.suppress(OSError):  # the run is just replacing it
                 if title(place) not in self._finished:
@@ -149,7 +150,7 @@ class Publisher:
 
     def _export_one(self) -> None:
         """Make the plain folder of one checkpoint, also where the Hub can't be reached: it is smaller than a state."""
-        for place in self._open_places():
+        for place in self.open_places():
             if not (place / outbox.MODEL).is_dir():
                 self._begin(place)
                 try:

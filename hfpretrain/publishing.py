@@ -132,7 +132,8 @@ class Publishing:
         """What is where at the end of a run; empty where nothing is published."""
         if not self._wanted:
             return ""
-        reasons = {name: reason for name, reason in self._reasons.items() if name != _REPO}
+        missing = {path.name: "its turn has not come" for path in outbox.waiting(self._run / "outbox")}
+        missing |= {name: reason for name, reason in self._reasons.items() if name != _REPO}
         if MAIN not in self._done:
-            reasons.setdefault(MAIN, self._reasons.get(_REPO, "the time was over"))
-        return outbox.table(self._run / "outbox", self._repo_id, reasons)
+            missing.setdefault(MAIN, self._reasons.get(_REPO, "the time was over"))
+        return outbox.table(self._run / "outbox", self._repo_id, missing)

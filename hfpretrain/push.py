@@ -76,9 +76,9 @@ def _push_all(run: Path, section: HubSection, repo: Repo, keep: bool) -> dict[st
             reasons[path.name] = reason
     finish = threading.Event()
     finish.set()
-    Publisher(run, section, repo, tell, keep).follow(finish)
-    left = [] if keep else [place.name for place in outbox.waiting(run / "outbox")]
-    return reasons | {name: "the time was over" for name in left if name not in reasons}
+    publisher = Publisher(run, section, repo, tell, keep)
+    publisher.follow(finish)
+    return {place.name: "the time was over" for place in publisher.open_places()} | reasons
 
 
 def _or_recipe_error(repo_id: str, call: Callable[[], Any]) -> Any:

@@ -20,6 +20,7 @@ import torch
 
 from hfpretrain import (
     checkpoint,
+    collectives,
     devices,
     engine,
     incident,
@@ -34,7 +35,8 @@ from hfpretrain import (
     run_folder,
 )
 from hfpretrain import model as modeling
-from hfpretrain.dataloader import Ledger, Prefetcher, StepData, TrainingData
+from hfpretrain.consumption import LEDGER, Consumption
+from hfpretrain.dataloader import Prefetcher, StepData, TrainingData
 from hfpretrain.evaluator import Evaluator
 from hfpretrain.loss import use_chunked_loss
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
@@ -53,7 +55,6 @@ from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import set_chat_template, token_bytes
 
-LEDGER = "ledger.npy"
 _GOES_ON = "the same command goes on from the newest checkpoint"
 logger = logging.getLogger(__name__)
 
@@ -118,13 +119,13 @@ class Run:
         )
         engine.require_optimizer(recipe.optimizer.name, engine.engine_name(self.accelerator))
         self._meet_the_others()
-        self._votes = engine.Votes(engine.control_group(self.accelerator, training.timeout_seconds))
-        self._saving_group = engine.control_group(self.accelerator, training.timeout_seconds)
+        self._votes = collectives.Votes(collectives.control_group(self.accelerator, training.timeout_seconds))
+        self._saving_group = collectives.control_group(self.accelerator, training.timeout_seconds)
         self.publishing = Publishing(self.output_dir, recipe.hub if self.is_main else HubSection())
         self.saver = checkpoint.Saver(
             self.output_dir / "checkpoints", recipe.checkpoint, self._saving_group, self.publishing.keep
         )
-        self.data_index, self.data_size = engine.data_parallel(self.accelerator)
+        self.data_index, self.data_size = collectives.data_parallel(self.accelerator)
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
         )
@@ -193,10 +194,7 @@ class Run:
         self.evaluator = Evaluator(self)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
-        self.documents_dropped = 0
-        self.ledger = Ledger()
-        self.source_tokens, self.source_documents = np.zeros((2, len(self.data.order.sizes)), dtype=np.int64)
-        self._consumed: list[list[int]] = []  # of this process, since the ledger was brought up to date
+        self.consumption = Consumption(len(self.data.order.sizes))
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one, and open the records."""
@@ -230,7 +228,7 @@ class Run:
         found: list[Any] = [None, []]
         if self.is_main:
             found = list(checkpoint.newest(self.output_dir / "checkpoints"))
-        path, self._passed_over = engine.broadcast(self.accelerator, found)
+        path, self._passed_over = collectives.broadcast(self.accelerator, found)
         return path
 
     def _open_data(self) -> TrainingData | StreamingData:
@@ -263,10 +261,7 @@ class Run:
                 f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
             )
         try:
-            self.source_tokens = np.array(stored.pop("source_tokens"))
-            self.source_documents = np.array(stored.pop("source_documents"))
-            self.documents_dropped = stored.pop("documents_dropped")
-            digest = stored.pop("ledger")
+            digest = self.consumption.take(stored, path)
             self.state = TrainState(**stored)
         except (KeyError, TypeError) as error:
             message = f"its train_state.json is that of another version of hfpretrain: {error}"
@@ -294,16 +289,14 @@ class Run:
         return hashlib.sha256(sources.encode()).hexdigest()
 
     def _check_ledger(self, path: Path, digest: str) -> None:
-        """Take up the ledger of a checkpoint, if what it consumed still is what the data on disk say."""
-        self.ledger = Ledger(np.load(path / LEDGER))
+        """Raises `RecipeError` if what a checkpoint has consumed is not what the data on disk say."""
+        ledger = self.consumption.ledger
         wrong: Any = None
         if self.is_main and isinstance(self.data, TrainingData):
             data, data_step = self.data, self.state.data_step
-            wrong = self.ledger.mismatch(
-                lambda step: data.checksum(data_step(step)), self.recipe.training.tokens_per_step
-            )
-        wrong = engine.broadcast(self.accelerator, [wrong])[0]
-        if wrong is not None or self.ledger.digest != digest:
+            wrong = ledger.mismatch(lambda step: data.checksum(data_step(step)), self.recipe.training.tokens_per_step)
+        wrong = collectives.broadcast(self.accelerator, [wrong])[0]
+        if wrong is not None or ledger.digest != digest:
             raise RecipeError.at(
                 "data",
                 f"the tokens of step {wrong} in {self.prepared.path} are not those that {path} was trained on; "
@@ -311,27 +304,14 @@ class Run:
             )
 
     def consume(self, data: StepData, loss: float) -> None:
-        """A step is done; `update_ledger` adds the other processes' share of what it has consumed."""
-        signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
-        self._consumed.append([signed, data.documents_dropped, *data.tokens.tolist(), *data.documents.tolist()])
+        """A step is done with `data`."""
+        self.consumption.add(data)
         self.data_state = data.state
         state = self.state
         state.step, state.tokens = state.step + 1, state.tokens + self.recipe.training.tokens_per_step
         state.window_loss, state.window_steps = state.window_loss + loss, state.window_steps + 1
         state.evaluated, state.evaluation_loss = False, None
         self.records.step_done()
-
-    def update_ledger(self) -> None:
-        """Bring ledger and tokens by source up to date. All ranks must call it."""
-        if self._consumed:
-            rows = torch.tensor(self._consumed, dtype=torch.int64, device=self.accelerator.device)
-            for checksum, dropped, *counts in engine.sum_over_processes(self.accelerator, rows).tolist():
-                self.ledger.append(checksum % 2**64)
-                tokens, documents = np.split(np.array(counts), 2)
-                self.source_tokens += tokens
-                self.source_documents += documents
-                self.documents_dropped += dropped
-            self._consumed = []
 
     def _start_records(self) -> None:
         self.clock = metrics.Clock(self.accelerator.device)
@@ -362,7 +342,7 @@ class Run:
 
     def log(self, loss: float, grad_norm: float, lr: list[float]) -> None:
         """The row of a log step: `loss` and `grad_norm` of the steps since the last one. All ranks must call it."""
-        self.update_ledger()
+        self.consumption.gather(self.accelerator)
         state, training = self.state, self.recipe.training
         self.clock.mark("log")
         seconds = self.clock.read()
@@ -386,14 +366,13 @@ class Run:
             "memory_bytes": memory,
             "peak_memory_bytes": peak_memory,
             "seconds_left": left,
-            "ledger": self.ledger.digest,
-            "source_tokens": self.source_tokens.tolist(),
-            "source_documents": self.source_documents.tolist(),
+            "ledger": self.consumption.ledger.digest,
+            **self.consumption.by_source(),
         }
         if len(set(lr)) > 1:
             row["lr_by_group"] = lr
         if self.recipe.data.streaming:
-            row["documents_dropped"] = self.documents_dropped
+            row["documents_dropped"] = self.consumption.documents_dropped
         self.records.training(row)
         state.window_loss, state.window_steps = 0.0, 0
 
@@ -403,14 +382,14 @@ class Run:
         per_step = self.data_size * self.accumulation_steps
         place = self.state.step * per_step + self.data_index * self.accumulation_steps + micro_step
         parts = [self.recipe.seed, place * self.recipe.training.micro_batch_size]
-        parts.append(engine.dropout_index(self.accelerator))
+        parts.append(collectives.dropout_index(self.accelerator))
         number = int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
         engine.seed(self.accelerator, number)
 
     def save(self, in_background: bool) -> None:
         """Write a checkpoint of the full state."""
         self.watch.beat("save", self.state.step)
-        self.update_ledger()
+        self.consumption.gather(self.accelerator)
         self.state.losses = self.stability.losses
         state = {
             **asdict(self.state),
@@ -418,10 +397,7 @@ class Run:
             "num_processes": self.accelerator.num_processes,
             "precision": engine.precision(self.accelerator),
             "data": self._data_identity(),
-            "ledger": self.ledger.digest,
-            "source_tokens": self.source_tokens.tolist(),
-            "source_documents": self.source_documents.tolist(),
-            "documents_dropped": self.documents_dropped,
+            **self.consumption.state(),
         }
         tensors = engine.state_to_save(self.accelerator, self.model, self.optimizer)
         self.saver.save(state, tensors, self._writers(), in_background)
@@ -431,11 +407,11 @@ class Run:
         """Further files of a checkpoint that this process writes, as things stand."""
         writers: dict[str, Callable[[Path], object]] = {}
         if self.is_main:
-            checksums = self.ledger.checksums
+            checksums = self.consumption.ledger.checksums
             writers[LEDGER] = lambda path: np.save(path, checksums)
             recipe = dump_recipe(self.recipe).encode()
             writers["recipe.yaml"] = lambda path: path.write_bytes(recipe)
-        if isinstance(self.data, StreamingData) and engine.counts_its_data(self.accelerator):
+        if isinstance(self.data, StreamingData) and collectives.counts_its_data(self.accelerator):
             states, next_step = self.data_state, self.state.data_step(self.state.step - 1) + 1
             writers[f"data-{self.data_index}.pt"] = lambda path: save_states(states, next_step, path)
         return writers
@@ -542,7 +518,6 @@ class Run:
         self.coming.close()
         if isinstance(self.data, StreamingData):
             self.data = self._open_data()
-        self._consumed = []
         self.saved_step = self._resume()
         state = self.state
         state.num_events = num_events

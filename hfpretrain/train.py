@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from hfpretrain import bill, engine, export, files, launcher, ranks, run_card
+from hfpretrain import bill, collectives, engine, export, files, launcher, ranks, run_card
 from hfpretrain.evaluator import is_due
 from hfpretrain.loading import load_recipe
 from hfpretrain.recipe import Recipe, RecipeError
@@ -101,7 +101,7 @@ def _fit(run: Run) -> None:
         run.clock.mark("data")
         run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
-        num_items = engine.sum_over_processes(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
+        num_items = collectives.total(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
         loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for number, batch in enumerate(engine.split_sequences(accelerator, batch) for batch in batches):
             run.watch.beat("train", state.step)
@@ -117,7 +117,7 @@ def _fit(run: Run) -> None:
                 engine.backward(accelerator, model, objective)
                 loss += share.detach()
         grad_norm = engine.clip_gradients(accelerator, model, training.max_grad_norm)
-        loss = engine.sum_losses(accelerator, loss)
+        loss = collectives.sum_losses(accelerator, loss)
         # The one time in a step that the host waits for the device, before the weights are touched.
         numbers = (loss.item(), grad_norm.item())
         run.clock.mark("forward_backward")
@@ -156,7 +156,7 @@ def _finish(run: Run) -> Path:
     reference = run.output_dir / export.REFERENCE
     run.watch.beat("export", run.state.step)
     run.close()
-    peak_memory = [engine.max_over_processes(run.accelerator, size or 0) for size in run.peak_memory.close()]
+    peak_memory = [collectives.largest(run.accelerator, size or 0) for size in run.peak_memory.close()]
     batch = engine.to_device(run.accelerator, run.data.example())
     with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
         export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)

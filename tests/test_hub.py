@@ -124,8 +124,13 @@ def test_revisions_load_with_the_logits_of_their_checkpoints(world):
 def test_push_does_what_is_missing_and_replaces_nothing(world):
     repo, run = world.repo, world.folder / "run"
     first = world.push(run, "user/other")
-    assert first.returncode == 0, first.stderr
+    assert (first.returncode, first.stderr) == (0, "")
     other = world.hub.repos["models/user/other"]
+    # A line for each as it is pushed, and the table at last; nothing of a library's.
+    pushed = {**other.tags, "main": other.at("main").oid}
+    lines = first.stdout.splitlines()
+    assert sorted(lines[:5]) == sorted(f"{name}: commit {oid}" for name, oid in pushed.items())
+    assert lines[5:] == ["on the Hub, user/other:", *(f"  {name:<16} commit {oid}" for name, oid in pushed.items())]
     assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
     # A tag lost, as of a push that was killed; a branch never made; one that is somebody else's.
     del other.tags[STEPS[0]], other.tags[STEPS[1]], other.branches[STEPS[1]]

@@ -26,6 +26,7 @@ FOUNDATION = {
     "sequence_parallel",
     "initialisation",
     "fragments",
+    "collectives",
     "subruns",
 }
 LEAVES = {
@@ -57,6 +58,7 @@ COMPOSITION = [
     "loading",
     "prepare",
     "trace",
+    "consumption",
     "validation",
     "streaming",
     "score",
