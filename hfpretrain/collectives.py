@@ -1,4 +1,4 @@
-"""Which share of a step's data a process has, and what processes tell each other."""
+"""Which share of a step's data a process has, and what processes tell each other beyond accelerate's calls."""
 
 from __future__ import annotations
 
@@ -69,27 +69,6 @@ class Votes:
             self._work.wait()
             self._work = None
         return int(self._value)
-
-
-def broadcast(accelerator: Accelerator, objects: list[Any]) -> list[Any]:
-    """The main process's `objects` on all processes."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list(objects) if accelerator.num_processes > 1 else objects
-
-
-def agree(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """The main process's tensor on all processes."""
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast(value, 0)
-    return value
-
-
-def gather_lists(accelerator: Accelerator, ours: list[Any]) -> list[Any]:
-    """The lists of all processes as one."""
-    from accelerate.utils import gather_object
-
-    return list(gather_object(ours))
 
 
 def gather_shares(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:

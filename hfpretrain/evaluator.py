@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 from hfpretrain import collectives, engine, evaluation, sampling, tasks
 from hfpretrain.metric_folders import MetricFolders
@@ -99,7 +99,7 @@ class Evaluator:
             "context": run.recipe.data.block_size,
             "eos_token_id": eos,
             "device": run.accelerator.device,
-            "agree": functools.partial(collectives.agree, run.accelerator),
+            "agree": broadcast,
         }
         samples = []
         for prompt in section.prompts:
@@ -120,8 +120,8 @@ class Evaluator:
             processes = tasks.Processes(
                 run.data_index,
                 run.data_size,
-                broadcast=lambda job: collectives.broadcast(run.accelerator, [job])[0],
-                gather=functools.partial(collectives.gather_lists, run.accelerator),
+                broadcast=lambda job: broadcast_object_list([job])[0],
+                gather=gather_object,
                 any_computes=self._any_computes,
             )
             self._language_model = tasks.shared_language_model(

@@ -36,7 +36,7 @@ def write(
     from transformers import AutoModelForCausalLM
 
     if not torch.accelerator.is_available():
-        # `save_pretrained` loads DeepSpeed, which warns unless it is told that there is none.
+        # `save_pretrained` loads DeepSpeed, which without a word looks for an accelerator and warns.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

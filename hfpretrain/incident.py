@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from hfpretrain import collectives, engine, files
 from hfpretrain.dataloader import StepData, TrainingData
 from hfpretrain.trace import sequences
@@ -20,7 +22,7 @@ def write(run: Any, problem: str, policy: str, step_data: StepData, loss: float,
     else:
         ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
         ours = ids if collectives.counts_its_data(run.accelerator) else []
-        gathered = collectives.gather_lists(run.accelerator, ours)
+        gathered = gather_object(ours)
         texts = [{"text": run.tokenizer.decode(row)} for row in gathered] if run.is_main else []
     path = run.output_dir / "incidents" / f"step-{run.state.step + 1:08d}.json"
     if path.exists():  # the same step once more, after a rollback

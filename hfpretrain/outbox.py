@@ -27,7 +27,7 @@ def put(checkpoint: Path, outbox: Path) -> str | None:
     Returns why it is not kept: there must stay room for two more checkpoints, because training comes first.
     """
     place = outbox / checkpoint.name
-    if (place / STATE).is_dir() and identity(place) == identity(checkpoint):  # the step was done again
+    if (place / STATE).is_dir() and identity(place) == identity(checkpoint):  # else the step was done again
         return None
     outbox.mkdir(parents=True, exist_ok=True)
     sources = list(checkpoint.iterdir())
@@ -47,10 +47,14 @@ def put(checkpoint: Path, outbox: Path) -> str | None:
     return None
 
 
-def identity(place: Path) -> str:
-    """What tells the weights of one step from those of another run, or of other data: run id and ledger."""
-    state = train_state(place)
-    return f"run {state['run_id']}, ledger {state['ledger'][:16]}"
+def identity(place: Path) -> str | None:
+    """What tells the weights of one step from those of another run, or of other data: run id and ledger. None where
+    that can't be read: the place is just being replaced, or damaged."""
+    try:
+        state = train_state(place)
+        return f"run {state['run_id']}, ledger {state['ledger'][:16]}"
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def train_state(place: Path) -> dict[str, Any]:

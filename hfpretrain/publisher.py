@@ -45,7 +45,7 @@ class Publisher:
         self._run, self._section, self._repo, self._tell, self._keep = run, section, repo, tell, keep
         self._outbox = run / "outbox"
         self._attempts: dict[str, int] = {}
-        self._finished: set[str] = set()  # pushed, or never to be; by `title`, for a step may be done again
+        self._finished: set[str | None] = set()  # pushed, or never to be; by `title`, for a step may be done again
         self._failures, self._retry_at, self._asked = 0, 0.0, False
         self._last_success = 0.0
 
@@ -88,9 +88,8 @@ class Publisher:
     def open_places(self) -> Iterator[Path]:
         """What waits in the outbox, and is neither pushed by this publisher nor never to be."""
         for place in outbox.waiting(self._outbox):
-            with contextlib.suppress(OSError):  # the run is just replacing it
-                if title(place) not in self._finished:
-                    yield place
+            if (name := title(place)) is not None and name not in self._finished:
+                yield place
 
     def _close(self, name: str) -> None:
         self._finished.add(name if name == MAIN else title(self._outbox / name))
@@ -139,6 +138,8 @@ class Publisher:
         from hfpretrain import run_card
 
         name, text = title(place), run_card.figures_text(self._run, files.step_of(place))
+        if name is None:
+            raise FileNotFoundError(f"{place} is just being replaced")
         if (commit := self._repo.revision(place.name, name)) is not None:
             return commit
         content = {path.name: path for path in (place / outbox.MODEL).iterdir()}
@@ -158,15 +159,17 @@ class Publisher:
                 except Exception as error:  # no room, no memory, or files that are not what they were
                     self._tell(revision=place.name, reason=f"not exported: {trouble(error).text}")
                     self._close(place.name)
-                    return
+                    continue
                 if not self._section.push_state:
                     shutil.rmtree(place / outbox.STATE)
                 return
 
 
-def title(place: Path) -> str:
-    """Of the commit of a checkpoint, in the outbox or not: the same for the same weights alone."""
-    return f"Step {files.step_of(place)} ({outbox.identity(place)})"
+def title(place: Path) -> str | None:
+    """Of the commit of a checkpoint, in the outbox or not: the same for the same weights alone; None where it can't be
+    read."""
+    identity = outbox.identity(place)
+    return identity and f"Step {files.step_of(place)} ({identity})"
 
 
 def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:

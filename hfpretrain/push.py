@@ -63,8 +63,11 @@ def _push_all(run: Path, section: HubSection, repo: Repo, keep: bool) -> dict[st
             print(f"{name}: {values['reason']}", file=sys.stderr, flush=True)
 
     for path in reversed(files.steps(run / "checkpoints")):
+        if (name := title(path)) is None:
+            reasons[path.name] = f"what {path} holds can't be read"
+            continue
         try:
-            commit = repo.revision(path.name, title(path))
+            commit = repo.revision(path.name, name)
         except Exception as error:
             if (found := trouble(error)).final:
                 reasons[path.name] = found.text
@@ -78,6 +81,9 @@ def _push_all(run: Path, section: HubSection, repo: Repo, keep: bool) -> dict[st
     finish.set()
     publisher = Publisher(run, section, repo, tell, keep)
     publisher.follow(finish)
+    for place in outbox.waiting(run / "outbox"):
+        if title(place) is None:
+            reasons[place.name] = f"what {place} holds can't be read"
     return {place.name: "the time was over" for place in publisher.open_places()} | reasons
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 from hfpretrain import (
     checkpoint,
@@ -228,7 +229,7 @@ class Run:
         found: list[Any] = [None, []]
         if self.is_main:
             found = list(checkpoint.newest(self.output_dir / "checkpoints"))
-        path, self._passed_over = collectives.broadcast(self.accelerator, found)
+        path, self._passed_over = broadcast_object_list(found)
         return path
 
     def _open_data(self) -> TrainingData | StreamingData:
@@ -295,7 +296,7 @@ class Run:
         if self.is_main and isinstance(self.data, TrainingData):
             data, data_step = self.data, self.state.data_step
             wrong = ledger.mismatch(lambda step: data.checksum(data_step(step)), self.recipe.training.tokens_per_step)
-        wrong = collectives.broadcast(self.accelerator, [wrong])[0]
+        wrong = broadcast_object_list([wrong])[0]
         if wrong is not None or ledger.digest != digest:
             raise RecipeError.at(
                 "data",

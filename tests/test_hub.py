@@ -148,6 +148,32 @@ def test_push_does_what_is_missing_and_replaces_nothing(world):
     assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
 
 
+def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
+    run = world.folder / "damaged"
+    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "model"))  # as of a killed run
+    for step in (STEPS[0], STEPS[2]):
+        (file,) = (run / "checkpoints" / step).glob("__0_*.distcp")
+        file.write_bytes(bytes(reversed(file.read_bytes())))
+    for step in STEPS[:3]:
+        assert outbox.put(run / "checkpoints" / step, run / "outbox") is None
+    (run / "outbox" / STEPS[1] / "train_state.json").unlink()
+    found = world.push(run, "user/damaged")
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    for step in (STEPS[0], STEPS[2]):
+        assert f"{step:<16} not pushed: not exported: " in found.stdout and "has another checksum" in found.stdout
+    assert sorted(world.hub.repos["models/user/damaged"].tags) == [STEPS[1], STEPS[3]]
+    # Also where what waits is damaged, and its checkpoint was rotated away.
+    for step in STEPS[:3]:
+        shutil.rmtree(run / "checkpoints" / step)
+    shutil.rmtree(run / "outbox" / STEPS[3])
+    (run / "checkpoints" / STEPS[3] / "train_state.json").unlink()
+    (run / "outbox" / STEPS[0] / "train_state.json").write_text("{")
+    again = world.push(run, "user/damaged")
+    assert again.returncode == 1 and "Traceback" not in again.stderr
+    for place in (run / "outbox" / STEPS[0], run / "checkpoints" / STEPS[3]):
+        assert f"{place.name:<16} not pushed: what {place} holds can't be read" in again.stdout
+
+
 # Pushes a run to one repo after the other, each named on a line of stdin.
 PUSHES = """
 import sys
