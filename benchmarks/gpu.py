@@ -1,8 +1,8 @@
 """All that is to be measured on a GPU, by one command, into one page: `python benchmarks/gpu.py [--only WORD ...]`.
 
 Each part is a benchmark of this folder with its sizes for a GPU; nothing is downloaded. `--quick` is for a first look
-at a new machine; without a GPU all sizes are those of a toy, and fp8 is left out. The page is written to `--results`.
-Exit code 1 if any part fails.
+at a new machine; without a GPU sizes are those of a toy (of the loss: of a CPU), and fp8 is left out. The page is
+written to `--results`. Exit code 1 if any part fails.
 """
 
 from __future__ import annotations
