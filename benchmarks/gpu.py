@@ -1,8 +1,8 @@
 """All that is to be measured on a GPU, by one command, into one page: `python benchmarks/gpu.py [--only WORD ...]`.
 
 Each part is a benchmark of this folder with its sizes for a GPU; nothing is downloaded. `--quick` is for a first look
-at a new machine; without a GPU sizes are those of a toy (of the loss: of a CPU), and fp8 is left out. The page is
-written to `--results`. Exit code 1 if any part fails.
+at a new machine; without a GPU all sizes are those of a toy, and fp8 is left out. The page is written to `--results`.
+Exit code 1 if any part fails.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str
         "llama 1 B, compiled, micro-steps of 4,096 tokens, beside Trainer": beside_trainer,
         "defaults of GPT-2": defaults,
         "defaults of a llama": of_llama,
-        "the loss": ["benchmarks/loss_memory.py"],
+        "the loss": ["benchmarks/loss_memory.py", *(["--quick"] if toy else [])],
         "a save": ["benchmarks/save_stall.py", "--num-layers", *(["2", "--hidden-size", "64"] if toy else ["4"])],
     }
     if toy:
@@ -107,8 +107,8 @@ def main() -> int:
                 continue
             start = time.perf_counter()
             shown = " ".join(command).replace(str(corpus.parent), "CORPUS")
-            page.append(f"## {title}\n\n`python {shown}`\n")
-            print(page[-1], flush=True)
+            page.append(f"## {title}\n\n`python {shown}`")
+            print(page[-1], end="\n\n", flush=True)
             lines, code = tables([sys.executable, *command])
             failed += code != 0
             page.append("\n".join(lines))

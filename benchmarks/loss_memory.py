@@ -1,6 +1,6 @@
 """Peak memory and time of the loss: all logits at once, as transformers computes it, beside chunks of them.
 
-    python benchmarks/loss_memory.py [--train]
+    python benchmarks/loss_memory.py [--quick | --train]
 
 One forward and backward of output embedding and loss, on a CPU in a process of its own; of four rounds the last is
 timed. Memory is what came on top of hidden states and weight: of the process on a CPU (`ru_maxrss`), else allocated.
@@ -63,10 +63,10 @@ def measure(kind: str, dtype: str, vocab_size: int, hidden_size: int, num_tokens
     return {"mebibytes": (peak - before) / 2**20, "seconds": seconds, "loss": value, "norms": norms}
 
 
-def compare_losses() -> None:
+def compare_losses(cases: list[tuple[int, int, int]]) -> None:
     print("| vocabulary | hidden | tokens | dtype | whole | chunked | memory | time | loss differs |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for case in CASES:
+    for case in cases:
         for dtype in ("float32", "bf16"):
             found = []
             for kind in ("whole", "chunked"):
@@ -136,6 +136,7 @@ def compare_runs() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -144,7 +145,7 @@ def main() -> None:
     elif args.train:
         compare_runs()
     else:
-        compare_losses()
+        compare_losses([(8192, 256, 2048)] if args.quick else CASES)
 
 
 if __name__ == "__main__":

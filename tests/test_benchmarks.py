@@ -24,6 +24,16 @@ def test_steps_of_trainer_and_the_bare_loop_by_turns(folder):
     assert all(float(rows[name][0]) > 0 and "x as fast" in rows[name][3] for name in ("bare loop", "Trainer"))
 
 
+def test_all_parts_for_a_gpu_at_toy_size(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--results", str(tmp_path / "gpu.md")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *parts = (tmp_path / "gpu.md").read_text().split("\n## ")
+    titles = [part.splitlines()[0] for part in parts]
+    assert titles[0] == "engines" and {"GPT-2 124M, compiled", "llama 1 B, compiled", "the loss", "a save"} <= set(titles)
+    assert all(len([line for line in part.splitlines() if line.startswith("|")]) > 2 for part in parts)
+
+
 def test_steps_with_and_without_a_default_by_turns(folder):
     rows = table(folder, "defaults.py", "--steps", "6", "--only", "prefetch", "no_sync")
     for name in ("prefetch", "no_sync, two ranks"):
