@@ -29,8 +29,8 @@ def test_all_parts_for_a_gpu_at_toy_size(tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     _, *parts = (tmp_path / "gpu.md").read_text().split("\n## ")
-    titles = [part.splitlines()[0] for part in parts]
-    assert titles[0] == "engines" and {"GPT-2 124M, compiled", "llama 1 B, compiled", "the loss", "a save"} <= set(titles)
+    titles = {part.splitlines()[0] for part in parts}
+    assert titles > {"engines", "GPT-2 124M, compiled", "llama 1 B, compiled", "the loss", "a save"}
     assert all(len([line for line in part.splitlines() if line.startswith("|")]) > 2 for part in parts)
 
 
