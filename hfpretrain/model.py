@@ -222,6 +222,16 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile()
 
 
+def compile_error(error: Exception) -> RecipeError | None:
+    """What to tell where layers don't compile, on most machines for want of a compiler; None of any other error."""
+    exceptions = sys.modules.get("torch._dynamo.exc")  # loaded by whatever compiles
+    if exceptions is None or not isinstance(error, exceptions.TorchDynamoException):
+        return None
+    reason = next((line for line in str(error).splitlines() if ": " in line), type(error).__name__)
+    advice = "install the C++ compiler or what else it names, or set it to false"
+    return RecipeError.at("training.compile", f"the layers don't compile: {reason:.500}; {advice}")
+
+
 def _model_error(error: Exception, section: ModelSection) -> RecipeError:
     message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "attention" in message.lower() and ("support" in message or "install" in message):

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from hfpretrain import bill, collectives, engine, export, files, launcher, ranks, run_card
+from hfpretrain import model as modeling
 from hfpretrain.evaluator import is_due
 from hfpretrain.loading import load_recipe
 from hfpretrain.recipe import Recipe, RecipeError
@@ -57,10 +58,13 @@ def train(recipe: Recipe) -> Path | None:
 
 @contextlib.contextmanager
 def _explained(run: Run) -> Iterator[None]:
-    """Turns running out of memory into a `RecipeError` with the plan of the run and what would help."""
+    """Turns running out of memory into a `RecipeError` with the plan of the run and what would help, and layers that
+    don't compile into another."""
     try:
         yield
     except RuntimeError as error:
+        if (found := modeling.compile_error(error)) is not None:
+            raise found from None
         if not engine.is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory

@@ -383,6 +383,15 @@ def test_a_balancing_loss_is_shared_out_among_micro_batches():
     assert _loss(Outputs, Config, 4) == (torch.tensor(3.0), torch.tensor(3.0))
 
 
+def test_layers_that_cannot_be_compiled_are_told_before_the_first_step(folder):
+    missing = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    result = train(write_recipe(folder), "--training.compile=true", **missing)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "training.compile: the layers don't compile: InvalidCxxCompiler" in result.stderr
+    assert "/nonexistent/c++" in result.stderr and "set it to false" in result.stderr
+    assert not (folder / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [None, "ddp", "fsdp2", "zero3", "tp"])
 def test_compiled_training_gives_the_same_losses(finished, engine):
