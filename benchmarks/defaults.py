@@ -24,6 +24,7 @@ from train_step import Turns, interval, my_turn, timed_run
 
 from hfpretrain import dataloader, engine, optim
 from hfpretrain import run as running
+from hfpretrain.recipe import RecipeError, load_recipe
 
 Patch = Callable[[], AbstractContextManager[Any]]
 
@@ -109,11 +110,16 @@ def main() -> int:
     if args.inside:
         inside(args.recipe, *args.inside, args.steps, overrides)
         return 0
+    names = [name for name in ROWS if not args.only or any(word in name for word in args.only)]
+    if not names:
+        parser.error(f"--only {' '.join(args.only)}: in no name of {', '.join(ROWS)}")
+    try:
+        load_recipe(args.recipe, overrides)
+    except RecipeError as error:
+        parser.error(str(error))
     failed = 0
     print("| default | off, s | on, s | on is, median (95 % interval) |\n|---|---|---|---|")
-    for name in ROWS:
-        if args.only and not any(word in name for word in args.only):
-            continue
+    for name in names:
         launch, env = [sys.executable], {**os.environ, "HF_HUB_OFFLINE": "1"}
         if name == NO_SYNC:
             launch += ["-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--num_processes=2"]

@@ -102,9 +102,13 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_jsonl(Path(folder) / "corpus.jsonl", small_text(20_000))
-        for title, command in parts(corpus, args.nanogpt, args.quick).items():
-            if not any(word in title for word in args.only):
-                continue
+        commands = parts(corpus, args.nanogpt, args.quick)
+        titles = [title for title in commands if any(word in title for word in args.only)]
+        if not titles:
+            parser.error(f"--only {' '.join(args.only)}: in no title of {', '.join(commands)}")
+        args.results.write_text("", encoding="utf-8")  # what can't be written fails now
+        for title in titles:
+            command = commands[title]
             start = time.perf_counter()
             shown = " ".join(command).replace(str(corpus.parent), "CORPUS")
             page.append(f"## {title}\n\n`python {shown}`")

@@ -15,7 +15,6 @@ from hfpretrain.recipe import RecipeError
 
 TIMEOUT_SECONDS = 60
 """For so long a connection may say nothing; huggingface_hub itself would wait for ever."""
-_OURS = re.compile(r"Step \d+ \(run \w+, ledger \w+\)")
 
 
 class HopelessError(Exception):
@@ -47,18 +46,27 @@ class Repo:
             self._repo_id = self._api.create_repo(self._asked, private=self._private, exist_ok=True).repo_id
         return self._repo_id
 
-    def revision(self, name: str, title: str) -> str | None:
+    def tags(self) -> set[str]:
+        """Names of the revisions that are whole."""
+        return set(self._refs()[0])
+
+    def revision(self, name: str, title: str, file: str) -> str | None:
         """The commit of a pushed revision with this title, None if it is not there, or not whole.
 
-        Raises `HopelessError` if what is there is something else: it must never be replaced.
+        Raises `HopelessError` if what is there is something else, or has no `file`: it must never be replaced.
         """
         tags, branches = self._refs()
         if name in tags or name in branches:
-            (newest, *_) = self._api.list_repo_commits(self.open(), revision=tags.get(name) or branches[name])
-            if newest.title == title:
-                return str(newest.commit_id) if name in tags else None
-            if name in tags or _OURS.fullmatch(newest.title):
-                raise HopelessError(f"{self.open()} has another {name} ({newest.title!r}); push to a repo of its own")
+            commit = tags.get(name) or branches[name]
+            (newest, *older) = self._api.list_repo_commits(self.open(), revision=commit)
+            wrong = None
+            if newest.title != title and (name in tags or older):  # else a branch that is still as it was made
+                wrong = f"another {name} ({newest.title!r})"
+            elif name in tags and not self._api.file_exists(self.open(), file, revision=commit):
+                wrong = f"{name} without {file}"
+            if wrong is not None:
+                raise HopelessError(f"{self.open()} has {wrong}; push to a repo of its own")
+            return commit if name in tags else None
         return None
 
     def push_revision(self, name: str, title: str, description: str, files: Mapping[str, Path]) -> str:
@@ -90,8 +98,17 @@ class Repo:
         return commit
 
     def push_main(self, folder: Path) -> str:
-        """Upload what `main` lacks of a folder; returns its newest commit."""
+        """Upload what `main` lacks of a folder; returns its newest commit. Raises `HopelessError` if weights are
+        damaged."""
+        from safetensors import SafetensorError, safe_open
+
         repo_id = self.open()
+        for path in folder.glob("*.safetensors"):
+            try:
+                with safe_open(path, framework="np"):
+                    pass
+            except SafetensorError as error:
+                raise HopelessError(f"{path} is damaged: {error}") from error
         keywords: dict[str, Any] = {"delete_patterns": ["*.safetensors", "*.safetensors.index.json"]}
         return str(
             self._api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=_MESSAGE, **keywords).oid
@@ -146,7 +163,7 @@ def trouble(error: Exception) -> Trouble:
         where = f"{response.request.method} {response.request.url.path}"
         text = f"{response.status_code} {' '.join(message.split()):.200} ({where}){advice}"
         return Trouble(text, int(wait) if wait.isdigit() else None, False)
-    final = isinstance(error, (HopelessError, HFValidationError, OfflineModeIsEnabled))
+    final = isinstance(error, (HopelessError, RecipeError, HFValidationError, OfflineModeIsEnabled))
     return Trouble(text if final else f"{type(error).__name__}: {text}", None, final)
 
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def put(checkpoint: Path, outbox: Path) -> str | None:
     if (place / STATE).is_dir() and identity(place) == identity(checkpoint):  # else the step was done again
         return None
     outbox.mkdir(parents=True, exist_ok=True)
-    sources = list(checkpoint.iterdir())
+    sources = [path for path in checkpoint.iterdir() if path.is_file()]
     size, free = sum(file.stat().st_size for file in sources), shutil.disk_usage(outbox).free
     if free < 2 * size:
         return f"{free / 2**20:,.0f} MiB are free in {outbox}, less than two checkpoints of {size / 2**20:,.0f} MiB"
@@ -53,7 +53,7 @@ def identity(place: Path) -> str | None:
     try:
         state = train_state(place)
         return f"run {state['run_id']}, ledger {state['ledger'][:16]}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -80,10 +80,17 @@ def remove(place: Path) -> None:
 def published(outbox: Path) -> dict[str, dict[str, str]]:
     """The commit by repo and revision, of what was pushed from here."""
     try:
-        found: dict[str, dict[str, str]] = json.loads((outbox / _PUBLISHED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((outbox / _PUBLISHED).read_text(encoding="utf-8"))
+        return {repo_id: dict(commits) for repo_id, commits in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return found
+
+
+def forget_published(outbox: Path, repo_id: str, there: Collection[str]) -> None:
+    """Of what was noted only `there` is still there."""
+    found = published(outbox)
+    found[repo_id] = {name: commit for name, commit in found.get(repo_id, {}).items() if name in there}
+    files.write_whole(outbox / _PUBLISHED, json.dumps(found, indent=1))
 
 
 def note_published(outbox: Path, repo_id: str, revision: str, commit: str) -> None:

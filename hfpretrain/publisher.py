@@ -44,6 +44,7 @@ class Publisher:
     def __init__(self, run: Path, section: HubSection, repo: Repo, tell: Callable[..., None], keep: bool = False):
         self._run, self._section, self._repo, self._tell, self._keep = run, section, repo, tell, keep
         self._outbox = run / "outbox"
+        self.needed = f"{outbox.STATE}/{files.MANIFEST}" if section.push_state else "config.json"
         self._attempts: dict[str, int] = {}
         self._finished: set[str | None] = set()  # pushed, or never to be; by `title`, for a step may be done again
         self._failures, self._retry_at, self._asked = 0, 0.0, False
@@ -140,7 +141,7 @@ class Publisher:
         name, text = title(place), run_card.figures_text(self._run, files.step_of(place))
         if name is None:
             raise FileNotFoundError(f"{place} is just being replaced")
-        if (commit := self._repo.revision(place.name, name)) is not None:
+        if (commit := self._repo.revision(place.name, name, self.needed)) is not None:
             return commit
         content = {path.name: path for path in (place / outbox.MODEL).iterdir()}
         if self._section.push_state:
@@ -187,6 +188,8 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
         raise HopelessError(reason)
     recipe = load_recipe(run / "recipe.yaml")
     section = recipe.model
+    if not (run / report.PLAIN).is_dir():
+        raise HopelessError(f"{run / report.PLAIN} is missing")
     config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=section.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(run / report.PLAIN)
     tensors = fragments.load_whole(place / outbox.STATE, ("model", "buffers"))

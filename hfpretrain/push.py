@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from hfpretrain import files, outbox
 from hfpretrain.hub import Repo, bound_waiting, trouble
-from hfpretrain.publisher import LOCK, Publisher, title
+from hfpretrain.publisher import LOCK, MAIN, Publisher, title
 from hfpretrain.recipe import HubSection, RecipeError, load_recipe, repo_id_problem
 
 
@@ -32,25 +32,28 @@ def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
         commit = _or_recipe_error(repo_id, lambda: repo.push_main(run))
         print(f"{repo.open()}: commit {commit}")
         return True
-    is_run = (run / "model" / "config.json").is_file() or (run / "checkpoints").is_dir()
-    if not is_run or not (run / "recipe.yaml").is_file():
+    is_run = files.steps(run / "checkpoints") or outbox.waiting(run / "outbox")
+    if not (is_run or (run / "model" / "config.json").is_file()) or not (run / "recipe.yaml").is_file():
         raise RecipeError.at(str(run), "no run with checkpoints or an exported model, and no exported model itself")
     recipe = load_recipe(run / "recipe.yaml")
     section = section.model_copy(update={"push_state": push_state or recipe.hub.push_state})
+    if (run / "outbox").exists() and not (run / "outbox").is_dir():
+        raise RecipeError.at(str(run / "outbox"), "is no folder; move it away")
     (run / "outbox").mkdir(exist_ok=True)
     try:
         with FileLock(run / "outbox" / LOCK, timeout=0):
             _or_recipe_error(repo_id, repo.open)
             missing = _push_all(run, section, repo, keep=recipe.hub.repo_id not in (None, repo_id))
     except Timeout:
-        raise RecipeError.at(str(run), "its own publisher is at work; wait for the run's end") from None
+        message = "its own publisher, or another push of it, is at work; wait for its end"
+        raise RecipeError.at(str(run), message) from None
     print(outbox.table(run / "outbox", repo.open(), missing))
     return not missing
 
 
 def _push_all(run: Path, section: HubSection, repo: Repo, keep: bool) -> dict[str, str]:
     """Why what is missing is missing, by revision."""
-    reasons: dict[str, str] = {}
+    box, reasons = run / "outbox", dict[str, str]()
 
     def tell(**values: Any) -> None:
         if (name := values.get("revision")) is None:
@@ -62,29 +65,37 @@ def _push_all(run: Path, section: HubSection, repo: Repo, keep: bool) -> dict[st
             reasons[name] = values["reason"]
             print(f"{name}: {values['reason']}", file=sys.stderr, flush=True)
 
-    for path in reversed(files.steps(run / "checkpoints")):
+    publisher = Publisher(run, section, repo, tell, keep)
+    outbox.forget_published(box, repo.open(), {MAIN, *_or_recipe_error(repo.open(), repo.tags)})
+    checkpoints = files.steps(run / "checkpoints")[::-1]
+    for path in checkpoints:
         if (name := title(path)) is None:
             reasons[path.name] = f"what {path} holds can't be read"
             continue
         try:
-            commit = repo.revision(path.name, name)
+            commit = repo.revision(path.name, name, publisher.needed)
         except Exception as error:
             if (found := trouble(error)).final:
                 reasons[path.name] = found.text
                 continue
             commit = None  # what is there is asked again before it is pushed
         if commit is not None:
-            outbox.note_published(run / "outbox", repo.open(), path.name, commit)
-        elif (reason := outbox.put(path, run / "outbox")) is not None:
+            outbox.note_published(box, repo.open(), path.name, commit)
+            continue
+        try:
+            reason = outbox.put(path, box)
+        except OSError as error:
+            reason = str(error)
+        if reason is not None:
             reasons[path.name] = reason
     finish = threading.Event()
     finish.set()
-    publisher = Publisher(run, section, repo, tell, keep)
     publisher.follow(finish)
-    for place in outbox.waiting(run / "outbox"):
+    for place in outbox.waiting(box):
         if title(place) is None:
             reasons[place.name] = f"what {place} holds can't be read"
-    return {place.name: "the time was over" for place in publisher.open_places()} | reasons
+    left = [*publisher.open_places(), *(p for p in checkpoints if p.name not in outbox.published(box)[repo.open()])]
+    return {place.name: "neither pushed nor refused in time" for place in left} | reasons
 
 
 def _or_recipe_error(repo_id: str, call: Callable[[], Any]) -> Any:

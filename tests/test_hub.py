@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -132,8 +133,9 @@ def test_push_does_what_is_missing_and_replaces_nothing(world):
     assert sorted(lines[:5]) == sorted(f"{name}: commit {oid}" for name, oid in pushed.items())
     assert lines[5:] == ["on the Hub, user/other:", *(f"  {name:<16} commit {oid}" for name, oid in pushed.items())]
     assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
-    # A tag lost, as of a push that was killed; a branch never made; one that is somebody else's.
-    del other.tags[STEPS[0]], other.tags[STEPS[1]], other.branches[STEPS[1]]
+    # A tag lost, as of a push that was killed; a branch never made; those that are somebody else's; a state that lacks.
+    del other.tags[STEPS[0]], other.tags[STEPS[1]], other.branches[STEPS[1]], other.tags[STEPS[3]]
+    other.commit(STEPS[3], "mine", {"a": b""})
     other.commits[:] = [
         commit._replace(title="Step 6 (run 00000000, ledger 00000000)")
         if commit.oid == other.tags[STEPS[2]]
@@ -144,7 +146,13 @@ def test_push_does_what_is_missing_and_replaces_nothing(world):
     again = world.push(run, "user/other")
     assert again.returncode == 1
     assert f"{STEPS[2]:<16} not pushed: user/other has another {STEPS[2]}" in again.stdout
+    assert f"{STEPS[3]:<16} not pushed: user/other has another {STEPS[3]} ('mine')" in again.stdout
     assert {name: other.branches[name] for name in before} == before and other.tags[STEPS[0]] == before[STEPS[0]]
+    del other.at(STEPS[1]).files["state/manifest.json"]
+    assert (
+        f"{STEPS[1]:<16} not pushed: user/other has {STEPS[1]} without state/manifest.json"
+        in world.push(run, "user/other").stdout
+    )
     assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
 
 
@@ -154,24 +162,40 @@ def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
     for step in (STEPS[0], STEPS[2]):
         (file,) = (run / "checkpoints" / step).glob("__0_*.distcp")
         file.write_bytes(bytes(reversed(file.read_bytes())))
+    (run / "checkpoints" / STEPS[1] / "notes").mkdir()  # a person's
     for step in STEPS[:3]:
         assert outbox.put(run / "checkpoints" / step, run / "outbox") is None
     (run / "outbox" / STEPS[1] / "train_state.json").unlink()
+    outbox.note_published(run / "outbox", "user/damaged", "step-00000099", "of a repo that was deleted")
     found = world.push(run, "user/damaged")
     assert found.returncode == 1 and "Traceback" not in found.stderr
     for step in (STEPS[0], STEPS[2]):
         assert f"{step:<16} not pushed: not exported: " in found.stdout and "has another checksum" in found.stdout
     assert sorted(world.hub.repos["models/user/damaged"].tags) == [STEPS[1], STEPS[3]]
+    assert "step-00000099" not in found.stdout
     # Also where what waits is damaged, and its checkpoint was rotated away.
     for step in STEPS[:3]:
         shutil.rmtree(run / "checkpoints" / step)
     shutil.rmtree(run / "outbox" / STEPS[3])
     (run / "checkpoints" / STEPS[3] / "train_state.json").unlink()
-    (run / "outbox" / STEPS[0] / "train_state.json").write_text("{")
+    (run / "outbox" / STEPS[0] / "train_state.json").write_text("[]")
     again = world.push(run, "user/damaged")
     assert again.returncode == 1 and "Traceback" not in again.stderr
     for place in (run / "outbox" / STEPS[0], run / "checkpoints" / STEPS[3]):
         assert f"{place.name:<16} not pushed: what {place} holds can't be read" in again.stdout
+    shutil.copytree(world.folder / "run" / "model", run / "model")
+    os.truncate(run / "model" / "model.safetensors", 100)
+    (run / "outbox" / "published.json").write_text("[]")
+    last = world.push(run, "user/damaged")
+    assert last.returncode == 1 and "Traceback" not in last.stderr
+    assert f"main             not pushed: {run / 'model' / 'model.safetensors'} is damaged" in last.stdout
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "outbox")
+    shutil.rmtree(run / "checkpoints" / STEPS[3])
+    (run / "checkpoints").mkdir(exist_ok=True)
+    empty = world.push(run, "user/empty")
+    assert empty.returncode == 2 and "no run with checkpoints" in empty.stderr
+    assert "models/user/empty" not in world.hub.repos
 
 
 # Pushes a run to one repo after the other, each named on a line of stdin.

@@ -152,7 +152,7 @@ def test_the_package_stays_small():
         tree = ast.parse(path.read_text())
         return sum(len(ast.unparse(node).splitlines()) for node in ast.parse(_without_docstrings(tree)).body)
 
-    assert sum(code_lines(path) for path in PACKAGE) < 9650
+    assert sum(code_lines(path) for path in PACKAGE) < 9700
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
