@@ -14,15 +14,18 @@ def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
 
     Processes that share their sequences (tensor and sequence parallelism) have neighbouring ranks and one index.
     """
-    config = accelerator.parallelism_config
-    sharing = config.non_data_parallel_size if config else 1
+    sharing = _sharing(accelerator)
     return accelerator.process_index // sharing, accelerator.num_processes // sharing
 
 
 def counts_its_data(accelerator: Accelerator) -> bool:
     """Whether this process is the first of those that share its sequences: one of them counts, reports and saves."""
+    return accelerator.process_index % _sharing(accelerator) == 0
+
+
+def _sharing(accelerator: Accelerator) -> int:
     config = accelerator.parallelism_config
-    return accelerator.process_index % (config.non_data_parallel_size if config else 1) == 0
+    return int(config.non_data_parallel_size) if config else 1
 
 
 def dropout_index(accelerator: Accelerator) -> int:
@@ -73,9 +76,8 @@ class Votes:
 
 def gather_shares(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
     """The tensors of all processes one after another; of those that share their sequences the first's."""
-    config = accelerator.parallelism_config
     parts = accelerator.gather(value.contiguous()).view(accelerator.num_processes, *value.shape)
-    return parts[:: config.non_data_parallel_size if config else 1].flatten(0, 1)
+    return parts[:: _sharing(accelerator)].flatten(0, 1)
 
 
 def largest(accelerator: Accelerator, value: int) -> int:

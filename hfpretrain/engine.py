@@ -39,10 +39,10 @@ def build_accelerator(
     use_deepspeed, use_fsdp = launcher.uses_deepspeed(), launcher.uses_fsdp()
     # A minute more than `ranks.Watch` gives, which can say what a process group's time-out cannot: who is missing.
     timeout = timedelta(seconds=timeout_seconds + 60)
-    tensor_parallel = launcher.parallelism()["tp"] > 1
-    sharded = use_deepspeed or use_fsdp or tensor_parallel
+    cuts_tensors = launcher.parallelism()["tp"] > 1
+    sharded = use_deepspeed or use_fsdp or cuts_tensors
     precision = precisions.resolve(mixed_precision, launcher.mixed_precision(), sharded=sharded)
-    if precision == "fp16" and tensor_parallel:
+    if precision == "fp16" and cuts_tensors:
         raise RecipeError.at(
             "training.mixed_precision",
             "with tensor parallelism processes would skip different steps in fp16; take bf16",

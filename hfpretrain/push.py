@@ -94,7 +94,8 @@ def _push_all(run: Path, section: HubSection, repo: Repo, keep: bool) -> dict[st
     for place in outbox.waiting(box):
         if title(place) is None:
             reasons[place.name] = f"what {place} holds can't be read"
-    left = [*publisher.open_places(), *(p for p in checkpoints if p.name not in outbox.published(box)[repo.open()])]
+    there = outbox.published(box).get(repo.open(), {})
+    left = [*publisher.open_places(), *(path for path in checkpoints if path.name not in there)]
     return {place.name: "neither pushed nor refused in time" for place in left} | reasons
 
 
