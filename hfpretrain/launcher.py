@@ -212,7 +212,7 @@ def _uncut_tensors(config: Any, _: str) -> Iterator[str]:
 
 
 def _uncut_sequences(config: Any, attn_implementation: str) -> Iterator[str]:
-    if attn_implementation != "sdpa":
+    if attn_implementation not in ("auto", "sdpa"):
         yield f"only model.attn_implementation sdpa keeps packed documents apart, not {attn_implementation}; set it"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or getattr(config, "sliding_window", None):

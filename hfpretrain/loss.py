@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from hfpretrain.recipe import RecipeError
 IGNORE_INDEX = -100
 _MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; below it kernel launches cost more than memory
 _ROWS = 2**14
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models that add their output `aux_loss`
+_TOLERANCE = 2e-5  # nats; rounding of a loss of some 10 nats in float32 is a tenth of it
 
 
 def chunk_tokens(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
@@ -62,6 +65,125 @@ def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float =
         return False
     install(_causal_lm(model), z_loss)
     return True
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """How a step's next-token loss is computed with the model's class, as `examine_loss` has found out."""
+
+    from_logits: bool = False
+    """The class's own loss is another one (BART's decoder learns to copy): the loss is computed from its logits."""
+    coefficient: float = 0.0
+    """Weight with which the class adds its output `aux_loss`, a router's balancing loss."""
+    adds_own: bool = False
+    """The class adds a loss that does not depend on the labels and is no output by itself (Bamba's z-loss)."""
+
+    def __call__(
+        self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor, num_micro_batches: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This micro-batch's share of the step's loss, and what is to be minimised: two float32 ().
+
+        `batch` as of `dataloader.collate`; `num_items`: the step's labels on all processes, int64 (). What a class adds
+        to the next token's loss is a mean over the micro-batch, so of it only the share of one of `num_micro_batches`
+        is minimised.
+        """
+        if self.from_logits:
+            inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
+            outputs = model(**inputs, use_cache=False)
+            loss = _summed_loss(outputs.logits, batch) / num_items
+        else:
+            outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
+            loss = outputs.loss
+        if self.adds_own:
+            share = _summed_loss(outputs.logits, batch) / num_items
+            return share, share + (loss - share) / num_micro_batches
+        auxiliary = getattr(outputs, "aux_loss", None) if self.coefficient else None
+        if auxiliary is None:
+            return loss, loss
+        auxiliary = self.coefficient * auxiliary
+        if not self.from_logits:
+            loss = loss - auxiliary
+        return loss, loss + auxiliary / num_micro_batches
+
+    @property
+    def balances(self) -> bool:
+        """Whether anything but the next token's loss is minimised."""
+        return self.adds_own or self.coefficient != 0
+
+    def note(self, name: str) -> str | None:
+        """What to tell of a class called `name` that does not train on its own loss as it is."""
+        if self.from_logits:
+            return f"the loss of {name} is not the next token's over the whole step: it is computed from the logits"
+        if self.adds_own:
+            return f"{name} adds a loss of its own, which counts once a step: as the mean over its micro-batches"
+        return None
+
+
+def examine_loss(model: Any) -> StepLoss:
+    """Compare the loss of a model's class with the next token's by its own logits, on the model as the engine prepared
+    it. All ranks must call it, after `use_chunked_loss`.
+
+    Two small batches that differ in labels and number of items alone tell a term that the class adds to the loss from
+    another loss.
+    """
+    network = _causal_lm(model)
+    coefficient = next((getattr(network, name) for name in _COEFFICIENTS if hasattr(network, name)), 0.0)
+    first, second = (_class_adds(model, coefficient, shift) for shift in (0, 7))
+    if first is None or second is None or abs(first.unnamed - second.unnamed) > _TOLERANCE:
+        return StepLoss(from_logits=True, coefficient=coefficient)
+    if abs(first.unnamed) > _TOLERANCE:
+        return StepLoss(adds_own=True)
+    return StepLoss(coefficient=coefficient if first.has_auxiliary else 0.0)
+
+
+@dataclass(frozen=True)
+class _Added:
+    unnamed: float
+    """What a class's loss has over the next token's and its weighted `aux_loss`."""
+    has_auxiliary: bool
+
+
+def _class_adds(model: Any, coefficient: float, shift: int) -> _Added | None:
+    """What the class adds to the loss of a batch whose labels are the tokens `shift` places further on; None where it
+    can't be called as training calls it."""
+    network = _causal_lm(model)
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(network.config.get_text_config().vocab_size, (2, 16), generator=draw).to(device)
+    labels = input_ids.roll(shift, 1)
+    labels[:, :: shift + 5] = IGNORE_INDEX
+    batch, num_items = {"input_ids": input_ids, "labels": labels}, torch.tensor(10 + shift)
+    training = network.training
+    devices = [device] if device.type != "cpu" else []
+    network.train()  # some losses are added in training alone
+    try:
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+        ):
+            torch.manual_seed(0)
+            outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
+            added = float(outputs.loss) - float(_summed_loss(outputs.logits, batch) / num_items)
+            auxiliary = getattr(outputs, "aux_loss", None)
+            named = 0.0 if auxiliary is None else coefficient * float(auxiliary)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+    finally:
+        network.train(training)
+    return _Added(added - named, auxiliary is not None)
+
+
+def _summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The next-token loss of a batch, float32 (), not divided. `logits` are what the model returned: where the loss is
+    computed in its head, they are losses already."""
+    targets = batch.get("shift_labels")
+    if targets is None:
+        targets = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+    if logits.shape[-1] == 1:
+        return logits.sum()
+    logits = logits.float().flatten(0, -2)
+    return cross_entropy(logits, targets.flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def can_chunk(model: Any) -> bool:

@@ -156,23 +156,24 @@ def build_model(section: ModelSection, config: PretrainedConfig, device: str = "
     import torch
     from transformers import AutoModelForCausalLM
 
+    # Of None transformers makes sdpa where the class has it, else eager.
+    attention = None if section.attn_implementation == "auto" else section.attn_implementation
     try:
         if section.pretrained is None:
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation=section.attn_implementation, dtype=torch.float32
-                )
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 section.pretrained,
                 config=config,
                 revision=section.revision,
-                attn_implementation=section.attn_implementation,
+                attn_implementation=attention,
                 dtype=torch.float32,
                 trust_remote_code=section.trust_remote_code,
             )
     except Exception as error:  # what a config's values lead to may be any exception
         raise _model_error(error, section) from error
+    model.train()  # `from_pretrained` gives a model without dropout and gradient checkpointing
     if section.gradient_checkpointing:
         # Reentrant checkpointing hides the gradient's arrival from DDP and ZeRO.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -235,8 +236,9 @@ def compile_error(error: Exception) -> RecipeError | None:
 def _model_error(error: Exception, section: ModelSection) -> RecipeError:
     message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "attention" in message.lower() and ("support" in message or "install" in message):
-        fix = "; set model.attn_implementation to eager" if section.attn_implementation != "eager" else ""
-        return RecipeError.at("model.attn_implementation", message + fix)
+        wanted = section.attn_implementation
+        fix = "take auto, which is eager where a class has no sdpa" if wanted != "auto" else "take another model"
+        return RecipeError.at("model.attn_implementation", f"the model can't compute with {wanted} ({message}); {fix}")
     return RecipeError.at("model.pretrained" if section.pretrained else "model.config", f"builds no model: {message}")
 
 

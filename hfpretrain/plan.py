@@ -170,8 +170,8 @@ def make_plan(
     hours = None if seconds is None else seconds * training.num_steps / 3600
     # Fake weights need no initialisation by depth, and a pass without a GPU no kernel of one.
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
-    if section.attn_implementation != "eager":
-        section = section.model_copy(update={"attn_implementation": "sdpa"})
+    if section.attn_implementation.startswith(("flash", "flex")):
+        section = section.model_copy(update={"attn_implementation": "auto"})
 
     def build() -> PreTrainedModel:
         return modeling.build_model(section, config, device="cpu")

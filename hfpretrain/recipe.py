@@ -73,8 +73,11 @@ class ModelSection(Section):
     """Folder or Hub id to go on from (`AutoModelForCausalLM.from_pretrained`)."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
-    """Attention kernel, passed to transformers. Default: torch's own scaled dot product."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """Attention kernel, passed to transformers. `auto`: torch's own scaled dot product (`sdpa`) where the model's class
+    has it, else `eager`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     use_liger_kernel: bool = False

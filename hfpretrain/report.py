@@ -31,8 +31,10 @@ def environment(run: Any) -> dict[str, Any]:
         "peak_flops_are": "a matrix product on all cores, measured"
         if run.accelerator.device.type == "cpu"
         else "of data sheets",
+        "attn_implementation": run.attn_implementation,
         "document_masking": run.document_masking,
         "chunked_loss": run.chunked_loss,
+        "notes": run.notes,
         "accumulation_steps": run.accumulation_steps,
         "num_parameters": run.parameters.total,
         "num_non_embedding_parameters": run.parameters.non_embedding,
@@ -106,6 +108,7 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         f"  {'metrics':<16} {run.output_dir / 'metrics.jsonl'}",
         f"  {'export':<16} loaded in a fresh process; largest difference of a token's loss "
         f"{report['max_token_loss_difference']:.1e}",
+        *(f"  {'note':<16} {text}" for text in run.notes),
         "  sample",
         *("    | " + line for line in report["sample"].splitlines()[:12]),
     ]

@@ -39,7 +39,7 @@ from hfpretrain import model as modeling
 from hfpretrain.consumption import LEDGER, Consumption
 from hfpretrain.dataloader import Prefetcher, StepData, TrainingData
 from hfpretrain.evaluator import Evaluator
-from hfpretrain.loss import use_chunked_loss
+from hfpretrain.loss import examine_loss, use_chunked_loss
 from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
 from hfpretrain.publishing import Publishing
 from hfpretrain.recipe import (
@@ -134,6 +134,7 @@ class Run:
     def build(self) -> None:
         """Data, model and optimizer."""
         recipe, training, watch = self.recipe, self.recipe.training, self.watch
+        self.notes: list[str] = []
         (resume_from.fetch if self.is_main else resume_from.wait)(recipe)
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
@@ -151,7 +152,9 @@ class Run:
         self.peak_memory = metrics.PeakMemory()
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config)
-        self.config = model.config
+        self.config, self.attn_implementation = model.config, model.config._attn_implementation
+        if recipe.model.attn_implementation == "auto" and self.attn_implementation != "sdpa":
+            logger.info("attention is %s: %s has no sdpa", self.attn_implementation, type(model).__name__)
         self.parameters = modeling.count_parameters(model)
         decayed, hidden = optim.decayed_names(model), optim.hidden_names(model)
         weights = None
@@ -185,6 +188,8 @@ class Run:
             )
         self.document_masking = _document_masking(recipe, probe, self.accelerator)
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss, training.z_loss)
+        self.step_loss = examine_loss(self.model)
+        self._note(self.step_loss.note(type(network).__name__))
         num_micro_steps = training.num_steps * self.accumulation_steps
         if modeling.compiles(training.compile, num_micro_steps, engine.can_compile(self.accelerator)):
             modeling.compile_layers(network)
@@ -203,8 +208,14 @@ class Run:
         self.first_step = self.state.step
         self._start_data()
         self._start_records()
-        for reason in self._passed_over:
+        for reason in (*self.notes, *self._passed_over):
             self.records.event(self.state.step, reason)
+
+    def _note(self, text: str | None) -> None:
+        """Say what changes training where no recipe asked for it, and keep it for the run's records."""
+        if text is not None:
+            self.notes.append(text)
+            logger.info(text)
 
     def _start_data(self) -> None:
         steps = range(self.state.step, self.recipe.training.num_steps)
@@ -534,7 +545,7 @@ def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
     if wanted is True and not isolates:
         raise RecipeError.at(
             "training.document_masking",
-            f"{type(model).__name__} with {recipe.model.attn_implementation} attention lets packed documents see each "
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see each "
             "other; set it to false, or choose another attn_implementation or model",
         )
     return isolates

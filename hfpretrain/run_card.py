@@ -164,7 +164,7 @@ def _blocks(
     use += (
         f"\n\nThe tokenizer adds no special tokens; begin a prompt with `{data['document_start']}` to start a document."
     )
-    limits = _LIMITS
+    limits = "".join([_LIMITS, *(f" {text[0].upper()}{text[1:]}." for text in where.get("notes", ()))])
     if exported:
         limits += (
             f" The export was loaded in a fresh process and gave a loss of {exported['export/loss_export']:.6f} on a "

@@ -18,10 +18,14 @@ def mask_documents(model: PreTrainedModel) -> None:
     """Let sdpa attention derive its mask from positions, for DeepSpeed 0.19 to wrap: it gathers the positions of a
     sequence, but drops the mask, and packed documents would see each other.
 
-    A forward pass raises `RecipeError` if the model does not hand positions to its attention.
+    Raises `RecipeError` for a model that does not compute with sdpa; a forward pass does so if the model does not hand
+    positions to its attention.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if model.config._attn_implementation != "sdpa":
+        message = f"{type(model).__name__} has no sdpa attention, which keeps packed documents apart; use zero3.yaml"
+        raise RecipeError.at("parallelism_config.parallelism_config_sp_size", message)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def masked(

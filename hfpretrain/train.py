@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -80,7 +79,7 @@ def _rehearse(run: Run) -> None:
     batch = engine.split_sequences(run.accelerator, batch)
     with engine.rehearsal(run.accelerator, run.model, run.optimizer):
         num_items = torch.tensor(batch["labels"].numel())
-        _, objective = _loss(run.model(**batch, use_cache=False, num_items_in_batch=num_items), run.config, 1)
+        _, objective = run.step_loss(run.model, batch, num_items, 1)
         engine.backward(run.accelerator, run.model, objective * 0.0)
         engine.clip_gradients(run.accelerator, run.model, run.recipe.training.max_grad_norm)
         engine.update(run.accelerator, run.model, run.optimizer)
@@ -112,12 +111,7 @@ def _fit(run: Run) -> None:
             run.stop_if_asked()
             run.seed(number)
             with engine.accumulate(accelerator, model):
-                # No name holds on to the outputs: their logits would outlive the micro-step.
-                share, objective = _loss(
-                    model(**batch, use_cache=False, num_items_in_batch=num_items),
-                    run.config,
-                    len(batches) * run.data_size,
-                )
+                share, objective = run.step_loss(model, batch, num_items, len(batches) * run.data_size)
                 engine.backward(accelerator, model, objective)
                 loss += share.detach()
         grad_norm = engine.clip_gradients(accelerator, model, training.max_grad_norm)
@@ -138,20 +132,6 @@ def _fit(run: Run) -> None:
         run.consume(step_data, numbers[0])
         if state.step % recipe.logging.every_steps == 0 or state.step == num_steps:
             run.log(state.window_loss / state.window_steps, numbers[1], lr)
-
-
-def _loss(outputs: Any, config: Any, num_micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This micro-batch's share of the step's loss, and what is to be minimised.
-
-    The model divided the summed token losses by the step's number of tokens. A router's balancing loss is a mean, so
-    of it only this micro-batch's share is added.
-    """
-    loss, auxiliary = outputs.loss, getattr(outputs, "aux_loss", None)
-    if auxiliary is None:
-        return loss, loss
-    auxiliary = config.router_aux_loss_coef * auxiliary
-    loss = loss - auxiliary
-    return loss, loss + auxiliary / num_micro_batches
 
 
 def _finish(run: Run) -> Path:

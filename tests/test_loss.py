@@ -4,9 +4,11 @@ from test_model import GPT2, LLAMA, MOE, SMALL, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfpretrain.loss import (
+    StepLoss,
     _fusible,
     _in_place,
     chunk_tokens,
+    examine_loss,
     head_loss,
     is_chunked,
     token_losses,
@@ -147,6 +149,47 @@ def test_the_graph_of_compile_ends_before_the_head():
         assert use_chunked_loss(model, chunked) == chunked
         losses.append([loss_and_gradients(model)[0] for _ in range(2)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+BART = {"model_type": "bart", "d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 64,
+        "decoder_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": 64}  # fmt: skip
+BAMBA = {**LLAMA, "model_type": "bamba", "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
+         "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8, "z_loss_coefficient": 0.1}  # fmt: skip
+BALANCED = {**MOE, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+JETMOE = {"model_type": "jetmoe", "kv_channels": 8, "num_key_value_heads": 2, "intermediate_size": 16,
+          "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, **SMALL}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA, StepLoss()),
+        (MOE, StepLoss()),
+        (BALANCED, StepLoss(coefficient=0.1)),
+        (JETMOE, StepLoss(coefficient=0.01)),
+        (BART, StepLoss(from_logits=True)),
+        ({**BART, "model_type": "trocr", "use_learned_position_embeddings": True}, StepLoss(from_logits=True)),
+        (BAMBA, StepLoss(adds_own=True)),
+        ({**BAMBA, "z_loss_coefficient": 0.0}, StepLoss()),
+    ],
+)
+def test_the_loss_is_the_next_tokens_whatever_the_class_has(config, expected):
+    model = build(config)
+    for chunked in (False, True):
+        if chunked:
+            use_chunked_loss(model, "auto")
+        step_loss = examine_loss(model)
+        assert step_loss == expected and model.training
+        input_ids, labels = batch()
+        batches = [{"input_ids": input_ids[row : row + 1], "labels": labels[row : row + 1]} for row in range(3)]
+        num_items = (labels[:, 1:] != -100).sum()
+        losses, objectives = zip(*(step_loss(model.eval(), one, num_items, 3) for one in batches), strict=True)
+        model.train()
+        expected_loss = token_losses(model.eval(), {"input_ids": input_ids}, labels).sum() / num_items
+        assert sum(losses).item() == pytest.approx(expected_loss.item(), rel=1e-5)
+        added = sum(objectives) - sum(losses)
+        assert step_loss.balances == (added.item() > 1e-3)
+        model.train()
 
 
 class Largest(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import files
 from hfpretrain.recipe import load_recipe
-from hfpretrain.train import _loss, main
+from hfpretrain.train import main
 
 # Dropout makes the result depend on the random state, the short schedule on the step.
 DROPOUT_GPT2 = {
@@ -325,6 +325,27 @@ def test_what_bad_input_gets(folder, refused):
     assert main([str(folder / "no.yaml")]) == 2 and main([]) == 2
 
 
+def test_a_class_whose_loss_is_not_the_next_tokens_learns_the_next_token(folder):
+    bart = {
+        "model_type": "bart",
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 64,
+        "decoder_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    recipe = write_recipe(
+        folder, model__config=bart, training__document_masking=False, training__max_steps=40, evaluation__every_steps=40
+    )
+    result = train(recipe)
+    assert result.returncode == 0 and "the loss of BartForCausalLM is not the next token's" in result.stderr
+    trained, evaluated = rows(folder / "run", "loss")[40]["loss"], rows(folder / "run", "eval/loss")[40]["eval/loss"]
+    assert evaluated == pytest.approx(trained, rel=0.1)
+    (note,) = json.loads((folder / "run" / "environment.json").read_text())["notes"]
+    assert note in result.stdout and note in (folder / "run" / "metrics.jsonl").read_text()
+    assert note[1:] in (folder / "run" / "model" / "README.md").read_text()
+
+
 def test_a_model_that_leaks_is_refused_when_asked_to_isolate(folder):
     opt = {
         "model_type": "opt",
@@ -368,19 +389,6 @@ def test_one_rank_never_trains_alone_silently(folder):
     result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0 and "asked for 2 processes, but 1 started" in result.stderr
     assert not (folder / "run" / "metrics.jsonl").exists()
-
-
-def test_a_balancing_loss_is_shared_out_among_micro_batches():
-    class Outputs:
-        loss, aux_loss = torch.tensor(3.0), torch.tensor(10.0)
-
-    class Config:
-        router_aux_loss_coef = 0.1
-
-    loss, objective = _loss(Outputs, Config, num_micro_batches=4)
-    assert loss == 2.0 and objective == 2.25
-    Outputs.aux_loss = None
-    assert _loss(Outputs, Config, 4) == (torch.tensor(3.0), torch.tensor(3.0))
 
 
 def test_layers_that_cannot_be_compiled_are_told_before_the_first_step(folder):
