@@ -302,11 +302,30 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
         run = path.parent if (path / "config.json").is_file() and (path.parent / export.REFERENCE).is_file() else path
         if not (run / "model" / "config.json").is_file() or not (run / export.REFERENCE).is_file():
             raise RecipeError(Problem(str(path), "neither a finished run, nor a checkpoint, nor prepared data"))
-        report = export.verify(run / "model", run / export.REFERENCE)
+        report = export.verify(run / "model", run / export.REFERENCE) | _verify_prepared(run)
     if args.json:
         print(json.dumps(report))
     else:
         print(f"{path}: verified", *(f"  {key}: {value}" for key, value in report.items() if key != "sample"), sep="\n")
+
+
+def _verify_prepared(run: Path) -> dict[str, Any]:
+    """What is in the prepared data that a run was trained on, every file of them read; or that they are not here."""
+    from hfpretrain.prepared import of_run, verify
+    from hfpretrain.report import DATA
+
+    if not (run / DATA).exists():
+        return {}
+    try:
+        data = json.loads((run / DATA).read_text(encoding="utf-8"))
+        name, checksum = data.get("prepared"), data["checksum"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(Problem(str(run / DATA), f"does not tell what the run was trained on: {error}")) from error
+    roots = [load_recipe(run / "recipe.yaml").prepared_dir, run.parent / "prepared"]
+    path = of_run(roots, name, checksum)
+    if path is None:
+        return {"prepared_data": f"not in {roots[0]}, so not verified"}
+    return {"prepared_data": str(path)} | {f"prepared_{key}": value for key, value in verify(path).items()}
 
 
 def _verify_downstream(args: argparse.Namespace) -> None:

@@ -5,13 +5,17 @@ A folder without its manifest is not whole. Prepared data and checkpoints both r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +23,10 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
+_MANIFEST_SHA256 = "manifest_sha256"
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+logger = logging.getLogger(__name__)
 
 
 def sha256(path: Path) -> str:
@@ -75,6 +82,7 @@ def seal(
     others = entries(work, (file for file in rest if file.relative_to(work).as_posix() not in known))
     found = dict(sorted({**known, **others}.items()))
     manifest = {**content, "files": found}
+    manifest[_MANIFEST_SHA256] = _manifest_sha256(json.loads(json.dumps(manifest)))
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in (work / MANIFEST, *(folder for folder in work.rglob("*") if folder.is_dir()), work):
         _fsync(name)
@@ -84,8 +92,17 @@ def seal(
     return manifest
 
 
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    """Checksum of what a manifest says, whatever its layout."""
+    content = {key: value for key, value in manifest.items() if key != _MANIFEST_SHA256}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of a sealed folder; None where there is none or it is unreadable."""
+    """The manifest of a sealed folder; None where there is none, it is unreadable, or not what was sealed.
+
+    Manifests of older versions have no checksum of their own.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,7 +111,10 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     is_whole = isinstance(entries, dict) and all(
         isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in entries.values()
     )
-    return manifest if entries and is_whole else None
+    if not entries or not is_whole:
+        return None
+    is_as_sealed = manifest.get(_MANIFEST_SHA256) in (None, _manifest_sha256(manifest))
+    return manifest if is_as_sealed else None
 
 
 def damage(path: Path, checksums: bool = True) -> str | None:
@@ -108,6 +128,74 @@ def damage(path: Path, checksums: bool = True) -> str | None:
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         reasons = pool.map(lambda item: _file_damage(path, item[0], item[1], checksums), manifest["files"].items())
         return next((reason for reason in reasons if reason is not None), None)
+
+
+def damage_if_changed(path: Path) -> str | None:
+    """As `damage`, but a folder that this machine has verified, and whose files have not changed since, isn't read.
+
+    Whether a file has changed is decided by its size, inode, and times of modification and status change. What was
+    verified is remembered in the user's cache folder, so that read-only prepared data can be used.
+    """
+    from filelock import FileLock
+
+    record = _record(path)
+    with FileLock(f"{record}.lock"):  # of several processes on this machine one reads the files
+        before = _signature(path)
+        if before is not None and _is_text(record, before):
+            return None
+        start = time.perf_counter()
+        reason = damage(path)
+        if reason is None and before is not None and before == _signature(path):
+            size = sum(entry["size"] for entry in (manifest_of(path) or {"files": {}})["files"].values())
+            seconds = time.perf_counter() - start
+            logger.info("verified the checksums of %s: %.1f MB in %.1f s", path, size / 1e6, seconds)
+            write_whole(record, before)
+        return reason
+
+
+def remember(path: Path) -> None:
+    """Note that a folder just sealed or verified is as it was sealed, for `damage_if_changed`."""
+    signature = _signature(path)
+    if signature is not None:
+        write_whole(_record(path), signature)
+
+
+def _record(path: Path) -> Path:
+    """The file that holds what this machine has verified of a folder."""
+    return _cache_folder() / hashlib.sha256(f"{platform.node()}:{path.resolve()}".encode()).hexdigest()[:32]
+
+
+def _is_text(path: Path, text: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return path.read_text(encoding="utf-8") == text
+    return False
+
+
+def _cache_folder() -> Path:
+    """Where it is remembered which folders were verified: the user's cache or, if that can't be written, a temporary
+    folder of the user."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    user_id = os.getuid() if hasattr(os, "getuid") else os.getlogin()
+    for folder in (user / "hfpretrain" / "verified", Path(tempfile.gettempdir(), f"hfpretrain-{user_id}")):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+    return Path(tempfile.mkdtemp())
+
+
+def _signature(path: Path) -> str | None:
+    """What changes when the manifest or one of its files does; None where one is missing."""
+    digest = hashlib.sha256()
+    try:
+        text = (path / MANIFEST).read_bytes()
+        digest.update(text)
+        for name in sorted((manifest_of(path) or {"files": {}})["files"]):
+            stat = (path / name).stat()
+            digest.update(repr((name, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool) -> str | None:

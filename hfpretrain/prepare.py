@@ -58,14 +58,23 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
     next call goes on behind the last finished part. Raises `RecipeError` for what is wrong with the sources.
     """
     path = prepared_path(recipe)
-    with _locked(path, ".lock"):
-        prepared = PreparedData.open(path) or _pull(recipe, path)
-        if prepared is None:
-            return _Preparation(recipe, path, num_workers or num_cores()).all()
-        reason = files.damage(path, checksums=False)
-        if reason is not None:
-            raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path}")
-        return prepared
+    if PreparedData.open(path) is None:  # what is there may be read-only, so it is not locked
+        with _locked(path, ".lock"):
+            prepared = PreparedData.open(path) or _pull(recipe, path)
+            if prepared is None:
+                if (path / files.MANIFEST).exists():
+                    return open_verified(path)
+                return _Preparation(recipe, path, num_workers or num_cores()).all()
+    return open_verified(path)
+
+
+def open_verified(path: Path) -> PreparedData:
+    """Prepared data whose files are as they were sealed; else `RecipeError` that names the file."""
+    reason = files.damage_if_changed(path)
+    prepared = PreparedData.open(path) if reason is None else None
+    if prepared is None:
+        raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path}, and they are made again")
+    return prepared
 
 
 def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | None = None) -> Path:
@@ -97,6 +106,7 @@ def _pull(recipe: Recipe, path: Path) -> PreparedData | None:
         shutil.rmtree(work)
         raise RecipeError.at("data.prepared_dir", f"what came from {mirror.url} is damaged: {reason}; run again")
     work.rename(path)
+    files.remember(path)
     return PreparedData.open(path)
 
 
@@ -109,16 +119,16 @@ def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData
     # A machine without the main process may have a disk of its own.
     pulls = "://" in (recipe.data.prepared_dir or "") and os.environ.get("LOCAL_RANK") == "0"
     told = os.environ.get("LOCAL_RANK") != "0"
-    while (prepared := PreparedData.open(path)) is None:
+    while PreparedData.open(path) is None:
         time.sleep(poll_seconds)
         if pulls:
             with _locked(path, ".lock"):
-                prepared = PreparedData.open(path) or _pull(recipe, path)
+                _ = PreparedData.open(path) or _pull(recipe, path)
         if not told and time.monotonic() - start > 120:
             told = True
             advice = "if this machine does not share that disk, make data.prepared_dir a URL that all reach"
             print(f"waiting for another process to prepare {path}; {advice}", file=sys.stderr)
-    return prepared
+    return open_verified(path)
 
 
 def load_prepared_tokenizer(prepared: PreparedData) -> PreTrainedTokenizerFast:
@@ -275,6 +285,7 @@ class _Preparation:
         dtype = tokenizer.token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
         prepared = joining.join(self.work, self.path, parts, self.data, eos, dtype, extra, self.num_workers)
+        files.remember(self.path)
         if self.mirror is not None:
             there = self.mirror.names()
             self.mirror.push(self.path, (name for name in prepared.manifest["files"] if name not in there))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,23 @@ class PreparedData:
 def is_validation(split: str) -> bool:
     """Whether a split is held out."""
     return split.partition("-")[0] == VALIDATION
+
+
+def of_run(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
+    """The prepared folder that a run was trained on, below one of `roots`; None if it is in none of them.
+
+    `name`: its name, which runs of older versions don't tell. Raises `RecipeError` if the folder of that name is not
+    what the run was trained on.
+    """
+    for root in roots:
+        for path in [root / name] if name else sorted(root.glob("*")):
+            prepared = PreparedData.open(path)
+            if prepared is not None and prepared.checksum == checksum:
+                return path
+            if name and path.is_dir():
+                reason = files.damage(path) or "its files are others than those that the run was trained on"
+                raise RecipeError.at(str(path), reason)
+    return None
 
 
 def verify(path: Path) -> dict[str, int]:

@@ -75,6 +75,7 @@ def describe(run: Any) -> None:
         account = f"  streamed from   {sources}\n{account}".rstrip()
     manifest = run.prepared.manifest
     data = {
+        "prepared": run.prepared.path.name,
         "checksum": run.prepared.checksum,
         "account": account,
         "sources": manifest["recipe"]["sources"] + manifest["recipe"]["validation_sources"],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hfpretrain.dataloader import TrainingData
-from hfpretrain.prepare import load_prepared_tokenizer, prepared_path, training_data
+from hfpretrain.prepare import load_prepared_tokenizer, open_verified, prepared_path, training_data
 from hfpretrain.prepared import PreparedData
 from hfpretrain.recipe import Recipe, RecipeError
 
@@ -23,9 +23,9 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
     if not 1 <= step <= recipe.training.num_steps:
         raise RecipeError.at("--step", f"{step} is not a step of this run, which has 1 to {recipe.training.num_steps}")
     path = prepared_path(recipe)
-    prepared = PreparedData.open(path)
-    if prepared is None:
+    if not path.exists():
         raise RecipeError.at("data", f"{path} is not prepared, or its sources changed since; run `hfpretrain prepare`")
+    prepared = open_verified(path)
     block_size = recipe.data.block_size
     data = training_data(
         recipe,

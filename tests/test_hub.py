@@ -327,6 +327,7 @@ def test_a_state_that_is_not_right_is_refused_before_anything_of_it_is_used(worl
     manifest = json.loads(whole["state/manifest.json"])
     digest = hashlib.sha256(index["state/.metadata"]).hexdigest()
     manifest["files"][".metadata"] = {"size": len(index["state/.metadata"]), "sha256": digest}
+    del manifest["manifest_sha256"]
     index["state/manifest.json"] = json.dumps(manifest).encode()
     stateless = {name: content for name, content in whole.items() if not name.startswith("state/")}
     for name, content in (("weights", weights), ("index", index), ("stateless", stateless)):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import signal
 import subprocess
@@ -547,3 +548,56 @@ def test_shifted_blocks_are_the_corpus_in_pieces_whose_documents_are_known(folde
             for document in sequence["documents"]:
                 line = int(document["origin"].rsplit(":", 1)[1])
                 assert document["text"].strip("\ufffd") in texts[line - 1]
+
+
+def flip(path, offset=-40):
+    """Flip a bit, with the file's size and modification time as before."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train-0/data-0-00000-00000.arrow",
+        "train-0/state.json",
+        "train-0/dataset_info.json",
+        "tokenizer/tokenizer.json",
+        "parts/0-00000-00000.json",
+        "manifest.json",
+    ],
+)
+def test_a_flipped_bit_in_prepared_data_is_an_error_that_names_the_file(folder, name):
+    path = prepare(recipe(folder)).path
+    flip(path / name, offset=20)
+    for opens in (prepare, wait_for_prepared) if name != "manifest.json" else (prepare,):
+        with pytest.raises(RecipeError, match=rf"(?s)data: prepared data are damaged: .*{name}.*delete"):
+            opens(recipe(folder))
+    with pytest.raises(RecipeError, match=name):
+        prepared.verify(path)
+
+
+def test_checksums_of_prepared_data_are_verified_once_and_again_after_a_change(folder, monkeypatch):
+    path = prepare(recipe(folder)).path
+    read = []
+    checksum = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda file: read.append(file.name) or checksum(file))
+    prepare(recipe(folder))
+    assert "state.json" not in read, "what was just made needs no verification"
+    os.utime(path / "train-0" / "state.json")
+    prepare(recipe(folder))
+    assert {"state.json", "data-0-00000-00000.arrow"} <= set(read)
+    read.clear()
+    prepare(recipe(folder))
+    wait_for_prepared(recipe(folder))
+    assert "state.json" not in read
+
+
+def test_prepared_data_are_opened_without_writing_beside_them(folder):
+    path = prepare(recipe(folder)).path
+    for lock in path.parent.glob("*.lock"):
+        lock.unlink()
+    prepare(recipe(folder))
+    assert [other.name for other in path.parent.iterdir()] == [path.name]

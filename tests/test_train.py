@@ -94,7 +94,14 @@ def test_the_export_was_compared_with_the_training_process(finished):
     folder, _ = finished
     (report,) = rows(folder / "run", "export/loss_export").values()
     assert report["export/max_token_loss_difference"] == 0.0 and report["export/precision"] == "float32"
-    assert hfpretrain("verify", str(folder / "run")).returncode == 0
+    verified = hfpretrain("verify", str(folder / "run"))
+    assert verified.returncode == 0 and "prepared_train-0_tokens" in verified.stdout
+    (blocks,) = (folder / "prepared").glob("*/train-0/*.arrow")
+    content = blocks.read_bytes()
+    blocks.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+    refused = hfpretrain("verify", str(folder / "run"))
+    assert refused.returncode == 2 and f"{blocks} has another checksum" in refused.stderr
+    blocks.write_bytes(content)
     broken = folder / "broken"
     shutil.copytree(folder / "run" / "model", broken / "model")
     shutil.copy(folder / "run" / "reference.safetensors", broken)
