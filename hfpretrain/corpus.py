@@ -13,16 +13,23 @@ import re
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hfpretrain import files
 from hfpretrain.recipe import FILE_FORMATS, DataSection, RecipeError, SourceSection
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 _GROUP_BYTES = 2**26
 _OTHER_SPLIT = re.compile(r"(?:^|[-._ 0-9/])(?:validation|valid|val|dev|test|testing|eval|evaluation)(?:[-._ 0-9/]|$)")
+# What file systems call what tells two versions of a file apart.
+_VERSION_KEYS = (
+    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
+    *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
+)
 _ARROW_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
@@ -363,7 +370,7 @@ def _expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, di
     """Names of the files of a pattern, sorted, and what their file system says of them."""
     if not _is_remote(source, pattern):
         stats = [(str(path), path.stat()) for path in _matches(_root(source), pattern)]
-        return [(name, {"size": stat.st_size, "mtime": stat.st_mtime_ns}) for name, stat in stats]
+        return [(name, {"size": stat.st_size}) for name, stat in stats]
     import fsspec
 
     url = pattern if "://" in pattern or not source.data_dir else f"{source.data_dir.rstrip('/')}/{pattern}"
@@ -406,27 +413,112 @@ def _matches(root: Path, pattern: str) -> list[Path]:
     return sorted(Path(match) for match in glob.glob(whole, recursive=True) if Path(match).is_file())
 
 
-def identity(source: SourceSection) -> list[Any]:
-    """What changes when the source's text does: size and modification time of local files, the Hub's commit."""
+def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
+    """What changes when the source's text does, whatever its files are called on this machine.
+
+    Of a file its name without folders, size and digest; of a URL what its server says of its version; of a Hub dataset
+    the commit, in offline mode that of the local cache. `key` is the recipe's path of the source. Raises `RecipeError`
+    where that can't be found out, since a change of the text would go unnoticed.
+    """
     if source.path == PYTHON_STDLIB:
-        return [sys.version]
-    if source.path in FILE_FORMATS or Path(source.path).exists():
-        patterns = source.patterns or ("**/*",)
-        found = [file for pattern in patterns for file in _expand(source, pattern, "data.sources")]
-        return [[name if "://" in name else os.path.realpath(name), *_version(info)] for name, info in found]
+        return [[PYTHON_STDLIB, sys.version]]
+    if source.path in FILE_FORMATS and source.split == "train":
+        return [source.path, *_versions([name for name, _ in _files(source, key)], key)]
+    if Path(source.path).is_dir() or _is_packaged(source.path):
+        return [source.path if _is_packaged(source.path) else "folder", *_datasets_versions(source, key)]
+    within = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
+    urls = [name for pattern in source.patterns if "://" in pattern for name, _ in _expand(source, pattern, key)]
+    return [{"dataset": source.path, "commit": _commit(source, key), **within}, *_versions(urls, key)]
+
+
+def _is_packaged(path: str) -> bool:
+    """Whether `datasets` takes a path for one of its own file formats, before it looks for a folder or on the Hub."""
+    return path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}") is not None
+
+
+def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
+    """The files of each split that `datasets` finds, and those that tell it how to read a folder."""
+    config = _builder(source, key).config
+    found = [[str(split), *_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
+    if not found:
+        raise RecipeError.at(key, f"{source.path} has no data files by which a change would be noticed; name them")
+    settings = [Path(source.path, name) for name in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
+    return [*found, *_versions([str(path) for path in settings if path.is_file()], key)]
+
+
+def _builder(source: SourceSection, key: str) -> Any:
+    import datasets
+
+    keywords = {
+        "name": source.name,
+        "data_dir": source.data_dir,
+        "data_files": list(source.patterns) or None,
+        "revision": source.revision,
+    }
+    try:
+        return datasets.load_dataset_builder(source.path, **keywords)
+    except Exception as error:  # what a file system raises may be anything
+        raise RecipeError.at(key, f"cannot open {source.path}: {type(error).__name__}: {_line(error)}") from error
+
+
+def _commit(source: SourceSection, key: str) -> str:
+    """The commit that a Hub dataset's revision is at; in offline mode the one that `datasets` has in its cache."""
+    import datasets
     from huggingface_hub import HfApi
 
+    if not datasets.config.HF_HUB_OFFLINE:
+        try:
+            return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
+        except Exception as error:  # of the Hub or of the network
+            advice = "with HF_HUB_OFFLINE=1 the local cache is used"
+            message = f"cannot ask the Hub for {source.path}: {type(error).__name__}: {_line(error)}; {advice}"
+            raise RecipeError.at(key, message) from error
+    commit = str(_builder(source, key).hash)
+    if source.revision is not None and re.fullmatch("[0-9a-f]{40}", source.revision) and source.revision != commit:
+        message = f"the local cache has {source.path} at {commit}; unset HF_HUB_OFFLINE to read {source.revision}"
+        raise RecipeError.at(f"{key}.revision", message)
+    return commit
+
+
+def _line(error: BaseException) -> str:
+    return f"{(str(error).splitlines() or [''])[0]:.300}"
+
+
+def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
+    """Name, size and what else tells two versions of a file apart: the digest of a local one."""
+    local = {name: Path(_local(name)) for name in names if "://" not in _local(name)}
     try:
-        return [HfApi().dataset_info(source.path, revision=source.revision).sha]
-    except Exception:
-        # Without the Hub the revision named by the recipe is all that is known of a cached dataset.
-        return [source.revision]
+        known = dict(zip(local, files.digests(list(local.values())), strict=True))
+    except OSError as error:
+        message = f"cannot read {error.filename}: {error.strerror or error}"
+        raise RecipeError.at(f"{key}.data_files", message) from error
+    return [
+        [local[name].name, *known[name]] if name in local else [name, *_remote_version(name, key)] for name in names
+    ]
 
 
-def _version(info: dict[str, Any]) -> list[str]:
-    """Size and whatever a file system has to tell two versions of a file apart."""
-    keys = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash", "generation")
-    return [str(info[key]) for key in keys if info.get(key) is not None]
+def _local(name: str) -> str:
+    return name.removeprefix("file://")
+
+
+def _remote_version(url: str, key: str) -> list[Any]:
+    if re.match(r"hf://[^:]*@[0-9a-f]{40}/", url):
+        return []  # the name holds the commit
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        info = filesystem.info(path)
+    except Exception as error:  # what a remote file system raises may be anything
+        message = f"cannot read {url}: {type(error).__name__}: {_line(error)}"
+        raise RecipeError.at(f"{key}.data_files", message) from error
+    found = [str(info[name]) for name in _VERSION_KEYS if info.get(name) is not None]
+    if not found:
+        message = (
+            f"the server of {url} tells no version of it (ETag, Last-Modified), so that a change would go unnoticed"
+        )
+        raise RecipeError.at(f"{key}.data_files", f"{message}; copy the file to this machine")
+    return [str(info.get("size")), *found]
 
 
 class Splitter:

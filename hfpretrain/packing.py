@@ -35,15 +35,20 @@ _BEST_FIT_TOKENS = 2**21
 def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any]) -> str:
     """Name of the prepared folder: a hash of all that decides its content.
 
-    `identities` is what the sources and the tokenizer were at the time (size and time of files, commit on the Hub).
-    A changed source, tokenizer or block size gives another name, so nothing stale is ever used.
+    `identities` is what the sources and the tokenizer were at the time (content of files, commit on the Hub), so that
+    the names which a recipe has for them don't matter. A changed source, tokenizer or block size gives another name, so
+    nothing stale is ever used.
     """
     content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
+    for source in (*content["sources"], *content["validation_sources"]):
+        for name in ("path", "data_files", "data_dir", "revision"):
+            del source[name]
     for source in content["sources"]:
         # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
         source["weight"] = source["weight"] is not None
         del source["max_epochs"]
-    made_by = tokenizer.model_dump(mode="json", exclude={"chat_template"})  # no document is a chat
+    # No document is a chat, and a pretrained tokenizer is one of the identities.
+    made_by = tokenizer.model_dump(mode="json", exclude={"chat_template", "pretrained", "revision"})
     text = json.dumps([prepared.FORMAT, content, made_by, identities], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

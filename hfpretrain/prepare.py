@@ -23,7 +23,7 @@ from hfpretrain.dataloader import Blocks, TrainingData
 from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
 from hfpretrain.prepared import PreparedData, is_validation, part_account, part_key
-from hfpretrain.recipe import Recipe, RecipeError, accumulation_steps
+from hfpretrain.recipe import Recipe, RecipeError, TokenizerSection, accumulation_steps
 
 if TYPE_CHECKING:
     import torch
@@ -31,19 +31,56 @@ if TYPE_CHECKING:
 
 # Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
 _TOKENIZER_MARK = "tokenizer/tokenizer_config.json"
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 _GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
 
 def prepared_path(recipe: Recipe) -> Path:
-    """The folder of this recipe's prepared data, whether it exists or not."""
-    sources = [*recipe.data.sources, *recipe.data.validation_sources]
-    identities: list[Any] = [corpus.identity(source) for source in sources]
-    if recipe.tokenizer.pretrained is not None and Path(recipe.tokenizer.pretrained).is_dir():
-        folder = Path(recipe.tokenizer.pretrained)
-        tokenizer_files = [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".txt", ".model", ".jinja")]
-        identities.append([[file.name, files.sha256(file)] for file in tokenizer_files])
-    return recipe.prepared_dir / packing.fingerprint(recipe.data, recipe.tokenizer, identities)
+    """The folder of this recipe's prepared data, whether it exists or not.
+
+    Reads all local source files, unless they have not changed since this machine last did, and asks the Hub. So of a
+    run's processes the main one alone calls it.
+    """
+    sources, validation, of_tokenizer = _identities(recipe)
+    return recipe.prepared_dir / packing.fingerprint(
+        recipe.data, recipe.tokenizer, [*sources, *validation, of_tokenizer]
+    )
+
+
+def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
+    """What the sources, the validation sources and the tokenizer are now."""
+    sources = [corpus.identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
+    validation = [
+        corpus.identity(source, f"data.validation_sources.{n}")
+        for n, source in enumerate(recipe.data.validation_sources)
+    ]
+    return sources, validation, _tokenizer_identity(recipe.tokenizer)
+
+
+def _tokenizer_identity(section: TokenizerSection) -> list[Any]:
+    """Name and content of a pretrained tokenizer's files; of one on the Hub those of its revision, or in offline mode
+    of the local cache. Of a tokenizer that is trained nothing: the text decides it."""
+    if section.pretrained is None:
+        return []
+    folder = Path(section.pretrained)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        patterns = [f"*{suffix}" for suffix in _TOKENIZER_SUFFIXES]
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    section.pretrained, revision=section.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+                )
+            )
+        except Exception as error:  # of the Hub, of the network, or of a name that is neither folder nor id
+            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+            advice = "" if huggingface_hub.is_offline_mode() else "; with HF_HUB_OFFLINE=1 the local cache is used"
+            where = f"cannot read {section.pretrained!r}, which is no folder here, from the Hub"
+            raise RecipeError.at("tokenizer.pretrained", f"{where}: {message}{advice}") from error
+    found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_TOKENIZER_SUFFIXES) and file.is_file()]
+    return [[file.name, files.sha256(file)] for file in found]
 
 
 def num_cores() -> int:
@@ -263,7 +300,7 @@ class _Preparation:
 
     def all(self) -> PreparedData:
         """Do what is left to do, join, and seal."""
-        identities = [corpus.identity(source) for source in (*self.data.sources, *self.data.validation_sources)]
+        sources, validation, of_tokenizer = _identities(self.recipe)
         parts = self.parts(0, 1)
         if prepared_path(self.recipe) != self.path:
             raise RecipeError.at("data.sources", "a source changed while it was prepared; run again")
@@ -271,8 +308,9 @@ class _Preparation:
             "vocab_size": self.vocab_size,
             "tokenizer_size": tokenizer.tokenizer_size(self.tokenizer),
             "recipe": self.data.model_dump(mode="json", exclude_none=True),
-            "source_identities": identities[: len(self.data.sources)],
-            "validation_identities": identities[len(self.data.sources) :],
+            "source_identities": sources,
+            "validation_identities": validation,
+            "tokenizer_identity": of_tokenizer,
             "versions": {name: version(name) for name in ("datasets", "tokenizers", "transformers", "pyarrow")}
             | {"python": platform.python_version()},
         }

@@ -206,7 +206,10 @@ def _sources(data: dict[str, Any]) -> str:
         details += [
             f"{key} `{source[key]}`" for key in ("domain", "name", "split", "data_files", "weight") if source.get(key)
         ]
-        if len(identity) == 1 and isinstance(identity[0], str):  # else path, size and time of each file
+        # Else name, size and content of each file. Older versions have the revision alone.
+        if isinstance(identity[0], dict):
+            details.append(f"revision `{identity[0]['commit']}`")
+        elif len(identity) == 1 and isinstance(identity[0], str):
             details.append(f"revision `{identity[0]}`")
         lines.append(f"- `{source['path']}`" + (f": {', '.join(details)}" if details else ""))
     return "\n".join(lines)

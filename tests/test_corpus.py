@@ -1,12 +1,16 @@
 import gzip
 import json
+import os
+import shutil
+from types import SimpleNamespace
 
+import fsspec
 import pandas
 import pytest
 import zstandard
 from conftest import small_text, write_jsonl
 
-from hfpretrain import corpus
+from hfpretrain import corpus, files
 from hfpretrain.recipe import DataSection, RecipeError, SourceSection
 
 TEXTS = ["first document", "zweites\nDokument", "第三", ""]
@@ -36,8 +40,8 @@ def test_globs_folders_and_lists(tmp_path):
     expected = ["text a", "text b", "text c"]
     assert read(path="text", data_files=str(tmp_path / "*.txt"), sample_by="document") == expected
     assert read(path="text", data_dir=str(tmp_path), sample_by="document") == expected
-    files = [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
-    assert read(path="text", data_files=files, sample_by="document") == ["text a", "text c"]
+    named = [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
+    assert read(path="text", data_files=named, sample_by="document") == ["text a", "text c"]
 
 
 @pytest.mark.parametrize(
@@ -135,22 +139,102 @@ def test_bad_input_is_named(tmp_path):
     assert "cut.jsonl.gz" in refusal(path="json", data_files=str(tmp_path / "cut.jsonl.gz"))
 
 
-def test_identity_changes_with_the_file(tmp_path):
-    import os
-
-    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+def test_identity_is_the_content_of_files_wherever_they_are(tmp_path):
+    (tmp_path / "a").mkdir()
+    path = write_jsonl(tmp_path / "a" / "x.jsonl", ["one", "two"])
     source = SourceSection(path="json", data_files=str(path))
     before = corpus.identity(source)
-    assert before == corpus.identity(source)
-    path.write_text(path.read_text() + '{"text": "y"}\n')
     os.utime(path)
+    assert corpus.identity(source) == before
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert corpus.identity(SourceSection(path="json", data_dir=str(tmp_path / "b"))) == before
+    stat = path.stat()
+    path.write_text(path.read_text().replace("two", "TWO"))  # the same size and, below, the same time
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert corpus.identity(source) != before
+    path.rename(tmp_path / "a" / "x.jsonl.gz")  # other bytes would be read of it
+    assert corpus.identity(SourceSection(path="json", data_files=str(tmp_path / "a" / "x.jsonl.gz"))) != before
+
+
+def test_files_that_have_not_changed_are_not_read_again(tmp_path, monkeypatch):
+    paths = [write_jsonl(tmp_path / f"{number}.jsonl", [str(number)]) for number in range(3)]
+    read = []
+    monkeypatch.setattr(files, "_xxh3", lambda path: read.append(path.name) or "digest")
+    files.digests(paths)
+    files.digests(paths)
+    assert sorted(read) == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    write_jsonl(paths[1], ["another"])
+    files.digests(paths)
+    assert read[3:] == ["1.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "folder", "data_dir", "slice"])
+def test_what_datasets_reads_has_an_identity(tmp_path, kind):
+    import datasets
+
+    def write(word):
+        texts = [f"{word} {number}" for number in range(9)]
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / word)
+        shutil.copy(tmp_path / word / "data-00000-of-00001.arrow", tmp_path / "x.arrow")
+        (tmp_path / "repo" / "sub").mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "repo" / "sub" / "a.jsonl", texts)
+
+    write("before")
+    source = {
+        "arrow": SourceSection(path="arrow", data_files=str(tmp_path / "x.arrow")),
+        "folder": SourceSection(path=str(tmp_path / "repo")),
+        "data_dir": SourceSection(path=str(tmp_path / "repo"), data_dir="sub"),
+        "slice": SourceSection(path="json", data_files=str(tmp_path / "repo/sub/*"), split="train[:50%]"),
+    }[kind]
+    before = corpus.identity(source)
+    assert corpus.identity(source) == before and "before 0" in next(corpus.Reader(source).read()).text
+    write("behind")
+    assert corpus.identity(source) != before
+
+
+def test_what_has_no_identity_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    for source in (
+        SourceSection(path=str(tmp_path / "empty")),
+        SourceSection(path="arrow", data_files=str(tmp_path / "nowhere.arrow")),
+        SourceSection(path="iceberg"),
+    ):
+        with pytest.raises(RecipeError, match=r"data\.sources"):
+            corpus.identity(source)
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/versions/a.jsonl", b"{}")
+    url = SourceSection(path="json", data_files="memory://versions/a.jsonl")
+    assert corpus.identity(url)
+    monkeypatch.setattr(corpus, "_VERSION_KEYS", ())
+    with pytest.raises(RecipeError, match="tells no version"):
+        corpus.identity(url)
+
+
+def test_an_error_of_the_hub_is_no_revision(monkeypatch):
+    import datasets
+    from huggingface_hub import HfApi
+
+    def down(*_, **__):
+        raise ConnectionError("the Hub is down")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", down)
+    for revision in (None, "main", "0" * 40):
+        with pytest.raises(RecipeError, match=r"the Hub is down.*HF_HUB_OFFLINE=1"):
+            corpus.identity(SourceSection(path="user/data", revision=revision))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="1" * 40))
+    (found,) = corpus.identity(SourceSection(path="user/data"))
+    assert found["commit"] == "1" * 40
+    assert corpus.identity(SourceSection(path="user/data", revision="1" * 40)) == [found]
+    with pytest.raises(RecipeError, match="the local cache has user/data at 1111"):
+        corpus.identity(SourceSection(path="user/data", revision="0" * 40))
 
 
 def test_data_dir_may_be_a_url_and_its_changes_are_noticed(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x"])
-    for files in (None, "*.jsonl"):
-        source = SourceSection(path="json", data_dir=f"file://{tmp_path}", data_files=files)
+    for patterns in (None, "*.jsonl"):
+        source = SourceSection(path="json", data_dir=f"file://{tmp_path}", data_files=patterns)
         before = corpus.identity(source)
         assert before and [d.text for d in corpus.Reader(source).read()] == ["x"]
         write_jsonl(tmp_path / "a.jsonl", ["x", "y" * len(before)])

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -97,6 +98,31 @@ def test_unchanged_costs_nothing_and_any_change_is_noticed(folder):
     write_jsonl(folder / "corpus.jsonl", small_text(201))
     others.append(prepared_path(recipe(folder)))
     assert len({path, *others}) == 5
+
+
+def test_a_move_or_another_machine_prepares_nothing_anew(folder):
+    (folder / "a").mkdir()
+    write_jsonl(folder / "a" / "held_out.jsonl", small_text(20, seed=1))
+    shutil.copy(folder / "corpus.jsonl", folder / "a")
+    prepare(recipe(folder)).path.joinpath("tokenizer").rename(folder / "a" / "tokenizer")
+
+    def path(place):
+        return prepared_path(
+            recipe(
+                folder,
+                data__sources=[{"path": "json", "data_files": str(folder / place / "corpus.jsonl")}],
+                data__validation_sources=[{"path": "json", "data_files": [str(folder / place / "held_out.jsonl")]}],
+                data__validation_fraction=0,
+                tokenizer={"pretrained": str(folder / place / "tokenizer")},
+            )
+        )
+
+    first = path("a")
+    shutil.copytree(folder / "a", folder / "b", copy_function=shutil.copyfile)
+    assert path("b") == first
+    tokens = folder / "b" / "tokenizer" / "tokenizer_config.json"
+    tokens.write_text(tokens.read_text() + " ")
+    assert path("b") != first
 
 
 def test_a_half_written_folder_is_not_taken_for_whole(folder):
