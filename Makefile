@@ -3,9 +3,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 # DeepSpeed's CUDA ops are compiled when first used, not at installation.
 export DS_BUILD_OPS = 0
-# Threads that wait should sleep soon: by default they spin, and where another program needs a core, a step on the CPU
-# then takes eight times as long.
-export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: install quickstart test proofs overhead style quality
 

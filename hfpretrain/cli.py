@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import __version__
+from hfpretrain import __version__, launcher
 from hfpretrain.loading import load_recipe
 from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
 
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the disk takes no more, 2 the input is wrong, 130 interrupted."""
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
+    os.environ.update(launcher.sleeping_threads())  # before torch is imported
     if overrides and getattr(args, "recipe", None) is None:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

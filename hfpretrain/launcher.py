@@ -55,6 +55,17 @@ def end_with_launcher() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
+def sleeping_threads() -> dict[str, str]:
+    """Environment variables that have torch's threads on a CPU sleep soon after their work is done.
+
+    By default they spin, and where another program needs a core, a step then takes several times as long. Empty where
+    the user has chosen, or where there is an accelerator, whose host has little to compute.
+    """
+    chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    has_accelerator = any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd"))
+    return {} if chosen or has_accelerator else {"GOMP_SPINCOUNT": "20000"}
+
+
 def has_group() -> bool:
     """Whether a launcher has started this process as one of a group."""
     return "MASTER_ADDR" in os.environ

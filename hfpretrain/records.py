@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hfpretrain import files, metrics
+from hfpretrain import console, files, metrics
 
 
 class Records:
@@ -21,7 +21,7 @@ class Records:
     def __init__(self, output_dir: Path, trackers: list[Any], is_main: bool, num_steps: int, step: int | None):
         self._output_dir, self._trackers, self._is_main, self._num_steps = output_dir, trackers, is_main, num_steps
         self._file = metrics.MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
-        self._first_step = step
+        self._first_step, self._lost = step, 0
         self._samples: metrics.MetricsFile | None = None
         disable = None if is_main else True
         self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
@@ -73,12 +73,20 @@ class Records:
     def training(self, row: dict[str, Any]) -> None:
         """The row of a log step, which also stands beside the bar; without a terminal it is a line."""
         self.row(row)
+        self.note_console(row["step"])
         text = f"loss {row['loss']:.4f}"
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
         self._progress.set_postfix_str(f"{text}, {speed}")
         if self._progress.disable:
             left = tqdm.format_interval(row["seconds_left"])
             self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
+
+    def note_console(self, step: int) -> None:
+        """Whoever misses the output finds the reason in the records."""
+        lost = list(console.lost.items())
+        for name, reason in lost[self._lost :]:
+            self.event(step, f"{name} takes no more output ({reason}); training goes on without it")
+        self._lost = len(lost)
 
     def roll_back(self, step: int) -> None:
         """The run stands at `step` again."""

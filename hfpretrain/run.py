@@ -486,6 +486,7 @@ class Run:
         self.records.event(self.state.step, text)
         self.close()
         self.records.say(f"{text}. {_GOES_ON.capitalize()}")
+        self.records.note_console(self.state.step)
         engine.finish(self.accelerator, self.model)
 
     def close(self) -> None:

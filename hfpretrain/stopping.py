@@ -9,7 +9,7 @@ from types import FrameType
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StoppedEarlyError(BaseException):
@@ -23,7 +23,7 @@ class Stops:
     """Takes the signals of this process, as a context around a run.
 
     Until `defer` a signal raises `StoppedEarlyError` where the main thread is; from then on it is only noted. A second
-    SIGINT ends the process at once.
+    SIGINT ends the process at once. SIGHUP, which a closed terminal sends, is left alone where `nohup` has it ignored.
     """
 
     def __init__(self, stop_after_seconds: int | None):
@@ -36,7 +36,8 @@ class Stops:
 
     def __enter__(self) -> Stops:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -46,7 +47,8 @@ class Stops:
             signal.signal(number, signal.SIG_IGN if ending else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        # A closed terminal's SIGHUP ends the launcher, whose end is a SIGTERM: the first is the reason.
+        self.reason = self.reason or signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self._deferred:
             raise StoppedEarlyError(self.reason)

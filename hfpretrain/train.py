@@ -11,10 +11,14 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from hfpretrain import launcher
+
+os.environ.update(launcher.sleeping_threads())  # which torch's OpenMP reads when it is loaded
+
 import torch
 import transformers
 
-from hfpretrain import bill, collectives, engine, export, files, launcher, ranks, run_card
+from hfpretrain import bill, collectives, console, engine, export, files, ranks, run_card
 from hfpretrain import model as modeling
 from hfpretrain.evaluator import is_due
 from hfpretrain.loading import load_recipe
@@ -35,7 +39,10 @@ def train(recipe: Recipe) -> Path | None:
     everything saved. Raises `RecipeError` for what is wrong with the recipe, the launcher or the machine,
     `TrainingDivergedError` where `stability.policy` says to stop, `NotSavedError` if the last checkpoint could not be
     written.
+
+    From then on writing to `sys.stdout` and `sys.stderr` raises nothing in this process, whoever reads them.
     """
+    console.keep_from_failing("stdout", "stderr")
     with ranks.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
         launcher.require_first_run()
         launcher.end_with_launcher()
@@ -156,6 +163,7 @@ def _finish(run: Run) -> Path:
         run_card.write_card(run.output_dir, model_path)
         print(run_summary(run, report), flush=True)
         print("", bill.report(run, *peak_memory), sep="\n", flush=True)
+        run.records.note_console(run.state.step)
     engine.finish(run.accelerator, run.model)
     return model_path
 
@@ -166,11 +174,15 @@ def main(arguments: list[str] | None = None) -> int:
     Launchers turn all codes but 0 into 1, so the main process also writes its own into the file that
     `HFPRETRAIN_EXIT_CODE_FILE` names, where a batch script such as `recipes/launch.slurm` finds it.
     """
+    console.keep_from_failing("stdout", "stderr")
     rank = int(os.environ.get("RANK", "0"))
     code = _main(sys.argv[1:] if arguments is None else arguments, rank)
     path = os.environ.get("HFPRETRAIN_EXIT_CODE_FILE")
     if path and rank == 0:
-        Path(path).write_text(f"{code}\n", encoding="utf-8")
+        try:
+            Path(path).write_text(f"{code}\n", encoding="utf-8")
+        except OSError as error:
+            print(f"the exit code {code} can't be written to {path}: {error.strerror}", file=sys.stderr)
     return code
 
 

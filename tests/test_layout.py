@@ -11,6 +11,7 @@ PACKAGE = sorted((ROOT / "hfpretrain").glob("*.py"))
 FOUNDATION = {
     "recipe",
     "files",
+    "console",
     "devices",
     "hygiene",
     "mirror",

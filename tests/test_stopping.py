@@ -1,9 +1,11 @@
 import logging
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -12,6 +14,7 @@ import stopping as proof
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
 from hfpretrain import files
+from hfpretrain.metrics import read_metrics as metrics_rows
 from hfpretrain.recipe import RecipeError, load_recipe
 from hfpretrain.stopping import StoppedEarlyError, Stops
 
@@ -24,7 +27,7 @@ def test_a_signal_is_raised_before_there_is_something_to_save_and_noted_after():
         stops.defer()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the second ends the process at once
         signal.raise_signal(signal.SIGTERM)
-        assert stops.due() and stops.reason == "SIGTERM" and stops.seconds_left() is None
+        assert stops.due() and stops.reason == "SIGUSR1" and stops.seconds_left() is None  # the first is the reason
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
@@ -123,6 +126,39 @@ def test_a_signal_while_preparing_ends_with_the_same_code(folder):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and "stopped by SIGTERM; what is finished stays" in stderr, stderr
+
+
+def test_nohup_keeps_its_meaning():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stops(None) as stops:
+            stops.defer()
+            signal.raise_signal(signal.SIGHUP)
+            assert not stops.due()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_stops_the_run_with_everything_saved(folder):
+    recipe, code = write_recipe(folder, training__max_steps=100_000), folder / "code"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        command = small.command(recipe)
+        os.execve(command[0], command, environment(HFPRETRAIN_EXIT_CODE_FILE=str(code)))
+    termios.tcsetwinsize(terminal, (24, 80))  # without a width the bar is empty
+    metrics = folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and rows(folder / "run", "loss")):
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 75 and code.read_text() == "75\n"
+    (path,) = (folder / "run" / "checkpoints").iterdir()
+    assert files.damage(path) is None
+    events = [row["event"] for row in metrics_rows(metrics) if "event" in row]
+    assert any("stopped by SIGHUP" in text for text in events), events
+    assert any("takes no more output" in text for text in events), events
 
 
 @pytest.mark.parametrize(("engine", "number"), [("single", signal.SIGTERM), ("ddp", signal.SIGUSR1)])

@@ -1,0 +1,91 @@
+"""What nobody reads any more, or no disk takes, ends nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import small
+from conftest import ROOT, environment, rows, write_recipe
+
+WRITE = """
+import logging, os, sys, warnings
+import tqdm
+before = logging.StreamHandler()  # as libraries make them when they are imported
+logging.getLogger("library").addHandler(before)
+from hfpretrain import console
+console.keep_from_failing("stdout", "stderr")
+logging.basicConfig(format="%(message)s")
+for number in range(3000):
+    print("a line on standard output, flushed", flush=True)
+    print("and one that waits", number)
+    tqdm.tqdm.write("a line above the bar", file=sys.stderr)
+    logging.warning("logged")
+    logging.getLogger("library").warning("a library's")
+bar = tqdm.tqdm(total=3)
+bar.update()
+bar.close()
+warnings.warn("a warning", stacklevel=1)
+print("the last line, \u6f22", end="")
+with open(sys.argv[1], "w") as file:
+    file.write(repr(console.lost))
+"""
+
+
+def write(folder, **streams):
+    """Exit code of a process that writes a lot, and what it was told of its streams."""
+    out = folder / "lost"
+    process = subprocess.Popen([sys.executable, "-c", WRITE, str(out)], cwd=ROOT, env=environment(), **streams)
+    if process.stdout is not None:
+        assert process.stdout.readline()
+        process.stdout.close()
+    return process.wait(timeout=60), eval(out.read_text())
+
+
+def test_a_reader_that_has_gone_ends_nothing(folder):
+    code, lost = write(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert code == 0 and lost == dict.fromkeys(("stdout", "stderr"), "Broken pipe")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_ends_nothing(folder):
+    with open("/dev/full", "w") as full:
+        code, lost = write(folder, stdout=full, stderr=full)
+    assert code == 0 and lost == dict.fromkeys(("stdout", "stderr"), "No space left on device")
+
+
+def test_closed_descriptors_end_nothing(folder):
+    command = f'exec "{sys.executable}" -c "$WRITE" "{folder / "lost"}" >&- 2>&-'
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment(WRITE=WRITE), timeout=60)
+    assert result.returncode == 0 and (folder / "lost").read_text() == "{}"
+
+
+def test_what_is_read_arrives_whole_also_without_the_letters(folder):
+    env = environment(PYTHONIOENCODING="ascii")
+    command = [sys.executable, "-c", WRITE, str(folder / "lost")]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 6001 and lines[-1] == r"the last line, \u6f22" and lines[-2] == "and one that waits 2999"
+    for text in ("a line above the bar", "logged", "a library's", "UserWarning: a warning", "1/3"):
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize("engine", [None, pytest.param("ddp", marks=pytest.mark.slow)])
+def test_training_whose_output_nobody_reads_comes_to_its_end(folder, engine):
+    """`... 2>&1 | head -1`"""
+    code = folder / "code"
+    process = subprocess.Popen(
+        small.command(write_recipe(folder), engine=engine),
+        cwd=ROOT,
+        env=environment(HFPRETRAIN_EXIT_CODE_FILE=str(code)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0 and code.read_text() == "0\n"
+    assert (folder / "run" / "model" / "model.safetensors").exists()
+    assert any(
+        "stderr takes no more output (Broken pipe)" in row["event"] for row in rows(folder / "run", "event").values()
+    )
