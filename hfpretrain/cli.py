@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import __version__, launcher
+from hfpretrain import __version__, console, launcher
 from hfpretrain.loading import load_recipe
 from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
 
@@ -29,10 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.update(launcher.sleeping_threads())  # before torch is imported
     if overrides and getattr(args, "recipe", None) is None:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
+    # Whoever works longer than they print goes on where nobody reads any more; of others the output is all there is.
+    console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal does not know
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO)
     try:
         args.command(args, overrides)
+        print(end="", flush=True)
     except RecipeError as error:
         print("error:", *error.problems, sep="\n  ", file=sys.stderr)
         return 2
@@ -40,10 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; what is finished stays, and the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, for example `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.drop_output()
     except OSError as error:
         from hfpretrain import files
 
+        console.drop_output()
         if (text := files.refusal(error)) is None:
             raise
         print(f"error: {text}; make room or allow access there", file=sys.stderr)
@@ -373,7 +380,9 @@ def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
     sizes = [parse_size(text) for text in args.sizes]
     recipe = _load(args, overrides)
     folder = Path(args.output or f"{recipe.output_dir.rstrip('/')}-ladder")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a rung must not go on alone
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, signal.default_int_handler)  # a rung must not go on alone
     for line in ladder(recipe, sizes, args.ratios, args.engine, args.num_processes, args.compute, folder):
         print(line, flush=True)
 

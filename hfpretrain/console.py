@@ -32,9 +32,7 @@ class _Descriptor(io.FileIO):
             if error.errno not in _PASSING:
                 # For everything else that writes there: C libraries, and child processes, which a closed pipe ends.
                 with contextlib.suppress(OSError):
-                    null = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(null, self.fileno())
-                    os.close(null)
+                    _point_at_nothing(self.fileno())
             return memoryview(data).nbytes
 
 
@@ -64,6 +62,20 @@ def keep_from_failing(*names: str) -> None:
             )
             _set(name, new)
             _redirect_logging(old, new)
+
+
+def drop_output() -> None:
+    """What still waits to be written to standard output is not, if it can't be: else the interpreter's end fails."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _point_at_nothing(sys.stdout.fileno())
+
+
+def _point_at_nothing(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def _set(name: str, stream: TextIO) -> None:

@@ -89,3 +89,20 @@ def test_training_whose_output_nobody_reads_comes_to_its_end(folder, engine):
     assert any(
         "stderr takes no more output (Broken pipe)" in row["event"] for row in rows(folder / "run", "event").values()
     )
+
+
+def command(text):
+    return subprocess.run(
+        ["bash", "-c", text], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+
+
+def test_commands_fail_where_their_output_is_lost_and_work_goes_on(folder):
+    python, recipe = f"{sys.executable} -m hfpretrain.cli", write_recipe(folder)
+    assert command(f"{python} schema | head -1; exit ${{PIPESTATUS[0]}}").returncode == 0  # has seen enough
+    full = command(f"{python} schema > /dev/full")
+    assert full.returncode == 1 and "No space left on device" in full.stderr, full
+    assert command(f"{python} schema >&-").returncode == 0
+    assert command(f"PYTHONIOENCODING=ascii {python} check {recipe}").returncode == 0
+    result = command(f"{python} prepare {recipe} 2>&1 | true; exit ${{PIPESTATUS[0]}}")
+    assert result.returncode == 0 and list((folder / "prepared").glob("*/manifest.json")), result
