@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment, write_recipe
@@ -199,3 +200,17 @@ def test_what_the_file_says_in_vain_is_refused(folder, engine, line, message):
     path.write_text(f"{text.rstrip()}\n{line}\n")
     result = train(write_recipe(folder), engine=str(path.with_suffix("")))
     assert result.returncode != 0 and message in result.stderr, result.stderr
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists(), reason="is for hosts without GPUs")
+@pytest.mark.parametrize(
+    ("chosen", "seen"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_sleep_before_torch_is_imported(tmp_path, chosen, seen):
+    (tmp_path / "torch.py").write_text("import os; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)")
+    env = {key: value for key, value in environment(PYTHONPATH=str(tmp_path)).items() if key != "GOMP_SPINCOUNT"}
+    for arguments in (["hfpretrain.train", "quickstart"], ["hfpretrain.cli", "generate", "model"]):
+        command = [sys.executable, "-m", *arguments]
+        result = subprocess.run(command, cwd=ROOT, env=env | chosen, capture_output=True, text=True, timeout=120)
+        assert result.stdout == f"{seen}\n", result
