@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import re
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
         )
     except Exception as error:  # a config class may raise anything; each says what it wants
         yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
+        return
+    text = config.get_text_config()
+    if text is not config:
+        message = f"{model_type} has parts for more than text; take model_type {text.model_type}, with its own keys"
+        yield Problem("model.config.model_type", message)
         return
     data = mapping.get("data")
     block_size = data.get("block_size") if isinstance(data, dict) else None
@@ -117,9 +123,9 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         return AutoConfig.for_model(**{**special, **defaults, **section.config})
     try:
-        return AutoConfig.from_pretrained(
-            section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
+        config = _whole_config(section)
+        # Of a checkpoint with parts for images or sound the text model alone is trained.
+        return config if getattr(config, "auto_map", None) else config.get_text_config()
     except (OSError, ValueError) as error:
         message = (str(error).splitlines() or [""])[0]
         raise RecipeError.at("model.pretrained", f"cannot load {section.pretrained!r}: {message}") from error
@@ -147,11 +153,13 @@ def resolve_config(
     return config
 
 
-def build_model(section: ModelSection, config: PretrainedConfig, device: str = "meta") -> PreTrainedModel:
+def build_model(
+    section: ModelSection, config: PretrainedConfig, device: str = "meta", seed: int = 0
+) -> PreTrainedModel:
     """The model in float32: a new one on `device`, by default without values (`initialisation.InitialWeights` draws
-    them), or with those of `section.pretrained` on the CPU.
+    them), or with those of `section.pretrained` on the CPU. `seed` draws what `section.allow_missing` lets be missing.
 
-    Raises `RecipeError` where the config builds no model or the checkpoint does not load.
+    Raises `RecipeError` where the config builds no model, or the checkpoint does not load or is not that of the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -163,14 +171,11 @@ def build_model(section: ModelSection, config: PretrainedConfig, device: str = "
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                section.pretrained,
-                config=config,
-                revision=section.revision,
-                attn_implementation=attention,
-                dtype=torch.float32,
-                trust_remote_code=section.trust_remote_code,
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = _load_pretrained(section, config, attention)
+    except RecipeError:
+        raise
     except Exception as error:  # what a config's values lead to may be any exception
         raise _model_error(error, section) from error
     model.train()  # `from_pretrained` gives a model without dropout and gradient checkpointing
@@ -179,6 +184,90 @@ def build_model(section: ModelSection, config: PretrainedConfig, device: str = "
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+    """The model with the weights of `section.pretrained`. Raises `RecipeError` with the names of tensors that are not
+    those of the model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    whole_config = _whole_config(section)
+    is_part = type(whole_config) is not type(config) and _class_of(whole_config) is not _class_of(config)
+    # Sizes that differ are told below, with their names.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        section.pretrained,
+        config=whole_config if is_part else config,
+        revision=section.revision,
+        attn_implementation=attention,
+        dtype=torch.float32,
+        trust_remote_code=section.trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    problems = list(_loading_problems(section, type(model).__name__, info))
+    if problems:
+        raise RecipeError(problems)
+    return _text_model(model, config, attention) if is_part else model
+
+
+def _whole_config(section: ModelSection) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    """Transformers' causal model class of a config; None of one with code of its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+    """The text model of a loaded one that has parts for images or sound, too, with its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    decoder = whole.get_decoder()
+    if type(decoder) is not type(model.base_model):
+        message = f"{type(whole).__name__} has no {type(model.base_model).__name__} in it; save its text model first"
+        raise RecipeError.at("model.pretrained", message)
+    for ours, theirs in ((model.base_model, decoder), (model.get_output_embeddings(), whole.get_output_embeddings())):
+        ours.load_state_dict(theirs.state_dict(), assign=True)
+        buffers = dict(theirs.named_buffers())
+        for name, _ in list(ours.named_buffers()):  # those that no checkpoint holds as well
+            owner, _, leaf = name.rpartition(".")
+            ours.get_submodule(owner)._buffers[leaf] = buffers[name]
+    model.tie_weights()
+    return model
+
+
+def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) -> Iterator[Problem]:
+    """What `from_pretrained` found of tensors that are not those of a class called `name`, but for what is allowed."""
+
+    def listed(names: Any) -> str:
+        names = sorted(names)
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+    def refused(names: Any) -> list[str]:
+        return [one for one in names if not any(fnmatch.fnmatchcase(one, allowed) for allowed in section.allow_missing)]
+
+    path, fix = "model.pretrained", "mend config.json or the weights, or name them in model.allow_missing"
+    if missing := refused(info["missing_keys"]):
+        yield Problem(path, f"{section.pretrained} lacks {len(missing)} tensors of {name}: {listed(missing)}; {fix}")
+    if unexpected := refused(info["unexpected_keys"]):
+        text = f"{section.pretrained} has {len(unexpected)} tensors that {name} has no place for: {listed(unexpected)}"
+        yield Problem(path, f"{text}; {fix}")
+    if mismatched := info["mismatched_keys"]:
+        texts = [f"{key} is {list(theirs)} there, {list(ours)} in the model" for key, theirs, ours in mismatched]
+        yield Problem(path, f"{section.pretrained} does not fit its config.json: {listed(texts)}")
+    if info["error_msgs"]:
+        yield Problem(path, f"{section.pretrained} does not load: {listed(info['error_msgs'])}")
 
 
 def import_code(config: PretrainedConfig) -> None:

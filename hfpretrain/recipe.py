@@ -73,6 +73,9 @@ class ModelSection(Section):
     """Folder or Hub id to go on from (`AutoModelForCausalLM.from_pretrained`)."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
+    allow_missing: tuple[str, ...] = ()
+    """Patterns (`*` for any characters) of tensors that `pretrained` may lack, which are then drawn from the seed, or
+    have without a place in the model, which are then left out: `[lm_head.weight]`. Any other is an error."""
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
@@ -100,8 +103,9 @@ class ModelSection(Section):
             raise ValueError("`config` needs `model_type`, for example llama, qwen3, gpt2")
         if self.pretrained is not None and self.depth_scaled_init:
             raise ValueError("`depth_scaled_init` draws new weights and would overwrite those of `pretrained`")
-        if self.revision is not None and self.pretrained is None:
-            raise ValueError("`revision` belongs to `pretrained`, which is not given")
+        for key in ("revision", "allow_missing"):
+            if getattr(self, key) and self.pretrained is None:
+                raise ValueError(f"`{key}` belongs to `pretrained`, which is not given")
         return self
 
 

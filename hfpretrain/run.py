@@ -151,7 +151,7 @@ class Run:
             raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
         self.peak_memory = metrics.PeakMemory()
         with engine.plain_initialisation():
-            model = modeling.build_model(recipe.model, config)
+            model = modeling.build_model(recipe.model, config, seed=recipe.seed)
         self.config, self.attn_implementation = model.config, model.config._attn_implementation
         if recipe.model.attn_implementation == "auto" and self.attn_implementation != "sdpa":
             logger.info("attention is %s: %s has no sdpa", self.attn_implementation, type(model).__name__)
@@ -183,7 +183,7 @@ class Run:
         )
         if engine.precision(self.accelerator) == "fp8":
             # Its layers scale by the largest value there is, so that every token changes every other a little.
-            probe = initialisation.filled(modeling.build_model(recipe.model, config), weights).to(
+            probe = initialisation.filled(modeling.build_model(recipe.model, config, seed=recipe.seed), weights).to(
                 self.accelerator.device
             )
         self.document_masking = _document_masking(recipe, probe, self.accelerator)

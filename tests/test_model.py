@@ -1,9 +1,10 @@
 import functools
+import json
 
 import pytest
 import torch
 from conftest import recipe_mapping
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import model as modeling
 from hfpretrain.recipe import ModelSection, RecipeError
@@ -98,6 +99,70 @@ def test_a_pretrained_model_is_gone_on_from(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(RecipeError, match=r"model\.pretrained"):
         modeling.resolve_config(ModelSection(pretrained=str(tmp_path / "none")), 64, FakeTokenizer(), 64, 32)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    build(LLAMA).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(path, **section):
+    section = ModelSection(pretrained=str(path), **section)
+    return modeling.build_model(section, modeling.load_config(section), seed=3)
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_by_name(checkpoint):
+    edit_config(checkpoint, num_hidden_layers=4)
+    with pytest.raises(
+        RecipeError, match=r"model\.pretrained: .* lacks 9 tensors .*model\.layers\.3\.input_layernorm"
+    ) as e:
+        load(checkpoint, allow_missing=["model.layers.2.*"])
+    assert "layers.2." not in str(e.value) and "model.allow_missing" in str(e.value)
+    first, second = (load(checkpoint, allow_missing=["model.layers.3.*"]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first.model.layers[3].self_attn.q_proj.weight.std() > 0
+
+
+def test_a_checkpoint_with_other_weights_is_refused_by_name(checkpoint):
+    edit_config(checkpoint, num_hidden_layers=2, tie_word_embeddings=False)
+    with pytest.raises(RecipeError, match=r"has 9 tensors that LlamaForCausalLM has no place for: model\.layers\.2\."):
+        load(checkpoint)
+    assert len(load(checkpoint, allow_missing=["model.layers.2.*"]).model.layers) == 2
+    edit_config(checkpoint, num_hidden_layers=3, intermediate_size=40)
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.down_proj\.weight is \[32, 48\] there, \[32, 40\]"):
+        load(checkpoint, allow_missing=["*"])
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    build(GPT2).save_pretrained(tmp_path)
+    assert load(tmp_path).training
+
+
+def test_a_checkpoint_for_images_goes_on_with_its_text_model(tmp_path):
+    text = {"model_type": "gemma3_text", "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, **SMALL,
+            "max_position_embeddings": 64, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "sliding_window": 16, **SPECIAL}  # fmt: skip
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "image_size": 28}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
+    ids = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62, "mm_tokens_per_image": 4}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **ids)
+    whole = AutoModelForCausalLM.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    model = load(tmp_path).eval()
+    assert model.config.model_type == "gemma3_text" and not any(
+        "vision" in name for name, _ in model.named_parameters()
+    )
+    input_ids = torch.arange(12)[None]
+    assert torch.equal(model(input_ids=input_ids).logits, whole(input_ids=input_ids).logits)
+    mapping = recipe_mapping(tmp_path, model__config={"model_type": "gemma3"})
+    (problem,) = modeling.config_problems(mapping)
+    assert "gemma3_text" in problem.message
 
 
 def test_gradient_checkpointing_changes_no_gradient():
