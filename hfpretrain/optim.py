@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib.util
+import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +15,29 @@ from transformers import get_scheduler
 
 from hfpretrain.recipe import OptimizerSection, RecipeError, SchedulerSection
 
+# Of state-space layers, whose authors mark them (`_no_weight_decay` in Mamba's own code) where transformers does not.
+_STATE_SPACE = ("A_log", "D", "dt_bias")
 
-def decayed_names(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters that decay: those with two or more dimensions. To be asked before an engine shards the
-    model, since a flat piece of a matrix has one."""
-    return {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+
+def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
+    """Names of the parameters that decay: matrices and embeddings, but not what `no_decay` matches.
+
+    Vectors, norms, biases, the decay rates of state-space layers and what the model's class marks with
+    `_no_weight_decay` don't, whatever their shape. To be asked before an engine shards the model, since a flat piece of
+    a matrix has one dimension. Raises `RecipeError` for a pattern that matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for number, pattern in enumerate(no_decay):
+        if not fnmatch.filter(names, pattern):
+            near = "; ".join(names[:3])
+            raise RecipeError.at(f"optimizer.no_decay.{number}", f"no parameter matches {pattern!r}; names are: {near}")
+    return {name for name in _matrices(model) if not any(fnmatch.fnmatchcase(name, one) for one in no_decay)}
+
+
+def undecayed_matrices(model: Any, decayed: set[str]) -> list[str]:
+    """Names of the parameters with two or more dimensions that don't decay: the exceptions to the rule by which
+    earlier versions trained."""
+    return sorted(name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name not in decayed)
 
 
 def hidden_names(model: Any) -> set[str]:
@@ -25,7 +45,35 @@ def hidden_names(model: Any) -> set[str]:
     outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     if (head := model.get_output_embeddings()) is not None:
         outside.add(id(head.weight))
-    return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in outside}
+    matrices = _matrices(model)
+    return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in outside and name in matrices}
+
+
+def _matrices(model: Any) -> set[str]:
+    """Names of the parameters that are matrices by what they do: that multiply, or look up, vectors."""
+    marked = _marked(model)
+    found = set()
+    for name, parameter in model.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        is_linear = isinstance(owner, (torch.nn.Linear, torch.nn.Embedding))
+        is_norm = "norm" in type(owner).__name__.lower() and not is_linear
+        is_bias = re.search(r"(^|_)bias(_|$)", leaf) is not None
+        # RWKV's mixing weights and others are vectors of shape (1, 1, hidden).
+        is_vector = parameter.ndim < 2 or (parameter.ndim > 2 and parameter.numel() == max(parameter.shape))
+        if not (is_norm or is_bias or is_vector or leaf in _STATE_SPACE or name in marked):
+            found.add(name)
+    return found
+
+
+def _marked(model: Any) -> set[str]:
+    """Names of the parameters that the model's class marks. Loading weights replaces parameters, marks and all, so a
+    class that is not of transformers is built again without values."""
+    twin = model
+    if not type(model).__module__.startswith("transformers.") and hasattr(type(model), "_from_config"):
+        with torch.device("meta"):
+            twin = type(model)._from_config(model.config)
+    return {name for name, parameter in twin.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
 
 
 def moment_bytes(model: Any, section: OptimizerSection) -> int:
@@ -82,11 +130,10 @@ class _Wrapped(torch.optim.Optimizer):
 
 
 class MuonWithAdamW(_Wrapped):
-    """Muon for `hidden` matrices and AdamW for the `other` groups, as one optimizer with one state."""
+    """Muon for the groups of `hidden` matrices and AdamW for the `other` ones, as one optimizer with one state."""
 
-    def __init__(self, hidden: list[torch.Tensor], other: list[dict[str, Any]], section: OptimizerSection):
-        shared: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
-        muon = torch.optim.Muon(hidden, momentum=section.momentum, adjust_lr_fn="match_rms_adamw", **shared)
+    def __init__(self, hidden: list[dict[str, Any]], other: list[dict[str, Any]], section: OptimizerSection):
+        muon = torch.optim.Muon(hidden, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
         super().__init__(muon, _adamw(other, section))
 
 
@@ -173,22 +220,37 @@ def average(weights: dict[str, torch.Tensor], moments: Mapping[str, Any], sectio
         weights[name].lerp_(moments[name]["z"], 1 - 1 / section.betas[0])
 
 
+def named_groups(
+    model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
+) -> list[dict[str, Any]]:
+    """The groups of `build_optimizer`: `optimizer`, `weight_decay` and the names of their `parameters`."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = []
+    for optimizer in ("muon", "adamw") if section.name == "muon" else (section.name,):
+        some = [name for name in names if section.name != "muon" or (name in hidden) == (optimizer == "muon")]
+        for decays in (True, False):
+            found = [name for name in some if (name in decayed) == decays]
+            weight_decay = section.weight_decay if decays else 0.0
+            groups.append({"optimizer": optimizer, "weight_decay": weight_decay, "parameters": found})
+    return [group for group in groups if group["parameters"]]
+
+
 def build_optimizer(
     model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
 ) -> torch.optim.Optimizer:
     """The optimizer of the recipe, with weight decay for the parameters named in `decayed`; `hidden` are Muon's."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    taken = hidden if section.name == "muon" else set()
-    groups = [
-        {
-            "params": [p for name, p in named if name in decayed and name not in taken],
-            "weight_decay": section.weight_decay,
-        },
-        {"params": [p for name, p in named if name not in decayed | taken], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    parameters = dict(model.named_parameters())
+
+    def groups_of(optimizer: str) -> list[dict[str, Any]]:
+        found = [group for group in named_groups(model, section, decayed, hidden) if group["optimizer"] == optimizer]
+        return [
+            {"params": [parameters[name] for name in group["parameters"]], "weight_decay": group["weight_decay"]}
+            for group in found
+        ]
+
     if section.name == "muon":
-        return MuonWithAdamW([p for name, p in named if name in hidden], groups, section)
+        return MuonWithAdamW(groups_of("muon"), groups_of("adamw"), section)
+    groups = groups_of(section.name)
     if section.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=section.lr, beta2_decay=section.beta2_decay, d=section.d)
     if section.name == "adamw_8bit":

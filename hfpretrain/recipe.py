@@ -299,7 +299,8 @@ _Average = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """An optimizer by its own keyword names. Matrices decay, vectors (norms, biases) do not."""
+    """An optimizer by its own keyword names. Matrices and embeddings decay; norms, biases, other vectors and the decay
+    rates of state-space layers do not. A run's `optimizer.json` lists both."""
 
     name: Literal["adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"] = "adamw"
     """`torch.optim.AdamW`, `Muon` or `Adafactor`. Muon takes the matrices between embedding and head, its update scaled
@@ -317,7 +318,9 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator; torch's default."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay of parameters with two or more dimensions; 0.1 as in GPT-3."""
+    """Decoupled decay of matrices and embeddings; 0.1 as in GPT-3."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns (`*` for any characters) of further parameters without decay, for example `["*embed_tokens*"]`."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Of Muon; torch's default."""
     beta2_decay: float = Field(default=-0.8, le=0)

@@ -85,6 +85,7 @@ def describe(run: Any) -> None:
     }
     for name, content in ((DATA, json.dumps(data, indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):
         files.write_whole(folder / name, content)
+    files.write_whole(folder / "optimizer.json", json.dumps(run.optimizer_groups, indent=1))
     files.write_whole(folder / "environment.json", json.dumps(environment(run), indent=1))
 
 

@@ -156,7 +156,9 @@ class Run:
         if recipe.model.attn_implementation == "auto" and self.attn_implementation != "sdpa":
             logger.info("attention is %s: %s has no sdpa", self.attn_implementation, type(model).__name__)
         self.parameters = modeling.count_parameters(model)
-        decayed, hidden = optim.decayed_names(model), optim.hidden_names(model)
+        decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
+        self.undecayed = optim.undecayed_matrices(model, decayed)
+        self.optimizer_groups = optim.named_groups(model, recipe.optimizer, decayed, hidden)
         weights = None
         if recipe.model.pretrained is None:
             weights = initialisation.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init)
@@ -213,7 +215,7 @@ class Run:
 
     def _note(self, text: str | None) -> None:
         """Say what changes training where no recipe asked for it, and keep it for the run's records."""
-        if text is not None:
+        if text is not None and text not in self.notes:
             self.notes.append(text)
             logger.info(text)
 
@@ -263,6 +265,7 @@ class Run:
             return None
         stored = checkpoint.train_state(path)
         origin, precision = (stored.pop("engine"), stored.pop("num_processes")), stored.pop("precision", None)
+        self._note(self._decay_note(path, stored.pop("undecayed", [])))
         if stored.pop("data") != self._data_identity():
             raise RecipeError.at(
                 "data", f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
@@ -292,6 +295,19 @@ class Run:
             moved = f", saved by {origin[0]} with {origin[1]} process(es)" if origin != here else ""
             logger.info("resumed from %s%s, read in %.1f s", path, moved, time.perf_counter() - start)
         return self.state.step
+
+    def _decay_note(self, path: Path, undecayed: list[str]) -> str | None:
+        """What to tell where weight decay is not what it was up to a checkpoint, whose matrices `undecayed` had none:
+        versions before that was recorded went by the number of dimensions. Raises `RecipeError` where Muon had others.
+        """
+        changed = sorted(set(undecayed) ^ set(self.undecayed))
+        if not changed:
+            return None
+        names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        if self.recipe.optimizer.name == "muon":
+            message = f"{path} is of an earlier version of hfpretrain, in which Muon or its weight decay took {names}"
+            raise RecipeError.at("optimizer.name", f"{message}; go on with that version, or start a new output_dir")
+        return f"weight decay changes with this version of hfpretrain, after {path}, for {names}"
 
     def _data_identity(self) -> str:
         """The prepared text by its checksum; of a stream also what the sources were at the start."""
@@ -409,6 +425,7 @@ class Run:
             "num_processes": self.accelerator.num_processes,
             "precision": engine.precision(self.accelerator),
             "data": self._data_identity(),
+            "undecayed": self.undecayed,
             **self.consumption.state(),
         }
         tensors = engine.state_to_save(self.accelerator, self.model, self.optimizer)

@@ -14,8 +14,10 @@ from hfpretrain.optim import (
     decayed_names,
     hidden_names,
     moment_bytes,
+    named_groups,
     require_library,
     set_step,
+    undecayed_matrices,
 )
 from hfpretrain.recipe import OptimizerSection, RecipeError, SchedulerSection, load_recipe
 
@@ -40,6 +42,55 @@ def test_matrices_decay_and_vectors_do_not():
         (0.1, [2]),
         (0.0, [1, 1, 1]),
     ]
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+
+
+def undecayed(name, **changes):
+    """The matrices of a model that do not decay, by the names that they have in its layer 0."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SPECIAL, **(SIZES | changes)))
+    decayed = decayed_names(model)
+    assert {model_name for model_name, p in model.named_parameters() if p.ndim < 2}.isdisjoint(decayed)
+    return [name.partition(".0.")[2] for name in undecayed_matrices(model, decayed) if ".0." in name]
+
+
+def test_decay_goes_by_what_a_parameter_does():
+    assert undecayed("llama") == [] == undecayed("gpt2", n_embd=32, n_head=4)
+    assert undecayed("cohere", use_qk_norm=True) == ["self_attn.k_norm.weight", "self_attn.q_norm.weight"]
+    assert undecayed("mamba", state_size=8) == ["mixer.A_log"]
+    experts = undecayed("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    assert experts == ["mlp.experts.down_proj_bias", "mlp.experts.gate_up_proj_bias"]
+    assert "attention.time_mix_key" in undecayed("rwkv")
+
+
+def test_a_mark_of_the_models_class_and_patterns_of_the_recipe_take_decay_away():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 3))
+    model[1].weight._no_weight_decay = True
+    assert decayed_names(model) == {"0.weight"} and decayed_names(model, ["0.*"]) == set()
+    assert undecayed_matrices(model, {"0.weight"}) == ["1.weight"]
+    with pytest.raises(RecipeError, match=r"optimizer\.no_decay\.1: no parameter matches '\*embed\*'"):
+        decayed_names(model, ["0.*", "*embed*"])
+
+
+def test_muon_takes_no_norms_and_has_groups_of_its_own():
+    with torch.device("meta"):
+        config = AutoConfig.for_model("cohere", use_qk_norm=True, **SPECIAL, **SIZES)
+        model = AutoModelForCausalLM.from_config(config)
+    hidden, decayed = hidden_names(model), decayed_names(model, ["*.mlp.*"])
+    assert not any("norm" in name for name in hidden)
+    section = OptimizerSection(name="muon", lr=1.0, weight_decay=0.1)
+    groups = named_groups(model, section, decayed, hidden)
+    assert [(g["optimizer"], g["weight_decay"]) for g in groups] == [
+        ("muon", 0.1), ("muon", 0.0), ("adamw", 0.1), ("adamw", 0.0)
+    ]  # fmt: skip
+    assert all(".mlp." in name for name in groups[1]["parameters"]) and len(groups[1]["parameters"]) == 6
+    built = build_optimizer(model, section, decayed, hidden).param_groups
+    assert [len(g["params"]) for g in built] == [len(g["parameters"]) for g in groups]
+    assert [g["weight_decay"] for g in built] == [0.1, 0.0, 0.1, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import files
-from hfpretrain.recipe import load_recipe
+from hfpretrain.recipe import RecipeError, load_recipe
+from hfpretrain.run import Run
 from hfpretrain.train import main
 
 # Dropout makes the result depend on the random state, the short schedule on the step.
@@ -55,6 +57,10 @@ def test_the_run_folder_holds_what_the_contract_says(finished):
     assert load_recipe(run / "recipe.yaml") == load_recipe(folder / "recipe.yaml")
     recorded = json.loads((run / "environment.json").read_text())
     assert recorded["engine"] == "single" and recorded["num_processes"] == 1 and recorded["document_masking"] is True
+    decays, others = json.loads((run / "optimizer.json").read_text())
+    assert decays["weight_decay"] == 0.1 and "transformer.wte.weight" in decays["parameters"]
+    assert others["weight_decay"] == 0.0 and "transformer.ln_f.weight" in others["parameters"]
+    assert recorded["notes"] == [] and recorded["attn_implementation"] == "sdpa"
     steps = rows(run, "loss")
     assert list(steps) == list(range(4, 41, 4))
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"} <= set(steps[40])
@@ -187,6 +193,18 @@ def test_a_run_cannot_go_back(finished):
     folder, _ = finished
     result = train(folder / "recipe.yaml", "--training.max_steps=30")
     assert result.returncode == 2 and "has done 40 steps, more than the 30 asked" in result.stderr
+
+
+def test_a_resume_says_which_weight_decay_an_earlier_version_had(finished):
+    folder, _ = finished
+    recipe = load_recipe(folder / "recipe.yaml")
+    run = SimpleNamespace(recipe=recipe, undecayed=["h.0.q_norm.weight"])
+    path = folder / "step-00000001"
+    assert Run._decay_note(run, path, run.undecayed) is None
+    assert "h.0.q_norm.weight" in Run._decay_note(run, path, [])
+    run.recipe = load_recipe(folder / "recipe.yaml", ["--optimizer.name=muon"])
+    with pytest.raises(RecipeError, match=r"optimizer.name: .* earlier version of hfpretrain"):
+        Run._decay_note(run, path, [])
 
 
 def test_text_that_changed_is_not_trained_on_further(folder):
