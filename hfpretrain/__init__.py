@@ -1,6 +1,7 @@
 """Pretraining of causal language models with the Hugging Face stack.
 
-As a library: `load_recipe`, `prepare`, `training_batches`, `train` and `evaluate_perplexity`, imported when first used.
+As a library: `load_recipe`, `prepare`, `training_batches`, `train` and `evaluate_perplexity`, and the classes `Recipe`
+and `RecipeError`, imported when first used.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hfpretrain.loading import load_recipe
     from hfpretrain.prepare import prepare, training_batches
+    from hfpretrain.recipe import Recipe, RecipeError
     from hfpretrain.score import evaluate_perplexity
     from hfpretrain.train import train
 
-__all__ = ["evaluate_perplexity", "load_recipe", "prepare", "train", "training_batches"]
+__all__ = ["Recipe", "RecipeError", "evaluate_perplexity", "load_recipe", "prepare", "train", "training_batches"]
 __version__ = "0.1.0"
-_HOMES = {"load_recipe": "loading", "training_batches": "prepare", "evaluate_perplexity": "score"}
+_HOMES = {
+    "Recipe": "recipe",
+    "RecipeError": "recipe",
+    "load_recipe": "loading",
+    "training_batches": "prepare",
+    "evaluate_perplexity": "score",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ FILE = "plan.json"
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "peak", "host")
 
 
-def table(plan: Plan, measured: dict[str, Any] | None = None) -> str:
-    """The plan for people, 120 columns wide; with the figures of `measure` beside the prediction."""
+def table(plan: Plan) -> str:
+    """The plan for people, 120 columns wide."""
     counts = plan.parameters
     active = f", {counts.active:,} active for a token" if counts.active != counts.total else ""
     lines = [
@@ -63,8 +63,6 @@ def table(plan: Plan, measured: dict[str, Any] | None = None) -> str:
         disk = (row.checkpoint_bytes or 0) * plan.keep_last
         written = f"{_bytes(disk):>10}{_bytes(row.export_bytes or 0):>10}"
         lines.append(f"{row.engine:<14}{cells}  {'yes' if row.fits else 'no':<5}{written}")
-    if measured is not None:
-        lines += ["", *_comparison(measured)]
     return "\n".join(lines)
 
 
@@ -120,7 +118,7 @@ def seconds_per_step(rows: list[dict[str, Any]], tokens_per_step: int) -> float 
 
 
 def report(run: Any, peak_memory: int, resident: int) -> str:
-    """The table of a finished run beside what was measured, kept as `plan.json` in its folder.
+    """What a finished run took beside what its plan had said, kept with the whole plan as `plan.json` in its folder.
 
     `peak_memory` and `resident` (0 where it is not measured): bytes of `metrics.PeakMemory`, the largest of all
     processes.
@@ -147,7 +145,7 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
     seconds = seconds_per_step(rows, run.recipe.training.tokens_per_step)
     found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
     (run.output_dir / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
-    return table(plan, found)
+    return "\n".join([f"plan             {run.output_dir / FILE}", *_comparison(found)])
 
 
 def out_of_memory(run: Any, message: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +66,18 @@ def sleeping_threads() -> dict[str, str]:
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
     has_accelerator = any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd"))
     return {} if chosen or has_accelerator else {"GOMP_SPINCOUNT": "20000"}
+
+
+def leave_message(text: str) -> None:
+    """Let torch's launcher of several processes end its report of this one's failure with `text`.
+
+    It prints a traceback of its own beneath what a rank has printed. This way what went wrong stands in the last lines,
+    too (https://docs.pytorch.org/docs/stable/elastic/errors.html).
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": text, "timestamp": int(time.time())}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def has_group() -> bool:

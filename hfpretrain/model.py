@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fnmatch
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hfpretrain.initialisation import decoder_layers
-from hfpretrain.recipe import ModelSection, Problem, RecipeError, unknown_key
+from hfpretrain.recipe import ModelSection, Problem, RecipeError, missing_path, not_loaded, unknown_key
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,7 +47,7 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     known = known_config_keys(model_type)
     unknown = [k for k in keywords if k != "model_type" and k not in known and not _is_read_by_model(model_type, k)]
     for key in unknown:
-        yield Problem(f"model.config.{key}", unknown_key(key, known))
+        yield Problem(f"model.config.{key}", _unknown_config_key(key, model_type, known))
     try:
         # A class's own special ids may lie outside a small vocabulary; the tokenizer's take their place later.
         special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -78,6 +80,20 @@ def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Prob
             return
 
 
+def context_note(section: ModelSection, config: PretrainedConfig, block_size: int) -> str | None:
+    """What to say of a new model that has its class's default context, of which training reaches only a part."""
+    key = next((key for key in _CONTEXT_KEYS if isinstance(getattr(config, key, None), int)), None)
+    if section.config is None or key is None or set(_CONTEXT_KEYS) & set(section.config):
+        return None
+    positions = getattr(config, key)
+    if positions <= block_size:
+        return None
+    return (
+        f"the model gets {key} {positions:,}, the default of {config.model_type}; blocks have {block_size:,} tokens, "
+        f"so positions behind them are not trained. Set model.config.{key} to say otherwise"
+    )
+
+
 def vocabulary_problem(vocab_size: int, tokenizer_size: int) -> Problem:
     """The problem of a tokenizer with ids that the model has no embedding for."""
     return Problem(
@@ -102,6 +118,35 @@ def known_config_keys(model_type: str) -> set[str]:
     return keys
 
 
+# Names of one thing that no config declares as aliases: those of GPT-2, OPT, T5, MPT and of Meta's own Llama.
+_SAME = (
+    ("hidden_size", "dim"),
+    ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
+    ("num_key_value_heads", "n_kv_heads"),
+    ("max_position_embeddings", "n_ctx"),
+    ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps"),
+    ("hidden_act", "activation_function", "hidden_activation"),
+    ("attention_dropout", "attn_pdrop"),
+)
+
+
+def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
+    """The message for a key that the config class does not know: what this class calls what other classes call so."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    meant = Counter(name for names in _SAME if key in names for name in names)
+    for other in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        meant.update(name for name, alias in CONFIG_MAPPING[other].attribute_map.items() if alias == key)
+    own = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
+    found = next((own.get(name, name) for name, _ in meant.most_common() if name in known), None)
+    if found is not None:
+        return f"unknown key; {model_type} calls it `{found}`"
+    # Not those of every config, which say nothing of the model.
+    sizes = [name for name in getattr(CONFIG_MAPPING[model_type], "__annotations__", {}) if not name.startswith("_")]
+    return unknown_key(key, known) if difflib.get_close_matches(key, known, 1, 0.5) else unknown_key(key, sizes)
+
+
 def _is_read_by_model(model_type: str, key: str) -> bool:
     """Whether the model's code reads a key that its config class does not declare, as some do with `head_dim`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -122,13 +167,14 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         # A class's own special ids may lie outside a small vocabulary.
         special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         return AutoConfig.for_model(**{**special, **defaults, **section.config})
+    if problem := missing_path(section.pretrained or ""):
+        raise RecipeError.at("model.pretrained", problem)
     try:
         config = _whole_config(section)
         # Of a checkpoint with parts for images or sound the text model alone is trained.
         return config if getattr(config, "auto_map", None) else config.get_text_config()
-    except (OSError, ValueError) as error:
-        message = (str(error).splitlines() or [""])[0]
-        raise RecipeError.at("model.pretrained", f"cannot load {section.pretrained!r}: {message}") from error
+    except Exception as error:  # a broken file may raise anything
+        raise RecipeError.at("model.pretrained", not_loaded(section.pretrained or "", error)) from error
 
 
 def resolve_config(

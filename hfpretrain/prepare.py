@@ -19,7 +19,7 @@ import numpy as np
 
 from hfpretrain import corpus, files, hygiene, joining, packing, tokenizer
 from hfpretrain.corpus import Document, Reader, Splitter
-from hfpretrain.dataloader import Blocks, TrainingData
+from hfpretrain.dataloader import Blocks, TrainingData, TrainingOrder
 from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
 from hfpretrain.prepared import PreparedData, is_validation, part_account, part_key
@@ -200,7 +200,7 @@ def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> Tr
     Raises `RecipeError` if a source runs out under its `max_epochs` before the end of the run.
     """
     data, training = recipe.data, recipe.training
-    stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
+    stages = _stages(recipe)
     made = TrainingData(
         [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
         stages,
@@ -223,6 +223,27 @@ def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> Tr
                 f"{cap} allowed; lower its weight, shorten the run or raise the cap",
             )
     return made
+
+
+def _stages(recipe: Recipe) -> list[tuple[int, list[float]]]:
+    """First sequence and weights of each stage of a mixture, as of `TrainingOrder`."""
+    return [(-(-tokens // recipe.data.block_size), weights) for tokens, weights in recipe.data.weights]
+
+
+def epochs(recipe: Recipe, prepared: PreparedData) -> list[float]:
+    """How often a run sees the blocks of each source; a single number for all where they have no weights."""
+    sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
+    num_sequences = recipe.training.num_steps * recipe.training.tokens_per_step // recipe.data.block_size
+    counts = TrainingOrder(sizes, _stages(recipe), recipe.seed).counts(num_sequences)
+    return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
+
+
+def epochs_text(recipe: Recipe, found: list[float]) -> str:
+    """`epochs` for people."""
+    if len(found) == 1:
+        return f"{found[0]:.2f}"
+    named = enumerate(zip(recipe.data.sources, found, strict=True))
+    return ", ".join(f"{number:.2f} of source {index} ({source.path})" for index, (source, number) in named)
 
 
 def training_batches(

@@ -27,6 +27,11 @@ class PreparedData:
     path: Path
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """Without the manifest, which tells of every part and is as long as the corpus is large."""
+        splits = {name: f"{split['rows']} blocks" for name, split in self.manifest.get("splits", {}).items()}
+        return f"PreparedData({str(self.path)!r}, block_size={self.manifest.get('block_size')}, {splits})"
+
     @classmethod
     def open(cls, path: Path) -> PreparedData | None:
         """The folder if it is whole, else None."""

@@ -7,6 +7,7 @@ answers without torch.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 import types
@@ -340,7 +341,7 @@ class OptimizerSection(Section):
     @classmethod
     def _own_keys(cls, given: Any) -> Any:
         name = given.get("name", "adamw") if isinstance(given, dict) else None
-        if name in cls._KEYS:
+        if isinstance(name, str) and name in cls._KEYS:
             for key in sorted(set().union(*cls._KEYS.values()) & set(given) - cls._KEYS[name]):
                 raise ValueError(f"`{key}` is no keyword of {name}")
         return given
@@ -494,6 +495,34 @@ def repo_id_problem(repo_id: str) -> str | None:
     if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
         return f"{repo_id!r} is no name of a repo; write USER/NAME with letters, digits, `-`, `_` and `.`"
     return None
+
+
+_SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt", ".gguf", ".txt", ".yaml", ".yml")
+
+
+def missing_path(given: str) -> str | None:
+    """Why `given`, a folder or an id of the Hub, can be neither; None if it exists or may be an id."""
+    path = Path(given)
+    if path.exists():
+        return None
+    is_below_folder = path.parent != Path(".") and path.parent.is_dir()
+    if not (given.startswith((".", "/", "~")) or given.count("/") > 1 or path.suffix in _SUFFIXES or is_below_folder):
+        return None
+    if given.startswith("~"):
+        return f"there is no {given!r}: `~` is the shell's and not expanded here; write the folder out"
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    return f"there is no file or folder {given!r}{hint}"
+
+
+def not_loaded(given: str, error: Exception) -> str:
+    """What to say of a folder or an id of the Hub that a library does not load."""
+    line = (str(error).splitlines() or [""])[0]
+    line = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
+    if Path(given).exists():
+        return f"cannot load {given!r}: {line}"
+    return f"there is no folder {given!r}, and it does not load from the Hub either: {line}"
 
 
 def hub_address(address: str) -> tuple[str, str] | None:
@@ -772,7 +801,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
-        raise RecipeError.at(place, f"{error.problem or error}") from None
+        fix = "; indent with spaces, tabs are not allowed" if "'\\t'" in str(error.problem) else ""
+        raise RecipeError.at(place, f"{error.problem or error}{fix}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError.at(origin, f"not valid YAML: {error}") from None
 
@@ -783,20 +813,27 @@ def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError.at(str(path), "no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError.at(str(path), f"cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        message = f"is no UTF-8 text: {error.reason} {error.object[error.start]:#04x} at byte {error.start}"
+        raise RecipeError.at(str(path), message) from None
+    except OSError as error:
+        raise RecipeError.at(str(path), f"cannot be read: {error.strerror}") from None
     mapping = parse_yaml(text, str(path))
+    if mapping is None:
+        raise RecipeError.at(str(path), "is empty; a recipe is a mapping of sections, see recipes/quickstart.yaml")
     if not isinstance(mapping, dict):
         raise RecipeError.at(str(path), "a recipe is a mapping of sections, see recipes/quickstart.yaml")
-    for override in overrides:
-        _apply_override(mapping, override)
+    given = list(overrides)
+    for override, following in itertools.zip_longest(given, given[1:], fillvalue=""):
+        _apply_override(mapping, override, following)
     return mapping
 
 
-def _apply_override(mapping: dict[str, Any], override: str) -> None:
+def _apply_override(mapping: dict[str, Any], override: str, following: str) -> None:
+    """Write an override into a recipe's mapping; `following` is the argument behind it, for the error's sake."""
     match = re.fullmatch(r"--([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
     if match is None:
-        raise RecipeError.at(override, "not an override; write --section.key=value")
+        raise RecipeError.at(override, f"not an override; write {_as_override(override, following)}")
     keys, node = match[1].split("."), typing.cast(Any, mapping)
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -817,6 +854,17 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
             node = node[slot]
 
 
+def _as_override(argument: str, following: str) -> str:
+    """How an argument such as `--max_steps`, with the one behind it, is spelled as an override."""
+    name = argument.removeprefix("--")
+    if name == argument or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        return "--section.key=value"
+    place = name if "." in name else _place(name) or name
+    key, _, value = place.partition(": ")
+    value = value or ("VALUE" if not following or following.startswith("--") else following)
+    return f"--{key}={value}" if re.fullmatch(r"[\w.]+", key) else f"{place}, as --section.key=value"
+
+
 def load_recipe(
     path: str | Path,
     overrides: Iterable[str] = (),
@@ -832,7 +880,7 @@ def load_recipe(
     recipe = None
     try:
         recipe = Recipe.model_validate(mapping)
-        problems += cross_problems(recipe)
+        problems += [*_value_problems(mapping, recipe), *cross_problems(recipe)]
     except ValidationError as error:
         details = error.errors()
         # A list whose only entry is wrong counts as empty for pydantic.
@@ -847,6 +895,20 @@ def load_recipe(
     return recipe
 
 
+def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
+    """Values that pydantic takes for another, and that nothing can be done with."""
+    taken = dict(flatten(recipe.model_dump(mode="json")))
+    for path, value in flatten(mapping):
+        if isinstance(value, bool) and not isinstance(taken.get(path, value), bool):
+            yield Problem(path, f"needs a number (got {str(value).lower()})")
+        elif isinstance(value, int) and abs(value) >= 2**53:
+            yield Problem(path, f"is larger than anything that can be counted (got {value:.3e})")
+        elif isinstance(value, str) and "\0" in value:
+            yield Problem(path, f"holds a NUL character (got {value!r:.100})")
+        elif value == "" and not path.startswith(("evaluation.prompts.", "model.config.")):
+            yield Problem(path, "is an empty text; give a value, or leave the key out")
+
+
 def _problem(detail: Any) -> Problem:
     """A pydantic error as a dotted path, the value and the fix."""
     location = list(detail["loc"])
@@ -854,7 +916,9 @@ def _problem(detail: Any) -> Problem:
         location = [p for p in location if not re.fullmatch(r"bool|str|literal\[.*\]|tuple\[.*\]", str(p))]
     path = ".".join(str(part) for part in location) or "recipe"
     if detail["type"] == "extra_forbidden":
-        return Problem(path, unknown_key(str(location[-1]), known_keys(location[:-1])))
+        key, known = str(location[-1]), known_keys(location[:-1])
+        place = _place(key)
+        return Problem(path, unknown_key(key, known) if place is None else f"unknown key; in a recipe it is {place}")
     if detail["type"] == "missing":
         return Problem(path, "is required")
     message = detail["msg"].removeprefix("Value error, ")
@@ -872,14 +936,132 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return "unknown key; known: " + (", ".join(known) if len(known) <= 30 else f"{len(known)} others")
 
 
+# What other training scripts call a key: transformers' TrainingArguments, run_clm, TRL and nanoGPT.
+_COUNTERPARTS = {
+    "learning_rate": "optimizer.lr",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "optim": "optimizer.name",
+    "lr_scheduler_type": "scheduler.name",
+    "lr_scheduler_kwargs": "scheduler.scheduler_specific_kwargs",
+    "warmup_steps": "scheduler.num_warmup_steps",
+    "warmup_ratio": "scheduler.num_warmup_steps, in optimizer steps",
+    "warmup_iters": "scheduler.num_warmup_steps",
+    "min_lr": "scheduler.scheduler_specific_kwargs, with scheduler.name cosine_with_min_lr",
+    "bf16": "training.mixed_precision: bf16",
+    "fp16": "training.mixed_precision: fp16",
+    "tf32": "training.mixed_precision: tf32",
+    "fp8": "training.mixed_precision: fp8",
+    "precision": "training.mixed_precision",
+    "num_train_epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
+    "num_epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
+    "epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
+    "max_train_steps": "training.max_steps",
+    "max_iters": "training.max_steps",
+    "num_steps": "training.max_steps",
+    "num_training_steps": "training.max_steps",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "per_device_eval_batch_size": "training.micro_batch_size",
+    "per_gpu_train_batch_size": "training.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "train_batch_size": "training.tokens_per_step, in tokens over all processes",
+    "global_batch_size": "training.tokens_per_step, in tokens over all processes",
+    "batch_size": "training.tokens_per_step, in tokens over all processes, and training.micro_batch_size",
+    "gradient_accumulation_steps": "training.tokens_per_step; accumulation follows from it and the micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "grad_clip": "training.max_grad_norm",
+    "torch_compile": "training.compile",
+    "gradient_checkpointing_kwargs": "model.gradient_checkpointing",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "torch_dtype": "model.dtype for the export, training.mixed_precision for training",
+    "model_name_or_path": "model.pretrained",
+    "model_revision": "model.revision",
+    "config_name": "model.config",
+    "tokenizer_name": "tokenizer.pretrained",
+    "dataset_name": "data.sources.0.path",
+    "dataset_config_name": "data.sources.0.name",
+    "dataset_text_field": "data.sources.0.text_column",
+    "dataset_path": "data.sources.0.path",
+    "train_file": "data.sources.0.data_files",
+    "train_files": "data.sources.0.data_files",
+    "validation_file": "data.validation_sources.0.data_files",
+    "validation_split_percentage": "data.validation_fraction",
+    "preprocessing_num_workers": "--num-workers of `hfpretrain prepare`",
+    "max_seq_length": "data.block_size",
+    "max_seq_len": "data.block_size",
+    "max_length": "data.block_size",
+    "seq_length": "data.block_size",
+    "seq_len": "data.block_size",
+    "context_length": "data.block_size",
+    "logging_steps": "logging.every_steps",
+    "log_interval": "logging.every_steps",
+    "report_to": "logging.trackers",
+    "run_name": "output_dir",
+    "logging_dir": "output_dir",
+    "save_steps": "checkpoint.every_steps",
+    "save_strategy": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "load_best_model_at_end": "checkpoint.keep_best",
+    "metric_for_best_model": "checkpoint.keep_best",
+    "resume_from_checkpoint": "checkpoint.resume_from; the same command resumes by itself",
+    "eval_steps": "evaluation.every_steps",
+    "eval_interval": "evaluation.every_steps",
+    "eval_strategy": "evaluation.every_steps",
+    "evaluation_strategy": "evaluation.every_steps",
+    "push_to_hub": "hub.repo_id",
+    "hub_model_id": "hub.repo_id",
+    "hub_private_repo": "hub.private",
+    "data_seed": "seed",
+    "deepspeed": "the file given to `accelerate launch --config_file`",
+    "fsdp": "the file given to `accelerate launch --config_file`",
+    "fsdp_config": "the file given to `accelerate launch --config_file`",
+    **{
+        key: f"model.config.{key}"
+        for key in (
+            "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "tie_word_embeddings",
+            "n_embd", "n_layer", "n_head", "n_positions", "attention_dropout", "dropout",
+        )
+    },
+}  # fmt: skip
+
+
+def _place(key: str) -> str | None:
+    """Where in a recipe stands what `key` means elsewhere, or in another section; None where it is not known."""
+    if key in _COUNTERPARTS:
+        return _COUNTERPARTS[key]
+    places = [path for path in _paths(Recipe) if path.rpartition(".")[2] == key]
+    return " or ".join(places) if 0 < len(places) <= 4 else None
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all keys; of a list of sections those of the first."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        kind, entry = _section_of(field.annotation)
+        if kind is not None:
+            yield from _paths(kind, f"{prefix}{name}.{entry}")
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The section that a field holds, itself or in a list, and the index of a list's first entry."""
+    entry = ""
+    while typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
+        entry = "0." if typing.get_origin(annotation) is tuple else entry
+        annotation = typing.get_args(annotation)[0]
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return (annotation if is_section else None), entry
+
+
 def known_keys(location: Sequence[int | str]) -> list[str]:
     """Field names of the section at `location`, a path of keys and list indices."""
-    section: Any = Recipe
+    section: type[BaseModel] = Recipe
     for part in location:
-        if isinstance(part, str) and isinstance(section, type) and issubclass(section, BaseModel):
-            section = section.model_fields[part].annotation
-        while typing.get_origin(section) in (tuple, types.UnionType, typing.Union):
-            section = typing.get_args(section)[0]
+        if isinstance(part, str):
+            section = _section_of(section.model_fields[part].annotation)[0] or section
     return list(section.model_fields)
 
 

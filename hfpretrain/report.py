@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import __version__, engine, files, metrics
-from hfpretrain.prepare import summary
+from hfpretrain.prepare import epochs_text, summary
 from hfpretrain.recipe import dump_recipe
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -34,6 +34,7 @@ def environment(run: Any) -> dict[str, Any]:
         "attn_implementation": run.attn_implementation,
         "document_masking": run.document_masking,
         "chunked_loss": run.chunked_loss,
+        "epochs": run.epochs,
         "notes": run.notes,
         "accumulation_steps": run.accumulation_steps,
         "num_parameters": run.parameters.total,
@@ -104,6 +105,8 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
             f"bits per byte {row['eval/bits_per_byte']:.4f}"
             for row in found
         ]
+    if run.epochs is not None:
+        lines.append(f"  {'epochs':<16} {epochs_text(run.recipe, run.epochs)}")
     lines += [
         f"  {'model':<16} {run.output_dir / 'model'}",
         f"  {'loss plot':<16} {run.output_dir / 'loss.png'}",

@@ -40,7 +40,14 @@ from hfpretrain.consumption import LEDGER, Consumption
 from hfpretrain.dataloader import Prefetcher, StepData, TrainingData
 from hfpretrain.evaluator import Evaluator
 from hfpretrain.loss import examine_loss, use_chunked_loss
-from hfpretrain.prepare import load_prepared_tokenizer, prepare, training_data, wait_for_prepared
+from hfpretrain.prepare import (
+    epochs,
+    epochs_text,
+    load_prepared_tokenizer,
+    prepare,
+    training_data,
+    wait_for_prepared,
+)
 from hfpretrain.publishing import Publishing
 from hfpretrain.recipe import (
     HubSection,
@@ -146,6 +153,7 @@ class Run:
         config = modeling.resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
+        self._note(modeling.context_note(recipe.model, config, recipe.data.block_size))
         modeling.import_code(config)
         if recipe.model.attn_implementation.startswith("flex") and self.accelerator.device.type == "cpu":
             raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
@@ -199,6 +207,9 @@ class Run:
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
+        self.epochs = None if recipe.data.streaming else epochs(recipe, self.prepared)
+        if self.epochs is not None:
+            logger.info("epochs of the training text: %s", epochs_text(recipe, self.epochs))
         self.evaluator = Evaluator(self)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step

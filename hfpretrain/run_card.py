@@ -232,6 +232,7 @@ def _training(
         "tokens": f"{last['tokens']:,} in {last['step']:,} steps of {recipe.training.tokens_per_step:,}"
         if last
         else None,
+        "epochs, by source": ", ".join(f"{number:.2f}" for number in where.get("epochs") or ()) or None,
         "compute": f"{last['flops']:.3g} FLOP" if last else None,
         "hardware": f"{where['num_processes']} x {where['device']}, engine {where['engine']}",
         "throughput": speed,

@@ -14,7 +14,14 @@ from hfpretrain import corpus, evaluation, tasks
 from hfpretrain.dataloader import collate
 from hfpretrain.loss import IGNORE_INDEX, use_chunked_loss
 from hfpretrain.model import isolates_documents
-from hfpretrain.recipe import LmEvalSection, Recipe, RecipeError, SourceSection, TokenizerSection
+from hfpretrain.recipe import (
+    LmEvalSection,
+    Recipe,
+    RecipeError,
+    SourceSection,
+    TokenizerSection,
+    missing_path,
+)
 from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes, unknown_id
 
 if TYPE_CHECKING:
@@ -214,7 +221,9 @@ def _load(model: str) -> tuple[Any, Any]:
 
     transformers.utils.logging.disable_progress_bar()
     path = Path(model)
-    if not (path / "config.json").is_file() and (path.exists() or model.startswith((".", "/")) or model.count("/") > 1):
+    if problem := missing_path(model):
+        raise RecipeError.at("model", problem)
+    if not (path / "config.json").is_file() and path.exists():
         exported = next((p for p in (path / "model", *(q / "model" for q in path.parents)) if p.is_dir()), None)
         hint = f"; did you mean {exported}?" if exported else ""
         raise RecipeError.at("model", f"{model} is no folder with a model{hint}")

@@ -27,7 +27,11 @@ def find(given: str | Path, *kinds: str, path: str = "recipe") -> Path:
     for kind in kinds:
         if given in names(kind):
             return _FOLDERS[kind] / f"{given}.yaml"
+    if Path(given).is_dir():
+        inside = [file.name for file in sorted(Path(given).glob("*.yaml"))]
+        advice = f"give one of its files: {', '.join(inside[:5])}" if inside else "give a file"
+        raise RecipeError.at(path, f"{str(given)!r} is a folder; {advice}")
     known = [name for kind in kinds for name in names(kind)]
     nearest = difflib.get_close_matches(Path(given).stem, known, n=3, cutoff=0.5) or known
-    what = " or ".join(kinds)
-    raise RecipeError.at(path, f"no such {what} file, nor one shipped under that name; shipped: {', '.join(nearest)}")
+    message = f"no such {' or '.join(kinds)} file, nor one shipped under that name (got {str(given)!r})"
+    raise RecipeError.at(path, f"{message}; shipped: {', '.join(nearest)}")

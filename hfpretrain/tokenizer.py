@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfpretrain.recipe import Problem, RecipeError, TokenizerSection
+from hfpretrain.recipe import Problem, RecipeError, TokenizerSection, missing_path, not_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,13 +28,14 @@ def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
     """The tokenizer that `section.pretrained` names. Raises `RecipeError` if it is not fast or has no EOS token."""
     from transformers import AutoTokenizer
 
+    if problem := missing_path(section.pretrained or ""):
+        raise RecipeError.at("tokenizer.pretrained", problem)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        message = (str(error).splitlines() or [""])[0]
-        raise RecipeError.at("tokenizer.pretrained", f"cannot load {section.pretrained!r}: {message}") from error
+    except Exception as error:  # a broken file may raise anything
+        raise RecipeError.at("tokenizer.pretrained", not_loaded(section.pretrained or "", error)) from error
     if not tokenizer.is_fast:
         raise RecipeError.at("tokenizer.pretrained", f"{section.pretrained!r} has no fast version; convert it first")
     if tokenizer.eos_token_id is None:

@@ -161,8 +161,8 @@ def _finish(run: Run) -> Path:
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         run.records.plot()
         run_card.write_card(run.output_dir, model_path)
-        print(run_summary(run, report), flush=True)
         print("", bill.report(run, *peak_memory), sep="\n", flush=True)
+        print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
     engine.finish(run.accelerator, run.model)
     return model_path
@@ -198,26 +198,32 @@ def _main(arguments: list[str], rank: int) -> int:
     except RecipeError as error:
         if rank:
             time.sleep(5)  # the launcher ends all ranks with the first: where all have the error, the main one speaks
-        print(f"error in {arguments[0]}:", *error.problems, sep="\n  ", file=sys.stderr)
+        _tell("\n  ".join([f"error in {arguments[0]}:", *map(str, error.problems)]))
         return 2
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
     except StoppedEarlyError as error:
-        print(f"stopped by {error}; what is finished stays, and the same command goes on from there", file=sys.stderr)
+        _tell(f"stopped by {error}; what is finished stays, and the same command goes on from there")
         return STOPPED
     except (TrainingDivergedError, NotSavedError) as error:
         if rank == 0:
-            print(f"stopped: {error}", file=sys.stderr)
+            _tell(f"stopped: {error}")
         return 1
     except Exception as error:
         if (text := files.refusal(error)) is None:
             raise
         advice = "make room or allow access there: what is finished stays, and the same command goes on from there"
-        print(f"stopped: {text}; {advice}", file=sys.stderr)
+        _tell(f"stopped: {text}; {advice}")
         return 1
     return STOPPED if path is None else 0
+
+
+def _tell(text: str) -> None:
+    """Print why a run ends; under torch's launcher its own report ends with it, too."""
+    launcher.leave_message(text)
+    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

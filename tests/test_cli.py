@@ -56,7 +56,9 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
     ("arguments", "fragment"),
     [
         (["verify", "nowhere"], "neither a finished run"),
-        (["evaluate", "nowhere", "--data", "constraints.txt"], "cannot load 'nowhere'"),
+        (["evaluate", "nowhere", "--data", "constraints.txt"], "there is no folder 'nowhere'"),
+        (["generate", "recipes/nowhere", "x"], "model: there is no file or folder 'recipes/nowhere'"),
+        (["check", "recipes"], "'recipes' is a folder; give one of its files"),
         (["evaluate", "nowhere"], "give a recipe or --data"),
         (["check", "nowhere.yaml"], "no such recipe file"),
         (["evaluate", "x", "--data", "y.txt", "--strid=8"], "unknown arguments: --strid=8"),

@@ -214,3 +214,10 @@ def test_waiting_threads_sleep_before_torch_is_imported(tmp_path, chosen, seen):
         command = [sys.executable, "-m", *arguments]
         result = subprocess.run(command, cwd=ROOT, env=env | chosen, capture_output=True, text=True, timeout=120)
         assert result.stdout == f"{seen}\n", result
+
+
+def test_the_launchers_report_ends_with_what_went_wrong(folder):
+    result = train(write_recipe(folder), "--learning_rate=1", engine="ddp")
+    assert result.returncode == 1 and result.stderr.startswith("error in ")
+    first, *_, message, _ = [line for line in result.stderr.splitlines() if line.strip()]
+    assert first.startswith("error in ") and message.strip().startswith("learning_rate: unknown key; in a recipe it is")

@@ -41,6 +41,19 @@ def test_nothing_heavy_is_imported_until_it_is_used():
         hfpretrain.trian  # noqa: B018
 
 
+def test_the_classes_of_errors_and_recipes_are_there(folder):
+    code = (
+        "import sys\nfrom hfpretrain import Recipe, RecipeError, load_recipe\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: Recipe.model_validate({}) and load_recipe('nowhere.yaml')\nexcept ValueError as error: print(type(error))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "ValidationError" in result.stdout, result.stderr
+    assert hfpretrain.RecipeError is RecipeError
+    prepared = prepare(load_recipe(write_recipe(folder)))
+    assert len(repr(prepared)) < 300 and str(prepared.path) in repr(prepared)
+
+
 def test_a_script_trains_alone_and_under_a_launcher(folder):
     (folder / "mine.py").write_text(SCRIPT)
     arguments = [write_recipe(folder), "--training.max_steps=3"]

@@ -31,6 +31,20 @@ def build(config, **section):
     return model
 
 
+def test_a_default_context_longer_than_the_blocks_is_said_and_no_other():
+    def note(block_size, **config):
+        config = {"model_type": "llama", **SMALL, **config}
+        return modeling.context_note(ModelSection(config=config), AutoConfig.for_model(**config), block_size)
+
+    text = note(512)
+    assert "max_position_embeddings 2,048" in text and "512 tokens" in text
+    assert note(2048) is None and note(512, max_position_embeddings=1024) is None
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4}
+    section = ModelSection(config=gpt2)
+    assert "max_position_embeddings 1,024" in modeling.context_note(section, AutoConfig.for_model(**gpt2), 64)
+    assert modeling.context_note(ModelSection(pretrained="x"), AutoConfig.for_model(**gpt2), 64) is None
+
+
 @pytest.mark.parametrize(("config", "tied"), [(LLAMA, False), (GPT2, True)])
 def test_parameters_are_counted_with_and_without_embeddings(config, tied):
     model = build(config)

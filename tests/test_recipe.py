@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, environment, recipe_mapping, write_recipe
 
+import hfpretrain.recipe as recipe_module
 from hfpretrain.model import config_problems
 from hfpretrain.recipe import (
     Recipe,
@@ -16,6 +18,7 @@ from hfpretrain.recipe import (
     dump_recipe,
     json_schema,
     load_recipe,
+    missing_path,
     parse_yaml,
 )
 
@@ -51,6 +54,64 @@ def test_every_unknown_key_names_the_nearest_and_all_errors_come_at_once(folder)
     assert "`hidden_size`" in found["model.config.hidden_sizee"]
     assert "`training`" in found["trainning"]
     assert found["optimizer.lr"] == "is required"
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("training.lr", "optimizer.lr"),
+        ("training.weight_decay", "optimizer.weight_decay"),
+        ("bf16", "training.mixed_precision: bf16"),
+        ("training.num_train_epochs", "training.max_tokens"),
+        ("training.per_device_train_batch_size", "training.micro_batch_size"),
+        ("training.gradient_accumulation_steps", "training.tokens_per_step"),
+        ("training.warmup_steps", "scheduler.num_warmup_steps"),
+        ("logging.logging_steps", "logging.every_steps"),
+        ("checkpoint.save_steps", "checkpoint.every_steps"),
+        ("eval_steps", "evaluation.every_steps"),
+        ("max_steps", "training.max_steps"),
+        ("training.seed", "seed"),
+        ("model.hidden_size", "model.config.hidden_size"),
+    ],
+)
+def test_a_key_of_other_scripts_or_another_section_gets_its_counterpart(folder, key, place):
+    assert f"in a recipe it is {place}" in problems(write_recipe(folder), f"--{key}=1")[key]
+
+
+def test_every_counterpart_is_a_key():
+    for name, place in recipe_module._COUNTERPARTS.items():
+        for key in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", place):
+            assert key in set(recipe_module._paths(Recipe)) or key.startswith("model.config."), (name, key)
+        assert name not in set(recipe_module._paths(Recipe))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["--max_steps", "10"], "write --training.max_steps=10"),
+        (["--training.max_steps", "10"], "write --training.max_steps=10"),
+        (["--bf16"], "write --training.mixed_precision=bf16"),
+        (["--seed"], "write --seed=VALUE"),
+        (["max_steps=10"], "write --section.key=value"),
+    ],
+)
+def test_an_argument_that_is_no_override_is_spelled_as_one(folder, arguments, fix):
+    assert fix in problems(write_recipe(folder), *arguments)[arguments[0]]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("n_embd", "hidden_size"), ("n_inner", "intermediate_size"), ("n_heads", "num_attention_heads")]
+)
+def test_a_config_key_of_another_class_gets_this_class_s_name(folder, key, name):
+    path = f"model.config.{key}"
+    assert f"llama calls it `{name}`" in problems(write_recipe(folder), f"--{path}=4")[path]
+    gpt2 = write_recipe(folder, model__config={"model_type": "gpt2", "num_layers": 2, "intermediate_size": 8})
+    found = problems(gpt2)
+    assert "`n_layer`" in found["model.config.num_layers"] and "`n_inner`" in found["model.config.intermediate_size"]
+    listed = problems(write_recipe(folder), "--model.config.zzz=4")["model.config.zzz"]
+    assert "hidden_size" in listed and "transformers_version" not in listed
 
 
 @pytest.mark.parametrize(
@@ -96,6 +157,11 @@ def test_yaml_scalars_are_those_of_yaml_1_2():
         ({"training__max_steps": -1}, "training.max_steps", "greater than 0"),
         ({"optimizer__lr": "fast"}, "optimizer.lr", "'fast'"),
         ({"training__z_loss": 1e-4, "training__chunked_loss": False}, "training", "`chunked_loss` to auto"),
+        ({"optimizer__name": ["adamw"]}, "optimizer.name", "adamw"),
+        ({"training__micro_batch_size": True}, "training.micro_batch_size", "needs a number (got true)"),
+        ({"checkpoint__every_steps": 2**70}, "checkpoint.every_steps", "larger than"),
+        ({"output_dir": ""}, "output_dir", "empty"),
+        ({"data__prepared_dir": "a\0b"}, "data.prepared_dir", "NUL"),
         ({"data__shift_blocks": True, "data__packing": "best_fit"}, "data", "`concat`"),
     ],
 )
@@ -103,6 +169,35 @@ def test_cross_checks_name_path_and_fix(folder, changes, path, fragment):
     found = problems(write_recipe(folder, **changes))
     assert path in found, found
     assert fragment in found[path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"# a comment\n", "is empty"),
+        (b"- a\n", "a recipe is a mapping"),
+        (b"a:\n\tb: 1\n", "indent with spaces"),
+        (b"seed: 1\nseed: 2\n", "'seed' stands twice"),
+        (b"\x89PNG\r\n", "no UTF-8 text: invalid start byte 0x89 at byte 0"),
+        (b"a: 1\n---\nb: 2\n", "another document"),
+        (b"a: " + b"[" * 3000, "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_as_such(tmp_path, content, message):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_path_that_is_not_there_is_no_id_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    for given in ("runs/second", "./x", "/no/where", "a/b/c", "model.safetensors", "~/model"):
+        assert f"there is no {'file or folder ' if given[0] != '~' else ''}{given!r}" in missing_path(given)
+    assert missing_path("runs/frist").endswith("did you mean runs/first?")
+    for given in ("gpt2", "Qwen/Qwen3-0.6B", "runs/first"):
+        assert missing_path(given) is None
 
 
 def test_a_weight_too_small_to_be_drawn_is_refused(folder):

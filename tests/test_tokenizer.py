@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -33,6 +34,14 @@ def test_byte_level_bpe_round_trips_any_unicode():
         assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
+@pytest.mark.parametrize("config", [{"eos_token": ["</s>"]}, {"eos_token": {"a": 1}}, {"eos_token": 3}, [], None])
+def test_a_tokenizer_config_with_the_wrong_types_is_a_message(tmp_path, config):
+    train_tokenizer(BPE, small_text(10)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"tokenizer.pretrained: cannot load .*Error: "):
+        load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
+
+
 def test_training_is_deterministic_and_has_the_asked_size():
     first, second = (train_tokenizer(BPE, small_text(100)) for _ in range(2))
     assert first.get_vocab() == second.get_vocab() and len(first) == 400
@@ -62,7 +71,7 @@ def test_token_bytes_add_up_to_the_text(section):
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"tokenizer.pretrained: cannot load .*nowhere"):
+    with pytest.raises(RecipeError, match=r"tokenizer.pretrained: there is no .*nowhere"):
         load_tokenizer(TokenizerSection(pretrained=str(tmp_path / "nowhere")))
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from hfpretrain import files
+from hfpretrain import files, prepare
 from hfpretrain.recipe import RecipeError, load_recipe
 from hfpretrain.run import Run
 from hfpretrain.train import main
@@ -74,6 +74,19 @@ def test_the_run_folder_holds_what_the_contract_says(finished):
     assert (run / "loss.png").stat().st_size > 5000
     for word in ("before training", "after training", "bits per byte", str(run / "model"), "sample"):
         assert word in result.stdout
+    # What it came to stands last, not what it cost.
+    assert result.stdout.index("predicted") < result.stdout.index("after training")
+
+
+def test_epochs_are_said_and_kept(finished):
+    folder, result = finished
+    rows_of_train = prepare(load_recipe(folder / "recipe.yaml")).manifest["splits"]["train-0"]["rows"]
+    epochs = 40 * 256 / 32 / rows_of_train
+    recorded = json.loads((folder / "run" / "environment.json").read_text())
+    assert recorded["epochs"] == pytest.approx([epochs])
+    assert f"epochs of the training text: {epochs:.2f}" in result.stderr
+    assert f"epochs           {epochs:.2f}" in result.stdout
+    assert f"epochs, by source: {epochs:.2f}" in (folder / "run" / "model" / "README.md").read_text()
 
 
 def test_the_export_is_a_plain_folder(finished):
@@ -335,7 +348,7 @@ def test_what_bad_input_gets(folder, refused):
     assert "fp16 needs a GPU" in refused("--training.mixed_precision=fp16")
     assert "shell's" in refused("--output_dir=~/x")
     assert "output_dir: /etc/passwd can't be used" in refused("--output_dir=/etc/passwd")
-    assert "cannot load 'nowhere'" in refused(tokenizer={"pretrained": "nowhere"})
+    assert "there is no folder 'nowhere'" in refused(tokenizer={"pretrained": "nowhere"})
     (folder / "empty.txt").write_text("")
     source = {"path": "text", "data_files": str(folder / "empty.txt"), "sample_by": "line"}
     assert "the corpus is empty" in refused(data__sources=[source], data__validation_fraction=0.0)
