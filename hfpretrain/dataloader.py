@@ -165,10 +165,19 @@ def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def collate(
-    rows: np.ndarray, eos_token_id: int | None, padded_with: int | None = None, seams: np.ndarray | None = None
+    rows: np.ndarray,
+    eos_token_id: int | None,
+    padded_with: int | None = None,
+    seams: np.ndarray | None = None,
+    begins_after: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Rows of token ids, int64 (n, block_size), as a batch: input_ids, labels and, where `eos_token_id` is given,
     position_ids, all int64 (n, block_size).
+
+    `begins_after`: EOS, of documents that begin with BOS. A document begins behind EOS there, and its first token, the
+    BOS, has an ignored label: nothing is to be learned from what ends before a document begins. So the loss of a
+    document is that of plain transformers on `tokenizer(text)` and EOS, where nothing predicts BOS either, and that of
+    `DataCollatorWithFlattening`. None: EOS itself opens the next document, and predicts its first token.
 
     `padded_with`: rows may end in this token repeated; all but the first of those get ignored labels. `seams`: int64
     (n,), where in each row another text begins without a separator, 0 for nowhere; no text predicts the other.
@@ -179,8 +188,11 @@ def collate(
         batch["labels"][torch.from_numpy(padding(rows, padded_with))] = IGNORE_INDEX
     if seams is not None:
         batch["labels"][torch.arange(len(rows)), torch.from_numpy(seams)] = IGNORE_INDEX  # the first is never predicted
+    if begins_after is not None:
+        batch["labels"][torch.from_numpy(_behind(rows, begins_after))] = IGNORE_INDEX
     if eos_token_id is not None:
-        batch["position_ids"] = torch.from_numpy(document_positions(rows, eos_token_id, seams))
+        positions = document_positions(rows, eos_token_id, seams, begins_after is not None)
+        batch["position_ids"] = torch.from_numpy(positions)
     return batch
 
 
@@ -190,13 +202,21 @@ def padding(rows: np.ndarray, token_id: int) -> np.ndarray:
     return np.concatenate([np.zeros((len(rows), 1), bool), trailing[:, :-1] & trailing[:, 1:]], axis=1)
 
 
-def document_positions(rows: np.ndarray, eos_token_id: int, seams: np.ndarray | None = None) -> np.ndarray:
+def _behind(rows: np.ndarray, token_id: int) -> np.ndarray:
+    """The places right behind `token_id`, bool (n, block_size)."""
+    return np.concatenate([np.zeros((len(rows), 1), bool), rows[:, :-1] == token_id], axis=1)
+
+
+def document_positions(
+    rows: np.ndarray, eos_token_id: int, seams: np.ndarray | None = None, behind: bool = False
+) -> np.ndarray:
     """Positions that restart at every EOS, and at each row's seam as of `collate`: int64 (n, block_size).
 
     The separator opens the next document's segment: it is predicted from the document it ends, and the first token
-    after it is predicted from the separator alone. So no prediction sees another document, and none is lost.
+    after it is predicted from the separator alone. So no prediction sees another document, and none is lost. `behind`:
+    of documents that begin with BOS, positions restart there, behind EOS.
     """
-    begins = rows == eos_token_id
+    begins = _behind(rows, eos_token_id) if behind else rows == eos_token_id
     begins[:, 0] = True
     if seams is not None:
         begins[np.arange(len(rows)), seams] = True
@@ -280,7 +300,7 @@ class TrainingData:
     """The micro-batches of this process for any step.
 
     `stages` as of `TrainingOrder`; `padded_with` as of `collate`. `shift_blocks`: each epoch of a stream after the
-    first has its blocks begin at another place of the text.
+    first has its blocks begin at another place of the text. `documents_have_prefix`: documents begin with BOS.
     """
 
     def __init__(
@@ -297,6 +317,7 @@ class TrainingData:
         document_masking: bool,
         padded_with: int | None = None,
         shift_blocks: bool = False,
+        documents_have_prefix: bool = False,
     ):
         self._streams = list(streams)
         self.order = TrainingOrder([len(stream) for stream in streams], stages, seed)
@@ -304,6 +325,7 @@ class TrainingData:
         self._process_index, self._num_processes = process_index, num_processes
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
         self._padded_with, self._shift_blocks = padded_with, shift_blocks
+        self._begins_after = eos_token_id if documents_have_prefix else None
         self._block_size = self._streams[0].block_size
 
     def step(self, step: int) -> StepData:
@@ -343,6 +365,7 @@ class TrainingData:
                 eos_token_id,
                 self._padded_with,
                 None if seams is None else seams[start : start + size],
+                self._begins_after,
             )
             for start in range(0, len(rows), size)
         ]

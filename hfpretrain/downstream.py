@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hfpretrain.loss import IGNORE_INDEX
 from hfpretrain.recipe import RecipeError, TokenizerSection
 from hfpretrain.score import Texts, Windows, evaluate_checkpoint
 from hfpretrain.tokenizer import Encoder, load_tokenizer
@@ -43,10 +44,10 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
 
     Nothing of ours runs in a way: transformers loads the folder or Hub id `model`, in float32 and without dropout, as
     evaluation has it. Of `texts` the first documents, up to 64 or 16,384 tokens, cut to the model's context (at most
-    1,024 tokens) where they are longer: a trainer would cut them, evaluation goes on in the next window. Each ends with
-    EOS. Alone, a document's first token is predicted from nothing and does not count; in run_clm's blocks attention
-    goes across documents, so they are evaluated so. Raises `RecipeError` if no document is left or the model does not
-    load.
+    1,024 tokens) where they are longer: a trainer would cut them, evaluation goes on in the next window. Each begins as
+    the tokenizer's own call has it and ends with EOS. Alone, a document's first token is predicted from nothing and
+    does not count; in run_clm's blocks attention goes across documents, so they are evaluated so. Raises `RecipeError`
+    if no document is left or the model does not load.
     """
     import datasets
     import transformers
@@ -69,21 +70,32 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
     rows.append(("Trainer, documents padded", ids, network.trainer(ids), alone))
     if blocks:
         packed = evaluate_checkpoint(model, {"": blocks}, None, Windows(context, document_masking=False))
-        rows.append((f"Trainer, run_clm's blocks of {context}", cut, network.trainer(cut), packed))
+        labels = [text.labels(block) for block in cut]
+        rows.append((f"Trainer, run_clm's blocks of {context}", labels, network.trainer(cut, labels), packed))
+        if text.prefix:
+            notes.append(
+                f"in run_clm's blocks {tokenizer.decode(text.prefix[:1])} is not to be predicted, as in training"
+            )
     else:
         notes.append(f"the text does not fill a block of {context} tokens, so run_clm would have nothing to train on")
     if find_spec("trl") is None:
         notes.append("trl is not installed (pip install hfpretrain[examples])")
     else:
-        # Such a tokenizer adds BOS to every text, which pretraining has not.
-        given = {"input_ids": ids} if tokenizer("")["input_ids"] else {"text": documents}
+        # TRL calls the tokenizer, which may put EOS at an end or before a text where pretraining has none of its own.
+        given = {"text": documents} if tokenizer("")["input_ids"] == text.prefix else {"input_ids": ids}
         rows.append(("TRL SFTTrainer", ids, network.sft(given, lora=False), alone))
         if find_spec("peft") is None:
             notes.append("peft is not installed (pip install hfpretrain[examples])")
         else:
             rows.append(("TRL SFTTrainer with LoRA", ids, network.sft(given, lora=True), alone))
     return [
-        Row(way, sum(len(some) - 1 for some in examples), loss, report["loss"], report["tokens"])
+        Row(
+            way,
+            sum(label != IGNORE_INDEX for some in examples for label in some[1:]),
+            loss,
+            report["loss"],
+            report["tokens"],
+        )
         for way, examples, loss, report in rows
     ], [*notes, *network.notes]
 
@@ -104,10 +116,17 @@ class _Text:
     def __init__(self, tokenizer: Any, context: int):
         self._tokenizer, self._context = tokenizer, context
         self._encode = Encoder(tokenizer, np.dtype(np.int64))
+        self.prefix = list(self._encode.prefix)
+        self._frame_size = len(self.prefix) + 1
 
     def ids(self, text: str) -> list[int]:
-        """Token ids as plain scripts make them, and EOS."""
-        return [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
+        """Token ids as plain scripts make them: what the tokenizer puts before a text, the text, and EOS."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*self.prefix, *ids, self._tokenizer.eos_token_id]
+
+    def labels(self, block: list[int]) -> list[int]:
+        """The block, but where a document begins with BOS, which training does not learn to predict."""
+        return [IGNORE_INDEX if token in self.prefix[:1] else token for token in block]
 
     def documents(self, texts: Texts) -> tuple[list[str], list[str]]:
         """The first of `texts`, each of at most a context, and notes on those that are not here."""
@@ -116,11 +135,11 @@ class _Text:
         for whole in chain.from_iterable(texts.values()):
             if len(documents) == _MAX_DOCUMENTS or tokens >= _MAX_TOKENS:
                 break
-            text = self._shortened(whole, self._context - 1)
+            text = self._shortened(whole, self._context - self._frame_size)
             ids = self.ids(text)
             if ids != self._encode([text])[0].tolist():
                 differing += 1  # it spells a special token, which plain scripts take for one
-            elif len(ids) > 1:
+            elif len(ids) > self._frame_size:
                 documents.append(text)
                 tokens, shortened = tokens + len(ids), shortened + (text != whole)
         if not documents:
@@ -135,7 +154,7 @@ class _Text:
         documents = list(documents)
         while documents and (rest := sum(len(self.ids(text)) for text in documents) % self._context):
             last = documents.pop()
-            wanted = len(self.ids(last)) - 1 - rest
+            wanted = len(self.ids(last)) - self._frame_size - rest
             if wanted > 0:
                 documents.append(self._shortened(last, wanted))
         return documents
@@ -186,13 +205,13 @@ class _Network:
             total += network(input_ids=input_ids, labels=input_ids).loss.item() * (len(some) - 1)
         return total / sum(len(some) - 1 for some in ids)
 
-    def trainer(self, ids: list[list[int]]) -> float:
+    def trainer(self, ids: list[list[int]], labels: list[list[int]] | None = None) -> float:
         from datasets import Dataset
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
         # DataCollatorForLanguageModeling ignores the padding token wherever it is, so EOS too where it is both.
         collator = DataCollatorForSeq2Seq(self._tokenizer)
-        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        data = Dataset.from_dict({"input_ids": ids, "labels": labels or ids})
         return self._first_loss(
             TrainingArguments, len(ids), lambda args: Trainer(self._load(), args, collator, train_dataset=data)
         )

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 from hfpretrain import collectives, engine, evaluation, sampling, tasks
 from hfpretrain.metric_folders import MetricFolders
+from hfpretrain.tokenizer import document_start
 from hfpretrain.validation import ValidationSets
 
 
@@ -103,7 +104,8 @@ class Evaluator:
         }
         samples = []
         for prompt in section.prompts:
-            ids = [eos, *run.tokenizer.encode(prompt, add_special_tokens=False)]  # as a document begins in training
+            # As a document begins in training.
+            ids = [*document_start(run.tokenizer), *run.tokenizer.encode(prompt, add_special_tokens=False)]
             sample = {"prompt": prompt}
             for kind, temperature in (("greedy", 0.0), ("drawn", section.temperature)):
                 run.watch.beat("evaluate", run.state.step)

@@ -14,6 +14,7 @@ import torch
 
 from hfpretrain import files
 from hfpretrain.recipe import RecipeError
+from hfpretrain.tokenizer import document_start
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -119,7 +120,7 @@ def verify(model_path: Path, reference: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     torch.manual_seed(0)
     model.float()
-    prompt = torch.tensor([[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]])
+    prompt = torch.tensor([document_start(tokenizer)])  # as a document begins in training
     sample = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -136,7 +137,7 @@ def verify(model_path: Path, reference: Path) -> dict[str, Any]:
         "loss_export": losses[1].mean().item(),
         "max_token_loss_difference": (losses[0] - losses[1]).abs().max().item(),
         "max_logit_difference": (stored["logits"] - logits).abs().max().item(),
-        "sample": tokenizer.decode(sample[0, 1:], skip_special_tokens=True),
+        "sample": tokenizer.decode(sample[0, prompt.shape[1] :], skip_special_tokens=True),
     }
 
 

@@ -45,17 +45,18 @@ def first_occurrences(hashes: np.ndarray) -> np.ndarray:
 def ngram_overlap(
     validation: Iterable[np.ndarray],
     train: Iterable[np.ndarray],
-    eos_token_id: int,
+    frame: tuple[int, ...],
     n: int = 13,
     num_workers: int = 1,
 ) -> dict[str, Any]:
     """How many distinct n-grams of token ids of the validation text stand somewhere in the training text.
 
-    Both are chunks (m,) of streams of documents; n-grams over a separator do not count.
+    Both are chunks (m,) of streams of documents; n-grams that hold a token of `frame`, with which documents begin and
+    end, do not count.
     `num_workers` threads look at the chunks of train.
     13 as in GPT-3 (Brown et al. 2020, appendix C). Above 4 M n-grams, those with the smallest hashes are looked for.
     """
-    hashes = Ngrams(eos_token_id, n)
+    hashes = Ngrams(frame, n)
     wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(_overlapping(validation, n - 1))]))
     distinct = len(wanted)
     wanted = wanted[:_MAX_NGRAMS]
@@ -98,8 +99,8 @@ def _overlapping(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray
 class Ngrams:
     """64-bit hashes of all n-grams, by differences of one running sum instead of n products a token."""
 
-    def __init__(self, eos_token_id: int, n: int):
-        self._eos_token_id, self._n = eos_token_id, n
+    def __init__(self, frame: tuple[int, ...], n: int):
+        self._frame, self._n = frame, n
         ones = np.ones(_CHUNK, dtype=np.uint64)
         self._powers, self._inverses = (np.cumprod(ones * np.uint64(factor)) for factor in (_FACTOR, _INVERSE))
 
@@ -118,7 +119,8 @@ class Ngrams:
         windows = (sums[n:] - sums[:-n]) * self._inverses[: max(0, len(ids) - n + 1)]
         windows ^= windows >> np.uint64(32)
         windows *= np.uint64(0x94D049BB133111EB)
-        if not (separators := np.flatnonzero(ids == self._eos_token_id)).size:
+        separators = np.concatenate([np.flatnonzero(ids == token_id) for token_id in self._frame])
+        if not separators.size:
             return windows
         whole = np.ones(len(windows), dtype=bool)
         for place in range(n):

@@ -36,13 +36,15 @@ def join(
     parts: list[str],
     data: DataSection,
     eos_token_id: int,
+    prefix: tuple[int, ...],
     dtype: np.dtype[Any],
     extra: dict[str, Any],
     num_workers: int = 1,
 ) -> PreparedData:
     """Make one prepared folder `path` of all finished `parts` (in their order) of `work`, without copying tokens.
 
-    Every file is compared with the checksum in its part's account first. `extra` goes into the manifest as it is.
+    Every document begins with the ids of `prefix` and ends with EOS. Every file is compared with the checksum in its
+    part's account first. `extra` goes into the manifest as it is.
     Raises `RecipeError` for a corpus without text, one shorter than a block, and files that changed since.
     """
     accounts = {key: account for key in parts if (account := part_account(work, key)) is not None}
@@ -62,10 +64,11 @@ def join(
         "packing": data.packing,
         "dtype": dtype.name,
         "eos_token_id": eos_token_id,
+        "document_prefix": list(prefix),
         "tokenizer_sha256": files.sha256(work / "tokenizer" / "tokenizer.json"),
         "sources": sources,
         "splits": splits,
-        "hygiene": _hygiene(work, accounts, splits, eos_token_id, num_workers),
+        "hygiene": _hygiene(work, accounts, splits, (eos_token_id, *prefix), num_workers),
         **extra,
     }
     return PreparedData(path, files.seal(work, path, content, known))
@@ -94,7 +97,8 @@ def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any
         for kind in ("train", VALIDATION):
             of_kind = [e for a in mine for name, e in a["splits"].items() if name.startswith(kind)]
             entry[kind] = {
-                name: sum(e[name] for e in of_kind) for name in ("documents", "bytes", "tokens", "separators")
+                name: sum(e.get(name, 0) for e in of_kind)
+                for name in ("documents", "bytes", "tokens", "separators", "bos")
             }
         tokens = entry["train"]["tokens"] + entry[VALIDATION]["tokens"]
         kept = entry["train"]["bytes"] + entry[VALIDATION]["bytes"]
@@ -132,6 +136,8 @@ def _join_split(
         parts.append([key, rows])
     names = ("documents", "bytes", "tokens", "separators", "padding", "token_bytes")
     total = {name: sum(entry[name] for entry in entries.values()) for name in names}
+    if bos := sum(entry.get("bos", 0) for entry in entries.values()):
+        total["bos"] = bos
     DatasetInfo(features=features(block_size, dtype)).write_to_directory(str(work / split))
     state: dict[str, Any] = {
         "_data_files": [{"filename": f"data-{key}.arrow"} for key, _ in parts],
@@ -145,7 +151,8 @@ def _join_split(
     (work / split / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     remainder = ids[rows * block_size :]
     num_rows = sum(rows for _, rows in parts)
-    assert num_rows * block_size + len(remainder) == sum(total[n] for n in ("tokens", "separators", "padding"))
+    into = sum(total.get(name, 0) for name in ("tokens", "separators", "bos", "padding"))
+    assert num_rows * block_size + len(remainder) == into, "tokens in and out differ"
     return {**total, "rows": num_rows, "remainder": len(remainder), "remainder_ids": remainder, "parts": parts}
 
 
@@ -176,7 +183,7 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
 
 
 def _hygiene(
-    work: Path, accounts: dict[str, Any], splits: dict[str, Any], eos_token_id: int, num_workers: int
+    work: Path, accounts: dict[str, Any], splits: dict[str, Any], frame: tuple[int, ...], num_workers: int
 ) -> dict[str, Any]:
     """Exact duplicates among the documents of train and of validation, and n-grams of validation found in train."""
     result: dict[str, Any] = {}
@@ -191,6 +198,6 @@ def _hygiene(
             itertools.chain.from_iterable(token_chunks(work / name, splits[name]) for name in names)
             for names in (held_out, train)
         )
-        overlap = hygiene.ngram_overlap(looked_for, trained_on, eos_token_id, num_workers=num_workers)
+        overlap = hygiene.ngram_overlap(looked_for, trained_on, frame, num_workers=num_workers)
         result["validation_ngrams"] = overlap
     return result

@@ -1,6 +1,7 @@
 """Documents to fixed blocks of token ids on disk, with the manifest that accounts for every document and token.
 
-Documents are tokenized without special tokens and each is followed by one EOS. The corpus is worked through in parts,
+Documents are tokenized without special tokens; before each stands what the tokenizer's own call puts before a text
+(BOS, for many), and each is followed by one EOS. The corpus is worked through in parts,
 whose bounds depend on the text alone: a part is packed by itself and sealed by its own account in `parts/`, so that
 preparation can stop anywhere, and several machines can each do some parts. What a part has left over is less than one
 block; `joining.join` makes blocks of all leftovers, and what is left of those stands in the manifest.
@@ -32,12 +33,13 @@ _BATCH_CHARS, _BATCH_DOCUMENTS = 2**16, 1000
 _BEST_FIT_TOKENS = 2**21
 
 
-def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any]) -> str:
+def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any], has_prefix: bool = False) -> str:
     """Name of the prepared folder: a hash of all that decides its content.
 
     `identities` is what the sources and the tokenizer were at the time (content of files, commit on the Hub), so that
-    the names which a recipe has for them don't matter. A changed source, tokenizer or block size gives another name, so
-    nothing stale is ever used.
+    the names which a recipe has for them don't matter. `has_prefix`: whether documents begin with what the tokenizer's
+    own call puts before a text; versions without it had none. A changed source, tokenizer or block size gives another
+    name, so nothing stale is ever used.
     """
     content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
     for source in (*content["sources"], *content["validation_sources"]):
@@ -47,9 +49,10 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
         # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
         source["weight"] = source["weight"] is not None
         del source["max_epochs"]
-    # No document is a chat, and a pretrained tokenizer is one of the identities.
-    made_by = tokenizer.model_dump(mode="json", exclude={"chat_template", "pretrained", "revision"})
-    text = json.dumps([prepared.FORMAT, content, made_by, identities], sort_keys=True)
+    # No document is a chat, a pretrained tokenizer is one of the identities, and `has_prefix` is what `add_bos` does.
+    made_by = tokenizer.model_dump(mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos"})
+    framed = ["document prefix"] if has_prefix else []
+    text = json.dumps([prepared.FORMAT, content, made_by, identities, *framed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -58,10 +61,11 @@ class Encoder(Protocol):
 
     dtype: np.dtype[Any]
     eos_token_id: int
+    prefix: tuple[int, ...]
     tokenizer_sha256: str
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text and EOS: (n,) of `dtype`."""
+        """The prefix, token ids of each text, and EOS: (n,) of `dtype`."""
 
 
 class Item(NamedTuple):
@@ -166,7 +170,7 @@ class _Part:
         self._read.update({name: getattr(batch, name) for name in READ_COUNTS})
         self._dropped.update(batch.dropped)
         for item, ids in zip(batch.items, encoded, strict=True):
-            if len(ids) == 1:  # the tokenizer's normalizer has left nothing of the text
+            if len(ids) == len(self._encoder.prefix) + 1:  # the tokenizer's normalizer has left nothing of the text
                 self._read["bytes_dropped"] += item.num_bytes
                 if item.is_whole:
                     self._read["documents_kept"] -= 1
@@ -208,12 +212,14 @@ class _Stream:
         self._path = work / split / f"data-{key}.arrow"
         self._table = work / "documents" / f"{split}-{key}.parquet"
         self._block_size, self._dtype, self._eos_token_id = block_size, encoder.dtype, encoder.eos_token_id
+        self._prefix_size = len(encoder.prefix)
         self._writer = RowWriter(self._path, block_size, encoder.dtype)
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
         self._columns = {"start": array("q"), "offset": array("q"), "origin": array("q"), "row": array("q")}
         self.digests = array("Q")
         self.documents = self.bytes = self.tokens = self.separators = self.rows = self.padding = self.token_bytes = 0
+        self.bos = 0
 
     @property
     def paths(self) -> list[Path]:
@@ -221,8 +227,8 @@ class _Stream:
         return [self._path, self._table] if self.rows else [self._table]
 
     def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
-        """Append one document, separator included."""
-        self._locate(self.tokens + self.separators, 0, origin, item.row, item.digest)
+        """Append one document, prefix and separator included."""
+        self._locate(self.tokens + self.separators + self.bos, 0, origin, item.row, item.digest)
         self._count(ids, item)
         self._pending.append(ids)
         self._num_pending += len(ids)
@@ -236,7 +242,8 @@ class _Stream:
     def _count(self, ids: np.ndarray, item: Item) -> None:
         self.documents += 1
         self.bytes += item.num_bytes
-        self.tokens += len(ids) - 1
+        self.tokens += len(ids) - 1 - self._prefix_size
+        self.bos += self._prefix_size
         self.separators += 1
 
     def _locate(self, start: int, offset: int, origin: int, row: int, digest: int) -> None:
@@ -258,7 +265,8 @@ class _Stream:
         self._writer.close()
         table = {name: np.frombuffer(values, dtype=np.int64) for name, values in self._columns.items()}
         end = self.rows * self._block_size
-        assert end + len(remainder) == self.tokens + self.separators + self.padding, "tokens in and out differ"
+        into = self.tokens + self.separators + self.bos + self.padding
+        assert end + len(remainder) == into, "tokens in and out differ"
         first = max(0, int(np.searchsorted(table["start"], end, side="right")) - 1)
         in_remainder = [
             [max(0, int(start) - end), int(offset) + max(0, end - int(start)), int(origin), int(row)]
@@ -272,6 +280,7 @@ class _Stream:
             "bytes": self.bytes,
             "tokens": self.tokens,
             "separators": self.separators,
+            **({"bos": self.bos} if self.bos else {}),
             "padding": self.padding,
             "rows": self.rows,
             "remainder": len(remainder),
@@ -288,7 +297,7 @@ class _BestFit(_Stream):
     """
 
     def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
-        """Append one document, separator included."""
+        """Append one document, prefix and separator included."""
         self._count(ids, item)
         size = self._block_size
         if len(ids) % size == 1:  # the text fills its blocks, whose end separates; a lone EOS would look like padding

@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,27 @@ def prepared_path(recipe: Recipe) -> Path:
     run's processes the main one alone calls it.
     """
     sources, validation, of_tokenizer = _identities(recipe)
-    return recipe.prepared_dir / packing.fingerprint(
-        recipe.data, recipe.tokenizer, [*sources, *validation, of_tokenizer]
-    )
+    identities = [*sources, *validation, of_tokenizer]
+
+    def path(has_prefix: bool) -> Path:
+        return recipe.prepared_dir / packing.fingerprint(recipe.data, recipe.tokenizer, identities, has_prefix)
+
+    return path(_has_prefix(recipe.tokenizer, path))
+
+
+def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
+    """Whether documents begin with what the tokenizer puts before a text.
+
+    `path`: the prepared folder if so and if not. One that this very section made says it, which spares loading the
+    tokenizer; an older version's doesn't, which never put anything there.
+    """
+    if section.pretrained is None or section.add_bos is False:
+        return False
+    for has_prefix in (True, False):
+        manifest = files.manifest_of(path(has_prefix)) or {}
+        if "add_bos" in manifest and manifest["add_bos"] == section.add_bos:
+            return has_prefix
+    return bool(tokenizer.document_prefix(tokenizer.load_tokenizer(section)))
 
 
 def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
@@ -169,10 +187,12 @@ def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData
 
 
 def load_prepared_tokenizer(prepared: PreparedData) -> PreTrainedTokenizerFast:
-    """The tokenizer that made the blocks."""
+    """The tokenizer that made the blocks; its own call puts before a text what stands before every document."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(prepared.path / "tokenizer")
+    made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer")
+    tokenizer.set_add_bos(made, bool(prepared.document_prefix))
+    return made
 
 
 @contextlib.contextmanager
@@ -207,6 +227,7 @@ def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> Tr
         seed=recipe.seed,
         padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
         shift_blocks=data.shift_blocks,
+        documents_have_prefix=bool(prepared.document_prefix),
         **keywords,
     )
     needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)
@@ -258,7 +279,8 @@ def training_batches(
     """For every optimizer step of a recipe from `start_step` on the micro-batches of one process: for your own loop.
 
     The same sequences in the same step as `hfpretrain.train` on any number of processes. Of each micro-batch
-    `input_ids`, `labels` (not shifted, -100 at padding and where a shifted block goes on with another text) and, with
+    `input_ids`, `labels` (not shifted, -100 at padding, at BOS where documents begin with it, and where a shifted block
+    goes on with another text) and, with
     `document_masking`, `position_ids` that restart where a document begins: int64 (micro_batch_size, block_size).
     Models that isolate packed documents by them do so without an attention mask and with `use_cache=False`; what does
     not take them needs `document_masking=False`. Raises `RecipeError` if the step's sequences do not divide by
@@ -328,6 +350,7 @@ class _Preparation:
         extra = {
             "vocab_size": self.vocab_size,
             "tokenizer_size": tokenizer.tokenizer_size(self.tokenizer),
+            "add_bos": self.recipe.tokenizer.add_bos,
             "recipe": self.data.model_dump(mode="json", exclude_none=True),
             "source_identities": sources,
             "validation_identities": validation,
@@ -343,7 +366,8 @@ class _Preparation:
                 self.mirror.pull(self.work, (part_account(self.work, part) or {})["files"])
         dtype = tokenizer.token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
-        prepared = joining.join(self.work, self.path, parts, self.data, eos, dtype, extra, self.num_workers)
+        prefix = tokenizer.document_prefix(self.tokenizer)
+        prepared = joining.join(self.work, self.path, parts, self.data, eos, prefix, dtype, extra, self.num_workers)
         files.remember(self.path)
         if self.mirror is not None:
             there = self.mirror.names()
@@ -550,9 +574,10 @@ def summary(prepared: PreparedData) -> str:
     for name, entry in manifest["splits"].items():
         share = entry["padding"] / max(1, entry["rows"] * manifest["block_size"])
         padding = f" - {entry['padding']:,} padding ({share:.2%})" if entry["padding"] else ""
+        bos = f" + {entry['bos']:,} BOS" if entry.get("bos") else ""
         lines.append(
             f"  {name:<14} {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens + "
-            f"{entry['separators']:,} separators = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
+            f"{entry['separators']:,} separators{bos} = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
             f"{entry['remainder']} remainder"
         )
     for number, source in enumerate(manifest["sources"]):

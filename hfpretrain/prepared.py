@@ -39,6 +39,11 @@ class PreparedData:
         return None if manifest is None else cls(path, manifest)
 
     @property
+    def document_prefix(self) -> list[int]:
+        """Ids with which every document begins; versions that did not say so put nothing there."""
+        return list(self.manifest.get("document_prefix", []))
+
+    @property
     def checksum(self) -> str:
         """One hash of all blocks and the tokenizer."""
         entries = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
@@ -142,15 +147,18 @@ def verify(path: Path) -> dict[str, int]:
     require(
         manifest.keys() >= required, f"is not that of prepared data: {', '.join(required - manifest.keys())} missing"
     )
+    prefix = manifest.get("document_prefix", [])  # older versions put nothing before a document
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {files.MANIFEST}
     others = sorted(there.symmetric_difference(manifest["files"]))
     require(not others, f"does not name {others[:1]}, which is in the folder")
     for name, split in manifest["splits"].items():
-        tokens = rows = separators = 0
+        tokens = rows = separators = begun = 0
         for chunk in token_chunks(path / name, split):
             tokens, separators = tokens + len(chunk), separators + int((chunk == manifest["eos_token_id"]).sum())
+            begun += sum(int((chunk == token_id).sum()) for token_id in set(prefix))
         rows = (tokens - split["remainder"]) // manifest["block_size"]
-        out = split["tokens"] + split["separators"] + split["padding"]
+        bos = split.get("bos", 0)
+        out = split["tokens"] + split["separators"] + bos + split["padding"]
         require(rows == split["rows"], f"{name} has {rows} blocks on disk, {split['rows']} in the manifest")
         require(tokens == out, f"{name} has {tokens} tokens on disk, {out} in the manifest")
         require(split["remainder"] < manifest["block_size"], f"the remainder of {name} is a block or more")
@@ -158,6 +166,8 @@ def verify(path: Path) -> dict[str, int]:
         require(split["rows"] == sum(count for _, count in split["parts"]), f"the parts of {name} are not its blocks")
         expected = split["separators"] + split["padding"]
         require(separators == expected, f"{name} has {separators} separators on disk, {expected} in the manifest")
+        require(begun == bos, f"{name} has {begun} tokens that begin documents on disk, {bos} in the manifest")
+        require(bos == len(prefix) * split["documents"], f"not every document of {name} begins with {prefix}")
     for number, source in enumerate(manifest["sources"]):
         what = (
             f"{source['documents_read']} documents read, {source['documents_kept']} kept, {source['dropped']} dropped"
@@ -167,10 +177,10 @@ def verify(path: Path) -> dict[str, int]:
         kept = source["train"]["bytes"] + source[VALIDATION]["bytes"]
         what = f"{source['bytes_read']} bytes read, {kept} in the splits, {source['bytes_dropped']} dropped"
         require(source["bytes_read"] == kept + source["bytes_dropped"], f"source {number}: {what}")
-    totals = ("documents", "bytes", "tokens", "separators")
+    totals = ("documents", "bytes", "tokens", "separators", "bos")
     for total in totals:
-        out = sum(split[total] for split in manifest["splits"].values())
-        into = sum(source[kind][total] for source in manifest["sources"] for kind in ("train", VALIDATION))
+        out = sum(split.get(total, 0) for split in manifest["splits"].values())
+        into = sum(source[kind].get(total, 0) for source in manifest["sources"] for kind in ("train", VALIDATION))
         require(out == into, f"{total}: {into} from the sources, {out} in the splits")
     return {"files": len(manifest["files"])} | {
         f"{name}_tokens": split["tokens"] for name, split in manifest["splits"].items()

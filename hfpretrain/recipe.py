@@ -125,6 +125,10 @@ class TokenizerSection(Section):
     """The model's vocabulary is the tokenizer's, rounded up to a multiple of this: matrix kernels want it."""
     trust_remote_code: bool = False
     """Run tokenizer code that comes with `pretrained`."""
+    add_bos: bool | None = None
+    """Whether every document begins with the BOS token of `pretrained`. null: as the tokenizer's own call does, with
+    BOS for Llama's and Gemma's, without for Qwen's and GPT-2's. The exported tokenizer does what training did. Has no
+    effect where BOS and EOS are one token, which stands between documents in any case."""
     chat_template: str | None = None
     """How messages become text (`tokenizer.apply_chat_template`, which TRL calls), exported with the tokenizer: Jinja,
     or the file that holds it. Pretraining does not use it, so it may change between starts of a run. null: that of
@@ -136,6 +140,8 @@ class TokenizerSection(Section):
             raise ValueError("give exactly one of `pretrained` (load) and `algorithm` (train)")
         if (self.algorithm == "byte_level_bpe") != (self.vocab_size is not None):
             raise ValueError("`vocab_size` goes with `algorithm: byte_level_bpe`, and is needed there")
+        if self.add_bos is not None and self.pretrained is None:
+            raise ValueError("`add_bos` goes with `pretrained`: a trained tokenizer has one token that begins and ends")
         if self.revision is not None and self.pretrained is None:
             raise ValueError("`revision` belongs to `pretrained`, which is not given")
         return self

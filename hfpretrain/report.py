@@ -12,6 +12,7 @@ from typing import Any
 from hfpretrain import __version__, engine, files, metrics
 from hfpretrain.prepare import epochs_text, summary
 from hfpretrain.recipe import dump_recipe
+from hfpretrain.tokenizer import document_prefix, document_start, say_framing
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 _OTHERS = ("evaluate", "deepspeed", "torchao", "schedulefree")
@@ -82,7 +83,9 @@ def describe(run: Any) -> None:
         "sources": manifest["recipe"]["sources"] + manifest["recipe"]["validation_sources"],
         "identities": manifest["source_identities"] + manifest["validation_identities"],
         "num_training_sources": len(manifest["source_identities"]),
-        "document_start": run.tokenizer.bos_token or run.tokenizer.eos_token,
+        "document_start": run.tokenizer.decode(document_start(run.tokenizer)),
+        "tokenizer_begins_documents": bool(document_prefix(run.tokenizer)),
+        "framing": say_framing(run.tokenizer),
     }
     for name, content in ((DATA, json.dumps(data, indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):
         files.write_whole(folder / name, content)

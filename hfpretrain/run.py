@@ -61,7 +61,7 @@ from hfpretrain.records import Records
 from hfpretrain.stability import Stability
 from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
-from hfpretrain.tokenizer import set_chat_template, token_bytes
+from hfpretrain.tokenizer import say_framing, set_chat_template, token_bytes
 
 _GOES_ON = "the same command goes on from the newest checkpoint"
 logger = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ class Run:
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared)
         set_chat_template(self.tokenizer, recipe.tokenizer)
+        logger.info(say_framing(self.tokenizer))
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
         self.stops.defer()
@@ -278,9 +279,10 @@ class Run:
         origin, precision = (stored.pop("engine"), stored.pop("num_processes")), stored.pop("precision", None)
         self._note(self._decay_note(path, stored.pop("undecayed", [])))
         if stored.pop("data") != self._data_identity():
-            raise RecipeError.at(
-                "data", f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
-            )
+            message = f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
+            if self.prepared.document_prefix and self.recipe.tokenizer.add_bos is None:
+                message += ". If an older version began this run without BOS, set tokenizer.add_bos to false"
+            raise RecipeError.at("data", message)
         if stored["step"] > self.recipe.training.num_steps:
             raise RecipeError.at(
                 "training",

@@ -161,9 +161,7 @@ def _blocks(
         summary += " Each checkpoint of the training is a revision of this repo, named by its step."
     arguments = json.dumps(name or title) + ("" if step is None else f', revision="step-{step:08d}"')
     use = card.fenced(_USE.format(arguments=arguments), "python")
-    use += (
-        f"\n\nThe tokenizer adds no special tokens; begin a prompt with `{data['document_start']}` to start a document."
-    )
+    use += f"\n\n{_framing(data)}"
     limits = "".join([_LIMITS, *(f" {text[0].upper()}{text[1:]}." for text in where.get("notes", ()))])
     if exported:
         limits += (
@@ -182,6 +180,16 @@ def _blocks(
         "limits": f"## Limits\n\n{limits}",
     }
     return {key: text for key, text in blocks.items() if text}
+
+
+def _framing(data: dict[str, Any]) -> str:
+    """How a prompt begins as a document did in training."""
+    if data.get("tokenizer_begins_documents"):
+        return (
+            f"The tokenizer puts `{data['document_start']}` before a text, as it stood before every document in "
+            "training."
+        )
+    return f"Begin a prompt with `{data['document_start']}` to start a document; the tokenizer does not add it."
 
 
 def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:

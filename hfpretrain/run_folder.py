@@ -16,6 +16,7 @@ MAY_DIFFER = (
     "model.dtype",
     "model.use_liger_kernel",
     "tokenizer.chat_template",
+    "tokenizer.add_bos",  # the prepared text is compared
     "training.max_steps",
     "training.max_tokens",
     "training.micro_batch_size",

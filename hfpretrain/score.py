@@ -22,7 +22,7 @@ from hfpretrain.recipe import (
     TokenizerSection,
     missing_path,
 )
-from hfpretrain.tokenizer import Encoder, load_tokenizer, token_bytes, unknown_id
+from hfpretrain.tokenizer import Encoder, document_start, load_tokenizer, token_bytes, unknown_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -111,10 +111,10 @@ def _checked(texts: Mapping[str, Sequence[str]]) -> Texts:
 def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of `model` on all `texts`, and on each set where there are several.
 
-    The documents of a set are joined as in training, one EOS after each, so that longer ones than the context go on in
-    the next window. `stride` < `block_size` slides the window: every token has at least `block_size - stride` tokens
-    of context where the document has them. Attention ends at document boundaries where the model isolates and the
-    recipe does not forbid it; the result says so.
+    The documents of a set are joined as in training, before each what the tokenizer's own call puts before a text and
+    after it one EOS, so that longer ones than the context go on in the next window. `stride` < `block_size` slides the
+    window: every token has at least `block_size - stride` tokens of context where the document has them. Attention ends
+    at document boundaries where the model isolates and the recipe does not forbid it; the result says so.
     """
     return _score(model, texts, recipe, windows).report
 
@@ -197,7 +197,7 @@ def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float
     tokenizer, network = _load(model)
     set_seed(seed)
     # As a document begins in training.
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
     _require_embedded(network, max(ids))
     context = getattr(network.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
     if len(ids) >= context:
@@ -268,7 +268,8 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
             raise RecipeError.at(f"data.{name}" if name else "data", "there is no text to evaluate on")
     _require_embedded(network, max(int(ids.max()) for some in streams.values() for ids in some if len(ids)))
     unknown = unknown_id(tokenizer)
-    batches = _batches(streams, block_size, stride, windows.batch_size, tokenizer.eos_token_id, masking)
+    eos, has_prefix = tokenizer.eos_token_id, bool(encode.prefix)
+    batches = _batches(streams, block_size, stride, windows.batch_size, eos, masking, has_prefix)
     sums = evaluation.loss_sums(network, batches, torch.from_numpy(table).to(device), num_documents)
     documents = sums.documents.cpu().numpy()
     num_bytes = np.array([len(t.encode("utf-8", "surrogatepass")) for some in texts.values() for t in some])
@@ -319,6 +320,7 @@ def _batches(
     batch_size: int,
     eos_token_id: int,
     masking: bool,
+    has_prefix: bool,
 ) -> Iterator[dict[str, torch.Tensor]]:
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     before = 0
@@ -337,14 +339,16 @@ def _batches(
                 (np.pad(ids[part], missing, constant_values=eos_token_id), np.pad(numbers[part], missing), scored)
             )
             if len(rows) == batch_size:
-                yield _batch(rows, eos_token_id if masking else None)
+                yield _batch(rows, eos_token_id if masking else None, eos_token_id if has_prefix else None)
                 rows = []
     if rows:
-        yield _batch(rows, eos_token_id if masking else None)
+        yield _batch(rows, eos_token_id if masking else None, eos_token_id if has_prefix else None)
 
 
-def _batch(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], eos_token_id: int | None) -> dict[str, torch.Tensor]:
+def _batch(
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], eos_token_id: int | None, begins_after: int | None
+) -> dict[str, torch.Tensor]:
     ids, numbers, scored = (np.stack(part) for part in zip(*rows, strict=True))
-    batch = collate(ids, eos_token_id)
+    batch = collate(ids, eos_token_id, begins_after=begins_after)
     batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
     return {**batch, evaluation.DOCUMENTS: torch.from_numpy(numbers)}

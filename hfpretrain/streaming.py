@@ -141,6 +141,7 @@ class StreamingData:
     ):
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
+        self._begins_after = eos_token_id if encode.prefix else None
         per_process = micro_batch_size * accumulation_steps
         self._per_step = per_process * num_processes
         self._mine = range(process_index * per_process, (process_index + 1) * per_process)
@@ -210,7 +211,10 @@ class StreamingData:
     def _collated(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
         size = self._micro_batch_size
         eos = self._eos_token_id if self._document_masking else None
-        return [collate(rows[start : start + size], eos) for start in range(0, len(rows), size)]
+        return [
+            collate(rows[start : start + size], eos, begins_after=self._begins_after)
+            for start in range(0, len(rows), size)
+        ]
 
     def example(self) -> dict[str, torch.Tensor]:
         """A batch of one sequence, which stays to be trained on."""

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from hfpretrain.recipe import LmEvalSection, RecipeError
+from hfpretrain.tokenizer import document_prefix, document_start, set_add_bos
 
 _RESAMPLES = 1000
 
@@ -130,6 +131,8 @@ def shared_language_model(
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
+    add_bos_token = bool(document_prefix(tokenizer)) or None
+
     class Network:
         """What HFLM asks of a model; it would set up a real one anew, tying weights that an engine has cut."""
 
@@ -147,7 +150,11 @@ def shared_language_model(
         def __init__(self) -> None:
             # HFLM gives the tokenizer a padding token.
             own = copy.deepcopy(tokenizer)
-            super().__init__(pretrained=Network(), tokenizer=own, backend="causal", batch_size=batch_size)
+            start = document_start(own)
+            # A request is the beginning of a document: EOS at its end, as some tokenizers put it, would end it.
+            set_add_bos(own, bool(add_bos_token), add_eos=False)
+            keywords: dict[str, Any] = {"prefix_token_id": start[-1], "add_bos_token": add_bos_token}
+            super().__init__(pretrained=Network(), tokenizer=own, backend="causal", batch_size=batch_size, **keywords)
 
             self._idle = False
 
@@ -183,6 +190,8 @@ def shared_language_model(
 
         def _compute(self, kind: str, arguments: list[Any]) -> list[Any]:
             ours = range(processes.index, len(arguments), processes.size)
+            # lm-eval puts the prefix before such a text itself; with a second one it would score the first.
+            self.add_bos_token = False if kind == "loglikelihood_rolling" else add_bos_token
             requests = [Instance(request_type=kind, doc={}, arguments=arguments[at], idx=0) for at in ours]
             answers = getattr(super(), kind)(requests, disable_tqdm=True) if requests else []
             only = torch.zeros(1, 1, dtype=torch.int64, device=device)

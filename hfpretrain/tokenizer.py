@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import string
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from hfpretrain.recipe import Problem, RecipeError, TokenizerSection, missing_path, not_loaded
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,7 +42,66 @@ def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
         raise RecipeError.at("tokenizer.pretrained", f"{section.pretrained!r} has no fast version; convert it first")
     if tokenizer.eos_token_id is None:
         raise RecipeError.at("tokenizer.pretrained", f"{section.pretrained!r} has no EOS token to separate documents")
+    if section.add_bos is not None:
+        set_add_bos(tokenizer, section.add_bos)
     return tokenizer
+
+
+def document_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The ids with which every document begins: what the tokenizer's own call puts before a text, as Llama's BOS.
+
+    Empty where it puts nothing there, or EOS: that ends the document before, and so begins the next.
+    """
+    prefix, _ = _own_frame(tokenizer)
+    return () if tokenizer.eos_token_id in prefix else prefix
+
+
+def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What stands before the first token of a document's text in training: `document_prefix`, else EOS."""
+    return list(document_prefix(tokenizer)) or [tokenizer.eos_token_id]
+
+
+def set_add_bos(tokenizer: PreTrainedTokenizerFast, add_bos: bool, add_eos: bool | None = None) -> None:
+    """Have the tokenizer's own call put BOS before a text, or nothing; and EOS behind it, None: as it does.
+
+    Raises `RecipeError` if it is to put a BOS token there and has none.
+    """
+    prefix, suffix = _own_frame(tokenizer)
+    has_eos = tokenizer.eos_token_id in suffix
+    wanted = has_eos if add_eos is None else add_eos
+    is_eos = tokenizer.bos_token_id == tokenizer.eos_token_id  # then it stands before every document in any case
+    if (add_bos == bool(prefix) or is_eos) and wanted == has_eos:
+        return
+    if add_bos and tokenizer.bos_token_id is None:
+        message = f"{tokenizer.name_or_path!r} has no BOS token; leave the key out"
+        raise RecipeError.at("tokenizer.add_bos", message)
+    # Also where they are written: from there a loaded tokenizer takes them.
+    for name, value in (("add_eos_token", wanted), ("add_bos_token", bool(prefix) if is_eos else add_bos)):
+        tokenizer.init_kwargs[name] = value
+        setattr(tokenizer, name, value)
+
+
+def _own_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the tokenizer's own call puts before and behind a text."""
+    backend = tokenizer.backend_tokenizer
+    special = set(tokenizer.all_special_tokens)
+    # A closed vocabulary may know nothing but its own tokens.
+    for text in ("a", *(token for token in tokenizer.get_vocab() if token not in special)):
+        try:
+            ids, whole = (backend.encode(text, add_special_tokens=wanted).ids for wanted in (False, True))
+        except Exception:  # the library raises nothing narrower for a word that a vocabulary lacks
+            continue
+        starts = [n for n in range(len(whole) - len(ids) + 1) if ids and whole[n : n + len(ids)] == ids]
+        if starts:
+            return tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(ids) :])
+    return (), ()
+
+
+def say_framing(tokenizer: PreTrainedTokenizerFast) -> str:
+    """One line that tells with which tokens a document begins and ends."""
+    prefix = document_prefix(tokenizer)
+    begin = f"begin with {tokenizer.decode(list(prefix))}, as the tokenizer's own call puts before a text, and "
+    return f"documents {begin if prefix else ''}end with {tokenizer.eos_token}"
 
 
 def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -190,36 +251,72 @@ def _lines(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _encodes(backend: Tokenizer, text: str) -> bool:
+    try:
+        backend.encode(text, add_special_tokens=False)
+    except Exception:  # as of `Encoder._encode`
+        return False
+    return True
+
+
+def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
+    """The same tokenizer, whose model does not know `tokens`: their places have names that no text holds."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(backend.to_str())
+    names = {token: f"\U000f0000{hashlib.sha256(token.encode()).hexdigest()}\U000f0000" for token in tokens}
+    for added in content["added_tokens"]:
+        added["content"] = names.get(added["content"], added["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): number for token, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
+        model["merges"] = [merge for merge, pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
+    content["post_processor"] = None
+    made = Tokenizer.from_str(json.dumps(content))
+    made.encode_special_tokens = True
+    return made
+
+
 class Encoder:
-    """Texts to arrays of token ids, each closed by EOS."""
+    """Texts to arrays of token ids, each opened by `document_prefix` and closed by EOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]):
         from tokenizers import Tokenizer
 
         self.dtype, self.eos_token_id = dtype, tokenizer.eos_token_id
+        self.prefix = document_prefix(tokenizer)
         self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         # A document that contains the text of a special token must not forge a document boundary.
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._eos_token: str = tokenizer.eos_token
+        # Ids that no text may make: it would forge where a document begins or ends.
+        others = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id, None}
+        self._guarded = sorted({tokenizer.eos_token_id, *self.prefix, *others})
+        self._guarded_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._guarded)
+        self._unguarded: Tokenizer | None = None
+        self._unknown = [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
         # A property of the tokenizer alone: what it were found to be on some text, another process might not find.
         self._cuts_at_lines = self._try_lines()
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text and EOS: (n,) of `dtype`.
+        """The prefix, the token ids of each text, and EOS: (n,) of `dtype`.
 
         Texts are cut where that changes no token: into pieces that stay in a core's cache, and so that the
         encoding of a long text, many times its size, never lies in memory whole.
         """
-        eos = np.array([self.eos_token_id], dtype=self.dtype)
+        prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
         short = [text if len(text) <= 2 * _LONG_CHARS else "" for text in texts]
         pieces = [list(_lines(text)) if self._cuts_at_lines else [text] for text in short]
         ids = iter(self._ids([piece for some in pieces for piece in some]))
         return [
             np.concatenate(
-                [*(next(ids) for _ in some), *(self._long(text) if len(text) > 2 * _LONG_CHARS else ()), eos]
+                [prefix, *(next(ids) for _ in some), *(self._long(text) if len(text) > 2 * _LONG_CHARS else ()), eos]
             )
             for text, some in zip(texts, pieces, strict=True)
         ]
@@ -231,6 +328,9 @@ class Encoder:
         break). Other rules, as a space put before every text, show in the probes.
         """
         if any(_CROSSES_LINE.search(token) for token in self._backend.get_vocab()):
+            return False
+        # A token that takes in the space around it would lose what is cut away.
+        if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
             return False
         lefts = (
             "word",
@@ -248,33 +348,40 @@ class Encoder:
         )
         rights = [*string.ascii_letters, "Another line", "I'm", "def f(x):", "a" * 30]
         pairs = [(f"Some text,\n  {left}\n", f"{right} and more.\n") for left in lefts for right in rights]
-        whole, heads, tails = (self._ids(list(texts)) for texts in zip(*((a + b, a, b) for a, b in pairs), strict=True))
-        return all(
-            np.array_equal(ids, np.concatenate([head, tail]))
-            for ids, head, tail in zip(whole, heads, tails, strict=True)
+        probes = [(a + b, a, b) for a, b in pairs]
+        try:
+            whole, heads, tails = (self._encode(self._backend, list(texts)) for texts in zip(*probes, strict=True))
+        except RecipeError:  # a closed vocabulary, of which our sentences tell nothing
+            return False
+        known = [n for n, ids in enumerate(whole) if not (np.isin(ids, self._unknown).any())]
+        return len(known) > len(probes) // 4 and all(
+            np.array_equal(whole[n], np.concatenate([heads[n], tails[n]])) for n in known
         )
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        result = [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
+        result = self._encode(self._backend, texts)
         for index, ids in enumerate(result):
-            if (ids == self.eos_token_id).any():
-                result[index] = self._without_eos(texts[index])
+            if any((ids == number).any() for number in self._guarded):
+                result[index] = self._without_guarded(texts[index])
         return result
 
-    def _without_eos(self, text: str) -> np.ndarray:
-        """Ids of a text that spells the EOS token, for models that find it in their vocabulary: cut inside of it."""
-        parts = text.split(self._eos_token)
-        pieces = [
-            self._eos_token[1:] * (i > 0) + part + self._eos_token[:1] * (i < len(parts) - 1)
-            for i, part in enumerate(parts)
-        ]
-        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
-        ids = np.array([number for encoding in encodings for number in encoding.ids], dtype=self.dtype)
-        if (ids == self.eos_token_id).any():
-            raise RecipeError.at(
-                "tokenizer", f"makes {self._eos_token!r}, which separates documents, of the text {text!r:.200}"
-            )
+    def _encode(self, backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower for text that a vocabulary lacks
+            text = next((text for text in texts if not _encodes(backend, text)), texts[0])
+            message = f"cannot encode the text {text!r:.200}: {error}; it needs an unknown token, or other text"
+            raise RecipeError.at("tokenizer", message) from error
+        return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
+
+    def _without_guarded(self, text: str) -> np.ndarray:
+        """Ids of a text that spells a guarded token, for models that find it in their vocabulary: as if it weren't."""
+        if self._unguarded is None:
+            self._unguarded = _without_tokens(self._backend, self._guarded_tokens)
+        (ids,) = self._encode(self._unguarded, [text])
+        if (found := np.flatnonzero(np.isin(ids, self._guarded))).size:
+            token = self._guarded_tokens[self._guarded.index(int(ids[found[0]]))]
+            raise RecipeError.at("tokenizer", f"makes {token!r}, which frames documents, of the text {text!r:.200}")
         return ids
 
     def _long(self, text: str) -> Iterator[np.ndarray]:

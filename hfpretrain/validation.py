@@ -21,6 +21,7 @@ class ValidationSets:
     def __init__(self, prepared: PreparedData):
         manifest = prepared.manifest
         self._block_size, self._eos_token_id = manifest["block_size"], manifest["eos_token_id"]
+        self._begins_after = self._eos_token_id if prepared.document_prefix else None
         self.names = prepared.validation_splits
         self._sets: list[tuple[Blocks, list[int], np.ndarray, np.ndarray]] = []
         self._ends = [0]
@@ -61,7 +62,8 @@ class ValidationSets:
                 place = row * self._block_size + np.arange(len(tokens))
                 ids[slot, : len(tokens)], valid[slot, : len(tokens)] = tokens, True
                 documents[slot, : len(tokens)] = numbers[np.searchsorted(starts, place, side="right") - 1]
-            batch = collate(ids, self._eos_token_id if document_masking else None)
+            eos_token_id = self._eos_token_id if document_masking else None
+            batch = collate(ids, eos_token_id, begins_after=self._begins_after)
             batch["labels"][torch.from_numpy(~valid)] = IGNORE_INDEX
             yield {**batch, evaluation.DOCUMENTS: torch.from_numpy(documents)}
 

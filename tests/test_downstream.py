@@ -29,12 +29,13 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One that begins every text with BOS and has no padding token, as Llama's."""
+@pytest.fixture(params=["<|endoftext|>", "<s>"])
+def tokenizer(request):
+    """One that begins every text with BOS, EOS itself or another token, and has no padding token, as Llama's."""
     from tokenizers.processors import TemplateProcessing
 
     made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=300), small_text(50))
+    made.add_special_tokens({"bos_token": request.param})
     bos = (made.bos_token, made.bos_token_id)
     made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     made.pad_token = None
@@ -58,6 +59,7 @@ def test_first_losses_are_the_evaluated_ones(tmp_path, tokenizer, model_type):
         assert row["tokens"] == row["evaluated_tokens"] and row["loss"] == pytest.approx(row["evaluated"], abs=1e-5)
     assert "8 document(s), 6 of them cut to the context of 48" in report["notes"][0]
     assert "1 document(s) left out" in report["notes"][1]
+    assert any("is not to be predicted" in note for note in report["notes"]) == (tokenizer.bos_token == "<s>")
     assert any("model.loss_type" in note for note in report["notes"]) == (model_type == "gpt2")
 
 

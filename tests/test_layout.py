@@ -29,10 +29,10 @@ FOUNDATION = {
     "fragments",
     "collectives",
     "subruns",
+    "tokenizer",
 }
 LEAVES = {
     "corpus",
-    "tokenizer",
     "packing",
     "joining",
     "dataloader",
