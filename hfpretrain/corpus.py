@@ -6,6 +6,7 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -14,23 +15,23 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hfpretrain import files
+from hfpretrain import files, source_files
 from hfpretrain.recipe import FILE_FORMATS, DataSection, RecipeError, SourceSection
+from hfpretrain.source_files import expand
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 _GROUP_BYTES = 2**26
-_OTHER_SPLIT = re.compile(r"(?:^|[-._ 0-9/])(?:validation|valid|val|dev|test|testing|eval|evaluation)(?:[-._ 0-9/]|$)")
 # What file systems call what tells two versions of a file apart.
 _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
 )
-_ARROW_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_SAMPLE_BY = "say what a document is, `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
+_document_counts: dict[tuple[Any, ...], int] = {}
 
 
 class Document(NamedTuple):
@@ -54,6 +55,12 @@ class Piece(NamedTuple):
 
     origin: str
     size: int | None
+    kind: str = ""
+    """Of a file the format, one of `FILE_FORMATS`."""
+    start: int = 0
+    """Of a file whose documents are sliced the first one, from 0."""
+    stop: int | None = None
+    """And the one behind the last."""
 
 
 class Reader:
@@ -71,8 +78,8 @@ class Reader:
         self._done_bytes = 0
         if source.path == PYTHON_STDLIB:
             self.pieces = [Piece(PYTHON_STDLIB, None)]
-        elif source.path in FILE_FORMATS and source.split == "train":
-            self.pieces = [Piece(name, size) for name, size in _files(source, key)]
+        elif (pieces := self._file_pieces()) is not None:
+            self.pieces = pieces
         else:
             self._dataset = self._load()
             number = getattr(self._dataset, "num_shards", 1) if self._streamed else 1
@@ -121,8 +128,7 @@ class Reader:
             self._done_bytes += piece.size or 0
 
     def _piece(self, index: int, piece: Piece) -> Iterator[Document]:
-        path = self.source.path
-        if path == PYTHON_STDLIB:
+        if self.source.path == PYTHON_STDLIB:
             yield from _python_stdlib()
         elif self._dataset is not None:
             dataset = self._dataset
@@ -130,14 +136,62 @@ class Reader:
                 dataset = dataset.shard(num_shards=len(self.pieces), index=index)
             yield from self._rows(dataset, piece.origin)
         else:
-            read = {"text": self._text, "json": self._json, "parquet": self._parquet, "csv": self._csv}[path]
-            yield from self._guarded(read(piece.origin), piece.origin)
+            yield from itertools.islice(self._documents(piece), piece.start, piece.stop)
         try:
             now = _size(piece.origin) if piece.size is not None else None
         except Exception as error:
             raise self._cannot_read(piece.origin, error) from error
         if now != piece.size:
             raise RecipeError.at(self.key, f"{piece.origin} changed while it was read: {piece.size} bytes, now {now}")
+
+    def _documents(self, piece: Piece) -> Iterator[Document]:
+        """All documents of a file."""
+        read = {"text": self._text, "json": self._json, "parquet": self._parquet, "csv": self._csv}[piece.kind]
+        return self._guarded(read(piece.origin), piece.origin)
+
+    def _file_pieces(self) -> list[Piece] | None:
+        """The files of the split, or the parts of them; None where `datasets` reads the source."""
+        splits = source_files.find_splits(self.source, self.key)
+        if splits is None:
+            return None
+        found = {name: [Piece(*file) for file in files] for name, files in splits.items()}
+        texts = [piece.origin for pieces in found.values() for piece in pieces if piece.kind == "text"]
+        if texts and self.source.sample_by is None:
+            raise RecipeError.at(f"{self.key}.sample_by", f"{texts[0]} is a text file: {_SAMPLE_BY}")
+        if self.source.sample_by is not None and not texts:
+            raise RecipeError.at(f"{self.key}.sample_by", "goes with text files, and there are none")
+        return found[self.source.split] if self._streamed else self._sliced(found)
+
+    def _sliced(self, files: dict[str, list[Piece]]) -> list[Piece]:
+        """The parts of files that make up a split such as `train[:10%]`, by the numbers of their documents."""
+        from datasets import ReadInstruction
+
+        split, key = self.source.split, f"{self.key}.split"
+        counts = {name: [self._num_documents(piece) for piece in pieces] for name, pieces in files.items()}
+        try:
+            parts = ReadInstruction.from_spec(split).to_absolute({name: sum(counts[name]) for name in counts})
+        except (ValueError, AssertionError) as error:
+            raise RecipeError.at(key, f"{split!r} is no slice: {error}") from error
+        pieces = []
+        for part in parts:
+            first = 0
+            for piece, count in zip(files[part.splitname], counts[part.splitname], strict=True):
+                start, stop = max(part.from_ - first, 0), min(part.to - first, count)
+                if start < stop:
+                    pieces.append(piece._replace(start=start, stop=stop))
+                first += count
+        if not pieces:
+            raise RecipeError.at(key, f"the corpus is empty: {split} holds no document")
+        return pieces
+
+    def _num_documents(self, piece: Piece) -> int:
+        """How many documents a file has, empty and bad ones included; it is read for that once."""
+        version = os.stat(piece.origin).st_mtime_ns if "://" not in piece.origin else None
+        known = (piece, version, self.source.sample_by, self.source.text_column)
+        if known not in _document_counts:
+            _document_counts[known] = sum(1 for _ in self._documents(piece))
+            self._raw = None
+        return _document_counts[known]
 
     @property
     def _streamed(self) -> bool:
@@ -151,18 +205,21 @@ class Reader:
         keywords: dict[str, Any] = {
             "name": source.name,
             "data_dir": source.data_dir,
-            "data_files": list(source.patterns) or None,
+            "data_files": _patterns(source, self.key) or None,
             "revision": source.revision,
             "split": source.split,
             "streaming": self._streamed,
             "sample_by": source.sample_by,
         }
         try:
-            return datasets.load_dataset(
+            dataset = datasets.load_dataset(
                 source.path, **{name: value for name, value in keywords.items() if value is not None}
             )
         except Exception as error:
             raise self._cannot_read(", ".join(source.patterns) or source.data_dir or source.path, error) from error
+        if dataset.info.builder_name == "text" and source.sample_by is None:
+            raise RecipeError.at(f"{self.key}.sample_by", f"{source.path} has text files: {_SAMPLE_BY}")
+        return dataset
 
     def _cannot_read(self, what: str, error: BaseException) -> RecipeError:
         if isinstance(error, StopIteration):  # what looking for the columns of a file without rows ends in
@@ -209,28 +266,29 @@ class Reader:
             line = (str(error).splitlines() or [""])[0]
             yield Document("", origin, row + 1, problem=("truncated_file", f"cannot be read further: {line:.300}"))
 
-    def _open(self, origin: str) -> Any:
-        """The decompressed bytes. Arrow's decompressors, because that of zstandard is silent at a truncated file."""
-        import fsspec
-        import pyarrow as pa
-
-        self._raw = fsspec.open(origin, "rb").open()
-        suffix = Path(origin).suffix
-        if suffix == ".xz":
-            return lzma.open(self._raw)
-        if suffix in _ARROW_CODECS:
-            stream = pa.CompressedInputStream(pa.PythonFile(self._raw, "r"), _ARROW_CODECS[suffix])
-            return io.BufferedReader(stream, 2**16)
-        return self._raw
+    def _open(self, origin: str, kind: str) -> Any:
+        """The decompressed bytes. Raises `RecipeError` where the first are those of something else than such a file."""
+        suffix = source_files.codec_suffix(origin)
+        self._raw = _open_file(origin)
+        source_files.require_data(origin, _head(self._raw), self.key, suffix, kind)
+        try:
+            self._raw.seek(0)
+        except (OSError, ValueError, NotImplementedError):  # of a server that gives no ranges
+            self._raw = _open_file(origin)
+        if not suffix:
+            return self._raw
+        file = _decompressed(self._raw, suffix)
+        source_files.require_data(origin, file.peek(source_files.HEAD_BYTES), self.key, kind=kind)
+        return file
 
     def _json(self, origin: str) -> Iterator[Document]:
-        with self._open(origin) as file:
+        with self._open(origin, "json") as file:
             start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
         yield from self._json_array(origin) if start[:1] == b"[" else self._json_lines(origin)
 
     def _json_array(self, origin: str) -> Iterator[Document]:
         """One array of objects, which has to be read whole."""
-        with self._open(origin) as file:
+        with self._open(origin, "json") as file:
             values = json.loads(file.read())
         return (self._object(value, origin, row) for row, value in enumerate(values, 1))
 
@@ -246,7 +304,7 @@ class Reader:
         import pyarrow.parquet
 
         row, column = 0, self.source.text_column
-        with self._open(origin) as file, pyarrow.parquet.ParquetFile(file) as table:
+        with self._open(origin, "parquet") as file, pyarrow.parquet.ParquetFile(file) as table:
             if column not in table.schema_arrow.names:
                 raise RecipeError.at(f"{self.key}.text_column", _no_column(column, table.schema_arrow.names))
             for batch in table.iter_batches(_BATCH_SIZE, columns=[column]):
@@ -258,7 +316,7 @@ class Reader:
         """Every field is text, also one that looks like a number; a row has as many as the header."""
         csv.field_size_limit(2**31 - 1)
         column = self.source.text_column
-        with io.TextIOWrapper(self._open(origin), "utf-8-sig", errors="surrogateescape", newline="") as file:
+        with io.TextIOWrapper(self._open(origin, "csv"), "utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.reader(file)
             header = next(rows, None)
             if header is None:
@@ -281,8 +339,13 @@ class Reader:
 
     def _json_lines(self, origin: str) -> Iterator[Document]:
         """One object a line. By hand, since `datasets` can name neither file nor line of a broken one, nor skip it."""
-        with self._open(origin) as file:
-            for row, line in enumerate(file, 1):
+        with self._open(origin, "json") as file:
+            first = file.readline()
+            second = file.readline()
+            if _is_cut_object(first, second):
+                advice = "write each object in one line, `jq -c . FILE`"
+                raise RecipeError.at(self.key, f"{origin} has a JSON object that spans several lines: {advice}")
+            for row, line in enumerate(itertools.chain([first, second], file), 1):
                 try:
                     value = json.loads(line)
                 except UnicodeDecodeError as error:
@@ -298,7 +361,7 @@ class Reader:
     def _text(self, origin: str) -> Iterator[Document]:
         """Lines, paragraphs (blank lines between) or the whole file; line ends of any kind are a newline."""
         # Bytes that are no UTF-8 become lone surrogates, which `_document` finds: so their line is known.
-        with io.TextIOWrapper(self._open(origin), encoding="utf-8-sig", errors="surrogateescape") as file:
+        with io.TextIOWrapper(self._open(origin, "text"), encoding="utf-8-sig", errors="surrogateescape") as file:
             if self.source.sample_by == "line":
                 for row, line in enumerate(file, 1):
                     yield _document(line.removesuffix("\n"), origin, row)
@@ -339,55 +402,43 @@ def _no_column(column: str, columns: Iterable[str]) -> str:
     return f"no column {column!r}; there are: {', '.join(columns)}"
 
 
-def _files(source: SourceSection, key: str) -> list[tuple[str, int | None]]:
-    """Names and sizes of all files, patterns in their order, sorted within each."""
-    found: dict[str, tuple[str, int | None]] = {}
-    for pattern in source.patterns or ("**/*",):
-        matches = _expand(source, pattern, key)
-        if not source.patterns:
-            matches = [(name, info) for name, info in matches if Path(name).name != "README.md"]
-            # `datasets` would leave these out by their names; to train on them unasked would be worse than to ask.
-            other = [name for name, _ in matches if _OTHER_SPLIT.search(_below(str(source.data_dir), name))]
-            if other:
-                advice = "name the files to train on in data_files"
-                raise RecipeError.at(f"{key}.data_dir", f"holds another split's file {other[0]}; {advice}")
-        if not matches:
-            raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
-        for name, info in matches:  # a file named twice, in whatever spelling, is one file
-            found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
-    return list(found.values())
+def _is_cut_object(first: bytes, second: bytes) -> bool:
+    """Whether the first two lines of a file of JSON objects are parts of one."""
+    line = first.strip().removeprefix(b"\xef\xbb\xbf")
+    if not line.startswith(b"{") or second.lstrip().startswith(b"{"):
+        return False
+    try:
+        json.loads(line)
+    except UnicodeDecodeError:
+        return False
+    except ValueError as error:
+        # What breaks off at the end of the line, outside of a string, goes on in the next.
+        return bool(second.strip()) and getattr(error, "pos", 0) >= len(line.decode())
+    return False
 
 
-def _below(folder: str, name: str) -> str:
-    """A file's path below a folder: local, or of a URL whose spelling the file system may have changed."""
-    if "://" not in name:
-        return os.path.relpath(name, folder)
-    last = folder.rstrip("/").rpartition("/")[2]
-    return name.rpartition(f"/{last}/")[2]
-
-
-def _expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names of the files of a pattern, sorted, and what their file system says of them."""
-    if not _is_remote(source, pattern):
-        stats = [(str(path), path.stat()) for path in _matches(_root(source), pattern)]
-        return [(name, {"size": stat.st_size}) for name, stat in stats]
+def _open_file(origin: str) -> Any:
+    """A file's bytes as they lie there. Local names are not given to fsspec, in which `::` and `*` have a meaning."""
+    if "://" not in origin:
+        return open(origin, "rb")  # closed by who reads it
     import fsspec
 
-    url = pattern if "://" in pattern or not source.data_dir else f"{source.data_dir.rstrip('/')}/{pattern}"
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        filesystem.invalidate_cache()
-        names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
-        infos = [(name, filesystem.info(name)) for name in names]
-    except FileNotFoundError:
-        return []
-    except Exception as error:  # what a remote file system raises may be anything
-        raise RecipeError.at(f"{key}.data_files", f"cannot read {url}: {type(error).__name__}: {error}") from error
-    return [(filesystem.unstrip_protocol(name), info) for name, info in infos if info["type"] == "file"]
+    return fsspec.open(origin, "rb").open()
 
 
-def _is_remote(source: SourceSection, pattern: str = "") -> bool:
-    return "://" in pattern.removeprefix("file://") or "://" in (source.data_dir or "")
+def _decompressed(file: Any, suffix: str) -> Any:
+    """By Arrow's decompressors, because that of zstandard is silent at a truncated file."""
+    import pyarrow as pa
+
+    if suffix == ".xz":
+        return lzma.open(file)
+    stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), source_files.CODECS[suffix])
+    return io.BufferedReader(stream, 2**16)
+
+
+def _head(file: Any) -> bytes:
+    head: bytes = file.read(source_files.HEAD_BYTES)
+    return head
 
 
 def _size(origin: str) -> int | None:
@@ -401,18 +452,6 @@ def _size(origin: str) -> int | None:
     return size
 
 
-def _root(source: SourceSection) -> Path:
-    return Path(source.data_dir or (source.path if Path(source.path).is_dir() else "."))
-
-
-def _matches(root: Path, pattern: str) -> list[Path]:
-    pattern = pattern.removeprefix("file://")
-    if "://" in pattern:
-        return []
-    whole = os.path.join(glob.escape(str(root)), pattern)
-    return sorted(Path(match) for match in glob.glob(whole, recursive=True) if Path(match).is_file())
-
-
 def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
     """What changes when the source's text does, whatever its files are called on this machine.
 
@@ -422,18 +461,16 @@ def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
     """
     if source.path == PYTHON_STDLIB:
         return [[PYTHON_STDLIB, sys.version]]
-    if source.path in FILE_FORMATS and source.split == "train":
-        return [source.path, *_versions([name for name, _ in _files(source, key)], key)]
-    if Path(source.path).is_dir() or _is_packaged(source.path):
-        return [source.path if _is_packaged(source.path) else "folder", *_datasets_versions(source, key)]
+    kind = source.path if source.path in FILE_FORMATS or source_files.is_packaged(source.path) else "folder"
+    splits = source_files.find_splits(source, key)
+    if splits is not None:
+        found = {split: _versions([file.origin for file in found], key) for split, found in splits.items()}
+        return [kind, *(found["train"] if list(found) == ["train"] else map(list, found.items()))]
+    if source_files.is_folder(source) or source_files.is_packaged(source.path):
+        return [kind, *_datasets_versions(source, key)]
     within = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
-    urls = [name for pattern in source.patterns if "://" in pattern for name, _ in _expand(source, pattern, key)]
+    urls = [name for pattern in source.patterns if "://" in pattern for name, _ in expand(source, pattern, key)]
     return [{"dataset": source.path, "commit": _commit(source, key), **within}, *_versions(urls, key)]
-
-
-def _is_packaged(path: str) -> bool:
-    """Whether `datasets` takes a path for one of its own file formats, before it looks for a folder or on the Hub."""
-    return path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}") is not None
 
 
 def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
@@ -446,13 +483,26 @@ def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
     return [*found, *_versions([str(path) for path in settings if path.is_file()], key)]
 
 
+def _patterns(source: SourceSection, key: str) -> list[str]:
+    """`data_files` as `datasets` reads them: files on this machine by their names, which are no patterns there."""
+    if not source_files.is_folder(source) and not source_files.is_packaged(source.path):
+        return list(source.patterns)
+    names: list[str] = []
+    for pattern in source.patterns:
+        found = [pattern] if "://" in pattern else [os.path.abspath(name) for name, _ in expand(source, pattern, key)]
+        if not found:
+            raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
+        names += found if "://" in pattern else map(glob.escape, found)
+    return names
+
+
 def _builder(source: SourceSection, key: str) -> Any:
     import datasets
 
     keywords = {
         "name": source.name,
         "data_dir": source.data_dir,
-        "data_files": list(source.patterns) or None,
+        "data_files": _patterns(source, key) or None,
         "revision": source.revision,
     }
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpretrain import devices, launcher, metrics, optim
 from hfpretrain.recipe import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps, unknown_key
+from hfpretrain.source_files import is_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -338,7 +339,7 @@ def _prepared(recipe: Recipe, run_bytes: int) -> tuple[int, str]:
 
 def _is_local(source: SourceSection) -> bool:
     """Whether the fingerprint of a source is found without a network."""
-    known = source.path in FILE_FORMATS or source.path.startswith("builtin:") or Path(source.path).exists()
+    known = source.path in FILE_FORMATS or source.path.startswith("builtin:") or is_folder(source)
     return known and not any("://" in pattern for pattern in source.patterns)
 
 

@@ -155,11 +155,14 @@ class SourceSection(Section):
 
     path: str
     """`text`, `json`, `parquet`, `csv` (with `data_files` or `data_dir`), a local folder, a Hub dataset id, or
-    `builtin:python-stdlib` (the modules of this machine's Python, one document each)."""
+    `builtin:python-stdlib` (the modules of this machine's Python, one document each). In this order: a folder named
+    `text` is written `./text`, and a folder that exists is taken before a dataset of that name on the Hub. Files of a
+    folder are read by the ends of their names (.txt, .json, .jsonl, .ndjson, .parquet, .csv, also compressed)."""
     name: str | None = None
     """Configuration of a Hub dataset."""
     data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Files or globs; compressed ones (gz, zst, xz, bz2) are read as they are."""
+    """Files or globs; compressed ones (gz, zst, xz, bz2) are read as they are. A name that exists is that file,
+    whatever characters it has. `*` alone leaves out what stands beside data, such as `LICENSE` and `_SUCCESS`."""
     data_dir: str | None = None
     """Folder with the files."""
     split: str = "train"
@@ -167,8 +170,8 @@ class SourceSection(Section):
     revision: str | None = None
     """Revision of a Hub dataset."""
     sample_by: Literal["line", "paragraph", "document"] | None = None
-    """For `path: text`: a document is a line, a paragraph (blank lines between), or the whole file. Needed there. Line
-    ends of any kind are read as a newline."""
+    """Of text files: a document is a line, a paragraph (blank lines between), or the whole file. Needed for
+    `path: text` and for a folder with text files. Line ends of any kind are read as a newline."""
     text_column: str = "text"
     """Column that holds the text."""
     weight: float | None = Field(default=None, ge=0)
@@ -185,8 +188,10 @@ class SourceSection(Section):
     def _files(self) -> SourceSection:
         if self.path in FILE_FORMATS and self.data_files is None and self.data_dir is None:
             raise ValueError(f"`path: {self.path}` needs `data_files` or `data_dir`")
-        if (self.path == "text") != (self.sample_by is not None):
-            raise ValueError("`sample_by` (line, paragraph or document) goes with `path: text`, and is needed there")
+        if self.path == "text" and self.sample_by is None:
+            raise ValueError("`path: text` needs `sample_by`: line, paragraph or document")
+        if self.sample_by is not None and (self.path in FILE_FORMATS[1:] or self.path.startswith("builtin:")):
+            raise ValueError(f"`sample_by` goes with text files, which `path: {self.path}` does not read")
         return self
 
     @property

@@ -300,14 +300,12 @@ def test_a_folder_with_other_splits_is_asked_about(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [PermissionError("expired"), FileNotFoundError("gone"), ConnectionError("reset")])
 def test_a_refused_read_is_no_truncated_file(tmp_path, monkeypatch, error):
-    import fsspec
-
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
 
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(fsspec, "open", refuse)
+    monkeypatch.setattr(corpus, "_open_file", refuse)
     with pytest.raises(RecipeError, match="cannot read"):
         list(corpus.Reader(SourceSection(path="json", data_files=str(path)), on_bad_document="skip").read())
 
@@ -321,3 +319,198 @@ def test_a_broken_file_is_named_and_may_be_skipped(tmp_path, name):
     with pytest.raises(RecipeError, match=rf"{name}:\d+: cannot be read further"):
         list(corpus.Reader(source).read())
     assert list(corpus.Reader(source, on_bad_document="skip").read())[-1].problem[0] == "truncated_file"
+
+
+def jsonl(path, documents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_jsonl(path, documents)
+
+
+@pytest.mark.parametrize("name", ["part[1].jsonl", "a::b.jsonl", "what?.jsonl", "*.jsonl", "a{b}.jsonl"])
+def test_a_name_that_exists_is_that_file_whatever_characters_it_has(tmp_path, name, monkeypatch):
+    for other in ("part1.jsonl", "whatx.jsonl", "z.jsonl"):
+        jsonl(tmp_path / other, ["another"])
+    jsonl(tmp_path / name, ["this one"])
+    assert read(path="json", data_files=str(tmp_path / name)) == ["this one"]
+    assert read(path="json", data_dir=str(tmp_path), data_files=name) == ["this one"]
+    assert read(path=str(tmp_path), data_files=name) == ["this one"]
+    assert read(path="json", data_files=str(tmp_path / name), split="train[:100%]") == ["this one"]
+    monkeypatch.chdir(tmp_path)
+    assert read(path="json", data_files=name) == ["this one"]
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "x").mkdir()
+    jsonl(tmp_path / "x" / "a.jsonl", ["another"])
+    jsonl(tmp_path / "[x]" / "a.jsonl", ["in a folder"])
+    assert read(path="json", data_files="[x]/*.jsonl") == ["in a folder"]
+
+
+def test_what_a_pattern_matches_and_cannot_be_read_is_named(tmp_path, monkeypatch):
+    import os
+
+    jsonl(tmp_path / "d" / "a.jsonl", ["x"])
+    link = tmp_path / "d" / "b.jsonl"
+    link.symlink_to("/gone/b.jsonl")
+    for source in (
+        {"path": "json", "data_files": str(tmp_path / "d" / "*.jsonl")},
+        {"path": "json", "data_files": str(link)},
+        {"path": "json", "data_dir": str(tmp_path / "d")},
+        {"path": str(tmp_path / "d")},
+    ):
+        assert "b.jsonl is a link to /gone/b.jsonl, which is missing" in refusal(**source)
+    link.unlink()
+    link.symlink_to(link)
+    assert "b.jsonl" in refusal(path="json", data_files=str(tmp_path / "d" / "*.jsonl"))
+    link.unlink()
+    (tmp_path / "d" / "loop").symlink_to(tmp_path / "d")
+    assert "is a link to a folder that it stands in" in refusal(path="json", data_dir=str(tmp_path / "d"))
+    assert read(path="json", data_files=str(tmp_path / "d" / "*.jsonl")) == ["x"]
+    (tmp_path / "d" / "loop").unlink()
+    os.mkfifo(tmp_path / "d" / "pipe.jsonl")
+    assert "pipe.jsonl is a pipe" in refusal(path="json", data_files=str(tmp_path / "d" / "*.jsonl"))
+    (tmp_path / "d" / "pipe.jsonl").unlink()
+    (tmp_path / "d" / "closed").mkdir()
+    listdir = os.listdir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)  # the tests may run as root, whom nothing is denied
+    assert "cannot read the folder" in refusal(path="json", data_dir=str(tmp_path / "d"))
+    assert "is a folder" in refusal(path="json", data_files=str(tmp_path / "d"))
+
+
+def test_a_text_file_gives_the_same_documents_by_every_spelling_of_its_source(tmp_path):
+    path = tmp_path / "d" / "a.txt"
+    path.parent.mkdir()
+    path.write_bytes(("\ufeff" + "One.\r\nTwo.\r\n\r\nThree.\n").encode())
+    expected = {
+        "document": ["One.\nTwo.\n\nThree.\n"],
+        "line": ["One.", "Two.", "", "Three."],
+        "paragraph": ["One.\nTwo.", "Three."],
+    }
+    for sample_by, documents in expected.items():
+        for source in (
+            {"path": "text", "data_files": str(path)},
+            {"path": "text", "data_files": str(path), "split": "train[:100%]"},
+            {"path": "text", "data_dir": str(path.parent)},
+            {"path": str(path.parent)},
+            {"path": str(path.parent), "split": "train[:100%]"},
+            {"path": str(tmp_path), "data_dir": "d"},
+            {"path": str(tmp_path), "data_dir": "d", "data_files": "*.txt"},
+        ):
+            assert read(**source, sample_by=sample_by) == documents, source
+    assert "sample_by: " in refusal(path=str(path.parent))
+
+
+def test_slices_are_of_all_files_together(tmp_path):
+    for number in range(3):
+        jsonl(tmp_path / f"{number}.jsonl", [f"{number}{n}" for n in range(4)])
+    whole = read(path=str(tmp_path))
+    assert len(whole) == 12
+    for split, expected in (
+        ("train[:50%]", whole[:6]),
+        ("train[3:9]", whole[3:9]),
+        ("train[-1:]+train[:2]", whole[-1:] + whole[:2]),
+        ("train+train[:1]", [*whole, whole[0]]),
+    ):
+        for source in ({"path": str(tmp_path)}, {"path": "json", "data_files": str(tmp_path / "*.jsonl")}):
+            assert read(**source, split=split) == expected, split
+    assert "no slice" in refusal(path=str(tmp_path), split="train[a:b]")
+    assert "data.sources.split" in refusal(path=str(tmp_path), split="validation")
+
+
+def test_splits_of_a_folder_are_told_by_names_and_what_is_unclear_is_refused(tmp_path):
+    for name in ("train-0", "train-1", "test-0"):
+        jsonl(tmp_path / "d" / f"{name}.jsonl", [name])
+    jsonl(tmp_path / "shards" / "data" / "extra-00000-of-00001.jsonl", ["extra"])
+    assert read(path=str(tmp_path / "d")) == ["train-0", "train-1"]
+    assert read(path=str(tmp_path / "d"), split="test") == ["test-0"]
+    assert read(path="json", data_dir=str(tmp_path / "d"), split="test") == ["test-0"]
+    assert read(path=str(tmp_path / "shards"), split="extra") == ["extra"]
+    assert "there are: test, train" in refusal(path=str(tmp_path / "d"), split="validation")
+    jsonl(tmp_path / "d" / "more.jsonl", ["more"])
+    assert "more.jsonl belongs by its name to no split" in refusal(path=str(tmp_path / "d"))
+
+
+def test_files_of_a_folder_are_read_each_by_its_name(tmp_path):
+    jsonl(tmp_path / "a.jsonl", ["json"])
+    (tmp_path / "b.csv").write_text("text\ncsv\n")
+    pandas.DataFrame({"text": ["parquet"]}).to_parquet(tmp_path / "c.parquet")
+    (tmp_path / "d.TXT.GZ").write_bytes(gzip.compress(b"text"))
+    assert read(path=str(tmp_path), sample_by="document") == ["json", "csv", "parquet", "text"]
+    (tmp_path / "e.docx").write_bytes(b"x")
+    assert "e.docx is none of the formats" in refusal(path=str(tmp_path), sample_by="document")
+
+
+def test_what_stands_beside_data_is_left_out_of_a_folder(tmp_path, caplog):
+    import logging
+
+    jsonl(tmp_path / "a.jsonl", ["x"])
+    for name in ("_SUCCESS", "LICENSE", "README", "README.md", "LICENSE-MIT.txt", ".gitattributes", ".a.jsonl.crc"):
+        (tmp_path / name).write_text("no data" if "SUCCESS" not in name else "")
+    jsonl(tmp_path / "__old__" / "b.jsonl", ["no data"])
+    with caplog.at_level(logging.INFO, "hfpretrain"):
+        for source in (
+            {"path": str(tmp_path)},
+            {"path": "json", "data_dir": str(tmp_path)},
+            {"path": "json", "data_files": str(tmp_path / "*")},
+        ):
+            assert read(**source) == ["x"]
+    assert "LICENSE" in caplog.text and "not read as data" in caplog.text
+    assert read(path="text", data_files=str(tmp_path / "LICENSE"), sample_by="document") == ["no data"]
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.txt", LFS, "Git LFS pointer"),
+        ("a.jsonl.gz", LFS, "Git LFS pointer"),
+        ("a.parquet", LFS, "Git LFS pointer"),
+        ("a.txt", "some text".encode("utf-16"), "UTF-16"),
+        ("a.csv", "text\nsome text\n".encode("utf-16-le"), "UTF-16"),
+        ("a.jsonl", json.dumps({"text": "x"}).encode("utf-16"), "UTF-16"),
+        ("a.txt", b"PK\x03\x04\x14\x00", "zip archive"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "compressed by gzip: end its name in .gz"),
+        ("a.txt.gz", b"never compressed", "rename it without .gz"),
+        ("a.json", json.dumps({"text": "x", "id": 1}, indent=1).encode(), "spans several lines"),
+        ("a.json", b'{"text": "x",\n "id": 1}\n{"text": "y",\n "id": 2}', "spans several lines"),
+    ],
+)
+@pytest.mark.parametrize("on_bad_document", ["error", "skip"])
+def test_a_file_that_is_something_else_is_said_to_be_that(tmp_path, name, content, what, on_bad_document):
+    (tmp_path / name).write_bytes(content)
+    kind = {"txt": "text", "csv": "csv", "parquet": "parquet"}.get(name.split(".")[1], "json")
+    source = SourceSection(path=kind, data_files=str(tmp_path / name), sample_by="document" if kind == "text" else None)
+    with pytest.raises(RecipeError, match=rf"{name} .*{what}"):
+        list(corpus.Reader(source, on_bad_document=on_bad_document).read())
+
+
+def test_upper_case_suffixes_and_first_lines_that_are_broken_are_no_other_format(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "x"}\n'))
+    assert read(path="json", data_files=str(tmp_path / "A.JSONL.GZ")) == ["x"]
+    (tmp_path / "b.jsonl").write_text('{"text": "cut\n{"text": "x"}\n{\n')
+    source = SourceSection(path="json", data_files=str(tmp_path / "b.jsonl"))
+    found = list(corpus.Reader(source, on_bad_document="skip").read())
+    assert [document.text for document in found if not document.problem] == ["x"] and len(found) == 3
+
+
+@pytest.mark.parametrize("name", ["text", "json", "csv", "parquet"])
+def test_a_folder_named_like_a_format_does_not_shadow_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("x")
+    sources = (
+        {"path": "text", "data_files": f"{name}/*.txt"},
+        {"path": "text", "data_dir": name},
+        {"path": f"./{name}"},
+    )
+    for source in sources:
+        assert read(**source, sample_by="document") == ["x"]
+        assert corpus.identity(SourceSection(**source, sample_by="document"))
+    assert "nowhere is no folder" in refusal(path="./nowhere")
+    assert "is a file" in refusal(path=f"{name}/a.txt")

@@ -12,6 +12,7 @@ FOUNDATION = {
     "recipe",
     "files",
     "console",
+    "source_files",
     "devices",
     "hygiene",
     "mirror",
