@@ -103,7 +103,7 @@ class Saver:
     def _write(
         self, train_state: dict[str, Any], state: dict[str, Any], writers: Mapping[str, Callable[[Path], object]]
     ) -> tuple[str | None, int]:
-        path = self._folder / f"step-{train_state['step']:08d}"
+        path = (self._folder / f"step-{train_state['step']:08d}").resolve()
         work = path.with_name(path.name + files.INCOMPLETE)
         written: dict[str, Any] = {}
 
@@ -179,10 +179,7 @@ def _remove_old(folder: Path, section: CheckpointSection) -> None:
         kept |= set(sorted(evaluated, key=lambda path: (losses[path], -files.step_of(path)))[:1])
     for path in found:
         if path not in kept:
-            # Renamed first: a kill in between leaves nothing that looks like a damaged checkpoint.
-            aside = path.with_name(path.name + files.INCOMPLETE)
-            path.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            files.discard(path)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -192,6 +189,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     checkpoints but none verifies: to start anew is the user's decision.
     """
     reasons: list[str] = []
+    for left in folder.glob(f"step-*{files.REPLACED}"):  # by a kill
+        files.restore(left.with_name(left.name.removesuffix(files.REPLACED)))
     for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # by a kill, of a step that may never be saved again
         shutil.rmtree(left, ignore_errors=True)
     for path in files.steps(folder):
@@ -204,7 +203,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         reasons.append(f"checkpoint {path.name} is passed over: {reason}")
         aside = path.with_name(path.name + ".damaged")
         with contextlib.suppress(OSError):  # a disk that can't be written to can be read
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.is_dir():
+                files.discard(aside)
             path.rename(aside)
     if reasons or any(folder.glob("step-*.damaged")):
         advice = "restore one, or delete the folder to start anew"

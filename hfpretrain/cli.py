@@ -307,10 +307,15 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
         transformers.utils.logging.disable_progress_bar()
 
-        run = path.parent if (path / "config.json").is_file() and (path.parent / export.REFERENCE).is_file() else path
-        if not (run / "model" / "config.json").is_file() or not (run / export.REFERENCE).is_file():
-            raise RecipeError(Problem(str(path), "neither a finished run, nor a checkpoint, nor prepared data"))
-        report = export.verify(run / "model", run / export.REFERENCE) | _verify_prepared(run)
+        model = path if (path / "config.json").is_file() else path / "model"
+        reference = model.parent / export.REFERENCE
+        is_lone = not reference.is_file() and (model / files.SUMS).is_file()  # not in a run's folder, or copied from it
+        if not (model / "config.json").is_file() or not (reference.is_file() or is_lone):
+            raise RecipeError(Problem(str(path), "no finished run, exported model, checkpoint or prepared data"))
+        report = export.check_files(model)
+        if reference.is_file():
+            report |= export.verify(model, reference)
+        report |= _verify_prepared(model.parent)
     if args.json:
         print(json.dumps(report))
     else:
@@ -411,9 +416,18 @@ def _path(args: argparse.Namespace, _: list[str]) -> None:
     print(shipped.find(args.name, "recipe", "engine", path="name"))
 
 
+def _repair(run: Path) -> None:
+    """Finish what a killed run has begun with its export, if none is at work in its folder."""
+    from hfpretrain import export, run_folder
+
+    if (run / "recipe.yaml").is_file() and not run_folder.is_in_use(run):
+        export.repair(run)
+
+
 def _push(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.push import push
 
+    _repair(Path(args.run))
     if not push(Path(args.run), args.repo_id, args.private, args.state):
         raise SystemExit(1)
 
@@ -422,6 +436,7 @@ def _card(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.run_card import write_card
 
     run = Path(args.run)
+    _repair(run)
     if not (run / "model" / "config.json").is_file():
         raise RecipeError.at(args.run, "has no exported model to write a card for; let the run come to its end")
     write_card(run, run / "model")

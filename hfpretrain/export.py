@@ -32,7 +32,8 @@ def write(
 ) -> None:
     """A plain folder that `from_pretrained` reads: safetensors in `dtype`, config, generation config, tokenizer.
 
-    Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files.
+    Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files. What stands
+    at `path` is replaced, but files there that no export has written stay: a person's, and the card.
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,10 +51,8 @@ def write(
     work = files.work_folder(path)
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
-    if (path / "README.md").is_file():  # a person may have written into it
-        shutil.copy2(path / "README.md", work)
-    shutil.rmtree(path, ignore_errors=True)
-    work.rename(path)
+    files.add_sums(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
+    files.put_in_place(work, path)
 
 
 @torch.no_grad()
@@ -139,6 +138,30 @@ def verify(model_path: Path, reference: Path) -> dict[str, Any]:
         "max_logit_difference": (stored["logits"] - logits).abs().max().item(),
         "sample": tokenizer.decode(sample[0, prompt.shape[1] :], skip_special_tokens=True),
     }
+
+
+def repair(run: Path) -> None:
+    """Finish what a killed process has begun with the export of a run folder. No other may be at work there."""
+    files.restore(run / "model")
+    shutil.rmtree(run / f"model{files.INCOMPLETE}", ignore_errors=True)
+    for folder in (run, run / "model"):
+        files.sweep(folder)
+
+
+def check_files(model_path: Path) -> dict[str, Any]:
+    """Compare every file of an export with its `SHA256SUMS`. Raises `RecipeError` naming the one that differs.
+
+    Returns how many were compared, which files are not ours, and a note where an older version wrote no checksums.
+    """
+    if (reason := files.sums_damage(model_path)) is not None:
+        raise RecipeError.at(str(model_path), reason)
+    sums = files.sums_of(model_path)
+    if sums is None:
+        return {"files": f"not compared: an older version of hfpretrain wrote this export without {files.SUMS}"}
+    own = {*sums, files.SUMS, "README.md"}
+    names = (path.relative_to(model_path).as_posix() for path in sorted(model_path.rglob("*")) if path.is_file())
+    others = [name for name in names if name not in own]
+    return {"files": len(sums)} | ({"not_ours": others} if others else {})
 
 
 def plain_environment() -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Sealed folders: written under a temporary name, fsynced, given a manifest of checksums, then renamed.
 
-A folder without its manifest is not whole. Prepared data and checkpoints both rest on this.
+A folder without its manifest is not whole. Prepared data and checkpoints both rest on this. A folder that is there
+already is renamed aside, and deleted when the new one is in its place; what is not ours in it moves to the new one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import logging
@@ -16,7 +18,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,19 @@ from typing import Any
 import xxhash
 
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+"""The manifest of an export, as `sha256sum --check` reads it; checkpoints and prepared data have `MANIFEST`."""
 INCOMPLETE = ".incomplete"
 _MANIFEST_SHA256 = "manifest_sha256"
+REPLACED = ".replaced"
+_KEPT = ".kept"
+# What earlier versions wrote into a folder whose manifest is missing or can't be read.
+_USUAL = (
+    *("*config.json", "model*.safetensors", "model.safetensors.index.json", "loss.png", "metrics.json"),
+    *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "*.distcp", ".metadata", "train_state.json", "ledger*.npy", "recipe.yaml"),
+    *("data-*.pt", MANIFEST, SUMS),
+)
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 logger = logging.getLogger(__name__)
@@ -50,26 +64,134 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whoever else writes it at the same time."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=INCOMPLETE, delete=False) as file:
-        try:
+    """Write a file that is there whole or not at all, whoever else writes it at the same time.
+
+    A new file has the permissions that the umask leaves, one that is replaced keeps its own.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{INCOMPLETE}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     _fsync(path.parent)
 
 
 def work_folder(path: Path) -> Path:
-    """An empty folder beside `path` to write into before `seal`."""
+    """An empty folder beside `path` to write into before `seal` or `put_in_place`."""
+    path = path.resolve()
     work = path.with_name(path.name + INCOMPLETE)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     return work
+
+
+def put_in_place(work: Path, path: Path, ours: Collection[str] = ()) -> None:
+    """Rename the finished folder `work` to `path`, and delete what stands there but for files that are not ours.
+
+    Those move into the new folder. A file is ours if the old folder's manifest names it (an export's also has to have
+    its checksum), or `ours`. There is a whole folder at each moment, at `path` or aside, from which `restore` goes on.
+    """
+    path = path.resolve()
+    restore(path, ours)
+    if path.is_dir():
+        path.rename(_aside(path))
+    work.rename(path)
+    _fsync(path.parent)
+    restore(path, ours)
+
+
+def restore(path: Path, ours: Collection[str] = ()) -> None:
+    """Finish what a kill has left of `put_in_place`: the old folder returns, or goes where the new one is there."""
+    path = path.resolve()
+    aside = _aside(path)
+    if not aside.is_dir():
+        return
+    if not path.is_dir():
+        aside.rename(path)
+    else:
+        _carry(aside, path, _own(aside, path) | set(ours))
+        shutil.rmtree(aside)
+    _fsync(path.parent)
+
+
+def discard(path: Path, ours: Collection[str] = ()) -> None:
+    """Delete a folder of ours; what is not ours in it stays beside it, in a folder named `kept-...`."""
+    _carry(path, path.with_name(f"kept-{path.name}"), _own(path) | set(ours))
+    # Renamed first: a kill in between leaves nothing that looks like a damaged folder.
+    left = path.with_name(f"{path.name}.removed{INCOMPLETE}")
+    shutil.rmtree(left, ignore_errors=True)
+    path.rename(left)
+    shutil.rmtree(left, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes have left of `write_whole`. None may be writing into `folder`."""
+    for left in folder.glob(f".*{INCOMPLETE}"):
+        if left.is_file():
+            left.unlink()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + REPLACED)
+
+
+def _own(folder: Path, new: Path | None = None) -> set[str]:
+    """Files below `folder` that were written by us and by nobody since, by their names there.
+
+    Where nothing tells, it is what `new` has too, and what earlier versions wrote.
+    """
+    own: set[str] = set()
+    told = False
+    for place, _, names in os.walk(folder):
+        below = Path(place).relative_to(folder)
+        manifest = manifest_of(Path(place)) if MANIFEST in names else None
+        found = {} if manifest is None else dict.fromkeys(manifest["files"], "")
+        with contextlib.suppress(ValueError):
+            found |= {name: sha for name, sha in (sums_of(Path(place)) or {}).items() if manifest is None}
+        told |= bool(found)
+        with ThreadPoolExecutor() as pool:
+            same = pool.map(lambda item: _is_same(Path(place) / item[0], item[1]), found.items())  # noqa: B023
+            own |= {(below / name).as_posix() for name, kept in zip(found, same, strict=True) if kept}
+        own |= {(below / name).as_posix() for name in names if found and name in (MANIFEST, SUMS)}
+    if not told:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        usual = [path for path in files if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _USUAL)]
+        own = {path.relative_to(folder).as_posix() for path in usual if path.parent == folder}
+        if new is not None:
+            own |= {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()} - {"README.md"}
+    return own
+
+
+def _is_same(path: Path, checksum: str) -> bool:
+    """Whether a file has a checksum; where none is known, it has."""
+    return not checksum or (path.is_file() and sha256(path) == checksum)
+
+
+def _carry(old: Path, new: Path, own: set[str], below: str = "") -> None:
+    """Move everything but `own` from `old` into `new`, which is made where it is needed; nothing is overwritten."""
+    for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
+        name, target = f"{below}{entry.name}", new / entry.name
+        has_own = any(other.startswith(f"{name}/") for other in own)
+        if entry.is_dir(follow_symlinks=False) and (has_own or target.is_dir()):
+            _carry(old / entry.name, target, own, f"{name}/")
+        elif name not in own:
+            new.mkdir(parents=True, exist_ok=True)
+            number = 1
+            while os.path.lexists(target):
+                suffix = _KEPT if number == 1 else f"{_KEPT}-{number}"
+                target, number = new / f"{entry.name}{suffix}", number + 1
+            os.rename(old / entry.name, target)
+            if target.name != entry.name:
+                logger.warning("%s was changed by somebody: it is kept as %s", new / entry.name, target.name)
 
 
 def seal(
@@ -88,9 +210,7 @@ def seal(
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in (work / MANIFEST, *(folder for folder in work.rglob("*") if folder.is_dir()), work):
         _fsync(name)
-    shutil.rmtree(path, ignore_errors=True)
-    work.rename(path)
-    _fsync(path.parent)
+    put_in_place(work, path)
     return manifest
 
 
@@ -240,7 +360,7 @@ def _signature(path: Path) -> str | None:
 
 def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool) -> str | None:
     file = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute():
+    if is_outside(name):
         return f"{folder / MANIFEST} names {name!r}, which is outside of the folder"
     if not file.is_file():
         return f"{file} is missing"
@@ -249,6 +369,58 @@ def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool
     if checksums and sha256(file) != entry["sha256"]:
         return f"{file} has another checksum than when it was sealed"
     return None
+
+
+def add_sums(folder: Path, paths: Iterable[Path]) -> None:
+    """Note the checksums of files of an export in its `SHA256SUMS`; they are on the disk when this returns."""
+    known = sums_of(folder) or {}
+    found = {name: entry["sha256"] for name, entry in entries(folder, paths).items()}
+    lines = "".join(f"{checksum}  {name}\n" for name, checksum in sorted({**known, **found}.items()))
+    own = hashlib.sha256(lines.encode()).hexdigest()
+    # A comment to sha256sum, which does not look whether its own list is damaged.
+    write_whole(folder / SUMS, f"# the lines below: {own}\n{lines}")
+
+
+def sums_of(folder: Path) -> dict[str, str] | None:
+    """Checksums by name that an export's `SHA256SUMS` has, None where there is none. Raises `ValueError` if it is
+    damaged."""
+    path = folder / SUMS
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    first, _, lines = content.partition(b"\n")
+    if first != b"# the lines below: " + hashlib.sha256(lines).hexdigest().encode():
+        raise ValueError(f"{path} is damaged: its lines do not have the checksum that stands above them")
+    pairs = (line.partition("  ") for line in lines.decode().splitlines())
+    return {name: checksum for checksum, _, name in pairs}
+
+
+def sums_damage(folder: Path) -> str | None:
+    """Which file of an export, or that its `SHA256SUMS`, is not as it was written; None if all are.
+
+    The card is not in the list: a person may write into it. Other files that the list does not name are not ours.
+    """
+    try:
+        sums = sums_of(folder) or {}
+    except ValueError as error:
+        return str(error)
+    with ThreadPoolExecutor() as pool:
+        return next(
+            (reason for reason in pool.map(lambda item: _sum_damage(folder, *item), sums.items()) if reason), None
+        )
+
+
+def _sum_damage(folder: Path, name: str, checksum: str) -> str | None:
+    if is_outside(name):
+        return f"{folder / SUMS} names {name!r}, which is outside of the folder"
+    if not (folder / name).is_file():
+        return f"{folder / name} is missing"
+    return None if sha256(folder / name) == checksum else f"{folder / name} has another checksum than in {SUMS}"
+
+
+def is_outside(name: str) -> bool:
+    """Whether a name that somebody else gives to a file leads out of the folder it is to stand in."""
+    return Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
 
 
 def steps(folder: Path) -> list[Path]:

@@ -5,12 +5,14 @@ The token is huggingface_hub's own business: it is read there at each request, a
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hfpretrain import files
 from hfpretrain.recipe import RecipeError
 
 TIMEOUT_SECONDS = 60
@@ -98,21 +100,35 @@ class Repo:
         return commit
 
     def push_main(self, folder: Path) -> str:
-        """Upload what `main` lacks of a folder; returns its newest commit. Raises `HopelessError` if weights are
-        damaged."""
+        """Upload what `main` lacks of a folder, and delete there what an earlier export had and this one has not;
+        returns its newest commit. Raises `HopelessError` if a file of the export is damaged."""
         from safetensors import SafetensorError, safe_open
 
         repo_id = self.open()
+        if (reason := files.sums_damage(folder)) is not None:
+            raise HopelessError(reason)
         for path in folder.glob("*.safetensors"):
             try:
                 with safe_open(path, framework="np"):
                     pass
             except SafetensorError as error:
                 raise HopelessError(f"{path} is damaged: {error}") from error
-        keywords: dict[str, Any] = {"delete_patterns": ["*.safetensors", "*.safetensors.index.json"]}
+        old = [glob.escape(name) for name in self._exported() if not (folder / name).is_file()]
+        keywords: dict[str, Any] = {"delete_patterns": old, "ignore_patterns": [f"*{files.INCOMPLETE}"]}
         return str(
             self._api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=_MESSAGE, **keywords).oid
         )
+
+    def _exported(self) -> list[str]:
+        """Files on `main` that an export put there, by its list of checksums; else the weights at the top."""
+        names = self._api.list_repo_files(self.open())
+        if files.SUMS in names:
+            path = Path(self._api.hf_hub_download(self.open(), files.SUMS, force_download=True))
+            try:
+                return [name for name in files.sums_of(path.parent) or {} if name in names]
+            except ValueError:
+                return []
+        return [name for name in names if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
 
     def card(self) -> str | None:
         """The card on `main`, None where there is none."""

@@ -19,6 +19,7 @@ from hfpretrain import files
 
 STATE, MODEL = "state", "model"
 _PUBLISHED, _TRAIN_STATE = "published.json", "train_state.json"
+_OURS = (_TRAIN_STATE, f"{MODEL}/README.md")  # which no manifest names
 
 
 def put(checkpoint: Path, outbox: Path) -> str | None:
@@ -30,7 +31,8 @@ def put(checkpoint: Path, outbox: Path) -> str | None:
     if (place / STATE).is_dir() and identity(place) == identity(checkpoint):  # else the step was done again
         return None
     outbox.mkdir(parents=True, exist_ok=True)
-    sources = [path for path in checkpoint.iterdir() if path.is_file()]
+    names = (files.manifest_of(checkpoint) or {"files": ()})["files"]  # others are not ours to publish
+    sources = [checkpoint / name for name in (*names, files.MANIFEST) if (checkpoint / name).is_file()]
     size, free = sum(file.stat().st_size for file in sources), shutil.disk_usage(outbox).free
     if free < 2 * size:
         return f"{free / 2**20:,.0f} MiB are free in {outbox}, less than two checkpoints of {size / 2**20:,.0f} MiB"
@@ -42,8 +44,7 @@ def put(checkpoint: Path, outbox: Path) -> str | None:
         except OSError:  # a file system without hard links
             shutil.copy2(file, work / STATE / file.name)
     shutil.copy2(checkpoint / _TRAIN_STATE, work)
-    remove(place)
-    work.rename(place)
+    files.put_in_place(work, place, _OURS)
     return None
 
 
@@ -71,10 +72,15 @@ def waiting(outbox: Path) -> list[Path]:
 def remove(place: Path) -> None:
     """It need not wait any more."""
     with contextlib.suppress(FileNotFoundError):
-        aside = place.with_name(place.name + ".pushed")
-        shutil.rmtree(aside, ignore_errors=True)
-        place.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        files.discard(place, _OURS)
+
+
+def sweep(outbox: Path) -> None:
+    """Finish what a killed process has begun here: no other may be at work."""
+    for left in outbox.glob(f"step-*{files.REPLACED}"):
+        files.restore(left.with_name(left.name.removesuffix(files.REPLACED)), _OURS)
+    for left in outbox.glob(f"step-*{files.INCOMPLETE}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def published(outbox: Path) -> dict[str, dict[str, str]]:

@@ -200,6 +200,7 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     step = files.step_of(place)
     run_card.write_card(run, work, step, repo_id)
     (work / "metrics.json").write_text(json.dumps(run_card.figures(run, step), indent=1), encoding="utf-8")
+    files.add_sums(work, [work / "metrics.json"])
     work.rename(place / outbox.MODEL)
 
 

@@ -24,11 +24,13 @@ from hfpretrain import (
     collectives,
     devices,
     engine,
+    export,
     incident,
     initialisation,
     launcher,
     metrics,
     optim,
+    outbox,
     plan,
     ranks,
     report,
@@ -121,6 +123,9 @@ class Run:
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         run_folder.refuse_other_run(recipe)
         self._lock = run_folder.lock(self.output_dir) if self.is_main else None
+        if self.is_main:
+            export.repair(self.output_dir)
+            outbox.sweep(self.output_dir / "outbox")
         training = recipe.training
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds

@@ -34,6 +34,11 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
     name = repo_id or recipe.hub.repo_id
     title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
     metrics.plot_loss(rows, model / "loss.png", title)
+    if (model / files.SUMS).is_file():  # which exports of older versions do not have
+        try:
+            files.add_sums(model, [model / "loss.png"])
+        except ValueError as error:
+            raise RecipeError.at(str(model), str(error)) from error
     text = card.write(_metadata(run, recipe, rows, title), _blocks(run, recipe, where, data, rows, name, title, step))
     path = model / "README.md"
     try:

@@ -1,8 +1,12 @@
 """A disk that fills or takes nothing more, with a limit of the system's on files and a small file system of memory."""
 
+import contextlib
+import itertools
+import json
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -10,7 +14,8 @@ import pytest
 import small
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
-from hfpretrain import files
+from hfpretrain import checkpoint, export, files, outbox
+from hfpretrain.recipe import CheckpointSection
 
 
 def limited(command, size):
@@ -161,3 +166,153 @@ def test_a_folder_that_becomes_read_only(half_done, tmp_path):
     assert "the checkpoint of step 6 is not saved: Read-only file system" in result.stderr
     assert "stopped: the checkpoint of step 8 is not saved: Read-only file system" in result.stderr
     assert checkpoints(run) == ["step-00000003"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, number):
+    """From now on the call with this number that renames or deletes something does not come back."""
+    calls = itertools.count()
+
+    def mortal(real):
+        def call(*arguments, **keywords):
+            if next(calls) == number:
+                raise Killed
+            return real(*arguments, **keywords)
+
+        return call
+
+    for module, name in ((os, "rename"), (os, "replace"), (os, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, mortal(getattr(module, name)))
+    return calls
+
+
+def export_folder(path, weights):
+    """What `export.write` does with the folder, without a model."""
+    work = files.work_folder(path)
+    (work / "model.safetensors").write_text(weights)
+    (work / "config.json").write_text("{}")
+    files.add_sums(work, [work / "model.safetensors", work / "config.json"])
+    files.put_in_place(work, path)
+
+
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+THEIRS = {"mine.gguf": "mine", "lora/adapter.safetensors": "lora", "lora/config.json": "lora", "README.md": "my words"}
+
+
+def test_a_kill_at_any_point_of_replacing_an_export_loses_nothing(tmp_path, monkeypatch):
+    for number in itertools.count():
+        run = tmp_path / str(number)
+        export_folder(run / "model", "old")
+        for name, text in THEIRS.items():
+            (run / "model" / name).parent.mkdir(exist_ok=True)
+            (run / "model" / name).write_text(text)
+        with monkeypatch.context() as patch:
+            calls = killed_at(patch, number)
+            with contextlib.suppress(Killed):
+                export_folder(run / "model", "new")
+            survived = next(calls) <= number
+        export.repair(run)
+        found = content(run / "model")
+        assert found.items() >= THEIRS.items() and found["model.safetensors"] in ("old", "new"), number
+        assert files.sums_damage(run / "model") is None and [path.name for path in run.iterdir()] == ["model"]
+        export_folder(run / "model", "newer")
+        found = content(run / "model")
+        assert found.items() >= {**THEIRS, "model.safetensors": "newer"}.items() and len(found) == 3 + len(THEIRS)
+        if survived:
+            break
+    assert number > 5
+
+
+def sealed(folder, step, text="state"):
+    path = folder / f"step-{step:08d}"
+    work = files.work_folder(path)
+    (work / "train_state.json").write_text(json.dumps({"run_id": text, "ledger": text}))
+    (work / "__0_0.distcp").write_text(text)
+    files.seal(work, path, {"step": step, "evaluation_loss": None})
+    return path
+
+
+def test_a_kill_at_any_point_of_saving_a_step_again_loses_nothing(tmp_path, monkeypatch):
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        (sealed(folder, 3, "old") / "notes.txt").write_text("mine")
+        with monkeypatch.context() as patch:
+            calls = killed_at(patch, number)
+            with contextlib.suppress(Killed):
+                sealed(folder, 3, "new")
+            survived = next(calls) <= number
+        path, reasons = checkpoint.newest(folder)
+        assert path == folder / "step-00000003" and reasons == [], number
+        assert (path / "__0_0.distcp").read_text() in ("old", "new") and (path / "notes.txt").read_text() == "mine"
+        assert list(folder.iterdir()) == [path]
+        if survived:
+            break
+    assert number > 3
+
+
+def test_rotation_and_the_outbox_delete_only_what_is_ours(tmp_path):
+    folder, box = tmp_path / "checkpoints", tmp_path / "outbox"
+    for step in (1, 2):
+        outbox.put(sealed(folder, step), box)
+        (folder / f"step-0000000{step}" / "notes.txt").write_text("mine")
+    (box / "step-00000001" / "state" / "notes.txt").write_text("mine")
+    sealed(folder, 2, "done again")
+    (box / "step-00000002" / "notes.txt").write_text("mine")
+    assert outbox.put(folder / "step-00000002", box) is None
+    assert outbox.identity(box / "step-00000002") == "run done again, ledger done again"
+    outbox.remove(box / "step-00000001")
+    checkpoint._remove_old(folder, CheckpointSection(keep_last=1))
+    assert content(tmp_path / "checkpoints").keys() == {
+        "kept-step-00000001/notes.txt",
+        *(f"step-00000002/{name}" for name in ("__0_0.distcp", "manifest.json", "notes.txt", "train_state.json")),
+    }
+    kept = {name for name in content(box) if name.endswith("notes.txt")}
+    assert kept == {"kept-step-00000001/state/notes.txt", "step-00000002/notes.txt"}
+    assert files.steps(box) == [box / "step-00000002"]
+
+
+def test_a_file_of_the_export_that_a_person_changed_is_kept_beside_the_new_one(tmp_path):
+    export_folder(tmp_path / "model", "old")
+    (tmp_path / "model" / "config.json").write_text('{"mine": 1}')
+    export_folder(tmp_path / "model", "new")
+    found = content(tmp_path / "model")
+    assert found.pop(files.SUMS) and found == {
+        "model.safetensors": "new",
+        "config.json": "{}",
+        "config.json.kept": '{"mine": 1}',
+    }
+    (tmp_path / "model" / files.SUMS).unlink()  # an export of a version that wrote no checksums
+    (tmp_path / "model" / "model-00001-of-00002.safetensors").write_text("old weights")
+    export_folder(tmp_path / "model", "newer")
+    assert content(tmp_path / "model").keys() == {*found, files.SUMS}
+
+
+def test_an_export_that_is_a_link_stays_one(tmp_path):
+    export_folder(tmp_path / "disk" / "big", "old")
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "big")
+    export_folder(tmp_path / "model", "new")
+    assert (tmp_path / "model").is_symlink() and content(tmp_path / "disk" / "big")["model.safetensors"] == "new"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["big"]
+
+
+def test_a_file_is_written_with_the_permissions_that_the_umask_leaves(tmp_path):
+    def mode(path):
+        return stat.S_IMODE(path.stat().st_mode)
+
+    for umask, expected in ((0o077, 0o600), (0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(umask)
+        try:
+            files.write_whole(tmp_path / str(umask), "text")
+        finally:
+            os.umask(before)
+        assert mode(tmp_path / str(umask)) == expected
+    path = tmp_path / str(0o022)
+    path.chmod(0o600)  # by its owner
+    files.write_whole(path, "other text")
+    assert mode(path) == 0o600 and path.read_text() == "other text" and len(list(tmp_path.iterdir())) == 3

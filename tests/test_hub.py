@@ -18,7 +18,7 @@ from hub_server import TOKEN, HubError, HubServer
 from hub_trials import FAULTS, always, first
 from huggingface_hub import ModelCard
 
-from hfpretrain import card, outbox, recipe, run_card
+from hfpretrain import card, files, outbox, recipe, run_card
 
 BIN = Path(sys.executable).parent
 STEPS = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
@@ -422,6 +422,32 @@ def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):
     path.write_text(text)
     run_card.keep_edits(path, world.repo.at("main").files["README.md"].decode())
     assert "Do **not** use it for poems." in path.read_text() and "mine: 1" in path.read_text()
+
+
+def test_main_gets_the_checksums_and_loses_only_what_an_export_put_there(world):
+    model, repo = world.folder / "run" / "model", world.repo
+    stored = repo.at("main").files
+    assert stored["SHA256SUMS"] == (model / "SHA256SUMS").read_bytes()
+    revision = repo.at(STEPS[1]).files
+    sums = dict(line.split("  ")[::-1] for line in revision["SHA256SUMS"].decode().splitlines()[1:])
+    assert sums.keys() == {name for name in revision if "/" not in name} - {"README.md", "SHA256SUMS", ".gitattributes"}
+    assert all(hashlib.sha256(revision[name]).hexdigest() == checksum for name, checksum in sums.items())
+    copy = world.folder / "pushed-copy"
+    shutil.copytree(model, copy)
+    assert world.push(copy, "user/kept").returncode == 0
+    kept = world.hub.repos["models/user/kept"]
+    theirs = {"lora/adapter_model.safetensors": b"lora", "mine.safetensors": b"mine"}
+    kept.commit("main", "theirs", {**kept.at("main").files, **theirs})
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    files.add_sums(copy, [copy / "chat_template.jinja"])
+    assert world.push(copy, "user/kept").returncode == 0 and "chat_template.jinja" in kept.at("main").files
+    shutil.copy(model / "SHA256SUMS", copy)
+    (copy / "chat_template.jinja").unlink()
+    assert world.push(copy, "user/kept").returncode == 0
+    assert "chat_template.jinja" not in kept.at("main").files and kept.at("main").files.items() >= theirs.items()
+    (copy / "config.json").write_text("{}")
+    damaged = world.push(copy, "user/kept")
+    assert damaged.returncode == 2 and "config.json has another checksum" in damaged.stderr
 
 
 def test_a_card_that_is_all_a_persons_stays_above_the_generated_one():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import files, prepare
+from hfpretrain.cli import main as main_of_cli
 from hfpretrain.recipe import RecipeError, load_recipe
 from hfpretrain.run import Run
 from hfpretrain.train import main
@@ -129,11 +130,52 @@ def test_the_export_was_compared_with_the_training_process(finished):
 
     state["transformer.wte.weight"] = state["transformer.wte.weight"].roll(1, 0)
     save_file(state, broken / "model" / "model.safetensors", metadata={"format": "pt"})
+    files.add_sums(broken / "model", [broken / "model" / "model.safetensors"])
     refused = hfpretrain("verify", str(broken))
     assert refused.returncode == 2 and "these are not the trained weights" in refused.stderr
     (broken / "model" / "model.safetensors").write_bytes(b"cut")
+    (broken / "model" / files.SUMS).unlink()
     refused = hfpretrain("verify", str(broken))
     assert refused.returncode == 2 and "does not load" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_flipped_bit_in_any_file_of_the_export_is_found(finished, tmp_path):
+    folder, _ = finished
+    model = tmp_path / "model"
+    shutil.copytree(folder / "run" / "model", model)
+    with (model / "README.md").open("a") as card:
+        card.write("words of a person")
+    (model / "mine.gguf").write_text("mine")
+    assert main_of_cli(["verify", str(model)]) == 0
+    for path in sorted(model.iterdir()):
+        whole = path.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            reason = files.sums_damage(model)
+            assert path.name in (reason or "") if path.name not in ("README.md", "mine.gguf") else reason is None
+        path.write_bytes(whole)
+    (model / "config.json").rename(model / "config.json.mine")
+    assert "config.json is missing" in files.sums_damage(model)
+    checked = subprocess.run(["sha256sum", "--check", files.SUMS], cwd=folder / "run" / "model", capture_output=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_verify_names_the_flipped_file_of_a_run_and_reads_exports_without_checksums(finished, tmp_path, capsys):
+    folder, _ = finished
+    shutil.copytree(folder / "run" / "model", tmp_path / "model")
+    shutil.copy(folder / "run" / "reference.safetensors", tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[-1] ^= 1
+    weights.write_bytes(whole)
+    for given in (tmp_path, tmp_path / "model"):
+        assert main_of_cli(["verify", str(given)]) == 2
+        assert f"{weights} has another checksum" in capsys.readouterr().err
+    whole[-1] ^= 1
+    weights.write_bytes(whole)
+    (tmp_path / "model" / files.SUMS).unlink()
+    assert main_of_cli(["verify", str(tmp_path)]) == 0
+    assert "older version" in capsys.readouterr().out
 
 
 def test_the_card_says_what_was_measured(finished):
@@ -196,8 +238,18 @@ def test_killed_and_corrupted_it_ends_with_the_same_bytes(finished):
 def test_a_finished_run_is_not_trained_again(finished):
     folder, _ = finished
     before = load_file(folder / "run" / "model" / "model.safetensors")
+    theirs = {"mine.gguf": "mine", "lora/adapter_model.safetensors": "lora"}
+    for name, text in theirs.items():
+        (folder / "run" / "model" / name).parent.mkdir(exist_ok=True)
+        (folder / "run" / "model" / name).write_text(text)
+    with (folder / "run" / "model" / "README.md").open("a") as card:
+        card.write("words of a person")
     result = train(folder / "recipe.yaml")
     assert result.returncode == 0 and "resumed from" in result.stderr and "step 4/40" not in result.stderr
+    for name, text in theirs.items():
+        assert (folder / "run" / "model" / name).read_text() == text
+    assert "words of a person" in (folder / "run" / "model" / "README.md").read_text()
+    assert files.sums_damage(folder / "run" / "model") is None
     after = load_file(folder / "run" / "model" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
