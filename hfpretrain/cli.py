@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
     evaluate.add_argument("model", help="folder or Hub id")
     evaluate.add_argument("--tasks", help="tasks of lm-eval, separated by commas; alone, or beside a recipe or --data")
-    evaluate.add_argument("--include-path", metavar="FOLDER", help="with task files of your own")
+    evaluate.add_argument("--include-path", metavar="FOLDER", help="with task files of your own, whose code is run")
     evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: what each task says")
     evaluate.add_argument("--limit", type=int, help="only so many documents of each task")
     compare = command("compare", _compare, f"two checkpoints on the same documents, by bits per byte; {_OVERRIDES}")
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check a run, checkpoint or prepared folder: complete, unaltered, loadable")
     verify.add_argument("path")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument("--trust-remote-code", action="store_true", help="run model code that lies in the export")
     verify.add_argument("--downstream", action="store_true", help="compare first losses of fine-tuning with evaluation")
     verify.add_argument("--data", metavar="FILE|RECIPE", help="its text; default: what the run's recipe holds out")
     proof = command("verify-resume", _verify_resume, f"kill a short version of a recipe and compare; {_OVERRIDES}")
@@ -314,7 +315,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
             raise RecipeError(Problem(str(path), "no finished run, exported model, checkpoint or prepared data"))
         report = export.check_files(model)
         if reference.is_file():
-            report |= export.verify(model, reference)
+            report |= export.verify(model, reference, args.trust_remote_code)
         report |= _verify_prepared(model.parent)
     if args.json:
         print(json.dumps(report))

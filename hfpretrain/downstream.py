@@ -56,7 +56,7 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
-    config = transformers.AutoConfig.from_pretrained(model)
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     context = min(getattr(config, "max_position_embeddings", None) or _MAX_CONTEXT, _MAX_CONTEXT)
     text = _Text(tokenizer, context)
     documents, notes = text.documents(texts)
@@ -184,7 +184,9 @@ class _Network:
     def _load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        network = AutoModelForCausalLM.from_pretrained(self._model, config=self._config, dtype=torch.float32)
+        network = AutoModelForCausalLM.from_pretrained(
+            self._model, config=self._config, dtype=torch.float32, trust_remote_code=False
+        )
         if network.loss_type is None:
             # Trainer (transformers 5.23) goes by the class's name; for GPT2LMHeadModel it counts first tokens, too.
             network.loss_type = "ForCausalLM"

@@ -9,7 +9,8 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 from hfpretrain import collectives, engine, evaluation, sampling, tasks
-from hfpretrain.metric_folders import MetricFolders
+from hfpretrain.metric_folders import MetricFolders, trust_problems
+from hfpretrain.recipe import RecipeError
 from hfpretrain.tokenizer import document_start
 from hfpretrain.validation import ValidationSets
 
@@ -25,7 +26,9 @@ class Evaluator:
     def __init__(self, run: Any):
         self._run, self._section = run, run.recipe.evaluation
         self._sets = ValidationSets(run.prepared)
-        self._metrics = MetricFolders(self._section.metrics, run.is_main)
+        if problems := list(trust_problems({"evaluation": self._section.model_dump()})):
+            raise RecipeError(problems)  # a recipe that was not read from a file
+        self._metrics = MetricFolders(self._section, run.is_main)
         self._tasks: tasks.Tasks | None = None
         self._language_model: Any = None
         if self._section.lm_eval is not None:

@@ -75,8 +75,10 @@ def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, 
         save_file({**tensors, "logits": logits.contiguous()}, path, metadata={"precision": precision})
 
 
-def verify(model_path: Path, reference: Path) -> dict[str, Any]:
+def verify(model_path: Path, reference: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Load an export with plain transformers and compare it with the stored batch.
+
+    `trust_remote_code`: run model code that came with the model it was trained from.
 
     Raises `RecipeError` if the mean losses differ by more than 1e-3 (float32), 3e-2 (16 bits) or 0.1 (8 bits).
     Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
@@ -89,7 +91,7 @@ def verify(model_path: Path, reference: Path) -> dict[str, Any]:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         precision = file.metadata()["precision"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+        model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=trust_remote_code).eval()
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at(str(model_path), f"does not load: {' '.join(str(error).split()):.300}") from error
     dtype = str(model.dtype).removeprefix("torch.")
@@ -116,7 +118,7 @@ def verify(model_path: Path, reference: Path) -> dict[str, Any]:
             f"its loss on the stored batch is {losses[1].mean():.6f}, that of the training process was "
             f"{losses[0].mean():.6f}: these are not the trained weights",
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     torch.manual_seed(0)
     model.float()
     prompt = torch.tensor([document_start(tokenizer)])  # as a document begins in training
@@ -173,9 +175,11 @@ def plain_environment() -> dict[str, str]:
     }
 
 
-def verify_in_fresh_process(run: Path) -> dict[str, Any]:
+def verify_in_fresh_process(run: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """`verify` in a new interpreter that knows nothing of the launcher or the engine."""
     command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
+    if trust_remote_code:
+        command.append("--trust-remote-code")
     # A session of its own: a signal to all processes of the run must not make a good export look like a bad one.
     result = subprocess.run(command, env=plain_environment(), capture_output=True, text=True, start_new_session=True)
     if result.returncode:

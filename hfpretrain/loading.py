@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hfpretrain import recipe, shipped
+from hfpretrain.metric_folders import trust_problems
 from hfpretrain.recipe import Recipe
 
 
@@ -14,12 +15,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read and validate the recipe of a file, or one shipped with the package by its name (`quickstart`).
 
     `overrides` are the `--section.key=value` of the command line. What transformers knows of a model's config or a
-    chat template is checked where it is installed. Raises `RecipeError` with all problems at once.
+    chat template is checked where it is installed. Raises `RecipeError` with all problems at once, also for code of
+    others that the recipe names but does not trust.
     """
-    checks = []
+    checks = [trust_problems]
     if find_spec("transformers") is not None:
         from hfpretrain.model import config_problems
         from hfpretrain.tokenizer import chat_template_problems
 
-        checks = [config_problems, chat_template_problems]
+        checks += [config_problems, chat_template_problems]
     return recipe.load_recipe(shipped.find(path, "recipe"), overrides, checks)

@@ -41,6 +41,9 @@ class Mirror:
         With entries of a manifest as `names`, a file of another size is copied anew.
         """
         for name in names:
+            if files.is_outside(name):
+                message = f"{self.url} names a file {name!r}, which is outside of the folder"
+                raise RecipeError.at("data.prepared_dir", message)
             path = folder / name
             size = names[name]["size"] if isinstance(names, Mapping) else None
             if not path.exists() or (size is not None and path.stat().st_size != size):

@@ -186,11 +186,11 @@ def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData
     return open_verified(path)
 
 
-def load_prepared_tokenizer(prepared: PreparedData) -> PreTrainedTokenizerFast:
+def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer that made the blocks; its own call puts before a text what stands before every document."""
     from transformers import AutoTokenizer
 
-    made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer")
+    made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer", trust_remote_code=trust_remote_code)
     tokenizer.set_add_bos(made, bool(prepared.document_prefix))
     return made
 
@@ -395,7 +395,8 @@ class _Preparation:
                 return made
             except OSError:  # another shard was first
                 shutil.rmtree(own)
-        return AutoTokenizer.from_pretrained(folder)
+        section = self.recipe.tokenizer
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
 
     def parts(self, index: int, count: int) -> list[str]:
         """Do all unfinished parts of share `index` of `count`; returns the keys of all parts if all are done."""

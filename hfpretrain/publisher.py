@@ -187,16 +187,16 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     if (reason := files.damage(place / outbox.STATE)) is not None:
         raise HopelessError(reason)
     recipe = load_recipe(run / "recipe.yaml")
-    section = recipe.model
     if not (run / report.PLAIN).is_dir():
         raise HopelessError(f"{run / report.PLAIN} is missing")
-    config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=section.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(run / report.PLAIN)
+    config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=recipe.model.trust_remote_code)
+    trust_remote_code = recipe.tokenizer.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(run / report.PLAIN, trust_remote_code=trust_remote_code)
     tensors = fragments.load_whole(place / outbox.STATE, ("model", "buffers"))
     if optim.trains_others(recipe.optimizer):
         optim.average(tensors, fragments.load_whole(place / outbox.STATE, ("optimizer",)), recipe.optimizer)
     work = files.work_folder(place / outbox.MODEL)
-    export.write(config, tensors, tokenizer, work, section.dtype)
+    export.write(config, tensors, tokenizer, work, recipe.model.dtype)
     step = files.step_of(place)
     run_card.write_card(run, work, step, repo_id)
     (work / "metrics.json").write_text(json.dumps(run_card.figures(run, step), indent=1), encoding="utf-8")

@@ -469,7 +469,8 @@ class LmEvalSection(Section):
     every_steps: PositiveInt | None = None
     """Optimizer steps between; null: only at the end."""
     include_path: str | None = None
-    """Folder with task files of your own; where it has all `tasks`, nothing else is looked at."""
+    """Folder with task files of your own; where it has all `tasks`, nothing else is looked at. Task files can run code,
+    so it needs `evaluation.trust_remote_code`."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in the prompt; null: what each task says, else none."""
     limit: PositiveInt | None = None
@@ -482,8 +483,14 @@ class EvaluationSection(Section):
     every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations; null: only at step 0 and at the end."""
     metrics: tuple[str, ...] = ()
-    """Folders or files of `evaluate` metrics that take `predictions` and `references`: they get the likeliest token at
-    every place and the one that is there. Each needs the logits, so a second forward pass, of one row at a time."""
+    """`evaluate` metrics that take `predictions` and `references`: they get the likeliest token at every place and the
+    one that is there. Each needs the logits, so a second forward pass, of one row at a time. A name of those that
+    evaluate hosts (`accuracy`, `f1`, ...); with `trust_remote_code` also a script, its folder, or a Hub space."""
+    metric_revisions: dict[str, str] = Field(default_factory=dict)
+    """The commit of each Hub space among `metrics`, by its name: what is trusted must not change."""
+    trust_remote_code: bool = False
+    """Run the code of `metrics` that are scripts or Hub spaces, and of the task files in `lm_eval.include_path`. Off:
+    only metrics of hfpretrain and those that evaluate hosts, and lm-eval's own tasks."""
     prompts: tuple[str, ...] = ()
     """Continued at every evaluation, greedily and drawn with a fixed seed, into the log, the trackers and
     `samples.jsonl`. An empty one begins a document."""

@@ -149,7 +149,7 @@ class Run:
         self.notes: list[str] = []
         (resume_from.fetch if self.is_main else resume_from.wait)(recipe)
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
-        self.tokenizer = load_prepared_tokenizer(self.prepared)
+        self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
         logger.info(say_framing(self.tokenizer))
         manifest = self.prepared.manifest

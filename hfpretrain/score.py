@@ -229,7 +229,9 @@ def _load(model: str) -> tuple[Any, Any]:
         raise RecipeError.at("model", f"{model} is no folder with a model{hint}")
     tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        network, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model", f"cannot load {model!r}: {(str(error).splitlines() or [''])[0]}") from error
     if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):

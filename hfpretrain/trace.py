@@ -37,7 +37,7 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
         eos_token_id=prepared.manifest["eos_token_id"],
         document_masking=False,
     )
-    tokenizer = load_prepared_tokenizer(prepared)
+    tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
     data_step = _data_step(recipe, step - 1)
     found = list(sequences(prepared, data, tokenizer, data_step))
     yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(data_step):016x}"

@@ -156,7 +156,7 @@ def _finish(run: Run) -> Path:
             with engine.plain_initialisation():
                 export.write(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
     if main:
-        report = export.verify_in_fresh_process(run.output_dir)
+        report = export.verify_in_fresh_process(run.output_dir, _trusts_code(run.recipe))
         exported = {f"export/{key}": value for key, value in report.items()}
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         run.records.plot()
@@ -166,6 +166,10 @@ def _finish(run: Run) -> Path:
         run.records.note_console(run.state.step)
     engine.finish(run.accelerator, run.model)
     return model_path
+
+
+def _trusts_code(recipe: Recipe) -> bool:
+    return recipe.model.trust_remote_code or recipe.tokenizer.trust_remote_code
 
 
 def main(arguments: list[str] | None = None) -> int:

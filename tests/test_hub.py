@@ -188,7 +188,7 @@ def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
     (run / "outbox" / "published.json").write_text("[]")
     last = world.push(run, "user/damaged")
     assert last.returncode == 1 and "Traceback" not in last.stderr
-    assert f"main             not pushed: {run / 'model' / 'model.safetensors'} is damaged" in last.stdout
+    assert f"main             not pushed: {run / 'model' / 'model.safetensors'} has another checksum" in last.stdout
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "outbox")
     shutil.rmtree(run / "checkpoints" / STEPS[3])

@@ -70,6 +70,7 @@ def runs(tmp_path_factory, tasks_folder):
         folder,
         training__max_steps=3,
         evaluation__lm_eval=wanted,
+        evaluation__trust_remote_code=True,
         evaluation__prompts=["the"],
         evaluation__sample_tokens=2,
     )
@@ -138,7 +139,10 @@ def test_what_cannot_be_evaluated_is_refused_at_the_start(folder, tasks_folder):
     assert "there is no folder" in refused(include_path=str(folder / "none"))
     (folder / "broken.yaml").write_text((tasks_folder / "river_text.yaml").read_text().replace("documents", "gone"))
     assert "not all of these load" in refused(include_path=str(folder))
-    recipe = write_recipe(folder, evaluation__lm_eval={"tasks": ["river_txt"], "include_path": str(tasks_folder)})
+    wanted = {"tasks": ["river_txt"], "include_path": str(tasks_folder)}
+    result = train(write_recipe(folder, evaluation__lm_eval=wanted))
+    assert result.returncode == 2 and "evaluation.lm_eval.include_path: task files in" in result.stderr
+    recipe = write_recipe(folder, evaluation__lm_eval=wanted, evaluation__trust_remote_code=True)
     result = train(recipe)
     assert result.returncode == 2 and "evaluation.lm_eval.tasks: 'river_txt'" in result.stderr
     assert "Traceback" not in result.stderr

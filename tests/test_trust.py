@@ -1,12 +1,37 @@
 """What is loaded is not run, and what is secret is not written."""
 
 import ast
+import hashlib
 import json
+import pickle
+import shutil
 import subprocess
 import sys
+import tarfile
 
-from conftest import ROOT, environment, rows, train, write_recipe
+import pytest
+import torch
+import transformers
+from conftest import ROOT, environment, rows, small_text, train, write_recipe
 
+from hfpretrain import card, cli, corpus, files, load_recipe, score, streaming, token_perplexity
+from hfpretrain import model as modeling
+from hfpretrain.metric_folders import MetricFolders
+from hfpretrain.mirror import Mirror
+from hfpretrain.recipe import EvaluationSection, ModelSection, RecipeError, SourceSection, TokenizerSection, parse_yaml
+from hfpretrain.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
+
+LLAMA = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 TOKEN = "hf_plantedTokenThatNobodyMayEverSee"
 
 
@@ -31,7 +56,9 @@ def test_pickles_are_loaded_with_weights_only_and_code_from_outside_only_where_t
             assert not name.startswith(("pickle.", "marshal.")) and name not in ("eval", "exec"), (path, name)
             if name == "torch.load":
                 assert keywords["weights_only"] == "True", path
-            assert keywords.get("trust_remote_code", "False") in ("False", "section.trust_remote_code"), path
+            # Where it is not told, transformers asks at the terminal.
+            given = keywords.get("trust_remote_code", "" if name.endswith(".from_pretrained") else "False")
+            assert given == "False" or given.endswith("trust_remote_code"), (path, name)
 
 
 def test_a_tracker_that_throws_is_left_out_and_training_goes_on(folder):
@@ -54,3 +81,216 @@ def test_a_tracker_that_throws_is_left_out_and_training_goes_on(folder):
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "event" in line] == [3]
     assert list(rows(folder / "run", "loss")) == list(range(1, 9))
+
+
+def touching(marker, *lines):
+    """Python code that leaves a file behind when it is run."""
+    return f"open({str(marker)!r}, 'w').close()\n" + "\n".join(lines) + "\n"
+
+
+class Payload:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, marker):
+        self._marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self._marker, "w")
+
+
+@pytest.fixture
+def marker(tmp_path):
+    path = tmp_path / "code-was-run"
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A folder with a model and a tokenizer, as one would download it."""
+    folder = tmp_path_factory.mktemp("plain")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(folder)
+    section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=300)
+    train_tokenizer(section, small_text(20)).save_pretrained(folder)
+    return folder
+
+
+def edited(folder, name, **changes):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def with_code(plain, folder, marker):
+    """A copy whose model and tokenizer are classes of its own files."""
+    shutil.copytree(plain, folder, dirs_exist_ok=True)
+    classes = {
+        "configuration_own.py": ("from transformers import LlamaConfig", "class OwnConfig(LlamaConfig):"),
+        "modeling_own.py": ("from transformers import LlamaForCausalLM", "class OwnModel(LlamaForCausalLM):"),
+        "tokenization_own.py": ("from transformers import PreTrainedTokenizerFast as Fast", "class OwnFast(Fast):"),
+    }
+    bodies = {"configuration_own.py": "    model_type = 'own'", "tokenization_own.py": "    pass"}
+    bodies["modeling_own.py"] = "    config_class = OwnConfig"
+    for name, (imported, head) in classes.items():
+        own = "from .configuration_own import OwnConfig" if name == "modeling_own.py" else ""
+        (folder / name).write_text(touching(marker, imported, own, head, bodies[name]))
+    auto = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    edited(folder, "config.json", model_type="own", architectures=["OwnModel"], auto_map=auto)
+    auto = {"AutoTokenizer": [None, "tokenization_own.OwnFast"]}
+    edited(folder, "tokenizer_config.json", tokenizer_class="OwnFast", auto_map=auto)
+    return folder
+
+
+def test_code_beside_a_model_or_tokenizer_is_not_run(plain, tmp_path, marker):
+    folder = str(with_code(plain, tmp_path / "own", marker))
+    section = ModelSection(pretrained=folder)
+    for call in (
+        lambda: modeling.load_config(section),
+        lambda: modeling.build_model(section, transformers.LlamaConfig()),
+        lambda: load_tokenizer(TokenizerSection(pretrained=folder)),
+        lambda: score._load(folder),
+    ):
+        with pytest.raises(RecipeError, match="custom code"):
+            call()
+
+
+def test_code_that_the_recipe_trusts_is_run_up_to_the_export(plain, folder, tmp_path):
+    own = with_code(plain, tmp_path / "own", tmp_path / "marker")
+    section = {"pretrained": str(own), "trust_remote_code": True}
+    result = train(write_recipe(folder, model=section, tokenizer={"pretrained": str(plain)}, training__max_steps=3))
+    assert result.returncode == 0 and (tmp_path / "marker").exists(), result.stderr
+    assert "auto_map" in json.loads((folder / "run" / "model" / "config.json").read_text())
+    assert cli.main(["verify", str(folder / "run")]) == 2  # nobody says here that it may
+    assert cli.main(["verify", str(folder / "run"), "--trust-remote-code"]) == 0
+
+
+def test_pickled_weights_and_adapters_run_nothing(plain, tmp_path, marker):
+    shutil.copytree(plain, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Payload(marker)}, tmp_path / "pickled" / "pytorch_model.bin")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(plain, adapter)
+    base = {"peft_type": "LORA", "base_model_name_or_path": str(with_code(plain, tmp_path / "own", marker)), "r": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(base))
+    torch.save({"weight": Payload(marker)}, adapter / "adapter_model.bin")
+    for path in (tmp_path / "pickled", adapter):
+        section = ModelSection(pretrained=str(path))
+        with pytest.raises(RecipeError):
+            modeling.build_model(section, modeling.load_config(section))
+        with pytest.raises(RecipeError):
+            score._load(str(path))
+
+
+def test_state_of_a_stream_runs_nothing(tmp_path, marker):
+    torch.save({"step": Payload(marker)}, tmp_path / "data-0.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        streaming.streaming_data(None, None, 0, checkpoint=tmp_path)
+
+
+def test_dataset_scripts_and_pickled_tables_run_nothing(tmp_path, marker):
+    script = tmp_path / "data" / "data.py"
+    script.parent.mkdir()
+    script.write_text(touching(marker))
+    (tmp_path / "table.pkl").write_bytes(pickle.dumps(Payload(marker)))
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(tmp_path / "table.pkl", "1.pyd")
+        shard.add(tmp_path / "table.pkl", "../../1.pickle")
+        shard.add(tmp_path / "table.pkl", "1.pth")
+    for source in (
+        {"path": str(script.parent)},
+        {"path": str(script)},
+        {"path": "pandas", "data_files": str(tmp_path / "table.pkl")},
+        {"path": "webdataset", "data_files": str(tmp_path / "shard.tar"), "text_column": "pyd"},
+    ):
+        with pytest.raises(RecipeError):
+            list(corpus.Reader(SourceSection(**source)).read())
+
+
+@pytest.mark.parametrize("payload", ["''.__class__.__mro__", "cycler.__init__.__globals__.os.system('true')"])
+def test_chat_templates_reach_nothing(payload):
+    (problem,) = chat_template_problems({"tokenizer": {"chat_template": "{{ " + payload + " }}"}})
+    assert "unsafe" in problem.message
+
+
+def test_yaml_makes_no_objects(tmp_path, marker):
+    text = f"a: !!python/object/apply:builtins.open [{marker}, w]"
+    with pytest.raises(RecipeError):
+        parse_yaml(text, "a recipe")
+    assert card.update(f"---\n{text}\n---\nwords", "---\nb: 1\n---\n").endswith("words\n")
+
+
+def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(folder, tmp_path, monkeypatch):
+    marker = tmp_path / "code-was-run"
+    script = tmp_path / "own" / "own.py"
+    script.parent.mkdir()
+    script.write_text(touching(marker))
+    shutil.copytree(script.parent, tmp_path / "accuracy")
+    (tmp_path / "accuracy" / "own.py").rename(tmp_path / "accuracy" / "accuracy.py")
+    monkeypatch.chdir(tmp_path)  # where a folder shadows the name that evaluate hosts
+    lm_eval = {"tasks": ["river"], "include_path": str(script.parent)}
+    for section, key in (
+        ({"metrics": [str(script)]}, "evaluation.metrics.0"),
+        ({"metrics": ["f1", str(script.parent)]}, "evaluation.metrics.1"),
+        ({"metrics": ["accuracy"]}, "evaluation.metrics.0"),
+        ({"metrics": ["user/space"]}, "evaluation.metrics.0"),
+        ({"metrics": ["user/space"], "trust_remote_code": True}, "metric_revisions"),
+        ({"lm_eval": lm_eval}, "evaluation.lm_eval.include_path"),
+    ):
+        recipe = write_recipe(folder, evaluation=section)
+        with pytest.raises(RecipeError, match=key):
+            load_recipe(recipe)
+        if "metrics" in section:
+            with pytest.raises(RecipeError):
+                MetricFolders(EvaluationSection(**section), is_main=True)
+    assert not marker.exists()
+    for section in ({"metrics": ["f1", token_perplexity.__file__]}, {"lm_eval": {"tasks": ["arc_easy"]}}):
+        load_recipe(write_recipe(folder, evaluation=section))
+    load_recipe(write_recipe(folder, evaluation={"lm_eval": lm_eval, "trust_remote_code": True}))
+
+
+def test_a_metric_of_a_space_is_loaded_at_the_commit_that_was_trusted(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo_id, *, revision, repo_type, allow_patterns):
+        asked.append((repo_id, revision, repo_type))
+        (tmp_path / "space.py").write_text(METRIC)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    section = {"metrics": ["user/space"], "trust_remote_code": True, "metric_revisions": {"user/space": "a" * 40}}
+    metrics = MetricFolders(EvaluationSection(**section), is_main=True)
+    metrics.add(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, -100]]))
+    assert asked == [("user/space", "a" * 40, "space")] and metrics.compute() == {"space/count": 2.0}
+
+
+def test_names_that_lead_out_of_a_folder_are_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("as it was")
+    folder, there = tmp_path / "folder", tmp_path / "there"
+    folder.mkdir()
+    there.mkdir()
+    for name in ("../outside", str(outside), "a/../../outside"):
+        entry = {name: {"size": 3, "sha256": "0" * 64}}
+        (folder / "manifest.json").write_text(json.dumps({"files": entry}))
+        assert "outside of the folder" in files.damage(folder)
+        with pytest.raises(RecipeError, match="outside of the folder"):
+            Mirror(there.as_uri()).pull(folder, entry)
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+        lines = f"{'0' * 64}  {name}\n"
+        (folder / "SHA256SUMS").write_text(f"# the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
+        assert "outside of the folder" in files.sums_damage(folder)
+    assert outside.read_text() == "as it was"
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Space(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"count": len(references)}
+"""

@@ -152,7 +152,8 @@ def test_a_metric_folder_of_the_recipe_is_computed(two, engine, tmp_path):
     metric.mkdir()
     (metric / "token_accuracy.py").write_text(ACCURACY)
     run = tmp_path / "run"
-    arguments = [f"--evaluation.metrics=[{metric}]", f"--output_dir={run}", "--training.max_steps=4"]
+    trusted = [f"--evaluation.metrics=[{metric}]", "--evaluation.trust_remote_code=true"]
+    arguments = [*trusted, f"--output_dir={run}", "--training.max_steps=4"]
     result = train(path, *arguments, f"--data.prepared_dir={folder / 'prepared'}", engine=engine)
     assert result.returncode == 0, result.stderr
     last = rows(run, "eval/loss")[4]
@@ -176,6 +177,10 @@ def test_a_metric_folder_of_the_recipe_is_computed(two, engine, tmp_path):
 def test_a_metric_that_does_not_load_or_fit_is_named(two, tmp_path):
     _, path, _ = two
     result = train(path, "--evaluation.metrics=[nowhere]", f"--output_dir={tmp_path}")
+    assert result.returncode == 2 and "evaluation.metrics.0: nowhere is a script on the Hub" in result.stderr
+    trusted = ["--evaluation.metrics=[nowhere]", "--evaluation.trust_remote_code=true"]
+    trusted.append("--evaluation.metric_revisions={nowhere: abc}")
+    result = train(path, *trusted, f"--output_dir={tmp_path}")
     assert result.returncode == 2 and "evaluation.metrics.0: nowhere does not load" in result.stderr
     import hfpretrain.token_perplexity
 
