@@ -472,29 +472,78 @@ def require_causal(
         raise RecipeError.at("model.config", f"{type(model).__name__} is not causal: predictions see later tokens")
 
 
-def isolates_documents(model: PreTrainedModel, length: int = 16) -> bool:
-    """Whether positions that restart keep packed documents apart in this very model.
+def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
+    """Whether nothing `documents_leak` looks for is found. All ranks must call it."""
+    return documents_leak(model, block_size) is None
 
-    Perturbs every token of the first of two documents in a row and requires exactly no change in the logits of the
-    second. Two rows, since some implementations hold for a batch of one only. All ranks must call it.
+
+def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
+    """How packed documents change each other in this very model although positions restart; None if they don't.
+
+    Perturbs every token of the first of two documents in a row, then the positions of the first document and of the
+    other row up to the last one in a block, and requires exactly no change in the logits of the second. All ranks must
+    call it.
     """
     import torch
 
-    length = max(4, min(length, getattr(model.config, "max_position_embeddings", length) or length))
+    length = max(4, min(16, block_size, getattr(model.config, "max_position_embeddings", 16) or 16))
     half = length // 2
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
+    # Two rows, since some implementations hold for a batch of one only.
     input_ids = torch.randint(vocabulary, (2, length), generator=generator).to(device)
     perturbed = input_ids.clone()
     perturbed[:, :half] = (perturbed[:, :half] + 1) % vocabulary
-    positions = torch.cat([torch.arange(half), torch.arange(length - half)]).expand(2, -1).to(device)
+    positions = torch.cat([torch.arange(half), torch.arange(length - half)]).repeat(2, 1).to(device)
+    # Frequencies may depend on the largest position there is (rope_type dynamic and longrope): few tokens show it.
+    long_row, long_document = positions.clone(), positions.clone()
+    long_row[1] = torch.arange(length)
+    long_row[1, -1] = long_document[0, half - 1] = max(length, block_size) - 1
+
+    def logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, half:]
+
     with torch.no_grad(), _steady_experts(model):
         try:
-            first, second = (
-                model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, half:]
-                for ids in (input_ids, perturbed)
-            )
-        except TypeError:  # a model without `position_ids` in its forward
-            return False
-    return torch.equal(first, second)
+            first, second = logits(input_ids, positions), logits(perturbed, positions)
+            third, fourth = (logits(input_ids, changed)[0] for changed in (long_row, long_document))
+        except TypeError:
+            return f"{type(model).__name__} takes no positions that restart where a document begins"
+    if not torch.equal(first, second):
+        return f"{type(model).__name__} with {model.config._attn_implementation} attention lets them see each other"
+    if not (torch.equal(first[0], third) and torch.equal(first[0], fourth)):
+        return f"in {type(model).__name__} the longest of a micro-batch decides the frequencies of all positions"
+    return None
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether a router chooses among experts; to be asked before an engine shards the model.
+
+    Found by structure: in a layer, one matrix for each expert stacked in a tensor, or a list with one module for each,
+    beside a matrix that gives each expert a number.
+    """
+    import torch
+
+    hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)
+    for layer in decoder_layers(model):
+        numbers = {
+            parameter.shape[0]
+            for module in layer.modules()
+            for parameter in module.parameters(recurse=False)
+            if parameter.ndim == 3 and not isinstance(module, torch.nn.modules.conv._ConvNd)
+        }
+        lists = (module for module in layer.modules() if isinstance(module, torch.nn.ModuleList))
+        numbers |= {len(experts) for experts in lists if len({type(expert) for expert in experts}) == 1}
+        routers = {frozenset(parameter.shape) for parameter in layer.parameters() if parameter.ndim == 2}
+        if any(frozenset((number, hidden_size)) in routers for number in numbers if number > 1):
+            return True
+    return _idle_parameters(model) > 0
+
+
+def routing_note(model: PreTrainedModel) -> str:
+    """What to tell of a model with experts in whose training nothing but the next token's loss is minimised."""
+    text = f"nothing balances the experts of {type(model).__name__}: its router may come to use few of them"
+    if hasattr(model.config, "output_router_logits"):
+        text += ". A balancing loss is added with model.config.output_router_logits: true"
+    return text

@@ -71,6 +71,15 @@ class PreparedData:
             if len(chunk)
         ]
 
+    def packs_documents(self) -> bool:
+        """Whether any block holds tokens of more than one document."""
+        for split in self.manifest["splits"]:
+            for rows in self.blocks(split):
+                ends = rows == self.manifest["eos_token_id"]
+                if (np.maximum.accumulate(ends, axis=1) & ~ends).any():  # padding is EOS, too
+                    return True
+        return False
+
     def last_rows(self, split: str) -> np.ndarray:
         """Rows of a split after which the text does not go on, since a part ends there: int64 (parts,)."""
         return np.cumsum([rows for _, rows in self.manifest["splits"][split]["parts"]], dtype=np.int64) - 1

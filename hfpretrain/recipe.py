@@ -418,8 +418,9 @@ class TrainingSection(Section):
     linear layers in 8 bits through torchao or TransformerEngine, the rest in bf16. `auto`: what the launcher's file
     says, else bf16 where the hardware has it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
     document_masking: Literal["auto"] | bool = "auto"
-    """Attention ends at document boundaries. `auto`: on where the model's attention implementation isolates packed
-    documents, which is tested at start; `true` stops the run where it does not."""
+    """Attention ends at document boundaries, where the model's attention keeps packed documents apart, which is tested
+    at start. Where it does not and blocks hold several documents, `auto` stops the run: `false` lets it train so.
+    `true` stops it in any case."""
     chunked_loss: Literal["auto"] | bool = "auto"
     """Compute the loss a chunk of tokens at a time, so that the logits are never whole in memory. `auto`: where the
     model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""

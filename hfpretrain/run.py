@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -169,7 +169,7 @@ class Run:
         self.config, self.attn_implementation = model.config, model.config._attn_implementation
         if recipe.model.attn_implementation == "auto" and self.attn_implementation != "sdpa":
             logger.info("attention is %s: %s has no sdpa", self.attn_implementation, type(model).__name__)
-        self.parameters = modeling.count_parameters(model)
+        self.parameters, has_experts = modeling.count_parameters(model), modeling.has_experts(model)
         decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
         self.undecayed = optim.undecayed_matrices(model, decayed)
         self.optimizer_groups = optim.named_groups(model, recipe.optimizer, decayed, hidden)
@@ -202,10 +202,18 @@ class Run:
             probe = initialisation.filled(modeling.build_model(recipe.model, config, seed=recipe.seed), weights).to(
                 self.accelerator.device
             )
-        self.document_masking = _document_masking(recipe, probe, self.accelerator)
+        modeling.require_causal(probe, recipe.model, half_precision=self.accelerator.mixed_precision != "no")
+        packs = broadcast_object_list([self.is_main and (recipe.data.streaming or self.prepared.packs_documents())])[0]
+        wanted = training.document_masking
+        leak = None if wanted is False else modeling.documents_leak(probe, recipe.data.block_size)
+        self.document_masking = _document_masking(wanted, leak, packs)
+        if packs and not self.document_masking:
+            self._note("documents in a block are not masked from each other (training.document_masking)")
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss, training.z_loss)
         self.step_loss = examine_loss(self.model)
         self._note(self.step_loss.note(type(network).__name__))
+        if has_experts and not self.step_loss.balances:
+            self._note(modeling.routing_note(network))
         num_micro_steps = training.num_steps * self.accumulation_steps
         if modeling.compiles(training.compile, num_micro_steps, engine.can_compile(self.accelerator)):
             modeling.compile_layers(network)
@@ -574,14 +582,15 @@ class Run:
         self.records.roll_back(state.step)
 
 
-def _document_masking(recipe: Recipe, model: Any, accelerator: Any) -> bool:
-    wanted = recipe.training.document_masking
-    modeling.require_causal(model, recipe.model, half_precision=accelerator.mixed_precision != "no")
-    isolates = wanted is not False and modeling.isolates_documents(model)
-    if wanted is True and not isolates:
-        raise RecipeError.at(
-            "training.document_masking",
-            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see each "
-            "other; set it to false, or choose another attn_implementation or model",
-        )
-    return isolates
+def _document_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
+    """Whether documents are masked from each other. `leak` as of `model.documents_leak`; raises `RecipeError` where it
+    keeps the recipe's wish from being met, or a wish from being guessed."""
+    if wanted is False or leak is None:
+        return wanted is not False
+    if wanted == "auto" and not packs_documents:
+        return False
+    advice = "set it to false to train on documents that change each other, or take another model or"
+    raise RecipeError.at(
+        "training.document_masking",
+        f"packed documents can't be kept apart: {leak}; {advice} model.attn_implementation (got {wanted!r})",
+    )

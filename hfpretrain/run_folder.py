@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,24 @@ def refuse_other_run(recipe: Recipe) -> None:
         changed = differences(recipe, load_recipe(path), ignore=MAY_DIFFER)
     except RecipeError as error:
         raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
+    changed = [problem for problem in changed if not _was_so(problem, recipe, path.parent)]
     if changed:
         advice = "choose another output_dir, or undo the changes to resume"
         raise RecipeError(
             [Problem("output_dir", f"{recipe.output_dir} holds another recipe's run; {advice}"), *changed]
         )
+
+
+def _was_so(problem: Problem, recipe: Recipe, run: Path) -> bool:
+    """Whether a changed key spells out what the run in the folder has done: runs that let documents see each other once
+    began with `document_masking: auto`."""
+    if problem.path != "training.document_masking":
+        return False
+    try:
+        recorded = json.loads((run / "environment.json").read_text("utf-8"))["document_masking"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return recorded == (recipe.training.document_masking is not False)
 
 
 def is_in_use(output_dir: Path) -> bool:

@@ -260,7 +260,7 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
     wanted = windows.document_masking
     if wanted is None:
         wanted = recipe is None or recipe.training.document_masking is not False
-    masking = wanted and isolates_documents(network)
+    masking = wanted and isolates_documents(network, block_size)
     table = token_bytes(tokenizer, network.config.vocab_size)
     encode = Encoder(tokenizer, np.dtype(np.int64))
     streams = {name: [ids for text in documents for ids in encode([text])] for name, documents in texts.items()}

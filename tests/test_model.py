@@ -56,7 +56,7 @@ def test_parameters_are_counted_with_and_without_embeddings(config, tied):
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, MOE])
 def test_documents_are_isolated_where_the_model_isolates(config):
-    assert modeling.isolates_documents(build(config))
+    assert modeling.isolates_documents(build(config), 64)
 
 
 @pytest.mark.parametrize("model_type", ["opt", "lfm2"])
@@ -66,7 +66,42 @@ def test_a_model_that_leaks_is_found_out(model_type):
         "lfm2": {"model_type": "lfm2", "intermediate_size": 48, "num_key_value_heads": 2,
                  "layer_types": ["conv", "full_attention", "conv"], "max_position_embeddings": 64, **SMALL},
     }  # fmt: skip
-    assert not modeling.isolates_documents(build(configs[model_type]))
+    assert "lets them see each other" in modeling.documents_leak(build(configs[model_type]), 64)
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic", "yarn"])
+def test_positions_that_depend_on_the_longest_document_are_found_out(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
+    config = {**LLAMA, "initializer_range": 0.2, "rope_parameters": rope}
+    if rope_type == "dynamic":
+        config["max_position_embeddings"] = 16
+    model = build(config)
+    assert modeling.isolates_documents(model, 16)
+    assert modeling.isolates_documents(model, 32) == (rope_type == "yarn")
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA, False),
+        (GPT2, False),
+        (MOE, True),
+        ({"model_type": "mixtral", **EXPERTS, **SMALL}, True),
+        ({"model_type": "jetmoe", "kv_channels": 8, **EXPERTS, **SMALL}, True),
+        ({"model_type": "granitemoe", **EXPERTS, **SMALL}, True),
+        ({"model_type": "lfm2", "intermediate_size": 48, "num_key_value_heads": 2,
+          "layer_types": ["conv", "full_attention", "conv"], **SMALL}, False),
+        ({"model_type": "recurrent_gemma", "intermediate_size": 48, "num_key_value_heads": 1, **SMALL}, False),
+    ],
+)  # fmt: skip
+def test_experts_are_found_by_structure(config, expected):
+    config = AutoConfig.for_model(**{**SPECIAL, **config})
+    assert modeling.has_experts(modeling.build_model(ModelSection(config={"model_type": "any"}), config)) == expected
 
 
 def test_isolation_is_exact_for_gradients_too():
