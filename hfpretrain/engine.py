@@ -207,13 +207,20 @@ def prepare(
     micro_batch_size: int,
     accumulation_steps: int,
     max_grad_norm: float | None,
+    all_get_gradients: bool = True,
 ) -> tuple[Any, Any]:
     """Model and optimizer ready for this engine.
 
     `weights`: the values of a model on the meta device, as of `initialisation.InitialWeights`; None where it has its
     values. An engine that shards keeps its share of each as it comes, so that no process ever holds the model.
+    `all_get_gradients`: whether every parameter that is not frozen gets a gradient in each micro-step.
     """
     accelerator.gradient_accumulation_steps = accumulation_steps
+    if accelerator.ddp_handler is not None:
+        # DDP else waits for ever for a gradient that does not come; looking for those takes time in every step.
+        accelerator.ddp_handler.find_unused_parameters = not all_get_gradients
+    frozen: dict[str, torch.Tensor] = {}
+    drawn = weights
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         zero.configure(
@@ -223,15 +230,20 @@ def prepare(
             max_grad_norm=max_grad_norm,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
+        names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        if weights is None:
+            frozen = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if n in names}
+        else:
+            drawn = zero.keep(weights, names, frozen)
     elif accelerator.distributed_type == DistributedType.FSDP:
         fsdp.require_layers(accelerator.state.fsdp_plugin, model)
-    if weights is not None:
+    if weights is not None and drawn is not None:
         if accelerator.distributed_type == DistributedType.FSDP:
             fsdp.shard(accelerator, model, weights)
         elif engine_name(accelerator).startswith("zero3"):
-            zero.partition(config, initialisation.assigned(model, weights), accelerator.mixed_precision)
+            zero.partition(config, initialisation.assigned(model, drawn), accelerator.mixed_precision)
         else:
-            initialisation.filled(model, weights)
+            initialisation.filled(model, drawn)
     shard_tensors(accelerator, model)
     if collectives.cuts_sequences(accelerator):
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
@@ -246,6 +258,7 @@ def prepare(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         assert prepared[0].gradient_clipping() == (max_grad_norm or 0.0)
         assert prepared[0].gradient_accumulation_steps() == accumulation_steps
+        prepared[0].frozen_weights = frozen
         if weights is not None and accelerator.mixed_precision != "no":
             zero.set_masters(prepared[0], weights)
     return prepared
@@ -339,7 +352,9 @@ def full_parameters(accelerator: Accelerator, model: Any) -> Iterator[tuple[str,
     network = unwrap(model)
     _reshard(accelerator, network)
     for name, parameter in network.named_parameters():
-        if deepspeed:
+        if deepspeed and not parameter.requires_grad:
+            yield name, model.frozen_weights[name]
+        elif deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
 
             yield name, safe_get_full_fp32_param(parameter).detach()
@@ -482,7 +497,7 @@ def gradient_norms(accelerator: Accelerator, model: Any) -> dict[str, float]:
     """Norm of each parameter's gradient by its name, before `update`. All ranks must call it."""
     norms = {}
     for name, parameter in unwrap(model).named_parameters():
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_grad
 
             gradient = safe_get_full_grad(parameter)

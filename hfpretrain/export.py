@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpretrain import files
+from hfpretrain.initialisation import context_length
 from hfpretrain.recipe import RecipeError
 from hfpretrain.tokenizer import document_start
 
@@ -82,7 +83,7 @@ def verify(model_path: Path, reference: Path, trust_remote_code: bool = False) -
 
     Raises `RecipeError` if the mean losses differ by more than 1e-3 (float32), 3e-2 (16 bits) or 0.1 (8 bits).
     Returns the loss on the batch in training and now, and the largest absolute differences of logits and loss by
-    token. Also a sample, since the model is at hand.
+    token. Also a sample, since the model is at hand: None, and `sample_error`, where the class can't make one.
     """
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,19 +119,6 @@ def verify(model_path: Path, reference: Path, trust_remote_code: bool = False) -
             f"its loss on the stored batch is {losses[1].mean():.6f}, that of the training process was "
             f"{losses[0].mean():.6f}: these are not the trained weights",
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    torch.manual_seed(0)
-    model.float()
-    prompt = torch.tensor([document_start(tokenizer)])  # as a document begins in training
-    sample = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=min(120, (getattr(model.config, "max_position_embeddings", None) or 128) - 1),
-        do_sample=True,
-        top_k=50,
-        temperature=0.8,
-        pad_token_id=tokenizer.eos_token_id,
-    )
     return {
         "dtype": dtype,
         "precision": precision,
@@ -138,8 +126,29 @@ def verify(model_path: Path, reference: Path, trust_remote_code: bool = False) -
         "loss_export": losses[1].mean().item(),
         "max_token_loss_difference": (losses[0] - losses[1]).abs().max().item(),
         "max_logit_difference": (stored["logits"] - logits).abs().max().item(),
-        "sample": tokenizer.decode(sample[0, prompt.shape[1] :], skip_special_tokens=True),
+        **_sample(model.float(), AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)),
     }
+
+
+def _sample(model: Any, tokenizer: Any) -> dict[str, str | None]:
+    """A document of `model`: `sample`, or None and why in `sample_error` where the class's own `generate` fails, which
+    says nothing about the weights."""
+    torch.manual_seed(0)
+    prompt = torch.tensor([document_start(tokenizer)])  # as a document begins in training
+    try:
+        ids = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=min(120, (context_length(model.config) or 128) - 1),
+            do_sample=True,
+            top_k=50,
+            temperature=0.8,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    except Exception as error:  # any code of any class runs here
+        reason = f"{type(model).__name__}.generate fails: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+        return {"sample": None, "sample_error": reason}
+    return {"sample": tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)}
 
 
 def repair(run: Path) -> None:

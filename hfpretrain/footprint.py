@@ -211,6 +211,8 @@ def simulate(
             batch["position_ids"] = ids.clone()
         tracker = _Tracker(model)
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue
             if accumulates:
                 parameter.grad = torch.empty_like(parameter)
                 tracker.add(parameter.grad, "gradients")

@@ -17,7 +17,10 @@ import xxhash
 from hfpretrain.recipe import Problem, RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names that many config classes give the longest context, through `attribute_map` or directly."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,12 @@ def _constructed(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
 
 def _number(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest context of a config by the names that classes give it; None where they set no limit."""
+    found = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import fnmatch
 import re
@@ -13,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hfpretrain.initialisation import decoder_layers
+from hfpretrain.initialisation import CONTEXT_KEYS, decoder_layers
 from hfpretrain.recipe import ModelSection, Problem, RecipeError, missing_path, not_loaded, unknown_key
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Names that many config classes give the longest context, through `attribute_map` or directly.
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Names that config classes give the number of experts and how many of them a token meets.
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
@@ -49,11 +48,8 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     for key in unknown:
         yield Problem(f"model.config.{key}", _unknown_config_key(key, model_type, known))
     try:
-        # A class's own special ids may lie outside a small vocabulary; the tokenizer's take their place later.
-        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        config = AutoConfig.for_model(
-            **{**special, **{key: value for key, value in keywords.items() if key not in unknown}}
-        )
+        given = {key: value for key, value in keywords.items() if key not in unknown}
+        config = AutoConfig.for_model(**{**_special_ids(model_type), **given})
     except Exception as error:  # a config class may raise anything; each says what it wants
         yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
         return
@@ -73,7 +69,7 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
 
 def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Problem]:
     """A problem if blocks are longer than the positions a model has."""
-    for key in _CONTEXT_KEYS:
+    for key in CONTEXT_KEYS:
         positions = getattr(config, key, None)
         if isinstance(positions, int) and isinstance(block_size, int) and 0 < positions < block_size:
             yield Problem("data.block_size", f"{block_size} is more than the model's {key} {positions}")
@@ -82,8 +78,8 @@ def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Prob
 
 def context_note(section: ModelSection, config: PretrainedConfig, block_size: int) -> str | None:
     """What to say of a new model that has its class's default context, of which training reaches only a part."""
-    key = next((key for key in _CONTEXT_KEYS if isinstance(getattr(config, key, None), int)), None)
-    if section.config is None or key is None or set(_CONTEXT_KEYS) & set(section.config):
+    key = next((key for key in CONTEXT_KEYS if isinstance(getattr(config, key, None), int)), None)
+    if section.config is None or key is None or set(CONTEXT_KEYS) & set(section.config):
         return None
     positions = getattr(config, key)
     if positions <= block_size:
@@ -164,9 +160,8 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if section.config is not None:
-        # A class's own special ids may lie outside a small vocabulary.
-        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        return AutoConfig.for_model(**{**special, **defaults, **section.config})
+        special = _special_ids(str(section.config.get("model_type")), **defaults)
+        return AutoConfig.for_model(**{**defaults, **special, **section.config})
     if problem := missing_path(section.pretrained or ""):
         raise RecipeError.at("model.pretrained", problem)
     try:
@@ -175,6 +170,28 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         return config if getattr(config, "auto_map", None) else config.get_text_config()
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model.pretrained", not_loaded(section.pretrained or "", error)) from error
+
+
+def _special_ids(model_type: str, **known: Any) -> dict[str, Any]:
+    """The special ids of a new model's config: those `known` of the tokenizer, else None.
+
+    A class's own may lie outside a small vocabulary or be other words of the tokenizer. Where the class takes no None,
+    EOS stands in, which every tokenizer has; 0 while there is no tokenizer yet.
+    """
+    ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    substitute = ids["eos_token_id"] if ids["eos_token_id"] is not None else 0
+    return {k: substitute if v is None and not _takes_none(model_type, k) else v for k, v in ids.items()}
+
+
+def _takes_none(model_type: str, key: str) -> bool:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(model_type, **{key: None})
+    except (StrictDataclassError, TypeError, ValueError):
+        return False
+    return True
 
 
 def resolve_config(
@@ -366,6 +383,102 @@ def compile_error(error: Exception) -> RecipeError | None:
     reason = next((line for line in str(error).splitlines() if ": " in line), type(error).__name__)
     advice = "install the C++ compiler or what else it names, or set it to false"
     return RecipeError.at("training.compile", f"the layers don't compile: {reason:.500}; {advice}")
+
+
+def train_padding_rows(model: PreTrainedModel) -> list[int]:
+    """Have the embeddings of tokens trained that are padding to the class and occur in the text; returns their ids.
+
+    torch makes no gradient for the row of `padding_idx`. Where a tokenizer's padding is its EOS, which ends every
+    document, the model would never learn that embedding. Nothing is padded here.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    found = set()
+    for ids in (config.bos_token_id, config.eos_token_id):
+        found.update(ids if isinstance(ids, list) else [ids])
+    rows = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and (row := module.padding_idx) is not None and row in found:
+            rows.append(row)
+            module.padding_idx = None
+    return rows
+
+
+def freeze_outside_loss(model: PreTrainedModel, length: int) -> Untrained:
+    """Freeze the parameters that no gradient of the next token's loss reaches, and tell which they are.
+
+    Of some classes the loss of text has parameters outside: an indexer that only chooses, the tower of another
+    modality, attention to an encoder that is not there. Every engine must leave them as they are: ZeRO would decay
+    them, and DDP waits for their gradients.
+
+    Found on the meta device by a backward pass of one sequence of `length` tokens. A parameter that gets no gradient
+    while another of its kind does (the same name with other numbers) may get one from another batch and is trained.
+    """
+    own = sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    with_gradient = _names_with_gradient(model, length)
+    if with_gradient is None:
+        return Untrained(own, [], is_known=False)
+    trained_kinds = {kind_of(name) for name in with_gradient}
+    outside, varies = [], False
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in with_gradient:
+            varies = varies or kind_of(name) in trained_kinds
+            if kind_of(name) not in trained_kinds:
+                parameter.requires_grad_(False)
+                outside.append(name)
+    return Untrained(own, sorted(outside), is_known=not varies)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Names of the parameters that a run does not train: those that the class itself freezes, and those outside of the
+    loss; `is_known`: whether all others get a gradient from every batch."""
+
+    frozen_by_class: list[str]
+    outside_loss: list[str]
+    is_known: bool
+
+    def __str__(self) -> str:
+        """A line for each reason, none where everything is trained."""
+        reasons = (("frozen by the model's class", self.frozen_by_class), ("outside of the loss", self.outside_loss))
+        lines = []
+        for reason, names in reasons:
+            if names:
+                kinds = list(dict.fromkeys(map(kind_of, names)))
+                more = f" and {len(kinds) - 3} other kinds" if len(kinds) > 3 else ""
+                lines.append(f"not trained, {reason}: {len(names)} parameters ({', '.join(kinds[:3])}{more})")
+        return "\n".join(lines)
+
+
+def kind_of(name: str) -> str:
+    """A parameter's name with `*` for its numbers, so that those of all layers are one kind."""
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def _names_with_gradient(model: PreTrainedModel, length: int) -> set[str] | None:
+    """Names of the parameters that the loss has a gradient for; None where the class has no pass on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    twin.train()
+    input_ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
+    # Where masks are made in common, one of four dimensions is taken as it is, and no value is looked at; older
+    # models know no such mask.
+    for mask in (torch.zeros(1, 1, length, length, device="meta"), None):
+        try:
+            twin.set_attn_implementation("eager")  # the only one that runs on every device
+            twin.set_experts_implementation("batched_mm")  # the only one that asks no tensor for its values
+            outputs = twin(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            objective = outputs.logits.float().sum()
+            if getattr(outputs, "aux_loss", None) is not None:
+                objective = objective + outputs.aux_loss
+            objective.backward()
+        except Exception:  # each class fails in its own way; the caller is told that nothing is known
+            continue
+        return {name for name, parameter in twin.named_parameters() if parameter.grad is not None}
+    return None
 
 
 def _model_error(error: Exception, section: ModelSection) -> RecipeError:

@@ -77,10 +77,13 @@ def _marked(model: Any) -> set[str]:
 
 
 def moment_bytes(model: Any, section: OptimizerSection) -> int:
-    """What the optimizer keeps of a model on any device: float32, or 8 bits of tensors that divide into blocks."""
+    """What the optimizer keeps of a model on any device: float32, or 8 bits of tensors that divide into blocks; nothing
+    of frozen parameters."""
     hidden = hidden_names(model) if section.name == "muon" else set()
     total = 0
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         numbers = parameter.numel()
         if section.name == "adafactor" and parameter.ndim >= 2:  # a mean of the squares of each row and column
             total += 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])

@@ -178,6 +178,7 @@ def make_plan(
         return modeling.build_model(section, config, device="cpu")
 
     model = modeling.build_model(section, config)
+    modeling.freeze_outside_loss(model, block_size)
     shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
     chunks = training.chunked_loss is not False if chunked_loss is None else chunked_loss
     chunks = chunks and loss.can_chunk(model)

@@ -41,6 +41,10 @@ def environment(run: Any) -> dict[str, Any]:
         "num_parameters": run.parameters.total,
         "num_non_embedding_parameters": run.parameters.non_embedding,
         "initial_weights": run.initial_weights,
+        "untrained_parameters": {
+            "frozen_by_class": run.untrained.frozen_by_class,
+            "outside_loss": run.untrained.outside_loss,
+        },
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: known for name in (*LIBRARIES, *_OTHERS) if (known := version_of(name))},
@@ -110,6 +114,7 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         ]
     if run.epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs_text(run.recipe, run.epochs)}")
+    text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
     lines += [
         f"  {'model':<16} {run.output_dir / 'model'}",
         f"  {'loss plot':<16} {run.output_dir / 'loss.png'}",
@@ -118,6 +123,6 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         f"{report['max_token_loss_difference']:.1e}",
         *(f"  {'note':<16} {text}" for text in run.notes),
         "  sample",
-        *("    | " + line for line in report["sample"].splitlines()[:12]),
+        *("    | " + line for line in text.splitlines()[:12]),
     ]
     return "\n".join(lines)

@@ -169,6 +169,12 @@ class Run:
         self.config, self.attn_implementation = model.config, model.config._attn_implementation
         if recipe.model.attn_implementation == "auto" and self.attn_implementation != "sdpa":
             logger.info("attention is %s: %s has no sdpa", self.attn_implementation, type(model).__name__)
+        with engine.plain_initialisation():
+            self.untrained = modeling.freeze_outside_loss(model, recipe.data.block_size)
+        for line in str(self.untrained).splitlines():
+            logger.info(line)
+        for row in modeling.train_padding_rows(model):
+            logger.info("token %d is padding to %s; its embedding is trained here all the same", row, config.model_type)
         self.parameters, has_experts = modeling.count_parameters(model), modeling.has_experts(model)
         decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
         self.undecayed = optim.undecayed_matrices(model, decayed)
@@ -192,6 +198,7 @@ class Run:
             micro_batch_size=training.micro_batch_size,
             accumulation_steps=self.accumulation_steps,
             max_grad_norm=training.max_grad_norm,
+            all_get_gradients=self.untrained.is_known,
         )
         network = probe = engine.unwrap(self.model)
         self.initial_weights = initialisation.check(

@@ -205,7 +205,7 @@ def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:
         for sample in newest
         for kind, how in (("greedy", "Greedily"), ("drawn", "Drawn"))
     ]
-    if exported:
+    if exported and exported["export/sample"] is not None:
         how = "Drawn with top-k 50 at temperature 0.8, seed 0, from an empty prompt:"
         parts.append(f"{how}\n\n{card.fenced(exported['export/sample'])}")
     return "\n\n".join(["## Samples", *parts]) if parts else ""

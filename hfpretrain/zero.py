@@ -79,22 +79,36 @@ def partition(config: dict[str, Any], values: Iterable[torch.Tensor], mixed_prec
             first.convert_to_zero_parameters(param_list=[value])
 
 
+def keep(
+    weights: Iterable[tuple[str, torch.Tensor]], names: set[str], into: dict[str, torch.Tensor]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """All `weights`; a copy of each of `names` also goes `into` a dictionary.
+
+    DeepSpeed has no float32 weights of frozen parameters beside those in 16 bits, and the export must not be rounded.
+    """
+    for name, value in weights:
+        if name in names:
+            into[name] = value.detach().float().clone()
+        yield name, value
+
+
 def set_masters(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """DeepSpeed copies its float32 weights from those in 16 bits; here they get the values that were drawn."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     parameters = dict(model.module.named_parameters())
     for name, value in weights:
-        if name in parameters:
+        if name in parameters and parameters[name].requires_grad:
             safe_set_full_fp32_param(parameters[name], value.to(model.device))
 
 
 def state(model: Any) -> dict[str, Any]:
     """`engine.state` of a DeepSpeed engine: its float32 weights and its optimizer's state, in the pieces that this
-    process has of each parameter. Both are parts of flat tensors, of which it holds one or more."""
+    process has of each parameter. Both are parts of flat tensors, of which it holds one or more; frozen weights, which
+    are in none, it holds whole."""
     optimizer = model.optimizer
     states = optimizer.optimizer.state
-    found: dict[str, Any] = {"model": {}, "optimizer": {}}
+    found: dict[str, Any] = {"model": dict(model.frozen_weights), "optimizer": {}}
     places = _places_stage3 if hasattr(optimizer, "fp32_partitioned_groups_flat") else _places
     for name, shape, flat, start, first, numel in places(model.module, optimizer):
 
@@ -120,7 +134,7 @@ def _places(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]:
         for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
         for parameter in group
     }
-    for name, parameter in network.named_parameters():
+    for name, parameter in _trained(network):
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         flat = flats[id(parameter)]
         if mapping is None:  # all of it is another process's
@@ -130,8 +144,12 @@ def _places(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]:
             yield name, tuple(parameter.shape), flat, inner.start, outer.start, outer.numel
 
 
+def _trained(network: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+
+
 def _places_stage3(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]:
-    for name, parameter in network.named_parameters():
+    for name, parameter in _trained(network):
         p: Any = parameter
         group, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
         first = size * torch.distributed.get_rank(p.ds_process_group)
@@ -140,8 +158,18 @@ def _places_stage3(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]
 
 
 def copy_masters_to_weights(model: Any) -> None:
-    """The weights that DeepSpeed computes with, from its float32 ones, as after a step."""
+    """The weights that DeepSpeed computes with, from its float32 ones, as after a step, and from the frozen ones."""
     optimizer = model.optimizer
+    parameters: dict[str, Any] = dict(model.module.named_parameters())
+    for name, value in model.frozen_weights.items():
+        parameter = parameters[name]
+        if hasattr(parameter, "ds_tensor"):  # of stage 3: this process's part of it, the last ones are padded
+            part = parameter.ds_tensor
+            first = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+            mine = value.flatten()[first : first + part.numel()]
+            part[: mine.numel()].copy_(mine)
+        else:
+            parameter.data.copy_(value)
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return

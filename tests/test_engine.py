@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, environment, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpretrain import engine, fragments, outbox, publisher
+from hfpretrain import engine, fragments, initialisation, load_recipe, outbox, publisher
+from hfpretrain import model as modeling
 
 DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
 OFFLOADED = ["fsdp2_offload", "zero3_offload"]
@@ -302,3 +303,54 @@ def test_accelerate_files_own_nothing_of_the_recipe():
         flat = json.dumps(yaml.safe_load(text))
         for word in ("batch_size", "accumulation", "clipping", "mixed_precision"):
             assert word not in flat, (path.name, word)
+
+
+# An indexer that only chooses is outside of the loss, and a class may freeze what it draws at random.
+_TOY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64}  # fmt: skip
+UNTRAINED = {
+    "deepseek_v32": {"num_key_value_heads": 4, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4,
+                     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "first_k_dense_replace": 1, "index_n_heads": 2,
+                     "index_head_dim": 16, "index_topk": 8},
+    "hrm_text": {"num_layers_per_stack": 1, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "precision"),
+    [
+        ("ddp", "deepseek_v32", "no"),
+        ("zero3", "hrm_text", "bf16"),
+        pytest.param("zero3", "deepseek_v32", "no", marks=pytest.mark.slow),
+        pytest.param("zero2", "deepseek_v32", "no", marks=pytest.mark.slow),
+        pytest.param("zero1", "hrm_text", "bf16", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "deepseek_v32", "no", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "hrm_text", "bf16", marks=pytest.mark.slow),
+        pytest.param("ddp", "hrm_text", "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_parameters_that_are_not_trained_stay_as_they_were(tmp_path, name, model_type, precision):
+    changes = {"model__config": {"model_type": model_type, **_TOY, **UNTRAINED[model_type]}}
+    changes |= {"training__mixed_precision": precision}
+    changes |= {"training__max_steps": 3, "checkpoint__every_steps": 2, "optimizer__weight_decay": 0.5}
+    write_jsonl(tmp_path / "corpus.jsonl", small_text(200))
+    recipe, run = write_recipe(tmp_path, **changes), tmp_path / "run"
+    result = train(recipe, engine=name, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "not trained, " in result.stderr
+    said = json.loads((run / "environment.json").read_text())["untrained_parameters"]
+    names = {*said["frozen_by_class"], *said["outside_loss"]}
+    first = load_recipe(recipe)
+    config = AutoConfig.from_pretrained(run / "config")
+    drawn = dict(initialisation.InitialWeights(modeling.build_model(first.model, config), first.seed))
+    exported = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
+    assert names and all(torch.equal(exported[key], drawn[key]) for key in names)
+    before = rows(run, "loss")
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    result = train(recipe, engine=name, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert "step-00000002" in result.stderr
+    assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
+    resumed = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in exported.items())

@@ -6,6 +6,7 @@ import torch
 from conftest import recipe_mapping
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfpretrain import initialisation
 from hfpretrain import model as modeling
 from hfpretrain.recipe import ModelSection, RecipeError
 
@@ -242,3 +243,68 @@ def test_one_graph_serves_all_layers(monkeypatch):
         model(input_ids=torch.arange(16)[None], use_cache=False).logits.sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+DSA = {"model_type": "deepseek_v32", "num_key_value_heads": 4, "v_head_dim": 8, "moe_intermediate_size": 16,
+       "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16,
+       "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "first_k_dense_replace": 1, "index_n_heads": 2,
+       "index_head_dim": 16, "index_topk": 8, "intermediate_size": 48, **SMALL}  # fmt: skip
+
+
+def test_parameters_outside_of_the_loss_are_frozen_and_named():
+    model = build(DSA)
+    untrained = modeling.freeze_outside_loss(model, 16)
+    assert untrained.is_known and untrained.frozen_by_class == []
+    assert untrained.outside_loss and all(".indexer." in name for name in untrained.outside_loss)
+    assert "model.layers.*.self_attn.indexer.k_norm.weight" in str(untrained)
+    ids = torch.arange(16)[None]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (name not in untrained.outside_loss)
+    assert str(modeling.freeze_outside_loss(build(MOE), 16)) == ""
+
+
+def test_what_another_batch_may_train_is_not_frozen(monkeypatch):
+    model = build(LLAMA)
+    some = {name for name, _ in model.named_parameters() if "layers.1." not in name}
+    monkeypatch.setattr(modeling, "_names_with_gradient", lambda *_: some)
+    untrained = modeling.freeze_outside_loss(model, 16)
+    assert not untrained.is_known and untrained.outside_loss == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class OnlyEos:
+    bos_token_id = pad_token_id = None
+    eos_token_id = 3
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA, (None, 3, None)),
+        (
+            {"model_type": "cwm", "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, **SMALL},
+            (3, 3, None),
+        ),
+        ({"model_type": "modernbert-decoder", "intermediate_size": 48, **SMALL}, (3, 3, 3)),
+    ],
+)
+def test_special_ids_are_the_tokenizers_or_none_where_the_class_takes_it(tmp_path, config, expected):
+    mapping = recipe_mapping(tmp_path)
+    mapping["model"]["config"] = {**config, "vocab_size": 320}
+    assert list(modeling.config_problems(mapping)) == []
+    section = ModelSection(config=config)
+    found = modeling.resolve_config(section, 64, OnlyEos(), 64, 32)
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == expected
+    modeling.build_model(section, found)
+
+
+def test_the_embedding_of_a_token_that_ends_documents_is_trained_though_it_is_padding():
+    section = ModelSection(config=LLAMA)
+    model = modeling.build_model(section, modeling.resolve_config(section, 64, FakeTokenizer(), 64, 32))
+    assert modeling.train_padding_rows(model) == [3]
+    initialisation.filled(model, initialisation.InitialWeights(model, seed=0))
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert model.get_input_embeddings().weight[3].any() and model.get_input_embeddings().weight.grad[3].any()
+    assert modeling.train_padding_rows(model) == []

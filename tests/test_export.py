@@ -1,0 +1,40 @@
+import json
+
+import pytest
+import torch
+from conftest import recipe_mapping
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hfpretrain import export
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with the export of a model as it was drawn, and its reference."""
+    config = recipe_mapping(tmp_path)["model"]["config"]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(AutoConfig.for_model(**config, vocab_size=64, eos_token_id=1, bos_token_id=1))
+    words = {word: number for number, word in enumerate(["<unk>", "<eos>", *(f"w{i}" for i in range(62))])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    export.write(model.config, model.state_dict(), tokenizer, tmp_path / "model")
+    batch = {"input_ids": torch.arange(32)[None] + 8}
+    export.write_reference(model, batch, "float32", tmp_path / export.REFERENCE)
+    return tmp_path
+
+
+def test_an_export_with_a_sample(run):
+    report = export.verify(run / "model", run / export.REFERENCE)
+    assert report["max_logit_difference"] < 1e-5 and report["sample"] and "sample_error" not in report
+
+
+def test_a_class_that_cannot_generate_has_an_export_that_verifies(run, monkeypatch):
+    def generate(*_, **__):
+        raise ValueError("this cache has no length")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    report = export.verify(run / "model", run / export.REFERENCE)
+    assert report["max_logit_difference"] < 1e-5 and report["sample"] is None
+    assert "LlamaForCausalLM.generate fails" in report["sample_error"] and "no length" in report["sample_error"]
+    json.dumps(report)
