@@ -16,6 +16,7 @@ from hfpretrain import files, hygiene
 from hfpretrain.prepared import (
     FORMAT,
     READ_COUNTS,
+    SAMPLE_CHARS,
     VALIDATION,
     PreparedData,
     RowWriter,
@@ -100,6 +101,15 @@ def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any
                 name: sum(e.get(name, 0) for e in of_kind)
                 for name in ("documents", "bytes", "tokens", "separators", "bos")
             }
+        special = sum((Counter(account.get("special_tokens", {})) for account in mine), Counter())
+        entry["special_tokens"] = dict(sorted(special.items()))
+        entry["unknown"] = sum(account.get("unknown", 0) for account in mine)
+        samples = [account["sample"] for account in mine if "sample" in account]
+        # Parts without a sample are those that lose nothing.
+        of_others = sum(min(SAMPLE_CHARS, a["bytes_read"]) for a in mine if "sample" not in a)
+        characters = of_others + sum(sample["characters"] for sample in samples)
+        for name in ("lost", "replaced"):
+            entry[f"{name}_share"] = sum(sample[name] for sample in samples) / max(1, characters)
         tokens = entry["train"]["tokens"] + entry[VALIDATION]["tokens"]
         kept = entry["train"]["bytes"] + entry[VALIDATION]["bytes"]
         entry["bytes_per_token"] = kept / tokens if tokens else None

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hfpretrain import files, prepared
-from hfpretrain.prepared import READ_COUNTS, RowWriter, is_validation, write_table
+from hfpretrain.prepared import READ_COUNTS, SAMPLE_CHARS, RowWriter, is_validation, write_table
 from hfpretrain.recipe import DataSection, TokenizerSection
 
 PART_CHARS = 2**26
@@ -45,12 +45,16 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     for source in (*content["sources"], *content["validation_sources"]):
         for name in ("path", "data_files", "data_dir", "revision"):
             del source[name]
+        if source["special_tokens"] == "text":  # as in versions that had no such key
+            del source["special_tokens"]
     for source in content["sources"]:
         # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
         source["weight"] = source["weight"] is not None
         del source["max_epochs"]
     # No document is a chat, a pretrained tokenizer is one of the identities, and `has_prefix` is what `add_bos` does.
-    made_by = tokenizer.model_dump(mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos"})
+    made_by = tokenizer.model_dump(
+        mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos", "max_unknown"}
+    )
     framed = ["document prefix"] if has_prefix else []
     text = json.dumps([prepared.FORMAT, content, made_by, identities, *framed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -66,6 +70,12 @@ class Encoder(Protocol):
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """The prefix, token ids of each text, and EOS: (n,) of `dtype`."""
+
+    def count_special(self, texts: Iterable[str]) -> Counter[str]:
+        """How often texts spell each special token."""
+
+    def lost_characters(self, text: str) -> tuple[int, int, int]:
+        """Characters of a text, those of them that no token stands for, those that are replaced."""
 
 
 class Item(NamedTuple):
@@ -106,39 +116,45 @@ class Batch:
 def pack(
     work: Path,
     batches: Iterable[Batch],
-    encode: Encoder,
+    encoder: Callable[[str], Encoder],
     bytes_of_token: np.ndarray,
+    unknown_id: int | None,
     data: DataSection,
     num_workers: int,
     progress: Callable[[Batch, int], None] = lambda batch, tokens: None,
 ) -> None:
     """Tokenize `batches` on `num_workers` threads and write their parts into the folder `work`.
 
-    `bytes_of_token`: int64 (vocabulary,). A part that is not finished leaves no account and is done again next time.
+    `encoder`: of a part, by its key. `bytes_of_token`: int64 (vocabulary,). `unknown_id`: the token that stands for
+    text which the tokenizer does not know. A part that is not finished leaves no account and is done again next time.
     The bytes written depend on the documents alone. `progress` is called with each batch and its tokens.
     """
     for folder in ("parts", "documents"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     part: _Part | None = None
 
-    def write(batch: Batch, encoded: list[np.ndarray]) -> None:
+    def encode(batch: Batch) -> _Encoded:
+        texts, encode_texts = [item.text for item in batch.items], encoder(batch.part)
+        return _Encoded(encode_texts(texts), encode_texts.count_special(texts))
+
+    def write(batch: Batch, encoded: _Encoded) -> None:
         nonlocal part
-        part = part or _Part(work, batch.part, data, encode)
+        part = part or _Part(work, batch.part, data, encoder(batch.part), unknown_id)
         part.add(batch, encoded, bytes_of_token)
         if batch.ends_part:
             part.close(batch.ends_group)
             part = None
-        progress(batch, sum(map(len, encoded)))
+        progress(batch, sum(map(len, encoded.ids)))
 
     # tokenizers lets go of Python's lock; with one thread of it for each of ours none waits for the longest document.
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         with ThreadPoolExecutor(num_workers) as pool:
-            pending: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
+            pending: deque[tuple[Batch, Future[_Encoded]]] = deque()
             try:
                 for batch in batches:
-                    pending.append((batch, pool.submit(encode, [item.text for item in batch.items])))
+                    pending.append((batch, pool.submit(encode, batch)))
                     while len(pending) > 2 * num_workers or (pending and pending[0][1].done()):
                         done, future = pending.popleft()
                         write(done, future.result())
@@ -155,21 +171,33 @@ def pack(
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
 
 
+class _Encoded(NamedTuple):
+    """The documents of a batch as arrays of `Encoder`, and how often they spell each special token."""
+
+    ids: list[np.ndarray]
+    special: Counter[str]
+
+
 class _Part:
     """One part being packed: a stream for each split, and the account."""
 
-    def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder):
+    def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder, unknown_id: int | None):
         self._work, self._key, self._data, self._encoder = work, key, data, encoder
         self._streams: dict[str, _Stream] = {}
         self._origins: dict[str, int] = {}
         self._read: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._special: Counter[str] = Counter()
+        self._unknown_id, self._unknown = unknown_id, 0
+        self._sample: Counter[str] = Counter()
 
-    def add(self, batch: Batch, encoded: list[np.ndarray], bytes_of_token: np.ndarray) -> None:
-        """Append the documents of a batch; `encoded` as of `Encoder`."""
+    def add(self, batch: Batch, encoded: _Encoded, bytes_of_token: np.ndarray) -> None:
+        """Append the documents of a batch."""
+        self._special.update(encoded.special)
         self._read.update({name: getattr(batch, name) for name in READ_COUNTS})
         self._dropped.update(batch.dropped)
-        for item, ids in zip(batch.items, encoded, strict=True):
+        for item, ids in zip(batch.items, encoded.ids, strict=True):
+            self._look_for_lost(item.text)
             if len(ids) == len(self._encoder.prefix) + 1:  # the tokenizer's normalizer has left nothing of the text
                 self._read["bytes_dropped"] += item.num_bytes
                 if item.is_whole:
@@ -179,7 +207,16 @@ class _Part:
             stream = self._streams.get(item.split) or self._open(item.split)
             origin = self._origins.setdefault(item.origin, len(self._origins))
             stream.add(ids, item, origin)
+            if self._unknown_id is not None:
+                self._unknown += int((ids == self._unknown_id).sum())
             stream.token_bytes += int(bytes_of_token[ids].sum())
+
+    def _look_for_lost(self, text: str) -> None:
+        """Look at the first documents of a part for text that the tokenizer leaves out or replaces."""
+        if self._sample["looked_at"] < SAMPLE_CHARS:
+            self._sample["looked_at"] += len(text)
+            found = self._encoder.lost_characters(text[:SAMPLE_CHARS])
+            self._sample.update(dict(zip(("characters", "lost", "replaced"), found, strict=True)))
 
     def _open(self, split: str) -> _Stream:
         # Padding would make the validation depend on the packing of the training text.
@@ -199,6 +236,10 @@ class _Part:
             "splits": splits,
             "origins": list(self._origins),
             "ends_group": ends_group,
+            # What most text has none of stands here only where there is some.
+            **({"special_tokens": dict(sorted(self._special.items()))} if self._special else {}),
+            **({"unknown": self._unknown} if self._unknown else {}),
+            **({"sample": dict(self._sample)} if self._sample["lost"] or self._sample["replaced"] else {}),
             "tokenizer_sha256": self._encoder.tokenizer_sha256,
             "files": files.entries(self._work, written),
         }

@@ -22,8 +22,8 @@ from hfpretrain.corpus import Document, Reader, Splitter
 from hfpretrain.dataloader import Blocks, TrainingData, TrainingOrder
 from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
-from hfpretrain.prepared import PreparedData, is_validation, part_account, part_key
-from hfpretrain.recipe import Recipe, RecipeError, TokenizerSection, accumulation_steps
+from hfpretrain.prepared import VALIDATION, PreparedData, is_validation, part_account, part_key, part_source
+from hfpretrain.recipe import DataSection, Recipe, RecipeError, SourceSection, TokenizerSection, accumulation_steps
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +119,52 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
             if prepared is None:
                 if (path / files.MANIFEST).exists():
                     return open_verified(path)
-                return _Preparation(recipe, path, num_workers or num_cores()).all()
-    return open_verified(path)
+                prepared = _Preparation(recipe, path, num_workers or num_cores()).all()
+                require_known(prepared, recipe.tokenizer.max_unknown)
+                return prepared
+    prepared = open_verified(path)
+    require_known(prepared, recipe.tokenizer.max_unknown)
+    return prepared
+
+
+def require_known(prepared: PreparedData, max_unknown: float) -> None:
+    """Raises `RecipeError` if a larger share of a source than `max_unknown` is lost on the tokenizer."""
+    for number, source in enumerate(prepared.manifest["sources"]):
+        for share, what in _lost(source):
+            if share > max_unknown:
+                key = "data.sources" if number < len(prepared.manifest["source_identities"]) else "data"
+                where = f"{key}.{number}" if key == "data.sources" else "data.validation_sources"
+                advice = f"take a tokenizer for this text, or allow it by tokenizer.max_unknown (now {max_unknown:g})"
+                raise RecipeError.at(where, f"{what}; {advice}")
+
+
+def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
+    """Shares of a source, as of the manifest, that the tokenizer doesn't know and leaves out, each with a sentence."""
+    tokens = sum(source[kind]["tokens"] for kind in ("train", VALIDATION))
+    unknown, lost = source.get("unknown", 0) / max(1, tokens), source.get("lost_share", 0.0)
+    return [
+        (unknown, f"{unknown:.2%} of its tokens stand for text that the tokenizer does not know"),
+        (lost, f"{lost:.2%} of its characters are left out by the tokenizer"),
+    ]
+
+
+def notes(prepared: PreparedData) -> list[str]:
+    """What happened to the text on its way to tokens that nobody may have asked for, a sentence for each."""
+    found = []
+    data = prepared.manifest["recipe"]
+    number_of_sources = len(prepared.manifest["source_identities"])
+    for number, source in enumerate(prepared.manifest["sources"]):
+        name = f"source {number}" if number < number_of_sources else "validation"
+        chosen = data["sources"][number].get("special_tokens", "text") if number < number_of_sources else "text"
+        special = source.get("special_tokens", {})
+        letters = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
+        if letters and name != "validation":
+            listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(letters.items())[:8])
+            found.append(f"{name}: special tokens that stand in the text are letters there: {listed}")
+        found += [f"{name}: {what}" for share, what in _lost(source) if share]
+        if replaced := source.get("replaced_share"):
+            found.append(f"{name}: {replaced:.2%} of the characters are replaced by the tokenizer's normalizer")
+    return found
 
 
 def open_verified(path: Path) -> PreparedData:
@@ -367,7 +411,17 @@ class _Preparation:
         dtype = tokenizer.token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
         prefix = tokenizer.document_prefix(self.tokenizer)
-        prepared = joining.join(self.work, self.path, parts, self.data, eos, prefix, dtype, extra, self.num_workers)
+        prepared = joining.join(
+            self.work,
+            self.path,
+            parts,
+            self.data,
+            eos,
+            prefix,
+            dtype,
+            extra,
+            self.num_workers,
+        )
         files.remember(self.path)
         if self.mirror is not None:
             there = self.mirror.names()
@@ -408,7 +462,7 @@ class _Preparation:
         bytes_of_token = tokenizer.token_bytes(self.tokenizer, self.vocab_size)
         logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
         done: list[str] = []
-        encode = tokenizer.Encoder(self.tokenizer, tokenizer.token_dtype(self.vocab_size))
+        encoders, unknown = self._encoders(), tokenizer.unknown_id(self.tokenizer)
         with _Progress([reader for _, _, reader in jobs]) as progress:
 
             def written(batch: Batch, tokens: int) -> None:
@@ -418,8 +472,22 @@ class _Preparation:
                     self.mirror.push(self.work, [*account["files"], f"parts/{batch.part}.json"])
 
             batches = self._batches(groups, index, count, done)
-            packing.pack(self.work, batches, encode, bytes_of_token, self.data, self.num_workers, written)
+            encoder = lambda part: encoders[_section(self.data, part).special_tokens]  # noqa: E731
+            packing.pack(self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, written)
         return done
+
+    def _encoders(self) -> dict[Any, tokenizer.Encoder]:
+        """An encoder for each way in which sources read special tokens."""
+        first = tokenizer.Encoder(self.tokenizer, tokenizer.token_dtype(self.vocab_size))
+        found = {}
+        for key in ("sources", "validation_sources"):
+            for number, source in enumerate(getattr(self.data, key)):
+                try:
+                    found[source.special_tokens] = first.for_source(source.special_tokens)
+                except RecipeError as error:
+                    problem = error.problems[0]
+                    raise RecipeError.at(f"data.{key}.{number}.{problem.path}", problem.message) from error
+        return found
 
     def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[Batch]:
         """Batches of the parts of one share that have no account yet; appends the key of every part to `done`."""
@@ -524,6 +592,14 @@ class _Preparation:
         return dict(zip(found, np.split(first, bounds), strict=True))
 
 
+def _section(data: DataSection, part: str) -> SourceSection:
+    """The source of a part."""
+    number = part_source(part)
+    if number is not None:
+        return data.sources[number]
+    return data.validation_sources[int(part.split("-")[1]) // _GROUPS_PER_SOURCE]
+
+
 def _groups(reader: Reader) -> list[tuple[int, range]]:
     return list(enumerate(reader.groups()))
 
@@ -585,6 +661,10 @@ def summary(prepared: PreparedData) -> str:
         if source["dropped"]:
             dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items())
             lines.append(f"  dropped        source {number}: {dropped}")
+        if special := source.get("special_tokens"):
+            listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
+            lines.append(f"  special tokens source {number}: {listed} in its text")
+    lines += [f"  tokenizer      {text}" for text in notes(prepared)]
     found = manifest["hygiene"]
     if found["train_duplicates"]:
         lines.append(f"  duplicates     {found['train_duplicates']:,} training documents repeat the text of another")

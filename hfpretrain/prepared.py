@@ -17,6 +17,8 @@ from hfpretrain.recipe import RecipeError
 FORMAT = 3
 VALIDATION = "validation"
 ROWS_PER_BATCH = 512
+SAMPLE_CHARS = 2**16
+"""Of each part so many characters are looked at for what the tokenizer leaves out."""
 READ_COUNTS = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
 
 

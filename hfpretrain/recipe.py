@@ -129,6 +129,9 @@ class TokenizerSection(Section):
     """Whether every document begins with the BOS token of `pretrained`. null: as the tokenizer's own call does, with
     BOS for Llama's and Gemma's, without for Qwen's and GPT-2's. The exported tokenizer does what training did. Has no
     effect where BOS and EOS are one token, which stands between documents in any case."""
+    max_unknown: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of a source that may be lost on the tokenizer: of its tokens those that stand for text which the
+    tokenizer does not know, and of its characters those that no token stands for. With more a run does not begin."""
     chat_template: str | None = None
     """How messages become text (`tokenizer.apply_chat_template`, which TRL calls), exported with the tokenizer: Jinja,
     or the file that holds it. Pretraining does not use it, so it may change between starts of a run. null: that of
@@ -172,6 +175,10 @@ class SourceSection(Section):
     sample_by: Literal["line", "paragraph", "document"] | None = None
     """Of text files: a document is a line, a paragraph (blank lines between), or the whole file. Needed for
     `path: text` and for a folder with text files. Line ends of any kind are read as a newline."""
+    special_tokens: Literal["text", "tokens"] | Annotated[tuple[str, ...], Field(min_length=1)] = "text"
+    """What the names of the tokenizer's special tokens are where the text holds them, as `<fim_prefix>` or
+    `<|im_start|>`: letters as any others, or with `tokens` those tokens; a list names the tokens that are, and the rest
+    are letters. EOS, BOS and padding always are, so that no text can end its document. The manifest counts them."""
     text_column: str = "text"
     """Column that holds the text."""
     weight: float | None = Field(default=None, ge=0)

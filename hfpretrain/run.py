@@ -46,6 +46,7 @@ from hfpretrain.prepare import (
     epochs,
     epochs_text,
     load_prepared_tokenizer,
+    notes,
     prepare,
     training_data,
     wait_for_prepared,
@@ -152,6 +153,8 @@ class Run:
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
         logger.info(say_framing(self.tokenizer))
+        for text in notes(self.prepared):
+            self._note(text)
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
         self.stops.defer()

@@ -18,6 +18,7 @@ MAY_DIFFER = (
     "model.use_liger_kernel",
     "tokenizer.chat_template",
     "tokenizer.add_bos",  # the prepared text is compared
+    "tokenizer.max_unknown",
     "training.max_steps",
     "training.max_tokens",
     "training.micro_batch_size",

@@ -15,6 +15,7 @@ from hfpretrain.dataloader import collate
 from hfpretrain.loss import IGNORE_INDEX, use_chunked_loss
 from hfpretrain.model import isolates_documents
 from hfpretrain.recipe import (
+    DataSection,
     LmEvalSection,
     Recipe,
     RecipeError,
@@ -165,9 +166,31 @@ def recipe_texts(recipe: Recipe) -> Texts:
     if not recipe.data.has_validation:
         raise RecipeError.at("data", "the recipe holds no validation text out")
     texts: Texts = {}
-    for split, text in corpus.validation_documents(recipe.data):
-        texts.setdefault(split.removeprefix("validation-"), []).append(text)
+    for source, split, text in _held_out(recipe.data):
+        texts.setdefault(split.removeprefix("validation-"), []).append(_Text(text).of(source))
     return texts
+
+
+class _Text(str):
+    """A document that knows how its source reads special tokens."""
+
+    special_tokens: str | tuple[str, ...] = "text"
+
+    def of(self, source: SourceSection) -> _Text:
+        self.special_tokens = source.special_tokens
+        return self
+
+
+def _held_out(data: DataSection) -> Iterator[tuple[SourceSection, str, str]]:
+    """Source, split and text of the documents that are held out."""
+    key = "validation_sources" if data.validation_sources else "sources"
+    sources: tuple[SourceSection, ...] = getattr(data, key)
+    if len({source.special_tokens for source in sources}) == 1:
+        yield from ((sources[0], *found) for found in corpus.validation_documents(data))
+        return
+    for source in sources:  # one at a time, which changes nothing of what is held out
+        for split, text in corpus.validation_documents(data.model_copy(update={key: (source,)})):
+            yield source, split, text
 
 
 def file_texts(names: list[str]) -> Texts:
@@ -263,7 +286,10 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
     masking = wanted and isolates_documents(network, block_size)
     table = token_bytes(tokenizer, network.config.vocab_size)
     encode = Encoder(tokenizer, np.dtype(np.int64))
-    streams = {name: [ids for text in documents for ids in encode([text])] for name, documents in texts.items()}
+    streams = {
+        name: [ids for text in some for ids in encode.for_source(getattr(text, "special_tokens", "text"))([text])]
+        for name, some in texts.items()
+    }
     num_documents = sum(map(len, streams.values()))
     for name, some in {"": [ids for part in streams.values() for ids in part], **streams}.items():
         if sum(map(len, some)) < 2:

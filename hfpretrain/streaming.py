@@ -7,6 +7,7 @@ for any number of processes; a process reads the groups that its sequences come 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BATCH_CHARS = 2**16
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,10 +50,12 @@ class _Group:
         block_size: int,
         max_epochs: int | None,
         state: GroupState,
+        max_unknown: float = 1.0,
     ):
         self._pieces, self._splitter, self._encode = pieces, splitter, encode
         self._block_size, self._max_epochs, self._at = block_size, max_epochs, replace(state)
         self._texts = self._batches()
+        self._max_unknown, self._looked_at = max_unknown, False
         self.dropped = 0
 
     def state(self) -> GroupState:
@@ -60,21 +64,43 @@ class _Group:
 
     def copy(self) -> _Group:
         """Another that goes on from here, without end."""
-        return _Group(self._pieces, self._splitter, self._encode, self._block_size, None, self.state())
+        return _Group(
+            self._pieces, self._splitter, self._encode, self._block_size, None, self.state(), self._max_unknown
+        )
 
     def blocks(self, count: int) -> np.ndarray:
         """The next blocks: int64 (count, block_size)."""
         parts, size, end = [self._at.pending], len(self._at.pending), count * self._block_size
         while size < end:
-            ids = self._encode(next(self._texts))
+            reader, texts = next(self._texts)
+            encode = self._encode.for_source(reader.source.special_tokens)
+            ids = encode(texts)
+            if not self._looked_at:
+                self._look(reader, encode, texts, ids)
             parts += ids
             size += sum(map(len, ids))
         stream = np.concatenate(parts).astype(np.int64)
         self._at.pending = stream[end:].copy()
         return stream[:end].reshape(count, self._block_size)
 
-    def _batches(self) -> Iterator[list[str]]:
-        """Texts in batches; the position is always that behind the batch given last."""
+    def _look(self, reader: Reader, encode: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
+        """What of the group's first texts the tokenizer does not know, leaves out or takes for letters is told once."""
+        self._looked_at = True
+        characters, lost, _ = (sum(some) for some in zip(*map(encode.lost_characters, texts), strict=True))
+        unknown = sum(map(encode.count_unknown, ids)) / max(1, sum(map(len, ids)))
+        for share, what in (
+            (unknown, "of its first tokens stand for text that the tokenizer does not know"),
+            (lost / max(1, characters), "of its first characters are left out by the tokenizer"),
+        ):
+            if share > self._max_unknown:
+                advice = f"or allow it by tokenizer.max_unknown (now {self._max_unknown:g})"
+                raise RecipeError.at(reader.key, f"{share:.2%} {what}; take a tokenizer for this text, {advice}")
+        if reader.source.special_tokens == "text" and (found := encode.count_special(texts)):
+            listed = ", ".join(found)
+            logger.info("%s: special tokens that stand in the text are letters there: %s", reader.key, listed)
+
+    def _batches(self) -> Iterator[tuple[Reader, list[str]]]:
+        """Texts in batches, each of one source; the position is always that behind the batch given last."""
         at = self._at
         any_text = at.document > 0 or at.piece > 0
         while True:
@@ -93,12 +119,12 @@ class _Group:
                             self.dropped += 1
                     if chars >= _BATCH_CHARS:
                         at.piece, at.document, any_text = index, number, True
-                        yield batch
+                        yield reader, batch
                         batch, chars = [], 0
                 at.piece, at.document = index + 1, 0
                 if batch:
                     any_text = True
-                    yield batch
+                    yield reader, batch
             key = self._pieces[0][0].key
             if not any_text:
                 files = ", ".join(reader.pieces[piece].origin for reader, piece in self._pieces[:3])
@@ -121,7 +147,8 @@ class StreamingData:
     """The micro-batches of this process, step after step from `first_step` on.
 
     `states`: those of all groups after the step before, by (stream, group); none at the first step of a run.
-    `held_out`: digests of the validation documents. The other arguments as of `dataloader.TrainingData`.
+    `held_out`: digests of the validation documents. `max_unknown`: as of `TokenizerSection`. The other arguments as of
+    `dataloader.TrainingData`.
     """
 
     def __init__(
@@ -138,6 +165,7 @@ class StreamingData:
         num_processes: int,
         eos_token_id: int,
         document_masking: bool,
+        max_unknown: float = 1.0,
     ):
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
@@ -167,7 +195,7 @@ class StreamingData:
                 if stages or (group * size < self._mine.stop and self._mine.start < (group + 1) * size):
                     state = states.get((stream, group), GroupState())
                     pieces = streams[stream][group::number]
-                    made = _Group(pieces, splitter, encode, data.block_size, caps[stream], state)
+                    made = _Group(pieces, splitter, encode, data.block_size, caps[stream], state, max_unknown)
                     self._groups[stream, group] = made
 
     def step(self, step: int) -> StepData:
@@ -237,6 +265,7 @@ def streaming_data(
                 states[key] = GroupState(**values, pending=pending)
     encode = Encoder(tokenizer, token_dtype(vocab_size))
     held_out = held_out_digests(recipe.data)
+    keywords["max_unknown"] = recipe.tokenizer.max_unknown
     return StreamingData(recipe.data, encode, held_out, first_step=first_step, states=states, **keywords)
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,15 +205,17 @@ def padded_vocab_size(section: TokenizerSection, tokenizer: PreTrainedTokenizerF
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
-    """UTF-8 bytes of the text each token stands for: int64 (vocab_size,), 0 for special tokens and unused ids.
+    """UTF-8 bytes of the text each token stands for: int64 (vocab_size,), 0 for EOS, BOS, padding and unused ids.
 
-    Exact for byte-level and character tokenizers. For others (those that normalize text, or know not all of it) the
-    packing records the ratio to the true bytes, by which the evaluation corrects.
+    Other special tokens are where the text spells them (`SourceSection.special_tokens`). Exact for byte-level and
+    character tokenizers. For others (those that normalize text, or know not all of it) the packing records the ratio to
+    the true bytes, by which the evaluation corrects.
     """
     from tokenizers import pre_tokenizers
 
     sizes = np.zeros(vocab_size, dtype=np.int64)
-    special = set(tokenizer.all_special_ids)
+    named = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    special = {*named, *document_prefix(tokenizer)}
     byte_alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = tokenizer.get_vocab()
     backend = tokenizer.backend_tokenizer
@@ -281,25 +284,45 @@ def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
     return made
 
 
+def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
+    """The same tokenizer, for which of the special tokens only those of `allowed` are more than their letters."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(backend.to_str())
+    for added in content["added_tokens"]:
+        added["special"] = added["special"] and added["content"] not in allowed
+    made = Tokenizer.from_str(json.dumps(content))
+    # Also: a document that contains the text of EOS must not forge a document boundary.
+    made.encode_special_tokens = True
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
 class Encoder:
-    """Texts to arrays of token ids, each opened by `document_prefix` and closed by EOS."""
+    """Texts to arrays of token ids, each opened by `document_prefix` and closed by EOS.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]):
-        from tokenizers import Tokenizer
+    `special_tokens`: as of `recipe.SourceSection`.
+    """
 
-        self.dtype, self.eos_token_id = dtype, tokenizer.eos_token_id
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any], special_tokens: str | Sequence[str] = "text"
+    ):
+        self._tokenizer, self.dtype, self.eos_token_id = tokenizer, dtype, tokenizer.eos_token_id
         self.prefix = document_prefix(tokenizer)
         self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        # A document that contains the text of a special token must not forge a document boundary.
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
         # Ids that no text may make: it would forge where a document begins or ends.
         others = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id, None}
         self._guarded = sorted({tokenizer.eos_token_id, *self.prefix, *others})
         self._guarded_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._guarded)
         self._unguarded: Tokenizer | None = None
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names))) if names else None
+        self._as_tokens = self._allowed(special_tokens, set(names))
+        self._backend = _with_special(tokenizer.backend_tokenizer, self._as_tokens)
+        own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
+        self._others: dict[str | tuple[str, ...], Encoder] = {own: self}
         self._unknown = [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
         # A property of the tokenizer alone: what it were found to be on some text, another process might not find.
         self._cuts_at_lines = self._try_lines()
@@ -320,6 +343,50 @@ class Encoder:
             )
             for text, some in zip(texts, pieces, strict=True)
         ]
+
+    def for_source(self, special_tokens: str | tuple[str, ...]) -> Encoder:
+        """The encoder that reads special tokens as a source's `special_tokens` says.
+
+        Raises `RecipeError` if it names tokens that the tokenizer doesn't have, or that frame documents.
+        """
+        if special_tokens not in self._others:
+            self._others[special_tokens] = Encoder(self._tokenizer, self.dtype, special_tokens)
+        return self._others[special_tokens]
+
+    def _allowed(self, special_tokens: str | Sequence[str], names: set[str]) -> set[str]:
+        """The special tokens that a text may hold."""
+        known = names - set(self._guarded_tokens)
+        if isinstance(special_tokens, str):
+            return known if special_tokens == "tokens" else set()
+        if unknown := [name for name in special_tokens if name not in known]:
+            framing = set(unknown) & set(self._guarded_tokens)
+            why = "frames documents and is text in any case" if framing else "is no special token of the tokenizer"
+            has = ", ".join(sorted(known)[:20]) or "no other"
+            message = f"{(sorted(framing) or unknown)[0]!r} {why}; it has {has}"
+            raise RecipeError.at("special_tokens", message)
+        return set(special_tokens)
+
+    def count_unknown(self, ids: np.ndarray) -> int:
+        """How many of ids (n,) stand for text that the tokenizer does not know."""
+        return sum(int((ids == number).sum()) for number in set(self._unknown) - set(self._guarded))
+
+    def count_special(self, texts: Iterable[str]) -> Counter[str]:
+        """How often `texts` spell each special token of the tokenizer."""
+        if self._special is None:
+            return Counter()
+        return Counter(name for text in texts for name in self._special.findall(text))
+
+    def lost_characters(self, text: str) -> tuple[int, int, int]:
+        """Characters of a text that are no space; of them those no token stands for, and those the tokenizer's
+        normalizer replaces by others, as capitals by small letters."""
+        characters = [not character.isspace() for character in text]
+        lost = characters.copy()
+        for start, end in self._backend.encode(text, add_special_tokens=False).offsets:
+            lost[start:end] = [False] * (end - start)
+        normalizer = self._backend.normalizer
+        normalized = text if normalizer is None else normalizer.normalize_str(text)
+        changed = Counter(text) - Counter(normalized)
+        return sum(characters), sum(lost), sum(n for character, n in changed.items() if not character.isspace())
 
     def _try_lines(self) -> bool:
         """Whether this tokenizer leaves every token as it was where a text is cut between a line break and a letter.
