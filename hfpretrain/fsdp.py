@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +38,31 @@ def offloads(plugin: Any) -> bool:
     return isinstance(plugin.cpu_offload, CPUOffloadPolicy)
 
 
-def require_layers(plugin: Any, model: torch.nn.Module) -> None:
+def require_layers(plugin: Any, model: Any) -> None:
     """Raises `RecipeError` if the launcher's file names a layer to shard that the model has not."""
     names = set(plugin.transformer_cls_names_to_wrap or ())
     found = {type(module).__name__ for module in model.modules()}
+    # The text model of a family with parts for images names their layers, too, and accelerate 1.15 wants all of them.
+    layers = {name for name in model._no_split_modules or () if name in found}
+    model._no_split_modules = sorted(layers - _share_weights(model, layers))
     if names - found:
         raise RecipeError.at(
             "fsdp_config.fsdp_transformer_layer_cls_to_wrap",
             f"{type(model).__name__} has no {', '.join(sorted(names - found))}; remove the key: transformers knows the "
             "layers",
         )
+
+
+def _share_weights(model: torch.nn.Module, layers: set[str]) -> set[str]:
+    """Of the classes named in `layers` those whose modules share parameters with each other, as the layers of Zamba do:
+    torch's FSDP2 wants such parameters in one group, so they stay with the rest of the model."""
+    owners: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        if type(module).__name__ in layers:
+            for parameter in module.parameters():
+                owners[parameter].add(module)
+    shared = [modules for modules in owners.values() if len({type(module) for module in modules}) < len(modules)]
+    return {type(module).__name__ for modules in shared for module in modules}
 
 
 def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
