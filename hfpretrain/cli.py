@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import __version__, console, launcher
+from hfpretrain import __version__, console, launcher, redaction
 from hfpretrain.loading import load_recipe
 from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
 
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal does not know
+    redaction.install()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO)
     try:

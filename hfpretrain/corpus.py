@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from hfpretrain import files, source_files
 from hfpretrain.recipe import FILE_FORMATS, DataSection, RecipeError, SourceSection
+from hfpretrain.redaction import is_redacted, redact
 from hfpretrain.source_files import expand
 
 PYTHON_STDLIB = "builtin:python-stdlib"
@@ -76,6 +77,7 @@ class Reader:
         self._dataset: Any = None
         self._raw: Any = None
         self._done_bytes = 0
+        _require_openable(source, key)
         if source.path == PYTHON_STDLIB:
             self.pieces = [Piece(PYTHON_STDLIB, None)]
         elif (pieces := self._file_pieces()) is not None:
@@ -119,11 +121,12 @@ class Reader:
         """The documents of some pieces (default: all) in order, empty ones and, where skipped, bad ones included."""
         for index in range(len(self.pieces)) if pieces is None else pieces:
             piece = self.pieces[index]
+            origin = redact(piece.origin)
             for document in self._piece(index, piece):
                 if document.problem is not None and not self._skip:
                     where = f"{document.origin}:{document.row}"
                     raise RecipeError.at(self.key, f"{where}: {document.problem[1]}")
-                yield document
+                yield document if origin == piece.origin else document._replace(origin=origin)
             self._raw = None
             self._done_bytes += piece.size or 0
 
@@ -459,6 +462,7 @@ def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
     the commit, in offline mode that of the local cache. `key` is the recipe's path of the source. Raises `RecipeError`
     where that can't be found out, since a change of the text would go unnoticed.
     """
+    _require_openable(source, key)
     if source.path == PYTHON_STDLIB:
         return [[PYTHON_STDLIB, sys.version]]
     kind = source.path if source.path in FILE_FORMATS or source_files.is_packaged(source.path) else "folder"
@@ -471,6 +475,13 @@ def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
     within = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
     urls = [name for pattern in source.patterns if "://" in pattern for name, _ in expand(source, pattern, key)]
     return [{"dataset": source.path, "commit": _commit(source, key), **within}, *_versions(urls, key)]
+
+
+def _require_openable(source: SourceSection, key: str) -> None:
+    hidden = [name for name in (source.path, source.data_dir or "", *source.patterns) if is_redacted(name)]
+    if hidden:
+        message = f"{hidden[0]} was written without its secret, as all that a run writes is"
+        raise RecipeError.at(key, f"{message}; give the recipe that the run was started with")
 
 
 def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
@@ -543,7 +554,8 @@ def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
         message = f"cannot read {error.filename}: {error.strerror or error}"
         raise RecipeError.at(f"{key}.data_files", message) from error
     return [
-        [local[name].name, *known[name]] if name in local else [name, *_remote_version(name, key)] for name in names
+        [local[name].name, *known[name]] if name in local else [redact(name), *_remote_version(name, key)]
+        for name in names
     ]
 
 

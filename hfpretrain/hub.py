@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from hfpretrain import files
 from hfpretrain.recipe import RecipeError
+from hfpretrain.redaction import redact
 
 TIMEOUT_SECONDS = 60
 """For so long a connection may say nothing; huggingface_hub itself would wait for ever."""
@@ -170,7 +171,7 @@ def trouble(error: Exception) -> Trouble:
     """What to say of an error, and whether and when to try again. No signed address and no token is in it."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", " ".join(str(error).split()))[:300]
+    text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", redact(" ".join(str(error).split())))[:300]
     response = getattr(error, "response", None)
     if isinstance(error, HfHubHTTPError) and response is not None:
         advice = "; `hf auth login` sets a token" if response.status_code in (401, 403) else ""

@@ -24,6 +24,7 @@ from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
 from hfpretrain.prepared import VALIDATION, PreparedData, is_validation, part_account, part_key, part_source
 from hfpretrain.recipe import DataSection, Recipe, RecipeError, SourceSection, TokenizerSection, accumulation_steps
+from hfpretrain.redaction import redacted
 
 if TYPE_CHECKING:
     import torch
@@ -395,7 +396,7 @@ class _Preparation:
             "vocab_size": self.vocab_size,
             "tokenizer_size": tokenizer.tokenizer_size(self.tokenizer),
             "add_bos": self.recipe.tokenizer.add_bos,
-            "recipe": self.data.model_dump(mode="json", exclude_none=True),
+            "recipe": redacted(self.data.model_dump(mode="json", exclude_none=True)),
             "source_identities": sources,
             "validation_identities": validation,
             "tokenizer_identity": of_tokenizer,

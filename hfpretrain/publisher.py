@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from hfpretrain import files, outbox
+from hfpretrain import files, outbox, redaction
 from hfpretrain.hub import HopelessError, Repo, Trouble, bound_waiting, trouble
 from hfpretrain.recipe import HubSection, load_recipe
 
@@ -224,6 +224,7 @@ def main(run: Path) -> int:
     ):  # Linux: training reads first, and where memory runs out it stays
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
         Path("/proc/self/oom_score_adj").write_text("800", encoding="utf-8")
+    redaction.install()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     bound_waiting()
     section = load_recipe(run / "recipe.yaml").hub

@@ -29,6 +29,8 @@ from pydantic import (
     model_validator,
 )
 
+from hfpretrain.redaction import redact, redacted
+
 MixedPrecision = Literal["auto", "no", "tf32", "bf16", "fp16", "fp8"]
 
 
@@ -38,6 +40,10 @@ class Problem:
 
     path: str
     message: str
+
+    def __post_init__(self) -> None:
+        for name in ("path", "message"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
@@ -1092,13 +1098,22 @@ def known_keys(location: Sequence[int | str]) -> list[str]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, defaults included; `load_recipe` reads it back as the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as YAML, defaults included, without the secrets of its addresses; `load_recipe` reads it back
+    as the same recipe but for those."""
+    return dump_mapping(recipe.model_dump(mode="json"))
+
+
+def dump_mapping(mapping: dict[str, Any]) -> str:
+    """The same of a recipe's mapping."""
+    return yaml.safe_dump(redacted(mapping), sort_keys=False, allow_unicode=True)
 
 
 def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
-    """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections."""
-    flat_ours, flat_theirs = (dict(flatten(recipe.model_dump(mode="json"))) for recipe in (ours, theirs))
+    """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections.
+
+    Secrets of addresses are left out: an address that is signed anew is the same.
+    """
+    flat_ours, flat_theirs = (dict(flatten(redacted(recipe.model_dump(mode="json")))) for recipe in (ours, theirs))
     return [
         Problem(path, f"is {flat_ours.get(path)!r} here, {flat_theirs.get(path)!r} there")
         for path in sorted(flat_ours.keys() | flat_theirs.keys())

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hfpretrain import console, files, metrics
+from hfpretrain.redaction import redact, redacted
 
 
 class Records:
@@ -59,12 +60,12 @@ class Records:
     def event(self, step: int, text: str, **values: Any) -> None:
         """A line in `metrics.jsonl` that no resume forgets."""
         if self._file is not None:
-            self._file.write({"step": step, "event": text, **values})
+            self._file.write(redacted({"step": step, "event": text, **values}))
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self._is_main:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(redact(text), file=sys.stderr)
 
     def step_done(self) -> None:
         """The bar goes on."""

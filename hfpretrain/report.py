@@ -12,6 +12,7 @@ from typing import Any
 from hfpretrain import __version__, engine, files, metrics
 from hfpretrain.prepare import epochs_text, summary
 from hfpretrain.recipe import dump_recipe
+from hfpretrain.redaction import redacted, without_folders
 from hfpretrain.tokenizer import document_prefix, document_start, say_framing
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -77,7 +78,7 @@ def describe(run: Any) -> None:
     run.tokenizer.save_pretrained(folder / PLAIN)
     _, _, account = summary(run.prepared).partition("\n")
     if run.recipe.data.streaming:
-        sources = ", ".join(source.path for source in run.recipe.data.sources)
+        sources = ", ".join(without_folders(source.path) for source in run.recipe.data.sources)
         account = f"  streamed from   {sources}\n{account}".rstrip()
     manifest = run.prepared.manifest
     data = {
@@ -91,7 +92,7 @@ def describe(run: Any) -> None:
         "tokenizer_begins_documents": bool(document_prefix(run.tokenizer)),
         "framing": say_framing(run.tokenizer),
     }
-    for name, content in ((DATA, json.dumps(data, indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):
+    for name, content in ((DATA, json.dumps(redacted(data), indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):
         files.write_whole(folder / name, content)
     files.write_whole(folder / "optimizer.json", json.dumps(run.optimizer_groups, indent=1))
     files.write_whole(folder / "environment.json", json.dumps(environment(run), indent=1))

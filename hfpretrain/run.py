@@ -61,6 +61,7 @@ from hfpretrain.recipe import (
     flatten,
 )
 from hfpretrain.records import Records
+from hfpretrain.redaction import redacted
 from hfpretrain.stability import Stability
 from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
@@ -267,7 +268,7 @@ class Run:
             **{name: report.version_of(name) for name in (*report.LIBRARIES, "deepspeed")},
             "engine": engine.engine_name(self.accelerator),
             "precision": engine.precision(self.accelerator),
-            **dict(flatten(self.recipe.model_dump(mode="json"))),
+            **dict(flatten(redacted(self.recipe.model_dump(mode="json")))),
         }
         num_ranks, timeout_seconds = self.accelerator.num_processes, self.recipe.training.timeout_seconds
         self.watch.start(self.accelerator.process_index, num_ranks, timeout_seconds, facts)
@@ -386,7 +387,7 @@ class Run:
             report.describe(self)
             self.publishing.start()
         if self.recipe.logging.trackers:
-            flat = {key: str(value) for key, value in flatten(self.recipe.model_dump(mode="json"))}
+            flat = {key: str(value) for key, value in flatten(redacted(self.recipe.model_dump(mode="json")))}
             keywords = {
                 "wandb": {"id": self.state.run_id, "resume": "allow"},
                 "trackio": {"name": self.state.run_id, "resume": "allow"},

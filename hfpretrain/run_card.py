@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import bill, card, files, metrics, report
-from hfpretrain.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from hfpretrain.recipe import Recipe, RecipeError, dump_mapping, load_recipe, repo_id_problem
+from hfpretrain.redaction import redact, without_folders
 
 _EMISSIONS = "emissions.csv"  # as codecarbon names it
 _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,14 +101,15 @@ def _tasks(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _hub_datasets(recipe: Recipe) -> list[str]:
     sources = (*recipe.data.sources, *recipe.data.validation_sources)
-    found = [source.path for source in sources if "/" in source.path and not Path(source.path).exists()]
-    return list(dict.fromkeys(path for path in found if "://" not in path and path.count("/") == 1))
+    found = [source.path for source in sources if "/" in source.path and repo_id_problem(source.path) is None]
+    return list(dict.fromkeys(path for path in found if not Path(path).exists()))
 
 
 def _base_model(recipe: Recipe) -> str | None:
     """Of the Hub, which a folder is not."""
     pretrained = recipe.model.pretrained
-    return pretrained if pretrained is not None and not Path(pretrained).exists() else None
+    is_of_hub = pretrained is not None and repo_id_problem(pretrained) is None and not Path(pretrained).exists()
+    return pretrained if is_of_hub else None
 
 
 def _emissions(run: Path) -> dict[str, Any] | None:
@@ -152,7 +154,7 @@ def _blocks(
     exported: dict[str, Any] = next((row for row in reversed(rows) if "export/loss_export" in row), {})
     evaluations = _evaluations(rows)
     labels = [(f"step {at:,}", by_domain) for at, by_domain in (*evaluations[:1], *evaluations[1:][-1:])]
-    kind = recipe.model.pretrained or (recipe.model.config or {})["model_type"]
+    kind = without_folders(recipe.model.pretrained) or (recipe.model.config or {})["model_type"]
     origin = f"{kind}, trained further" if recipe.model.pretrained else f"{kind}, trained from scratch"
     tokens = max((row.get("tokens", 0) for row in rows), default=0)
     steps = recipe.training.num_steps
@@ -184,7 +186,7 @@ def _blocks(
         "reproduce": _reproduce(recipe, where),
         "limits": f"## Limits\n\n{limits}",
     }
-    return {key: text for key, text in blocks.items() if text}
+    return {key: redact(text) for key, text in blocks.items() if text}
 
 
 def _framing(data: dict[str, Any]) -> str:
@@ -214,7 +216,8 @@ def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:
 def _sources(data: dict[str, Any]) -> str:
     """A line for each source: its name, what was read of it, the revision of a Hub dataset."""
     lines = []
-    for number, (source, identity) in enumerate(zip(data["sources"], data["identities"], strict=True)):
+    sources = without_folders(data["sources"])
+    for number, (source, identity) in enumerate(zip(sources, data["identities"], strict=True)):
         details = ["held out"] if number >= data["num_training_sources"] else []
         details += [
             f"{key} `{source[key]}`" for key in ("domain", "name", "split", "data_files", "weight") if source.get(key)
@@ -268,8 +271,17 @@ def _reproduce(recipe: Recipe, where: dict[str, Any]) -> str:
         f"accelerate launch --config_file accelerate_configs/{engine}.yaml --num_processes {number} "
         "-m hfpretrain.train recipe.yaml",
     ]
+    mapping = recipe.model_dump(mode="json")
+    public = without_folders(mapping, texts=("prompts",))
+    cut = "" if public == mapping else ", in which folders of the machine are left out"
     text = "\n".join(
-        ["## Reproduce", "", "With the recipe below as `recipe.yaml`:", "", card.fenced("\n".join(commands), "sh")]
+        [
+            "## Reproduce",
+            "",
+            f"With the recipe below as `recipe.yaml`{cut}:",
+            "",
+            card.fenced("\n".join(commands), "sh"),
+        ]
     )
-    details = f"<details><summary>recipe.yaml</summary>\n\n{card.fenced(dump_recipe(recipe), 'yaml')}\n\n</details>"
+    details = f"<details><summary>recipe.yaml</summary>\n\n{card.fenced(dump_mapping(public), 'yaml')}\n\n</details>"
     return f"{text}\n\n{details}"

@@ -12,7 +12,8 @@ from hfpretrain import files, metrics, run_folder, scaling
 from hfpretrain.family import Family, Member
 from hfpretrain.model import config_problems
 from hfpretrain.prepare import prepare
-from hfpretrain.recipe import Problem, Recipe, RecipeError, dump_recipe, load_recipe
+from hfpretrain.recipe import Problem, Recipe, RecipeError, dump_recipe, flatten, load_recipe
+from hfpretrain.redaction import is_redacted
 
 LR_EXPONENT, BATCH_EXPONENT = -0.125, 0.3271
 """Peak learning rate and tokens of a step follow compute by these (Bi et al. 2024, "DeepSeek LLM", section 3.1)."""
@@ -144,6 +145,11 @@ class Ladder:
                         "schedule would not be a whole one; choose another folder",
                     )
             files.write_whole(rung.path, dump_recipe(rung.recipe))
+            if any(is_redacted(str(value)) for _, value in flatten(load_recipe(rung.path).model_dump(mode="json"))):
+                message = "a rung's recipe is written without the secrets of its addresses, and could not be run"
+                raise RecipeError.at(
+                    "data.sources", f"{message}; copy the files, or let the environment have the secrets"
+                )
             load_recipe(rung.path, checks=[config_problems])
 
     def table(self) -> str:

@@ -18,7 +18,7 @@ os.environ.update(launcher.sleeping_threads())  # which torch's OpenMP reads whe
 import torch
 import transformers
 
-from hfpretrain import bill, collectives, console, engine, export, files, ranks, run_card
+from hfpretrain import bill, collectives, console, engine, export, files, ranks, redaction, run_card
 from hfpretrain import model as modeling
 from hfpretrain.evaluator import is_due
 from hfpretrain.loading import load_recipe
@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str], rank: int) -> int:
     transformers.utils.logging.disable_progress_bar()
+    redaction.install()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     if not arguments or arguments[0].startswith("-"):

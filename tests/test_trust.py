@@ -3,22 +3,28 @@
 import ast
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import small
 import torch
 import transformers
-from conftest import ROOT, environment, rows, small_text, train, write_recipe
+from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
 from hfpretrain import card, cli, corpus, files, load_recipe, score, streaming, token_perplexity
 from hfpretrain import model as modeling
 from hfpretrain.metric_folders import MetricFolders
 from hfpretrain.mirror import Mirror
 from hfpretrain.recipe import EvaluationSection, ModelSection, RecipeError, SourceSection, TokenizerSection, parse_yaml
+from hfpretrain.redaction import is_redacted, redact, without_folders
 from hfpretrain.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
 
 LLAMA = {
@@ -294,3 +300,141 @@ class Space(evaluate.Metric):
     def _compute(self, predictions, references):
         return {"count": len(references)}
 """
+
+
+S3 = (
+    "https://b.s3.amazonaws.com/a.jsonl?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA1%2F20260101&"
+    "X-Amz-Date=20260101T000000Z&X-Amz-Expires=3600&X-Amz-SignedHeaders=host&X-Amz-Signature=hidden1&versionId=v7"
+)
+AZURE = "https://a.blob.core.windows.net/c/a.jsonl?sv=2024-11-04&st=2026-01-01&se=2026-02-01&sr=b&sp=r&sig=hidden1%3D"
+GOOGLE = "https://storage.googleapis.com/b/a.jsonl?GoogleAccessId=me%40x&Expires=1767225600&Signature=hidden1%2B"
+
+
+@pytest.mark.parametrize(
+    "address, kept",
+    [
+        ("https://user:hidden1@host:8080/a.jsonl", "https://***@host:8080/a.jsonl"),
+        ("https://hidden1@host/a.jsonl", "https://***@host/a.jsonl"),
+        ("ftp://user:hid@den1@host/a", "ftp://***@host/a"),
+        ("zip://*.txt::https://user:hidden1@host/a.zip", "zip://*.txt::https://***@host/a.zip"),
+        ("s3://key:hidden1@bucket/a", "s3://***@bucket/a"),
+        ("https://host/a?file=b.jsonl&token=hidden1&part=2", "https://host/a?file=b.jsonl&token=***&part=2"),
+        ("https://host/a?api_key=hidden1#access_token=hidden1", "https://host/a?api_key=***#access_token=***"),
+        ("https://host/a?AWSAccessKeyId=hidden1&Expires=1&Signature=hidden1&v=1", None),
+        ("https://host/a?Policy=hidden1&Key-Pair-Id=hidden1&Signature=hidden1", None),
+        (f"cannot read {S3}: 403", None),
+        (AZURE, None),
+        (GOOGLE, None),
+        (f"the token hf_{'hidden1' * 4} is wrong", "the token hf_*** is wrong"),
+    ],
+)
+def test_secrets_of_addresses_are_hidden_and_signing_anew_changes_nothing(address, kept):
+    found = redact(address)
+    assert "hidden1" not in found and "user" not in found and redact(found) == found
+    assert kept in (None, found) and is_redacted(found) == ("://" in address)
+    signed_anew = address.replace("hidden1", "hidden2").replace("2026", "2027").replace("17672", "17673")
+    assert redact(signed_anew) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hub://user/name@step-00000010",
+        "hub://name@step-00000010",
+        "abfs://container@account.dfs.core.windows.net/a.jsonl",
+        "hf://datasets/user/name@main/a.jsonl",
+        "https://host/a?st=1&se=2&expires=3&tokenizer=gpt2&max_tokens=5&key=a/b.jsonl",
+        "data/part-?.jsonl",
+        "did you mean lr? token=1",
+        "https://host:8080/@user/a",
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert redact(text) == text
+
+
+@pytest.fixture(scope="module")
+def secret_run(tmp_path_factory):
+    """A run with a private umask, whose text came from an address with a password and a signature; its folder, output,
+    and what trains it with another signature."""
+    folder = tmp_path_factory.mktemp("secret")
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://planted-user:planted-pass@127.0.0.1:{server.server_port}/corpus.jsonl?X-Amz-Date=1&"
+
+    def run(signature, *arguments):
+        source = {"path": "json", "data_files": f"{address}X-Amz-Signature=planted-{signature}"}
+        recipe = write_recipe(folder, data__sources=[source], logging__trackers=["tensorboard"])
+        os.chmod(recipe, 0o600)
+        return small.train(recipe, *arguments)
+
+    before = os.umask(0o077)
+    try:
+        result = run("first", "--training.max_steps=3")
+    finally:
+        os.umask(before)
+    assert result.returncode == 0, result.stderr
+    (folder / "recipe.yaml").unlink()
+    yield folder, result, run
+    server.shutdown()
+
+
+def test_secrets_of_addresses_are_neither_written_nor_said(secret_run):
+    folder, result, _ = secret_run
+    assert "planted" not in result.stdout + result.stderr
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in found) and any(path.name == "README.md" for path in found)
+    assert [path for path in found if b"planted" in path.read_bytes()] == []
+    assert "127.0.0.1" in (folder / "run" / "model" / "README.md").read_text()
+
+
+def test_a_private_umask_leaves_everything_private(secret_run):
+    folder, _, _ = secret_run
+    written = [path for name in ("run", "prepared") for path in (folder / name).rglob("*")]
+    assert len(written) > 30
+    assert [path for path in written if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
+
+
+def test_a_run_goes_on_with_an_address_that_is_signed_anew(secret_run):
+    folder, _, run = secret_run
+    prepared = list((folder / "prepared").glob("*/manifest.json"))
+    result = run("second", "--training.max_steps=4", "--scheduler.name=cosine")
+    assert result.returncode == 0 and "step-00000003" in result.stderr, result.stderr
+    assert list((folder / "prepared").glob("*/manifest.json")) == prepared and len(prepared) == 1
+    missing = run("third", "--data.sources.0.path=csv", "--data.sources.0.text_column=none")
+    assert missing.returncode == 2 and "planted" not in missing.stderr, missing.stderr
+    with pytest.raises(RecipeError, match="was written without its secret"):
+        corpus.Reader(load_recipe(folder / "run" / "recipe.yaml").data.sources[0])
+
+
+def test_a_card_names_no_folder_of_the_machine(secret_run):
+    folder, _, _ = secret_run
+    text = (folder / "run" / "model" / "README.md").read_text()
+    assert str(folder) not in text and "output_dir: run\n" in text
+    given = {"a": ["/home/me/x.jsonl", "file:///home/me/y", "data/z", "~/w", "text"], "prompts": ["/imagine"]}
+    assert without_folders(given, texts=("prompts",)) == {
+        "a": ["x.jsonl", "y", "data/z", "w", "text"],
+        "prompts": ["/imagine"],
+    }
+
+
+def test_logs_and_tracebacks_hide_secrets():
+    code = (
+        "import logging; from hfpretrain import redaction; redaction.install(); logging.basicConfig()\n"
+        "logging.getLogger('other').warning('GET %s', 'https://u:planted@h/a?token=planted')\n"
+        "try: raise OSError('https://u:planted@h')\n"
+        "except OSError: logging.exception('failed')\n"
+        "raise RuntimeError('https://u:planted@h')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and "planted" not in result.stderr
+    assert result.stderr.count("https://***@h") == 3 and "RuntimeError" in result.stderr

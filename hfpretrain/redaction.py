@@ -1,0 +1,114 @@
+"""Secrets in addresses: what is written, logged or published has `***` in their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+from urllib.parse import unquote
+
+HIDDEN = "***"
+_USER = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#'\"<>`\\]+)@")
+_QUERY = re.compile(r"([?#])([^\s'\"<>`\\?#]*=[^\s'\"<>`\\?#]*)")
+_TOKEN = re.compile(r"\b(hf_)[A-Za-z0-9]{16,}|\b([Bb]earer )[A-Za-z0-9._~+/=-]{16,}")
+_SECRET = re.compile(
+    r"token(?!iz|s)|secret|passw|pwd|api[-_]?key|access[-_]?key|credential|signature|authorization|jwt|hmac"
+    r"|(^|[-_])(sig|sas|auth|pass|pw|session|sessionid)$"
+)
+# What a signature covers, and what changes each time an address is signed: of S3, Google, Azure and CloudFront.
+_SIGNED = re.compile(
+    r"x-(amz|goog|oss|ms)-|(expires|expiry|exp|policy|key-pair-id|googleaccessid|algorithm"
+    r"|s[evrtpisd]|spr|sip|sk[etsv]|skoid|sktid|srt|ss|sdd|scid|saoid|suoid)$"
+)
+
+
+def redact(text: str) -> str:
+    """`text` with `***` for each user and password, signature, token or key that an address in it holds.
+
+    Of a signed address all that signing it anew changes is replaced, so that it stays the same text.
+    """
+    if "://" not in text and "?" not in text and "hf_" not in text and "earer " not in text:
+        return text
+    text = _TOKEN.sub(lambda match: f"{match[1] or match[2]}{HIDDEN}", text)
+    return _QUERY.sub(_without_values, _USER.sub(_without_user, text))
+
+
+def _without_user(match: re.Match[str]) -> str:
+    scheme, user = match[1], match[2]
+    # Other schemes have the name of a bucket, a container or a user there, `hub` a repo.
+    is_secret = ":" in user or scheme in ("http", "https")
+    return f"{scheme}://{HIDDEN}@" if is_secret and scheme != "hub" else match[0]
+
+
+def _without_values(match: re.Match[str]) -> str:
+    parts = re.split(r"([&;])", match[2])
+    names = [unquote(part.partition("=")[0]).lower() for part in parts]
+    is_signed = any(name in ("sig", "hmac") or name.endswith("signature") for name in names)
+    for number, (name, part) in enumerate(zip(names, parts, strict=True)):
+        value = part.partition("=")[2]
+        is_key = name == "key" and re.fullmatch(r"[\w-]{20,}", value) is not None
+        if value and (_SECRET.search(name) or is_key or (is_signed and _SIGNED.match(name))):
+            parts[number] = f"{part.partition('=')[0]}={HIDDEN}"
+    return match[1] + "".join(parts)
+
+
+def redacted(value: Any) -> Any:
+    """The same mappings and lists with every string redacted."""
+    if isinstance(value, dict):
+        return {redacted(key): redacted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def without_folders(value: Any, texts: Collection[str] = ()) -> Any:
+    """The same mappings and lists with absolute paths of this machine cut to their last name.
+
+    `texts`: keys below which strings are no paths.
+    """
+    if isinstance(value, dict):
+        return {key: item if key in texts else without_folders(item, texts) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(item, texts) for item in value]
+    is_path = isinstance(value, str) and re.match(r"(file://)?(/|~|[A-Za-z]:\\)[^\n]*$", value)
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
+
+
+def is_redacted(address: str) -> bool:
+    """Whether an address was written without its secret, so that it can't be opened."""
+    return f"://{HIDDEN}@" in address or f"={HIDDEN}" in address
+
+
+def install() -> None:
+    """From now on this process logs no secret of an address, nor prints one with an uncaught exception."""
+    import logging
+    import sys
+    import traceback
+
+    make, hook = logging.getLogRecordFactory(), sys.excepthook
+    if getattr(make, "redacts", False):
+        return
+
+    def record(*arguments: Any, **keywords: Any) -> logging.LogRecord:
+        made = make(*arguments, **keywords)
+        try:
+            text = made.getMessage()
+        except (TypeError, ValueError):  # logging itself tells about wrong arguments
+            return made
+        if redact(text) != text:
+            made.msg, made.args = redact(text), ()
+        if made.exc_info and made.exc_info[0] is not None:
+            text = logging.Formatter().formatException(made.exc_info)
+            made.exc_text = redact(text) if redact(text) != text else None
+        return made
+
+    def uncaught(kind: Any, error: Any, trace: Any) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        if redact(text) == text:
+            hook(kind, error, trace)
+        else:
+            print(redact(text), end="", file=sys.stderr)
+
+    record.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(record)
+    sys.excepthook = uncaught
