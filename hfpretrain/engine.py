@@ -322,7 +322,7 @@ def rehearsal(accelerator: Accelerator, model: Any, optimizer: Any) -> Iterator[
     rates = [group["lr"] for group in raw.param_groups]
     states = getattr(raw, "optimizer", raw).state  # DeepSpeed wraps the optimizer once more
     steps = {parameter: state["step"].clone() for parameter, state in states.items() if "step" in state}
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    scaler = scaler_state(accelerator, model)
     devices = [accelerator.device] if accelerator.device.type != "cpu" else []
     for group in raw.param_groups:
         group["lr"] = 0.0
@@ -338,7 +338,7 @@ def rehearsal(accelerator: Accelerator, model: Any, optimizer: Any) -> Iterator[
         else:
             del states[parameter]
     if scaler is not None:
-        accelerator.scaler.load_state_dict(scaler)
+        _load_scaler(accelerator, model, scaler)
     if is_deepspeed:
         model.micro_steps = model.global_steps = model.global_samples = 0
 
@@ -424,9 +424,22 @@ def state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any
     kept = network.state_dict().keys()
     buffers = [name for name, _ in network.named_buffers() if name in kept]
     found["buffers"] = {name: network.get_buffer(name) for name in buffers}
-    if accelerator.scaler is not None:
-        found["scaler"] = accelerator.scaler.state_dict()
-    return found
+    scaler = scaler_state(accelerator, model)
+    return found if scaler is None else {**found, "scaler": scaler}
+
+
+def scaler_state(accelerator: Accelerator, model: Any) -> dict[str, Any] | None:
+    """Where the dynamic loss scale of fp16 stands, as of torch's `GradScaler`; None in other precisions."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return zero.scaler_state(model)
+    return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+
+
+def _load_scaler(accelerator: Accelerator, model: Any, state: dict[str, Any]) -> None:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero.load_scaler(model, state)
+    else:
+        accelerator.scaler.load_state_dict(state)
 
 
 def state_to_save(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
@@ -440,13 +453,22 @@ def state_to_save(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[
     return fragments.share(state(accelerator, model, optimizer), index, number)
 
 
-def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path, group: Any) -> None:
-    """Put a saved `state` of any engine and number of processes into this one's model and optimizer."""
-    loaded = fragments.load(state(accelerator, model, optimizer), path, group)
+def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path, group: Any) -> bool:
+    """Put a saved `state` of any engine, number of processes and precision into this one's model and optimizer.
+
+    Returns whether all of it is from there: a loss scale starts anew where the checkpoint has none.
+    """
+    asked = state(accelerator, model, optimizer)
+    scaler = asked.pop("scaler", None)
+    saved = fragments.names_in(path, "scaler")
+    if scaler is not None and saved:
+        asked["scaler"] = {key: value for key, value in scaler.items() if key in saved}
+    loaded = fragments.load(asked, path, group)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         zero.copy_masters_to_weights(model)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(loaded["scaler"])
+    if scaler is not None and saved:
+        _load_scaler(accelerator, model, {**scaler, **loaded["scaler"]})
+    return scaler is None or bool(saved)
 
 
 def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None:

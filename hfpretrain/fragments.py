@@ -148,6 +148,12 @@ def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]
     return _nested(flat)
 
 
+def names_in(path: Path, part: str) -> set[str]:
+    """Names of what a state on the disk has in `part`."""
+    names = _Reader(path).read_metadata().state_dict_metadata
+    return {name.removeprefix(part + _SEPARATOR) for name in names if name.startswith(part + _SEPARATOR)}
+
+
 def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Whole tensors of a state on the disk, by their names in those `parts` of it, in one dictionary.
 

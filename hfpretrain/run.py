@@ -176,9 +176,9 @@ class Run:
         with engine.plain_initialisation():
             self.untrained = modeling.freeze_outside_loss(model, recipe.data.block_size)
         for line in str(self.untrained).splitlines():
-            logger.info(line)
+            self._note(line)
         for row in modeling.train_padding_rows(model):
-            logger.info("token %d is padding to %s; its embedding is trained here all the same", row, config.model_type)
+            self._note(f"token {row} is padding to {config.model_type}; its embedding is trained here all the same")
         self.parameters, has_experts = modeling.count_parameters(model), modeling.has_experts(model)
         decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
         self.undecayed = optim.undecayed_matrices(model, decayed)
@@ -320,12 +320,13 @@ class Run:
             raise RecipeError.at(str(path), message) from error
         self._check_ledger(path, digest)
         start = time.perf_counter()
-        engine.load_state(self.accelerator, self.model, self.optimizer, path, self._saving_group)
+        is_whole = engine.load_state(self.accelerator, self.model, self.optimizer, path, self._saving_group)
         optim.set_step(self.scheduler, self.state.step)
         now = engine.precision(self.accelerator)
         if precision not in (None, now):
             self._passed_over.append(f"training goes on in {now}; up to step {self.state.step} it was in {precision}")
             logger.warning(self._passed_over[-1])
+        self._note(None if is_whole else f"the loss scale of fp16 starts anew: {path} has none")
         self.stability = Stability(self.recipe.stability, self.state.losses)
         if self.is_main:
             here = (engine.engine_name(self.accelerator), self.accelerator.num_processes)

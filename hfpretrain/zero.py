@@ -179,6 +179,24 @@ def copy_masters_to_weights(model: Any) -> None:
     optimizer.checkpoint_event_epilogue()
 
 
+def scaler_state(model: Any) -> dict[str, Any] | None:
+    """Where the dynamic loss scale of fp16 stands, by the names of torch's `GradScaler`, so that another engine can go
+    on from it; None where the engine has none."""
+    scaler = getattr(model.optimizer, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic:
+        return None
+    good_steps = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+    return {"scale": float(scaler.cur_scale), "_growth_tracker": good_steps, "hysteresis": scaler.cur_hysteresis}
+
+
+def load_scaler(model: Any, state: dict[str, Any]) -> None:
+    """Put the loss scale where `state`, as of `scaler_state` or of a `GradScaler`, says."""
+    scaler = model.optimizer.loss_scaler
+    scaler.cur_scale = state["scale"]
+    scaler.cur_iter, scaler.last_overflow_iter = int(state["_growth_tracker"]), -1
+    scaler.cur_hysteresis = state.get("hysteresis", scaler.cur_hysteresis)
+
+
 def gradient_norm(model: Any) -> torch.Tensor:
     """Norm of all gradients, float32 (); NaN if any of them is not finite."""
     from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm

@@ -2,12 +2,14 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import environment, rows, write_recipe
 
-from hfpretrain import precision
+from hfpretrain import engine, fragments, precision, zero
 from hfpretrain.recipe import RecipeError
 
 
@@ -65,3 +67,100 @@ def test_fp8_trains_saves_resumes_and_exports(folder):
     assert losses(resumes=True) == first
     (export,) = rows(folder / "run", "export/precision").values()
     assert export["export/precision"] == "fp8 bfloat16" and export["export/max_logit_difference"] < 0.1
+
+
+def test_a_run_goes_on_where_auto_means_another_precision(folder):
+    recipe = write_recipe(folder, training__mixed_precision="auto", checkpoint__every_steps=2)
+    losses = []
+    for has_bf16, steps in ((True, 4), (False, 6)):
+        machine = f"from hfpretrain import precision; precision.has_bf16 = lambda: {has_bf16}; "
+        code = machine + "from hfpretrain.train import main; raise SystemExit(main())"
+        command = [sys.executable, "-c", code, recipe, f"--training.max_steps={steps}"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in rows(folder / "run", "loss").values()])
+    assert losses[1][:4] == losses[0] and len(losses[1]) == 6
+    assert "training goes on in no; up to step 4 it was in bf16" in done.stderr
+    (event,) = [row["event"] for row in rows(folder / "run", "event").values()]
+    assert "up to step 4 it was in bf16" in event
+
+
+def trained(scale):
+    """A model after a step in fp16 as an engine holds it, with a loss scale of `scale`; None: in another precision."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    loss = model(torch.ones(1, 4)).sum()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, scaler=scaler)
+    return accelerator, model, SimpleNamespace(optimizer=optimizer)
+
+
+@pytest.mark.parametrize(("saved", "now", "expected", "is_whole"), [
+    (1024.0, 8.0, 1024.0, True), (None, 8.0, 8.0, False), (1024.0, None, None, True), (None, None, None, True),
+])  # fmt: skip
+def test_the_loss_scale_is_resumed_if_the_checkpoint_has_one(tmp_path, saved, now, expected, is_whole):
+    fragments.save(engine.state(*trained(saved)), tmp_path)
+    accelerator, model, optimizer = trained(now)
+    assert engine.load_state(accelerator, model, optimizer, tmp_path, None) is is_whole
+    if now is not None:
+        state = accelerator.scaler.state_dict()
+        assert (state["scale"], state["_growth_tracker"]) == (expected, 1)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """DeepSpeed's scaler asks for the rank, and only the first tells of an overflow."""
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 1)
+
+
+def deepspeed(scale, steps=0):
+    """A DeepSpeed engine in fp16 after `steps` good steps, as far as its loss scale goes."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(scale, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+    for _ in range(steps):
+        scaler.update_scale(False)
+    return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+def test_deepspeeds_loss_scale_goes_on_where_it_stood(tmp_path, alone, steps):
+    first, second = deepspeed(64.0, steps), deepspeed(2.0, 2)
+    fragments.save({"scaler": zero.scaler_state(first)}, tmp_path)
+    asked = {"scaler": dict.fromkeys(fragments.names_in(tmp_path, "scaler"))}
+    zero.load_scaler(second, fragments.load(asked, tmp_path)["scaler"])
+    for overflow in (False, False, True, True, False, False, False, False, False):
+        assert zero.scaler_state(second) == zero.scaler_state(first)
+        for engine_ in (first, second):
+            engine_.optimizer.loss_scaler.update_scale(overflow)
+
+
+def test_a_rehearsal_leaves_deepspeeds_loss_scale_as_it_was(alone):
+    model = deepspeed(64.0, 3)
+    model.micro_steps = model.global_steps = model.global_samples = 0
+    parameter = torch.nn.Parameter(torch.ones(2))
+    raw = torch.optim.AdamW([parameter])
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, scaler=None, device=torch.device("cpu"))
+    before = zero.scaler_state(model)
+    with engine.rehearsal(accelerator, model, SimpleNamespace(optimizer=raw)):
+        model.optimizer.loss_scaler.update_scale(False)
+        model.optimizer.loss_scaler.update_scale(True)
+    assert zero.scaler_state(model) == before
+
+
+def test_deepspeed_goes_on_from_the_loss_scale_of_another_engine(tmp_path):
+    fragments.save(engine.state(*trained(1024.0)), tmp_path)
+    model = deepspeed(2.0)
+    asked = {
+        key: value for key, value in zero.scaler_state(model).items() if key in fragments.names_in(tmp_path, "scaler")
+    }
+    zero.load_scaler(model, fragments.load({"scaler": asked}, tmp_path)["scaler"])
+    found = zero.scaler_state(model)
+    assert (found["scale"], found["_growth_tracker"]) == (1024.0, 1)
