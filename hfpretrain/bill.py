@@ -104,11 +104,11 @@ def compare(
     return {"prediction": prediction, "measured": measured, "error": error}
 
 
-def seconds_per_step(rows: list[dict[str, Any]], tokens_per_step: int) -> float | None:
-    """Seconds of a step in training proper, from the rows of `metrics.jsonl`: pauses are left out by the throughput,
-    warming up by passing over the first line where there are more."""
-    logged = [row for row in rows if "tokens_per_second" in row]
-    spans, before = [], 0
+def seconds_per_step(rows: list[dict[str, Any]], tokens_per_step: int, after: int = 0) -> float | None:
+    """Seconds of a step after step `after` in training proper, from the rows of `metrics.jsonl`: pauses are left out by
+    the throughput, warming up by passing over the first line where there are more."""
+    logged = [row for row in rows if "tokens_per_second" in row and row["step"] > after]
+    spans, before = [], after
     for row in logged:
         steps = row["step"] - before
         spans.append((steps, steps * tokens_per_step / row["tokens_per_second"]))
@@ -142,7 +142,8 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
     except RecipeError as error:  # a run that has ended well must not fail for want of its bill
         return f"no plan of this run: {error}"
     rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
-    seconds = seconds_per_step(rows, run.recipe.training.tokens_per_step)
+    # Of this process alone: before it, the run may have had another engine.
+    seconds = seconds_per_step(rows, run.recipe.training.tokens_per_step, run.first_step)
     found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
     (run.output_dir / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
     return "\n".join([f"plan             {run.output_dir / FILE}", *_comparison(found)])

@@ -287,6 +287,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection,
         raise RecipeError.at("scheduler.scheduler_specific_kwargs", f"{section.name}: {error}") from error
 
 
+def learning_rate(section: SchedulerSection, lr: float, num_training_steps: int, step: int) -> float:
+    """The rate of the optimizer step that follows `step` steps, for a peak of `lr`."""
+    scheduler = build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=lr), section, num_training_steps)
+    return lr * float(scheduler.lr_lambdas[0](step))
+
+
 def set_step(scheduler: Any, step: int) -> None:
     """Put a schedule at `step` optimizer steps done; its rate depends on that alone."""
     scheduler.last_epoch = step

@@ -20,6 +20,7 @@ _OTHERS = ("evaluate", "deepspeed", "torchao", "schedulefree")
 PLAIN = "config"
 """Folder of a run with its model's config and its tokenizer: what an export is made of beside weights."""
 DATA = "data.json"
+ENVIRONMENT = "environment.json"
 
 
 def environment(run: Any) -> dict[str, Any]:
@@ -50,6 +51,63 @@ def environment(run: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: known for name in (*LIBRARIES, *_OTHERS) if (known := version_of(name))},
     }
+
+
+def setting(run: Any) -> dict[str, Any]:
+    """What a step runs under that may change when a run goes on elsewhere."""
+    return {
+        "engine": engine.engine_name(run.accelerator),
+        "num_processes": run.accelerator.num_processes,
+        "device": engine.device_name(run.accelerator),
+        "precision": engine.precision(run.accelerator),
+        "document_masking": run.document_masking,
+        "num_steps": run.recipe.training.num_steps,
+    }
+
+
+def extend(segments: list[dict[str, Any]], setting: dict[str, Any], step: int) -> None:
+    """Step `step` was done under `setting`: it lengthens the last of `segments`, or begins another."""
+    if not segments or any(segments[-1].get(key) != value for key, value in setting.items()):
+        segments.append({**setting, "first_step": step})
+    segments[-1]["last_step"] = step
+
+
+def segments_of(environment: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """What the steps up to `step` were done under: an `environment.json` has the setting of the process that wrote it,
+    and what came before."""
+    found = [dict(part, last_step=min(part["last_step"], step)) for part in environment.get("segments", ())]
+    found = [part for part in found if part["first_step"] <= step]
+    done = found[-1]["last_step"] if found else 0
+    if step > done:
+        now = {**environment, "precision": environment["mixed_precision"], "first_step": done + 1, "last_step": step}
+        found.append(now)
+    return found
+
+
+def places(segments: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    """Where a run was trained: engine, processes and device as text, with the first and last step."""
+    found: list[tuple[str, int, int]] = []
+    for part in segments:
+        text, first = _place(part), part["first_step"]
+        if found and found[-1][0] == text:
+            first = found.pop()[1]
+        found.append((text, first, part["last_step"]))
+    return found
+
+
+def _place(part: dict[str, Any]) -> str:
+    count = "" if part["num_processes"] == 1 else f" x{part['num_processes']}"
+    return f"{part['engine']}{count}" + (f" on {part['device']}" if part.get("device") else "")
+
+
+def moved(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
+    """What to say of a run that goes on after `step` under another setting than before; None if it is the same."""
+    if before.get("document_masking", now["document_masking"]) != now["document_masking"]:
+        effect = "do not see each other any more" if now["document_masking"] else "see each other from now on"
+        return f"packed documents {effect}; up to step {step} it was otherwise"
+    if all(before.get(name, now[name]) == now[name] for name in ("engine", "num_processes", "device")):
+        return None
+    return f"training goes on under {_place(now)}; up to step {step} it was under {_place(before)}"
 
 
 def version_of(name: str) -> str | None:
@@ -95,24 +153,30 @@ def describe(run: Any) -> None:
     for name, content in ((DATA, json.dumps(redacted(data), indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):
         files.write_whole(folder / name, content)
     files.write_whole(folder / "optimizer.json", json.dumps(run.optimizer_groups, indent=1))
-    files.write_whole(folder / "environment.json", json.dumps(environment(run), indent=1))
+    path = folder / ENVIRONMENT
+    # A finished run that is started again trains nothing: what it was trained with stays.
+    if run.state.step < run.recipe.training.num_steps or not path.exists():
+        files.write_whole(path, json.dumps(environment(run) | {"segments": run.state.segments}, indent=1))
 
 
 def run_summary(run: Any, report: dict[str, Any]) -> str:
     """What a finished run prints."""
     rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
     evaluations = [row for row in rows if "eval/loss" in row]
+    where = ", ".join(
+        text if (first, last) == (1, run.state.step) else f"{text} (steps {first:,} to {last:,})"
+        for text, first, last in places(run.state.segments)
+    )
     lines = [
         "",
         f"{run.output_dir.name}: {run.parameters.total:,} parameters, {run.state.tokens:,} tokens in "
-        f"{run.state.step:,} steps, {engine.engine_name(run.accelerator)} on {engine.device_name(run.accelerator)}",
+        f"{run.state.step:,} steps, {where}",
     ]
-    for label, found in (("before training", evaluations[:1]), ("after training", evaluations[-1:])):
-        lines += [
-            f"  {label:<16} loss {row['eval/loss']:.4f}   perplexity {row['eval/perplexity']:,.2f}   "
-            f"bits per byte {row['eval/bits_per_byte']:.4f}"
-            for row in found
-        ]
+    lines += [
+        f"  {_moment(row['step'], run.state.step):<16} loss {row['eval/loss']:.4f}   perplexity "
+        f"{row['eval/perplexity']:,.2f}   bits per byte {row['eval/bits_per_byte']:.4f}"
+        for row in (*evaluations[:1], *evaluations[1:][-1:])
+    ]
     if run.epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs_text(run.recipe, run.epochs)}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
@@ -127,3 +191,8 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         *("    | " + line for line in text.splitlines()[:12]),
     ]
     return "\n".join(lines)
+
+
+def _moment(step: int, last_step: int) -> str:
+    """Of an evaluation; that of a run that went on from elsewhere may have no beginning."""
+    return {0: "before training", last_step: "after training"}.get(step, f"at step {step:,}")

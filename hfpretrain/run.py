@@ -10,7 +10,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,8 +57,10 @@ from hfpretrain.recipe import (
     Recipe,
     RecipeError,
     accumulation_steps,
+    differences,
     dump_recipe,
     flatten,
+    load_recipe,
 )
 from hfpretrain.records import Records
 from hfpretrain.redaction import redacted
@@ -67,6 +69,15 @@ from hfpretrain.stopping import Stops
 from hfpretrain.streaming import StreamingData, save_states, streaming_data
 from hfpretrain.tokenizer import say_framing, set_chat_template, token_bytes
 
+# Of what may differ between two starts of a run, the keys that change nothing in a step.
+_NOT_OF_STEPS = (
+    *(key for key in run_folder.MAY_DIFFER if not key.startswith(("model.", "training.", "stability"))),
+    "model.dtype",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.stop_after",
+    "training.timeout_seconds",
+)
 _GOES_ON = "the same command goes on from the newest checkpoint"
 logger = logging.getLogger(__name__)
 
@@ -103,6 +114,8 @@ class TrainState:
     """Steps so far that were not stable."""
     skipped: list[list[int]] = field(default_factory=list)
     """From optimizer step [0] on, data are taken from [1] steps further on: what rollbacks have left out."""
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    """What the steps were done under, as of `report.extend`."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """What trackers know the run by."""
 
@@ -243,7 +256,7 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one, and open the records."""
         self.saved_step = self._resume()
-        self.first_step = self.state.step
+        self.first_step, self._setting = self.state.step, report.setting(self)
         self._start_data()
         self._start_records()
         for reason in (*self.notes, *self._passed_over):
@@ -275,10 +288,11 @@ class Run:
 
     def _newest_checkpoint(self) -> Path | None:
         """The newest that verifies; others of `_passed_over` do not."""
-        found: list[Any] = [None, []]
+        found: list[Any] = [None, [], False]
         if self.is_main:
-            found = list(checkpoint.newest(self.output_dir / "checkpoints"))
-        path, self._passed_over = broadcast_object_list(found)
+            has_records = (self.output_dir / "metrics.jsonl").exists()
+            found = [*checkpoint.newest(self.output_dir / "checkpoints"), has_records]
+        path, self._passed_over, self._has_records = broadcast_object_list(found)
         return path
 
     def _open_data(self) -> TrainingData | StreamingData:
@@ -318,6 +332,11 @@ class Run:
         except (KeyError, TypeError) as error:
             message = f"its train_state.json is that of another version of hfpretrain: {error}"
             raise RecipeError.at(str(path), message) from error
+        if not self._has_records:  # those of its evaluation are in another run's folder
+            self.state.evaluated = False
+        if not self.state.segments:  # of an older version
+            settings = {"engine": origin[0], "num_processes": origin[1], "precision": precision}
+            self.state.segments = [{**settings, "first_step": 1, "last_step": self.state.step}]
         self._check_ledger(path, digest)
         start = time.perf_counter()
         is_whole = engine.load_state(self.accelerator, self.model, self.optimizer, path, self._saving_group)
@@ -329,9 +348,10 @@ class Run:
         self._note(None if is_whole else f"the loss scale of fp16 starts anew: {path} has none")
         self.stability = Stability(self.recipe.stability, self.state.losses)
         if self.is_main:
-            here = (engine.engine_name(self.accelerator), self.accelerator.num_processes)
-            moved = f", saved by {origin[0]} with {origin[1]} process(es)" if origin != here else ""
-            logger.info("resumed from %s%s, read in %.1f s", path, moved, time.perf_counter() - start)
+            logger.info("resumed from %s, read in %.1f s", path, time.perf_counter() - start)
+            for text in self._changes(path):
+                self._passed_over.append(text)
+                logger.warning(text)
         return self.state.step
 
     def _decay_note(self, path: Path, undecayed: list[str]) -> str | None:
@@ -346,6 +366,35 @@ class Run:
             message = f"{path} is of an earlier version of hfpretrain, in which Muon or its weight decay took {names}"
             raise RecipeError.at("optimizer.name", f"{message}; go on with that version, or start a new output_dir")
         return f"weight decay changes with this version of hfpretrain, after {path}, for {names}"
+
+    def _changes(self, path: Path) -> Iterator[str]:
+        """What goes on otherwise than it was up to the checkpoint at `path`."""
+        state, last_step = self.state, self.recipe.training.num_steps
+        if state.step >= last_step:
+            return
+        before, now = state.segments[-1], report.setting(self)
+        if (moved := report.moved(before, now, state.step)) is not None:
+            yield moved
+        try:
+            recipe = load_recipe(path / "recipe.yaml")
+        except RecipeError:  # of an older version; the recipe in the run's folder was compared with this one
+            return
+        section, lr = self.recipe.scheduler, self.recipe.optimizer.lr
+        planned = before.get("num_steps", recipe.training.num_steps)
+        used, unchanged, coming = (
+            optim.learning_rate(section, lr, number, step)
+            for number, step in ((planned, state.step - 1), (planned, state.step), (last_step, state.step))
+        )
+        if not math.isclose(unchanged, coming, rel_tol=1e-3):
+            yield (
+                f"the learning rate, {used:.2e} in step {state.step}, goes on at {coming:.2e}: the run was planned for "
+                f"{planned} steps and now is for {last_step} (training.max_steps or max_tokens), and {section.name} "
+                "goes by that. A run that is to be extended takes constant_with_warmup, or warmup_stable_decay before "
+                "its decay; from the weights of this one, a new run can start with a schedule of its own "
+                "(model.pretrained)"
+            )
+        for problem in differences(self.recipe, recipe, ignore=_NOT_OF_STEPS):
+            yield f"from step {state.step + 1} on {problem}"
 
     def _data_identity(self) -> str:
         """The prepared text by its checksum; of a stream also what the sources were at the start."""
@@ -377,6 +426,7 @@ class Run:
         state.step, state.tokens = state.step + 1, state.tokens + self.recipe.training.tokens_per_step
         state.window_loss, state.window_steps = state.window_loss + loss, state.window_steps + 1
         state.evaluated, state.evaluation_loss = False, None
+        report.extend(state.segments, self._setting, state.step)
         self.records.step_done()
 
     def _start_records(self) -> None:

@@ -236,11 +236,21 @@ def _training(
 ) -> dict[str, Any]:
     logged: list[dict[str, Any]] = [row for row in rows if "tokens_per_second" in row]
     last = logged[-1] if logged else {}
-    seconds = bill.seconds_per_step(rows, recipe.training.tokens_per_step)
-    speed = f"{recipe.training.tokens_per_step / seconds:,.0f} tokens/s" if seconds else None
-    if seconds and last.get("mfu"):
-        mfu = last["mfu"] / last["tokens_per_second"] * recipe.training.tokens_per_step / seconds
-        speed = f"{speed}, MFU {mfu:.3f} ({where['peak_flops_are']})"
+    tokens_per_step, segments = recipe.training.tokens_per_step, report.segments_of(where, last.get("step", 0))
+    places, hardware, speeds, hours = report.places(segments), [], [], 0.0
+    for place, first, end in places:
+        steps = f"steps {first:,} to {end:,}: " if len(places) > 1 else ""
+        hardware.append(f"{steps}{place}")
+        within = [row for row in logged if first <= row["step"] <= end]
+        if (seconds := bill.seconds_per_step(within, tokens_per_step, first - 1)) is None:
+            continue  # trained in another folder, whose figures are there
+        speed = f"{steps}{tokens_per_step / seconds:,.0f} tokens/s"
+        if last.get("mfu") and end == last["step"]:
+            mfu = last["mfu"] / last["tokens_per_second"] * tokens_per_step / seconds
+            speed = f"{speed}, MFU {mfu:.3f} ({where['peak_flops_are']})"
+        speeds.append(speed)
+        hours += (end + 1 - first) * seconds / 3600
+    precisions = dict.fromkeys("float32" if part["precision"] == "no" else part["precision"] for part in segments)
     dtype = exported.get("export/dtype", recipe.model.dtype)
     emissions = _emissions(run)
     return {
@@ -250,12 +260,12 @@ def _training(
         else None,
         "epochs, by source": ", ".join(f"{number:.2f}" for number in where.get("epochs") or ()) or None,
         "compute": f"{last['flops']:.3g} FLOP" if last else None,
-        "hardware": f"{where['num_processes']} x {where['device']}, engine {where['engine']}",
-        "throughput": speed,
-        "time in training": f"{last['step'] * seconds / 3600:,.2f} hours" if last and seconds else None,
+        "hardware": "; ".join(hardware),
+        "throughput": "; ".join(speeds),
+        "time in training": f"{hours:,.2f} hours" if hours else None,
         "peak memory of a process": f"{last['peak_memory_bytes'] / 2**30:,.2f} GiB" if last else None,
         "emissions": f"{emissions['emissions']:,} g CO2 (codecarbon)" if emissions else None,
-        "precision": "float32" if where["mixed_precision"] == "no" else where["mixed_precision"],
+        "precision": ", then ".join(precisions),
         "weights": f"{dtype}, {'as training kept them' if dtype == 'float32' else 'rounded from float32'}",
         "attention across documents": "no" if where["document_masking"] else "yes",
     }

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import metrics, run_folder
+from hfpretrain import metrics, report, run_folder
 from hfpretrain.recipe import RecipeError, load_recipe
 
 _COLUMNS = ("run", "model", "engine", "parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", "state")
@@ -36,6 +36,7 @@ def describe(path: Path) -> dict[str, Any]:
     except RecipeError:  # of another version
         steps, model = None, None
     step = max((row["step"] for row in rows), default=0)
+    segments = report.segments_of(environment, max(step, 1)) if environment else []
     if run_folder.is_in_use(path):
         state = "running"
     elif any("export/loss_export" in row for row in rows):  # a run that goes on forgets it
@@ -45,7 +46,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "run": path,
         "model": model,
-        "engine": f"{environment['engine']} x{environment['num_processes']}" if environment else None,
+        "engine": ", ".join(dict.fromkeys(f"{part['engine']} x{part['num_processes']}" for part in segments)),
         "parameters": environment.get("num_parameters"),
         "tokens": max((row.get("tokens", 0) for row in rows), default=0),
         "loss": evaluated.get("eval/loss"),

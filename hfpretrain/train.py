@@ -161,7 +161,8 @@ def _finish(run: Run) -> Path:
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         run.records.plot()
         run_card.write_card(run.output_dir, model_path)
-        print("", bill.report(run, *peak_memory), sep="\n", flush=True)
+        if run.state.step > run.first_step:  # else what is measured is no training
+            print("", bill.report(run, *peak_memory), sep="\n", flush=True)
         print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
     engine.finish(run.accelerator, run.model)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import files, prepare, run_folder
 from hfpretrain.cli import main as main_of_cli
+from hfpretrain.metrics import read_metrics
 from hfpretrain.recipe import RecipeError, dump_recipe, load_recipe
 from hfpretrain.run import Run
 from hfpretrain.train import main
@@ -235,23 +236,63 @@ def test_killed_and_corrupted_it_ends_with_the_same_bytes(finished):
     assert list(rows(run, "eval/loss")) == [0, 20, 40]
 
 
-def test_a_finished_run_is_not_trained_again(finished):
+def hardware(run):
+    """The lines of a run's card that say what it was trained on."""
+    card = (run / "model" / "README.md").read_text().splitlines()
+    return [line for line in card if line.startswith(("- hardware", "- throughput", "- time in training"))]
+
+
+def test_a_finished_run_that_is_started_elsewhere_is_neither_trained_nor_described_anew(finished):
     folder, _ = finished
-    before = load_file(folder / "run" / "model" / "model.safetensors")
+    run = folder / "run"
+    before = load_file(run / "model" / "model.safetensors"), (run / "environment.json").read_text(), hardware(run)
+    plan = (run / "plan.json").read_text()
     theirs = {"mine.gguf": "mine", "lora/adapter_model.safetensors": "lora"}
     for name, text in theirs.items():
-        (folder / "run" / "model" / name).parent.mkdir(exist_ok=True)
-        (folder / "run" / "model" / name).write_text(text)
-    with (folder / "run" / "model" / "README.md").open("a") as card:
+        (run / "model" / name).parent.mkdir(exist_ok=True)
+        (run / "model" / name).write_text(text)
+    with (run / "model" / "README.md").open("a") as card:
         card.write("words of a person")
-    result = train(folder / "recipe.yaml")
+    result = train(folder / "recipe.yaml", engine="ddp")
     assert result.returncode == 0 and "resumed from" in result.stderr and "step 4/40" not in result.stderr
+    after = load_file(run / "model" / "model.safetensors"), (run / "environment.json").read_text(), hardware(run)
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     for name, text in theirs.items():
-        assert (folder / "run" / "model" / name).read_text() == text
-    assert "words of a person" in (folder / "run" / "model" / "README.md").read_text()
-    assert files.sums_damage(folder / "run" / "model") is None
-    after = load_file(folder / "run" / "model" / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+        assert (run / "model" / name).read_text() == text
+    assert "words of a person" in (run / "model" / "README.md").read_text()
+    assert files.sums_damage(run / "model") is None
+    assert before[1:] == after[1:] and (run / "plan.json").read_text() == plan
+    assert "40 steps, single on" in result.stdout and "predicted" not in result.stdout, result.stdout
+
+
+def test_a_longer_run_says_what_changes(finished):
+    folder, _ = finished
+    run = folder / "longer"
+    shutil.copytree(folder / "run", run)
+    arguments = [f"--output_dir={run}", "--training.max_steps=44", "--training.micro_batch_size=4"]
+    result = train(folder / "recipe.yaml", *arguments, engine="ddp")
+    assert result.returncode == 0, result.stderr
+    events = [row["event"] for row in read_metrics(run / "metrics.jsonl") if "event" in row]
+    for text in (
+        "training goes on under ddp x2 on",
+        "5.12e-06 in step 40, goes on at 6.66e-05: the run was planned for 40 steps and now is for 44",
+        "from step 41 on training.micro_batch_size: is 4 here, 2 there",
+    ):
+        assert text in result.stderr and any(text in event for event in events), (text, result.stderr)
+    assert rows(run, "lr")[44]["lr"] < rows(run, "lr")[40]["lr"] * 1e3
+    assert "single on" in result.stdout and "(steps 1 to 40), ddp x2 on" in result.stdout, result.stdout
+    first, second, _ = hardware(run)
+    assert "steps 1 to 40: single on" in first and "; steps 41 to 44: ddp x2 on" in first
+    assert second.count("tokens/s") == 2 and hardware(folder / "run")[1].partition(" tokens/s")[0][-5:] in second
+    assert "single x1, ddp x2" in hfpretrain("runs", str(run)).stdout
+
+
+def test_a_run_that_went_on_from_elsewhere_claims_no_beginning(finished):
+    folder, _ = finished
+    run, given = folder / "elsewhere", folder / "run" / "checkpoints" / "step-00000040"
+    result = train(folder / "recipe.yaml", f"--output_dir={run}", f"--checkpoint.resume_from={given}")
+    assert result.returncode == 0, result.stderr
+    assert "before training" not in result.stdout and result.stdout.count("after training") == 1, result.stdout
 
 
 def test_a_run_cannot_go_back(finished):
