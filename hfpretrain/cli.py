@@ -20,6 +20,7 @@ from hfpretrain import __version__, console, launcher, redaction
 from hfpretrain.loading import load_recipe
 from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
 
+_MODEL = "exported folder, run, checkpoint, or ID[@REVISION] of the Hub"
 _OVERRIDES = "any number of --section.key=value may follow the recipe"
 
 
@@ -92,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("recipe")
     data.add_argument("--step", type=int, required=True, help="optimizer step as in metrics.jsonl, from 1")
     evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
-    evaluate.add_argument("model", help="folder or Hub id")
+    evaluate.add_argument("model", help=_MODEL)
     evaluate.add_argument("--tasks", help="tasks of lm-eval, separated by commas; alone, or beside a recipe or --data")
     evaluate.add_argument("--include-path", metavar="FOLDER", help="with task files of your own, whose code is run")
     evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: what each task says")
     evaluate.add_argument("--limit", type=int, help="only so many documents of each task")
     compare = command("compare", _compare, f"two checkpoints on the same documents, by bits per byte; {_OVERRIDES}")
-    compare.add_argument("a", help="folder or Hub id")
-    compare.add_argument("b", help="folder or Hub id, maybe with another tokenizer")
+    compare.add_argument("a", help=_MODEL)
+    compare.add_argument("b", help=f"{_MODEL}; maybe with another tokenizer")
     for scores in (evaluate, compare):
         scores.add_argument("recipe", nargs="?", help="on this recipe's validation text")
         files = "or on a text (.txt, one document) or JSON lines file (.jsonl, key `text`); may be given several times"
@@ -133,12 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
     runs.add_argument("--plot", metavar="PNG", help="also draw the validation losses of all into one picture")
     generate = command("generate", _generate, "continue a prompt, as the text comes")
-    generate.add_argument("model", help="folder or Hub id")
+    generate.add_argument("model", help=_MODEL)
     generate.add_argument("prompt", nargs="?", default="", help="default: begin a document")
     generate.add_argument("--max-new-tokens", type=int, default=200)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument("--top-k", type=int, default=50)
     generate.add_argument("--seed", type=int, default=0)
+    export = command("export", _export, "a checkpoint of a run, of any engine, as a plain Hugging Face folder")
+    export.add_argument("checkpoint", help="runs/NAME/checkpoints/step-...; of a run the newest")
+    export.add_argument("out", help="the new folder")
     path = command("path", _path, "where a recipe or accelerate file that comes with the package is")
     path.add_argument("name", help="for example quickstart or ddp")
     push = command("push", _push, "upload what a Hub repo lacks of a run: each checkpoint as a revision, the export")
@@ -410,6 +414,12 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.score import stream_text
 
     stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
+
+
+def _export(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain.plain import export_to
+
+    print(*export_to(Path(args.checkpoint), Path(args.out)), sep="\n")
 
 
 def _path(args: argparse.Namespace, _: list[str]) -> None:

@@ -176,31 +176,12 @@ def title(place: Path) -> str | None:
 def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     """The plain folder of a checkpoint in the outbox, with the card of that step.
 
-    Takes as much memory as the weights twice. Raises `HopelessError` if the checkpoint's checksums do not hold.
+    Takes as much memory as the weights twice. Raises `RecipeError` if the checkpoint's checksums do not hold.
     """
-    import transformers
-    from transformers import AutoConfig, AutoTokenizer
+    from hfpretrain import plain
 
-    from hfpretrain import export, fragments, optim, report, run_card
-
-    transformers.utils.logging.disable_progress_bar()
-    if (reason := files.damage(place / outbox.STATE)) is not None:
-        raise HopelessError(reason)
-    recipe = load_recipe(run / "recipe.yaml")
-    if not (run / report.PLAIN).is_dir():
-        raise HopelessError(f"{run / report.PLAIN} is missing")
-    config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=recipe.model.trust_remote_code)
-    trust_remote_code = recipe.tokenizer.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(run / report.PLAIN, trust_remote_code=trust_remote_code)
-    tensors = fragments.load_whole(place / outbox.STATE, ("model", "buffers"))
-    if optim.trains_others(recipe.optimizer):
-        optim.average(tensors, fragments.load_whole(place / outbox.STATE, ("optimizer",)), recipe.optimizer)
     work = files.work_folder(place / outbox.MODEL)
-    export.write(config, tensors, tokenizer, work, recipe.model.dtype)
-    step = files.step_of(place)
-    run_card.write_card(run, work, step, repo_id)
-    (work / "metrics.json").write_text(json.dumps(run_card.figures(run, step), indent=1), encoding="utf-8")
-    files.add_sums(work, [work / "metrics.json"])
+    plain.write(run, place / outbox.STATE, files.step_of(place), work, repo_id)
     work.rename(place / outbox.MODEL)
 
 

@@ -70,6 +70,17 @@ class Section(BaseModel):
     )
 
 
+def _with_revision(given: Any) -> Any:
+    """A section with `pretrained: ID@REVISION` of the Hub as one with `pretrained` and `revision`."""
+    pretrained = given.get("pretrained") if isinstance(given, dict) else None
+    if not isinstance(pretrained, str) or "@" not in pretrained or Path(pretrained).exists():
+        return given
+    repo_id, _, revision = pretrained.partition("@")
+    if given.get("revision") not in (None, revision):
+        raise ValueError(f"`pretrained` names revision {revision!r} and `revision` {given['revision']!r}; give one")
+    return {**given, "pretrained": repo_id, "revision": revision}
+
+
 class ModelSection(Section):
     """What is trained: a new model from `config`, or an existing one from `pretrained`. Exactly one of the two."""
 
@@ -77,7 +88,8 @@ class ModelSection(Section):
     """Keywords of `AutoConfig.for_model`: `model_type` and any key of that config class. `vocab_size`, `bos_token_id`,
     `eos_token_id` and `pad_token_id` default to the tokenizer's."""
     pretrained: str | None = None
-    """Folder or Hub id to go on from (`AutoModelForCausalLM.from_pretrained`)."""
+    """Folder or Hub id to go on from (`AutoModelForCausalLM.from_pretrained`); `ID@REVISION` gives `revision` as
+    well."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
     allow_missing: tuple[str, ...] = ()
@@ -101,6 +113,8 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the exported weights. Training keeps float32 weights under every engine and precision; 16 bits halve the
     folder and round them once."""
+
+    _revision = model_validator(mode="before")(_with_revision)
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
@@ -142,6 +156,8 @@ class TokenizerSection(Section):
     """How messages become text (`tokenizer.apply_chat_template`, which TRL calls), exported with the tokenizer: Jinja,
     or the file that holds it. Pretraining does not use it, so it may change between starts of a run. null: that of
     `pretrained`, or none."""
+
+    _revision = model_validator(mode="before")(_with_revision)
 
     @model_validator(mode="after")
     def _one_origin(self) -> TokenizerSection:
@@ -552,7 +568,12 @@ def not_loaded(given: str, error: Exception) -> str:
     """What to say of a folder or an id of the Hub that a library does not load."""
     line = (str(error).splitlines() or [""])[0]
     line = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
-    if Path(given).exists():
+    path = Path(given)
+    if (path / "train_state.json").is_file():
+        return f"{given!r} is a checkpoint of a run; `hfpretrain export {given} OUT` makes a folder of it that loads"
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
+        return f"{given!r} is a run; did you mean {path / 'model'}?"
+    if path.exists():
         return f"cannot load {given!r}: {line}"
     return f"there is no folder {given!r}, and it does not load from the Hub either: {line}"
 

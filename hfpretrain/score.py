@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hfpretrain import corpus, evaluation, tasks
+from hfpretrain import corpus, evaluation, plain, tasks
 from hfpretrain.dataloader import collate
 from hfpretrain.loss import IGNORE_INDEX, use_chunked_loss
 from hfpretrain.model import isolates_documents
 from hfpretrain.recipe import (
     DataSection,
     LmEvalSection,
+    Problem,
     Recipe,
     RecipeError,
     SourceSection,
     TokenizerSection,
-    missing_path,
+    not_loaded,
 )
 from hfpretrain.tokenizer import Encoder, document_start, load_tokenizer, token_bytes, unknown_id
 
@@ -243,20 +244,21 @@ def _load(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
-    path = Path(model)
-    if problem := missing_path(model):
-        raise RecipeError.at("model", problem)
-    if not (path / "config.json").is_file() and path.exists():
-        exported = next((p for p in (path / "model", *(q / "model" for q in path.parents)) if p.is_dir()), None)
-        hint = f"; did you mean {exported}?" if exported else ""
-        raise RecipeError.at("model", f"{model} is no folder with a model{hint}")
-    tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
-    try:
-        network, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-    except Exception as error:  # a broken file may raise anything
-        raise RecipeError.at("model", f"cannot load {model!r}: {(str(error).splitlines() or [''])[0]}") from error
+    with plain.located(model) as source:
+        try:
+            tokenizer = load_tokenizer(TokenizerSection(pretrained=source.path, revision=source.revision))
+        except RecipeError as error:
+            raise RecipeError([Problem("model", problem.message) for problem in error.problems]) from error
+        try:
+            network, info = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                revision=source.revision,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # a broken file may raise anything
+            raise RecipeError.at("model", not_loaded(source.path, error)) from error
     if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of a {type(network).__name__}: {names}")

@@ -82,7 +82,7 @@ def test_help_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.endswith("[]\n"), result.stdout
-    for command in ("check", "plan", "prepare", "evaluate", "verify", "push", "schema"):
+    for command in ("check", "export", "plan", "prepare", "evaluate", "verify", "push", "schema"):
         assert command in result.stdout
 
 

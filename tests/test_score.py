@@ -82,7 +82,7 @@ def test_what_cannot_be_scored_is_named(models):
     for arguments, message in (
         ([models / "a" / "model"], "give a recipe or --data FILE"),
         ([models / "a" / "model", "--data", "none.txt"], "no such file: none.txt"),
-        ([models / "none", "--data", models / "one.txt"], "none is no folder with a model"),
+        ([models / "none", "--data", models / "one.txt"], "model: there is no file or folder"),
         ([models / "a" / "model", "--data", models / "one.txt", "--stride", 99], "--stride: 99 must be between"),
     ):
         result = hfpretrain("evaluate", *map(str, arguments))
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_is_not_whole_or_not_a_number_is_refused(models, tmp_p
     message = refused("evaluate", tmp_path / "lacking", *data)
     assert "lacks 1 weights of a LlamaForCausalLM: model.layers.0.mlp" in message
     assert "its loss is no number" in refused("evaluate", tmp_path / "nan", *data)
-    assert f"did you mean {path}?" in refused("generate", models / "a", "the river")
+    assert f"did you mean {models / 'a'}?" in refused("generate", models, "the river")
     shutil.copytree(path, tmp_path / "small")
     small = AutoModelForCausalLM.from_pretrained(path)
     small.resize_token_embeddings(100)
