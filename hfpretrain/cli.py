@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", _check, f"validate a recipe, print it resolved and what follows; {_OVERRIDES}")
     check.add_argument("recipe")
+    check.add_argument("--engine", help="accelerate file, or the name of one that is shipped, to check the batch with")
+    check.add_argument("--num-processes", type=int, help="default: the engine's file's")
     plan = command("plan", _plan, f"what a run will cost: memory by engine, FLOPs, time, disk; {_OVERRIDES}")
     plan.add_argument("recipe")
     plan.add_argument("--engine", help="this one alone; default: all side by side")
@@ -163,8 +165,19 @@ def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain import preflight, shipped
+
     recipe = _load(args, overrides)
-    counts = _parameters(recipe)
+    problems = preflight.world_problems(recipe)
+    if args.engine is not None:
+        problems += preflight.engine_problems(
+            recipe, shipped.find(args.engine, "engine", path="--engine"), args.num_processes
+        )
+    elif args.num_processes is not None:
+        raise RecipeError.at("--num-processes", "goes with --engine")
+    if problems:
+        raise RecipeError(problems)
+    counts, told = _outlook(recipe)
     print(dump_recipe(recipe), end="")
     training, steps = recipe.training, recipe.training.num_steps
     tokens = steps * training.tokens_per_step
@@ -177,18 +190,29 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     if counts is not None:
         print(f"# parameters       {counts.total:,} ({counts.non_embedding:,} without embeddings)")
         print(f"# tokens/parameter {tokens / counts.total:.1f}")
+    print(*(f"# {line}" for line in told), sep="\n")
 
 
-def _parameters(recipe: Recipe) -> Any:
-    """Parameter counts where torch is there and the recipe alone tells them."""
-    if find_spec("torch") is None or recipe.model.config is None:
-        return None
-    if "vocab_size" not in recipe.model.config and recipe.tokenizer.vocab_size is None:
-        print("# parameters       known once the tokenizer is: model.config has no vocab_size")
-        return None
-    from hfpretrain.plan import parameters
+def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
+    """Parameter counts where torch is there and the recipe alone tells them, and lines on what else is known then."""
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        return None, []
+    from hfpretrain import plan, preflight
+    from hfpretrain.model import context_note
+    from hfpretrain.prepare import epochs, epochs_text
 
-    return parameters(recipe)
+    prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
+    seen = "known once the text is prepared" if prepared is None else epochs_text(recipe, epochs(recipe, prepared))
+    lines = [] if recipe.data.streaming else [f"epochs           {seen}"]
+    known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
+    if not known and prepared is None:
+        return None, [*lines, "parameters       known once the tokenizer is: model.config has no vocab_size"]
+    counts, size = plan.parameters(recipe), plan.disk_bytes(recipe)
+    if problems := preflight.disk_problems(recipe, size):
+        raise RecipeError(problems)
+    lines.append(f"disk             {size / 2**20:,.1f} MiB of checkpoints and the export, beside the prepared text")
+    note = context_note(recipe.model, plan.model_config(recipe), recipe.data.block_size)
+    return counts, [*lines, *([f"note             {note}"] if note else [])]
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from hfpretrain.footprint import Engine, Memory, Pass, Shape
     from hfpretrain.model import Parameters
+    from hfpretrain.prepared import PreparedData
 
 DEFAULT_MFU = 0.4
 
@@ -99,6 +100,31 @@ def _vocab_size(recipe: Recipe) -> int:
 def parameters(recipe: Recipe) -> Parameters:
     """Parameter counts of a recipe's model, built on the meta device. Raises `RecipeError` if it cannot be."""
     return parameters_of(model_config(recipe))
+
+
+def disk_bytes(recipe: Recipe) -> int:
+    """Bytes that a run's checkpoints, one of them being written, and its export take at most at one time."""
+    from hfpretrain import footprint
+    from hfpretrain import model as modeling
+    from hfpretrain.initialisation import decoder_layers
+
+    section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
+    model = modeling.build_model(section, model_config(recipe))
+    shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
+    checkpoint, export = footprint.disk(shape, recipe.model.dtype)
+    return (recipe.checkpoint.keep_last + 1) * checkpoint + export
+
+
+def prepared_data(recipe: Recipe) -> PreparedData | None:
+    """The recipe's prepared data, if they are there and all sources are of this machine."""
+    from hfpretrain.prepare import prepared_path
+    from hfpretrain.prepared import PreparedData
+
+    try:
+        sources = (*recipe.data.sources, *recipe.data.validation_sources)
+        return PreparedData.open(prepared_path(recipe)) if all(map(_is_local, sources)) else None
+    except RecipeError:
+        return None  # the sources are not on this machine
 
 
 def parameters_of(config: PretrainedConfig) -> Parameters:
@@ -325,15 +351,7 @@ def _prepared(recipe: Recipe, run_bytes: int) -> tuple[int, str]:
     """Bytes of prepared tokens, and where the figure comes from."""
     if recipe.data.streaming:
         return 0, "streamed: only the validation split is prepared"
-    from hfpretrain.prepare import prepared_path
-    from hfpretrain.prepared import PreparedData
-
-    sources = (*recipe.data.sources, *recipe.data.validation_sources)
-    try:
-        prepared = PreparedData.open(prepared_path(recipe)) if all(map(_is_local, sources)) else None
-    except RecipeError:
-        prepared = None  # the sources are not on this machine
-    if prepared is not None:
+    if (prepared := prepared_data(recipe)) is not None:
         return sum(entry["size"] for entry in prepared.manifest["files"].values()), "on this disk"
     return run_bytes, "the run's own tokens, each read once; a source is prepared whole, so a larger one takes more"
 

@@ -55,7 +55,7 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["verify", "nowhere"], "neither a finished run"),
+        (["verify", "nowhere"], "no finished run"),
         (["evaluate", "nowhere", "--data", "constraints.txt"], "there is no folder 'nowhere'"),
         (["generate", "recipes/nowhere", "x"], "model: there is no file or folder 'recipes/nowhere'"),
         (["check", "recipes"], "'recipes' is a folder; give one of its files"),

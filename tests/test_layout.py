@@ -79,6 +79,7 @@ COMPOSITION = [
     "incident",
     "records",
     "run_folder",
+    "preflight",
     "resume_from",
     "evaluator",
     "runs",
