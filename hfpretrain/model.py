@@ -53,11 +53,6 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     except Exception as error:  # a config class may raise anything; each says what it wants
         yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
         return
-    text = config.get_text_config()
-    if text is not config:
-        message = f"{model_type} has parts for more than text; take model_type {text.model_type}, with its own keys"
-        yield Problem("model.config.model_type", message)
-        return
     data = mapping.get("data")
     block_size = data.get("block_size") if isinstance(data, dict) else None
     yield from context_problems(config, block_size)
@@ -158,6 +153,7 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
     Raises `RecipeError` if `section.pretrained` has none.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if section.config is not None:
         special = _special_ids(str(section.config.get("model_type")), **defaults)
@@ -166,10 +162,18 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         raise RecipeError.at("model.pretrained", problem)
     try:
         config = _whole_config(section)
-        # Of a checkpoint with parts for images or sound the text model alone is trained.
-        return config if getattr(config, "auto_map", None) else config.get_text_config()
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model.pretrained", not_loaded(section.pretrained or "", error)) from error
+    if getattr(config, "auto_map", None):
+        return config
+    # Of a checkpoint with parts for images or sound the text model alone is trained.
+    text = config.get_text_config()
+    if text is not config and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        message = (
+            f"{section.pretrained} is a {config.model_type}, whose text model transformers has no causal class for"
+        )
+        raise RecipeError.at("model.pretrained", f"{message} ({text.model_type}); take a checkpoint of text alone")
+    return text
 
 
 def _special_ids(model_type: str, **known: Any) -> dict[str, Any]:
