@@ -177,7 +177,9 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         raise RecipeError.at("--num-processes", "goes with --engine")
     if problems:
         raise RecipeError(problems)
+    related = _related(recipe)
     counts, told = _outlook(recipe)
+    told += [f"note             {text}" for text in related]
     print(dump_recipe(recipe), end="")
     training, steps = recipe.training, recipe.training.num_steps
     tokens = steps * training.tokens_per_step
@@ -191,6 +193,15 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         print(f"# parameters       {counts.total:,} ({counts.non_embedding:,} without embeddings)")
         print(f"# tokens/parameter {tokens / counts.total:.1f}")
     print(*(f"# {line}" for line in told), sep="\n")
+
+
+def _related(recipe: Recipe) -> list[str]:
+    """What is to be said of a tokenizer and a model on this machine, where transformers is installed."""
+    if find_spec("transformers") is None:
+        return []
+    from hfpretrain.vocabulary import check
+
+    return check(recipe, local_only=True)
 
 
 def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:

@@ -18,9 +18,10 @@ from hfpretrain.recipe import RecipeError
 from hfpretrain.tokenizer import document_start
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 REFERENCE = "reference.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 _REFERENCE_TOKENS = 1024
 
 
@@ -30,8 +31,11 @@ def write(
     tokenizer: PreTrainedTokenizerFast,
     path: Path,
     dtype: str = "float32",
+    generation_config: GenerationConfig | None = None,
 ) -> None:
     """A plain folder that `from_pretrained` reads: safetensors in `dtype`, config, generation config, tokenizer.
+
+    `generation_config`: that of the checkpoint the model was trained from; without, one of the config's special ids.
 
     Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files. What stands
     at `path` is replaced, but files there that no export has written stay: a person's, and the card.
@@ -51,6 +55,9 @@ def write(
     model.config.use_cache = True
     work = files.work_folder(path)
     model.save_pretrained(work)
+    if generation_config is not None:
+        # As the checkpoint had it: `save_pretrained` refuses some that it has published.
+        generation_config.to_json_file(work / GENERATION_CONFIG)
     tokenizer.save_pretrained(work)
     files.add_sums(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
     files.put_in_place(work, path)

@@ -18,7 +18,7 @@ from hfpretrain.initialisation import CONTEXT_KEYS, decoder_layers
 from hfpretrain.recipe import ModelSection, Problem, RecipeError, missing_path, not_loaded, unknown_key
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 # Names that config classes give the number of experts and how many of them a token meets.
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -85,8 +85,15 @@ def context_note(section: ModelSection, config: PretrainedConfig, block_size: in
     )
 
 
-def vocabulary_problem(vocab_size: int, tokenizer_size: int) -> Problem:
-    """The problem of a tokenizer with ids that the model has no embedding for."""
+def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSection | None = None) -> Problem:
+    """The problem of a tokenizer with ids that the model has no embedding for; `section` of the model, if known."""
+    if section is not None and section.pretrained is not None:
+        message = (
+            f"has {tokenizer_size} tokens, and {section.pretrained} embeddings for {vocab_size}; take the model's own "
+            f"tokenizer, or give the model the rows first: `model.resize_token_embeddings({tokenizer_size})` and "
+            "`model.save_pretrained(...)`"
+        )
+        return Problem("tokenizer.pretrained", message)
     return Problem(
         "model.config.vocab_size",
         f"{vocab_size} is less than the tokenizer's {tokenizer_size} tokens; leave the key out and it follows the "
@@ -212,12 +219,55 @@ def resolve_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    problems = list(context_problems(config, block_size))
+    problems = [*context_problems(config, block_size), *_special_id_problems(section, tokenizer)]
     if config.vocab_size < tokenizer_size:
-        problems.append(vocabulary_problem(config.vocab_size, tokenizer_size))
+        problems.append(vocabulary_problem(config.vocab_size, tokenizer_size, section))
     if problems:
         raise RecipeError(problems)
+    if section.pretrained is not None:
+        agree_on_special_ids(config, tokenizer)
     return config
+
+
+def _special_id_problems(section: ModelSection, tokenizer: Any) -> Iterator[Problem]:
+    """An EOS that `model.config` gives and the tokenizer does not put behind documents."""
+    given, own = (section.config or {}).get("eos_token_id"), tokenizer.eos_token_id
+    if given is not None and own not in (given if isinstance(given, list) else [given]):
+        message = f"{given} is not the tokenizer's {own}, with which documents end; leave the key out"
+        yield Problem("model.config.eos_token_id", message)
+
+
+def agree_on_special_ids(config: Any, tokenizer: Any) -> None:
+    """Have the config or generation config of a checkpoint say the special ids of the tokenizer it is trained with.
+
+    Of several EOS ids, as in many generation configs, those that are special tokens of the tokenizer stay behind its
+    own. BOS and padding stay where the tokenizer has none.
+    """
+    own, given = tokenizer.eos_token_id, config.eos_token_id
+    ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if own not in ends:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {number for number, token in added.items() if token.special}
+        several = isinstance(given, (list, tuple)) or type(config).__name__ == "GenerationConfig"
+        kept = [number for number in ends if number in special] if several else []
+        config.eos_token_id = [own, *kept] if kept else own
+    for key in ("bos_token_id", "pad_token_id"):
+        if (number := getattr(tokenizer, key)) is not None:
+            setattr(config, key, number)
+
+
+def generation_config(section: ModelSection, tokenizer: Any) -> GenerationConfig | None:
+    """The generation config of `section.pretrained`, with the tokenizer's special ids; None where there is none."""
+    from transformers import GenerationConfig
+
+    if section.pretrained is None:
+        return None
+    try:
+        found = GenerationConfig.from_pretrained(section.pretrained, revision=section.revision)
+    except OSError:  # a checkpoint need not have one; the config's ids stand in
+        return None
+    agree_on_special_ids(found, tokenizer)
+    return found
 
 
 def build_model(

@@ -31,7 +31,7 @@ def write(run: Path, checkpoint: Path, step: int, folder: Path, repo_id: str | N
     name, in float32. Raises `RecipeError` if the checkpoint's checksums do not hold or the run folder lacks its config.
     """
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     transformers.utils.logging.disable_progress_bar()
     if (reason := files.damage(checkpoint)) is not None:
@@ -46,7 +46,10 @@ def write(run: Path, checkpoint: Path, step: int, folder: Path, repo_id: str | N
     tensors = fragments.load_whole(checkpoint, ("model", "buffers"))
     if optim.trains_others(recipe.optimizer):
         optim.average(tensors, fragments.load_whole(checkpoint, ("optimizer",)), recipe.optimizer)
-    export.write(config, tensors, tokenizer, folder, section.dtype)
+    generation_config = None
+    if (run / report.PLAIN / export.GENERATION_CONFIG).is_file():
+        generation_config = GenerationConfig.from_pretrained(run / report.PLAIN)
+    export.write(config, tensors, tokenizer, folder, section.dtype, generation_config)
     run_card.write_card(run, folder, step, repo_id)
     (folder / "metrics.json").write_text(json.dumps(run_card.figures(run, step), indent=1), encoding="utf-8")
     files.add_sums(folder, [folder / "metrics.json"])

@@ -134,6 +134,8 @@ def describe(run: Any) -> None:
     folder = run.output_dir
     run.config.save_pretrained(folder / PLAIN)
     run.tokenizer.save_pretrained(folder / PLAIN)
+    if run.generation_config is not None:
+        run.generation_config.to_json_file(folder / PLAIN / "generation_config.json")
     _, _, account = summary(run.prepared).partition("\n")
     if run.recipe.data.streaming:
         sources = ", ".join(without_folders(source.path) for source in run.recipe.data.sources)

@@ -36,6 +36,7 @@ from hfpretrain import (
     report,
     resume_from,
     run_folder,
+    vocabulary,
 )
 from hfpretrain import model as modeling
 from hfpretrain.consumption import LEDGER, Consumption
@@ -163,11 +164,14 @@ class Run:
         recipe, training, watch = self.recipe, self.recipe.training, self.watch
         self.notes: list[str] = []
         (resume_from.fetch if self.is_main else resume_from.wait)(recipe)
+        said = vocabulary.check(recipe) if self.is_main else []
         self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
         logger.info(say_framing(self.tokenizer))
-        for text in notes(self.prepared):
+        if self.is_main and recipe.tokenizer.pretrained is None:
+            said = vocabulary.require_related(recipe.model, recipe.tokenizer, self.tokenizer)
+        for text in (*notes(self.prepared), *said):
             self._note(text)
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
@@ -177,6 +181,7 @@ class Run:
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
         self._note(modeling.context_note(recipe.model, config, recipe.data.block_size))
+        self.generation_config = modeling.generation_config(recipe.model, self.tokenizer)
         modeling.import_code(config)
         if recipe.model.attn_implementation.startswith("flex") and self.accelerator.device.type == "cpu":
             raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")

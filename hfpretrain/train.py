@@ -154,7 +154,9 @@ def _finish(run: Run) -> Path:
         state_dict = engine.full_state_dict(run.accelerator, run.model)
         if main:
             with engine.plain_initialisation():
-                export.write(run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype)
+                export.write(
+                    run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype, run.generation_config
+                )
     if main:
         report = export.verify_in_fresh_process(run.output_dir, _trusts_code(run.recipe))
         exported = {f"export/{key}": value for key, value in report.items()}

@@ -59,6 +59,7 @@ LEAVES = {
 }
 COMPOSITION = [
     "loading",
+    "vocabulary",
     "prepare",
     "trace",
     "consumption",
