@@ -105,6 +105,16 @@ class Reader:
         """Count pieces as read."""
         self._done_bytes += sum(self.pieces[index].size or 0 for index in pieces)
 
+    def text_size(self, index: int) -> int | None:
+        """About how many bytes a file has without compression, of parquet in the text's column; None where unknown."""
+        piece = self.pieces[index]
+        if piece.size is None or not piece.kind:
+            return None
+        size = _text_size(piece, self.source.text_column)
+        if size is None or piece.stop is None:
+            return size
+        return size * (piece.stop - piece.start) // self._num_documents(piece._replace(start=0, stop=None))
+
     def groups(self) -> list[range]:
         """Pieces put together into runs of at least 64 MiB (the last may be less), one each where sizes are unknown."""
         groups, start, size = [], 0, 0
@@ -437,6 +447,28 @@ def _decompressed(file: Any, suffix: str) -> Any:
         return lzma.open(file)
     stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), source_files.CODECS[suffix])
     return io.BufferedReader(stream, 2**16)
+
+
+def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | None:
+    """As of `Reader.text_size`: of a compressed file by how far its first bytes go."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    suffix = source_files.codec_suffix(piece.origin)
+    if not suffix and piece.kind != "parquet":
+        return piece.size
+    with _open_file(piece.origin) as raw:
+        try:
+            if piece.kind == "parquet":
+                metadata = pyarrow.parquet.ParquetFile(raw).metadata
+                groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+                columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+                return sum(one.total_uncompressed_size for one in columns if one.path_in_schema == column)
+            file = _decompressed(raw, suffix)
+            size = len(file.read(sample_bytes))
+            return size if not file.read(1) else size * (piece.size or 0) // raw.tell()
+        except (OSError, EOFError, lzma.LZMAError, pa.ArrowInvalid):  # told with its place when the text is read
+            return None
 
 
 def _head(file: Any) -> bytes:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ import xxhash
 
 IGNORE_INDEX = -100
 _ROUND = 10_000
+_PATIENCE_SECONDS = 5.0
+Item = TypeVar("Item")
 
 
 class Permutation:
@@ -427,14 +430,45 @@ class Prefetcher:
             except queue.Full:
                 continue
 
-    def next(self) -> StepData:
-        """The next step's data."""
-        item = self._queue.get()
+    def next(self, must_stop: Callable[[], bool] = lambda: False) -> StepData | None:
+        """The next step's data; None if they have not come within a few seconds after `must_stop` has become true."""
+        return _take(self._queue, must_stop)
+
+    def close(self) -> None:
+        """End the thread. One that waits for a disk or a server is left alone: it ends with the process."""
+        self._stopped.set()
+        self._thread.join(_PATIENCE_SECONDS)
+
+
+def in_thread(work: Callable[[], Item], must_stop: Callable[[], bool]) -> Item | None:
+    """What `work` returns or raises; None if that takes a few seconds longer than until `must_stop` becomes true.
+
+    For reading where it may block in a call that no signal ends.
+    """
+    done: queue.Queue[Item | BaseException] = queue.Queue()
+
+    def run() -> None:
+        try:
+            done.put(work())
+        except BaseException as error:  # raised where the result is waited for
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True, name="read").start()
+    return _take(done, must_stop)
+
+
+def _take(items: queue.Queue[Item | BaseException], must_stop: Callable[[], bool]) -> Item | None:
+    """The next item, raised where it is an error; None as of `in_thread`."""
+    asked: float | None = None
+    while True:
+        try:
+            item = items.get(timeout=0.5)
+        except queue.Empty:
+            if must_stop():
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked >= _PATIENCE_SECONDS:
+                    return None
+            continue
         if isinstance(item, BaseException):
             raise item
         return item
-
-    def close(self) -> None:
-        """End the thread."""
-        self._stopped.set()
-        self._thread.join()

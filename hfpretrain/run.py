@@ -40,7 +40,8 @@ from hfpretrain import (
 )
 from hfpretrain import model as modeling
 from hfpretrain.consumption import LEDGER, Consumption
-from hfpretrain.dataloader import Prefetcher, StepData, TrainingData
+from hfpretrain.corpus import held_out_digests
+from hfpretrain.dataloader import Item, Prefetcher, StepData, TrainingData, in_thread
 from hfpretrain.evaluator import Evaluator
 from hfpretrain.loss import examine_loss, use_chunked_loss
 from hfpretrain.prepare import (
@@ -66,8 +67,8 @@ from hfpretrain.recipe import (
 from hfpretrain.records import Records
 from hfpretrain.redaction import redacted
 from hfpretrain.stability import Stability
-from hfpretrain.stopping import Stops
-from hfpretrain.streaming import StreamingData, save_states, streaming_data
+from hfpretrain.stopping import StoppedEarlyError, Stops
+from hfpretrain.streaming import StreamingData, deal, save_states, streaming_data
 from hfpretrain.tokenizer import say_framing, set_chat_template, token_bytes
 
 # Of what may differ between two starts of a run, the keys that change nothing in a step.
@@ -312,7 +313,32 @@ class Run:
         }
         if not recipe.data.streaming:
             return training_data(recipe, self.prepared, **keywords)
-        return streaming_data(recipe, self.tokenizer, manifest["vocab_size"], self._checkpoint, **keywords)
+        sequences = recipe.training.tokens_per_step // recipe.data.block_size
+        held_out = self.read(lambda: held_out_digests(recipe.data))
+        dealt: list[Any] = [self.read(lambda: deal(recipe.data, held_out, sequences)) if self.is_main else None]
+        keywords["dealt"] = broadcast_object_list(dealt)[0]
+        vocab_size, path = manifest["vocab_size"], self._checkpoint
+        return self.read(lambda: streaming_data(recipe, self.tokenizer, vocab_size, path, held_out, **keywords))
+
+    def read(self, work: Callable[[], Item]) -> Item:
+        """What `work` reads. Raises `StoppedEarlyError` if this process must stop and a source doesn't answer."""
+        result = in_thread(work, self.stops.due)
+        if result is None:
+            raise StoppedEarlyError(self.stops.reason)
+        return result
+
+    def next_step_data(self) -> StepData:
+        """The data of the next step. If this process is asked to stop and a source doesn't answer, raises `Stopping`.
+
+        Of several processes the others wait for this one in the middle of a step, where nothing can be saved: then it
+        raises `StoppedEarlyError`, and the watch ends the others.
+        """
+        data = self.coming.next(self.stops.due)
+        if data is not None:
+            return data
+        if self.accelerator.num_processes > 1:
+            raise StoppedEarlyError(f"{self.stops.reason} while a source did not answer")
+        raise Stopping
 
     def _resume(self) -> int | None:
         path = self._checkpoint

@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from hfpretrain.corpus import Reader, Splitter, held_out_digests
+from hfpretrain.corpus import Reader, Splitter
 from hfpretrain.dataloader import StepData, TrainingOrder, by_source, collate, sequence_checksum
 from hfpretrain.recipe import DataSection, Recipe, RecipeError
 from hfpretrain.tokenizer import Encoder, token_dtype
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BATCH_CHARS = 2**16
+# Files may differ by so much to be read side by side: the smallest is seen so much more often than the largest. A
+# source with a cap ends with the first that has run out.
+_MAX_RATIO, _MAX_RATIO_CAPPED = 2.0, 1.05
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +44,7 @@ class GroupState:
 
 
 class _Group:
-    """The blocks of some pieces, given as (reader, number), over and over."""
+    """The blocks of some pieces, given as (reader, number), over and over; `is_alone`: they are all of the stream."""
 
     def __init__(
         self,
@@ -50,13 +54,24 @@ class _Group:
         block_size: int,
         max_epochs: int | None,
         state: GroupState,
+        is_alone: bool,
         max_unknown: float = 1.0,
     ):
+        self._is_alone = is_alone
         self._pieces, self._splitter, self._encode = pieces, splitter, encode
         self._block_size, self._max_epochs, self._at = block_size, max_epochs, replace(state)
         self._texts = self._batches()
         self._max_unknown, self._looked_at = max_unknown, False
         self.dropped = 0
+
+    def _what(self) -> str:
+        if self._is_alone:
+            return "all was"
+        files = [reader.pieces[piece].origin for reader, piece in self._pieces]
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        return (
+            f"{', '.join(files[:3])}{more}, read side by side with others of about the same size, are the first to be"
+        )
 
     def state(self) -> GroupState:
         """What `__init__` takes to go on from here."""
@@ -65,7 +80,14 @@ class _Group:
     def copy(self) -> _Group:
         """Another that goes on from here, without end."""
         return _Group(
-            self._pieces, self._splitter, self._encode, self._block_size, None, self.state(), self._max_unknown
+            self._pieces,
+            self._splitter,
+            self._encode,
+            self._block_size,
+            None,
+            self.state(),
+            self._is_alone,
+            self._max_unknown,
         )
 
     def blocks(self, count: int) -> np.ndarray:
@@ -131,24 +153,87 @@ class _Group:
                 raise RecipeError.at(key, f"the corpus is empty: no document with text in {files}")
             at.epoch, at.piece, at.document = at.epoch + 1, 0, 0
             if self._max_epochs is not None and at.epoch >= self._max_epochs:
-                raise RecipeError.at(f"{key}.max_epochs", f"the source has run out: all was seen {at.epoch} time(s)")
+                raise RecipeError.at(
+                    f"{key}.max_epochs", f"the source has run out: {self._what()} seen {at.epoch} time(s)"
+                )
 
 
-def _alike(sizes: list[int | None]) -> bool:
+class Deal(NamedTuple):
+    """How the pieces of one stream are dealt out: to how many groups, and which pieces."""
+
+    num_groups: int
+    pieces: list[tuple[int, int]]
+    """(source, number of the piece) in their order; one in `num_groups` is of the same group."""
+
+
+def deal(data: DataSection, held_out: frozenset[bytes], sequences_per_step: int) -> list[Deal]:
+    """How each stream is dealt out. It depends on the files alone, and reads little of them.
+
+    Pieces of about the same size are groups of their own; others are one group, since some would be seen much more
+    often than others. A group without text can't be: then all pieces without text are left out, which is said.
+    """
+    splitter = Splitter(data, held_out)
+    readers = _readers(data)
+    dealt = []
+    for sources in [[number] for number in range(len(readers))] if data.weights else [list(range(len(readers)))]:
+        pieces = [(number, index) for number in sources for index in range(len(readers[number].pieces))]
+        # In a mixture the place of a stream's sequences changes from step to step, so that all read all.
+        if data.weights:
+            dealt.append(Deal(1, pieces))
+            continue
+        is_capped = any(data.sources[number].max_epochs for number in sources)
+        dealt.append(
+            _deal(readers, pieces, splitter, sequences_per_step, _MAX_RATIO_CAPPED if is_capped else _MAX_RATIO)
+        )
+    return dealt
+
+
+def _deal(
+    readers: list[Reader], pieces: list[tuple[int, int]], splitter: Splitter, sequences: int, max_ratio: float
+) -> Deal:
+    num_groups = math.gcd(len(pieces), sequences) if len(pieces) > 1 else 1
+    if num_groups > 1:
+        with ThreadPoolExecutor(8) as pool:  # a request each where they are remote
+            sizes = list(pool.map(lambda piece: readers[piece[0]].text_size(piece[1]), pieces))
+        num_groups = num_groups if _alike(sizes, max_ratio) else 1
+    if num_groups == 1:
+        return Deal(1, pieces)
+
+    def has_text(piece: tuple[int, int]) -> bool:
+        reader, index = readers[piece[0]], piece[1]
+        return any(split == "train" for document in reader.read([index]) for split, _ in splitter(document))
+
+    if all(any(map(has_text, pieces[group::num_groups])) for group in range(num_groups)):
+        return Deal(num_groups, pieces)
+    kept = [piece for piece in pieces if has_text(piece)]
+    empty = [readers[number].pieces[index].origin for number, index in pieces if (number, index) not in kept]
+    logger.info("left out, because no document of them is trained on: %s", ", ".join(empty))
+    if not kept:
+        return Deal(1, pieces)
+    return Deal(math.gcd(len(kept), sequences), kept)
+
+
+def _readers(data: DataSection) -> list[Reader]:
+    return [
+        Reader(source, f"data.sources.{number}", data.on_bad_document) for number, source in enumerate(data.sources)
+    ]
+
+
+def _alike(sizes: list[int | None], max_ratio: float) -> bool:
     """Whether pieces can be groups of their own without one's text being seen much more often than another's.
 
     The shards of a Hub dataset, whose sizes are not known, are taken to be alike.
     """
     known = [size for size in sizes if size is not None]
-    return not known or (len(known) == len(sizes) and max(known) <= 2 * min(known))
+    return not known or (len(known) == len(sizes) and max(known) <= max_ratio * min(known))
 
 
 class StreamingData:
     """The micro-batches of this process, step after step from `first_step` on.
 
     `states`: those of all groups after the step before, by (stream, group); none at the first step of a run.
-    `held_out`: digests of the validation documents. `max_unknown`: as of `TokenizerSection`. The other arguments as of
-    `dataloader.TrainingData`.
+    `held_out`: digests of the validation documents. `max_unknown`: as of `TokenizerSection`. `dealt`: as `deal` found
+    it, for all processes alike. The other arguments as of `dataloader.TrainingData`.
     """
 
     def __init__(
@@ -166,6 +251,7 @@ class StreamingData:
         eos_token_id: int,
         document_masking: bool,
         max_unknown: float = 1.0,
+        dealt: list[Deal] | None = None,
     ):
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
@@ -173,20 +259,16 @@ class StreamingData:
         per_process = micro_batch_size * accumulation_steps
         self._per_step = per_process * num_processes
         self._mine = range(process_index * per_process, (process_index + 1) * per_process)
-        readers = [
-            Reader(source, f"data.sources.{number}", data.on_bad_document) for number, source in enumerate(data.sources)
-        ]
-        streams = [[(reader, index) for index in range(len(reader.pieces))] for reader in readers]
+        readers = _readers(data)
+        dealt = deal(data, held_out, self._per_step) if dealt is None else dealt
+        dealt = _as_begun(dealt, [len(reader.pieces) for reader in readers], states)
+        streams = [[(readers[number], index) for number, index in one.pieces] for one in dealt]
+        self._num_groups = [one.num_groups for one in dealt]
         caps = [source.max_epochs for source in data.sources]
         stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
         if not stages:  # all sources are one stream
-            streams = [[piece for stream in streams for piece in stream]]
             caps = [min((cap for cap in caps if cap is not None), default=None)]
         self.order = TrainingOrder([0] * len(streams), stages, seed=0)
-        # In a mixture the place of a stream's sequences changes from step to step, so that all read all.
-        alike = [not stages and _alike([reader.pieces[piece].size for reader, piece in stream]) for stream in streams]
-        counts = [len(stream) for stream in streams]
-        self._num_groups = [math.gcd(n, self._per_step) if even else 1 for n, even in zip(counts, alike, strict=True)]
         splitter = Splitter(data, held_out)
         self._groups: dict[tuple[int, int], _Group] = {}
         for stream, number in enumerate(self._num_groups):
@@ -195,8 +277,11 @@ class StreamingData:
                 if stages or (group * size < self._mine.stop and self._mine.start < (group + 1) * size):
                     state = states.get((stream, group), GroupState())
                     pieces = streams[stream][group::number]
-                    made = _Group(pieces, splitter, encode, data.block_size, caps[stream], state, max_unknown)
+                    cap, alone = caps[stream], number == 1
+                    made = _Group(pieces, splitter, encode, data.block_size, cap, state, alone, max_unknown)
                     self._groups[stream, group] = made
+
+        self._example: dict[str, torch.Tensor] | None = None
 
     def step(self, step: int) -> StepData:
         """What this process has of step `step`, which comes after the last asked for; those between are left out."""
@@ -245,15 +330,38 @@ class StreamingData:
         ]
 
     def example(self) -> dict[str, torch.Tensor]:
-        """A batch of one sequence, which stays to be trained on."""
-        group = next(iter(self._groups.values()))
-        return self._collated(group.copy().blocks(1))[0]
+        """A batch of one sequence, which stays to be trained on; the same at each call."""
+        if self._example is None:
+            group = next(iter(self._groups.values()))
+            self._example = self._collated(group.copy().blocks(1))[0]
+        return self._example
+
+
+def _as_begun(dealt: list[Deal], num_pieces: list[int], states: dict[tuple[int, int], GroupState]) -> list[Deal]:
+    """The deal with which a run has begun whose groups stand at `states`.
+
+    Earlier versions dealt by the files' size on the disk and left no piece out.
+    """
+    begun = []
+    for stream, one in enumerate(dealt):
+        num_groups = max((group + 1 for number, group in states if number == stream), default=one.num_groups)
+        if num_groups != one.num_groups:
+            every = [(number, index) for number, count in enumerate(num_pieces) for index in range(count)]
+            one = Deal(num_groups, every)
+        begun.append(one)
+    return begun
 
 
 def streaming_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, vocab_size: int, checkpoint: Path | None, **keywords: Any
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    checkpoint: Path | None,
+    held_out: frozenset[bytes],
+    dealt: list[Deal],
+    **keywords: Any,
 ) -> StreamingData:
-    """The recipe's stream, at its start or where `checkpoint` stands; `keywords` as of `StreamingData`."""
+    """The recipe's stream, at its start or where `checkpoint` stands; the rest as of `StreamingData`."""
     states: dict[tuple[int, int], GroupState] = {}
     first_step = 0
     if checkpoint is not None:
@@ -264,9 +372,8 @@ def streaming_data(
                 pending = values.pop("pending").numpy()
                 states[key] = GroupState(**values, pending=pending)
     encode = Encoder(tokenizer, token_dtype(vocab_size))
-    held_out = held_out_digests(recipe.data)
     keywords["max_unknown"] = recipe.tokenizer.max_unknown
-    return StreamingData(recipe.data, encode, held_out, first_step=first_step, states=states, **keywords)
+    return StreamingData(recipe.data, encode, held_out, first_step=first_step, states=states, dealt=dealt, **keywords)
 
 
 def save_states(states: dict[tuple[int, int], GroupState], step: int, path: Path) -> None:

@@ -82,7 +82,7 @@ def _rehearse(run: Run) -> None:
     """A step on one sequence repeated, which changes nothing: what does not compile or fit shows at the start."""
     run.watch.beat("rehearse", 0)
     size = run.recipe.training.micro_batch_size
-    batch = engine.to_device(run.accelerator, {k: v.repeat(size, 1) for k, v in run.data.example().items()})
+    batch = engine.to_device(run.accelerator, {k: v.repeat(size, 1) for k, v in run.read(run.data.example).items()})
     batch = engine.split_sequences(run.accelerator, batch)
     with engine.rehearsal(run.accelerator, run.model, run.optimizer):
         num_items = torch.tensor(batch["labels"].numel())
@@ -107,7 +107,7 @@ def _fit(run: Run) -> None:
             break
         run.profiler.at(state.step)
         run.watch.beat("data", state.step)
-        step_data = run.coming.next()
+        step_data = run.next_step_data()
         run.clock.mark("data")
         run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
@@ -148,7 +148,7 @@ def _finish(run: Run) -> Path:
     run.watch.beat("export", run.state.step)
     run.close()
     peak_memory = [collectives.largest(run.accelerator, size or 0) for size in run.peak_memory.close()]
-    batch = engine.to_device(run.accelerator, run.data.example())
+    batch = engine.to_device(run.accelerator, run.read(run.data.example))
     with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
         export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
         state_dict = engine.full_state_dict(run.accelerator, run.model)

@@ -1,7 +1,11 @@
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
+from hfpretrain import dataloader
 from hfpretrain.dataloader import (
     IGNORE_INDEX,
     Blocks,
@@ -13,6 +17,7 @@ from hfpretrain.dataloader import (
     collate,
     document_positions,
     epoch_shifts,
+    in_thread,
 )
 
 EOS = 0
@@ -178,6 +183,21 @@ def test_prefetched_steps_are_the_steps_and_errors_arrive():
 
     with pytest.raises(ValueError, match="step 5"):
         Prefetcher(broken, range(5, 9), pin_memory=False).next()
+
+
+def test_a_reader_that_is_blocked_holds_up_no_stop(monkeypatch):
+    monkeypatch.setattr(dataloader, "_PATIENCE_SECONDS", 0.2)
+    answer = threading.Event()
+    start = time.monotonic()
+    coming = Prefetcher(lambda step: answer.wait(60), range(9), pin_memory=False)
+    assert coming.next(lambda: True) is None
+    coming.close()
+    assert in_thread(lambda: answer.wait(60), lambda: True) is None
+    assert time.monotonic() - start < 10
+    answer.set()
+    assert in_thread(lambda: 5, lambda: True) == 5
+    with pytest.raises(ZeroDivisionError):
+        in_thread(lambda: 1 / 0, lambda: False)
 
 
 def shifting(num_processes=1, process_index=0):

@@ -1,10 +1,13 @@
 """Training straight from the sources: the same text for any number of processes, and exact after a resume."""
 
+import gzip
+import itertools
 import json
 import subprocess
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import environment, rows, small_text, train, write_jsonl, write_recipe
@@ -12,7 +15,7 @@ from hub_server import HubServer
 
 from hfpretrain import corpus
 from hfpretrain.recipe import DataSection, RecipeError, TokenizerSection
-from hfpretrain.streaming import StreamingData
+from hfpretrain.streaming import GroupState, StreamingData
 from hfpretrain.tokenizer import Encoder, train_tokenizer
 
 TEXTS = small_text(400)
@@ -150,6 +153,72 @@ def test_a_stream_that_runs_out_or_is_empty_is_an_error(files, encode):
     (files / "0.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(RecipeError, match="the corpus is empty"):
         stream(section(files, sources=sources), encode).step(0)
+
+
+def flat(data, steps):
+    return torch.cat([tokens(data.step(step)) for step in range(steps)]).reshape(-1)
+
+
+def test_files_without_a_document_to_train_on_end_no_stream(files, encode, caplog):
+    held_out = write_jsonl(files / "held_out.json", TEXTS[350:])  # all of 7.jsonl
+    data = section(files, validation_sources=[{"path": "json", "data_files": str(held_out)}])
+    digests = corpus.held_out_digests(data)
+    with caplog.at_level("INFO", "hfpretrain"):
+        alone = stream(data, encode, held_out=digests)
+    assert "7.jsonl" in caplog.text and "0.jsonl" not in caplog.text
+    pieces = [reader.pieces[n].origin for group in alone._groups.values() for reader, n in group._pieces]
+    assert sorted(pieces) == [str(files / f"{n}.jsonl") for n in range(7)]
+    expected = [alone.step(step) for step in range(20)]
+    ranks = [stream(data, encode, 2, index, held_out=digests) for index in range(2)]
+    for step in range(20):
+        parts = [tokens(rank.step(step)) for rank in ranks]
+        assert torch.equal(torch.cat(parts), tokens(expected[step]))
+    states = {key: state for rank in ranks for key, state in rank.step(20).state.items()}
+    resumed = stream(data, encode, first_step=21, states=states, held_out=digests)
+    assert torch.equal(tokens(resumed.step(21)), torch.cat([tokens(rank.step(21)) for rank in ranks]))
+
+
+def compressed(path, text, size):
+    """A file of about `size` bytes on the disk, whose text is much longer if `text` compresses well."""
+    lines = b""
+    while len(gzip.compress(lines)) < size:
+        lines += b"".join(json.dumps({"text": next(text)}).encode() + b"\n" for _ in range(20))
+    path.write_bytes(gzip.compress(lines))
+    return len(lines)
+
+
+def test_files_are_alike_by_their_text_and_not_by_their_compressed_size(tmp_path, encode):
+    draw = np.random.default_rng(0)
+    noise = ("".join(map(chr, draw.integers(97, 123, 400))) for _ in itertools.count())
+    same = (f"{number} " + "the same words again and again " * 40 for number in itertools.count())
+    sizes = [compressed(tmp_path / f"{n}.jsonl.gz", text, 6000) for n, text in enumerate((noise, same))]
+    assert sizes[1] > 5 * sizes[0]
+    source = {"path": "json", "data_files": str(tmp_path / "*.jsonl.gz")}
+    data = section(tmp_path, sources=[source])
+    alone = stream(data, encode)
+    assert len(alone._groups) == 1
+    whole = np.concatenate(encode(list(corpus.training_documents(data))))
+    found = flat(alone, -(-len(whole) // (16 * 32))).numpy()
+    assert np.array_equal(found[: len(whole)], whole), "every document once before any comes again"
+    # Begun by a version that looked at the size on the disk, it goes on as it was begun.
+    begun = stream(data, encode, states={(0, 0): GroupState(), (0, 1): GroupState()})
+    assert len(begun._groups) == 2
+    reader = corpus.Reader(data.sources[0])
+    assert [reader.text_size(index) for index in range(2)] == sizes
+    pandas.DataFrame({"text": TEXTS, "id": range(len(TEXTS))}).to_parquet(tmp_path / "a.parquet")
+    column = corpus.Reader(corpus.SourceSection(path="parquet", data_files=str(tmp_path / "a.parquet"))).text_size(0)
+    assert 0.5 < column / sum(map(len, TEXTS)) < 1.5
+
+
+def test_a_source_with_a_cap_ends_when_all_is_read(files, encode):
+    write_jsonl(files / "0.jsonl", TEXTS[:35])
+    source = {"path": "json", "data_files": str(files / "*.jsonl"), "max_epochs": 1}
+    short = stream(section(files, sources=[source]), encode)
+    assert len(short._groups) == 1
+    seen = []
+    with pytest.raises(RecipeError, match=r"max_epochs: the source has run out: all was seen 1 time"):
+        seen += (int((tokens(short.step(step)) == encode.eos_token_id).sum()) for step in itertools.count())
+    assert 0.9 * (len(TEXTS) - 15) < sum(seen) <= len(TEXTS) - 15
 
 
 @pytest.fixture(scope="module")
