@@ -182,8 +182,10 @@ def _remove_old(folder: Path, section: CheckpointSection) -> None:
             files.discard(path)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every file verifies, None where there is none at all; and why others are not it.
+
+    `file_read` is called after each file.
 
     Those passed over are renamed, so that rotation neither counts nor keeps them. Raises `RecipeError` if there are
     checkpoints but none verifies: to start anew is the user's decision.
@@ -194,7 +196,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # by a kill, of a step that may never be saved again
         shutil.rmtree(left, ignore_errors=True)
     for path in files.steps(folder):
-        reason = files.damage(path)
+        reason = files.damage(path, file_read=file_read)
         if reason is None and (files.manifest_of(path) or {}).get("step") != files.step_of(path):
             reason = f"{path / files.MANIFEST} is that of another step"
         if reason is None:

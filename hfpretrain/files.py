@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -239,20 +239,26 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     return manifest if is_as_sealed else None
 
 
-def damage(path: Path, checksums: bool = True) -> str | None:
+def damage(path: Path, checksums: bool = True, file_read: Callable[[], None] = lambda: None) -> str | None:
     """Why a sealed folder can't be trusted, naming the file; None if every file is as it was sealed.
 
-    Without `checksums` only presence and size are looked at.
+    Without `checksums` only presence and size are looked at. `file_read` is called after each file.
     """
     manifest = manifest_of(path)
     if manifest is None:
         return f"{path / MANIFEST} is missing or unreadable"
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        reasons = pool.map(lambda item: _file_damage(path, item[0], item[1], checksums), manifest["files"].items())
+
+        def look(name: str, entry: dict[str, Any]) -> str | None:
+            reason = _file_damage(path, name, entry, checksums)
+            file_read()
+            return reason
+
+        reasons = pool.map(look, manifest["files"], manifest["files"].values())
         return next((reason for reason in reasons if reason is not None), None)
 
 
-def damage_if_changed(path: Path) -> str | None:
+def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) -> str | None:
     """As `damage`, but a folder that this machine has verified, and whose files have not changed since, isn't read.
 
     Whether a file has changed is decided by its size, inode, and times of modification and status change. What was
@@ -266,7 +272,7 @@ def damage_if_changed(path: Path) -> str | None:
         if before is not None and _is_text(record, before):
             return None
         start = time.perf_counter()
-        reason = damage(path)
+        reason = damage(path, file_read=file_read)
         if reason is None and before is not None and before == _signature(path):
             size = sum(entry["size"] for entry in (manifest_of(path) or {"files": {}})["files"].values())
             seconds = time.perf_counter() - start

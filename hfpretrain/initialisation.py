@@ -7,7 +7,7 @@ import copy
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +49,17 @@ class InitialWeights:
     Iterating gives (name, float32 tensor), again the same each time. One decoder layer, or one module outside the
     layers, is in memory at a time. Each is drawn from the seed and its name alone, so neither engine nor number of
     processes changes a weight. Tied tensors come once, by their first name. `depth_scaled_init` as of the recipe;
-    raises `RecipeError` where that is not possible.
+    raises `RecipeError` where that is not possible. `drawn` is called after each layer or module.
     """
 
-    def __init__(self, model: PreTrainedModel, seed: int, depth_scaled_init: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        seed: int,
+        depth_scaled_init: bool = False,
+        drawn: Callable[[], None] = lambda: None,
+    ):
+        self._unit_drawn = drawn
         self._blueprint = copy.deepcopy(model)  # the model itself is sharded later
         self._seed = seed
         self._scaled, self._scaled_std = _depth_scaled(model) if depth_scaled_init else (set(), 0.0)
@@ -71,6 +78,7 @@ class InitialWeights:
                     constructed = constructed or _constructed(self._blueprint, self._seed)
                     pieces[inner] = constructed[inner].detach()
             drawn |= {key for key, known in names.items() if known in pieces}
+            self._unit_drawn()
             yield from pieces.items()
 
     def rule(self) -> Rule:
@@ -85,6 +93,7 @@ class InitialWeights:
             kind = (type(unit), tuple((inner, tensor.shape) for inner, tensor in _tensors(unit)))
             if kind not in kinds:
                 pieces = _draw(name, unit, submodules, owners, seed=-1, drawn=set())
+                self._unit_drawn()
                 kinds[kind] = {
                     inner.removeprefix(f"{name}."): Moments.of(tensor)
                     for inner, tensor in pieces.items()
@@ -274,19 +283,22 @@ def _depth_scaled(model: PreTrainedModel) -> tuple[set[str], float]:
     return set(projections), std / math.sqrt(2 * num_layers)
 
 
-def check(weights: Iterable[tuple[str, torch.Tensor]], expected: Rule | None) -> str:
+def check(
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Rule | None, looked: Callable[[], None] = lambda: None
+) -> str:
     """Look at all parameters of a model before its first step; returns a checksum over them, by name.
 
     `weights` are whole; `expected` as of `InitialWeights.rule`, None for a model that goes on
     from a checkpoint, of which only finite numbers are asked. Raises `RecipeError` for NaN or infinity, zeros where
     the rule draws, a mean or standard deviation other than the rule's, and two parameters with the same random values
-    (of more than 16 elements: smaller ones may be equal).
+    (of more than 16 elements: smaller ones may be equal). `looked` is called after each.
     """
     problems: list[Problem] = []
     checksums: dict[str, str] = {}
     first: dict[str, str] = {}
     for name, tensor in weights:
         found = Moments.of(tensor)
+        looked()
         checksums[name] = found.checksum
         if not (math.isfinite(found.mean) and math.isfinite(found.std)):
             problems.append(Problem(name, "holds NaN or infinity"))

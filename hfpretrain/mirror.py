@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,15 @@ class Mirror:
         except FileNotFoundError:
             return set()
 
-    def pull(self, folder: Path, names: Collection[str] | Mapping[str, dict[str, Any]]) -> None:
+    def pull(
+        self,
+        folder: Path,
+        names: Collection[str] | Mapping[str, dict[str, Any]],
+        file_read: Callable[[], None] = lambda: None,
+    ) -> None:
         """Copy those files into a local folder that are not there yet, each whole or not at all.
 
-        With entries of a manifest as `names`, a file of another size is copied anew.
+        With entries of a manifest as `names`, a file of another size is copied anew. `file_read` is called after each.
         """
         for name in names:
             if files.is_outside(name):
@@ -51,6 +56,7 @@ class Mirror:
                 temporary = path.with_name(path.name + files.INCOMPLETE)
                 self._filesystem.get_file(f"{self._root}/{name}", str(temporary))
                 temporary.replace(path)
+            file_read()
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
         """Copy local files there, in the order given."""

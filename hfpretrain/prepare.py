@@ -168,9 +168,9 @@ def notes(prepared: PreparedData) -> list[str]:
     return found
 
 
-def open_verified(path: Path) -> PreparedData:
+def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData:
     """Prepared data whose files are as they were sealed; else `RecipeError` that names the file."""
-    reason = files.damage_if_changed(path)
+    reason = files.damage_if_changed(path, file_read)
     prepared = PreparedData.open(path) if reason is None else None
     if prepared is None:
         raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path}, and they are made again")
@@ -191,7 +191,7 @@ def _mirror(recipe: Recipe, path: Path) -> Mirror | None:
     return Mirror(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
 
 
-def _pull(recipe: Recipe, path: Path) -> PreparedData | None:
+def _pull(recipe: Recipe, path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData | None:
     """Prepared data that another machine has finished at the URL of `data.prepared_dir`, copied here and verified."""
     mirror = _mirror(recipe, path)
     names = mirror.names() if mirror is not None else set()
@@ -200,8 +200,8 @@ def _pull(recipe: Recipe, path: Path) -> PreparedData | None:
     work = path.with_name(path.name + files.INCOMPLETE)
     logger.info("copying prepared data from %s", mirror.url)
     mirror.pull(work, [files.MANIFEST])
-    mirror.pull(work, (files.manifest_of(work) or {}).get("files", {}))
-    reason = files.damage(work)
+    mirror.pull(work, (files.manifest_of(work) or {}).get("files", {}), file_read)
+    reason = files.damage(work, file_read=file_read)
     if reason is not None:
         shutil.rmtree(work)
         raise RecipeError.at("data.prepared_dir", f"what came from {mirror.url} is damaged: {reason}; run again")
@@ -210,25 +210,39 @@ def _pull(recipe: Recipe, path: Path) -> PreparedData | None:
     return PreparedData.open(path)
 
 
-def wait_for_prepared(recipe: Recipe, poll_seconds: float = 0.5) -> PreparedData:
-    """The prepared data that another process of this run is making.
+def wait_for_prepared(
+    recipe: Recipe,
+    name: str | None = None,
+    checksum: str | None = None,
+    file_read: Callable[[], None] = lambda: None,
+    wait_seconds: float = 120.0,
+    poll_seconds: float = 0.2,
+) -> PreparedData:
+    """The data that the main process of this run has prepared, as another process finds them.
 
-    Not a barrier of the process group: preparing may take longer than any of its time-outs.
+    `name` and `checksum`: of its folder, as the main process has told them; by default what the sources here say.
+    A machine without the main process may have a disk of its own: there its first process copies the folder, if
+    `data.prepared_dir` is a URL. Raises `RecipeError` if the folder has not come in sight `wait_seconds` after the main
+    process has finished it, or if it is another one. `file_read` is called after each file that is read.
     """
-    path, start = prepared_path(recipe), time.monotonic()
-    # A machine without the main process may have a disk of its own.
-    pulls = "://" in (recipe.data.prepared_dir or "") and os.environ.get("LOCAL_RANK") == "0"
-    told = os.environ.get("LOCAL_RANK") != "0"
+    path = prepared_path(recipe) if name is None else recipe.prepared_dir / name
+    is_url, first_here = "://" in (recipe.data.prepared_dir or ""), os.environ.get("LOCAL_RANK") == "0"
+    start = time.monotonic()
     while PreparedData.open(path) is None:
         time.sleep(poll_seconds)
-        if pulls:
+        if is_url and first_here:
             with _locked(path, ".lock"):
-                _ = PreparedData.open(path) or _pull(recipe, path)
-        if not told and time.monotonic() - start > 120:
-            told = True
-            advice = "if this machine does not share that disk, make data.prepared_dir a URL that all reach"
-            print(f"waiting for another process to prepare {path}; {advice}", file=sys.stderr)
-    return open_verified(path)
+                _ = PreparedData.open(path) or _pull(recipe, path, file_read)
+        elif not is_url and time.monotonic() - start > wait_seconds:
+            place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
+            advice = "put prepared_dir on a disk that all machines share, or make it a URL that all reach"
+            message = f"{path}, which rank 0 has prepared, is not there for {place}; {advice}"
+            raise RecipeError.at("data.prepared_dir", message)
+    prepared = open_verified(path, file_read)
+    if checksum not in (None, prepared.checksum):
+        message = f"{path} on {platform.node()} is not what rank 0 has under that name; delete the one that is stale"
+        raise RecipeError.at("data.prepared_dir", message)
+    return prepared
 
 
 def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -243,12 +257,20 @@ def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = Fa
 @contextlib.contextmanager
 def _locked(path: Path, suffix: str) -> Iterator[None]:
     """Alone at `path`, with errors of the disk as errors of the user."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(path) + suffix):
+        lock = FileLock(str(path) + suffix)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            logger.info("waiting for another process, which prepares %s", path)
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
     except OSError as error:
         if error.errno is None:  # not the disk's
             raise

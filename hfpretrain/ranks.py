@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -23,6 +23,7 @@ from hfpretrain.recipe import Problem, RecipeError
 
 SILENCE_SECONDS = 30  # without a sign of life a rank counts as lost
 _HURRY = 4  # the same when a connection broke: somebody died just now
+_TELL_SECONDS = 30  # after so long a rank that waits for the main process says what for
 _GRACE = 3  # a rank that failed is left so long to its own launcher, which ends its neighbours and says more
 
 
@@ -38,6 +39,12 @@ class Status:
     """Counts what its main thread has done; comparable between ranks, since all take the same branches."""
     phase: str = "prepare"
     step: int = 0
+    units: int = 0
+    """Counts what it has done on its own, such as files read; says that it gets on, and is not compared."""
+    task: str = ""
+    """What it does on its own."""
+    waits: bool = False
+    """Whether it waits for rank 0 to do `task`."""
     end: str | None = None
     """None while it runs, empty when it ended well, else its error."""
     hurt: bool = False
@@ -70,8 +77,13 @@ class Judge:
         for rank, status in statuses.items():
             if status.end:
                 self._failed[rank] = self._failed.get(rank, 0) + 1
-        moved = any(rank not in self._last or self._last[rank].count != status.count for rank, status in live.items())
-        self._idle = 0 if moved or not all(status.count for status in live.values()) else self._idle + 1
+        moved = any(
+            rank not in self._last or (self._last[rank].count, self._last[rank].units) != (status.count, status.units)
+            for rank, status in live.items()
+        )
+        # Until the main process has prepared the data, which takes as long as it takes, the others wait for it.
+        prepares = 0 in live and not live[0].count
+        self._idle = 0 if moved or prepares else self._idle + 1
         self._last = dict(statuses)
         if (found := self._lost(live, hurt)) is not None:
             return found
@@ -95,6 +107,8 @@ class Judge:
             return None
         least = min(status.count for status in live.values())
         behind = [rank for rank, status in live.items() if status.count == least]
+        if not all(live[rank].waits for rank in behind):
+            behind = [rank for rank in behind if not live[rank].waits]
         if len(behind) == len(live):
             place = _places(behind[:1], live)
             return f"no rank has made progress for {self._stall} s (training.timeout_seconds); all are where {place} is"
@@ -105,7 +119,10 @@ class Judge:
 
 def _places(ranks: Sequence[int], statuses: Mapping[int, Status], most: int = 8) -> str:
     shown = [(rank, statuses[rank]) for rank in ranks[:most]]
-    places = [f"rank {rank} on {s.host}, pid {s.pid} (step {s.step}, phase {s.phase})" for rank, s in shown]
+    tasks = {rank: f": {'waits for rank 0 to ' if s.waits else ''}{s.task}" if s.task else "" for rank, s in shown}
+    places = [
+        f"rank {rank} on {s.host}, pid {s.pid} (step {s.step}, phase {s.phase}{tasks[rank]})" for rank, s in shown
+    ]
     return "; ".join(places) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
 
 
@@ -124,10 +141,60 @@ class Watch:
         self._threads: list[threading.Thread] = []
         self._contacts, self._first = 0, Status("?")
         self._ending = threading.Lock()
+        self._units, self._task, self._waits = 0, "", False
+        self._num_tasks = 0
+        self._paused = 0.0
+        self._ticks: dict[int, int] | None = None
 
     def beat(self, phase: str, step: int) -> None:
         """The main thread got on. All ranks must call it alike; costs less than a microsecond."""
         self._progress = (self._progress[0] + 1, phase, step)
+
+    def unit_done(self) -> None:
+        """This rank has done a part of what it does on its own, such as reading one of many files: it gets on."""
+        self._units += 1
+
+    def from_main(self, task: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, a JSON value, on all ranks; a `RecipeError` of it is one on all.
+
+        The others wait for as long as it takes, which may be longer than any time-out of the process group. `task` says
+        what for. All ranks must call it alike.
+        """
+        if not self._threads:
+            return work()
+        key, self._task, self._waits = f"task/{self._num_tasks}", task, self._rank > 0
+        self._num_tasks += 1
+        if self._rank == 0:
+            try:
+                answer = {"value": work()}
+            except RecipeError as error:
+                self._tell_all(key, {"problems": [asdict(problem) for problem in error.problems]})
+                raise
+            self._words.set(key, json.dumps(answer))
+        else:
+            answer = self._hear(key)
+        self._task, self._waits = "", False
+        if "problems" in answer:
+            raise RecipeError([Problem(**problem) for problem in answer["problems"]])
+        return answer["value"]
+
+    def _tell_all(self, key: str, answer: dict[str, Any]) -> None:
+        """Rank 0's last words, which the others must have read before the store ends with its launcher."""
+        self._words.set(key, json.dumps(answer))
+        deadline = time.monotonic() + 2 * _GRACE
+        while time.monotonic() < deadline and int(self._words.add(f"{key}/heard", 0)) < len(self._ranks) - 1:
+            time.sleep(0.1)
+
+    def _hear(self, key: str) -> Any:
+        start, told = time.monotonic(), not self._speaks()
+        while not self._words.check([key]):
+            time.sleep(0.1)
+            if not told and time.monotonic() - start > _TELL_SECONDS:
+                told = True
+                print(f"rank {self._rank} on {self._host} waits for {_places([0], {0: self._first})}", file=sys.stderr)
+        answer = json.loads(self._words.get(key))
+        self._words.add(f"{key}/heard", 1)
+        return answer
 
     def start(self, rank: int, num_ranks: int, timeout_seconds: int, facts: Mapping[str, Any]) -> None:
         """Compare `facts`, key to JSON value, with the other ranks' and begin to watch.
@@ -141,13 +208,14 @@ class Watch:
         # A connection of its own, so that the main thread never waits for this one's.
         store: Any = _get_default_store()
         self._store: Store = PrefixStore("hfpretrain/", store.clone())
+        self._words: Store = PrefixStore("hfpretrain/", store.clone())  # the main thread's
         self._store.set_timeout(timedelta(seconds=timeout_seconds))
         self._rank, self._ranks = rank, range(num_ranks)
         self._silence = min(SILENCE_SECONDS, timeout_seconds)
         self._write(0)
         if rank == 0:
             self._store.set("verdict", "")
-        _require_agreement(self._store, rank, num_ranks, self._host, facts)
+        _require_agreement(self._store, rank, num_ranks, self._host, facts, timeout_seconds)
         self._judge = Judge(timeout_seconds)
         for work in (self._watch, self._guard):
             self._threads.append(threading.Thread(target=work, daemon=True, name=f"ranks{work.__name__}"))
@@ -160,7 +228,8 @@ class Watch:
 
     def _write(self, tick: int, end: str | None = None) -> None:
         count, phase, step = self._progress
-        status = Status(self._host, os.getpid(), tick, count, phase, step, end, self._hurt)
+        own = (self._units, self._task, self._waits)
+        status = Status(self._host, os.getpid(), tick, count, phase, step, *own, end, self._hurt)
         self._store.set(f"status/{self._rank}", json.dumps(asdict(status)))
 
     def _watch(self) -> None:
@@ -181,6 +250,7 @@ class Watch:
                 self._end(verdict.decode(), speaks=False)
             statuses = {rank: Status(**json.loads(value)) for rank, value in zip(others, values, strict=True)}
             self._first = statuses[0]
+            self._note_life(statuses)
             found = self._judge.look(statuses, self._hurt)
             if found is not None and not self._closed.is_set():
                 text, lost = found
@@ -188,10 +258,22 @@ class Watch:
                     self._store.set("verdict", text)
                 self._end(text, speaks=self._rank == 0 or self._speaks(), lost=[statuses[rank] for rank in lost])
 
+    def _note_life(self, statuses: Mapping[int, Status]) -> None:
+        """Forget that this process did not run for a while once all others are heard of again."""
+        if self._paused:
+            ticks = {rank: status.tick for rank, status in statuses.items() if status.end is None}
+            if self._ticks is None:
+                self._ticks = ticks
+            elif all(tick != self._ticks.get(rank) for rank, tick in ticks.items()):
+                self._paused = 0.0
+
     def _guard(self) -> None:
         """The store's host may be gone without a word, and then the other thread waits for an answer."""
-        last, looks = 0, 0
+        last, looks, before = 0, 0, time.monotonic()
         while not self._closed.wait(1):
+            paused, before = time.monotonic() - before - 1, time.monotonic()
+            if paused > min(_HURRY, self._silence) - 1:
+                self._paused, self._ticks = paused, None
             last, looks = self._contacts, looks + 1 if last == self._contacts else 0
             if looks > self._silence:
                 self._end(f"no answer for {self._silence} s from {self._store_place()}", speaks=self._speaks())
@@ -208,6 +290,12 @@ class Watch:
     def _end(self, text: str, speaks: bool, lost: Sequence[Status] = ()) -> None:
         if not self._ending.acquire(blocking=False):
             return
+        if self._paused:
+            # Nothing was heard since: the others have not waited for this rank.
+            count, phase, step = self._progress
+            place = _places([self._rank], {self._rank: Status(self._host, os.getpid(), 0, count, phase, step)})
+            text = f"{place} did not run for {self._paused:.0f} s (stopped?), and the others have ended without it"
+            speaks, lost = True, ()
         if speaks:
             print(f"\nerror: the run ends on all ranks: {text}", file=sys.stderr, flush=True)
             for status in lost:
@@ -256,7 +344,22 @@ def _follows(error: BaseException) -> bool:
     )
 
 
-def _require_agreement(store: Any, rank: int, num_ranks: int, host: str, facts: Mapping[str, Any]) -> None:
+def _missing(store: Any, num_ranks: int, timeout_seconds: int) -> list[int]:
+    """Ranks that have not written their first status in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while missing := [rank for rank in range(num_ranks) if not store.check([f"status/{rank}"])]:
+        if time.monotonic() > deadline:
+            return missing
+        time.sleep(0.1)
+    return []
+
+
+def _require_agreement(
+    store: Any, rank: int, num_ranks: int, host: str, facts: Mapping[str, Any], timeout_seconds: int
+) -> None:
+    missing = _missing(store, num_ranks, timeout_seconds)
+    if missing:
+        raise RuntimeError(f"rank(s) {', '.join(map(str, missing))} did not begin within {timeout_seconds} s")
     if rank == 0:
         store.set("facts", json.dumps([host, dict(facts)]))
     first_host, first = json.loads(store.get("facts"))

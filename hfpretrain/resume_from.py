@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hfpretrain import checkpoint, files, fragments, hub
@@ -16,11 +16,12 @@ _KEY = "checkpoint.resume_from"
 logger = logging.getLogger(__name__)
 
 
-def fetch(recipe: Recipe) -> None:
+def fetch(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
     """Put the checkpoint of `checkpoint.resume_from` into the run's own, if those are none; then it is one of them.
 
     Its files must be what was sealed, its recipe this one but for what may differ when a run goes on, and its pickled
-    index one of tensors alone; else `RecipeError`. A download that was stopped goes on.
+    index one of tensors alone; else `RecipeError`. A download that was stopped goes on. `file_read` is called after
+    each file whose checksum is compared.
     """
     given, folder = recipe.checkpoint.resume_from, Path(recipe.output_dir) / "checkpoints"
     if given is None or _has_checkpoint(folder):
@@ -34,7 +35,7 @@ def fetch(recipe: Recipe) -> None:
         logger.info("reading %s", given)
         state = hub.download_state(*address, work)
     try:
-        _require_sound(given, state, recipe)
+        _require_sound(given, state, recipe, file_read)
     except RecipeError:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -44,13 +45,6 @@ def fetch(recipe: Recipe) -> None:
     state.rename(folder / f"step-{step:08d}")
     shutil.rmtree(work, ignore_errors=True)
     logger.info("the run goes on from step %d of %s", step, given)
-
-
-def wait(recipe: Recipe, poll_seconds: float = 0.5) -> None:
-    """Until the main process has fetched it, which may take longer than any time-out of the process group."""
-    folder = Path(recipe.output_dir) / "checkpoints"
-    while recipe.checkpoint.resume_from is not None and not _has_checkpoint(folder):
-        time.sleep(poll_seconds)
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -75,8 +69,8 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _require_sound(given: str, state: Path, recipe: Recipe) -> None:
-    if (reason := files.damage(state)) is not None:
+def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[[], None]) -> None:
+    if (reason := files.damage(state, file_read=file_read)) is not None:
         raise RecipeError.at(_KEY, f"{given} is not what was saved: {reason}; run again to read it anew")
     if (files.manifest_of(state) or {}).get("step") != checkpoint.train_state(state)["step"]:
         raise RecipeError.at(_KEY, f"{given} is no checkpoint of a run: its manifest and its train_state.json differ")

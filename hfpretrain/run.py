@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 
 from hfpretrain import (
     checkpoint,
@@ -25,6 +24,7 @@ from hfpretrain import (
     devices,
     engine,
     export,
+    files,
     incident,
     initialisation,
     launcher,
@@ -53,6 +53,7 @@ from hfpretrain.prepare import (
     training_data,
     wait_for_prepared,
 )
+from hfpretrain.prepared import PreparedData
 from hfpretrain.publishing import Publishing
 from hfpretrain.recipe import (
     HubSection,
@@ -164,9 +165,9 @@ class Run:
         """Data, model and optimizer."""
         recipe, training, watch = self.recipe, self.recipe.training, self.watch
         self.notes: list[str] = []
-        (resume_from.fetch if self.is_main else resume_from.wait)(recipe)
-        said = vocabulary.check(recipe) if self.is_main else []
-        self.prepared = prepare(recipe) if self.is_main else wait_for_prepared(recipe)
+        watch.from_main(f"fetch {recipe.checkpoint.resume_from}", lambda: resume_from.fetch(recipe, watch.unit_done))
+        said = watch.from_main("check the vocabulary", lambda: list(vocabulary.check(recipe)))
+        self.prepared = self._prepare()
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
         logger.info(say_framing(self.tokenizer))
@@ -204,7 +205,7 @@ class Run:
         self.optimizer_groups = optim.named_groups(model, recipe.optimizer, decayed, hidden)
         weights = None
         if recipe.model.pretrained is None:
-            weights = initialisation.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init)
+            weights = initialisation.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init, watch.unit_done)
         if recipe.model.use_liger_kernel:
             modeling.apply_liger_kernel(model)
 
@@ -225,7 +226,7 @@ class Run:
         )
         network = probe = engine.unwrap(self.model)
         self.initial_weights = initialisation.check(
-            engine.full_parameters(self.accelerator, self.model), weights.rule() if weights else None
+            engine.full_parameters(self.accelerator, self.model), weights.rule() if weights else None, watch.unit_done
         )
         if engine.precision(self.accelerator) == "fp8":
             # Its layers scale by the largest value there is, so that every token changes every other a little.
@@ -292,14 +293,35 @@ class Run:
         num_ranks, timeout_seconds = self.accelerator.num_processes, self.recipe.training.timeout_seconds
         self.watch.start(self.accelerator.process_index, num_ranks, timeout_seconds, facts)
 
+    def _prepare(self) -> PreparedData:
+        """The main process decides which data they are and makes them; the others take what it says."""
+        prepared: list[PreparedData] = []
+
+        def work() -> list[str]:
+            prepared.append(prepare(self.recipe))
+            return [prepared[0].path.name, prepared[0].checksum]
+
+        name, checksum = self.watch.from_main(f"prepare the data in {self.recipe.prepared_dir}", work)
+        return prepared[0] if prepared else wait_for_prepared(self.recipe, name, checksum, self.watch.unit_done)
+
     def _newest_checkpoint(self) -> Path | None:
         """The newest that verifies; others of `_passed_over` do not."""
-        found: list[Any] = [None, [], False]
-        if self.is_main:
-            has_records = (self.output_dir / "metrics.jsonl").exists()
-            found = [*checkpoint.newest(self.output_dir / "checkpoints"), has_records]
-        path, self._passed_over, self._has_records = broadcast_object_list(found)
-        return path
+        folder = self.output_dir / "checkpoints"
+
+        def work() -> list[Any]:
+            path, passed_over = checkpoint.newest(folder, self.watch.unit_done)
+            return [path and path.name, passed_over, (self.output_dir / "metrics.jsonl").exists()]
+
+        name, self._passed_over, self._has_records = self.watch.from_main(
+            f"verify the newest checkpoint in {folder}", work
+        )
+        if name is None:
+            return None
+        if not (folder / name / files.MANIFEST).is_file():
+            place = f"rank {self.accelerator.process_index} on {platform.node()}"
+            message = f"{folder / name} is not there for {place}; machines of one run need a disk that all share"
+            raise RecipeError.at("output_dir", message)
+        return folder / name
 
     def _open_data(self) -> TrainingData | StreamingData:
         recipe, manifest = self.recipe, self.prepared.manifest
@@ -436,12 +458,17 @@ class Run:
 
     def _check_ledger(self, path: Path, digest: str) -> None:
         """Raises `RecipeError` if what a checkpoint has consumed is not what the data on disk say."""
-        ledger = self.consumption.ledger
-        wrong: Any = None
-        if self.is_main and isinstance(self.data, TrainingData):
-            data, data_step = self.data, self.state.data_step
-            wrong = ledger.mismatch(lambda step: data.checksum(data_step(step)), self.recipe.training.tokens_per_step)
-        wrong = broadcast_object_list([wrong])[0]
+        ledger, data, data_step = self.consumption.ledger, self.data, self.state.data_step
+
+        def checksum(step: int) -> int:
+            self.watch.unit_done()
+            assert isinstance(data, TrainingData)
+            return data.checksum(data_step(step))
+
+        wrong = None
+        if isinstance(data, TrainingData):
+            tokens = self.recipe.training.tokens_per_step
+            wrong = self.watch.from_main("compare the ledger with the data", lambda: ledger.mismatch(checksum, tokens))
         if wrong is not None or ledger.digest != digest:
             raise RecipeError.at(
                 "data",

@@ -1,12 +1,15 @@
 """`python faults.py RECIPE [--section.key=value ...]`: a training with something wrong on purpose, for tests.
 
 FAULT=gradient:STEP, loss:STEP or jump:STEP spoils the step that takes the data of that step, counted from 0, on the
-last rank alone; FAULT=slow:PHASE makes a beat of the watch in that phase take seconds. PHASE_FILE names a file where
-the phase the main thread is in is written.
+last rank alone; FAULT=slow:PHASE makes a beat of the watch in that phase take seconds, FAULT=units:SECONDS each unit of
+work that a rank does on its own, as reading a file, and preparing the data. FAULT=SIGKILL:PHASE sends that signal, or
+any other, to rank FAULT_RANK (default: the last) when it enters the phase. PHASE_FILE names a file where the phase the
+main thread is in is written.
 """
 
 import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,7 +22,8 @@ train = importlib.import_module("hfpretrain.train")
 
 kind, _, place = os.environ.get("FAULT", "").partition(":")
 RANK = int(os.environ.get("RANK", "0"))
-LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1 == RANK
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+LAST = WORLD_SIZE - 1 == RANK
 bad_rows: list[torch.Tensor] = []
 now = {"bad": False}
 
@@ -55,11 +59,36 @@ if kind in ("gradient", "loss", "jump") and LAST:
 
     engine.split_sequences, engine.backward, train._loss = split_sequences, spoiled_backward, spoiled_loss
 
-beat = ranks.Watch.beat
+beat, from_main, finish = ranks.Watch.beat, ranks.Watch.from_main, engine.finish
+
+
+def strike(phase):
+    if kind.startswith("SIG") and phase == place and int(os.environ.get("FAULT_RANK", WORLD_SIZE - 1)) == RANK:
+        print(f"{kind} at {time.time():.2f}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), getattr(signal, kind))
+
+
+def told_from_main(self, task, work):
+    if task.startswith("prepare"):
+        strike("prepare")
+        time.sleep(float(place) if kind == "units" and RANK == 0 else 0)
+    return from_main(self, task, work)
+
+
+def told_finish(*arguments):
+    strike("end")
+    finish(*arguments)
+
+
+ranks.Watch.from_main, engine.finish = told_from_main, told_finish
+if kind == "units":
+    unit_done = ranks.Watch.unit_done
+    ranks.Watch.unit_done = lambda self: (unit_done(self), time.sleep(float(place)))
 
 
 def told_beat(self, phase, step):
     beat(self, phase, step)
+    strike(phase)
     if RANK == 0 and "PHASE_FILE" in os.environ:
         Path(os.environ["PHASE_FILE"]).write_text(f"{phase} {step}")
     if kind == "slow" and phase == place:

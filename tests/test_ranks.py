@@ -2,11 +2,12 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import psutil
 import pytest
-from conftest import ROOT, environment, write_recipe
+from conftest import ROOT, environment, train, write_recipe
 
 from hfpretrain import report
 from hfpretrain.ranks import SILENCE_SECONDS, Judge, Status
@@ -15,7 +16,7 @@ HOST = socket.gethostname()
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 # Ranks that add up numbers; of `BAD` something happens at the third step, where its data are made.
 SUMS = """
-import os, signal, time
+import os, signal, subprocess, time
 import torch, torch.distributed as dist
 from hfpretrain.ranks import Watch
 
@@ -29,11 +30,41 @@ with Watch() as watch:
         if step == 3 and os.environ["RANK"] == os.environ.get("BAD"):
             if os.environ["FAULT"] == "error":
                 raise ValueError("a broken disk")
+            subprocess.Popen(["sh", "-c", f"sleep 12; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), getattr(signal, os.environ["FAULT"]))
         watch.beat("train", step)
         dist.all_reduce(torch.ones(3))
     dist.barrier()
     time.sleep(6 * dist.get_rank())  # the other one says goodbye and is not missed
+"""
+# Ranks that wait for the first, which takes longer than the watch's time-out, and does as `FAULT` says.
+WAITS = """
+import os, sys, time
+import torch.distributed as dist
+from hfpretrain.ranks import Watch
+from hfpretrain.recipe import RecipeError
+
+def work():
+    time.sleep(7)
+    if os.environ.get("FAULT") == "recipe":
+        raise RecipeError.at("data.sources.0", "no file matches")
+    if os.environ.get("FAULT") == "error":
+        raise ValueError("a broken disk")
+    return ["a name", 1]
+
+dist.init_process_group("gloo")
+try:
+    with Watch() as watch:
+        watch.start(dist.get_rank(), 2, 4, {})
+        print("heard", watch.from_main("prepare the data", work), file=sys.stderr)
+        watch.beat("build", 0)
+        dist.barrier()
+        if "FAULT" not in os.environ:
+            print("heard", watch.from_main("read two files", lambda: [time.sleep(2) or watch.unit_done()] * 3))
+        time.sleep(3)
+except RecipeError as error:
+    print("rank", dist.get_rank(), "raises", error, file=sys.stderr)
+    sys.exit(2)
 """
 # A training of which one rank hangs at its third step.
 HANGS = """
@@ -115,6 +146,38 @@ def test_the_other_machine_says_that_the_first_is_gone(sums):
     assert f"the run ends on all ranks: the launcher of rank 0 on {HOST}, pid " in results[1][1], results[1][1]
 
 
+def test_a_rank_that_was_stopped_blames_no_other(sums):
+    """Both ranks end by themselves: their launchers don't know of each other."""
+    for rank in (0, 1):
+        results = on_two_machines(sums, BAD=str(rank), FAULT="SIGSTOP")
+        assert all(code == 1 for code, _ in results)
+        told = [re.findall("the run ends on all ranks: (.*)", err) for _, err in results]
+        stopped, other = told[rank], told[1 - rank]
+        assert other and all(f"no sign of life for 4 s from rank {rank}" in text for text in other), told
+        assert all(f"rank {rank} on" in text for text in stopped), told
+
+
+def test_what_the_main_process_finds_out_it_tells_the_others(tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    result = run([*LAUNCH, "2", "--standalone", str(script)])
+    assert result.returncode == 0 and result.stderr.count("heard ['a name', 1]") == 2, result.stderr
+    for code, err in on_two_machines(str(script), FAULT="recipe"):
+        assert code == 1 and "raises data.sources.0: no file matches" in err, err
+    results = on_two_machines(str(script), FAULT="error")
+    assert "ValueError: a broken disk" in results[0][1]
+    told = rf"rank 0 on {HOST}, pid \d+ \(step 0, phase prepare: prepare the data\) failed: ValueError: a broken disk"
+    assert re.search(told, results[1][1]), results[1][1]
+
+
+def test_a_start_longer_than_the_timeout_goes_on_as_long_as_it_gets_on(folder):
+    recipe = write_recipe(folder, training__timeout_seconds=6, training__max_steps=3)
+    start = time.monotonic()
+    result = train(recipe, engine="ddp", fault="units:0.4")
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - start > 2 * 6
+
+
 def test_a_training_of_which_a_rank_hangs_ends(folder):
     recipe = write_recipe(folder, training__timeout_seconds=4)
     (folder / "hangs.py").write_text(HANGS)
@@ -167,6 +230,18 @@ def test_the_judge_names_whom_the_others_wait_for():
     for count in range(20):
         assert looks(judge, BUSY, replace(behind, count=count), times=90) is None
     assert looks(Judge(100), replace(BUSY, count=0), BUSY, times=1000) is None
+    # One that has not begun when the data are prepared is waited for, too.
+    assert "wait for rank 1 on b" in looks(Judge(100), BUSY, replace(behind, count=0), times=101)
+
+
+def test_the_judge_knows_who_works_alone_and_who_waits_for_that():
+    judge = Judge(100)
+    works, waits = replace(BUSY, task="read a file"), replace(BUSY, task="read a file", waits=True)
+    for units in range(20):
+        assert looks(judge, replace(works, units=units), waits, waits, times=90) is None
+    assert "the others wait for rank 0 on a, pid 0 (step 3, phase train: read a file)" in looks(
+        judge, replace(works, units=19), waits, waits, times=11
+    )
 
 
 def test_the_judge_leaves_those_alone_who_are_done_and_repeats_what_they_said():
