@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from hfpretrain import files
@@ -191,14 +194,39 @@ def plain_environment() -> dict[str, str]:
     }
 
 
-def verify_in_fresh_process(run: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """`verify` in a new interpreter that knows nothing of the launcher or the engine."""
+def verify_in_fresh_process(
+    run: Path, trust_remote_code: bool = False, works: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """`verify` in a new interpreter that knows nothing of the launcher or the engine.
+
+    `works` is called once a second as long as that process computes or reads.
+    """
     command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
     if trust_remote_code:
         command.append("--trust-remote-code")
     # A session of its own: a signal to all processes of the run must not make a good export look like a bad one.
-    result = subprocess.run(command, env=plain_environment(), capture_output=True, text=True, start_new_session=True)
-    if result.returncode:
-        raise RuntimeError(f"the export in {run} does not verify:\n{result.stderr}")
-    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    pipe, used = subprocess.PIPE, 0.0
+    process = subprocess.Popen(
+        command, env=plain_environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    while True:
+        try:
+            stdout, stderr = process.communicate(timeout=1)
+            break
+        except subprocess.TimeoutExpired:
+            now = _used_seconds(process.pid)
+            if now > used:
+                works()
+            used = now
+    if process.returncode:
+        raise RuntimeError(f"the export in {run} does not verify:\n{stderr}")
+    report: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     return report
+
+
+def _used_seconds(pid: int) -> float:
+    """Seconds that a process and its children have computed, or waited for a disk."""
+    with contextlib.suppress(psutil.Error):
+        times = psutil.Process(pid).cpu_times()
+        return float(sum(times[:4])) + float(getattr(times, "iowait", 0.0))
+    return 0.0

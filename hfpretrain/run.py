@@ -234,7 +234,9 @@ class Run:
                 self.accelerator.device
             )
         modeling.require_causal(probe, recipe.model, half_precision=self.accelerator.mixed_precision != "no")
-        packs = broadcast_object_list([self.is_main and (recipe.data.streaming or self.prepared.packs_documents())])[0]
+        packs = watch.from_main(
+            "look for blocks of several documents", lambda: recipe.data.streaming or self.prepared.packs_documents()
+        )
         wanted = training.document_masking
         leak = None if wanted is False else modeling.documents_leak(probe, recipe.data.block_size)
         self.document_masking = _document_masking(wanted, leak, packs)

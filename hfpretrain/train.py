@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hfpretrain import launcher
 
@@ -157,8 +158,12 @@ def _finish(run: Run) -> Path:
                 export.write(
                     run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype, run.generation_config
                 )
+
+    def verify() -> dict[str, Any]:
+        return export.verify_in_fresh_process(run.output_dir, _trusts_code(run.recipe), run.watch.unit_done)
+
+    report = run.watch.from_main("verify the export", verify)
     if main:
-        report = export.verify_in_fresh_process(run.output_dir, _trusts_code(run.recipe))
         exported = {f"export/{key}": value for key, value in report.items()}
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         run.records.plot()
