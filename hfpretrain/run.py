@@ -69,7 +69,7 @@ from hfpretrain.records import Records
 from hfpretrain.redaction import redacted
 from hfpretrain.stability import Stability
 from hfpretrain.stopping import StoppedEarlyError, Stops
-from hfpretrain.streaming import StreamingData, deal, save_states, streaming_data
+from hfpretrain.streaming import Deal, StreamingData, deal, save_states, streaming_data
 from hfpretrain.tokenizer import say_framing, set_chat_template, token_bytes
 
 # Of what may differ between two starts of a run, the keys that change nothing in a step.
@@ -339,8 +339,11 @@ class Run:
             return training_data(recipe, self.prepared, **keywords)
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
         held_out = self.read(lambda: held_out_digests(recipe.data))
-        dealt: list[Any] = [self.read(lambda: deal(recipe.data, held_out, sequences)) if self.is_main else None]
-        keywords["dealt"] = broadcast_object_list(dealt)[0]
+        dealt = self.watch.from_main(
+            "look at the files to stream",
+            lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: deal(recipe.data, held_out, sequences))],
+        )
+        keywords["dealt"] = [Deal(groups, [(number, index) for number, index in pieces]) for groups, pieces in dealt]
         vocab_size, path = manifest["vocab_size"], self._checkpoint
         return self.read(lambda: streaming_data(recipe, self.tokenizer, vocab_size, path, held_out, **keywords))
 
