@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from hfpretrain import metrics
 from hfpretrain.plan import Plan, make_plan
 from hfpretrain.recipe import Recipe, RecipeError
 
@@ -104,17 +105,20 @@ def compare(
     return {"prediction": prediction, "measured": measured, "error": error}
 
 
-def seconds_per_step(rows: list[dict[str, Any]], tokens_per_step: int, after: int = 0) -> float | None:
-    """Seconds of a step after step `after` in training proper, from the rows of `metrics.jsonl`: pauses are left out by
-    the throughput, warming up by passing over the first line where there are more."""
-    logged = [row for row in rows if "tokens_per_second" in row and row["step"] > after]
-    spans, before = [], after
-    for row in logged:
-        steps = row["step"] - before
-        spans.append((steps, steps * tokens_per_step / row["tokens_per_second"]))
-        before = row["step"]
-    spans = spans[1:] or spans
-    return sum(seconds for _, seconds in spans) / sum(steps for steps, _ in spans) if spans else None
+def seconds_per_step(
+    speeds: Iterable[tuple[int, float]], tokens_per_step: int, after: int = 0, last: float = math.inf
+) -> float | None:
+    """Seconds of a step in training proper, from step and tokens a second of each log step after `after` and up to
+    `last`: pauses are left out by the throughput, warming up by passing over the first where there are more."""
+    first, all_seconds, all_steps, before = 0.0, 0.0, 0, after
+    for number, (step, speed) in enumerate((step, speed) for step, speed in speeds if after < step <= last):
+        seconds = (step - before) * tokens_per_step / speed
+        if number:
+            all_seconds, all_steps = all_seconds + seconds, all_steps + step - before
+        else:
+            first = seconds / (step - before)
+        before = step
+    return all_seconds / all_steps if all_steps else first or None
 
 
 def report(run: Any, peak_memory: int, resident: int) -> str:
@@ -141,9 +145,9 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
             )
     except RecipeError as error:  # a run that has ended well must not fail for want of its bill
         return f"no plan of this run: {error}"
-    rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
     # Of this process alone: before it, the run may have had another engine.
-    seconds = seconds_per_step(rows, run.recipe.training.tokens_per_step, run.first_step)
+    speeds = run.records.history().speeds()
+    seconds = seconds_per_step(speeds, run.recipe.training.tokens_per_step, run.first_step)
     found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
     (run.output_dir / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
     return "\n".join([f"plan             {run.output_dir / FILE}", *_comparison(found)])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
-from hfpretrain import collectives, engine, evaluation, sampling, tasks
+from hfpretrain import collectives, engine, evaluation, metrics, sampling, tasks
 from hfpretrain.metric_folders import MetricFolders, trust_problems
 from hfpretrain.recipe import RecipeError
 from hfpretrain.tokenizer import document_start
@@ -76,11 +76,17 @@ class Evaluator:
             return
         figures = self._sets.figures(documents) | self._metrics.compute()
         figures["loss_by_context"] = evaluation.loss_by_context(contexts)
-        self._record({f"eval/{name}": value for name, value in figures.items()})
+        row = {f"eval/{name}": value for name, value in figures.items()}
+        self._record(row)
         run.records.say(
             f"step {run.state.step}: validation loss {figures['loss']:.4f}, perplexity "
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
+        for name in metrics.domains(row):  # what is better of all may be worse of one
+            run.records.say(
+                f"  {name}: loss {figures[f'{name}/loss']:.4f}, perplexity {figures[f'{name}/perplexity']:.2f}, "
+                f"bits per byte {figures[f'{name}/bits_per_byte']:.4f}"
+            )
         run.records.plot()
 
     def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:

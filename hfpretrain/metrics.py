@@ -12,9 +12,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -34,12 +35,12 @@ class MetricsFile:
         self.forget(resume_step)
 
     def forget(self, step: int | None) -> None:
-        """Drop the lines after `step`; all if it is None."""
-        rows = [] if step is None else read_metrics(self._path)
-        kept = [row for row in rows if "event" in row or row["step"] <= step]
-        kept = [row for row in kept if "export/loss_export" not in row]  # the run ends, and exports, anew
+        """Drop the lines after `step`; all if it is None. Only the end of the file is read."""
         try:
-            files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+            if step is None or not self._path.exists():
+                files.write_whole(self._path, "")
+            else:
+                _cut(self._path, step)
         except OSError as error:
             if not self._path.exists():
                 raise
@@ -66,19 +67,171 @@ class MetricsFile:
                 logger.warning("%s can't be written, its lines wait in memory: %s", self._path, error.strerror)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`; what is none of ours, as a line that a kill left half, is passed over."""
+def _cut(path: Path, step: int) -> None:
+    """Drop what was written after `step`, but no events, and the line of the export: a run that goes on exports anew.
+
+    Read backwards up to the first line of a step that stays, which needs no room on the disk and no memory. Lines of
+    saves and events may follow on those of later steps; all others stand in the order of their steps.
+    """
+    with path.open("r+b") as file:
+        kept: list[bytes] = []
+        end, num_after = None, 0  # of what stays as it is; of `kept`, so many lines follow on a line that goes
+        for offset, line, is_whole in _lines_backwards(file):
+            row = _object(line)
+            stays = row is not None and ("event" in row or row["step"] <= step) and "export/loss_export" not in row
+            if stays:
+                kept.append(line)
+            if not (stays and is_whole):
+                end, num_after = offset, len(kept)
+            elif row is not None and "event" not in row and not any(key.startswith("save/") for key in row):
+                break
+        if end is not None:
+            file.seek(end)
+            file.write(b"".join(line + b"\n" for line in reversed(kept[:num_after])))
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines_backwards(file: BinaryIO, block: int = 2**18) -> Iterator[tuple[int, bytes, bool]]:
+    """Offset and content of each line that is not empty, the last first; False for one that no newline ends."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    is_whole = False
+    while start > 0:
+        size = min(block, start)
+        start = file.seek(start - size)
+        data = file.read(size) + rest
+        at = start + len(data)
+        first, *lines = data.split(b"\n")
+        for line in reversed(lines):
+            at -= len(line)
+            if line:
+                yield at, line, is_whole
+            at, is_whole = at - 1, True
+        rest = first
+    if rest:
+        yield 0, rest, is_whole
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None of what is none of ours, as a line that a kill left half."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a `metrics.jsonl`, one after the other."""
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if (row := _object(line)) is not None:
+                yield row
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl` of a short run; those of a long one need a gigabyte."""
+    return list(iterate_metrics(path))
+
+
+def domains(row: dict[str, Any]) -> list[str]:
+    """Names of the validation sets of which an evaluation has figures beside those of all text."""
+    names = (key[len("eval/") : -len("/bits_per_byte")] for key in row if key.endswith("/bits_per_byte"))
+    return [name for name in names if f"eval/{name}/loss" in row]
+
+
+class Curve:
+    """Points in the order of x as a picture shows them: of more than it has pixels for, the lowest and the highest of
+    each few that follow on each other."""
+
+    _MOST = 4096
+
+    def __init__(self) -> None:
+        self._parts: list[list[float]] = []  # first x, lowest y, highest y
+        self._size, self._count = 1, 0  # points in a part, in all
+        self.last: float | None = None
+
+    def add(self, x: float, y: Any) -> None:
+        """A point; what is no number is none."""
+        if not isinstance(y, float) or not math.isfinite(y):
+            return
+        if self._count % self._size == 0:
+            if len(self._parts) == self._MOST:
+                pairs = zip(self._parts[::2], self._parts[1::2], strict=True)
+                self._parts = [[a[0], min(a[1], b[1]), max(a[2], b[2])] for a, b in pairs]
+                self._size *= 2
+            self._parts.append([x, y, y])
+        else:
+            part = self._parts[-1]
+            part[1:] = min(part[1], y), max(part[2], y)
+        self._count, self.last = self._count + 1, y
+
+    def points(self) -> tuple[list[float], list[float]]:
+        """All x and all y."""
+        if self._size == 1:
+            return [x for x, _, _ in self._parts], [y for _, y, _ in self._parts]
+        return [x for x, _, _ in self._parts for _ in range(2)], [y for _, *both in self._parts for y in both]
+
+
+class History:
+    """What a summary, a card and a picture need of a `metrics.jsonl`, in memory that does not grow with the run."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = ()):
+        self.loss, self.lr = Curve(), Curve()
+        self.validation: dict[str, Curve] = {}
+        """Losses by domain, those of all text under the empty name."""
+        self.evaluations: list[dict[str, Any]] = []
+        """The rows of the first evaluation and, if it is another, of the last."""
+        self.logged: dict[str, Any] = {}
+        """The row of the last log step."""
+        self.exported: dict[str, Any] = {}
+        self.tasks: dict[str, Any] = {}
+        """The row of the last downstream tasks."""
+        self.figures: dict[str, Any] = {}
+        """The newest of each figure that tells how good the model is."""
+        self.step, self.tokens = 0, 0
+        self._steps, self._speeds = array("q"), array("d")  # of each log step: 16 bytes
+        for row in rows:
+            self.add(row)
+
+    @classmethod
+    def read(cls, path: Path, step: int | None = None) -> History:
+        """That of a file, up to a step."""
+        return cls(row for row in iterate_metrics(path) if step is None or row["step"] <= step)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """The next row; events say nothing here."""
+        if "event" in row:
+            return
+        self.step, self.tokens = max(self.step, row["step"]), max(self.tokens, row.get("tokens", 0))
+        if "tokens_per_second" in row:
+            self.logged = row
+            self._steps.append(row["step"])
+            self._speeds.append(row["tokens_per_second"])
+        if "lr" in row:
+            self.loss.add(row["tokens"], row.get("loss"))
+            self.lr.add(row["tokens"], row["lr"])
+            self.figures |= {key: row[key] for key in ("step", "tokens", "loss", "lr") if key in row}
+            return
+        if "eval/loss" in row:
+            self.evaluations = [*self.evaluations[:1], row]
+            for name in ("", *domains(row)):
+                key = f"eval/{name}/loss" if name else "eval/loss"
+                self.validation.setdefault(name, Curve()).add(row["tokens"], row[key])
+        if "export/loss_export" in row:
+            self.exported = row
+        found = {k: v for k, v in row.items() if k.startswith(("eval/", "tasks/")) and v is not None}
+        if any(key.startswith("tasks/") for key in found):
+            self.tasks = row
+        if found:
+            self.figures |= found | {key: row[key] for key in ("step", "tokens") if key in row}
+
+    def speeds(self) -> Iterator[tuple[int, float]]:
+        """Step and tokens a second of each log step."""
+        return zip(self._steps, self._speeds, strict=True)
 
 
 def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: int, block_size: int) -> float:
@@ -248,23 +401,21 @@ def _status(key: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss against tokens, the learning rate beneath, as a PNG."""
+def plot_loss(history: History, path: Path, title: str) -> None:
+    """Training and validation loss against tokens, of each domain too, the learning rate beneath, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    train = [row for row in rows if isinstance(row.get("loss"), float)]
-    validation = [row for row in rows if isinstance(row.get("eval/loss"), float)]
-    loss_axes.plot([r["tokens"] for r in train], [r["loss"] for r in train], lw=1.3, color="#4c78a8", label="training")
-    if validation:
-        last = validation[-1]
-        label = f"validation, last {last['eval/loss']:.4f}"
-        tokens, losses = [r["tokens"] for r in validation], [r["eval/loss"] for r in validation]
-        loss_axes.plot(tokens, losses, lw=1.6, marker="o", ms=4, color="#e45756", label=label)
-    lr_axes.plot([r["tokens"] for r in train], [r["lr"] for r in train], lw=1.3, color="#72b7b2")
+    loss_axes.plot(*history.loss.points(), lw=1.3, color="#4c78a8", label="training")
+    for name, curve in history.validation.items():
+        tokens, losses = curve.points()
+        label = f"validation{f' {name}' if name else ''}, last {curve.last:.4f}" if losses else None
+        style: dict[str, Any] = {"lw": 1.1, "ls": "--", "ms": 3} if name else {"lw": 1.6, "color": "#e45756", "ms": 4}
+        loss_axes.plot(tokens, losses, marker="o" if len(tokens) < 200 else None, label=label, **style)
+    lr_axes.plot(*history.lr.points(), lw=1.3, color="#72b7b2")
     loss_axes.set(ylabel="loss (nats per token)", title=title)
     loss_axes.legend(frameon=False)
     lr_axes.set(xlabel="tokens", ylabel="learning rate", ylim=(0, None))

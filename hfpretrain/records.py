@@ -24,6 +24,7 @@ class Records:
         self._file = metrics.MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
         self._first_step, self._lost = step, 0
         self._samples: metrics.MetricsFile | None = None
+        self._history: metrics.History | None = None
         disable = None if is_main else True
         self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
 
@@ -31,8 +32,16 @@ class Records:
         """One object for `metrics.jsonl` and the trackers."""
         if self._file is not None:
             self._file.write(row)
+            if self._history is not None:
+                self._history.add(row)
         values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         self._track(values, row["step"])
+
+    def history(self) -> metrics.History:
+        """What `metrics.jsonl` says, read once; of the main process."""
+        if self._history is None:
+            self._history = metrics.History.read(self._output_dir / "metrics.jsonl")
+        return self._history
 
     def _track(self, values: dict[str, Any], step: int) -> None:
         for tracker in list(self._trackers):
@@ -91,7 +100,7 @@ class Records:
 
     def roll_back(self, step: int) -> None:
         """The run stands at `step` again."""
-        self._first_step = step
+        self._first_step, self._history = step, None
         for file in (self._file, self._samples):
             if file is not None:
                 file.forget(step)
@@ -103,8 +112,7 @@ class Records:
         if not self._is_main:
             return
         try:
-            rows = metrics.read_metrics(self._output_dir / "metrics.jsonl")
-            metrics.plot_loss(rows, self._output_dir / "loss.png", self._output_dir.name)
+            metrics.plot_loss(self.history(), self._output_dir / "loss.png", self._output_dir.name)
         except OSError as error:
             self.say(f"the loss plot is not drawn: {files.refusal(error) or error}")
 

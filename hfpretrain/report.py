@@ -163,8 +163,6 @@ def describe(run: Any) -> None:
 
 def run_summary(run: Any, report: dict[str, Any]) -> str:
     """What a finished run prints."""
-    rows = metrics.read_metrics(run.output_dir / "metrics.jsonl")
-    evaluations = [row for row in rows if "eval/loss" in row]
     where = ", ".join(
         text if (first, last) == (1, run.state.step) else f"{text} (steps {first:,} to {last:,})"
         for text, first, last in places(run.state.segments)
@@ -174,11 +172,9 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         f"{run.output_dir.name}: {run.parameters.total:,} parameters, {run.state.tokens:,} tokens in "
         f"{run.state.step:,} steps, {where}",
     ]
-    lines += [
-        f"  {_moment(row['step'], run.state.step):<16} loss {row['eval/loss']:.4f}   perplexity "
-        f"{row['eval/perplexity']:,.2f}   bits per byte {row['eval/bits_per_byte']:.4f}"
-        for row in (*evaluations[:1], *evaluations[1:][-1:])
-    ]
+    for row in run.records.history().evaluations:
+        lines.append(f"  {_moment(row['step'], run.state.step):<16} {evaluation_text(row)}")
+        lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in metrics.domains(row)]
     if run.epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs_text(run.recipe, run.epochs)}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
@@ -193,6 +189,14 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         *("    | " + line for line in text.splitlines()[:12]),
     ]
     return "\n".join(lines)
+
+
+def evaluation_text(row: dict[str, Any], domain: str = "") -> str:
+    """The figures of an evaluation's row, of all text or of one domain."""
+    loss, perplexity, bits = (
+        row[f"eval/{domain}/{key}" if domain else f"eval/{key}"] for key in ("loss", "perplexity", "bits_per_byte")
+    )
+    return f"loss {loss:.4f}   perplexity {perplexity:,.2f}   bits per byte {bits:.4f}"
 
 
 def _moment(step: int, last_step: int) -> str:

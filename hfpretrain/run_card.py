@@ -31,16 +31,17 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
         where, data = (json.loads((run / name).read_text("utf-8")) for name in ("environment.json", report.DATA))
     except (OSError, ValueError) as error:
         raise RecipeError.at(str(run), f"is no run folder of this version of hfpretrain: {error}") from error
-    rows = _rows(run, step)
+    history = metrics.History.read(run / "metrics.jsonl", step)
     name = repo_id or recipe.hub.repo_id
     title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
-    metrics.plot_loss(rows, model / "loss.png", title)
+    metrics.plot_loss(history, model / "loss.png", title)
     if (model / files.SUMS).is_file():  # which exports of older versions do not have
         try:
             files.add_sums(model, [model / "loss.png"])
         except ValueError as error:
             raise RecipeError.at(str(model), str(error)) from error
-    text = card.write(_metadata(run, recipe, rows, title), _blocks(run, recipe, where, data, rows, name, title, step))
+    blocks = _blocks(run, recipe, where, data, history, name, title, step)
+    text = card.write(_metadata(run, recipe, history, title), blocks)
     path = model / "README.md"
     try:
         files.write_whole(path, card.update(path.read_text("utf-8"), text) if path.exists() else text)
@@ -57,11 +58,7 @@ def keep_edits(path: Path, remote: str | None) -> None:
 
 def figures(run: Path, step: int | None = None) -> dict[str, Any]:
     """The newest figures of each kind that were measured up to a step."""
-    found: dict[str, Any] = {}
-    for row in _rows(run, step):
-        kept = ("loss", "lr", "tokens", "step")
-        found |= {k: v for k, v in row.items() if k in kept or (k.startswith(("eval/", "tasks/")) and v is not None)}
-    return found
+    return metrics.History.read(run / "metrics.jsonl", step).figures
 
 
 def figures_text(run: Path, step: int) -> str:
@@ -72,31 +69,22 @@ def figures_text(run: Path, step: int) -> str:
     )
 
 
-def _rows(run: Path, step: int | None) -> list[dict[str, Any]]:
-    rows = metrics.read_metrics(run / "metrics.jsonl")
-    return [row for row in rows if "event" not in row and (step is None or row["step"] <= step)]
-
-
-def _evaluations(rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, dict[str, Any]]]]:
-    """Step and figures by domain of each evaluation, those of all text under the empty name."""
+def _evaluations(history: metrics.History) -> list[tuple[int, dict[str, dict[str, Any]]]]:
+    """Step and figures by domain of the first and the last evaluation, those of all text under the empty name."""
     found = []
-    for row in rows:
-        if "eval/loss" in row:
-            by_domain: dict[str, dict[str, Any]] = {"": {}}
-            for key, value in row.items():
-                if key.startswith("eval/"):
-                    domain, _, figure = key.removeprefix("eval/").rpartition("/")
-                    by_domain.setdefault(domain, {})[figure] = value
-            found.append((row["step"], {name: part for name, part in by_domain.items() if "loss" in part}))
+    for row in history.evaluations:
+        by_domain: dict[str, dict[str, Any]] = {"": {}}
+        for key, value in row.items():
+            if key.startswith("eval/"):
+                domain, _, figure = key.removeprefix("eval/").rpartition("/")
+                by_domain.setdefault(domain, {})[figure] = value
+        found.append((row["step"], {name: part for name, part in by_domain.items() if "loss" in part}))
     return found
 
 
-def _tasks(rows: list[dict[str, Any]]) -> dict[str, float]:
-    for row in reversed(rows):
-        found = {key.removeprefix("tasks/"): value for key, value in row.items() if key.startswith("tasks/")}
-        if found:
-            return {key: value for key, value in found.items() if isinstance(value, (int, float))}
-    return {}
+def _tasks(history: metrics.History) -> dict[str, float]:
+    found = {k.removeprefix("tasks/"): value for k, value in history.tasks.items() if k.startswith("tasks/")}
+    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
 
 
 def _hub_datasets(recipe: Recipe) -> list[str]:
@@ -126,8 +114,8 @@ def _emissions(run: Path) -> dict[str, Any] | None:
     )
 
 
-def _metadata(run: Path, recipe: Recipe, rows: list[dict[str, Any]], title: str) -> dict[str, Any]:
-    evaluations, section = _evaluations(rows), recipe.hub
+def _metadata(run: Path, recipe: Recipe, history: metrics.History, title: str) -> dict[str, Any]:
+    evaluations, section = _evaluations(history), recipe.hub
     return card.metadata(
         name=title,
         license=section.license,
@@ -136,7 +124,7 @@ def _metadata(run: Path, recipe: Recipe, rows: list[dict[str, Any]], title: str)
         base_model=_base_model(recipe),
         tags=section.tags,
         validation=evaluations[-1][1] if evaluations else {},
-        tasks=_tasks(rows),
+        tasks=_tasks(history),
         emissions=_emissions(run),
     )
 
@@ -146,17 +134,16 @@ def _blocks(
     recipe: Recipe,
     where: dict[str, Any],
     data: dict[str, Any],
-    rows: list[dict[str, Any]],
+    history: metrics.History,
     name: str | None,
     title: str,
     step: int | None,
 ) -> dict[str, str]:
-    exported: dict[str, Any] = next((row for row in reversed(rows) if "export/loss_export" in row), {})
-    evaluations = _evaluations(rows)
-    labels = [(f"step {at:,}", by_domain) for at, by_domain in (*evaluations[:1], *evaluations[1:][-1:])]
+    exported = history.exported
+    labels = [(f"step {at:,}", by_domain) for at, by_domain in _evaluations(history)]
     kind = without_folders(recipe.model.pretrained) or (recipe.model.config or {})["model_type"]
     origin = f"{kind}, trained further" if recipe.model.pretrained else f"{kind}, trained from scratch"
-    tokens = max((row.get("tokens", 0) for row in rows), default=0)
+    tokens = history.tokens
     steps = recipe.training.num_steps
     summary = (
         f"# {title}\n\nA causal language model ({origin}, {where['num_parameters']:,} parameters, {tokens:,} tokens), "
@@ -177,12 +164,12 @@ def _blocks(
         )
     blocks = {
         "summary": summary,
-        "results": f"## Results\n\n{card.validation_table(labels)}\n\n{card.tasks_table(_tasks(rows))}",
+        "results": f"## Results\n\n{card.validation_table(labels)}\n\n{card.tasks_table(_tasks(history))}",
         "loss": "![Training and validation loss](loss.png)",
         "use": f"## Use\n\n{use}",
         "samples": _samples(run, exported, step),
         "data": f"## Data\n\n{_sources(data)}\n\n{card.fenced(data['account'])}",
-        "training": f"## Training\n\n{card.listed(_training(run, recipe, where, rows, exported))}",
+        "training": f"## Training\n\n{card.listed(_training(run, recipe, where, history))}",
         "reproduce": _reproduce(recipe, where),
         "limits": f"## Limits\n\n{limits}",
     }
@@ -200,8 +187,10 @@ def _framing(data: dict[str, Any]) -> str:
 
 
 def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:
-    samples = [s for s in metrics.read_metrics(run / "samples.jsonl") if step is None or s["step"] <= step]
-    newest = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    newest: list[dict[str, Any]] = []
+    for sample in metrics.iterate_metrics(run / "samples.jsonl"):
+        if step is None or sample["step"] <= step:
+            newest = [*(newest if newest and newest[0]["step"] == sample["step"] else []), sample]
     parts = [
         f"{how} from {sample['prompt']!r}, at step {sample['step']:,}:\n\n{card.fenced(sample[kind])}"
         for sample in newest
@@ -231,18 +220,15 @@ def _sources(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training(
-    run: Path, recipe: Recipe, where: dict[str, Any], rows: list[dict[str, Any]], exported: dict[str, Any]
-) -> dict[str, Any]:
-    logged: list[dict[str, Any]] = [row for row in rows if "tokens_per_second" in row]
-    last = logged[-1] if logged else {}
+def _training(run: Path, recipe: Recipe, where: dict[str, Any], history: metrics.History) -> dict[str, Any]:
+    last = history.logged
     tokens_per_step, segments = recipe.training.tokens_per_step, report.segments_of(where, last.get("step", 0))
     places, hardware, speeds, hours = report.places(segments), [], [], 0.0
     for place, first, end in places:
         steps = f"steps {first:,} to {end:,}: " if len(places) > 1 else ""
         hardware.append(f"{steps}{place}")
-        within = [row for row in logged if first <= row["step"] <= end]
-        if (seconds := bill.seconds_per_step(within, tokens_per_step, first - 1)) is None:
+        seconds = bill.seconds_per_step(history.speeds(), tokens_per_step, first - 1, end)
+        if seconds is None:
             continue  # trained in another folder, whose figures are there
         speed = f"{steps}{tokens_per_step / seconds:,.0f} tokens/s"
         if last.get("mfu") and end == last["step"]:
@@ -251,7 +237,7 @@ def _training(
         speeds.append(speed)
         hours += (end + 1 - first) * seconds / 3600
     precisions = dict.fromkeys("float32" if part["precision"] == "no" else part["precision"] for part in segments)
-    dtype = exported.get("export/dtype", recipe.model.dtype)
+    dtype = history.exported.get("export/dtype", recipe.model.dtype)
     emissions = _emissions(run)
     return {
         "parameters": f"{where['num_parameters']:,} ({where['num_non_embedding_parameters']:,} without embeddings)",

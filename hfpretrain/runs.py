@@ -21,11 +21,10 @@ def find(folder: Path) -> list[Path]:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a run is and where it stands; None for what it does not know. `loss` and what follows from it are those of
-    the last evaluation."""
-    rows = metrics.read_metrics(path / "metrics.jsonl")
-    trained = [row for row in rows if "tokens_per_second" in row]
-    evaluated: dict[str, Any] = next((row for row in reversed(rows) if "eval/loss" in row), {})
+    """What a run is and where it stands; None for what it does not know. `loss`, what follows from it and `loss DOMAIN`
+    of each set that has a name are those of the last evaluation."""
+    history = metrics.History.read(path / "metrics.jsonl")
+    evaluated: dict[str, Any] = history.evaluations[-1] if history.evaluations else {}
     environment: dict[str, Any] = {}
     if (path / "environment.json").exists():
         environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
@@ -35,11 +34,11 @@ def describe(path: Path) -> dict[str, Any]:
         model = recipe.model.pretrained or (recipe.model.config or {}).get("model_type")
     except RecipeError:  # of another version
         steps, model = None, None
-    step = max((row["step"] for row in rows), default=0)
+    step = history.step
     segments = report.segments_of(environment, max(step, 1)) if environment else []
     if run_folder.is_in_use(path):
         state = "running"
-    elif any("export/loss_export" in row for row in rows):  # a run that goes on forgets it
+    elif history.exported:  # a run that goes on forgets it
         state = "finished"
     else:
         state = "stopped"
@@ -48,35 +47,39 @@ def describe(path: Path) -> dict[str, Any]:
         "model": model,
         "engine": ", ".join(dict.fromkeys(f"{part['engine']} x{part['num_processes']}" for part in segments)),
         "parameters": environment.get("num_parameters"),
-        "tokens": max((row.get("tokens", 0) for row in rows), default=0),
+        "tokens": history.tokens,
         "loss": evaluated.get("eval/loss"),
         "perplexity": evaluated.get("eval/perplexity"),
         "bits/byte": evaluated.get("eval/bits_per_byte"),
-        "tokens/s": trained[-1]["tokens_per_second"] if trained else None,
+        "tokens/s": history.logged.get("tokens_per_second"),
         "state": state if state == "finished" else f"{state} at {step}/{steps or '?'}",
+        **{f"loss {name}": evaluated[f"eval/{name}/loss"] for name in metrics.domains(evaluated)},
     }
 
 
 def table(folder: Path) -> str:
-    """One line for each run, paths relative to `folder`."""
-    lines: list[tuple[str, ...]] = [_COLUMNS]
-    for path in find(folder):
-        found = describe(path)
-        found["run"] = path.relative_to(folder) if path != folder else path.name
-        lines.append(tuple(_cell(name, found[name]) for name in _COLUMNS))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-    numbers = {"parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s"}
+    """One line for each run, paths relative to `folder`; a column for each domain that any of them evaluates."""
+    described = [
+        describe(path) | {"run": path.relative_to(folder) if path != folder else path.name} for path in find(folder)
+    ]
+    named = dict.fromkeys(name for found in described for name in found if name.startswith("loss "))
+    at = _COLUMNS.index("loss") + 1
+    columns = (*_COLUMNS[:at], *named, *_COLUMNS[at:])
+    lines = [columns, *(tuple(_cell(name, found.get(name)) for name in columns) for found in described)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
+    numbers = {"parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", *named}
     return "\n".join(
         "  ".join(
             cell.rjust(width) if name in numbers else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, line, widths, strict=True)
+            for name, cell, width in zip(columns, line, widths, strict=True)
         ).rstrip()
         for line in lines
     )
 
 
 def plot(folder: Path, path: Path) -> None:
-    """Validation losses of all runs against tokens in one PNG; training losses of those without validation."""
+    """Validation losses of all runs against tokens in one PNG, those of each domain dashed; training losses of runs
+    without validation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,12 +89,17 @@ def plot(folder: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for run in find(folder):
-        rows = metrics.read_metrics(run / "metrics.jsonl")
-        key = "eval/loss" if any("eval/loss" in row for row in rows) else "loss"
-        points = [(row["tokens"], row[key]) for row in rows if isinstance(row.get(key), float)]
-        label = f"{run.relative_to(folder) if run != folder else run.name}{'' if key == 'eval/loss' else ' (training)'}"
-        if points:
-            axes.plot(*zip(*points, strict=True), lw=1.5, marker="o", ms=3, label=label)
+        history = metrics.History.read(run / "metrics.jsonl")
+        label = str(run.relative_to(folder)) if run != folder else run.name
+        color = None
+        for name, curve in (history.validation or {"(training)": history.loss}).items():
+            points = curve.points()
+            if not points[0]:
+                continue
+            style: dict[str, Any] = {"lw": 1, "ls": "--", "color": color} if name and color else {"lw": 1.5}
+            marker = "o" if len(points[0]) < 200 else None
+            (line,) = axes.plot(*points, marker=marker, ms=3, label=f"{label} {name}".rstrip(), **style)
+            color = line.get_color()
     axes.set(xlabel="tokens", ylabel="validation loss (nats per token)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -102,7 +110,7 @@ def plot(folder: Path, path: Path) -> None:
 def _cell(name: str, value: Any) -> str:
     if value is None or (isinstance(value, str) and name != "run"):
         return value or "-"
-    if name in ("loss", "bits/byte"):
+    if name in ("loss", "bits/byte") or name.startswith("loss "):
         return f"{value:.4f}" if isinstance(value, float) else str(value)
     if name == "perplexity":
         return f"{value:,.2f}"

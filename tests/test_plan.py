@@ -260,10 +260,11 @@ def test_a_run_says_what_it_came_to(folder):
 
 
 def test_seconds_of_a_step_leave_the_first_line_out():
-    rows = [{"step": 2, "tokens_per_second": 10.0}, {"step": 2, "eval/loss": 1.0}]
-    assert seconds_per_step(rows, 100) == 10 and seconds_per_step([], 100) is None
-    rows += [{"step": 4, "tokens_per_second": 100.0}, {"step": 5, "tokens_per_second": 25.0}]
-    assert seconds_per_step(rows, 100) == pytest.approx((2 * 1 + 1 * 4) / 3)
+    speeds = [(2, 10.0)]
+    assert seconds_per_step(speeds, 100) == 10 and seconds_per_step([], 100) is None
+    speeds += [(4, 100.0), (5, 25.0)]
+    assert seconds_per_step(speeds, 100) == pytest.approx((2 * 1 + 1 * 4) / 3)
+    assert seconds_per_step(speeds, 100, after=2) == 4 and seconds_per_step(speeds, 100, after=2, last=4) == 1
 
 
 def test_a_table_without_a_known_peak(folder):

@@ -1,9 +1,10 @@
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import rows, small_text, train, write_jsonl, write_recipe
+from conftest import hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from test_model import LLAMA, build
 
 from hfpretrain.dataloader import IGNORE_INDEX
@@ -114,6 +115,17 @@ def test_a_run_reports_each_domain(two):
         assert low < last[f"eval/{name}/bits_per_byte"] < high
     assert last["eval/tokens"] == last["eval/river/tokens"] + last["eval/sea/tokens"]
     assert list(last["eval/loss_by_context"])[:3] == ["1", "2-3", "4-7"]
+    # Beside what is pooled, which may get better while one gets worse.
+    values = {name: f"{last[f'eval/{name}loss']:.4f}" for name in ("", "river/", "sea/")}
+    for name in ("river", "sea"):
+        assert f"  {name}: loss {values[f'{name}/']}, perplexity " in result.stderr
+        assert re.search(f"after training .*\n(.*\n)?    {name} +loss {values[f'{name}/']} ", result.stdout)
+    header, line = hfpretrain("runs", str(folder / "run")).stdout.splitlines()
+    assert re.search("loss +loss river +loss sea +perplexity", header) and " ".join(values.values()) in " ".join(
+        line.split()
+    )
+    card = (folder / "run" / "model" / "README.md").read_text()
+    assert "| step 4, river | " in card and "| step 4, sea | " in card
 
 
 def test_domains_are_for_validation_and_for_all_of_it(tmp_path):
