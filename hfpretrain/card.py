@@ -37,9 +37,9 @@ def update(old: str, new: str) -> str:
     return front + _BLOCK.sub(lambda match: _block(match[1], str(blocks.get(match[1], match[2]))), body)
 
 
-def is_edited(text: str) -> bool:
-    """Whether anything stands outside of the blocks."""
-    return bool(_BLOCK.sub("", _split(text)[1]).strip())
+def edits(text: str) -> str:
+    """What a person has written: all that stands outside of the blocks."""
+    return _BLOCK.sub("", _split(text)[1]).strip()
 
 
 def _block(name: str, text: str) -> str:

@@ -101,6 +101,10 @@ def verify(model_path: Path, reference: Path, trust_remote_code: bool = False) -
     with safe_open(reference, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         precision = file.metadata()["precision"]
+    sums = files.sums_of(model_path)
+    if (model_path / "adapter_config.json").is_file() and "adapter_config.json" not in (sums or {}):
+        message = "is not of the export, and from_pretrained would load an adapter by it; move it into a folder"
+        raise RecipeError.at(str(model_path / "adapter_config.json"), message)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=trust_remote_code).eval()
     except Exception as error:  # a broken file may raise anything

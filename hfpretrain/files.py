@@ -180,8 +180,8 @@ def _carry(old: Path, new: Path, own: set[str], below: str = "") -> None:
     """Move everything but `own` from `old` into `new`, which is made where it is needed; nothing is overwritten."""
     for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
         name, target = f"{below}{entry.name}", new / entry.name
-        has_own = any(other.startswith(f"{name}/") for other in own)
-        if entry.is_dir(follow_symlinks=False) and (has_own or target.is_dir()):
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if is_folder and (target.is_dir() or any(other.startswith(f"{name}/") for other in own)):
             _carry(old / entry.name, target, own, f"{name}/")
         elif name not in own:
             new.mkdir(parents=True, exist_ok=True)

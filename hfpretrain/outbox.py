@@ -18,6 +18,8 @@ from typing import Any
 from hfpretrain import files
 
 STATE, MODEL = "state", "model"
+LOCK = ".lock"
+"""Two publishers of one run would undo each other's work."""
 _PUBLISHED, _TRAIN_STATE = "published.json", "train_state.json"
 _OURS = (_TRAIN_STATE, f"{MODEL}/README.md")  # which no manifest names
 
@@ -76,11 +78,16 @@ def remove(place: Path) -> None:
 
 
 def sweep(outbox: Path) -> None:
-    """Finish what a killed process has begun here: no other may be at work."""
-    for left in outbox.glob(f"step-*{files.REPLACED}"):
-        files.restore(left.with_name(left.name.removesuffix(files.REPLACED)), _OURS)
-    for left in outbox.glob(f"step-*{files.INCOMPLETE}"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Finish what a killed process has begun here, unless another is at work."""
+    from filelock import FileLock, Timeout
+
+    if not outbox.is_dir():
+        return
+    with contextlib.suppress(Timeout), FileLock(outbox / LOCK, timeout=0):
+        for left in outbox.glob(f"step-*{files.REPLACED}"):
+            files.restore(left.with_name(left.name.removesuffix(files.REPLACED)), _OURS)
+        for left in outbox.glob(f"step-*{files.INCOMPLETE}"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def published(outbox: Path) -> dict[str, dict[str, str]]:

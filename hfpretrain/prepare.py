@@ -205,7 +205,7 @@ def _pull(recipe: Recipe, path: Path, file_read: Callable[[], None] = lambda: No
     if reason is not None:
         shutil.rmtree(work)
         raise RecipeError.at("data.prepared_dir", f"what came from {mirror.url} is damaged: {reason}; run again")
-    work.rename(path)
+    files.put_in_place(work, path)
     files.remember(path)
     return PreparedData.open(path)
 

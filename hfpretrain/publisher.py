@@ -27,7 +27,6 @@ from hfpretrain.recipe import HubSection, load_recipe
 
 MAIN = "main"
 FINISH = "finish"
-LOCK = ".lock"  # two publishers of one run would undo each other's work
 _RETRY_SECONDS = (2, 300)  # after a failure; twice as many after each further one, up to the second number
 _BYTES_PER_SECOND = 2**20
 _BASE_SECONDS = 120  # what an attempt may take beside its bytes: exporting, a few rounds of huggingface_hub's retries
@@ -211,7 +210,7 @@ def main(run: Path) -> int:
     section = load_recipe(run / "recipe.yaml").hub
     assert section.repo_id is not None
     publisher = Publisher(run, section, Repo(section.repo_id, section.private), tell)
-    with FileLock(run / "outbox" / LOCK):
+    with FileLock(run / "outbox" / outbox.LOCK):
         publisher.greet()
         publisher.follow(finish)
     return 0

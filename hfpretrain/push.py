@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from hfpretrain import files, outbox
 from hfpretrain.hub import Repo, bound_waiting, trouble
-from hfpretrain.publisher import LOCK, MAIN, Publisher, title
+from hfpretrain.publisher import MAIN, Publisher, title
 from hfpretrain.recipe import HubSection, RecipeError, load_recipe, repo_id_problem
 
 
@@ -41,7 +41,7 @@ def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
         raise RecipeError.at(str(run / "outbox"), "is no folder; move it away")
     (run / "outbox").mkdir(exist_ok=True)
     try:
-        with FileLock(run / "outbox" / LOCK, timeout=0):
+        with FileLock(run / "outbox" / outbox.LOCK, timeout=0):
             _or_recipe_error(repo_id, repo.open)
             missing = _push_all(run, section, repo, keep=recipe.hub.repo_id not in (None, repo_id))
     except Timeout:

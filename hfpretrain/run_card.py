@@ -50,10 +50,17 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
 
 
 def keep_edits(path: Path, remote: str | None) -> None:
-    """Take over into the card at `path` what a person has written into the one on the Hub, unless both were edited."""
+    """Take over into the card at `path` what a person has written into the one on the Hub.
+
+    Where both were edited, the one here is taken, and the Hub's is kept beside it: `README.hub.md`.
+    """
     ours = path.read_text(encoding="utf-8")
-    if remote is not None and not card.is_edited(ours):
+    if remote is None:
+        return
+    if not card.edits(ours):
         files.write_whole(path, card.update(remote, ours))
+    elif card.edits(remote) not in card.edits(ours):
+        files.write_whole(path.with_name("README.hub.md"), remote)
 
 
 def figures(run: Path, step: int | None = None) -> dict[str, Any]:

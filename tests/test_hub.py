@@ -330,10 +330,12 @@ def test_a_state_that_is_not_right_is_refused_before_anything_of_it_is_used(worl
     del manifest["manifest_sha256"]
     index["state/manifest.json"] = json.dumps(manifest).encode()
     stateless = {name: content for name, content in whole.items() if not name.startswith("state/")}
-    for name, content in (("weights", weights), ("index", index), ("stateless", stateless)):
+    escaping = {**whole, "state/../../../../escaped": b"this must not be written"}
+    contents = {"weights": weights, "index": index, "stateless": stateless, "escaping": escaping}
+    for name, content in contents.items():
         world.repo.commit(name, name, content)
     path = world.recipe(output_dir=str(world.folder / "fresh"))
-    names = ["weights", "index", "stateless", STEPS[1], "nowhere"]
+    names = ["weights", "index", "stateless", "escaping", STEPS[1], "nowhere"]
     result = world.run(sys.executable, "-c", FETCHES, path, *names)
     assert result.returncode == 0, result.stderr
     told = dict(line.split(" ", 1) for line in result.stdout.splitlines())
@@ -342,6 +344,8 @@ def test_a_state_that_is_not_right_is_refused_before_anything_of_it_is_used(worl
     assert "holds no state; push with `hub.push_state: true`" in told["stateless"]
     assert "is of another recipe; undo the changes" in told[STEPS[1]] and "optimizer.lr: is 0.1" in told[STEPS[1]]
     assert "can't be read: 404" in told["nowhere"]
+    assert "can't be read: ValueError" in told["escaping"]
+    assert not [path for path in world.folder.parent.rglob("escaped") if path.is_file()]
     assert not list((world.folder / "fresh" / "checkpoints").glob("step-*"))
 
 
@@ -422,6 +426,12 @@ def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):
     path.write_text(text)
     run_card.keep_edits(path, world.repo.at("main").files["README.md"].decode())
     assert "Do **not** use it for poems." in path.read_text() and "mine: 1" in path.read_text()
+    # Where both were edited, neither is lost.
+    run_card.keep_edits(path, text + "Words on the Hub.\n")
+    assert "Do **not** use it for poems." in path.read_text()
+    kept = path.with_name("README.hub.md")
+    assert kept.read_text().endswith("Words on the Hub.\n")
+    kept.unlink()
 
 
 def test_main_gets_the_checksums_and_loses_only_what_an_export_put_there(world):
@@ -456,5 +466,5 @@ def test_a_card_that_is_all_a_persons_stays_above_the_generated_one():
     assert card.update("---\ntags: [a]\n---\n# Mine\n", new).endswith(
         "tags:\n- hfpretrain\n- a\n---\n# Mine\n" + new.partition("\n---\n")[2]
     )
-    assert card.update(new, new) == new and not card.is_edited(new)
+    assert card.update(new, new) == new and not card.edits(new)
     assert card.validation_table([]) == "No validation text was held out." and card.tasks_table({}) == ""
