@@ -436,7 +436,9 @@ def _open_file(origin: str) -> Any:
         return open(origin, "rb")  # closed by who reads it
     import fsspec
 
-    return fsspec.open(origin, "rb").open()
+    file = fsspec.open(origin, "rb").open()
+    # fsspec's own `readline` copies megabytes for each line.
+    return io.BufferedReader(file, 2**20) if hasattr(file, "readinto") else file
 
 
 def _decompressed(file: Any, suffix: str) -> Any:

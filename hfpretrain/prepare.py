@@ -473,7 +473,13 @@ class _Preparation:
             except OSError:  # another shard was first
                 shutil.rmtree(own)
         section = self.recipe.tokenizer
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        except Exception as error:  # a broken file may raise anything
+            what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+            raise RecipeError.at(
+                "data", f"the tokenizer in {folder} does not load: {what}; delete {self.work}"
+            ) from error
 
     def parts(self, index: int, count: int) -> list[str]:
         """Do all unfinished parts of share `index` of `count`; returns the keys of all parts if all are done."""

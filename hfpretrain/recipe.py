@@ -172,6 +172,8 @@ class TokenizerSection(Section):
         return self
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+IS_LFS_POINTER = "is a Git LFS pointer, not the file: get it with `git lfs pull`"
 FILE_FORMATS = ("text", "json", "parquet", "csv")
 
 
@@ -574,8 +576,18 @@ def not_loaded(given: str, error: Exception) -> str:
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
         return f"{given!r} is a run; did you mean {path / 'model'}?"
     if path.exists():
-        return f"cannot load {given!r}: {line}"
+        return f"cannot load {given!r}: {_absent_file(path) or line}"
     return f"there is no folder {given!r}, and it does not load from the Hub either: {line}"
+
+
+def _absent_file(folder: Path) -> str | None:
+    """Which file of a folder stands for one that isn't on this machine; None if none does."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_symlink() and not file.exists():
+            return f"{file} is a link to {file.readlink()}, which is missing"
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            return f"{file} {IS_LFS_POINTER}"
+    return None
 
 
 def hub_address(address: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from hfpretrain.recipe import FILE_FORMATS, RecipeError, SourceSection
+from hfpretrain.recipe import FILE_FORMATS, IS_LFS_POINTER, LFS_POINTER, RecipeError, SourceSection
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -32,7 +32,7 @@ _MARKERS = re.compile(
     r"|(README|LICEN[SC]E|NOTICE|COPYING|CITATION|MD5SUMS|SHA256SUMS)([.-]\w+)*)"
 )
 _MAGIC = (
-    (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer, not the file: get it with `git lfs pull`"),
+    (LFS_POINTER, IS_LFS_POINTER),
     (b"/annex/objects/", "is a git-annex pointer, not the file: get it with `git annex get`"),
     (b"PK\x03\x04", "is a zip archive: unpack it and name its files"),
     (b"PK\x05\x06", "is an empty zip archive"),

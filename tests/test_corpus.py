@@ -490,6 +490,33 @@ def test_a_file_that_is_something_else_is_said_to_be_that(tmp_path, name, conten
         list(corpus.Reader(source, on_bad_document=on_bad_document).read())
 
 
+def test_files_of_a_tokenizer_that_are_not_here_are_named(tmp_path):
+    from hfpretrain.tokenizer import TokenizerSection, load_tokenizer
+
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_bytes(LFS)
+    with pytest.raises(RecipeError, match=r"tokenizer.json is a Git LFS pointer"):
+        load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to("/gone/tokenizer.json")
+    with pytest.raises(RecipeError, match=r"is a link to /gone/tokenizer.json, which is missing"):
+        load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
+
+
+def test_remote_files_are_read_line_by_line_without_copying_blocks(tmp_path):
+    import fsspec
+
+    lines = "".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(3000))
+    for name, content in (("a.jsonl", lines.encode()), ("b.jsonl.GZ", gzip.compress(lines.encode()))):
+        with fsspec.open(f"memory://by-line/{name}", "wb") as file:
+            file.write(content)
+        expected = [f"line {n}" for n in range(3000)]
+        assert read(path="json", data_files=f"memory://by-line/{name}") == expected
+        assert read(path="json", data_files=f"memory://by-line/{name}", split="train[:10]") == expected[:10]
+    pandas.DataFrame({"text": TEXTS}).to_parquet("memory://by-line/c[1].parquet")
+    assert read(path="parquet", data_files="memory://by-line/c[1].parquet") == TEXTS
+
+
 def test_upper_case_suffixes_and_first_lines_that_are_broken_are_no_other_format(tmp_path):
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "x"}\n'))
     assert read(path="json", data_files=str(tmp_path / "A.JSONL.GZ")) == ["x"]

@@ -601,3 +601,11 @@ def test_prepared_data_are_opened_without_writing_beside_them(folder):
         lock.unlink()
     prepare(recipe(folder))
     assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_a_damaged_tokenizer_of_an_unfinished_preparation_is_named(folder):
+    prepare_shard(recipe(folder), 0, 2)
+    (damaged,) = (folder / "prepared").glob("*.incomplete/tokenizer/tokenizer.json")
+    damaged.write_text("{")
+    with pytest.raises(RecipeError, match=r"data: the tokenizer in .* does not load.*; delete "):
+        prepare(recipe(folder))
