@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from hfpretrain.plan import Plan, make_plan
+from hfpretrain.plan import DEFAULT_MFU, Plan, make_plan
 from hfpretrain.recipe import Recipe, RecipeError
 
 FILE = "plan.json"
@@ -31,12 +32,13 @@ def table(plan: Plan) -> str:
         else f"{plan.num_processes} x {plan.device}"
     )
     if plan.seconds_per_step is None or plan.hours is None or plan.device_hours is None:
-        lines.append(f"  time         not known: the peak of {plan.device} is {plan.peak_is}")
+        why = f"the peak of {plan.device} is {plan.peak_is}" if plan.peak_flops is None else "no engine runs so"
+        lines.append(f"  time         not known: {why}")
     else:
         lines += [
             f"  time         {plan.num_steps:,} steps of {plan.seconds_per_step:,.3g} s = {_hours(plan.hours)}, "
             f"{plan.device_hours:,.{1 if plan.device_hours >= 1 else 4}f} device-hours on {where}",
-            f"               assumed: MFU {plan.mfu:g} of {_si(plan.peak_flops or 0)}FLOP/s in "
+            f"               {plan.mfu_is}: MFU {plan.mfu:.3g} of {_si(plan.peak_flops or 0)}FLOP/s in "
             f"{'float32' if plan.mixed_precision == 'no' else plan.mixed_precision} ({plan.peak_is})",
         ]
     lines.append(f"  prepared     {_bytes(plan.prepared_bytes)} ({plan.prepared_is})")
@@ -53,9 +55,12 @@ def table(plan: Plan) -> str:
         f"{'engine':<14}{'weights':>9}{'gradients':>10}{'optimizer':>10}{'activations':>12}{'logits':>8}{'buffers':>9}"
         f"{'peak':>9}{'host':>8}  {'fits':<5}{'disk':>10}{'export':>10}",
     ]
+    reasons: list[str] = []
     for row in plan.engines:
         if row.memory is None:
-            lines.append(f"{row.engine:<14}  {row.reason:.101}")
+            reason = row.reason or ""
+            reasons += [] if reason in reasons else [reason]
+            lines.append(f"{row.engine:<14}  not possible ({reasons.index(reason) + 1})")
             continue
         parts = [getattr(row.memory, part) / size for part in _PARTS]
         widths = (9, 10, 10, 12, 8, 9, 9, 8)
@@ -64,6 +69,8 @@ def table(plan: Plan) -> str:
         disk = (row.checkpoint_bytes or 0) * plan.keep_last
         written = f"{_bytes(disk):>10}{_bytes(row.export_bytes or 0):>10}"
         lines.append(f"{row.engine:<14}{cells}  {'yes' if row.fits else 'no':<5}{written}")
+    for number, reason in enumerate(reasons, 1):
+        lines += textwrap.wrap(reason, 120, initial_indent=f"({number}) ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -79,7 +86,8 @@ def _comparison(measured: dict[str, Any]) -> list[str]:
     if found["resident"] is not None:
         rows.append(f"  with those: {_bytes(found['resident'])}")
     if found["mfu"] is not None:
-        rows.append(f"  time: MFU {found['mfu']:.2f}, assumed were {measured['prediction']['mfu']:g}")
+        prediction = measured["prediction"]
+        rows.append(f"  time: MFU {found['mfu']:.2g}; {prediction['mfu']:.2g} was {prediction['mfu_is']}")
     return rows
 
 
@@ -92,6 +100,7 @@ def compare(
         "peak_memory": None if memory is None else memory.peak,
         "seconds_per_step": plan.seconds_per_step,
         "mfu": plan.mfu,
+        "mfu_is": plan.mfu_is,
     }
     mfu = None
     if seconds_per_step and plan.seconds_per_step is not None:
@@ -159,7 +168,8 @@ def out_of_memory(run: Any, message: str) -> str:
 
     recipe, accelerator = run.recipe, run.accelerator
     name, number = engine.engine_name(accelerator), accelerator.num_processes
-    settled = {"num_processes": number, "mixed_precision": engine.precision(accelerator)}
+    # Nothing is to be timed where memory is short.
+    settled = {"num_processes": number, "mixed_precision": engine.precision(accelerator), "mfu": DEFAULT_MFU}
     with engine.plain_initialisation():
         plan = make_plan(recipe, config=getattr(run, "config", None), **settled)
         peaks = {row.engine: row.memory.peak for row in plan.engines if row.memory is not None}

@@ -79,14 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--engine", help="this one alone; default: all side by side")
     plan.add_argument("--num-processes", type=int, help="one for each device; default: 1")
     plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
-    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the device's peak; default: 0.4")
+    mfu = "assumed share of the device's peak; default: 0.4, on this machine's CPU measured with a small model itself"
+    plan.add_argument("--mfu", type=float, help=mfu)
     plan.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOP/s")
     many = "simulate communication on so many devices instead; default: 8 64 512 4096"
     plan.add_argument("--scaling", type=int, nargs="*", metavar="DEVICES", help=many)
-    plan.add_argument("--devices-per-node", type=int, default=8, help="of --scaling; default: 8")
-    plan.add_argument("--nvlink", type=float, default=450, help="GB/s a device sends inside its node; default: 450")
-    plan.add_argument("--infiniband", type=float, default=50, help="GB/s a device sends to others; default: 50")
-    plan.add_argument("--shard-size", type=int, help="devices that share a copy under hsdp; default: its file's")
+    plan.add_argument("--devices-per-node", type=int, help="of --scaling; default: 8")
+    plan.add_argument("--nvlink", type=float, help="of --scaling: GB/s a device sends inside its node; default: 450")
+    plan.add_argument("--infiniband", type=float, help="of --scaling: GB/s a device sends to others; default: 50")
+    shared = "of --scaling: devices that share a copy under hsdp; default: its file's"
+    plan.add_argument("--shard-size", type=int, help=shared)
     prepare = command("prepare", _prepare, f"make tokenizer and blocks; {_OVERRIDES}")
     prepare.add_argument("recipe")
     prepare.add_argument("--shard", metavar="I/N", help="do share I of N, as one of N machines; then once without")
@@ -230,23 +232,33 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from dataclasses import asdict
 
     from hfpretrain.bill import table
-    from hfpretrain.plan import make_plan
+    from hfpretrain.plan import DEFAULT_MFU, make_plan, require_divisible_batch
 
-    keywords = {"engine": args.engine, "device": args.device, "mfu": args.mfu}
+    keywords: dict[str, Any] = {"engine": args.engine, "device": args.device, "mfu": args.mfu}
     if args.scaling is not None:
         from hfpretrain import communication
 
         if args.num_processes is not None:
             raise RecipeError.at("--num-processes", "--scaling takes the numbers of devices itself")
-        cluster = communication.Cluster(args.devices_per_node, args.nvlink * 1e9, args.infiniband * 1e9)
+        per_node = 8 if args.devices_per_node is None else args.devices_per_node
+        nvlink, infiniband = (
+            default if given is None else given for given, default in ((args.nvlink, 450), (args.infiniband, 50))
+        )
+        cluster = communication.Cluster(per_node, nvlink * 1e9, infiniband * 1e9)
         keywords |= {"cluster": cluster, "shard_size": args.shard_size}
         numbers = args.scaling or list(communication.DEVICES)
+        keywords["mfu"] = DEFAULT_MFU if args.mfu is None else args.mfu
         plan, rows = communication.scaling(_load(args, overrides), numbers, **keywords)
         simulated = json.dumps({"simulated": [asdict(row) for row in rows], "cluster": asdict(cluster)})
         print(simulated if args.json else communication.table(plan, rows, cluster))
         return
+    for flag in ("devices_per_node", "nvlink", "infiniband", "shard_size"):
+        if getattr(args, flag) is not None:
+            raise RecipeError.at(f"--{flag.replace('_', '-')}", "goes with --scaling")
     processes = 1 if args.num_processes is None else args.num_processes
-    plan = make_plan(_load(args, overrides), num_processes=processes, **keywords)
+    recipe = _load(args, overrides)
+    require_divisible_batch(recipe, processes, args.engine)
+    plan = make_plan(recipe, num_processes=processes, **keywords)
     print(json.dumps(asdict(plan)) if args.json else table(plan))
 
 

@@ -159,7 +159,7 @@ def scaling(
         raise RecipeError.at("--engine", f"{engine!r} is not simulated on many devices; {', '.join(ENGINES)} are")
     passes: dict[Any, Any] = {}
     plans = [make_plan(recipe, num_processes=n, device=device, mfu=mfu, passes=passes) for n in numbers]
-    if plans[0].device == "cpu" or plans[0].seconds_per_step is None:
+    if plans[0].device == "cpu" or plans[0].peak_flops is None:
         raise RecipeError.at("--device", f"the peak of {plans[0].device} tells nothing of many; name an accelerator")
     # A group's share of the state is that of all devices where there are two groups of that size.
     halves = make_plan(recipe, num_processes=2 * shard_size, device=device, mfu=mfu, engine="hsdp", passes=passes)

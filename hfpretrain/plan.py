@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from hfpretrain.recipe import FILE_FORMATS, Recipe, RecipeError, SourceSection, 
 from hfpretrain.source_files import is_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from hfpretrain.prepared import PreparedData
 
 DEFAULT_MFU = 0.4
+# On a CPU the step of a model is timed up to this size, and if a micro-step would take so long at the default MFU.
+_TIMED_PARAMETERS, _TIMED_SECONDS = 2**26, 2.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Plan:
     peak_flops: float | None
     peak_is: str
     mfu: float
+    mfu_is: str
+    """Whether it is assumed or was measured on this machine."""
     seconds_per_step: float | None
     hours: float | None
     device_hours: float | None
@@ -149,13 +155,25 @@ def flops_per_token(config: PretrainedConfig, counts: Parameters, block_size: in
     )
 
 
+def require_divisible_batch(recipe: Recipe, num_processes: int, engine: str | None) -> None:
+    """Raises `RecipeError` if a step's sequences can't be shared by so many processes. Of an `engine` that cuts each
+    sequence all have every one."""
+    from hfpretrain import footprint
+
+    shares = [candidate for candidate in footprint.ENGINES if candidate.name == engine]
+    if num_processes < 1 or any(candidate.cuts or candidate.max_processes == 1 for candidate in shares):
+        return
+    training = recipe.training
+    accumulation_steps(training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes)
+
+
 def make_plan(
     recipe: Recipe,
     *,
     engine: str | None = None,
     num_processes: int = 1,
     device: str | None = None,
-    mfu: float = DEFAULT_MFU,
+    mfu: float | None = None,
     config: PretrainedConfig | None = None,
     mixed_precision: str | None = None,
     document_masking: bool | None = None,
@@ -166,8 +184,9 @@ def make_plan(
     """The plan of a recipe at `num_processes`, for every engine or one, on this machine's device or a named one.
 
     What a run has settled already may be given: its model's `config`, `mixed_precision`, `document_masking`,
-    `chunked_loss`, and what `cpu_flops` measured. Plans of one recipe share the simulations in `passes`. Raises
-    `RecipeError` for an unknown engine or device and for a model that cannot be built.
+    `chunked_loss`, and what `cpu_flops` measured. Plans of one recipe share the simulations in `passes`. Without `mfu`
+    the time is that of `DEFAULT_MFU`; on this machine's CPU a small model's step is timed. Raises `RecipeError` for an
+    unknown engine or device and for a model that cannot be built.
     """
     from hfpretrain import footprint, loss
     from hfpretrain import model as modeling
@@ -176,7 +195,7 @@ def make_plan(
 
     if num_processes < 1:
         raise RecipeError.at("--num-processes", f"{num_processes} must be at least 1")
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise RecipeError.at("--mfu", f"{mfu} is not a share of the peak, more than 0 and at most 1")
     engines = [candidate for candidate in footprint.ENGINES if engine in (None, candidate.name)]
     if not engines:
@@ -192,9 +211,7 @@ def make_plan(
     per_token = flops_per_token(config, counts, block_size)
     tokens = training.num_steps * training.tokens_per_step
     # Processes on one CPU share its peak.
-    speed = None if peak is None else peak * mfu * (1 if on_cpu else num_processes)
-    seconds = None if speed is None else per_token * training.tokens_per_step / speed
-    hours = None if seconds is None else seconds * training.num_steps / 3600
+    all_peaks = None if peak is None else peak * (1 if on_cpu else num_processes)
     # Fake weights need no initialisation by depth, and a pass without a GPU no kernel of one.
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
     if section.attn_implementation.startswith(("flash", "flex")):
@@ -213,6 +230,20 @@ def make_plan(
     settings = num_processes, precision, masking, chunks, on_cpu, usable * target.memory
     make_row = _Rows(recipe, config, shape, build, *settings, {} if passes is None else passes)
     rows = [make_row(candidate) for candidate in engines]
+    # No time is claimed for a number of processes that no engine runs with.
+    runs = any(row.memory is not None and (row.num_processes == num_processes or len(rows) == 1) for row in rows)
+    assumed, step_flops = DEFAULT_MFU if mfu is None else mfu, per_token * training.tokens_per_step
+    seconds = step_flops / (all_peaks * assumed) if all_peaks is not None and runs else None
+    micro_steps = training.tokens_per_step // (block_size * training.micro_batch_size * num_processes)
+    is_small = counts.total <= _TIMED_PARAMETERS and 20 * counts.total < usable * target.memory
+    timed = mfu is None and on_cpu and seconds is not None and micro_steps > 0 and is_small
+    if timed and seconds is not None and seconds / micro_steps <= _TIMED_SECONDS:
+        with _kept_seed():
+            seconds = cpu_step_seconds(build(), recipe, precision, num_processes, micro_steps, chunks)
+        assumed = step_flops / (seconds * (all_peaks or 1.0))
+    else:
+        timed = False
+    hours = None if seconds is None else seconds * training.num_steps / 3600
     prepared_bytes, prepared_is = _prepared(recipe, tokens * token_dtype(config.get_text_config().vocab_size).itemsize)
     return Plan(
         name=Path(recipe.output_dir).name,
@@ -233,7 +264,8 @@ def make_plan(
         usable=usable,
         peak_flops=peak,
         peak_is=peak_is,
-        mfu=mfu,
+        mfu=assumed,
+        mfu_is="measured, a micro-step and an update of this model" if timed else "assumed",
         seconds_per_step=seconds,
         hours=hours,
         device_hours=None if hours is None else hours * (1 if on_cpu else num_processes),
@@ -243,6 +275,18 @@ def make_plan(
         engines=tuple(rows),
         notes=tuple(_notes(recipe, engines, masking, chunks, precision)),
     )
+
+
+@contextlib.contextmanager
+def _kept_seed() -> Iterator[None]:
+    # Building draws weights, and a plan must not change what is drawn after it.
+    import torch
+
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def _notes(
@@ -388,6 +432,52 @@ def _hardware(
     precision = ("bf16" if target.bf16 else "no") if mixed_precision == "auto" else mixed_precision
     peak = target.peak(precision)
     return False, target, precision, peak or None, "data sheet" if peak else "not in the table of devices"
+
+
+def cpu_step_seconds(
+    model: PreTrainedModel, recipe: Recipe, precision: str, num_processes: int, micro_steps: int, chunked_loss: bool
+) -> float:
+    """Seconds of an optimizer step on this machine's CPU: a micro-step and an update of `model`, which this changes,
+    are timed as `single` and `ddp` run them, with the threads that one of `num_processes` has.
+
+    A matrix product's speed says little of a small model, whose time goes to operations that are none: a model of a
+    million parameters was measured at 2 % of it, one of 50 million at 57 %.
+    """
+    import torch
+
+    from hfpretrain import loss
+    from hfpretrain.prepare import num_cores
+
+    size, block_size = recipe.training.micro_batch_size, recipe.data.block_size
+    section = recipe.optimizer
+    decayed, hidden = optim.decayed_names(model, section.no_decay), optim.hidden_names(model)
+    optimizer = optim.build_optimizer(model, section, decayed, hidden)
+    if chunked_loss:
+        loss.install(model)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (size, block_size))
+    batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(ids.numel())}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # two documents a block
+        batch["position_ids"] = (torch.arange(block_size) % (block_size // 2)).repeat(size, 1)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_cores() // num_processes))
+    passes, updates = [], []
+    try:
+        # The first is slower than all that follow.
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                outputs = model(**batch, use_cache=False)
+            outputs.loss.backward()
+            passes.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            updates.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return micro_steps * min(passes[1:]) + min(updates[1:])
 
 
 def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.1) -> float:

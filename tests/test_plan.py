@@ -236,13 +236,50 @@ def test_the_command_prints_a_table_or_json(folder):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 120 and "measured, a matrix product" in result.stdout
-    assert [line.split()[0] for line in lines[-len(footprint.ENGINES) :]] == [
-        engine.name for engine in footprint.ENGINES
-    ]
+    names = [engine.name for engine in footprint.ENGINES]
+    assert [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in names] == names
     found = json.loads(hfpretrain("plan", recipe, "--engine", "zero2", "--device", "h200-141gb", "--json").stdout)
     assert found["parameters"]["total"] == 39_072 and found["mfu"] == 0.4 and found["peak_flops"] == 67e12
     (row,) = found["engines"]
     assert row["engine"] == "zero2" and row["memory"]["peak"] > row["memory"]["optimizer"] == 12 * 39_072
+
+
+def test_on_this_cpu_a_small_model_s_step_is_timed_and_nothing_drawn_changes(folder):
+    recipe = load_recipe(write_recipe(folder))
+    state = torch.get_rng_state()
+    timed = make_plan(recipe, engine="single", device="cpu")
+    assert torch.get_rng_state().equal(state)
+    assert "measured" in timed.mfu_is and timed.flops_per_token * 256 == pytest.approx(
+        timed.mfu * timed.peak_flops * timed.seconds_per_step
+    )
+    assumed = make_plan(recipe, engine="single", device="cpu", mfu=0.4)
+    # A model of 40,000 parameters is far from what a matrix product reaches.
+    assert assumed.mfu_is == "assumed" and timed.seconds_per_step > 3 * assumed.seconds_per_step
+    assert make_plan(recipe, engine="single", device="A100-80GB").mfu_is == "assumed"
+    assert "a micro-step and an update of this model" in table(timed)
+
+
+def test_a_batch_that_does_not_divide_is_one_error_and_no_time_is_claimed(folder):
+    path = write_recipe(folder)
+    result = hfpretrain("plan", str(path), "--num-processes", "48")
+    assert (
+        result.returncode == 2 and result.stdout == "" and "possible numbers of processes: 1, 2, 4, 8" in result.stderr
+    )
+    plan = make_plan(load_recipe(path), num_processes=6, device="A100-80GB")  # tp shares sequences, heads it can't
+    assert plan.seconds_per_step is None and plan.hours is None
+    text = table(plan)
+    assert "no engine runs so" in text and "not possible (1)" in text and max(map(len, text.splitlines())) <= 120
+    words = " ".join(text.split())
+    assert all(row.reason in words for row in plan.engines if row.reason)
+    # One that is possible is planned beside those that are not.
+    plan = make_plan(load_recipe(path), num_processes=2, device="A100-80GB")
+    assert plan.seconds_per_step > 0 and "two equal groups of several" in table(plan)
+
+
+@pytest.mark.parametrize("flag", ["--shard-size", "--nvlink", "--infiniband", "--devices-per-node"])
+def test_a_flag_of_the_simulation_is_refused_without_it(folder, flag):
+    result = hfpretrain("plan", str(write_recipe(folder)), flag, "4")
+    assert result.returncode == 2 and f"{flag}: goes with --scaling" in result.stderr
 
 
 def test_a_run_says_what_it_came_to(folder):
@@ -255,7 +292,7 @@ def test_a_run_says_what_it_came_to(folder):
         assert kept["measured"][key] > 0
         assert kept["error"][key] == pytest.approx(kept["prediction"][key] / kept["measured"][key] - 1)
     assert kept["measured"]["mfu"] == pytest.approx(
-        0.4 * kept["prediction"]["seconds_per_step"] / kept["measured"]["seconds_per_step"]
+        kept["prediction"]["mfu"] * kept["prediction"]["seconds_per_step"] / kept["measured"]["seconds_per_step"]
     )
 
 
