@@ -192,7 +192,10 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes {per_device}"
     )
     if counts is not None:
-        print(f"# parameters       {counts.total:,} ({counts.non_embedding:,} without embeddings)")
+        from hfpretrain.plan import vocabulary_is_a_bound
+
+        bound = "at most " if vocabulary_is_a_bound(recipe) else ""
+        print(f"# parameters       {bound}{counts.total:,} ({counts.non_embedding:,} without embeddings)")
         print(f"# tokens/parameter {tokens / counts.total:.1f}")
     print(*(f"# {line}" for line in told), sep="\n")
 

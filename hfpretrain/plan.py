@@ -89,18 +89,28 @@ def model_config(recipe: Recipe) -> PretrainedConfig:
 
 def _vocab_size(recipe: Recipe) -> int:
     """The vocabulary that the tokenizer will give, from the recipe or from prepared data."""
-    size, multiple = recipe.tokenizer.vocab_size, recipe.tokenizer.pad_to_multiple_of
-    if size is not None:
-        return -(-size // multiple) * multiple
     from hfpretrain.prepare import prepared_path
     from hfpretrain.prepared import PreparedData
+    from hfpretrain.tokenizer import load_tokenizer, padded_vocab_size
 
-    prepared = PreparedData.open(prepared_path(recipe))
+    section = recipe.tokenizer
+    prepared = prepared_data(recipe)
+    if prepared is None and section.vocab_size is not None:
+        return -(-section.vocab_size // section.pad_to_multiple_of) * section.pad_to_multiple_of
+    if prepared is None and section.pretrained is not None and Path(section.pretrained).is_dir():
+        return padded_vocab_size(section, load_tokenizer(section))
+    prepared = prepared or PreparedData.open(prepared_path(recipe))
     if prepared is None:
         raise RecipeError.at(
             "model.config.vocab_size", "is not known before the tokenizer is: set it, or run `hfpretrain prepare` first"
         )
     return int(prepared.manifest["vocab_size"])
+
+
+def vocabulary_is_a_bound(recipe: Recipe) -> bool:
+    """Whether the model may come out smaller, since its tokenizer is still to be trained on text that may give less."""
+    follows = recipe.model.config is not None and "vocab_size" not in recipe.model.config
+    return follows and recipe.tokenizer.vocab_size is not None and prepared_data(recipe) is None
 
 
 def parameters(recipe: Recipe) -> Parameters:
@@ -293,6 +303,8 @@ def _notes(
     recipe: Recipe, engines: list[Engine], document_masking: bool, chunked_loss: bool, precision: str
 ) -> list[str]:
     notes = []
+    if vocabulary_is_a_bound(recipe):
+        notes.append("parameters are those with all tokens of tokenizer.vocab_size; text that gives fewer makes fewer")
     if precision != "no" and any(engine.family == "replica" for engine in engines):
         notes.append("weights of single and ddp are float32 with the 16-bit copies that autocast makes of them")
     if recipe.model.attn_implementation.startswith(("flash", "flex")):

@@ -152,6 +152,9 @@ def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
 def notes(prepared: PreparedData) -> list[str]:
     """What happened to the text on its way to tokens that nobody may have asked for, a sentence for each."""
     found = []
+    asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
+    if asked is not None and size < asked:
+        found.append(f"the text gives a vocabulary of {size:,} tokens, not the {asked:,} of tokenizer.vocab_size")
     data = prepared.manifest["recipe"]
     number_of_sources = len(prepared.manifest["source_identities"])
     for number, source in enumerate(prepared.manifest["sources"]):
@@ -418,6 +421,7 @@ class _Preparation:
             "vocab_size": self.vocab_size,
             "tokenizer_size": tokenizer.tokenizer_size(self.tokenizer),
             "add_bos": self.recipe.tokenizer.add_bos,
+            "vocab_size_asked": self.recipe.tokenizer.vocab_size,
             "recipe": redacted(self.data.model_dump(mode="json", exclude_none=True)),
             "source_identities": sources,
             "validation_identities": validation,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import string
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +27,9 @@ PADDING = "<|padding|>"
 UNKNOWN = "<|unknown|>"
 _LONG_CHARS = 2**18
 _CROSSES_LINE = re.compile(r"[\nĊ][A-Za-z]")
+# As many letters, digits or other signs in a row as no word has.
+_LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\s\w]{256}")
+logger = logging.getLogger(__name__)
 _PIECE_CHARS, _LINE_START = 2000, re.compile(r"(?<=\S\n)(?=[A-Za-z])")
 
 
@@ -126,7 +132,7 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(_batched(documents), trainer)
+        _train(backend, documents, trainer)
     else:
         unknown = UNKNOWN
         characters = sorted({character for text in documents for character in set(text)})
@@ -143,6 +149,59 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
         unk_token=unknown,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
+    """Train in a thread, since the library lets no signal through: whoever waits can be stopped, and tells that it
+    goes on."""
+    read = [0, 0]
+    stopped = threading.Event()
+
+    def texts() -> Iterator[str]:
+        for text in documents:
+            if stopped.is_set():
+                return
+            read[0], read[1] = read[0] + 1, read[1] + len(text)
+            yield from _without_long_words(text)
+
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            backend.train_from_iterator(_batched(texts()), trainer)
+        except BaseException as error:  # raised where training was asked for
+            failed.append(error)
+
+    # A daemon: what is stopped while it computes must keep no process alive.
+    worker = threading.Thread(target=work, daemon=True, name="tokenizer")
+    worker.start()
+    start = told = time.monotonic()
+    try:
+        while worker.is_alive():
+            worker.join(0.2)
+            if time.monotonic() - told > 30:
+                told = time.monotonic()
+                done = f"{read[0]:,} documents with {read[1]:,} characters read"
+                logger.info("training the tokenizer: %s, %.0f s", done, told - start)
+    except BaseException:
+        stopped.set()
+        worker.join(2)  # while it reads it ends by itself
+        raise
+    if failed:
+        raise failed[0]
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text cut where a word, which no token crosses, would be longer than 256 characters.
+
+    Text without spaces is one word to the trainer, which takes as much time for each merge as all words with it are
+    long: hours for megabytes. Only what the trainer sees is cut; encoding knows no such bound.
+    """
+    start = 0
+    for match in _LONG_WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, section: TokenizerSection) -> None:

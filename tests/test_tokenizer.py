@@ -1,15 +1,19 @@
 import json
 import random
+import signal
+import time
 
 import pytest
-from conftest import small_text, write_recipe
+from conftest import hfpretrain, small_text, write_recipe
 
 from hfpretrain import load_recipe
-from hfpretrain.prepare import prepared_path
+from hfpretrain.plan import model_config
+from hfpretrain.prepare import notes, prepare, prepared_path
 from hfpretrain.recipe import RecipeError, TokenizerSection, dump_recipe
 from hfpretrain.run_folder import refuse_other_run
 from hfpretrain.tokenizer import (
     END_OF_TEXT,
+    _without_long_words,
     chat_template_problems,
     load_tokenizer,
     padded_vocab_size,
@@ -104,3 +108,55 @@ def test_a_chat_template_asks_for_no_new_preparation_or_run(folder):
     (folder / "run").mkdir()
     (folder / "run" / "recipe.yaml").write_text(dump_recipe(without))
     refuse_other_run(given)
+
+
+def test_words_without_end_are_cut_for_the_trainer_alone():
+    assert list(_without_long_words("ordinary text, 42 words\n" * 50)) == ["ordinary text, 42 words\n" * 50]
+    draw = random.Random(0)
+    bases = "".join(draw.choices("ACGT", k=300_000))
+    assert "".join(_without_long_words(bases)) == bases
+    assert max(map(len, _without_long_words(bases))) <= 256
+    start = time.monotonic()
+    tokenizer = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=1000), [bases])
+    assert len(tokenizer) == 1000 and time.monotonic() - start < 60
+    assert tokenizer.decode(encode(tokenizer, bases)) == bases
+
+
+def test_training_a_tokenizer_can_be_interrupted_and_tells_what_is_wrong_with_the_text():
+    draw = random.Random(0)
+    documents = ["".join(draw.choices("ACGT", k=100_000)) for _ in range(20)] * 10
+    section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=30_000)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for seconds in (0.05, 1.5):  # while it reads, while it merges
+            start = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            with pytest.raises(KeyboardInterrupt):
+                train_tokenizer(section, documents)
+            assert time.monotonic() - start < 15
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    def broken():
+        yield "a text"
+        raise RecipeError.at("data.sources.0", "broken")
+
+    with pytest.raises(RecipeError, match="broken"):
+        train_tokenizer(BPE, broken())
+
+
+def test_a_vocabulary_smaller_than_asked_is_told_and_counted_where_it_is_known(folder):
+    path = write_recipe(folder, tokenizer__vocab_size=32_000)
+    before = hfpretrain("check", str(path)).stdout
+    assert "# parameters       at most 2," in before
+    made = prepare(load_recipe(path))
+    size = made.manifest["tokenizer_size"]
+    assert notes(made) == [f"the text gives a vocabulary of {size:,} tokens, not the 32,000 of tokenizer.vocab_size"]
+    assert model_config(load_recipe(path)).vocab_size == made.manifest["vocab_size"] < 2000
+    after = hfpretrain("check", str(path)).stdout
+    assert "# parameters       at most" not in after and "# parameters       51," in after
