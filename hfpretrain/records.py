@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +16,113 @@ from hfpretrain import console, files, metrics
 from hfpretrain.redaction import redact, redacted
 
 
+class _Tracker:
+    """One of accelerate's trackers, which may fail at any time for any time: what it is to log waits, and it is tried
+    again, less and less often, so that training never spends much time on it.
+
+    `start` makes one that logs; `tell` is called with what happens.
+    """
+
+    _WAIT, _LONGEST_WAIT = 5.0, 600.0  # seconds after a failure; twice as many after each further one
+    _MANY = 3  # failures, after which it may be one row that is not taken
+    _MOST_ROWS = 10_000
+
+    def __init__(self, name: str, start: Callable[[], Any], tell: Callable[[str], None]):
+        self._name, self._start, self._tell = name, start, tell
+        self._tracker: Any = None
+        self._rows: deque[tuple[dict[str, Any], int]] = deque(maxlen=self._MOST_ROWS)
+        self._failures, self._retry_at, self._num_lost = 0, 0.0, 0
+        self._deliver()
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """In the order of the calls, now or later."""
+        self._num_lost += len(self._rows) == self._MOST_ROWS
+        self._rows.append((values, step))
+        if time.monotonic() >= self._retry_at:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        begin = time.monotonic()
+        try:
+            if self._tracker is None:
+                self._tracker = self._start()
+            self._send()
+        except Exception as error:  # a tracker's server may be down in any way
+            self._note_failure(f"{type(error).__name__}: {error}", time.monotonic() - begin)
+            return
+        if self._failures:
+            lost = f" but {self._num_lost} rows, which metrics.jsonl has" if self._num_lost else ""
+            self._tell(f"{self._name} is logged to again, and has what waited{lost}")
+        self._failures, self._retry_at, self._num_lost = 0, 0.0, 0
+
+    def _send(self) -> None:
+        while self._rows:
+            try:
+                self._send_row(0)
+            except Exception:
+                if self._failures < self._MANY or len(self._rows) == 1:
+                    raise
+                self._send_row(1)  # if this is taken, the row before is what is wrong
+                self._rows.popleft()
+                self._num_lost += 1
+            self._rows.popleft()
+
+    def _send_row(self, number: int) -> None:
+        values, step = self._rows[number]
+        self._tracker.log(values, step=step)
+
+    def _note_failure(self, reason: str, seconds: float) -> None:
+        self._failures += 1
+        wait = max(min(self._WAIT * 2 ** (self._failures - 1), self._LONGEST_WAIT), 50 * seconds)
+        self._retry_at = time.monotonic() + wait
+        if self._failures == 1:
+            self._tell(f"{self._name} can't be logged to, its rows wait and it is tried again: {reason}")
+        elif self._tracker is not None:  # TensorBoard's writer, once it has failed, never writes again
+            with contextlib.suppress(Exception):
+                self._tracker.finish()
+            self._tracker = None
+
+    def finish(self) -> None:
+        """The last chance of what waits."""
+        for _ in range(2):  # the second time with a tracker made anew
+            if self._failures:
+                self._failures = max(self._failures, self._MANY)
+                self._deliver()
+        if self._rows or self._tracker is None:
+            missing = len(self._rows) + self._num_lost
+            self._tell(
+                f"{self._name} was not reached any more: {missing} rows are missing there, metrics.jsonl has them"
+            )
+            return
+        try:
+            self._tracker.finish()
+        except Exception as error:  # as above
+            self._tell(f"{self._name} did not end well: {type(error).__name__}: {error}")
+
+
 class Records:
     """All ranks have them and call them alike; only the main process, `is_main`, writes.
 
-    `trackers`: those of accelerate, which know what to write where. `step`: where the run stands; a `metrics.jsonl`
-    that is there is kept up to it, or not at all if it is None.
+    `trackers`: their names, and what starts one. `step`: where the run stands; a `metrics.jsonl` that is there is kept
+    up to it, or not at all if it is None.
     """
 
-    def __init__(self, output_dir: Path, trackers: list[Any], is_main: bool, num_steps: int, step: int | None):
-        self._output_dir, self._trackers, self._is_main, self._num_steps = output_dir, trackers, is_main, num_steps
+    def __init__(
+        self,
+        output_dir: Path,
+        trackers: Mapping[str, Callable[[], Any]],
+        is_main: bool,
+        num_steps: int,
+        step: int | None,
+    ):
+        self._output_dir, self._is_main, self._num_steps = output_dir, is_main, num_steps
         self._file = metrics.MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
         self._first_step, self._lost = step, 0
         self._samples: metrics.MetricsFile | None = None
         self._history: metrics.History | None = None
         disable = None if is_main else True
+        self._step = step or 0
+        self._trackers = [_Tracker(name, start, self._tell) for name, start in trackers.items() if is_main]
         self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
 
     def row(self, row: dict[str, Any]) -> None:
@@ -44,14 +141,13 @@ class Records:
         return self._history
 
     def _track(self, values: dict[str, Any], step: int) -> None:
-        for tracker in list(self._trackers):
-            try:
-                tracker.log(values, step=step)
-            except Exception as error:  # a tracker's server may be down in any way
-                self._trackers.remove(tracker)
-                text = f"{tracker.name} is not logged to any more: {type(error).__name__}: {error}"
-                self.event(step, text)
-                self.say(text)
+        self._step = step
+        for tracker in self._trackers:
+            tracker.log(values, step)
+
+    def _tell(self, text: str) -> None:
+        self.event(self._step, text)
+        self.say(text)
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Continuations of prompts: into the log, the trackers and `samples.jsonl`."""
@@ -119,3 +215,8 @@ class Records:
     def close(self) -> None:
         """End the bar."""
         self._progress.close()
+
+    def finish(self) -> None:
+        """End the trackers; nothing is recorded afterwards."""
+        for tracker in self._trackers:
+            tracker.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -500,15 +501,25 @@ class Run:
         if self.is_main:
             report.describe(self)
             self.publishing.start()
-        if self.recipe.logging.trackers:
-            flat = {key: str(value) for key, value in flatten(redacted(self.recipe.model_dump(mode="json")))}
-            keywords = {
-                "wandb": {"id": self.state.run_id, "resume": "allow"},
-                "trackio": {"name": self.state.run_id, "resume": "allow"},
-            }
-            self.accelerator.init_trackers(self.recipe.logging.project_name, config=flat, init_kwargs=keywords)
-        trackers, num_steps = self.accelerator.trackers, self.recipe.training.num_steps
+        trackers = {name: functools.partial(self._start_tracker, name) for name in self.recipe.logging.trackers}
+        num_steps = self.recipe.training.num_steps
         self.records = Records(self.output_dir, trackers, self.is_main, num_steps, self.saved_step)
+
+    def _start_tracker(self, name: str) -> Any:
+        """One of accelerate's that logs; of the main process, also those that could log of each."""
+        flat = {key: str(value) for key, value in flatten(redacted(self.recipe.model_dump(mode="json")))}
+        keywords = {
+            "wandb": {"id": self.state.run_id, "resume": "allow"},
+            "trackio": {"name": self.state.run_id, "resume": "allow"},
+        }
+        accelerator = self.accelerator
+        accelerator.log_with, accelerator.trackers = [name], []
+        try:
+            accelerator.init_trackers(self.recipe.logging.project_name, config=flat, init_kwargs=keywords)
+            (tracker,) = accelerator.trackers
+        finally:
+            accelerator.trackers = []  # the records end it
+        return tracker
 
     def _peak_flops(self) -> float | None:
         """FLOP/s of all devices together: of accelerators by their data sheets, of a CPU a measured matrix product."""
@@ -655,6 +666,7 @@ class Run:
         self.close()
         self.records.say(f"{text}. {_GOES_ON.capitalize()}")
         self.records.note_console(self.state.step)
+        self.records.finish()
         engine.finish(self.accelerator, self.model)
 
     def close(self) -> None:

@@ -172,6 +172,7 @@ def _finish(run: Run) -> Path:
             print("", bill.report(run, *peak_memory), sep="\n", flush=True)
         print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
+    run.records.finish()
     engine.finish(run.accelerator, run.model)
     return model_path
 
