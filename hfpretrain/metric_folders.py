@@ -23,6 +23,7 @@ _NAMES = (
     "rl_reliability roc_auc rouge sacrebleu sari seqeval smape spearmanr squad squad_v2 super_glue ter trec_eval wer "
     "wiki_split xnli xtreme_s"
 )
+_SPACES = "evaluate-metric/"
 HOSTED = frozenset(_NAMES.split())
 """Names of https://github.com/huggingface/evaluate/tree/main/metrics, each of which `evaluate` loads from
 `evaluate-metric/NAME` at the revision of its own version."""
@@ -56,7 +57,7 @@ def _refusal(path: str, section: EvaluationSection) -> str | None:
     script = _script(path)
     if script is not None and script.resolve().parent == Path(__file__).resolve().parent:
         return None
-    if script is None and path in HOSTED:
+    if script is None and path.removeprefix(_SPACES) in HOSTED:
         return None
     if script is None and repo_id_problem(path) is not None:
         return f"{path} does not load: there is no such script"
@@ -76,12 +77,12 @@ def _load(path: str, section: EvaluationSection) -> Any:
 
     if (script := _script(path)) is not None:
         return evaluate.load(str(script))
-    if path in HOSTED:
-        return evaluate.load(f"evaluate-metric/{path}")
+    if (name := path.removeprefix(_SPACES)) in HOSTED:
+        return evaluate.load(f"{_SPACES}{name}")
     from huggingface_hub import snapshot_download
 
     # `evaluate` itself falls back to whichever revision it has loaded before where the Hub can't be reached.
-    repo_id = path if "/" in path else f"evaluate-metric/{path}"
+    repo_id = path if "/" in path else f"{_SPACES}{path}"
     keywords: dict[str, Any] = {"repo_type": "space", "allow_patterns": ["*.py"]}
     folder = snapshot_download(repo_id, revision=section.metric_revisions[path], **keywords)
     return evaluate.load(str(Path(folder) / f"{repo_id.partition('/')[2]}.py"))

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from filelock import FileLock
 from hfpretrain import files, outbox, redaction
 from hfpretrain.hub import HopelessError, Repo, Trouble, bound_waiting, trouble
 from hfpretrain.recipe import HubSection, load_recipe
+from hfpretrain.redaction import redact
 
 MAIN = "main"
 FINISH = "finish"
@@ -146,6 +146,11 @@ class Publisher:
         if self._section.push_state:
             if not (place / outbox.STATE).is_dir():
                 raise HopelessError("its state was not kept; push without it")
+            recipe = place / outbox.STATE / "recipe.yaml"
+            if recipe.is_file() and redact(text := recipe.read_text(encoding="utf-8")) != text:
+                raise HopelessError(
+                    "the recipe in its state, of an older version, has a secret; push without the state"
+                )
             content |= {f"{outbox.STATE}/{path.name}": path for path in (place / outbox.STATE).iterdir()}
         return self._repo.push_revision(place.name, name, text, content)
 
@@ -161,7 +166,7 @@ class Publisher:
                     self._close(place.name)
                     continue
                 if not self._section.push_state:
-                    shutil.rmtree(place / outbox.STATE)
+                    files.discard(place / outbox.STATE)
                 return
 
 

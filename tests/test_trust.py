@@ -1,6 +1,7 @@
 """What is loaded is not run, and what is secret is not written."""
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,16 @@ from hfpretrain import card, cli, corpus, files, load_recipe, score, streaming, 
 from hfpretrain import model as modeling
 from hfpretrain.metric_folders import MetricFolders
 from hfpretrain.mirror import Mirror
-from hfpretrain.recipe import EvaluationSection, ModelSection, RecipeError, SourceSection, TokenizerSection, parse_yaml
+from hfpretrain.publisher import HopelessError, Publisher
+from hfpretrain.recipe import (
+    EvaluationSection,
+    HubSection,
+    ModelSection,
+    RecipeError,
+    SourceSection,
+    TokenizerSection,
+    parse_yaml,
+)
 from hfpretrain.redaction import is_redacted, redact, without_folders
 from hfpretrain.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
 
@@ -249,7 +259,10 @@ def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(f
             with pytest.raises(RecipeError):
                 MetricFolders(EvaluationSection(**section), is_main=True)
     assert not marker.exists()
-    for section in ({"metrics": ["f1", token_perplexity.__file__]}, {"lm_eval": {"tasks": ["arc_easy"]}}):
+    for section in (
+        {"metrics": ["f1", "evaluate-metric/f1", token_perplexity.__file__]},
+        {"lm_eval": {"tasks": ["arc_easy"]}},
+    ):
         load_recipe(write_recipe(folder, evaluation=section))
     load_recipe(write_recipe(folder, evaluation={"lm_eval": lm_eval, "trust_remote_code": True}))
 
@@ -415,6 +428,34 @@ def test_a_run_goes_on_with_an_address_that_is_signed_anew(secret_run):
     assert missing.returncode == 2 and "planted" not in missing.stderr, missing.stderr
     with pytest.raises(RecipeError, match="was written without its secret"):
         corpus.Reader(load_recipe(folder / "run" / "recipe.yaml").data.sources[0])
+
+
+def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
+    place = tmp_path / "outbox" / "step-00000001"
+    for name, content in {
+        "train_state.json": '{"run_id": "a", "ledger": "b"}',
+        "model/config.json": "{}",
+        "state/recipe.yaml": "data_files: https://user:planted@host/a.jsonl",
+    }.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(content)
+
+    class Repo:
+        pushed = None
+
+        def revision(self, *_):
+            return None
+
+        def push_revision(self, name, title, text, content):
+            self.pushed = content
+            return "commit"
+
+    for push_state in (True, False):
+        repo = Repo()
+        publisher = Publisher(tmp_path, HubSection(repo_id="user/a", push_state=push_state), repo, print)
+        with pytest.raises(HopelessError, match="secret") if push_state else contextlib.nullcontext():
+            publisher._push_step(place)
+        assert repo.pushed == (None if push_state else {"config.json": place / "model" / "config.json"})
 
 
 def test_a_card_names_no_folder_of_the_machine(secret_run):
