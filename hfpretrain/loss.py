@@ -129,7 +129,8 @@ def examine_loss(model: Any) -> StepLoss:
     network = _causal_lm(model)
     coefficient = next((getattr(network, name) for name in _COEFFICIENTS if hasattr(network, name)), 0.0)
     first, second = (_class_adds(model, coefficient, shift) for shift in (0, 7))
-    if first is None or second is None or abs(first.unnamed - second.unnamed) > _TOLERANCE:
+    # No number is within any tolerance either.
+    if first is None or second is None or not abs(first.unnamed - second.unnamed) <= _TOLERANCE:
         return StepLoss(from_logits=True, coefficient=coefficient)
     if abs(first.unnamed) > _TOLERANCE:
         return StepLoss(adds_own=True)
@@ -153,16 +154,10 @@ def _class_adds(model: Any, coefficient: float, shift: int) -> _Added | None:
     labels = input_ids.roll(shift, 1)
     labels[:, :: shift + 5] = IGNORE_INDEX
     batch, num_items = {"input_ids": input_ids, "labels": labels}, torch.tensor(10 + shift)
-    training = network.training
-    devices = [device] if device.type != "cpu" else []
-    network.train()  # some losses are added in training alone
+    training = model.training
+    model.eval()  # without dropout; in training Ulysses takes sequences of the length of blocks alone
     try:
-        with (
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-            torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
-        ):
-            torch.manual_seed(0)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
             added = float(outputs.loss) - float(_summed_loss(outputs.logits, batch) / num_items)
             auxiliary = getattr(outputs, "aux_loss", None)
@@ -170,7 +165,7 @@ def _class_adds(model: Any, coefficient: float, shift: int) -> _Added | None:
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
     finally:
-        network.train(training)
+        model.train(training)
     return _Added(added - named, auxiliary is not None)
 
 

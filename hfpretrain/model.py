@@ -632,11 +632,14 @@ def require_causal(
             first, second = (
                 model(input_ids=ids, use_cache=False).logits[:, : length // 2].float() for ids in (input_ids, perturbed)
             )
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # the code of any model
             raise _model_error(error, section) from error
     rtol, atol = (2e-2, 1e-2 * first.std().item()) if half_precision else (1e-3, 1e-4)
     if not torch.allclose(first, second, rtol, atol):
-        raise RecipeError.at("model.config", f"{type(model).__name__} is not causal: predictions see later tokens")
+        fix = "; take another model"
+        if getattr(model.config, "is_decoder", None) is False:
+            fix = "; model.config.is_decoder: true makes it so in some classes, else take another model"
+        raise RecipeError.at("model.config", f"{type(model).__name__} is not causal: predictions see later tokens{fix}")
 
 
 def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
@@ -675,8 +678,9 @@ def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
         try:
             first, second = logits(input_ids, positions), logits(perturbed, positions)
             third, fourth = (logits(input_ids, changed)[0] for changed in (long_row, long_document))
-        except TypeError:
-            return f"{type(model).__name__} takes no positions that restart where a document begins"
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+            text = " ".join(str(error).split())
+            return f"{type(model).__name__} takes no positions that restart where a document begins ({text:.100})"
     if not torch.equal(first, second):
         return f"{type(model).__name__} with {model.config._attn_implementation} attention lets them see each other"
     if not (torch.equal(first[0], third) and torch.equal(first[0], fourth)):

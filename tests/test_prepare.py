@@ -48,6 +48,22 @@ def checksums(path):
     return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
 
+@pytest.mark.parametrize(
+    ("rows", "packed"),
+    [
+        ([[5, 6, 7, 8], [5, 6, 7, 0]], False),  # documents that end with their block
+        ([[5, 6, 7, 8], [5, 0, 0, 0]], False),  # padding is the separator, too
+        ([[5, 6, 7, 8], [5, 0, 6, 7]], True),
+    ],
+)
+def test_blocks_are_looked_at_for_more_than_one_document(rows, packed, tmp_path):
+    class Rows(prepared.PreparedData):
+        def blocks(self, split):
+            return [np.array(rows, dtype=np.uint16)]
+
+    assert Rows(tmp_path, {"splits": {"train-0": {}}, "eos_token_id": 0}).packs_documents() == packed
+
+
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(folder, small_parts):
     write_jsonl(folder / "corpus.jsonl", small_text(1500))
     straight = prepare(recipe(folder, data__prepared_dir=str(folder / "straight")))
