@@ -57,12 +57,13 @@ def build_accelerator(
         _use_all_cores()
     if on_cpu:
         _set_up_cpu()
+    init_method = launcher.init_method()
     keywords: dict[str, Any] = {
         "mixed_precision": "no" if precision == "tf32" else precision,
         "log_with": trackers or None,
         "project_dir": project_dir,
         "kwargs_handlers": [
-            InitProcessGroupKwargs(timeout=timeout),
+            InitProcessGroupKwargs(timeout=timeout, init_method=init_method),
             # Else every gradient is held twice, once in DDP's buckets.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
@@ -75,7 +76,9 @@ def build_accelerator(
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if on_cpu:
             zero.require_compiler()
-            keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timeout)]
+            keywords["kwargs_handlers"] = [
+                InitProcessGroupKwargs(backend="gloo", timeout=timeout, init_method=init_method)
+            ]
     elif on_cpu:
         keywords["cpu"] = True
     parallel = max(launcher.parallelism().values()) > 1

@@ -85,6 +85,27 @@ def has_group() -> bool:
     return "MASTER_ADDR" in os.environ
 
 
+def init_method() -> str | None:
+    """How the process group finds its ranks after `accelerate launch --max_restarts` has started them again; None for
+    torch's own way.
+
+    The launcher keeps its store, where the ranks that are gone have left their addresses: torch 2.13 expects a new one
+    (`_create_c10d_store`), which the launcher's static rendezvous does not make. So every start has its own keys.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or not has_group():
+        return None
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+    def own_keys(_: str, **keywords: Any) -> Iterator[tuple[Any, int, int]]:
+        for store, rank, num_ranks in rendezvous("env://", **keywords):
+            yield PrefixStore(f"start-{attempt}/", store), rank, num_ranks
+
+    register_rendezvous_handler("hfpretrain", own_keys)
+    return "hfpretrain://"
+
+
 def require_first_run() -> None:
     """Raises `RecipeError` for a second run in a process of a group: the launcher's store would answer its ranks with
     what they told each other in the first."""

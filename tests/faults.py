@@ -63,6 +63,8 @@ beat, from_main, finish = ranks.Watch.beat, ranks.Watch.from_main, engine.finish
 
 
 def strike(phase):
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
     if kind.startswith("SIG") and phase == place and int(os.environ.get("FAULT_RANK", WORLD_SIZE - 1)) == RANK:
         print(f"{kind} at {time.time():.2f}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), getattr(signal, kind))

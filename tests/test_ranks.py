@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from conftest import ROOT, environment, train, write_recipe
+import small
+from conftest import ROOT, environment, rows, train, write_recipe
 
 from hfpretrain import report
 from hfpretrain.ranks import SILENCE_SECONDS, Judge, Status
@@ -176,6 +177,15 @@ def test_a_start_longer_than_the_timeout_goes_on_as_long_as_it_gets_on(folder):
     result = train(recipe, engine="ddp", fault="units:0.4")
     assert result.returncode == 0, result.stderr
     assert time.monotonic() - start > 2 * 6
+
+
+def test_the_launcher_starts_all_again_after_one_was_killed(folder):
+    recipe = write_recipe(folder, training__max_steps=4, checkpoint__every_steps=2)
+    command = small.command(recipe, engine="ddp", faults=True)
+    launch = command.index("--config_file")
+    result = run([*command[:launch], "--max_restarts", "1", *command[launch:]], FAULT="SIGKILL:evaluate")
+    assert result.returncode == 0 and "Signal 9" not in result.stderr, result.stderr
+    assert list(rows(folder / "run", "loss")) == [1, 2, 3, 4]
 
 
 def test_a_training_of_which_a_rank_hangs_ends(folder):
