@@ -95,7 +95,7 @@ def init_method() -> str | None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or not has_group():
         return None
-    from torch.distributed import PrefixStore
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
     def own_keys(_: str, **keywords: Any) -> Iterator[tuple[Any, int, int]]:
