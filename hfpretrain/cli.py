@@ -29,13 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     os.environ.update(launcher.sleeping_threads())  # before torch is imported
-    if overrides and getattr(args, "recipe", None) is None:
-        parser.error(f"unknown arguments: {' '.join(overrides)}")
     # Whoever works longer than they print goes on where nobody reads any more; of others the output is all there is.
     console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal does not know
     redaction.install()
+    for override in overrides:  # spelled as accelerate spells its own
+        name = override.partition("=")[0]
+        if "_" in name and "." not in name and (flag := name.replace("_", "-")) in args.flags:
+            parser.error(f"unknown argument {name}; did you mean {flag}?")
+    if overrides and getattr(args, "recipe", None) is None:
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO)
     try:
@@ -157,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     card = command("card", _card, "write the model card of a run anew; what a person has written into it stays")
     card.add_argument("run")
     command("schema", _schema, "print the JSON schema of recipes, for editors")
+    for subparser in commands.choices.values():
+        subparser.set_defaults(flags=set(subparser._option_string_actions))
     return parser
 
 

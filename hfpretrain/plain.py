@@ -171,6 +171,8 @@ def located(given: str, key: str = "model") -> Iterator[Source]:
 def _on_the_hub(given: str, key: str) -> Source:
     repo_id, _, revision = given.removeprefix("hub://").partition("@")
     problem = None if given.startswith("hub://") else missing_path(given)
+    if revision and Path(repo_id).exists():
+        problem = f"{repo_id} is a folder here, and folders have no revisions (got {given!r})"
     problem = problem or repo_id_problem(repo_id)
     if problem is not None:
         raise RecipeError.at(key, problem)

@@ -166,12 +166,17 @@ def flops_per_token(config: PretrainedConfig, counts: Parameters, block_size: in
 
 
 def require_divisible_batch(recipe: Recipe, num_processes: int, engine: str | None) -> None:
-    """Raises `RecipeError` if a step's sequences can't be shared by so many processes. Of an `engine` that cuts each
-    sequence all have every one."""
+    """Raises `RecipeError` if a step's sequences can't be shared by so many processes, or `engine` is of one alone.
+
+    Of an engine that cuts each sequence all processes have every one.
+    """
     from hfpretrain import footprint
 
     shares = [candidate for candidate in footprint.ENGINES if candidate.name == engine]
-    if num_processes < 1 or any(candidate.cuts or candidate.max_processes == 1 for candidate in shares):
+    for candidate in shares:
+        if candidate.max_processes is not None and num_processes > candidate.max_processes:
+            raise RecipeError.at("--num-processes", f"{engine} is one process; leave it out, or take ddp")
+    if num_processes < 1 or any(candidate.cuts for candidate in shares):
         return
     training = recipe.training
     accumulation_steps(training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes)

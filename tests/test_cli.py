@@ -62,6 +62,10 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
         (["evaluate", "nowhere"], "give a recipe or --data"),
         (["check", "nowhere.yaml"], "no such recipe file"),
         (["evaluate", "x", "--data", "y.txt", "--strid=8"], "unknown arguments: --strid=8"),
+        (["plan", "quickstart", "--num_processes", "2"], "did you mean --num-processes?"),
+        (["generate", "x", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
+        (["plan", "quickstart", "--engine", "single", "--num-processes", "2"], "single is one process"),
+        (["generate", "tests@main", "x"], "tests is a folder here, and folders have no revisions"),
         (["verify", "x", "--oops"], "unknown arguments: --oops"),
     ],
 )
