@@ -715,6 +715,8 @@ def has_experts(model: PreTrainedModel) -> bool:
 def routing_note(model: PreTrainedModel) -> str:
     """What to tell of a model with experts in whose training nothing but the next token's loss is minimised."""
     text = f"nothing balances the experts of {type(model).__name__}: its router may come to use few of them"
-    if hasattr(model.config, "output_router_logits"):
+    if getattr(model.config, "output_router_logits", None) is False:
         text += ". A balancing loss is added with model.config.output_router_logits: true"
+    elif getattr(model.config, "router_aux_loss_coef", None) == 0:
+        text += ". model.config.router_aux_loss_coef is 0"
     return text

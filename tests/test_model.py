@@ -105,6 +105,12 @@ def test_experts_are_found_by_structure(config, expected):
     assert modeling.has_experts(modeling.build_model(ModelSection(config={"model_type": "any"}), config)) == expected
 
 
+def test_what_would_balance_experts_is_told():
+    assert "output_router_logits: true" in modeling.routing_note(build(MOE))
+    unweighted = build({**MOE, "output_router_logits": True, "router_aux_loss_coef": 0.0})
+    assert "router_aux_loss_coef is 0" in modeling.routing_note(unweighted)
+
+
 def test_isolation_is_exact_for_gradients_too():
     model = build(LLAMA)
     embeddings = model.get_input_embeddings()(torch.arange(1, 33)[None]).detach().requires_grad_()
