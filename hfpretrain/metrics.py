@@ -211,16 +211,17 @@ class History:
             self.logged = row
             self._steps.append(row["step"])
             self._speeds.append(row["tokens_per_second"])
+        tokens = row.get("tokens", self.tokens)
         if "lr" in row:
-            self.loss.add(row["tokens"], row.get("loss"))
-            self.lr.add(row["tokens"], row["lr"])
+            self.loss.add(tokens, row.get("loss"))
+            self.lr.add(tokens, row["lr"])
             self.figures |= {key: row[key] for key in ("step", "tokens", "loss", "lr") if key in row}
             return
         if "eval/loss" in row:
             self.evaluations = [*self.evaluations[:1], row]
             for name in ("", *domains(row)):
                 key = f"eval/{name}/loss" if name else "eval/loss"
-                self.validation.setdefault(name, Curve()).add(row["tokens"], row[key])
+                self.validation.setdefault(name, Curve()).add(tokens, row[key])
         if "export/loss_export" in row:
             self.exported = row
         found = {k: v for k, v in row.items() if k.startswith(("eval/", "tasks/")) and v is not None}

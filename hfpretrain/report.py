@@ -193,9 +193,8 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
 
 def evaluation_text(row: dict[str, Any], domain: str = "") -> str:
     """The figures of an evaluation's row, of all text or of one domain."""
-    loss, perplexity, bits = (
-        row[f"eval/{domain}/{key}" if domain else f"eval/{key}"] for key in ("loss", "perplexity", "bits_per_byte")
-    )
+    prefix = f"eval/{domain}/" if domain else "eval/"  # metrics.jsonl has words for what is no number
+    loss, perplexity, bits = (float(row[prefix + key]) for key in ("loss", "perplexity", "bits_per_byte"))
     return f"loss {loss:.4f}   perplexity {perplexity:,.2f}   bits per byte {bits:.4f}"
 
 

@@ -57,11 +57,10 @@ class Rung:
 
     def read(self) -> bool:
         """Whether it is finished; its final validation loss is then known."""
-        rows = metrics.read_metrics(self.run / "metrics.jsonl")
-        last = self.recipe.training.num_steps
-        if not rows or "export/loss_export" not in rows[-1] or rows[-1]["step"] != last:
+        history = metrics.History.read(self.run / "metrics.jsonl")
+        if history.exported.get("step") != self.recipe.training.num_steps:
             return False
-        row = next(row for row in reversed(rows) if "eval/loss" in row)
+        row = history.evaluations[-1]
         self.loss, self.bits_per_byte = row["eval/loss"], row["eval/bits_per_byte"]
         return True
 
