@@ -89,9 +89,33 @@ SIZES: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 8,
 }  # fmt: skip
+# What of a family follows from no size, or is None where a size must be given.
+_MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8, **_MOE},
+    "dots1": _MOE,
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
-}
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16],
+                 "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64,
+              "attention_head_dim": 16, "num_key_value_heads": 4},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "attention_head_dim": 16,
+               "attention_hidden_size": 64, "num_key_value_heads": 4, "mamba_headdim": 16, "n_mamba_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 _VOCABULARIES = ("vocab_size_per_layer_input", "decoder_vocab_size")
 # Tried in turn until plain transformers trains the model.
 VARIATIONS: tuple[dict[str, Any], ...] = (
@@ -141,6 +165,8 @@ def _tiny(config_class: Any, vocab_size: int, special: dict[str, int], changes: 
                 found[key] = 0.0
             elif key in SIZES and not isinstance(value, (list, dict)) and (value is not None or key in ("n_inner",)):
                 found[key] = changes.get(key, SIZES[key])
+            elif key == "is_decoder":
+                found[key] = True  # of encoders that can be trained as causal models
             elif key in _VOCABULARIES:
                 found[key] = vocab_size
         for alias, key in config_class.attribute_map.items():
@@ -198,7 +224,7 @@ def recipe_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": {"algorithm": "byte_level_bpe", "vocab_size": 320},
         "data": {
             "sources": [{"path": "json", "data_files": str(folder.parent / "corpus.jsonl")}],
-            "validation_fraction": 0.1,
+            "validation_fraction": 0.03,
             "block_size": BLOCK,
             "prepared_dir": str(folder.parent / "prepared"),
         },
@@ -228,10 +254,21 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
     except Exception as error:  # any code of any model runs here
         family.result, family.reason = "not trained by transformers", _words(error)
         return
-    base.write_text(yaml.safe_dump(recipe_of(folder, keywords)))
+    written = recipe_of(folder, keywords)
+    base.write_text(yaml.safe_dump(written))
     try:
         recipe = load_recipe(base)
-        problem = _run(base, recipe, folder, engine)
+        try:
+            problem = _run(base, recipe, folder, engine)
+        except RecipeError as error:
+            if not str(error).startswith("training.document_masking"):
+                raise
+            # Its blocks mix documents, which a recipe has to ask for; the folder belongs to the run that was refused.
+            written["training"]["document_masking"] = False
+            written["output_dir"] = str(folder / "again")
+            base.write_text(yaml.safe_dump(written))
+            recipe = load_recipe(base)
+            problem = _run(base, recipe, folder, engine)
     except RecipeError as error:
         family.result, family.reason = "refused", " ".join(str(problem) for problem in error.problems)
         return
@@ -240,8 +277,9 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
         problem = _words(error)
     if problem:
         family.result, family.reason = "fails", problem
-    if rows(folder / "run", "loss"):
-        compare(family, recipe, prepared, folder / "run")
+    run = Path(written["output_dir"])
+    if (run / "metrics.jsonl").is_file() and rows(run, "loss"):
+        compare(family, recipe, prepared, run)
     if family.result != "fails":
         family.result = "differs" if family.problems else "equal"
         family.reason = "; ".join(family.problems)
@@ -256,11 +294,12 @@ def _run(path: Path, recipe: Any, folder: Path, engine: str | None) -> str:
             return ""
         lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
         return lines[0][:300]
-    from hfpretrain import export
+    from hfpretrain import export, metrics
     from hfpretrain import train as train_in_this_process
 
+    metrics.plot_loss = lambda rows, path, title: path.write_bytes(b"")  # a fifth of the time
     # A fresh interpreter for each family would take most of the time.
-    export.verify_in_fresh_process = lambda run: export.verify(run / "model", run / export.REFERENCE)
+    export.verify_in_fresh_process = lambda run, *_, **__: export.verify(run / "model", run / export.REFERENCE)
     train_in_this_process(recipe)
     return ""
 
@@ -275,7 +314,7 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
 
     said = json.loads((run / "environment.json").read_text())
     family.chunked = said["chunked_loss"]
-    config = AutoConfig.from_pretrained(run / "config")
+    config = AutoConfig.from_pretrained(run / "config").get_text_config()
     keywords: dict[str, Any] = {"dtype": torch.float32}
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **keywords)

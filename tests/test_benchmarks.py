@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import families
 import pytest
 from conftest import ROOT, environment, write_recipe
 
@@ -38,3 +39,12 @@ def test_steps_with_and_without_a_default_by_turns(folder):
     rows = table(folder, "defaults.py", "--steps", "6", "--only", "prefetch", "no_sync")
     for name in ("prefetch", "no_sync, two ranks"):
         assert float(rows[name][0]) > 0 and float(rows[name][1]) > 0 and "x as fast" in rows[name][2]
+
+
+def test_families_beside_plain_transformers(tmp_path):
+    found = {family.name: family for family in families.examine(["llama", "ernie4_5_moe", "bart"], None, tmp_path)}
+    assert {name: family.result for name, family in found.items()} == dict.fromkeys(found, "equal"), found
+    assert found["llama"].documents == "apart" and found["bart"].documents == "mixed"
+    assert found["bart"].own_loss.startswith("another") and found["llama"].own_loss == "next token"
+    text = families.table(list(found.values()))
+    assert "| equal | 3 |" in text and text.index("| bart |") < text.index("| llama |")
