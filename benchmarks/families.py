@@ -40,7 +40,7 @@ import yaml
 from small import ROOT, environment, rows, small_text, train, write_jsonl
 
 BLOCK, SEQUENCES, STEPS = 32, 4, 3
-SECONDS = 180
+SECONDS = 600
 """What a family may take before its worker is ended."""
 TOLERANCE = {"loss": 1e-5, "grad_norm": 2e-4, "export": 2e-5}
 """Relative differences that are rounding."""
