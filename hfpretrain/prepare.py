@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -17,14 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfpretrain import corpus, files, hygiene, joining, packing, tokenizer
+from hfpretrain import __version__, corpus, files, hygiene, joining, packing, tokenizer
 from hfpretrain.corpus import Document, Reader, Splitter
 from hfpretrain.dataloader import Blocks, TrainingData, TrainingOrder
 from hfpretrain.mirror import Mirror
 from hfpretrain.packing import Batch, Item
 from hfpretrain.prepared import VALIDATION, PreparedData, is_validation, part_account, part_key, part_source
-from hfpretrain.recipe import DataSection, Recipe, RecipeError, SourceSection, TokenizerSection, accumulation_steps
+from hfpretrain.recipe import (
+    DataSection,
+    Problem,
+    Recipe,
+    RecipeError,
+    SourceSection,
+    TokenizerSection,
+    accumulation_steps,
+)
 from hfpretrain.redaction import redacted
+from hfpretrain.shares import Share, Shares
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +130,9 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
             if prepared is None:
                 if (path / files.MANIFEST).exists():
                     return open_verified(path)
+                _look_at_shares(recipe, path)
                 prepared = _Preparation(recipe, path, num_workers or num_cores()).all()
+                Shares(recipe).remove(path.name)
                 require_known(prepared, recipe.tokenizer.max_unknown)
                 return prepared
     prepared = open_verified(path)
@@ -185,8 +197,39 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
     path = prepared_path(recipe)
     with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
         if (PreparedData.open(path) or _pull(recipe, path)) is None:
+            Shares(recipe).add(Share(path.name, _made_from(recipe), index, count))
             _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
     return path
+
+
+def _made_from(recipe: Recipe) -> dict[str, Any]:
+    """All that decides what a share is, by the recipe's key or the library's name."""
+    sources, validation, of_tokenizer = _identities(recipe)
+    libraries = ("datasets", "pyarrow", "tokenizers", "transformers")
+    return {
+        **{f"data.sources.{number}": identity for number, identity in enumerate(sources)},
+        **{f"data.validation_sources.{number}": identity for number, identity in enumerate(validation)},
+        "tokenizer": of_tokenizer,
+        **{name: version(name) for name in libraries},
+        "hfpretrain": __version__,
+    }
+
+
+def _look_at_shares(recipe: Recipe, path: Path) -> None:
+    """Say which shares of other machines are not part of what is joined. Raises `RecipeError` for those that are, but
+    were made by other versions of the libraries."""
+    ours = Share(path.name, json.loads(json.dumps(_made_from(recipe))))
+    others = Shares(recipe).others(ours)
+    for other in others:
+        differing = [problem for problem in other.differences(ours) if problem.path != "--shard"]
+        if differing and other.folder == path.name:
+            raise RecipeError([Problem("prepare", f"{other} was made by other versions; delete {path}*"), *differing])
+        if differing:
+            logger.warning("%s is not used, it was made from another text: %s", other, differing[0])
+    joined = [other for other in others if other.folder == path.name]
+    missing = {n + 1 for n in range(max((other.count for other in joined), default=0))} - {s.index + 1 for s in joined}
+    if missing:
+        logger.warning("share(s) %s were not begun; their parts are made here", ", ".join(map(str, sorted(missing))))
 
 
 def _mirror(recipe: Recipe, path: Path) -> Mirror | None:

@@ -37,6 +37,7 @@ LEAVES = {
     "corpus",
     "packing",
     "joining",
+    "shares",
     "dataloader",
     "model",
     "optim",

@@ -1,6 +1,7 @@
 """Preparation as a whole: interrupted, shared out, remote, mixed, with bad documents."""
 
 import gzip
+import importlib
 import json
 import os
 import random
@@ -146,6 +147,39 @@ def test_shares_of_several_machines_join_to_the_same_bytes(folder, small_parts, 
     assert checksums(joined.path) == expected
     assert inodes.items() <= {f.name: f.stat().st_ino for f in joined.path.glob("train-0/*.arrow")}.items()
     prepared.verify(joined.path)
+
+
+def test_shares_made_from_something_else_are_refused_at_once(folder, monkeypatch, caplog):
+    machines = {}
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        write_jsonl(folder / name / "corpus.jsonl", small_text(60))
+        machines[name] = folder / name
+    shared = recipe(
+        folder,
+        data__sources=[{"path": "json", "data_files": "corpus.jsonl"}],
+        data__prepared_dir=str(folder / "prepared"),
+    )
+    monkeypatch.chdir(machines["a"])
+    prepare_shard(shared, 0, 2)
+    with pytest.raises(RecipeError, match="one of 3 here, one of 2 there"):
+        prepare_shard(shared, 1, 3)
+    monkeypatch.chdir(machines["b"])
+    prepare_module = importlib.import_module("hfpretrain.prepare")
+    version = prepare_module.version
+    monkeypatch.setattr(prepare_module, "version", lambda name: "0.1" if name == "tokenizers" else version(name))
+    with pytest.raises(RecipeError, match=r"tokenizers: 0\.1 here"):
+        prepare_shard(shared, 1, 2)
+    monkeypatch.setattr(prepare_module, "version", version)
+    text = (machines["b"] / "corpus.jsonl").read_text()
+    (machines["b"] / "corpus.jsonl").write_text(text.replace("river", "RIVER", 1))
+    with pytest.raises(RecipeError, match=r"data\.sources\.0: \['corpus\.jsonl'.* there"):
+        prepare_shard(shared, 1, 2)
+    prepare(shared)  # the text of this machine alone, which is said
+    assert "share 1/2" in caplog.text and "another text" in caplog.text
+    (machines["b"] / "corpus.jsonl").write_text(text)
+    path = prepare_shard(shared, 1, 2)
+    assert prepare(shared).path == path and len(list(path.parent.glob("shares-*"))) == 0
 
 
 def test_shares_of_many_files_are_whole_groups(folder, monkeypatch):
