@@ -132,7 +132,7 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
                     return open_verified(path)
                 _look_at_shares(recipe, path)
                 prepared = _Preparation(recipe, path, num_workers or num_cores()).all()
-                Shares(recipe).remove(path.name)
+                _shares(recipe).remove(path.name)
                 require_known(prepared, recipe.tokenizer.max_unknown)
                 return prepared
     prepared = open_verified(path)
@@ -197,9 +197,13 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
     path = prepared_path(recipe)
     with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
         if (PreparedData.open(path) or _pull(recipe, path)) is None:
-            Shares(recipe).add(Share(path.name, _made_from(recipe), index, count))
+            _shares(recipe).add(Share(path.name, _made_from(recipe), index, count))
             _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
     return path
+
+
+def _shares(recipe: Recipe) -> Shares:
+    return Shares(recipe.data, recipe.tokenizer, recipe.prepared_dir)
 
 
 def _made_from(recipe: Recipe) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def _look_at_shares(recipe: Recipe, path: Path) -> None:
     """Say which shares of other machines are not part of what is joined. Raises `RecipeError` for those that are, but
     were made by other versions of the libraries."""
     ours = Share(path.name, json.loads(json.dumps(_made_from(recipe))))
-    others = Shares(recipe).others(ours)
+    others = _shares(recipe).others(ours)
     for other in others:
         differing = [problem for problem in other.differences(ours) if problem.path != "--shard"]
         if differing and other.folder == path.name:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hfpretrain import files
 from hfpretrain.mirror import Mirror
-from hfpretrain.recipe import Problem, Recipe, RecipeError
+from hfpretrain.recipe import DataSection, Problem, RecipeError, TokenizerSection
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Shares:
     their copies of the text differ.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, data: DataSection, tokenizer: TokenizerSection, prepared_dir: Path):
         said = [
-            recipe.data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"}),
-            recipe.tokenizer.model_dump(mode="json", exclude={"chat_template"}),
+            data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"}),
+            tokenizer.model_dump(mode="json", exclude={"chat_template"}),
         ]
         key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = recipe.prepared_dir / f"shares-{key}"
-        url = recipe.data.prepared_dir or ""
+        self._folder = prepared_dir / f"shares-{key}"
+        url = data.prepared_dir or ""
         self._mirror = Mirror(f"{url.rstrip('/')}/{self._folder.name}") if "://" in url else None
 
     def others(self, ours: Share) -> list[Share]:
