@@ -353,12 +353,12 @@ class Reader:
     def _json_lines(self, origin: str) -> Iterator[Document]:
         """One object a line. By hand, since `datasets` can name neither file nor line of a broken one, nor skip it."""
         with self._open(origin, "json") as file:
-            first = file.readline()
-            second = file.readline()
-            if _is_cut_object(first, second):
+            start = list(itertools.islice(file, 10))
+            lines = [line for line in start if line.strip()]
+            if len(lines) > 1 and _is_cut_object(lines[0], lines[1]):
                 advice = "write each object in one line, `jq -c . FILE`"
                 raise RecipeError.at(self.key, f"{origin} has a JSON object that spans several lines: {advice}")
-            for row, line in enumerate(itertools.chain([first, second], file), 1):
+            for row, line in enumerate(itertools.chain(start, file), 1):
                 try:
                     value = json.loads(line)
                 except UnicodeDecodeError as error:

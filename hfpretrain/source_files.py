@@ -86,7 +86,7 @@ def find(source: SourceSection, key: str, split: str) -> list[SourceFile] | None
     Raises `RecipeError` where a pattern matches nothing, or something that can't be read, and where it isn't certain
     which files belong to the split.
     """
-    _require_no_file(source, key)
+    _require_readable(source, key)
     if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
         return None
     found: dict[str, tuple[str, int | None]] = {}
@@ -115,10 +115,15 @@ def find(source: SourceSection, key: str, split: str) -> list[SourceFile] | None
     return [SourceFile(name, size, str(kind)) for name, size, kind in files]
 
 
-def _require_no_file(source: SourceSection, key: str) -> None:
-    """Raises `RecipeError` where `path` is a file, or spelled as a folder and none."""
+def _require_readable(source: SourceSection, key: str) -> None:
+    """Raises `RecipeError` where `path` is a file, spelled as a folder and none, or one that isn't read as a folder."""
     path = source.path
-    if path in FILE_FORMATS or is_folder(source):
+    if path in FILE_FORMATS:
+        return
+    if is_folder(source):
+        if Path(path, "state.json").is_file() and Path(path, "dataset_info.json").is_file():
+            advice = f"read it with `path: arrow`, `data_files: {os.path.join(path, '*.arrow')}`"
+            raise RecipeError.at(f"{key}.path", f"{path} was written by `Dataset.save_to_disk`: {advice}")
         return
     if os.path.isfile(path):
         what = f"`path: {format_of(path) or 'text'}`"

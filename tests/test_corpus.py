@@ -478,6 +478,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         ("a.jsonl", gzip.compress(b'{"text": "x"}'), "compressed by gzip: end its name in .gz"),
         ("a.txt.gz", b"never compressed", "rename it without .gz"),
         ("a.json", json.dumps({"text": "x", "id": 1}, indent=1).encode(), "spans several lines"),
+        ("a.json", b'\n\n{\n"text": "x"\n}', "spans several lines"),
         ("a.json", b'{"text": "x",\n "id": 1}\n{"text": "y",\n "id": 2}', "spans several lines"),
     ],
 )
@@ -539,5 +540,9 @@ def test_a_folder_named_like_a_format_does_not_shadow_it(tmp_path, monkeypatch, 
     for source in sources:
         assert read(**source, sample_by="document") == ["x"]
         assert corpus.identity(SourceSection(**source, sample_by="document"))
+    (tmp_path / "saved").mkdir()
+    for part in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "saved" / part).write_text("{}")
+    assert "read it with `path: arrow`" in refusal(path="saved")
     assert "nowhere is no folder" in refusal(path="./nowhere")
     assert "is a file" in refusal(path=f"{name}/a.txt")
