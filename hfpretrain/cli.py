@@ -219,10 +219,13 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     """Parameter counts where torch is there and the recipe alone tells them, and lines on what else is known then."""
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
-    from hfpretrain import plan, preflight
+    from hfpretrain import optim, plan, preflight
     from hfpretrain.model import context_note
     from hfpretrain.prepare import epochs, epochs_text
 
+    optim.require_library(recipe.optimizer)
+    # The keywords of a schedule are the library's.
+    optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
     seen = "known once the text is prepared" if prepared is None else epochs_text(recipe, epochs(recipe, prepared))
     lines = [] if recipe.data.streaming else [f"epochs           {seen}"]

@@ -116,4 +116,6 @@ def test_the_command_exits_with_2_and_names_all(folder):
     result = hfpretrain("check", str(write_recipe(folder)), *keys)
     assert result.returncode == 2 and "Traceback" not in result.stderr and result.stdout == ""
     assert "no file matches none.jsonl" in result.stderr and "tokenizer.pretrained: there is no" in result.stderr
+    wrong = hfpretrain("check", str(write_recipe(folder)), "--scheduler.scheduler_specific_kwargs={min_lr: 1}")
+    assert wrong.returncode == 2 and "scheduler.scheduler_specific_kwargs: " in wrong.stderr
     assert "--engine" in hfpretrain("check", str(write_recipe(folder)), "--engine", "ddpp").stderr
