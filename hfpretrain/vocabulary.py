@@ -43,9 +43,8 @@ def require_related(model: ModelSection, section: TokenizerSection, tokenizer: P
     stand for the same tokens. Returns what is to be said; raises `RecipeError` where most don't."""
     if model.pretrained is None or model.pretrained == section.pretrained:
         return []
-    base = TokenizerSection(
-        pretrained=model.pretrained, revision=model.revision, trust_remote_code=section.trust_remote_code
-    )
+    # Code that comes with it is not what `tokenizer.trust_remote_code` trusts.
+    base = TokenizerSection(pretrained=model.pretrained, revision=model.revision)
     try:
         own = load_tokenizer(base).get_vocab()
     except RecipeError:
