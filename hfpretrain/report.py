@@ -60,6 +60,7 @@ def setting(run: Any) -> dict[str, Any]:
         "num_processes": run.accelerator.num_processes,
         "device": engine.device_name(run.accelerator),
         "precision": engine.precision(run.accelerator),
+        "attn_implementation": run.attn_implementation,
         "document_masking": run.document_masking,
         "num_steps": run.recipe.training.num_steps,
     }

@@ -76,6 +76,7 @@ from hfpretrain.tokenizer import say_framing, set_chat_template, token_bytes
 # Of what may differ between two starts of a run, the keys that change nothing in a step.
 _NOT_OF_STEPS = (
     *(key for key in run_folder.MAY_DIFFER if not key.startswith(("model.", "training.", "stability"))),
+    "model.attn_implementation",  # the kernel itself is compared, which `auto` may also have chosen
     "model.dtype",
     "training.max_steps",
     "training.max_tokens",
@@ -452,6 +453,9 @@ class Run:
                 "its decay; from the weights of this one, a new run can start with a schedule of its own "
                 "(model.pretrained)"
             )
+        attention = before.get("attn_implementation", recipe.model.attn_implementation)
+        if attention not in ("auto", now["attn_implementation"]):
+            yield f"from step {state.step + 1} on attention is {now['attn_implementation']}; it was {attention}"
         for problem in differences(self.recipe, recipe, ignore=_NOT_OF_STEPS):
             yield f"from step {state.step + 1} on {problem}"
 

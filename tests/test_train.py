@@ -273,6 +273,7 @@ def test_a_longer_run_says_what_changes(finished):
     run = folder / "longer"
     shutil.copytree(folder / "run", run)
     arguments = [f"--output_dir={run}", "--training.max_steps=44", "--training.micro_batch_size=4"]
+    arguments.append("--model.attn_implementation=eager")
     result = train(folder / "recipe.yaml", *arguments, engine="ddp")
     assert result.returncode == 0, result.stderr
     events = [row["event"] for row in read_metrics(run / "metrics.jsonl") if "event" in row]
@@ -280,6 +281,7 @@ def test_a_longer_run_says_what_changes(finished):
         "training goes on under ddp x2 on",
         "5.12e-06 in step 40, goes on at 6.66e-05: the run was planned for 40 steps and now is for 44",
         "from step 41 on training.micro_batch_size: is 4 here, 2 there",
+        "from step 41 on attention is eager; it was sdpa",
     ):
         assert text in result.stderr and any(text in event for event in events), (text, result.stderr)
     assert rows(run, "lr")[44]["lr"] < rows(run, "lr")[40]["lr"] * 1e3
