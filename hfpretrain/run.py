@@ -380,6 +380,11 @@ class Run:
             message = f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
             if self.prepared.document_prefix and self.recipe.tokenizer.add_bos is None:
                 message += ". If an older version began this run without BOS, set tokenizer.add_bos to false"
+            if self.recipe.data.streaming and "segments" not in stored:
+                message = (
+                    f"{path} is a stream's checkpoint of hfpretrain 0.1.0, which knew sources by path and time, not by "
+                    "content. Finish the run with that version, or begin a new one with its weights (model.pretrained)"
+                )
             raise RecipeError.at("data", message)
         if stored["step"] > self.recipe.training.num_steps:
             raise RecipeError.at(

@@ -14,6 +14,7 @@ from conftest import environment, rows, small_text, train, write_jsonl, write_re
 from hub_server import HubServer
 
 from hfpretrain import corpus
+from hfpretrain.files import seal
 from hfpretrain.recipe import DataSection, RecipeError, TokenizerSection
 from hfpretrain.streaming import GroupState, StreamingData
 from hfpretrain.tokenizer import Encoder, train_tokenizer
@@ -302,6 +303,20 @@ def test_a_stream_without_validation_is_trained_to_its_very_end(files, local, en
     ).read_text()
     result = train(recipe, *arguments[:2], f"--training.max_steps={count + 1}", f"--output_dir={files / 'more'}")
     assert result.returncode == 2 and "the source has run out: all was seen 1 time(s)" in result.stderr
+
+
+def test_a_checkpoint_of_the_first_version_is_refused_by_its_name(files, local):
+    recipe = local()
+    assert train(recipe, "--training.max_steps=3").returncode == 0
+    path = max((files / "run" / "checkpoints").iterdir())
+    work = path.rename(path.with_name("work"))
+    state = json.loads((work / "train_state.json").read_text())
+    del state["segments"]
+    (work / "train_state.json").write_text(json.dumps(state | {"data": "another"}))
+    (work / "manifest.json").unlink()
+    seal(work, path, {"step": 3})
+    result = train(recipe, "--training.max_steps=4")
+    assert result.returncode == 2 and "checkpoint of hfpretrain 0.1.0" in result.stderr, result.stderr
 
 
 def test_an_error_in_the_text_of_one_process_is_told(files, local):
