@@ -88,18 +88,19 @@ class ModelSection(Section):
     """Keywords of `AutoConfig.for_model`: `model_type` and any key of that config class. `vocab_size`, `bos_token_id`,
     `eos_token_id` and `pad_token_id` default to the tokenizer's."""
     pretrained: str | None = None
-    """Folder or Hub id to go on from (`AutoModelForCausalLM.from_pretrained`); `ID@REVISION` gives `revision` as
-    well."""
+    """Folder or Hub id of the checkpoint to train further (`AutoModelForCausalLM.from_pretrained`). `ID@REVISION` sets
+    `revision` as well."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
     allow_missing: tuple[str, ...] = ()
-    """Patterns (`*` for any characters) of tensors that `pretrained` may lack, which are then drawn from the seed, or
-    have without a place in the model, which are then left out: `[lm_head.weight]`. Any other is an error."""
+    """Patterns of tensor names (`*` matches any characters) in which the weights of `pretrained` may differ from the
+    model, for example `[lm_head.weight]`. A matching tensor that the checkpoint lacks is drawn from the seed; one that
+    the model lacks is left out. Default: none, so that any missing or unexpected tensor is an error."""
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
-    """Attention kernel, passed to transformers. `auto`: torch's own scaled dot product (`sdpa`) where the model's class
-    has it, else `eager`."""
+    """Attention implementation, passed to transformers. `auto`: PyTorch's scaled dot product attention (`sdpa`) where
+    the model's class supports it, otherwise `eager`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     use_liger_kernel: bool = False
@@ -146,12 +147,14 @@ class TokenizerSection(Section):
     trust_remote_code: bool = False
     """Run tokenizer code that comes with `pretrained`."""
     add_bos: bool | None = None
-    """Whether every document begins with the BOS token of `pretrained`. null: as the tokenizer's own call does, with
-    BOS for Llama's and Gemma's, without for Qwen's and GPT-2's. The exported tokenizer does what training did. Has no
-    effect where BOS and EOS are one token, which stands between documents in any case."""
+    """Whether every document begins with the BOS token of `pretrained`. null, the default: as when the tokenizer is
+    called on a text. Llama's and Gemma's tokenizers then add BOS, Qwen's and GPT-2's do not. The exported tokenizer
+    does what training did. Has no effect where BOS and EOS are the same token, which separates documents in any
+    case."""
     max_unknown: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of a source that may be lost on the tokenizer: of its tokens those that stand for text which the
-    tokenizer does not know, and of its characters those that no token stands for. With more a run does not begin."""
+    """Largest share of a source, from 0 to 1, that the tokenizer may lose. Two shares are compared with it: that of the
+    unknown token among all tokens, and that of characters for which there is no token. A source that loses more stops
+    the run. The default, 0.01, is a rule of thumb."""
     chat_template: str | None = None
     """How messages become text (`tokenizer.apply_chat_template`, which TRL calls), exported with the tokenizer: Jinja,
     or the file that holds it. Pretraining does not use it, so it may change between starts of a run. null: that of
@@ -182,14 +185,16 @@ class SourceSection(Section):
 
     path: str
     """`text`, `json`, `parquet`, `csv` (with `data_files` or `data_dir`), a local folder, a Hub dataset id, or
-    `builtin:python-stdlib` (the modules of this machine's Python, one document each). In this order: a folder named
-    `text` is written `./text`, and a folder that exists is taken before a dataset of that name on the Hub. Files of a
-    folder are read by the ends of their names (.txt, .json, .jsonl, .ndjson, .parquet, .csv, also compressed)."""
+    `builtin:python-stdlib` (the modules of this machine's Python, one document each). A name is looked up in this
+    order: write a folder that is called `text` as `./text`; a folder that exists comes before a Hub dataset of the same
+    name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, each also
+    compressed)."""
     name: str | None = None
     """Configuration of a Hub dataset."""
     data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Files or globs; compressed ones (gz, zst, xz, bz2) are read as they are. A name that exists is that file,
-    whatever characters it has. `*` alone leaves out what stands beside data, such as `LICENSE` and `_SUCCESS`."""
+    """Files or globs. Compressed files (gz, zst, xz, bz2) need not be unpacked. A name that exists is taken literally,
+    even if it contains `*` or `[`. A pattern whose last part is just `*` skips files that accompany data, such as
+    `LICENSE` and `_SUCCESS`."""
     data_dir: str | None = None
     """Folder with the files."""
     split: str = "train"
@@ -197,12 +202,13 @@ class SourceSection(Section):
     revision: str | None = None
     """Revision of a Hub dataset."""
     sample_by: Literal["line", "paragraph", "document"] | None = None
-    """Of text files: a document is a line, a paragraph (blank lines between), or the whole file. Needed for
-    `path: text` and for a folder with text files. Line ends of any kind are read as a newline."""
+    """What one document of a text file is: a line, a paragraph (separated by blank lines), or the whole file. Required
+    for `path: text` and for a folder with text files. Line endings of any kind are read as a newline."""
     special_tokens: Literal["text", "tokens"] | Annotated[tuple[str, ...], Field(min_length=1)] = "text"
-    """What the names of the tokenizer's special tokens are where the text holds them, as `<fim_prefix>` or
-    `<|im_start|>`: letters as any others, or with `tokens` those tokens; a list names the tokens that are, and the rest
-    are letters. EOS, BOS and padding always are, so that no text can end its document. The manifest counts them."""
+    """How the name of a special token, such as `<fim_prefix>` or `<|im_start|>`, is read where the text contains it.
+    `text`, the default: as ordinary text. `tokens`: as the special token. A list: these names as special tokens, all
+    others as ordinary text. EOS, BOS and padding are always read as ordinary text, so that no text can end its
+    document. The manifest counts every occurrence."""
     text_column: str = "text"
     """Column that holds the text."""
     weight: float | None = Field(default=None, ge=0)
@@ -342,8 +348,9 @@ _Average = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """An optimizer by its own keyword names. Matrices and embeddings decay; norms, biases, other vectors and the decay
-    rates of state-space layers do not. A run's `optimizer.json` lists both."""
+    """An optimizer and the keywords of its class. Matrices and embeddings get weight decay; norms, biases, other
+    vectors and the decay rates of state-space layers do not. A run's `optimizer.json` lists the parameters of each
+    group."""
 
     name: Literal["adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"] = "adamw"
     """`torch.optim.AdamW`, `Muon` or `Adafactor`. Muon takes the matrices between embedding and head, its update scaled
@@ -361,9 +368,10 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator; torch's default."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay of matrices and embeddings; 0.1 as in GPT-3."""
+    """Decoupled weight decay of matrices and embeddings. The default, 0.1, is that of GPT-3."""
     no_decay: tuple[str, ...] = ()
-    """Patterns (`*` for any characters) of further parameters without decay, for example `["*embed_tokens*"]`."""
+    """Patterns of parameter names (`*` matches any characters) that get no weight decay either, for example
+    `["*embed_tokens*"]`. Default: none. A pattern that matches no parameter is an error."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Of Muon; torch's default."""
     beta2_decay: float = Field(default=-0.8, le=0)
@@ -449,9 +457,9 @@ class TrainingSection(Section):
     linear layers in 8 bits through torchao or TransformerEngine, the rest in bf16. `auto`: what the launcher's file
     says, else bf16 where the hardware has it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
     document_masking: Literal["auto"] | bool = "auto"
-    """Attention ends at document boundaries, where the model's attention keeps packed documents apart, which is tested
-    at start. Where it does not and blocks hold several documents, `auto` stops the run: `false` lets it train so.
-    `true` stops it in any case."""
+    """Whether attention ends at document boundaries within a block. A test at the start finds out whether this model
+    can keep packed documents apart. If it can't, `true` stops the run, and `auto`, the default, stops it if any block
+    holds several documents. `false` trains without masking."""
     chunked_loss: Literal["auto"] | bool = "auto"
     """Compute the loss a chunk of tokens at a time, so that the logits are never whole in memory. `auto`: where the
     model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
@@ -501,8 +509,8 @@ class LmEvalSection(Section):
     every_steps: PositiveInt | None = None
     """Optimizer steps between; null: only at the end."""
     include_path: str | None = None
-    """Folder with task files of your own; where it has all `tasks`, nothing else is looked at. Task files can run code,
-    so it needs `evaluation.trust_remote_code`."""
+    """Folder with your own task files. If it has all of `tasks`, no other task files are read. Task files can run code,
+    so this needs `evaluation.trust_remote_code: true`."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in the prompt; null: what each task says, else none."""
     limit: PositiveInt | None = None
@@ -515,14 +523,16 @@ class EvaluationSection(Section):
     every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations; null: only at step 0 and at the end."""
     metrics: tuple[str, ...] = ()
-    """`evaluate` metrics that take `predictions` and `references`: they get the likeliest token at every place and the
-    one that is there. Each needs the logits, so a second forward pass, of one row at a time. A name of those that
-    evaluate hosts (`accuracy`, `f1`, ...); with `trust_remote_code` also a script, its folder, or a Hub space."""
+    """Metrics of the `evaluate` library that take `predictions` and `references`: the most likely token at every
+    position, and the token that the text has there. They need the logits, which takes a second forward pass, one row at
+    a time. Give a name that `evaluate` hosts (`accuracy`, `f1`, ...) or, with `trust_remote_code`, a script, its folder
+    or a Hub Space."""
     metric_revisions: dict[str, str] = Field(default_factory=dict)
-    """The commit of each Hub space among `metrics`, by its name: what is trusted must not change."""
+    """Commit hash of each Hub Space in `metrics`, by the name that `metrics` gives it. Required for every Space that
+    `evaluate` does not host, so that trusted code can't change. Default: none."""
     trust_remote_code: bool = False
-    """Run the code of `metrics` that are scripts or Hub spaces, and of the task files in `lm_eval.include_path`. Off:
-    only metrics of hfpretrain and those that evaluate hosts, and lm-eval's own tasks."""
+    """Run the code of scripts and Hub Spaces in `metrics`, and of the task files in `lm_eval.include_path`. Default:
+    false, which allows hfpretrain's own metrics, those that `evaluate` hosts, and lm-eval's own tasks."""
     prompts: tuple[str, ...] = ()
     """Continued at every evaluation, greedily and drawn with a fixed seed, into the log, the trackers and
     `samples.jsonl`. An empty one begins a document."""
@@ -559,7 +569,7 @@ def missing_path(given: str) -> str | None:
     if not (given.startswith((".", "/", "~")) or given.count("/") > 1 or path.suffix in _SUFFIXES or is_below_folder):
         return None
     if given.startswith("~"):
-        return f"there is no {given!r}: `~` is the shell's and not expanded here; write the folder out"
+        return f"there is no {given!r}: only the shell expands `~`; write the whole path"
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, names, n=1)
     hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
@@ -572,7 +582,7 @@ def not_loaded(given: str, error: Exception) -> str:
     line = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
     path = Path(given)
     if (path / "train_state.json").is_file():
-        return f"{given!r} is a checkpoint of a run; `hfpretrain export {given} OUT` makes a folder of it that loads"
+        return f"{given!r} is a checkpoint of a run; export it first, `hfpretrain export {given} OUT`, and name OUT"
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
         return f"{given!r} is a run; did you mean {path / 'model'}?"
     if path.exists():
@@ -581,7 +591,7 @@ def not_loaded(given: str, error: Exception) -> str:
 
 
 def _absent_file(folder: Path) -> str | None:
-    """Which file of a folder stands for one that isn't on this machine; None if none does."""
+    """Which file of a folder is a broken link or a Git LFS pointer; None if none is."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.is_symlink() and not file.exists():
             return f"{file} is a link to {file.readlink()}, which is missing"
@@ -879,7 +889,7 @@ def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
     except FileNotFoundError:
         raise RecipeError.at(str(path), "no such recipe file") from None
     except UnicodeDecodeError as error:
-        message = f"is no UTF-8 text: {error.reason} {error.object[error.start]:#04x} at byte {error.start}"
+        message = f"is not UTF-8 text: {error.reason} {error.object[error.start]:#04x} at byte {error.start}"
         raise RecipeError.at(str(path), message) from None
     except OSError as error:
         raise RecipeError.at(str(path), f"cannot be read: {error.strerror}") from None
@@ -895,7 +905,8 @@ def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
 
 
 def _apply_override(mapping: dict[str, Any], override: str, following: str) -> None:
-    """Write an override into a recipe's mapping; `following` is the argument behind it, for the error's sake."""
+    """Write an override into a recipe's mapping. The error message for a malformed one uses the argument `following`
+    it."""
     match = re.fullmatch(r"--([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
     if match is None:
         raise RecipeError.at(override, f"not an override; write {_as_override(override, following)}")
@@ -961,17 +972,17 @@ def load_recipe(
 
 
 def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
-    """Values that pydantic takes for another, and that nothing can be done with."""
+    """Values that pydantic silently converts, and values that no run can use."""
     taken = dict(flatten(recipe.model_dump(mode="json")))
     for path, value in flatten(mapping):
         if isinstance(value, bool) and not isinstance(taken.get(path, value), bool):
             yield Problem(path, f"needs a number (got {str(value).lower()})")
         elif isinstance(value, int) and abs(value) >= 2**53:
-            yield Problem(path, f"is larger than anything that can be counted (got {value:.3e})")
+            yield Problem(path, f"is too large; integers must be below 2**53 (got {value:.3e})")
         elif isinstance(value, str) and "\0" in value:
             yield Problem(path, f"holds a NUL character (got {value!r:.100})")
         elif value == "" and not path.startswith(("evaluation.prompts.", "model.config.")):
-            yield Problem(path, "is an empty text; give a value, or leave the key out")
+            yield Problem(path, "is an empty string; give a value, or leave the key out")
 
 
 def _problem(detail: Any) -> Problem:
@@ -1095,7 +1106,7 @@ _COUNTERPARTS = {
 
 
 def _place(key: str) -> str | None:
-    """Where in a recipe stands what `key` means elsewhere, or in another section; None where it is not known."""
+    """The recipe's key for what another training script, or another section, calls `key`; None if there is none."""
     if key in _COUNTERPARTS:
         return _COUNTERPARTS[key]
     places = [path for path in _paths(Recipe) if path.rpartition(".")[2] == key]
@@ -1131,8 +1142,8 @@ def known_keys(location: Sequence[int | str]) -> list[str]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, defaults included, without the secrets of its addresses; `load_recipe` reads it back
-    as the same recipe but for those."""
+    """The resolved recipe as YAML, with defaults, and with `***` for secrets in addresses. `load_recipe` reads it back
+    as the same recipe, except for the secrets."""
     return dump_mapping(recipe.model_dump(mode="json"))
 
 

@@ -179,7 +179,7 @@ def test_cross_checks_name_path_and_fix(folder, changes, path, fragment):
         (b"- a\n", "a recipe is a mapping"),
         (b"a:\n\tb: 1\n", "indent with spaces"),
         (b"seed: 1\nseed: 2\n", "'seed' stands twice"),
-        (b"\x89PNG\r\n", "no UTF-8 text: invalid start byte 0x89 at byte 0"),
+        (b"\x89PNG\r\n", "not UTF-8 text: invalid start byte 0x89 at byte 0"),
         (b"a: 1\n---\nb: 2\n", "another document"),
         (b"a: " + b"[" * 3000, "not valid YAML"),
     ],
