@@ -32,7 +32,7 @@ def table(plan: Plan) -> str:
         else f"{plan.num_processes} x {plan.device}"
     )
     if plan.seconds_per_step is None or plan.hours is None or plan.device_hours is None:
-        why = f"the peak of {plan.device} is {plan.peak_is}" if plan.peak_flops is None else "no engine runs so"
+        why = f"the peak of {plan.device} is {plan.peak_is}" if plan.peak_flops is None else "no engine can run this"
         lines.append(f"  time         not known: {why}")
     else:
         lines += [
@@ -117,8 +117,10 @@ def compare(
 def seconds_per_step(
     speeds: Iterable[tuple[int, float]], tokens_per_step: int, after: int = 0, last: float = math.inf
 ) -> float | None:
-    """Seconds of a step in training proper, from step and tokens a second of each log step after `after` and up to
-    `last`: pauses are left out by the throughput, warming up by passing over the first where there are more."""
+    """Mean seconds of a training step, from step and tokens per second of each log step after `after` and up to `last`.
+
+    The throughput leaves out pauses such as evaluations. The first log step includes warming up, so it counts only if
+    there is no other. None without any."""
     first, all_seconds, all_steps, before = 0.0, 0.0, 0, after
     for number, (step, speed) in enumerate((step, speed) for step, speed in speeds if after < step <= last):
         seconds = (step - before) * tokens_per_step / speed
@@ -131,7 +133,7 @@ def seconds_per_step(
 
 
 def report(run: Any, peak_memory: int, resident: int) -> str:
-    """What a finished run took beside what its plan had said, kept with the whole plan as `plan.json` in its folder.
+    """Compare what a finished run took with its plan; both are kept as `plan.json` in its folder.
 
     `peak_memory` and `resident` (0 where it is not measured): bytes of `metrics.PeakMemory`, the largest of all
     processes.
@@ -154,7 +156,7 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
             )
     except RecipeError as error:  # a run that has ended well must not fail for want of its bill
         return f"no plan of this run: {error}"
-    # Of this process alone: before it, the run may have had another engine.
+    # Only the steps of this process: earlier ones may have run under another engine.
     speeds = run.records.history().speeds()
     seconds = seconds_per_step(speeds, run.recipe.training.tokens_per_step, run.first_step)
     found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
@@ -168,7 +170,7 @@ def out_of_memory(run: Any, message: str) -> str:
 
     recipe, accelerator = run.recipe, run.accelerator
     name, number = engine.engine_name(accelerator), accelerator.num_processes
-    # Nothing is to be timed where memory is short.
+    # With `mfu` given, no step is timed, for which there is no memory here.
     settled = {"num_processes": number, "mixed_precision": engine.precision(accelerator), "mfu": DEFAULT_MFU}
     with engine.plain_initialisation():
         plan = make_plan(recipe, config=getattr(run, "config", None), **settled)

@@ -29,12 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     os.environ.update(launcher.sleeping_threads())  # before torch is imported
-    # Whoever works longer than they print goes on where nobody reads any more; of others the output is all there is.
+    # These commands do more than print, so they go on when nobody reads their output; the others then end.
     console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal does not know
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character that the terminal's encoding lacks
     redaction.install()
-    for override in overrides:  # spelled as accelerate spells its own
+    for override in overrides:  # `--num_processes`, as accelerate spells it
         name = override.partition("=")[0]
         if "_" in name and "." not in name and (flag := name.replace("_", "-")) in args.flags:
             parser.error(f"unknown argument {name}; did you mean {flag}?")
@@ -83,15 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--engine", help="this one alone; default: all side by side")
     plan.add_argument("--num-processes", type=int, help="one for each device; default: 1")
     plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
-    mfu = "assumed share of the device's peak; default: 0.4, on this machine's CPU measured with a small model itself"
+    mfu = "assumed share of the device's peak FLOP/s; default: 0.4, or for a small model on this CPU measured"
     plan.add_argument("--mfu", type=float, help=mfu)
     plan.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOP/s")
     many = "simulate communication on so many devices instead; default: 8 64 512 4096"
     plan.add_argument("--scaling", type=int, nargs="*", metavar="DEVICES", help=many)
-    plan.add_argument("--devices-per-node", type=int, help="of --scaling; default: 8")
-    plan.add_argument("--nvlink", type=float, help="of --scaling: GB/s a device sends inside its node; default: 450")
-    plan.add_argument("--infiniband", type=float, help="of --scaling: GB/s a device sends to others; default: 50")
-    shared = "of --scaling: devices that share a copy under hsdp; default: its file's"
+    plan.add_argument("--devices-per-node", type=int, help="with --scaling; default: 8")
+    plan.add_argument("--nvlink", type=float, help="with --scaling: GB/s a device sends within its node; default: 450")
+    plan.add_argument("--infiniband", type=float, help="with --scaling: GB/s a device sends to others; default: 50")
+    shared = "with --scaling: devices that share one copy of the model under hsdp; default: the number in its file"
     plan.add_argument("--shard-size", type=int, help=shared)
     prepare = command("prepare", _prepare, f"make tokenizer and blocks; {_OVERRIDES}")
     prepare.add_argument("recipe")
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
     evaluate.add_argument("model", help=_MODEL)
     evaluate.add_argument("--tasks", help="tasks of lm-eval, separated by commas; alone, or beside a recipe or --data")
-    evaluate.add_argument("--include-path", metavar="FOLDER", help="with task files of your own, whose code is run")
+    evaluate.add_argument("--include-path", metavar="FOLDER", help="folder with your own task files, whose code is run")
     evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: what each task says")
     evaluate.add_argument("--limit", type=int, help="only so many documents of each task")
     compare = command("compare", _compare, f"two checkpoints on the same documents, by bits per byte; {_OVERRIDES}")
@@ -149,8 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=50)
     generate.add_argument("--seed", type=int, default=0)
     export = command("export", _export, "a checkpoint of a run, of any engine, as a plain Hugging Face folder")
-    export.add_argument("checkpoint", help="runs/NAME/checkpoints/step-...; of a run the newest")
-    export.add_argument("out", help="the new folder")
+    export.add_argument("checkpoint", help="runs/NAME/checkpoints/step-..., or a run: its newest checkpoint")
+    export.add_argument("out", help="folder to create")
     path = command("path", _path, "where a recipe or accelerate file that comes with the package is")
     path.add_argument("name", help="for example quickstart or ddp")
     push = command("push", _push, "upload what a Hub repo lacks of a run: each checkpoint as a revision, the export")
@@ -182,7 +182,7 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
             recipe, shipped.find(args.engine, "engine", path="--engine"), args.num_processes
         )
     elif args.num_processes is not None:
-        raise RecipeError.at("--num-processes", "goes with --engine")
+        raise RecipeError.at("--num-processes", "is used only with --engine; add that, or leave it out")
     if problems:
         raise RecipeError(problems)
     related = _related(recipe)
@@ -207,7 +207,7 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _related(recipe: Recipe) -> list[str]:
-    """What is to be said of a tokenizer and a model on this machine, where transformers is installed."""
+    """Notes on whether tokenizer and model belong together; none without transformers or where one is on the Hub."""
     if find_spec("transformers") is None:
         return []
     from hfpretrain.vocabulary import check
@@ -216,7 +216,7 @@ def _related(recipe: Recipe) -> list[str]:
 
 
 def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
-    """Parameter counts where torch is there and the recipe alone tells them, and lines on what else is known then."""
+    """Parameter counts, None where they are not known yet, and lines on epochs, disk space and context; needs torch."""
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
     from hfpretrain import optim, plan, preflight
@@ -224,18 +224,18 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     from hfpretrain.prepare import epochs, epochs_text
 
     optim.require_library(recipe.optimizer)
-    # The keywords of a schedule are the library's.
+    # Raises if transformers does not take the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
     seen = "known once the text is prepared" if prepared is None else epochs_text(recipe, epochs(recipe, prepared))
     lines = [] if recipe.data.streaming else [f"epochs           {seen}"]
     known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
     if not known and prepared is None:
-        return None, [*lines, "parameters       known once the tokenizer is: model.config has no vocab_size"]
+        return None, [*lines, "parameters       known once the text is prepared: model.config has no vocab_size"]
     counts, size = plan.parameters(recipe), plan.disk_bytes(recipe)
     if problems := preflight.disk_problems(recipe, size):
         raise RecipeError(problems)
-    lines.append(f"disk             {size / 2**20:,.1f} MiB of checkpoints and the export, beside the prepared text")
+    lines.append(f"disk             {size / 2**20:,.1f} MiB for checkpoints and the export, without the prepared text")
     note = context_note(recipe.model, plan.model_config(recipe), recipe.data.block_size)
     return counts, [*lines, *([f"note             {note}"] if note else [])]
 
@@ -266,7 +266,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     for flag in ("devices_per_node", "nvlink", "infiniband", "shard_size"):
         if getattr(args, flag) is not None:
-            raise RecipeError.at(f"--{flag.replace('_', '-')}", "goes with --scaling")
+            name = f"--{flag.replace('_', '-')}"
+            raise RecipeError.at(name, "is used only with --scaling; add that, or leave it out")
     processes = 1 if args.num_processes is None else args.num_processes
     recipe = _load(args, overrides)
     require_divisible_batch(recipe, processes, args.engine)
@@ -388,7 +389,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _verify_prepared(run: Path) -> dict[str, Any]:
-    """What is in the prepared data that a run was trained on, every file of them read; or that they are not here."""
+    """Verify every file of the prepared data that a run was trained on, or say that they are not on this machine."""
     from hfpretrain.prepared import of_run, verify
     from hfpretrain.report import DATA
 
@@ -398,11 +399,12 @@ def _verify_prepared(run: Path) -> dict[str, Any]:
         data = json.loads((run / DATA).read_text(encoding="utf-8"))
         name, checksum = data.get("prepared"), data["checksum"]
     except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(Problem(str(run / DATA), f"does not tell what the run was trained on: {error}")) from error
+        message = f"does not say which data the run was trained on: {error}"
+        raise RecipeError(Problem(str(run / DATA), message)) from error
     roots = [load_recipe(run / "recipe.yaml").prepared_dir, run.parent / "prepared"]
     path = of_run(roots, name, checksum)
     if path is None:
-        return {"prepared_data": f"not in {roots[0]}, so not verified"}
+        return {"prepared_data": f"not verified, because they are not in {roots[0]}"}
     return {"prepared_data": str(path)} | {f"prepared_{key}": value for key, value in verify(path).items()}
 
 
@@ -452,7 +454,7 @@ def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
     folder = Path(args.output or f"{recipe.output_dir.rstrip('/')}-ladder")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, signal.default_int_handler)  # a rung must not go on alone
+            signal.signal(number, signal.default_int_handler)  # the training of a rung must not outlive the ladder
     for line in ladder(recipe, sizes, args.ratios, args.engine, args.num_processes, args.compute, folder):
         print(line, flush=True)
 
@@ -488,7 +490,7 @@ def _path(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _repair(run: Path) -> None:
-    """Finish what a killed run has begun with its export, if none is at work in its folder."""
+    """Finish an export during which a run was killed, unless a live run uses the folder."""
     from hfpretrain import export, run_folder
 
     if (run / "recipe.yaml").is_file() and not run_folder.is_in_use(run):

@@ -31,7 +31,7 @@ _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
 )
-_SAMPLE_BY = "say what a document is, `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
+_SAMPLE_BY = "say what one document is: `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
 _document_counts: dict[tuple[Any, ...], int] = {}
 
 
@@ -172,7 +172,7 @@ class Reader:
         if texts and self.source.sample_by is None:
             raise RecipeError.at(f"{self.key}.sample_by", f"{texts[0]} is a text file: {_SAMPLE_BY}")
         if self.source.sample_by is not None and not texts:
-            raise RecipeError.at(f"{self.key}.sample_by", "goes with text files, and there are none")
+            raise RecipeError.at(f"{self.key}.sample_by", "is for text files, and there are none; leave the key out")
         return found[self.source.split] if self._streamed else self._sliced(found)
 
     def _sliced(self, files: dict[str, list[Piece]]) -> list[Piece]:
@@ -514,8 +514,8 @@ def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
 def _require_openable(source: SourceSection, key: str) -> None:
     hidden = [name for name in (source.path, source.data_dir or "", *source.patterns) if is_redacted(name)]
     if hidden:
-        message = f"{hidden[0]} was written without its secret, as all that a run writes is"
-        raise RecipeError.at(key, f"{message}; give the recipe that the run was started with")
+        message = f"{hidden[0]} has *** in place of its secret, as in every recipe that a run writes"
+        raise RecipeError.at(key, f"{message}; use the recipe that the run was started with")
 
 
 def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
@@ -523,7 +523,8 @@ def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
     config = _builder(source, key).config
     found = [[str(split), *_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
     if not found:
-        raise RecipeError.at(key, f"{source.path} has no data files by which a change would be noticed; name them")
+        message = f"{source.path} names no data files, so a change would go unnoticed; name them in data_files"
+        raise RecipeError.at(key, message)
     settings = [Path(source.path, name) for name in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
     return [*found, *_versions([str(path) for path in settings if path.is_file()], key)]
 
@@ -565,7 +566,7 @@ def _commit(source: SourceSection, key: str) -> str:
         try:
             return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
         except Exception as error:  # of the Hub or of the network
-            advice = "with HF_HUB_OFFLINE=1 the local cache is used"
+            advice = "to use the local cache, set HF_HUB_OFFLINE=1"
             message = f"cannot ask the Hub for {source.path}: {type(error).__name__}: {_line(error)}; {advice}"
             raise RecipeError.at(key, message) from error
     commit = str(_builder(source, key).hash)
@@ -611,7 +612,7 @@ def _remote_version(url: str, key: str) -> list[Any]:
     found = [str(info[name]) for name in _VERSION_KEYS if info.get(name) is not None]
     if not found:
         message = (
-            f"the server of {url} tells no version of it (ETag, Last-Modified), so that a change would go unnoticed"
+            f"the server of {url} sends neither ETag nor Last-Modified, so a change of the file would go unnoticed"
         )
         raise RecipeError.at(f"{key}.data_files", f"{message}; copy the file to this machine")
     return [str(info.get("size")), *found]

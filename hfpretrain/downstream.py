@@ -74,7 +74,7 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
         rows.append((f"Trainer, run_clm's blocks of {context}", labels, network.trainer(cut, labels), packed))
         if text.prefix:
             notes.append(
-                f"in run_clm's blocks {tokenizer.decode(text.prefix[:1])} is not to be predicted, as in training"
+                f"in run_clm's blocks the label of {tokenizer.decode(text.prefix[:1])} is ignored, as in training"
             )
     else:
         notes.append(f"the text does not fill a block of {context} tokens, so run_clm would have nothing to train on")

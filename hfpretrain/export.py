@@ -103,7 +103,7 @@ def verify(model_path: Path, reference: Path, trust_remote_code: bool = False) -
         precision = file.metadata()["precision"]
     sums = files.sums_of(model_path)
     if (model_path / "adapter_config.json").is_file() and "adapter_config.json" not in (sums or {}):
-        message = "is not of the export, and from_pretrained would load an adapter by it; move it into a folder"
+        message = "is not part of the export, and from_pretrained would load the adapter; move it to another folder"
         raise RecipeError.at(str(model_path / "adapter_config.json"), message)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=trust_remote_code).eval()

@@ -191,7 +191,8 @@ def _carry(old: Path, new: Path, own: set[str], below: str = "") -> None:
                 target, number = new / f"{entry.name}{suffix}", number + 1
             os.rename(old / entry.name, target)
             if target.name != entry.name:
-                logger.warning("%s was changed by somebody: it is kept as %s", new / entry.name, target.name)
+                what = "a file that hfpretrain did not write, or that was edited since, is kept"
+                logger.warning("%s: %s as %s", new / entry.name, what, target.name)
 
 
 def seal(
@@ -307,7 +308,7 @@ def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
         size, seconds = sum(stat[0] for _, stat in new), time.perf_counter() - start
         if seconds > 5:
             logger.info(
-                "read %.1f GB of source files in %.0f s to know them again by their content", size / 1e9, seconds
+                "hashed %.1f GB of source files in %.0f s, to notice when their content changes", size / 1e9, seconds
             )
         write_whole(record, json.dumps({str(path): known[str(path)] for path, _ in before}))
     return [(stat[0], known[str(path)][1]) for path, stat in before]
@@ -396,7 +397,7 @@ def sums_of(folder: Path) -> dict[str, str] | None:
     content = path.read_bytes()
     first, _, lines = content.partition(b"\n")
     if first != b"# the lines below: " + hashlib.sha256(lines).hexdigest().encode():
-        raise ValueError(f"{path} is damaged: its lines do not have the checksum that stands above them")
+        raise ValueError(f"{path} is damaged: its lines do not match the checksum in its first line")
     pairs = (line.partition("  ") for line in lines.decode().splitlines())
     return {name: checksum for checksum, _, name in pairs}
 

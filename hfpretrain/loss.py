@@ -113,9 +113,9 @@ class StepLoss:
     def note(self, name: str) -> str | None:
         """What to tell of a class called `name` that does not train on its own loss as it is."""
         if self.from_logits:
-            return f"the loss of {name} is not the next token's over the whole step: it is computed from the logits"
+            return f"{name} does not compute the next-token loss of a whole step, so it is computed from the logits"
         if self.adds_own:
-            return f"{name} adds a loss of its own, which counts once a step: as the mean over its micro-batches"
+            return f"{name} adds a loss of its own to the next token's: its mean over a step's micro-batches is used"
         return None
 
 

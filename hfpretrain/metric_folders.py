@@ -41,7 +41,7 @@ def trust_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     if section.lm_eval is not None and section.lm_eval.include_path is not None and not section.trust_remote_code:
         yield Problem(
             "evaluation.lm_eval.include_path",
-            f"task files in {section.lm_eval.include_path} can run any code; look at them, then set "
+            f"task files in {section.lm_eval.include_path} can run any code; read them, then set "
             "evaluation.trust_remote_code to true",
         )
 
@@ -60,15 +60,15 @@ def _refusal(path: str, section: EvaluationSection) -> str | None:
     if script is None and path.removeprefix(_SPACES) in HOSTED:
         return None
     if script is None and repo_id_problem(path) is not None:
-        return f"{path} does not load: there is no such script"
+        return f"{path} does not load: there is no such script, and evaluate hosts no metric of this name"
     where = "a script on this machine" if script is not None else "a script on the Hub"
     if not section.trust_remote_code:
         return (
-            f"{path} is {where}, neither hfpretrain's nor one of those that evaluate hosts; look at it, then set "
+            f"{path} is {where} that neither hfpretrain nor evaluate provides; read its code, then set "
             "evaluation.trust_remote_code to true"
         )
     if script is None and path not in section.metric_revisions:
-        return f"{path} may change on the Hub; give its commit as evaluation.metric_revisions: {{{path}: COMMIT}}"
+        return f"{path} may change on the Hub; pin its commit, evaluation.metric_revisions: {{{path}: COMMIT}}"
     return None
 
 

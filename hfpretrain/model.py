@@ -80,8 +80,8 @@ def context_note(section: ModelSection, config: PretrainedConfig, block_size: in
     if positions <= block_size:
         return None
     return (
-        f"the model gets {key} {positions:,}, the default of {config.model_type}; blocks have {block_size:,} tokens, "
-        f"so positions behind them are not trained. Set model.config.{key} to say otherwise"
+        f"the model has {key} {positions:,}, the default of {config.model_type}, but blocks have "
+        f"{block_size:,} tokens, so later positions are not trained. Set model.config.{key} to change it"
     )
 
 
@@ -89,8 +89,8 @@ def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSecti
     """The problem of a tokenizer with ids that the model has no embedding for; `section` of the model, if known."""
     if section is not None and section.pretrained is not None:
         message = (
-            f"has {tokenizer_size} tokens, and {section.pretrained} embeddings for {vocab_size}; take the model's own "
-            f"tokenizer, or give the model the rows first: `model.resize_token_embeddings({tokenizer_size})` and "
+            f"has {tokenizer_size} tokens, but {section.pretrained} has embeddings for {vocab_size}; use the model's "
+            f"own tokenizer, or add the rows first: `model.resize_token_embeddings({tokenizer_size})`, then "
             "`model.save_pretrained(...)`"
         )
         return Problem("tokenizer.pretrained", message)
@@ -177,9 +177,9 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
     text = config.get_text_config()
     if text is not config and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         message = (
-            f"{section.pretrained} is a {config.model_type}, whose text model transformers has no causal class for"
+            f"{section.pretrained} is a {config.model_type}, and transformers has no causal class for its text model"
         )
-        raise RecipeError.at("model.pretrained", f"{message} ({text.model_type}); take a checkpoint of text alone")
+        raise RecipeError.at("model.pretrained", f"{message} ({text.model_type}); use a text-only checkpoint")
     return text
 
 
@@ -233,7 +233,7 @@ def _special_id_problems(section: ModelSection, tokenizer: Any) -> Iterator[Prob
     """An EOS that `model.config` gives and the tokenizer does not put behind documents."""
     given, own = (section.config or {}).get("eos_token_id"), tokenizer.eos_token_id
     if given is not None and own not in (given if isinstance(given, list) else [given]):
-        message = f"{given} is not the tokenizer's {own}, with which documents end; leave the key out"
+        message = f"{given} is not the tokenizer's EOS, {own}, with which documents end; leave the key out to use that"
         yield Problem("model.config.eos_token_id", message)
 
 
@@ -352,7 +352,7 @@ def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> 
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     decoder = whole.get_decoder()
     if type(decoder) is not type(model.base_model):
-        message = f"{type(whole).__name__} has no {type(model.base_model).__name__} in it; save its text model first"
+        message = f"{type(whole).__name__} contains no {type(model.base_model).__name__}; save its text model first"
         raise RecipeError.at("model.pretrained", message)
     for ours, theirs in ((model.base_model, decoder), (model.get_output_embeddings(), whole.get_output_embeddings())):
         ours.load_state_dict(theirs.state_dict(), assign=True)
@@ -374,14 +374,14 @@ def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) ->
     def refused(names: Any) -> list[str]:
         return [one for one in names if not any(fnmatch.fnmatchcase(one, allowed) for allowed in section.allow_missing)]
 
-    path, fix = "model.pretrained", "mend config.json or the weights, or name them in model.allow_missing"
+    path, fix = "model.pretrained", "correct config.json or the weights, or list them in model.allow_missing"
     if missing := refused(info["missing_keys"]):
         yield Problem(path, f"{section.pretrained} lacks {len(missing)} tensors of {name}: {listed(missing)}; {fix}")
     if unexpected := refused(info["unexpected_keys"]):
         text = f"{section.pretrained} has {len(unexpected)} tensors that {name} has no place for: {listed(unexpected)}"
         yield Problem(path, f"{text}; {fix}")
     if mismatched := info["mismatched_keys"]:
-        texts = [f"{key} is {list(theirs)} there, {list(ours)} in the model" for key, theirs, ours in mismatched]
+        texts = [f"{key} has shape {list(theirs)}, in the model {list(ours)}" for key, theirs, ours in mismatched]
         yield Problem(path, f"{section.pretrained} does not fit its config.json: {listed(texts)}")
     if info["error_msgs"]:
         yield Problem(path, f"{section.pretrained} does not load: {listed(info['error_msgs'])}")
@@ -539,8 +539,8 @@ def _model_error(error: Exception, section: ModelSection) -> RecipeError:
     message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "attention" in message.lower() and ("support" in message or "install" in message):
         wanted = section.attn_implementation
-        fix = "take auto, which is eager where a class has no sdpa" if wanted != "auto" else "take another model"
-        return RecipeError.at("model.attn_implementation", f"the model can't compute with {wanted} ({message}); {fix}")
+        fix = "use auto, which is eager where a class has no sdpa" if wanted != "auto" else "use another model"
+        return RecipeError.at("model.attn_implementation", f"the model does not support {wanted} ({message}); {fix}")
     return RecipeError.at("model.pretrained" if section.pretrained else "model.config", f"builds no model: {message}")
 
 
@@ -636,9 +636,9 @@ def require_causal(
             raise _model_error(error, section) from error
     rtol, atol = (2e-2, 1e-2 * first.std().item()) if half_precision else (1e-3, 1e-4)
     if not torch.allclose(first, second, rtol, atol):
-        fix = "; take another model"
+        fix = "; use another model"
         if getattr(model.config, "is_decoder", None) is False:
-            fix = "; model.config.is_decoder: true makes it so in some classes, else take another model"
+            fix = "; set model.config.is_decoder: true, which some classes support, or use another model"
         raise RecipeError.at("model.config", f"{type(model).__name__} is not causal: predictions see later tokens{fix}")
 
 
@@ -680,11 +680,11 @@ def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
             third, fourth = (logits(input_ids, changed)[0] for changed in (long_row, long_document))
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             text = " ".join(str(error).split())
-            return f"{type(model).__name__} takes no positions that restart where a document begins ({text:.100})"
+            return f"{type(model).__name__} does not accept positions that restart at each document ({text:.100})"
     if not torch.equal(first, second):
         return f"{type(model).__name__} with {model.config._attn_implementation} attention lets them see each other"
     if not (torch.equal(first[0], third) and torch.equal(first[0], fourth)):
-        return f"in {type(model).__name__} the longest of a micro-batch decides the frequencies of all positions"
+        return f"in {type(model).__name__} the longest sequence of a micro-batch changes the rotary positions of all"
     return None
 
 
@@ -714,9 +714,9 @@ def has_experts(model: PreTrainedModel) -> bool:
 
 def routing_note(model: PreTrainedModel) -> str:
     """What to tell of a model with experts in whose training nothing but the next token's loss is minimised."""
-    text = f"nothing balances the experts of {type(model).__name__}: its router may come to use few of them"
+    text = f"{type(model).__name__} trains without a balancing loss, so its router may come to use few of its experts"
     if getattr(model.config, "output_router_logits", None) is False:
-        text += ". A balancing loss is added with model.config.output_router_logits: true"
+        text += ". Set model.config.output_router_logits: true to add one"
     elif getattr(model.config, "router_aux_loss_coef", None) == 0:
         text += ". model.config.router_aux_loss_coef is 0"
     return text

@@ -29,8 +29,9 @@ def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     for number, pattern in enumerate(no_decay):
         if not fnmatch.filter(names, pattern):
-            near = "; ".join(names[:3])
-            raise RecipeError.at(f"optimizer.no_decay.{number}", f"no parameter matches {pattern!r}; names are: {near}")
+            examples = ", ".join(names[:3])
+            message = f"no parameter matches {pattern!r}; the model's names begin with {examples}"
+            raise RecipeError.at(f"optimizer.no_decay.{number}", message)
     return {name for name in _matrices(model) if not any(fnmatch.fnmatchcase(name, one) for one in no_decay)}
 
 

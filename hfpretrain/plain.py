@@ -37,7 +37,7 @@ def write(run: Path, checkpoint: Path, step: int, folder: Path, repo_id: str | N
     if (reason := files.damage(checkpoint)) is not None:
         raise RecipeError.at(str(checkpoint), reason)
     if not (run / report.PLAIN).is_dir():
-        raise RecipeError.at(str(run / report.PLAIN), "is missing: a checkpoint has no config and tokenizer of its own")
+        raise RecipeError.at(str(run / report.PLAIN), "is missing: it holds the config and tokenizer of the checkpoint")
     recipe = load_recipe(run / "recipe.yaml")
     section = recipe.model
     config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=section.trust_remote_code)
@@ -63,10 +63,10 @@ def export_to(given: Path, folder: Path) -> list[str]:
     `RecipeError` if `folder` is there already, or `given` is neither.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError.at("OUT", f"{folder} is there already, and nothing in it is replaced; name a new folder")
+        raise RecipeError.at("OUT", f"{folder} already exists and is not overwritten; name a new folder")
     checkpoint = given if _is_checkpoint(given) else _newest(given) if (given / "checkpoints").is_dir() else None
     if checkpoint is None:
-        neither = f"{given} is no checkpoint (runs/NAME/checkpoints/step-...) and no run that has a whole one"
+        neither = f"{given} is neither a checkpoint (runs/NAME/checkpoints/step-...) nor a run with an undamaged one"
         raise RecipeError.at("CHECKPOINT", missing_path(str(given)) or neither)
     run, step = _run_of(checkpoint), _step(checkpoint)
     work = files.work_folder(folder)
@@ -162,7 +162,7 @@ def located(given: str, key: str = "model") -> Iterator[Source]:
         near = [*parents[:1], *runs[:1]]
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError.at(
-            key, f"{given} holds no model: neither an exported folder, nor a checkpoint, nor a run{hint}"
+            key, f"{given} holds no model: it is neither an exported folder, nor a checkpoint, nor a run{hint}"
         )
     else:
         yield _on_the_hub(given, key)

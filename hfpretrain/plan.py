@@ -175,7 +175,7 @@ def require_divisible_batch(recipe: Recipe, num_processes: int, engine: str | No
     shares = [candidate for candidate in footprint.ENGINES if candidate.name == engine]
     for candidate in shares:
         if candidate.max_processes is not None and num_processes > candidate.max_processes:
-            raise RecipeError.at("--num-processes", f"{engine} is one process; leave it out, or take ddp")
+            raise RecipeError.at("--num-processes", f"{engine} runs one process; leave this out, or use ddp")
     if num_processes < 1 or any(candidate.cuts for candidate in shares):
         return
     training = recipe.training
@@ -309,7 +309,7 @@ def _notes(
 ) -> list[str]:
     notes = []
     if vocabulary_is_a_bound(recipe):
-        notes.append("parameters are those with all tokens of tokenizer.vocab_size; text that gives fewer makes fewer")
+        notes.append("parameters are counted for tokenizer.vocab_size tokens; the text may give fewer")
     if precision != "no" and any(engine.family == "replica" for engine in engines):
         notes.append("weights of single and ddp are float32 with the 16-bit copies that autocast makes of them")
     if recipe.model.attn_implementation.startswith(("flash", "flex")):

@@ -68,7 +68,7 @@ def engine_problems(recipe: Recipe, path: Path, num_processes: int | None) -> li
         config: Any = load_config_from_file(str(path))
         sizes = {key.rpartition("config_")[2]: int(size) for key, size in (config.parallelism_config or {}).items()}
     except Exception as error:  # a file with anything in it
-        return [Problem("--engine", f"{path} is no file of accelerate: {' '.join(str(error).split()):.300}")]
+        return [Problem("--engine", f"{path} is not an accelerate config file: {' '.join(str(error).split()):.300}")]
     number = config.num_processes if num_processes is None else num_processes
     shares = max(1, number // (sizes.get("tp_size", 1) * sizes.get("sp_size", 1)))
     training = recipe.training
@@ -151,7 +151,7 @@ def _weights(key: str, folder: Path) -> Iterator[Problem]:
         yield Problem(key, f"{folder} has no weights: neither {' nor '.join(_WEIGHTS)}, nor an index of them")
     for name in names:
         if not (folder / name).is_file():
-            yield Problem(key, f"{folder / name} is missing, which the index names")
+            yield Problem(key, f"{folder / name} is missing, but the index names it")
         elif name.endswith(".safetensors"):
             yield from _broken(key, folder / name)
 
@@ -182,7 +182,7 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
     except Exception as error:  # what its HTTP library raises may be anything
         at = f"@{revision}" if revision else ""
         yield Problem(
-            key, f"there is no folder {repo_id!r}, and the Hub gives no {kind} {repo_id}{at}: {trouble(error).text}"
+            key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {trouble(error).text}"
         )
         return
     names = {sibling.rfilename for sibling in info.siblings or ()}

@@ -206,7 +206,7 @@ def test_what_has_no_identity_is_refused(tmp_path, monkeypatch):
     url = SourceSection(path="json", data_files="memory://versions/a.jsonl")
     assert corpus.identity(url)
     monkeypatch.setattr(corpus, "_VERSION_KEYS", ())
-    with pytest.raises(RecipeError, match="tells no version"):
+    with pytest.raises(RecipeError, match="sends neither ETag"):
         corpus.identity(url)
 
 

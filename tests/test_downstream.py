@@ -59,7 +59,7 @@ def test_first_losses_are_the_evaluated_ones(tmp_path, tokenizer, model_type):
         assert row["tokens"] == row["evaluated_tokens"] and row["loss"] == pytest.approx(row["evaluated"], abs=1e-5)
     assert "8 document(s), 6 of them cut to the context of 48" in report["notes"][0]
     assert "1 document(s) left out" in report["notes"][1]
-    assert any("is not to be predicted" in note for note in report["notes"]) == (tokenizer.bos_token == "<s>")
+    assert any("is ignored" in note for note in report["notes"]) == (tokenizer.bos_token == "<s>")
     assert any("model.loss_type" in note for note in report["notes"]) == (model_type == "gpt2")
 
 

@@ -68,10 +68,10 @@ def test_a_run_without_an_export_is_its_newest_checkpoint(run, tmp_path):
 def test_what_can_not_be_exported_is_said_and_nothing_is_replaced(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert "is there already" in refused("export", checkpoint(run, 8), tmp_path / "mine")
+    assert "already exists" in refused("export", checkpoint(run, 8), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
     assert "there is no file or folder" in refused("export", run / "checkpoints" / "step-00000007", tmp_path / "x")
-    assert "is no checkpoint" in refused("export", run / "model", tmp_path / "x")
+    assert "neither a checkpoint" in refused("export", run / "model", tmp_path / "x")
     shutil.copytree(checkpoint(run, 8), tmp_path / "step-00000008")
     assert "not in the `checkpoints` folder of its run" in refused("export", tmp_path / "step-00000008", tmp_path / "x")
     shutil.copytree(run, tmp_path / "run")

@@ -268,7 +268,7 @@ def test_a_batch_that_does_not_divide_is_one_error_and_no_time_is_claimed(folder
     plan = make_plan(load_recipe(path), num_processes=6, device="A100-80GB")  # tp shares sequences, heads it can't
     assert plan.seconds_per_step is None and plan.hours is None
     text = table(plan)
-    assert "no engine runs so" in text and "not possible (1)" in text and max(map(len, text.splitlines())) <= 120
+    assert "no engine can run this" in text and "not possible (1)" in text and max(map(len, text.splitlines())) <= 120
     words = " ".join(text.split())
     assert all(row.reason in words for row in plan.engines if row.reason)
     # One that is possible is planned beside those that are not.

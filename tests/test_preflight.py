@@ -91,7 +91,7 @@ def test_an_engine_file_and_the_batch_on_its_processes(folder):
     (found,) = engine_problems(recipe, find("ddp", "engine"), 3)
     assert "does not divide by 3 processes" in found.message
     (folder / "wrong.yaml").write_text("distributed_type: MULTI_GPU\nnum_procs: 3\n")
-    assert "is no file of accelerate" in engine_problems(recipe, folder / "wrong.yaml", None)[0].message
+    assert "is not an accelerate config file" in engine_problems(recipe, folder / "wrong.yaml", None)[0].message
 
 
 def test_repos_of_the_hub_are_asked_for_and_offline_looked_for_in_the_cache(folder, model):

@@ -159,7 +159,7 @@ def test_yaml_scalars_are_those_of_yaml_1_2():
         ({"training__z_loss": 1e-4, "training__chunked_loss": False}, "training", "`chunked_loss` to auto"),
         ({"optimizer__name": ["adamw"]}, "optimizer.name", "adamw"),
         ({"training__micro_batch_size": True}, "training.micro_batch_size", "needs a number (got true)"),
-        ({"checkpoint__every_steps": 2**70}, "checkpoint.every_steps", "larger than"),
+        ({"checkpoint__every_steps": 2**70}, "checkpoint.every_steps", "too large"),
         ({"output_dir": ""}, "output_dir", "empty"),
         ({"data__prepared_dir": "a\0b"}, "data.prepared_dir", "NUL"),
         ({"data__shift_blocks": True, "data__packing": "best_fit"}, "data", "`concat`"),

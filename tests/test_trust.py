@@ -427,7 +427,7 @@ def test_a_run_goes_on_with_an_address_that_is_signed_anew(secret_run):
     assert list((folder / "prepared").glob("*/manifest.json")) == prepared and len(prepared) == 1
     missing = run("third", "--data.sources.0.path=csv", "--data.sources.0.text_column=none")
     assert missing.returncode == 2 and "planted" not in missing.stderr, missing.stderr
-    with pytest.raises(RecipeError, match="was written without its secret"):
+    with pytest.raises(RecipeError, match="in place of its secret"):
         corpus.Reader(load_recipe(folder / "run" / "recipe.yaml").data.sources[0])
 
 
