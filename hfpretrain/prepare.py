@@ -50,8 +50,8 @@ logger = logging.getLogger(__name__)
 def prepared_path(recipe: Recipe) -> Path:
     """The folder of this recipe's prepared data, whether it exists or not.
 
-    Reads all local source files, unless they have not changed since this machine last did, and asks the Hub. So of a
-    run's processes the main one alone calls it.
+    Reads all local source files that changed since this machine last read them, and asks the Hub. So only the main
+    process of a run calls it.
     """
     sources, validation, of_tokenizer = _identities(recipe)
     identities = [*sources, *validation, of_tokenizer]
@@ -63,10 +63,10 @@ def prepared_path(recipe: Recipe) -> Path:
 
 
 def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
-    """Whether documents begin with what the tokenizer puts before a text.
+    """Whether documents begin with what calling the tokenizer adds before a text.
 
-    `path`: the prepared folder if so and if not. One that this very section made says it, which spares loading the
-    tokenizer; an older version's doesn't, which never put anything there.
+    `path` gives the prepared folder for either answer. Where one was made with this section, its manifest has the
+    answer, and the tokenizer need not be loaded. Older versions added nothing and did not record it.
     """
     if section.pretrained is None or section.add_bos is False:
         return False
@@ -141,28 +141,28 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
 
 
 def require_known(prepared: PreparedData, max_unknown: float) -> None:
-    """Raises `RecipeError` if a larger share of a source than `max_unknown` is lost on the tokenizer."""
+    """Raises `RecipeError` if the tokenizer loses a larger share of a source than `max_unknown`."""
     for number, source in enumerate(prepared.manifest["sources"]):
         for share, what in _lost(source):
             if share > max_unknown:
                 key = "data.sources" if number < len(prepared.manifest["source_identities"]) else "data"
                 where = f"{key}.{number}" if key == "data.sources" else "data.validation_sources"
-                advice = f"take a tokenizer for this text, or allow it by tokenizer.max_unknown (now {max_unknown:g})"
+                advice = f"use a tokenizer for this text, or raise tokenizer.max_unknown (now {max_unknown:g})"
                 raise RecipeError.at(where, f"{what}; {advice}")
 
 
 def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
-    """Shares of a source, as of the manifest, that the tokenizer doesn't know and leaves out, each with a sentence."""
+    """The shares of a source that the tokenizer does not know and leaves out, by the manifest, each with a sentence."""
     tokens = sum(source[kind]["tokens"] for kind in ("train", VALIDATION))
     unknown, lost = source.get("unknown", 0) / max(1, tokens), source.get("lost_share", 0.0)
     return [
-        (unknown, f"{unknown:.2%} of its tokens stand for text that the tokenizer does not know"),
-        (lost, f"{lost:.2%} of its characters are left out by the tokenizer"),
+        (unknown, f"{unknown:.2%} of its tokens are the unknown token"),
+        (lost, f"the tokenizer leaves out {lost:.2%} of its characters"),
     ]
 
 
 def notes(prepared: PreparedData) -> list[str]:
-    """What happened to the text on its way to tokens that nobody may have asked for, a sentence for each."""
+    """A sentence for each way in which tokenizing changed the text, or the recipe's wish, that one should know of."""
     found = []
     asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
     if asked is not None and size < asked:
@@ -176,10 +176,10 @@ def notes(prepared: PreparedData) -> list[str]:
         letters = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
         if letters and name != "validation":
             listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(letters.items())[:8])
-            found.append(f"{name}: special tokens that stand in the text are letters there: {listed}")
+            found.append(f"{name}: names of special tokens in the text are read as ordinary text: {listed}")
         found += [f"{name}: {what}" for share, what in _lost(source) if share]
         if replaced := source.get("replaced_share"):
-            found.append(f"{name}: {replaced:.2%} of the characters are replaced by the tokenizer's normalizer")
+            found.append(f"{name}: the tokenizer's normalizer replaces {replaced:.2%} of the characters")
     return found
 
 
@@ -188,7 +188,7 @@ def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> P
     reason = files.damage_if_changed(path, file_read)
     prepared = PreparedData.open(path) if reason is None else None
     if prepared is None:
-        raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path}, and they are made again")
+        raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path} to prepare them again")
     return prepared
 
 
@@ -220,20 +220,22 @@ def _made_from(recipe: Recipe) -> dict[str, Any]:
 
 
 def _look_at_shares(recipe: Recipe, path: Path) -> None:
-    """Say which shares of other machines are not part of what is joined. Raises `RecipeError` for those that are, but
-    were made by other versions of the libraries."""
+    """Log which shares of other machines are not used. Raises `RecipeError` for a share of this folder that other
+    versions of the libraries made."""
     ours = Share(path.name, json.loads(json.dumps(_made_from(recipe))))
     others = _shares(recipe).others(ours)
     for other in others:
         differing = [problem for problem in other.differences(ours) if problem.path != "--shard"]
         if differing and other.folder == path.name:
-            raise RecipeError([Problem("prepare", f"{other} was made by other versions; delete {path}*"), *differing])
+            message = f"{other} was made by other library versions; delete {path}*"
+            raise RecipeError([Problem("prepare", message), *differing])
         if differing:
-            logger.warning("%s is not used, it was made from another text: %s", other, differing[0])
+            logger.warning("%s is not used, it was made from other data: %s", other, differing[0])
     joined = [other for other in others if other.folder == path.name]
     missing = {n + 1 for n in range(max((other.count for other in joined), default=0))} - {s.index + 1 for s in joined}
     if missing:
-        logger.warning("share(s) %s were not begun; their parts are made here", ", ".join(map(str, sorted(missing))))
+        names = ", ".join(map(str, sorted(missing)))
+        logger.warning("share(s) %s were never started; their parts are prepared here", names)
 
 
 def _mirror(recipe: Recipe, path: Path) -> Mirror | None:
@@ -268,12 +270,12 @@ def wait_for_prepared(
     wait_seconds: float = 120.0,
     poll_seconds: float = 0.2,
 ) -> PreparedData:
-    """The data that the main process of this run has prepared, as another process finds them.
+    """Open the data that the main process of this run has prepared, in another process.
 
-    `name` and `checksum`: of its folder, as the main process has told them; by default what the sources here say.
-    A machine without the main process may have a disk of its own: there its first process copies the folder, if
-    `data.prepared_dir` is a URL. Raises `RecipeError` if the folder has not come in sight `wait_seconds` after the main
-    process has finished it, or if it is another one. `file_read` is called after each file that is read.
+    `name` and `checksum` are those of the main process's folder; by default they follow from the sources here. A
+    machine without the main process may have its own disk: if `data.prepared_dir` is a URL, its first process copies
+    the folder. Raises `RecipeError` if the folder does not appear within `wait_seconds`, or is another one. `file_read`
+    is called after each file that is read.
     """
     path = prepared_path(recipe) if name is None else recipe.prepared_dir / name
     is_url, first_here = "://" in (recipe.data.prepared_dir or ""), os.environ.get("LOCAL_RANK") == "0"
@@ -285,18 +287,18 @@ def wait_for_prepared(
                 _ = PreparedData.open(path) or _pull(recipe, path, file_read)
         elif not is_url and time.monotonic() - start > wait_seconds:
             place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
-            advice = "put prepared_dir on a disk that all machines share, or make it a URL that all reach"
-            message = f"{path}, which rank 0 has prepared, is not there for {place}; {advice}"
+            advice = "put prepared_dir on a disk that all machines share, or make it a URL that all can reach"
+            message = f"{place} does not see {path}, which rank 0 prepared; {advice}"
             raise RecipeError.at("data.prepared_dir", message)
     prepared = open_verified(path, file_read)
     if checksum not in (None, prepared.checksum):
-        message = f"{path} on {platform.node()} is not what rank 0 has under that name; delete the one that is stale"
+        message = f"{path} on {platform.node()} differs from that of rank 0; delete the one that is out of date"
         raise RecipeError.at("data.prepared_dir", message)
     return prepared
 
 
 def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer that made the blocks; its own call puts before a text what stands before every document."""
+    """The tokenizer that made the blocks. Calling it adds what every document begins with."""
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer", trust_remote_code=trust_remote_code)
@@ -315,7 +317,7 @@ def _locked(path: Path, suffix: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            logger.info("waiting for another process, which prepares %s", path)
+            logger.info("waiting for another process that is preparing %s", path)
             lock.acquire()
         try:
             yield

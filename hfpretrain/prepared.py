@@ -42,7 +42,7 @@ class PreparedData:
 
     @property
     def document_prefix(self) -> list[int]:
-        """Ids with which every document begins; versions that did not say so put nothing there."""
+        """Ids with which every document begins; none in data of older versions."""
         return list(self.manifest.get("document_prefix", []))
 
     @property
@@ -135,7 +135,7 @@ def of_run(roots: Iterable[Path], name: str | None, checksum: str) -> Path | Non
             if prepared is not None and prepared.checksum == checksum:
                 return path
             if name and path.is_dir():
-                reason = files.damage(path) or "its files are others than those that the run was trained on"
+                reason = files.damage(path) or "its files are not those that the run was trained on"
                 raise RecipeError.at(str(path), reason)
     return None
 

@@ -40,11 +40,11 @@ class Status:
     phase: str = "prepare"
     step: int = 0
     units: int = 0
-    """Counts what it has done on its own, such as files read; says that it gets on, and is not compared."""
+    """Counts what it has done alone, such as files read. This shows progress and is not compared between ranks."""
     task: str = ""
-    """What it does on its own."""
+    """What it is doing alone."""
     waits: bool = False
-    """Whether it waits for rank 0 to do `task`."""
+    """Whether it is waiting for rank 0 to do `task`."""
     end: str | None = None
     """None while it runs, empty when it ended well, else its error."""
     hurt: bool = False
@@ -151,14 +151,14 @@ class Watch:
         self._progress = (self._progress[0] + 1, phase, step)
 
     def unit_done(self) -> None:
-        """This rank has done a part of what it does on its own, such as reading one of many files: it gets on."""
+        """Note progress in what this rank does alone, such as reading one of many files."""
         self._units += 1
 
     def from_main(self, task: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns on rank 0, a JSON value, on all ranks; a `RecipeError` of it is one on all.
+        """Run `work` on rank 0 alone, and return its result, a JSON value, on all ranks; all raise its `RecipeError`.
 
-        The others wait for as long as it takes, which may be longer than any time-out of the process group. `task` says
-        what for. All ranks must call it alike.
+        The others wait as long as it takes, even beyond the timeout of the process group. `task` describes the work in
+        messages. All ranks must call this in the same order.
         """
         if not self._threads:
             return work()
@@ -294,7 +294,7 @@ class Watch:
             # Nothing was heard since: the others have not waited for this rank.
             count, phase, step = self._progress
             place = _places([self._rank], {self._rank: Status(self._host, os.getpid(), 0, count, phase, step)})
-            text = f"{place} did not run for {self._paused:.0f} s (stopped?), and the others have ended without it"
+            text = f"{place} was suspended for {self._paused:.0f} s, and the others have ended without it"
             speaks, lost = True, ()
         if speaks:
             print(f"\nerror: the run ends on all ranks: {text}", file=sys.stderr, flush=True)

@@ -17,10 +17,10 @@ from hfpretrain.redaction import redact, redacted
 
 
 class _Tracker:
-    """One of accelerate's trackers, which may fail at any time for any time: what it is to log waits, and it is tried
-    again, less and less often, so that training never spends much time on it.
+    """One of accelerate's trackers, which may fail at any time. Its rows then wait, and it is retried less and less
+    often, so that training never spends much time on it.
 
-    `start` makes one that logs; `tell` is called with what happens.
+    `start` makes the tracker; `tell` is called with messages for the user.
     """
 
     _WAIT, _LONGEST_WAIT = 5.0, 600.0  # seconds after a failure; twice as many after each further one
@@ -51,8 +51,8 @@ class _Tracker:
             self._note_failure(f"{type(error).__name__}: {error}", time.monotonic() - begin)
             return
         if self._failures:
-            lost = f" but {self._num_lost} rows, which metrics.jsonl has" if self._num_lost else ""
-            self._tell(f"{self._name} is logged to again, and has what waited{lost}")
+            lost = f", except for {self._num_lost} that only metrics.jsonl has" if self._num_lost else ""
+            self._tell(f"logging to {self._name} works again, and all rows that waited are sent{lost}")
         self._failures, self._retry_at, self._num_lost = 0, 0.0, 0
 
     def _send(self) -> None:
@@ -76,7 +76,7 @@ class _Tracker:
         wait = max(min(self._WAIT * 2 ** (self._failures - 1), self._LONGEST_WAIT), 50 * seconds)
         self._retry_at = time.monotonic() + wait
         if self._failures == 1:
-            self._tell(f"{self._name} can't be logged to, its rows wait and it is tried again: {reason}")
+            self._tell(f"logging to {self._name} fails, so its rows wait until a retry succeeds: {reason}")
         elif self._tracker is not None:  # TensorBoard's writer, once it has failed, never writes again
             with contextlib.suppress(Exception):
                 self._tracker.finish()
@@ -90,21 +90,19 @@ class _Tracker:
                 self._deliver()
         if self._rows or self._tracker is None:
             missing = len(self._rows) + self._num_lost
-            self._tell(
-                f"{self._name} was not reached any more: {missing} rows are missing there, metrics.jsonl has them"
-            )
+            self._tell(f"{self._name} could not be reached again, so it lacks {missing} rows that metrics.jsonl has")
             return
         try:
             self._tracker.finish()
         except Exception as error:  # as above
-            self._tell(f"{self._name} did not end well: {type(error).__name__}: {error}")
+            self._tell(f"{self._name} could not be closed: {type(error).__name__}: {error}")
 
 
 class Records:
     """All ranks have them and call them alike; only the main process, `is_main`, writes.
 
-    `trackers`: their names, and what starts one. `step`: where the run stands; a `metrics.jsonl` that is there is kept
-    up to it, or not at all if it is None.
+    `trackers`: a function that starts each, by name. `step`: where the run goes on; an existing `metrics.jsonl` is kept
+    up to there, or emptied if it is None.
     """
 
     def __init__(
@@ -188,7 +186,7 @@ class Records:
             self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
 
     def note_console(self, step: int) -> None:
-        """Whoever misses the output finds the reason in the records."""
+        """Record that the console takes no more output, and why."""
         lost = list(console.lost.items())
         for name, reason in lost[self._lost :]:
             self.event(step, f"{name} takes no more output ({reason}); training goes on without it")

@@ -54,7 +54,7 @@ def environment(run: Any) -> dict[str, Any]:
 
 
 def setting(run: Any) -> dict[str, Any]:
-    """What a step runs under that may change when a run goes on elsewhere."""
+    """The settings of a step that may change when a run goes on elsewhere."""
     return {
         "engine": engine.engine_name(run.accelerator),
         "num_processes": run.accelerator.num_processes,
@@ -67,15 +67,15 @@ def setting(run: Any) -> dict[str, Any]:
 
 
 def extend(segments: list[dict[str, Any]], setting: dict[str, Any], step: int) -> None:
-    """Step `step` was done under `setting`: it lengthens the last of `segments`, or begins another."""
+    """Record that `step` ran under `setting`: extend the last of `segments`, or begin another."""
     if not segments or any(segments[-1].get(key) != value for key, value in setting.items()):
         segments.append({**setting, "first_step": step})
     segments[-1]["last_step"] = step
 
 
 def segments_of(environment: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """What the steps up to `step` were done under: an `environment.json` has the setting of the process that wrote it,
-    and what came before."""
+    """The settings of all steps up to `step`. An `environment.json` has those of the process that wrote it, and before
+    it in `segments`."""
     found = [dict(part, last_step=min(part["last_step"], step)) for part in environment.get("segments", ())]
     found = [part for part in found if part["first_step"] <= step]
     done = found[-1]["last_step"] if found else 0
@@ -104,8 +104,8 @@ def _place(part: dict[str, Any]) -> str:
 def moved(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
     """What to say of a run that goes on after `step` under another setting than before; None if it is the same."""
     if before.get("document_masking", now["document_masking"]) != now["document_masking"]:
-        effect = "do not see each other any more" if now["document_masking"] else "see each other from now on"
-        return f"packed documents {effect}; up to step {step} it was otherwise"
+        was, becomes = ("not masked", "masked") if now["document_masking"] else ("masked", "not masked")
+        return f"packed documents are {becomes} from each other from now on; up to step {step} they were {was}"
     if all(before.get(name, now[name]) == now[name] for name in ("engine", "num_processes", "device")):
         return None
     return f"training goes on under {_place(now)}; up to step {step} it was under {_place(before)}"

@@ -73,7 +73,7 @@ from hfpretrain.stopping import StoppedEarlyError, Stops
 from hfpretrain.streaming import Deal, StreamingData, deal, save_states, streaming_data
 from hfpretrain.tokenizer import say_framing, set_chat_template, token_bytes
 
-# Of what may differ between two starts of a run, the keys that change nothing in a step.
+# Keys that may differ between two starts of a run and change nothing in a step.
 _NOT_OF_STEPS = (
     *(key for key in run_folder.MAY_DIFFER if not key.startswith(("model.", "training.", "stability"))),
     "model.attn_implementation",  # the kernel itself is compared, which `auto` may also have chosen
@@ -200,7 +200,7 @@ class Run:
         for line in str(self.untrained).splitlines():
             self._note(line)
         for row in modeling.train_padding_rows(model):
-            self._note(f"token {row} is padding to {config.model_type}; its embedding is trained here all the same")
+            self._note(f"token {row} is padding in {config.model_type} and occurs in text, so its embedding is trained")
         self.parameters, has_experts = modeling.count_parameters(model), modeling.has_experts(model)
         decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
         self.undecayed = optim.undecayed_matrices(model, decayed)
@@ -323,7 +323,7 @@ class Run:
             return None
         if not (folder / name / files.MANIFEST).is_file():
             place = f"rank {self.accelerator.process_index} on {platform.node()}"
-            message = f"{folder / name} is not there for {place}; machines of one run need a disk that all share"
+            message = f"{place} does not see {folder / name}; put output_dir on a disk that all machines share"
             raise RecipeError.at("output_dir", message)
         return folder / name
 
@@ -420,17 +420,18 @@ class Run:
         return self.state.step
 
     def _decay_note(self, path: Path, undecayed: list[str]) -> str | None:
-        """What to tell where weight decay is not what it was up to a checkpoint, whose matrices `undecayed` had none:
-        versions before that was recorded went by the number of dimensions. Raises `RecipeError` where Muon had others.
+        """A note if other parameters get weight decay than before a checkpoint, whose matrices `undecayed` got none.
+
+        Versions that did not record this decided by the number of dimensions. Raises `RecipeError` if Muon is affected.
         """
         changed = sorted(set(undecayed) ^ set(self.undecayed))
         if not changed:
             return None
         names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         if self.recipe.optimizer.name == "muon":
-            message = f"{path} is of an earlier version of hfpretrain, in which Muon or its weight decay took {names}"
+            message = f"{path} is of an earlier version of hfpretrain, with another Muon or weight decay for {names}"
             raise RecipeError.at("optimizer.name", f"{message}; go on with that version, or start a new output_dir")
-        return f"weight decay changes with this version of hfpretrain, after {path}, for {names}"
+        return f"this version of hfpretrain decays other weights than the one that wrote {path}: {names}"
 
     def _changes(self, path: Path) -> Iterator[str]:
         """What goes on otherwise than it was up to the checkpoint at `path`."""
@@ -452,11 +453,10 @@ class Run:
         )
         if not math.isclose(unchanged, coming, rel_tol=1e-3):
             yield (
-                f"the learning rate, {used:.2e} in step {state.step}, goes on at {coming:.2e}: the run was planned for "
-                f"{planned} steps and now is for {last_step} (training.max_steps or max_tokens), and {section.name} "
-                "goes by that. A run that is to be extended takes constant_with_warmup, or warmup_stable_decay before "
-                "its decay; from the weights of this one, a new run can start with a schedule of its own "
-                "(model.pretrained)"
+                f"the learning rate changes from {used:.2e} in step {state.step} to {coming:.2e}: the run was planned "
+                f"for {planned} steps and now has {last_step} (training.max_steps or max_tokens), on which "
+                f"{section.name} depends. To extend a run, use constant_with_warmup, or warmup_stable_decay before its "
+                "decay. Or start a new run with its own schedule from these weights (model.pretrained)"
             )
         attention = before.get("attn_implementation", recipe.model.attn_implementation)
         if attention not in ("auto", now["attn_implementation"]):
@@ -729,13 +729,13 @@ class Run:
 
 
 def _document_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
-    """Whether documents are masked from each other. `leak` as of `model.documents_leak`; raises `RecipeError` where it
-    keeps the recipe's wish from being met, or a wish from being guessed."""
+    """Whether documents are masked from each other. `leak` is what `model.documents_leak` found. Raises `RecipeError`
+    if the model can't do what the recipe says, or if `auto` would have to train without a mask."""
     if wanted is False or leak is None:
         return wanted is not False
     if wanted == "auto" and not packs_documents:
         return False
-    advice = "set it to false to train on documents that change each other, or take another model or"
+    advice = "set it to false to train with documents that see each other, or change the model or"
     raise RecipeError.at(
         "training.document_masking",
         f"packed documents can't be kept apart: {leak}; {advice} model.attn_implementation (got {wanted!r})",

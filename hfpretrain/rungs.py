@@ -145,9 +145,9 @@ class Ladder:
                     )
             files.write_whole(rung.path, dump_recipe(rung.recipe))
             if any(is_redacted(str(value)) for _, value in flatten(load_recipe(rung.path).model_dump(mode="json"))):
-                message = "a rung's recipe is written without the secrets of its addresses, and could not be run"
+                message = "secrets in addresses are not written into the recipes of the ladder, so they could not run"
                 raise RecipeError.at(
-                    "data.sources", f"{message}; copy the files, or let the environment have the secrets"
+                    "data.sources", f"{message}; copy the files, or give the secrets in environment variables"
                 )
             load_recipe(rung.path, checks=[config_problems])
 

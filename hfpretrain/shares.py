@@ -33,9 +33,9 @@ class Share:
         return f"share {self.index + 1}/{self.count} of {self.host}"
 
     def differences(self, other: Share) -> Iterator[Problem]:
-        """What the two are not made from alike."""
+        """In what the two differ of what they are made from."""
         if self.count != other.count:
-            yield Problem("--shard", f"one of {self.count} here, one of {other.count} there; finish with as many")
+            yield Problem("--shard", f"{self.count} shares here, {other.count} there; use the same number for all")
         for key in sorted(self.made_from.keys() | other.made_from.keys()):
             here, there = self.made_from.get(key), other.made_from.get(key)
             if here != there:
@@ -91,8 +91,8 @@ class Shares:
         for other in self.others(share):
             if problems := list(share.differences(other)):
                 (self._folder / name).unlink()
-                advice = f"make them the same, or delete {self._folder} to begin anew"
-                raise RecipeError([Problem("--shard", f"{share} does not go with {other}: {advice}"), *problems])
+                advice = f"make the following the same on both, or delete {self._folder} to start over"
+                raise RecipeError([Problem("--shard", f"{share} does not fit {other}; {advice}"), *problems])
         if self._mirror is not None:
             self._mirror.push(self._folder, [name])
 

@@ -110,13 +110,13 @@ def find(source: SourceSection, key: str, split: str) -> list[SourceFile] | None
         return None
     if others:
         formats = ", ".join(_FORMATS)
-        what = f"{others[0]} is none of the formats read from a folder ({formats}), but others there are"
+        what = f"{others[0]} is in none of the formats read from a folder ({formats}), but other files are"
         raise RecipeError.at(f"{key}.data_files", f"{what}; name the files to train on")
     return [SourceFile(name, size, str(kind)) for name, size, kind in files]
 
 
 def _require_readable(source: SourceSection, key: str) -> None:
-    """Raises `RecipeError` where `path` is a file, spelled as a folder and none, or one that isn't read as a folder."""
+    """Raises `RecipeError` if `path` is a file, a folder that does not exist, or one of `Dataset.save_to_disk`."""
     path = source.path
     if path in FILE_FORMATS:
         return
@@ -222,7 +222,7 @@ def _matches(folder: str, parts: list[str], key: str, above: tuple[tuple[int, in
             return
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in above:
-            raise RecipeError.at(key, f"{folder} is a link to a folder that it stands in; remove it, or name the files")
+            raise RecipeError.at(key, f"{folder} is a link to a folder above it; remove it, or name the files")
         above = (*above, (status.st_dev, status.st_ino))
         for name in _names(folder, "*", key):
             below = os.path.join(folder, name)
@@ -299,7 +299,7 @@ def below(folder: str, name: str) -> str:
 def _without_markers(
     source: SourceSection, matches: list[tuple[str, dict[str, Any]]]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Without the files that stand beside data and are none, which is said once."""
+    """Leave out files that accompany data and are none, with one log line."""
     root = _below_name(source)
     names = {name: PurePath(below(root, name)) for name, _ in matches}
     saved = {path.parent for path in names.values() if path.name == "dataset_info.json"}  # by `Dataset.save_to_disk`
@@ -311,7 +311,8 @@ def _without_markers(
         or any(part.startswith("__") and part != "__" for part in path.parent.parts)
     }
     if left_out:
-        _say_once(f"not read as data: {', '.join(sorted(left_out)[:5])}{' and more' if len(left_out) > 5 else ''}")
+        more = " and more" if len(left_out) > 5 else ""
+        _say_once(f"not read, by their names no data: {', '.join(sorted(left_out)[:5])}{more}")
     return [(name, info) for name, info in matches if name not in left_out]
 
 
@@ -337,7 +338,7 @@ def _of_split(
         return files
     if source.patterns:
         if split != "train":
-            raise RecipeError.at(f"{key}.split", f"files named in data_files are the split train, there is no {split}")
+            raise RecipeError.at(f"{key}.split", f"files of data_files are the split train; there is no split {split}")
         return files
     root = _below_name(source)
     splits = _by_split((name for name, _ in files), root)

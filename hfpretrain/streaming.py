@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BATCH_CHARS = 2**16
-# Files may differ by so much to be read side by side: the smallest is seen so much more often than the largest. A
-# source with a cap ends with the first that has run out.
+# Largest ratio of sizes of files that are read side by side: the smallest is seen that much more often than the
+# largest. A source with `max_epochs` ends when its first file has run out.
 _MAX_RATIO, _MAX_RATIO_CAPPED = 2.0, 1.05
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,10 @@ class _Group:
 
     def _what(self) -> str:
         if self._is_alone:
-            return "all was"
+            return "all of it was"
         files = [reader.pieces[piece].origin for reader, piece in self._pieces]
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        return (
-            f"{', '.join(files[:3])}{more}, read side by side with others of about the same size, are the first to be"
-        )
+        return f"{', '.join(files[:3])}{more}, the first to end of several groups of files read side by side, were"
 
     def state(self) -> GroupState:
         """What `__init__` takes to go on from here."""
@@ -106,20 +104,20 @@ class _Group:
         return stream[:end].reshape(count, self._block_size)
 
     def _look(self, reader: Reader, encode: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
-        """What of the group's first texts the tokenizer does not know, leaves out or takes for letters is told once."""
+        """Report once what of the group's first texts the tokenizer does not know, leaves out or reads as text."""
         self._looked_at = True
         characters, lost, _ = (sum(some) for some in zip(*map(encode.lost_characters, texts), strict=True))
         unknown = sum(map(encode.count_unknown, ids)) / max(1, sum(map(len, ids)))
         for share, what in (
-            (unknown, "of its first tokens stand for text that the tokenizer does not know"),
+            (unknown, "of its first tokens are the unknown token"),
             (lost / max(1, characters), "of its first characters are left out by the tokenizer"),
         ):
             if share > self._max_unknown:
-                advice = f"or allow it by tokenizer.max_unknown (now {self._max_unknown:g})"
-                raise RecipeError.at(reader.key, f"{share:.2%} {what}; take a tokenizer for this text, {advice}")
+                advice = f"or raise tokenizer.max_unknown (now {self._max_unknown:g})"
+                raise RecipeError.at(reader.key, f"{share:.2%} {what}; use a tokenizer for this text, {advice}")
         if reader.source.special_tokens == "text" and (found := encode.count_special(texts)):
             listed = ", ".join(found)
-            logger.info("%s: special tokens that stand in the text are letters there: %s", reader.key, listed)
+            logger.info("%s: names of special tokens in the text are read as ordinary text: %s", reader.key, listed)
 
     def _batches(self) -> Iterator[tuple[Reader, list[str]]]:
         """Texts in batches, each of one source; the position is always that behind the batch given last."""
@@ -169,8 +167,8 @@ class Deal(NamedTuple):
 def deal(data: DataSection, held_out: frozenset[bytes], sequences_per_step: int) -> list[Deal]:
     """How each stream is dealt out. It depends on the files alone, and reads little of them.
 
-    Pieces of about the same size are groups of their own; others are one group, since some would be seen much more
-    often than others. A group without text can't be: then all pieces without text are left out, which is said.
+    Pieces of about the same size make several groups, which are read side by side. Others make one group, since some
+    would be seen much more often than others. If a group had no text, all pieces without text are left out and logged.
     """
     splitter = Splitter(data, held_out)
     readers = _readers(data)
@@ -207,7 +205,7 @@ def _deal(
         return Deal(num_groups, pieces)
     kept = [piece for piece in pieces if has_text(piece)]
     empty = [readers[number].pieces[index].origin for number, index in pieces if (number, index) not in kept]
-    logger.info("left out, because no document of them is trained on: %s", ", ".join(empty))
+    logger.info("not read, because they hold no training text: %s", ", ".join(empty))
     if not kept:
         return Deal(1, pieces)
     return Deal(math.gcd(len(kept), sequences), kept)

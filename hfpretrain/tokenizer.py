@@ -27,7 +27,7 @@ PADDING = "<|padding|>"
 UNKNOWN = "<|unknown|>"
 _LONG_CHARS = 2**18
 _CROSSES_LINE = re.compile(r"[\nĊ][A-Za-z]")
-# As many letters, digits or other signs in a row as no word has.
+# More letters, digits or other signs in a row than any word has.
 _LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\s\w]{256}")
 logger = logging.getLogger(__name__)
 _PIECE_CHARS, _LINE_START = 2000, re.compile(r"(?<=\S\n)(?=[A-Za-z])")
@@ -55,23 +55,23 @@ def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
 
 
 def document_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The ids with which every document begins: what the tokenizer's own call puts before a text, as Llama's BOS.
+    """The ids with which every document begins: what calling the tokenizer adds before a text, such as Llama's BOS.
 
-    Empty where it puts nothing there, or EOS: that ends the document before, and so begins the next.
+    Empty if it adds nothing, or EOS, which already stands between documents.
     """
     prefix, _ = _own_frame(tokenizer)
     return () if tokenizer.eos_token_id in prefix else prefix
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What stands before the first token of a document's text in training: `document_prefix`, else EOS."""
+    """The ids before the text of a document in training: `document_prefix`, or EOS if that is empty."""
     return list(document_prefix(tokenizer)) or [tokenizer.eos_token_id]
 
 
 def set_add_bos(tokenizer: PreTrainedTokenizerFast, add_bos: bool, add_eos: bool | None = None) -> None:
-    """Have the tokenizer's own call put BOS before a text, or nothing; and EOS behind it, None: as it does.
+    """Set whether calling the tokenizer adds BOS before a text, and EOS after it (`add_eos` None: as before).
 
-    Raises `RecipeError` if it is to put a BOS token there and has none.
+    Raises `RecipeError` if the tokenizer has no BOS to add.
     """
     prefix, suffix = _own_frame(tokenizer)
     has_eos = tokenizer.eos_token_id in suffix
@@ -89,7 +89,7 @@ def set_add_bos(tokenizer: PreTrainedTokenizerFast, add_bos: bool, add_eos: bool
 
 
 def _own_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the tokenizer's own call puts before and behind a text."""
+    """The ids that calling the tokenizer adds before and after a text."""
     backend = tokenizer.backend_tokenizer
     special = set(tokenizer.all_special_tokens)
     # A closed vocabulary may know nothing but its own tokens.
@@ -107,7 +107,7 @@ def _own_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tup
 def say_framing(tokenizer: PreTrainedTokenizerFast) -> str:
     """One line that tells with which tokens a document begins and ends."""
     prefix = document_prefix(tokenizer)
-    begin = f"begin with {tokenizer.decode(list(prefix))}, as the tokenizer's own call puts before a text, and "
+    begin = f"begin with {tokenizer.decode(list(prefix))}, which calling the tokenizer adds to a text, and "
     return f"documents {begin if prefix else ''}end with {tokenizer.eos_token}"
 
 
@@ -152,8 +152,7 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
 
 
 def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
-    """Train in a thread, since the library lets no signal through: whoever waits can be stopped, and tells that it
-    goes on."""
+    """Train in a thread, since the library blocks signals: so the main thread can be stopped, and logs progress."""
     read = [0, 0]
     stopped = threading.Event()
 
@@ -194,8 +193,8 @@ def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
 def _without_long_words(text: str) -> Iterator[str]:
     """The text cut where a word, which no token crosses, would be longer than 256 characters.
 
-    Text without spaces is one word to the trainer, which takes as much time for each merge as all words with it are
-    long: hours for megabytes. Only what the trainer sees is cut; encoding knows no such bound.
+    To the trainer, text without spaces is one word, and each merge takes time by the length of the words that have it:
+    hours for megabytes. Only the trainer's input is cut; encoding has no such limit.
     """
     start = 0
     for match in _LONG_WORD.finditer(text):
@@ -344,7 +343,7 @@ def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
 
 
 def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
-    """The same tokenizer, for which of the special tokens only those of `allowed` are more than their letters."""
+    """The same tokenizer, which reads the special tokens in `allowed` as tokens and the others as ordinary text."""
     from tokenizers import Tokenizer
 
     content = json.loads(backend.to_str())
@@ -359,7 +358,7 @@ def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
 
 
 class Encoder:
-    """Texts to arrays of token ids, each opened by `document_prefix` and closed by EOS.
+    """Encodes texts as arrays of token ids, each beginning with `document_prefix` and ending with EOS.
 
     `special_tokens`: as of `recipe.SourceSection`.
     """
@@ -419,9 +418,9 @@ class Encoder:
             return known if special_tokens == "tokens" else set()
         if unknown := [name for name in special_tokens if name not in known]:
             framing = set(unknown) & set(self._guarded_tokens)
-            why = "frames documents and is text in any case" if framing else "is no special token of the tokenizer"
-            has = ", ".join(sorted(known)[:20]) or "no other"
-            message = f"{(sorted(framing) or unknown)[0]!r} {why}; it has {has}"
+            why = "separates documents and is always text" if framing else "is not a special token of the tokenizer"
+            has = ", ".join(sorted(known)[:20]) or "none"
+            message = f"{(sorted(framing) or unknown)[0]!r} {why}; possible are: {has}"
             raise RecipeError.at("special_tokens", message)
         return set(special_tokens)
 
@@ -496,18 +495,19 @@ class Encoder:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower for text that a vocabulary lacks
             text = next((text for text in texts if not _encodes(backend, text)), texts[0])
-            message = f"cannot encode the text {text!r:.200}: {error}; it needs an unknown token, or other text"
+            message = f"cannot encode the text {text!r:.200}: {error}; use a tokenizer with an unknown token"
             raise RecipeError.at("tokenizer", message) from error
         return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
 
     def _without_guarded(self, text: str) -> np.ndarray:
-        """Ids of a text that spells a guarded token, for models that find it in their vocabulary: as if it weren't."""
+        """Ids of a text that spells a guarded token, made as if the token were not in the vocabulary."""
         if self._unguarded is None:
             self._unguarded = _without_tokens(self._backend, self._guarded_tokens)
         (ids,) = self._encode(self._unguarded, [text])
         if (found := np.flatnonzero(np.isin(ids, self._guarded))).size:
             token = self._guarded_tokens[self._guarded.index(int(ids[found[0]]))]
-            raise RecipeError.at("tokenizer", f"makes {token!r}, which frames documents, of the text {text!r:.200}")
+            message = f"turns the text {text!r:.200} into {token!r}, which separates documents; use another tokenizer"
+            raise RecipeError.at("tokenizer", message)
         return ids
 
     def _long(self, text: str) -> Iterator[np.ndarray]:

@@ -41,7 +41,7 @@ def train(recipe: Recipe) -> Path | None:
     `TrainingDivergedError` where `stability.policy` says to stop, `NotSavedError` if the last checkpoint could not be
     written.
 
-    From then on writing to `sys.stdout` and `sys.stderr` raises nothing in this process, whoever reads them.
+    From then on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
     """
     console.keep_from_failing("stdout", "stderr")
     with ranks.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:

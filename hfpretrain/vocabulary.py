@@ -48,18 +48,18 @@ def require_related(model: ModelSection, section: TokenizerSection, tokenizer: P
     try:
         own = load_tokenizer(base).get_vocab()
     except RecipeError:
-        return [f"{model.pretrained} has no tokenizer of its own that loads, so this one is not compared with it"]
+        return [f"the tokenizer of {model.pretrained} does not load, so the recipe's is not compared with it"]
     known = set(own.values())
     both = [(token, number) for token, number in tokenizer.get_vocab().items() if number in known]
     same = sum(own.get(token) == number for token, number in both)
     if same < _LEAST_RELATED * len(both):
         key = "tokenizer.pretrained" if section.pretrained else "tokenizer.algorithm"
         message = (
-            f"of the {len(both):,} ids that it shares with the tokenizer of {model.pretrained}, {same:,} are the same "
-            "tokens: to that model its text would be other words. Take the model's own tokenizer; if the model was "
-            "given a new one, save that beside it"
+            f"of the {len(both):,} ids that this tokenizer shares with that of {model.pretrained}, only {same:,} stand "
+            "for the same token, so the model would read other words. Use the model's own tokenizer; if the model was "
+            "trained with this one, save it in the model's folder"
         )
         raise RecipeError(Problem(key, message))
     if same == len(both):
         return []
-    return [f"{len(both) - same:,} ids of the tokenizer are other tokens in that of {model.pretrained}"]
+    return [f"{len(both) - same:,} ids of the tokenizer stand for other tokens in that of {model.pretrained}"]

@@ -60,7 +60,7 @@ def test_a_tracker_that_is_back_gets_what_it_missed_in_order(tmp_path, tracker, 
     assert tracker.started < 8  # it is not asked at every step
     first, second = events(tmp_path)  # each is said once
     assert "remote can't be logged to" in first and "ConnectionError: no server" in first
-    assert "remote is logged to again" in second
+    assert "logging to remote works again" in second
     kept.finish()
     assert len(events(tmp_path)) == 2
 
@@ -93,7 +93,7 @@ def test_what_never_arrived_is_told_and_bounded(tmp_path, tracker, clock, monkey
     for step in range(30):
         kept.row({"step": step, "loss": 1.0})
     kept.finish()
-    assert sum("30 rows are missing" in text for text in events(tmp_path)) == 2
+    assert sum("it lacks 30 rows" in text for text in events(tmp_path)) == 2
 
 
 def test_tensorboard_goes_on_after_a_full_disk(tmp_path):

@@ -62,7 +62,7 @@ def test_the_choice_names_tokens_that_are_there_and_frame_nothing(folder):
     assert plain != prepared_path(recipe(folder, data__sources=[source(folder, special_tokens="tokens")]))
     for chosen, message in (
         (["<fim>"], "is no special token of the tokenizer; it has .*<fim_prefix>"),
-        (["<|endoftext|>"], "frames documents and is text in any case"),
+        (["<|endoftext|>"], "separates documents and is always text"),
     ):
         with pytest.raises(RecipeError, match=rf"data.sources.0.special_tokens: .*{message}"):
             prepare(recipe(folder, data__sources=[source(folder, special_tokens=chosen)]))
@@ -120,7 +120,7 @@ def test_unknown_text_is_counted_and_too_much_is_an_error_unless_allowed(folder)
     closed(folder / "tokenizer", ["<e>", "<unk>", *MOVES], "<unk>", unk_token="<unk>")
     write_jsonl(folder / "corpus.jsonl", [*[" ".join(MOVES)] * 50, "e4 Qh5 Qh6"])
     made = prepare(recipe(folder, data__validation_fraction=0.0))
-    assert made.manifest["sources"][0]["unknown"] == 2 and "0.40% of its tokens stand for" in summary(made)
+    assert made.manifest["sources"][0]["unknown"] == 2 and "0.40% of its tokens are the unknown token" in summary(made)
     prepared.verify(made.path)
     write_jsonl(folder / "corpus.jsonl", [*[" ".join(MOVES)] * 50, "Qh5 " * 50])
     for _ in range(2):  # while it is prepared, and when it is there
@@ -132,7 +132,7 @@ def test_unknown_text_is_counted_and_too_much_is_an_error_unless_allowed(folder)
     own = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     sizes = {"first_step": 0, "states": {}, "micro_batch_size": 1, "accumulation_steps": 1, "max_unknown": 0.01}
     places = {"process_index": 0, "num_processes": 1, "eos_token_id": 0, "document_masking": False}
-    with pytest.raises(RecipeError, match="of its first tokens stand for text"):
+    with pytest.raises(RecipeError, match="of its first tokens are the unknown token"):
         StreamingData(data, Encoder(own, np.dtype(np.int64)), frozenset(), **sizes, **places).example()
 
 
@@ -150,9 +150,9 @@ def test_text_that_a_tokenizer_leaves_out_or_replaces_is_told(folder):
         )
     )
     told = " ".join(notes(made))
-    assert "0.66% of its characters are left out" in told and "are replaced by the tokenizer's normalizer" in told
+    assert "leaves out 0.66% of its characters" in told and "the tokenizer's normalizer replaces" in told
     write_jsonl(folder / "corpus.jsonl", ["Abc xyz"] * 50)
-    with pytest.raises(RecipeError, match=r"50.00% of its characters are left out by the tokenizer"):
+    with pytest.raises(RecipeError, match=r"the tokenizer leaves out 50.00% of its characters"):
         prepare(recipe(folder, data__validation_fraction=0.0))
 
 
@@ -179,7 +179,7 @@ def test_a_run_tells_of_letters_once_and_keeps_it(folder):
     write_jsonl(folder / "corpus.jsonl", [*small_text(150), *[CODE] * 20])
     result = train(write_recipe(folder, tokenizer={"pretrained": str(folder / "tokenizer")}))
     assert result.returncode == 0, result.stderr
-    line = "special tokens that stand in the text are letters there: <fim_middle> (20 times)"
+    line = "names of special tokens in the text are read as ordinary text: <fim_middle> (20 times)"
     assert result.stderr.count(line) == 1
     assert line in (folder / "run" / "environment.json").read_text()
     assert token_bytes(marked(folder / "tokenizer"), 384)[0] == 0

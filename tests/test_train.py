@@ -279,7 +279,7 @@ def test_a_longer_run_says_what_changes(finished):
     events = [row["event"] for row in read_metrics(run / "metrics.jsonl") if "event" in row]
     for text in (
         "training goes on under ddp x2 on",
-        "5.12e-06 in step 40, goes on at 6.66e-05: the run was planned for 40 steps and now is for 44",
+        "5.12e-06 in step 40 to 6.66e-05: the run was planned for 40 steps and now has 44",
         "from step 41 on training.micro_batch_size: is 4 here, 2 there",
         "from step 41 on attention is eager; it was sdpa",
     ):
