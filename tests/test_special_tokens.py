@@ -61,7 +61,7 @@ def test_the_choice_names_tokens_that_are_there_and_frame_nothing(folder):
     assert plain == prepared_path(recipe(folder, data__sources=[source(folder, special_tokens="text")]))
     assert plain != prepared_path(recipe(folder, data__sources=[source(folder, special_tokens="tokens")]))
     for chosen, message in (
-        (["<fim>"], "is no special token of the tokenizer; it has .*<fim_prefix>"),
+        (["<fim>"], "is not a special token of the tokenizer; possible are: .*<fim_prefix>"),
         (["<|endoftext|>"], "separates documents and is always text"),
     ):
         with pytest.raises(RecipeError, match=rf"data.sources.0.special_tokens: .*{message}"):

@@ -148,7 +148,7 @@ def test_validation_documents_and_bad_ones_are_left_out_and_counted(files, encod
 def test_a_stream_that_runs_out_or_is_empty_is_an_error(files, encode):
     sources = [{"path": "json", "data_files": str(files / "0.jsonl"), "max_epochs": 2}]
     short = stream(section(files, sources=sources), encode)
-    with pytest.raises(RecipeError, match=r"data.sources.0.max_epochs: the source has run out: all was seen 2"):
+    with pytest.raises(RecipeError, match=r"data.sources.0.max_epochs: the source has run out: all of it was seen 2"):
         for step in range(1000):
             short.step(step)
     (files / "0.jsonl").write_text('{"text": ""}\n')
@@ -217,7 +217,7 @@ def test_a_source_with_a_cap_ends_when_all_is_read(files, encode):
     short = stream(section(files, sources=[source]), encode)
     assert len(short._groups) == 1
     seen = []
-    with pytest.raises(RecipeError, match=r"max_epochs: the source has run out: all was seen 1 time"):
+    with pytest.raises(RecipeError, match=r"max_epochs: the source has run out: all of it was seen 1 time"):
         seen += (int((tokens(short.step(step)) == encode.eos_token_id).sum()) for step in itertools.count())
     assert 0.9 * (len(TEXTS) - 15) < sum(seen) <= len(TEXTS) - 15
 
@@ -302,7 +302,7 @@ def test_a_stream_without_validation_is_trained_to_its_very_end(files, local, en
         files / "run" / "model" / "README.md"
     ).read_text()
     result = train(recipe, *arguments[:2], f"--training.max_steps={count + 1}", f"--output_dir={files / 'more'}")
-    assert result.returncode == 2 and "the source has run out: all was seen 1 time(s)" in result.stderr
+    assert result.returncode == 2 and "the source has run out: all of it was seen 1 time(s)" in result.stderr
 
 
 def test_a_checkpoint_of_the_first_version_is_refused_by_its_name(files, local):
