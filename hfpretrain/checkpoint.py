@@ -183,7 +183,7 @@ def _remove_old(folder: Path, section: CheckpointSection) -> None:
 
 
 def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file verifies, None where there is none at all; and why others are not it.
+    """The newest checkpoint whose files all verify, None if there is none at all; and why each newer one was not taken.
 
     `file_read` is called after each file.
 

@@ -1,4 +1,4 @@
-"""Standard output and error that can't end a training: what they don't take any more is dropped."""
+"""Keep standard output and error from ending a training: what can no longer be written is dropped."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import os
 import sys
 from typing import Any, TextIO
 
-# A disk may have room again. After any other error nobody reads there any more.
+# These errors may pass: a full disk may have room again. After any other error nobody reads the output.
 _PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EINTR}
 lost: dict[str, str] = {}
-"""What the system said when `stdout` or `stderr` first took no more, by that name."""
+"""The first error in writing to `stdout` and to `stderr`, by that name."""
 
 
 class _Descriptor(io.FileIO):
@@ -24,28 +24,28 @@ class _Descriptor(io.FileIO):
         self._label = label
 
     def write(self, data: Any) -> int:
-        """As of `io.FileIO`; what can't be written counts as written."""
+        """Like `io.FileIO.write`, but what can't be written counts as written."""
         try:
             return super().write(data) or 0
         except OSError as error:
             lost.setdefault(self._label, error.strerror or str(error))
             if error.errno not in _PASSING:
-                # For everything else that writes there: C libraries, and child processes, which a closed pipe ends.
+                # For other writers to this descriptor: C libraries, and child processes, which a closed pipe ends.
                 with contextlib.suppress(OSError):
                     _point_at_nothing(self.fileno())
             return memoryview(data).nbytes
 
 
 def keep_from_failing(*names: str) -> None:
-    """From now on no writer to `sys.stdout` or `sys.stderr`, as `names` say, ever gets an error: not `print`, logging,
-    warnings and progress bars, nor the interpreter when it flushes them at its end.
+    """From now on no write to `sys.stdout` or `sys.stderr` (those in `names`) raises: not by `print`, logging, warnings
+    and progress bars, nor when the interpreter flushes them at its end.
 
-    Who reads them may be gone (`| head -1`, a closed terminal) or their disk full. `lost` tells so afterwards.
+    Their reader may be gone (`| head -1`, a closed terminal), or their disk may be full. `lost` then holds the error.
     """
     for name in names:
         old = getattr(sys, name)
         if old is not getattr(sys, f"__{name}__"):
-            continue  # a notebook's or a test's
+            continue  # replaced by a notebook or a test
         if old is None:  # closed by `2>&-`
             _set(name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
         elif not isinstance(getattr(old.buffer, "raw", old.buffer), _Descriptor):
@@ -55,7 +55,7 @@ def keep_from_failing(*names: str) -> None:
             new = io.TextIOWrapper(
                 io.BufferedWriter(descriptor) if hasattr(old.buffer, "raw") else descriptor,  # `python -u` has none
                 old.encoding,
-                # Nor may a letter that the terminal does not know end a training.
+                # A character that the terminal's encoding lacks must not end a training either.
                 "backslashreplace" if old.errors == "strict" else old.errors,
                 line_buffering=old.line_buffering or descriptor.isatty(),
                 write_through=old.write_through,
@@ -65,7 +65,7 @@ def keep_from_failing(*names: str) -> None:
 
 
 def drop_output() -> None:
-    """What still waits to be written to standard output is not, if it can't be: else the interpreter's end fails."""
+    """Flush standard output, or drop what can't be written: otherwise the interpreter fails at its end."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -26,7 +26,7 @@ from hfpretrain.source_files import expand
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 _GROUP_BYTES = 2**26
-# What file systems call what tells two versions of a file apart.
+# Keys under which fsspec's file systems report what differs between two versions of a file.
 _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
@@ -57,11 +57,11 @@ class Piece(NamedTuple):
     origin: str
     size: int | None
     kind: str = ""
-    """Of a file the format, one of `FILE_FORMATS`."""
+    """Format of a file, one of `FILE_FORMATS`."""
     start: int = 0
-    """Of a file whose documents are sliced the first one, from 0."""
+    """First document to read, counted from 0, where a split is a slice such as `train[:10%]`."""
     stop: int | None = None
-    """And the one behind the last."""
+    """The document after the last to read; None: all."""
 
 
 class Reader:
@@ -106,7 +106,7 @@ class Reader:
         self._done_bytes += sum(self.pieces[index].size or 0 for index in pieces)
 
     def text_size(self, index: int) -> int | None:
-        """About how many bytes a file has without compression, of parquet in the text's column; None where unknown."""
+        """Approximate bytes of a file without compression, of parquet those of the text column; None if unknown."""
         piece = self.pieces[index]
         if piece.size is None or not piece.kind:
             return None
@@ -198,7 +198,7 @@ class Reader:
         return pieces
 
     def _num_documents(self, piece: Piece) -> int:
-        """How many documents a file has, empty and bad ones included; it is read for that once."""
+        """Number of documents in a file, including empty and bad ones. The file is read once for this."""
         version = os.stat(piece.origin).st_mtime_ns if "://" not in piece.origin else None
         known = (piece, version, self.source.sample_by, self.source.text_column)
         if known not in _document_counts:
@@ -280,13 +280,13 @@ class Reader:
             yield Document("", origin, row + 1, problem=("truncated_file", f"cannot be read further: {line:.300}"))
 
     def _open(self, origin: str, kind: str) -> Any:
-        """The decompressed bytes. Raises `RecipeError` where the first are those of something else than such a file."""
+        """Open a file's decompressed bytes. Raises `RecipeError` if the first are those of another kind of file."""
         suffix = source_files.codec_suffix(origin)
         self._raw = _open_file(origin)
         source_files.require_data(origin, _head(self._raw), self.key, suffix, kind)
         try:
             self._raw.seek(0)
-        except (OSError, ValueError, NotImplementedError):  # of a server that gives no ranges
+        except (OSError, ValueError, NotImplementedError):  # a server without range requests
             self._raw = _open_file(origin)
         if not suffix:
             return self._raw
@@ -425,13 +425,13 @@ def _is_cut_object(first: bytes, second: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     except ValueError as error:
-        # What breaks off at the end of the line, outside of a string, goes on in the next.
+        # JSON that is incomplete at the end of a line, outside of a string, continues in the next line.
         return bool(second.strip()) and getattr(error, "pos", 0) >= len(line.decode())
     return False
 
 
 def _open_file(origin: str) -> Any:
-    """A file's bytes as they lie there. Local names are not given to fsspec, in which `::` and `*` have a meaning."""
+    """Open a file's stored bytes. Local names are not given to fsspec, which gives `::` and `*` a meaning."""
     if "://" not in origin:
         return open(origin, "rb")  # closed by who reads it
     import fsspec
@@ -452,7 +452,7 @@ def _decompressed(file: Any, suffix: str) -> Any:
 
 
 def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | None:
-    """As of `Reader.text_size`: of a compressed file by how far its first bytes go."""
+    """As `Reader.text_size`; for a compressed file extrapolated from its first `sample_bytes` of text."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -469,7 +469,7 @@ def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | No
             file = _decompressed(raw, suffix)
             size = len(file.read(sample_bytes))
             return size if not file.read(1) else size * (piece.size or 0) // raw.tell()
-        except (OSError, EOFError, lzma.LZMAError, pa.ArrowInvalid):  # told with its place when the text is read
+        except (OSError, EOFError, lzma.LZMAError, pa.ArrowInvalid):  # reported, with its place, when the text is read
             return None
 
 
@@ -490,11 +490,11 @@ def _size(origin: str) -> int | None:
 
 
 def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
-    """What changes when the source's text does, whatever its files are called on this machine.
+    """A value that changes when the source's text does, but not with the folders that hold its files.
 
-    Of a file its name without folders, size and digest; of a URL what its server says of its version; of a Hub dataset
-    the commit, in offline mode that of the local cache. `key` is the recipe's path of the source. Raises `RecipeError`
-    where that can't be found out, since a change of the text would go unnoticed.
+    For a file: its name without folders, size and digest. For a URL: the version that its server reports. For a Hub
+    dataset: the commit, in offline mode that of the local cache. `key` is the source's path in the recipe. Raises
+    `RecipeError` if none of these can be found, since a change of the text would go unnoticed.
     """
     _require_openable(source, key)
     if source.path == PYTHON_STDLIB:
@@ -519,7 +519,7 @@ def _require_openable(source: SourceSection, key: str) -> None:
 
 
 def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
-    """The files of each split that `datasets` finds, and those that tell it how to read a folder."""
+    """Versions of the files of each split that `datasets` finds, and of those that tell it how to read a folder."""
     config = _builder(source, key).config
     found = [[str(split), *_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
     if not found:
@@ -530,7 +530,7 @@ def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
 
 
 def _patterns(source: SourceSection, key: str) -> list[str]:
-    """`data_files` as `datasets` reads them: files on this machine by their names, which are no patterns there."""
+    """`data_files` as `datasets` reads them. Names of files on this machine are escaped, so that none is a pattern."""
     if not source_files.is_folder(source) and not source_files.is_packaged(source.path):
         return list(source.patterns)
     names: list[str] = []

@@ -177,10 +177,10 @@ def collate(
     """Rows of token ids, int64 (n, block_size), as a batch: input_ids, labels and, where `eos_token_id` is given,
     position_ids, all int64 (n, block_size).
 
-    `begins_after`: EOS, of documents that begin with BOS. A document begins behind EOS there, and its first token, the
-    BOS, has an ignored label: nothing is to be learned from what ends before a document begins. So the loss of a
-    document is that of plain transformers on `tokenizer(text)` and EOS, where nothing predicts BOS either, and that of
-    `DataCollatorWithFlattening`. None: EOS itself opens the next document, and predicts its first token.
+    `begins_after`: the id of EOS if documents begin with BOS. A document then begins after EOS, and the label of its
+    BOS is ignored, since the document before it says nothing about it. So the loss of a document equals that of plain
+    transformers on `tokenizer(text)` and EOS, and that of `DataCollatorWithFlattening`, where nothing predicts BOS
+    either. None: EOS itself opens the next document and predicts its first token.
 
     `padded_with`: rows may end in this token repeated; all but the first of those get ignored labels. `seams`: int64
     (n,), where in each row another text begins without a separator, 0 for nowhere; no text predicts the other.
@@ -206,7 +206,7 @@ def padding(rows: np.ndarray, token_id: int) -> np.ndarray:
 
 
 def _behind(rows: np.ndarray, token_id: int) -> np.ndarray:
-    """The places right behind `token_id`, bool (n, block_size)."""
+    """Which positions come right after `token_id`: bool (n, block_size)."""
     return np.concatenate([np.zeros((len(rows), 1), bool), rows[:, :-1] == token_id], axis=1)
 
 
@@ -217,7 +217,7 @@ def document_positions(
 
     The separator opens the next document's segment: it is predicted from the document it ends, and the first token
     after it is predicted from the separator alone. So no prediction sees another document, and none is lost. `behind`:
-    of documents that begin with BOS, positions restart there, behind EOS.
+    positions restart after EOS instead, for documents that begin with BOS.
     """
     begins = _behind(rows, eos_token_id) if behind else rows == eos_token_id
     begins[:, 0] = True
@@ -431,19 +431,20 @@ class Prefetcher:
                 continue
 
     def next(self, must_stop: Callable[[], bool] = lambda: False) -> StepData | None:
-        """The next step's data; None if they have not come within a few seconds after `must_stop` has become true."""
+        """The next step's data, or None if they do not come within a few seconds after `must_stop` returns true."""
         return _take(self._queue, must_stop)
 
     def close(self) -> None:
-        """End the thread. One that waits for a disk or a server is left alone: it ends with the process."""
+        """End the thread. If it is waiting for a disk or a server, it ends with the process."""
         self._stopped.set()
         self._thread.join(_PATIENCE_SECONDS)
 
 
 def in_thread(work: Callable[[], Item], must_stop: Callable[[], bool]) -> Item | None:
-    """What `work` returns or raises; None if that takes a few seconds longer than until `must_stop` becomes true.
+    """Run `work` in a thread, and return or raise what it does; None if it does not end within a few seconds after
+    `must_stop` returns true.
 
-    For reading where it may block in a call that no signal ends.
+    This is for reads that may block in a call which no signal interrupts.
     """
     done: queue.Queue[Item | BaseException] = queue.Queue()
 

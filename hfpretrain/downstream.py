@@ -44,10 +44,10 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
 
     Nothing of ours runs in a way: transformers loads the folder or Hub id `model`, in float32 and without dropout, as
     evaluation has it. Of `texts` the first documents, up to 64 or 16,384 tokens, cut to the model's context (at most
-    1,024 tokens) where they are longer: a trainer would cut them, evaluation goes on in the next window. Each begins as
-    the tokenizer's own call has it and ends with EOS. Alone, a document's first token is predicted from nothing and
-    does not count; in run_clm's blocks attention goes across documents, so they are evaluated so. Raises `RecipeError`
-    if no document is left or the model does not load.
+    1,024 tokens) where they are longer: a trainer would cut them, evaluation goes on in the next window. Each begins
+    with what calling the tokenizer adds, such as BOS, and ends with EOS. Alone, a document's first token is predicted
+    from nothing and does not count; in run_clm's blocks attention goes across documents, so they are evaluated so.
+    Raises `RecipeError` if no document is left or the model does not load.
     """
     import datasets
     import transformers
@@ -81,7 +81,7 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
     if find_spec("trl") is None:
         notes.append("trl is not installed (pip install hfpretrain[examples])")
     else:
-        # TRL calls the tokenizer, which may put EOS at an end or before a text where pretraining has none of its own.
+        # TRL calls the tokenizer, which may add an EOS that pretraining does not.
         given = {"text": documents} if tokenizer("")["input_ids"] == text.prefix else {"input_ids": ids}
         rows.append(("TRL SFTTrainer", ids, network.sft(given, lora=False), alone))
         if find_spec("peft") is None:
@@ -125,7 +125,7 @@ class _Text:
         return [*self.prefix, *ids, self._tokenizer.eos_token_id]
 
     def labels(self, block: list[int]) -> list[int]:
-        """The block, but where a document begins with BOS, which training does not learn to predict."""
+        """The block as labels, without BOS, which training does not learn to predict."""
         return [IGNORE_INDEX if token in self.prefix[:1] else token for token in block]
 
     def documents(self, texts: Texts) -> tuple[list[str], list[str]]:

@@ -220,7 +220,7 @@ def prepare(
     """
     accelerator.gradient_accumulation_steps = accumulation_steps
     if accelerator.ddp_handler is not None:
-        # DDP else waits for ever for a gradient that does not come; looking for those takes time in every step.
+        # Otherwise DDP waits forever for a missing gradient. Looking for missing ones takes time in every step.
         accelerator.ddp_handler.find_unused_parameters = not all_get_gradients
     frozen: dict[str, torch.Tensor] = {}
     drawn = weights
@@ -432,7 +432,7 @@ def state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any
 
 
 def scaler_state(accelerator: Accelerator, model: Any) -> dict[str, Any] | None:
-    """Where the dynamic loss scale of fp16 stands, as of torch's `GradScaler`; None in other precisions."""
+    """State of fp16's dynamic loss scale, in the form of torch's `GradScaler`; None in other precisions."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return zero.scaler_state(model)
     return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -457,9 +457,9 @@ def state_to_save(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[
 
 
 def load_state(accelerator: Accelerator, model: Any, optimizer: Any, path: Path, group: Any) -> bool:
-    """Put a saved `state` of any engine, number of processes and precision into this one's model and optimizer.
+    """Load a saved `state`, of any engine, number of processes and precision, into this model and optimizer.
 
-    Returns whether all of it is from there: a loss scale starts anew where the checkpoint has none.
+    Returns False if the checkpoint has no loss scale for fp16, which then starts anew.
     """
     asked = state(accelerator, model, optimizer)
     scaler = asked.pop("scaler", None)

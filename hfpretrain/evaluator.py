@@ -82,7 +82,7 @@ class Evaluator:
             f"step {run.state.step}: validation loss {figures['loss']:.4f}, perplexity "
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
-        for name in metrics.domains(row):  # what is better of all may be worse of one
+        for name in metrics.domains(row):  # one set may get worse while the total improves
             run.records.say(
                 f"  {name}: loss {figures[f'{name}/loss']:.4f}, perplexity {figures[f'{name}/perplexity']:.2f}, "
                 f"bits per byte {figures[f'{name}/bits_per_byte']:.4f}"

@@ -38,10 +38,10 @@ def write(
 ) -> None:
     """A plain folder that `from_pretrained` reads: safetensors in `dtype`, config, generation config, tokenizer.
 
-    `generation_config`: that of the checkpoint the model was trained from; without, one of the config's special ids.
+    `generation_config`: that of the checkpoint that was trained further; None: one made from the config's special ids.
 
-    Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files. What stands
-    at `path` is replaced, but files there that no export has written stay: a person's, and the card.
+    Written through a fresh model of the config, so that nothing of the engine's wrapping reaches the files. A folder at
+    `path` is replaced, but files in it that no export wrote are kept, and so is the card.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +59,7 @@ def write(
     work = files.work_folder(path)
     model.save_pretrained(work)
     if generation_config is not None:
-        # As the checkpoint had it: `save_pretrained` refuses some that it has published.
+        # Written unchanged: `save_pretrained` refuses some that published checkpoints have.
         generation_config.to_json_file(work / GENERATION_CONFIG)
     tokenizer.save_pretrained(work)
     files.add_sums(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
@@ -145,8 +145,8 @@ def verify(model_path: Path, reference: Path, trust_remote_code: bool = False) -
 
 
 def _sample(model: Any, tokenizer: Any) -> dict[str, str | None]:
-    """A document of `model`: `sample`, or None and why in `sample_error` where the class's own `generate` fails, which
-    says nothing about the weights."""
+    """`sample`, a document that `model` writes. If its class's own `generate` fails, which says nothing about the
+    weights, it is None, and `sample_error` says why."""
     torch.manual_seed(0)
     prompt = torch.tensor([document_start(tokenizer)])  # as a document begins in training
     try:
@@ -166,7 +166,7 @@ def _sample(model: Any, tokenizer: Any) -> dict[str, str | None]:
 
 
 def repair(run: Path) -> None:
-    """Finish what a killed process has begun with the export of a run folder. No other may be at work there."""
+    """Finish an export of a run folder during which the process was killed. No other process may use the folder."""
     files.restore(run / "model")
     shutil.rmtree(run / f"model{files.INCOMPLETE}", ignore_errors=True)
     for folder in (run, run / "model"):

@@ -1,7 +1,7 @@
 """Sealed folders: written under a temporary name, fsynced, given a manifest of checksums, then renamed.
 
-A folder without its manifest is not whole. Prepared data and checkpoints both rest on this. A folder that is there
-already is renamed aside, and deleted when the new one is in its place; what is not ours in it moves to the new one.
+A folder without its manifest is not whole. Prepared data and checkpoints both rest on this. An existing folder is first
+renamed, and deleted once the new one is in its place. Files in it that hfpretrain did not write move to the new one.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whoever else writes it at the same time.
+    """Write a file atomically: it is there whole or not at all, even if several processes write it at once.
 
-    A new file has the permissions that the umask leaves, one that is replaced keeps its own.
+    A new file gets its permissions from the umask; one that is replaced keeps its own.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{INCOMPLETE}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -95,10 +95,11 @@ def work_folder(path: Path) -> Path:
 
 
 def put_in_place(work: Path, path: Path, ours: Collection[str] = ()) -> None:
-    """Rename the finished folder `work` to `path`, and delete what stands there but for files that are not ours.
+    """Rename the finished folder `work` to `path`, in place of a folder that is there.
 
-    Those move into the new folder. A file is ours if the old folder's manifest names it (an export's also has to have
-    its checksum), or `ours`. There is a whole folder at each moment, at `path` or aside, from which `restore` goes on.
+    Files of the old folder that are ours are deleted, and all others move into the new one. A file is ours if the old
+    folder's manifest or `ours` names it; in an export it must also have its checksum still. At each moment there is a
+    whole folder, at `path` or under the name from which `restore` goes on.
     """
     path = path.resolve()
     restore(path, ours)
@@ -110,7 +111,7 @@ def put_in_place(work: Path, path: Path, ours: Collection[str] = ()) -> None:
 
 
 def restore(path: Path, ours: Collection[str] = ()) -> None:
-    """Finish what a kill has left of `put_in_place`: the old folder returns, or goes where the new one is there."""
+    """Finish a `put_in_place` that was killed: put the old folder back, or delete it if the new one is in place."""
     path = path.resolve()
     aside = _aside(path)
     if not aside.is_dir():
@@ -124,7 +125,7 @@ def restore(path: Path, ours: Collection[str] = ()) -> None:
 
 
 def discard(path: Path, ours: Collection[str] = ()) -> None:
-    """Delete a folder of ours; what is not ours in it stays beside it, in a folder named `kept-...`."""
+    """Delete a folder of ours. Files in it that are not ours move into a folder beside it, named `kept-...`."""
     _carry(path, path.with_name(f"kept-{path.name}"), _own(path) | set(ours))
     # Renamed first: a kill in between leaves nothing that looks like a damaged folder.
     left = path.with_name(f"{path.name}.removed{INCOMPLETE}")
@@ -134,7 +135,7 @@ def discard(path: Path, ours: Collection[str] = ()) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed processes have left of `write_whole`. None may be writing into `folder`."""
+    """Delete the temporary files of killed calls of `write_whole`. No process may be writing into `folder`."""
     for left in folder.glob(f".*{INCOMPLETE}"):
         if left.is_file():
             left.unlink()
@@ -145,9 +146,9 @@ def _aside(path: Path) -> Path:
 
 
 def _own(folder: Path, new: Path | None = None) -> set[str]:
-    """Files below `folder` that were written by us and by nobody since, by their names there.
+    """Names of the files below `folder` that hfpretrain wrote and nobody changed since.
 
-    Where nothing tells, it is what `new` has too, and what earlier versions wrote.
+    Without a manifest or checksums: the names that `new` has too, and those that earlier versions wrote.
     """
     own: set[str] = set()
     told = False
@@ -172,7 +173,7 @@ def _own(folder: Path, new: Path | None = None) -> set[str]:
 
 
 def _is_same(path: Path, checksum: str) -> bool:
-    """Whether a file has a checksum; where none is known, it has."""
+    """Whether a file has this checksum; true if that is empty, which means unknown."""
     return not checksum or (path.is_file() and sha256(path) == checksum)
 
 
@@ -260,7 +261,7 @@ def damage(path: Path, checksums: bool = True, file_read: Callable[[], None] = l
 
 
 def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) -> str | None:
-    """As `damage`, but a folder that this machine has verified, and whose files have not changed since, isn't read.
+    """Like `damage`, but a folder that this machine has verified and whose files did not change since is not read.
 
     Whether a file has changed is decided by its size, inode, and times of modification and status change. What was
     verified is remembered in the user's cache folder, so that read-only prepared data can be used.
@@ -283,7 +284,7 @@ def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) 
 
 
 def remember(path: Path) -> None:
-    """Note that a folder just sealed or verified is as it was sealed, for `damage_if_changed`."""
+    """Record that a folder was just sealed or verified, so that `damage_if_changed` need not read it."""
     signature = _signature(path)
     if signature is not None:
         write_whole(_record(path), signature)
@@ -292,7 +293,7 @@ def remember(path: Path) -> None:
 def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
     """Size and checksum of the content of files, all of which is read.
 
-    What this machine has read before isn't read again, unless its size, inode or one of its times has changed since.
+    A file that this machine has read before isn't read again, unless its size, inode or one of its times has changed.
     """
     record = _cache_folder() / hashlib.sha256(repr([platform.node(), *map(str, paths)]).encode()).hexdigest()[:32]
     known: dict[str, Any] = {}
@@ -384,7 +385,7 @@ def add_sums(folder: Path, paths: Iterable[Path]) -> None:
     found = {name: entry["sha256"] for name, entry in entries(folder, paths).items()}
     lines = "".join(f"{checksum}  {name}\n" for name, checksum in sorted({**known, **found}.items()))
     own = hashlib.sha256(lines.encode()).hexdigest()
-    # A comment to sha256sum, which does not look whether its own list is damaged.
+    # A comment for sha256sum, which does not check whether its own list is damaged.
     write_whole(folder / SUMS, f"# the lines below: {own}\n{lines}")
 
 
@@ -403,9 +404,9 @@ def sums_of(folder: Path) -> dict[str, str] | None:
 
 
 def sums_damage(folder: Path) -> str | None:
-    """Which file of an export, or that its `SHA256SUMS`, is not as it was written; None if all are.
+    """Why an export can't be trusted, naming the file, which may be `SHA256SUMS` itself; None if all are as written.
 
-    The card is not in the list: a person may write into it. Other files that the list does not name are not ours.
+    The card is not in the list, since a person may edit it. Other files that the list does not name are not ours.
     """
     try:
         sums = sums_of(folder) or {}

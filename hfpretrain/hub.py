@@ -101,8 +101,8 @@ class Repo:
         return commit
 
     def push_main(self, folder: Path) -> str:
-        """Upload what `main` lacks of a folder, and delete there what an earlier export had and this one has not;
-        returns its newest commit. Raises `HopelessError` if a file of the export is damaged."""
+        """Upload the files of a folder that `main` lacks, and delete those of an earlier export that are not in it;
+        returns the newest commit. Raises `HopelessError` if a file of the export is damaged."""
         from safetensors import SafetensorError, safe_open
 
         repo_id = self.open()

@@ -69,10 +69,10 @@ def sleeping_threads() -> dict[str, str]:
 
 
 def leave_message(text: str) -> None:
-    """Let torch's launcher of several processes end its report of this one's failure with `text`.
+    """Have torch's launcher of several processes end its report of this process's failure with `text`.
 
-    It prints a traceback of its own beneath what a rank has printed. This way what went wrong stands in the last lines,
-    too (https://docs.pytorch.org/docs/stable/elastic/errors.html).
+    The launcher prints its own traceback after what a rank has printed. This way the last lines say what went wrong, as
+    well (https://docs.pytorch.org/docs/stable/elastic/errors.html).
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": text, "timestamp": int(time.time())}
@@ -86,11 +86,11 @@ def has_group() -> bool:
 
 
 def init_method() -> str | None:
-    """How the process group finds its ranks after `accelerate launch --max_restarts` has started them again; None for
+    """How the process group finds its ranks after `accelerate launch --max_restarts` has restarted them; None for
     torch's own way.
 
-    The launcher keeps its store, where the ranks that are gone have left their addresses: torch 2.13 expects a new one
-    (`_create_c10d_store`), which the launcher's static rendezvous does not make. So every start has its own keys.
+    After a restart the launcher's store still holds the addresses of the old ranks. torch 2.13 expects a new store
+    (`_create_c10d_store`), which static rendezvous does not make. So every start uses its own keys.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or not has_group():

@@ -72,20 +72,20 @@ class StepLoss:
     """How a step's next-token loss is computed with the model's class, as `examine_loss` has found out."""
 
     from_logits: bool = False
-    """The class's own loss is another one (BART's decoder learns to copy): the loss is computed from its logits."""
+    """Whether to compute the loss from the logits, since the class computes another (BART's decoder learns to copy)."""
     coefficient: float = 0.0
     """Weight with which the class adds its output `aux_loss`, a router's balancing loss."""
     adds_own: bool = False
-    """The class adds a loss that does not depend on the labels and is no output by itself (Bamba's z-loss)."""
+    """Whether the class adds a loss that does not depend on the labels and is none of its outputs (Bamba's z-loss)."""
 
     def __call__(
         self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor, num_micro_batches: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This micro-batch's share of the step's loss, and what is to be minimised: two float32 ().
+        """This micro-batch's share of the step's loss, and what to minimize: two float32 ().
 
         `batch` as of `dataloader.collate`; `num_items`: the step's labels on all processes, int64 (). What a class adds
-        to the next token's loss is a mean over the micro-batch, so of it only the share of one of `num_micro_batches`
-        is minimised.
+        to the next token's loss is a mean over the micro-batch, so it is divided by `num_micro_batches`, those of the
+        step on all processes.
         """
         if self.from_logits:
             inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
@@ -107,7 +107,7 @@ class StepLoss:
 
     @property
     def balances(self) -> bool:
-        """Whether anything but the next token's loss is minimised."""
+        """Whether anything but the next token's loss is minimized."""
         return self.adds_own or self.coefficient != 0
 
     def note(self, name: str) -> str | None:
@@ -123,13 +123,12 @@ def examine_loss(model: Any) -> StepLoss:
     """Compare the loss of a model's class with the next token's by its own logits, on the model as the engine prepared
     it. All ranks must call it, after `use_chunked_loss`.
 
-    Two small batches that differ in labels and number of items alone tell a term that the class adds to the loss from
-    another loss.
+    Two small batches, which differ only in labels and number of items, tell an added term from a different loss.
     """
     network = _causal_lm(model)
     coefficient = next((getattr(network, name) for name in _COEFFICIENTS if hasattr(network, name)), 0.0)
     first, second = (_class_adds(model, coefficient, shift) for shift in (0, 7))
-    # No number is within any tolerance either.
+    # NaN is not within the tolerance either.
     if first is None or second is None or not abs(first.unnamed - second.unnamed) <= _TOLERANCE:
         return StepLoss(from_logits=True, coefficient=coefficient)
     if abs(first.unnamed) > _TOLERANCE:
@@ -140,7 +139,7 @@ def examine_loss(model: Any) -> StepLoss:
 @dataclass(frozen=True)
 class _Added:
     unnamed: float
-    """What a class's loss has over the next token's and its weighted `aux_loss`."""
+    """The class's loss, less the next token's and the weighted `aux_loss`."""
     has_auxiliary: bool
 
 

@@ -1,4 +1,4 @@
-"""`evaluate` metrics that a recipe names: fed on the main process alone, which is what of the library is safe.
+"""`evaluate` metrics that a recipe names. Only the main process feeds them, as the library is not safe with several.
 
 A metric is a Python script. Without `evaluation.trust_remote_code` only our own and those that `evaluate` itself hosts
 are run: a recipe is data.

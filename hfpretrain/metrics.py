@@ -68,10 +68,10 @@ class MetricsFile:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop what was written after `step`, but no events, and the line of the export: a run that goes on exports anew.
+    """Drop the lines after `step` except events, and the line of the export, since a run that goes on exports anew.
 
-    Read backwards up to the first line of a step that stays, which needs no room on the disk and no memory. Lines of
-    saves and events may follow on those of later steps; all others stand in the order of their steps.
+    The file is read backwards to the first line that stays, which needs neither disk space nor memory. Lines are in the
+    order of their steps, except that saves and events may follow lines of later steps.
     """
     with path.open("r+b") as file:
         kept: list[bytes] = []
@@ -114,7 +114,7 @@ def _lines_backwards(file: BinaryIO, block: int = 2**18) -> Iterator[tuple[int, 
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """The object of a line; None of what is none of ours, as a line that a kill left half."""
+    """The object of a line; None if it is not one of ours, such as a line that a kill cut off."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -133,7 +133,7 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl` of a short run; those of a long one need a gigabyte."""
+    """The objects of a short run's `metrics.jsonl`. Those of a long run may need a gigabyte: use `iterate_metrics`."""
     return list(iterate_metrics(path))
 
 
@@ -144,8 +144,8 @@ def domains(row: dict[str, Any]) -> list[str]:
 
 
 class Curve:
-    """Points in the order of x as a picture shows them: of more than it has pixels for, the lowest and the highest of
-    each few that follow on each other."""
+    """Points for a picture, in the order of x. Where there are more than it has pixels, only the lowest and the highest
+    of neighboring points are kept."""
 
     _MOST = 4096
 
@@ -155,7 +155,7 @@ class Curve:
         self.last: float | None = None
 
     def add(self, x: float, y: Any) -> None:
-        """A point; what is no number is none."""
+        """Add a point, unless y is not a finite number."""
         if not isinstance(y, float) or not math.isfinite(y):
             return
         if self._count % self._size == 0:
@@ -191,7 +191,7 @@ class History:
         self.tasks: dict[str, Any] = {}
         """The row of the last downstream tasks."""
         self.figures: dict[str, Any] = {}
-        """The newest of each figure that tells how good the model is."""
+        """The newest value of each figure of the model's quality."""
         self.step, self.tokens = 0, 0
         self._steps, self._speeds = array("q"), array("d")  # of each log step: 16 bytes
         for row in rows:
@@ -199,11 +199,11 @@ class History:
 
     @classmethod
     def read(cls, path: Path, step: int | None = None) -> History:
-        """That of a file, up to a step."""
+        """Read that of a file, up to and including `step`."""
         return cls(row for row in iterate_metrics(path) if step is None or row["step"] <= step)
 
     def add(self, row: dict[str, Any]) -> None:
-        """The next row; events say nothing here."""
+        """Add the next row; events are passed over."""
         if "event" in row:
             return
         self.step, self.tokens = max(self.step, row["step"]), max(self.tokens, row.get("tokens", 0))

@@ -72,7 +72,7 @@ def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Prob
 
 
 def context_note(section: ModelSection, config: PretrainedConfig, block_size: int) -> str | None:
-    """What to say of a new model that has its class's default context, of which training reaches only a part."""
+    """A note on a new model that has its class's default context length, if blocks are shorter; else None."""
     key = next((key for key in CONTEXT_KEYS if isinstance(getattr(config, key, None), int)), None)
     if section.config is None or key is None or set(CONTEXT_KEYS) & set(section.config):
         return None
@@ -129,7 +129,7 @@ _SAME = (
 
 
 def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
-    """The message for a key that the config class does not know: what this class calls what other classes call so."""
+    """The message for a key that the config class lacks. If other classes have the key, it says this class's name."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -186,8 +186,8 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
 def _special_ids(model_type: str, **known: Any) -> dict[str, Any]:
     """The special ids of a new model's config: those `known` of the tokenizer, else None.
 
-    A class's own may lie outside a small vocabulary or be other words of the tokenizer. Where the class takes no None,
-    EOS stands in, which every tokenizer has; 0 while there is no tokenizer yet.
+    A class's defaults may lie outside a small vocabulary, or be other tokens of the tokenizer. Where the class does not
+    accept None, EOS is used, which every tokenizer has; 0 as long as there is no tokenizer.
     """
     ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     substitute = ids["eos_token_id"] if ids["eos_token_id"] is not None else 0
@@ -238,10 +238,10 @@ def _special_id_problems(section: ModelSection, tokenizer: Any) -> Iterator[Prob
 
 
 def agree_on_special_ids(config: Any, tokenizer: Any) -> None:
-    """Have the config or generation config of a checkpoint say the special ids of the tokenizer it is trained with.
+    """Set the special ids of a checkpoint's config or generation config to those of the tokenizer it is trained with.
 
-    Of several EOS ids, as in many generation configs, those that are special tokens of the tokenizer stay behind its
-    own. BOS and padding stay where the tokenizer has none.
+    Of several EOS ids, as many generation configs have, those that are special tokens of the tokenizer are kept after
+    its own. BOS and padding ids are kept if the tokenizer has none.
     """
     own, given = tokenizer.eos_token_id, config.eos_token_id
     ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
@@ -274,14 +274,15 @@ def build_model(
     section: ModelSection, config: PretrainedConfig, device: str = "meta", seed: int = 0
 ) -> PreTrainedModel:
     """The model in float32: a new one on `device`, by default without values (`initialisation.InitialWeights` draws
-    them), or with those of `section.pretrained` on the CPU. `seed` draws what `section.allow_missing` lets be missing.
+    them), or with those of `section.pretrained` on the CPU. `seed` draws the tensors that
+    may be missing by `section.allow_missing`.
 
     Raises `RecipeError` where the config builds no model, or the checkpoint does not load or is not that of the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    # Of None transformers makes sdpa where the class has it, else eager.
+    # For None, transformers takes sdpa where the class has it, else eager.
     attention = None if section.attn_implementation == "auto" else section.attn_implementation
     try:
         if section.pretrained is None:
@@ -311,7 +312,7 @@ def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention:
 
     whole_config = _whole_config(section)
     is_part = type(whole_config) is not type(config) and _class_of(whole_config) is not _class_of(config)
-    # Sizes that differ are told below, with their names.
+    # Shapes that differ are reported below, with their names.
     model, info = AutoModelForCausalLM.from_pretrained(
         section.pretrained,
         config=whole_config if is_part else config,
@@ -440,7 +441,7 @@ def compile_error(error: Exception) -> RecipeError | None:
 
 
 def train_padding_rows(model: PreTrainedModel) -> list[int]:
-    """Have the embeddings of tokens trained that are padding to the class and occur in the text; returns their ids.
+    """Let the embeddings of padding tokens that occur in the text be trained; returns the ids of these tokens.
 
     torch makes no gradient for the row of `padding_idx`. Where a tokenizer's padding is its EOS, which ends every
     document, the model would never learn that embedding. Nothing is padded here.
@@ -462,9 +463,9 @@ def train_padding_rows(model: PreTrainedModel) -> list[int]:
 def freeze_outside_loss(model: PreTrainedModel, length: int) -> Untrained:
     """Freeze the parameters that no gradient of the next token's loss reaches, and tell which they are.
 
-    Of some classes the loss of text has parameters outside: an indexer that only chooses, the tower of another
-    modality, attention to an encoder that is not there. Every engine must leave them as they are: ZeRO would decay
-    them, and DDP waits for their gradients.
+    In some classes the loss of text does not depend on all parameters: examples are an indexer that only chooses, the
+    tower of another modality, and attention to an encoder that is not there. Every engine must leave these parameters
+    unchanged: ZeRO would decay them, and DDP would wait for their gradients.
 
     Found on the meta device by a backward pass of one sequence of `length` tokens. A parameter that gets no gradient
     while another of its kind does (the same name with other numbers) may get one from another batch and is trained.
@@ -648,7 +649,7 @@ def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
 
 
 def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
-    """How packed documents change each other in this very model although positions restart; None if they don't.
+    """How packed documents affect each other in this very model although positions restart; None if they don't.
 
     Perturbs every token of the first of two documents in a row, then the positions of the first document and of the
     other row up to the last one in a block, and requires exactly no change in the logits of the second. All ranks must
@@ -713,7 +714,7 @@ def has_experts(model: PreTrainedModel) -> bool:
 
 
 def routing_note(model: PreTrainedModel) -> str:
-    """What to tell of a model with experts in whose training nothing but the next token's loss is minimised."""
+    """A note on a model with experts that is trained on the next token's loss alone."""
     text = f"{type(model).__name__} trains without a balancing loss, so its router may come to use few of its experts"
     if getattr(model.config, "output_router_logits", None) is False:
         text += ". Set model.config.output_router_logits: true to add one"

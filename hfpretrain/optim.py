@@ -23,8 +23,8 @@ def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
     """Names of the parameters that decay: matrices and embeddings, but not what `no_decay` matches.
 
     Vectors, norms, biases, the decay rates of state-space layers and what the model's class marks with
-    `_no_weight_decay` don't, whatever their shape. To be asked before an engine shards the model, since a flat piece of
-    a matrix has one dimension. Raises `RecipeError` for a pattern that matches nothing.
+    `_no_weight_decay` don't, whatever their shape. Call this before an engine shards the model, since a flat piece of a
+    matrix has one dimension. Raises `RecipeError` for a pattern that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     for number, pattern in enumerate(no_decay):
@@ -51,7 +51,7 @@ def hidden_names(model: Any) -> set[str]:
 
 
 def _matrices(model: Any) -> set[str]:
-    """Names of the parameters that are matrices by what they do: that multiply, or look up, vectors."""
+    """Names of the parameters that act as matrices: those that multiply vectors, or from which they are looked up."""
     marked = _marked(model)
     found = set()
     for name, parameter in model.named_parameters():

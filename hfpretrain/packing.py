@@ -1,7 +1,7 @@
 """Documents to fixed blocks of token ids on disk, with the manifest that accounts for every document and token.
 
-Documents are tokenized without special tokens; before each stands what the tokenizer's own call puts before a text
-(BOS, for many), and each is followed by one EOS. The corpus is worked through in parts,
+Documents are tokenized without special tokens. Each begins with what calling the tokenizer adds before a text (for many
+BOS) and ends with one EOS. The corpus is worked through in parts,
 whose bounds depend on the text alone: a part is packed by itself and sealed by its own account in `parts/`, so that
 preparation can stop anywhere, and several machines can each do some parts. What a part has left over is less than one
 block; `joining.join` makes blocks of all leftovers, and what is left of those stands in the manifest.
@@ -37,8 +37,8 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     """Name of the prepared folder: a hash of all that decides its content.
 
     `identities` is what the sources and the tokenizer were at the time (content of files, commit on the Hub), so that
-    the names which a recipe has for them don't matter. `has_prefix`: whether documents begin with what the tokenizer's
-    own call puts before a text; versions without it had none. A changed source, tokenizer or block size gives another
+    the names which a recipe has for them don't matter. `has_prefix`: whether documents begin with what calling the
+    tokenizer adds before a text, which older versions left out. A changed source, tokenizer or block size gives another
     name, so nothing stale is ever used.
     """
     content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})

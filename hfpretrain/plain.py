@@ -1,4 +1,4 @@
-"""Whatever holds a model as a plain Hugging Face folder: a checkpoint of a run, a run, an export, a repo of the Hub."""
+"""Make a plain Hugging Face folder of whatever holds a model: a checkpoint, a run, an export, or a repo of the Hub."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def write(run: Path, checkpoint: Path, step: int, folder: Path, repo_id: str | N
 
 
 def export_to(given: Path, folder: Path) -> list[str]:
-    """Make `folder`, the plain folder of a checkpoint (of a run: its newest that verifies); lines that say what it is.
+    """Export a checkpoint, or a run's newest that verifies, to the new `folder`; returns lines that say what it is.
 
-    It appears when it is whole and was loaded with plain transformers: every weight must be the checkpoint's. Raises
-    `RecipeError` if `folder` is there already, or `given` is neither.
+    The folder appears once plain transformers has loaded it with exactly the weights of the checkpoint. Raises
+    `RecipeError` if `folder` is not empty, or `given` is neither a checkpoint nor a run.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError.at("OUT", f"{folder} already exists and is not overwritten; name a new folder")

@@ -108,7 +108,7 @@ def _vocab_size(recipe: Recipe) -> int:
 
 
 def vocabulary_is_a_bound(recipe: Recipe) -> bool:
-    """Whether the model may come out smaller, since its tokenizer is still to be trained on text that may give less."""
+    """Whether the model may turn out smaller: its tokenizer is not trained yet, and the text may give fewer tokens."""
     follows = recipe.model.config is not None and "vocab_size" not in recipe.model.config
     return follows and recipe.tokenizer.vocab_size is not None and prepared_data(recipe) is None
 
@@ -166,9 +166,9 @@ def flops_per_token(config: PretrainedConfig, counts: Parameters, block_size: in
 
 
 def require_divisible_batch(recipe: Recipe, num_processes: int, engine: str | None) -> None:
-    """Raises `RecipeError` if a step's sequences can't be shared by so many processes, or `engine` is of one alone.
+    """Raises `RecipeError` if a step's sequences don't divide among the processes, or `engine` runs only one process.
 
-    Of an engine that cuts each sequence all processes have every one.
+    Under an engine that cuts each sequence, all processes have a part of every one, so nothing need divide.
     """
     from hfpretrain import footprint
 
@@ -457,7 +457,7 @@ def cpu_step_seconds(
     """Seconds of an optimizer step on this machine's CPU: a micro-step and an update of `model`, which this changes,
     are timed as `single` and `ddp` run them, with the threads that one of `num_processes` has.
 
-    A matrix product's speed says little of a small model, whose time goes to operations that are none: a model of a
+    A matrix product's speed says little of a small model, which spends its time on other operations: a model of a
     million parameters was measured at 2 % of it, one of 50 million at 57 %.
     """
     import torch

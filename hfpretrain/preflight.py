@@ -1,4 +1,4 @@
-"""What a recipe names in the world, looked at before a run: files, folders, repos of the Hub, disks.
+"""Look before a run at what its recipe names outside of itself: files, folders, repos of the Hub, disks.
 
 Nothing is tokenized, built, downloaded or written here, and torch is not imported.
 """
@@ -38,7 +38,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 
 
 def world_problems(recipe: Recipe) -> list[Problem]:
-    """All that a run of the recipe would miss: each with the key that names it."""
+    """Everything that the recipe names and a run could not use, each with its key."""
     data = recipe.data
     sections = (("data.sources", data.sources), ("data.validation_sources", data.validation_sources))
     named = [(f"{key}.{number}", source) for key, some in sections for number, source in enumerate(some)]
@@ -90,7 +90,7 @@ def disk_problems(recipe: Recipe, num_bytes: int) -> list[Problem]:
 
 
 def _source(key: str, source: SourceSection, recipe: Recipe) -> Iterator[Problem]:
-    """A source that is not there, can't be read, or whose first document is none."""
+    """Problems of a source: it is not there, can't be read, or its first document is bad."""
     if source.path == corpus.PYTHON_STDLIB:
         return
     if source.path not in FILE_FORMATS and not Path(source.path).exists():

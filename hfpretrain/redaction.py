@@ -25,7 +25,7 @@ _SIGNED = re.compile(
 def redact(text: str) -> str:
     """`text` with `***` for each user and password, signature, token or key that an address in it holds.
 
-    Of a signed address all that signing it anew changes is replaced, so that it stays the same text.
+    In a signed address, everything that a new signature changes is replaced, so that the result stays the same.
     """
     if "://" not in text and "?" not in text and "hf_" not in text and "earer " not in text:
         return text
@@ -80,7 +80,7 @@ def is_redacted(address: str) -> bool:
 
 
 def install() -> None:
-    """From now on this process logs no secret of an address, nor prints one with an uncaught exception."""
+    """From now on this process neither logs a secret of an address nor prints one with an uncaught exception."""
     import logging
     import sys
     import traceback

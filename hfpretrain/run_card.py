@@ -50,9 +50,9 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
 
 
 def keep_edits(path: Path, remote: str | None) -> None:
-    """Take over into the card at `path` what a person has written into the one on the Hub.
+    """Copy what a person has written into the card on the Hub to the card at `path`.
 
-    Where both were edited, the one here is taken, and the Hub's is kept beside it: `README.hub.md`.
+    If both were edited, the one here is used, and the Hub's is kept beside it as `README.hub.md`.
     """
     ours = path.read_text(encoding="utf-8")
     if remote is None:

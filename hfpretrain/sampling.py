@@ -28,10 +28,10 @@ def continue_text(
     """Up to `num_tokens` ids that follow `input_ids`, until EOS: greedy at temperature 0, else drawn with `seed`.
 
     Every token is a whole forward pass without a cache, since only that all engines can do; of more than `context`
-    tokens the last are seen. They are filled up to a multiple of 32, behind the last, where a causal model does not
-    look: kernels keep memory for each length they have met (64 lengths took 140 MiB on a CPU, for a model of 5 million
-    parameters in bf16) and twice the time. All ranks must call it; `agree` gives each the main process's choice, int64
-    (1,).
+    tokens the last are seen. The input is padded at its end, where a causal model does not look, to a multiple of 32:
+    otherwise kernels keep memory for each length they meet (64 lengths took 140 MiB on a CPU, for a model of 5 million
+    parameters in bf16) and take twice the time. All ranks must call it; `agree` gives each the main process's choice,
+    int64 (1,).
     """
     generator = torch.Generator().manual_seed(seed)
     keywords = inspect.signature(getattr(model, "module", model).forward).parameters

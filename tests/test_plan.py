@@ -279,7 +279,7 @@ def test_a_batch_that_does_not_divide_is_one_error_and_no_time_is_claimed(folder
 @pytest.mark.parametrize("flag", ["--shard-size", "--nvlink", "--infiniband", "--devices-per-node"])
 def test_a_flag_of_the_simulation_is_refused_without_it(folder, flag):
     result = hfpretrain("plan", str(write_recipe(folder)), flag, "4")
-    assert result.returncode == 2 and f"{flag}: goes with --scaling" in result.stderr
+    assert result.returncode == 2 and f"{flag}: is used only with --scaling" in result.stderr
 
 
 def test_a_run_says_what_it_came_to(folder):

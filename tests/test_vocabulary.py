@@ -85,7 +85,7 @@ def test_an_eos_that_no_document_ends_with_is_refused(base):
         if is_right:
             assert modeling.resolve_config(section, 384, tokenizer, 322, 32).eos_token_id == given
         else:
-            with pytest.raises(RecipeError, match=r"model.config.eos_token_id: 5 is not the tokenizer's 0"):
+            with pytest.raises(RecipeError, match=r"model.config.eos_token_id: 5 is not the tokenizer's EOS, 0"):
                 modeling.resolve_config(section, 384, tokenizer, 322, 32)
 
 
@@ -117,7 +117,7 @@ def test_a_tokenizer_whose_ids_are_other_words_to_the_model_is_refused(base):
     with pytest.raises(RecipeError, match=r"tokenizer.algorithm: of the .* ids"):
         vocabulary.require_related(trained.model, trained.tokenizer, other)
     mapping["tokenizer"]["vocab_size"] = 400
-    with pytest.raises(RecipeError, match=r"tokenizer.vocab_size: has 400 tokens, and .* embeddings for 322"):
+    with pytest.raises(RecipeError, match=r"tokenizer.vocab_size: has 400 tokens, but .* has embeddings for 322"):
         vocabulary.check(Recipe.model_validate(mapping))
 
 
@@ -130,7 +130,7 @@ def test_the_same_words_are_taken_and_a_few_others_are_told(base):
     config = (base / "tok" / "tokenizer_config.json").read_text().replace("<|turn|>", "<|said|>")
     (base / "tok" / "tokenizer_config.json").write_text(config)
     (told,) = vocabulary.check(Recipe.model_validate(recipe(base)))
-    assert told.startswith("1 ids of the tokenizer are other tokens")
+    assert told.startswith("1 ids of the tokenizer stand for other tokens")
     (base / "base" / "tokenizer.json").unlink()
     (base / "base" / "tokenizer_config.json").unlink()
     (told,) = vocabulary.check(Recipe.model_validate(recipe(base)))
