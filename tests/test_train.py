@@ -179,7 +179,7 @@ def test_verify_names_the_flipped_file_of_a_run_and_reads_exports_without_checks
     assert "older version" in capsys.readouterr().out
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     assert main_of_cli(["verify", str(tmp_path)]) == 2
-    assert "adapter_config.json: is not of the export" in capsys.readouterr().err
+    assert "adapter_config.json: is not part of the export" in capsys.readouterr().err
 
 
 def test_the_card_says_what_was_measured(finished):
