@@ -441,7 +441,7 @@ def test_files_of_a_folder_are_read_each_by_its_name(tmp_path):
     (tmp_path / "d.TXT.GZ").write_bytes(gzip.compress(b"text"))
     assert read(path=str(tmp_path), sample_by="document") == ["json", "csv", "parquet", "text"]
     (tmp_path / "e.docx").write_bytes(b"x")
-    assert "e.docx is none of the formats" in refusal(path=str(tmp_path), sample_by="document")
+    assert "e.docx is in none of the formats" in refusal(path=str(tmp_path), sample_by="document")
 
 
 def test_what_stands_beside_data_is_left_out_of_a_folder(tmp_path, caplog):
