@@ -141,6 +141,9 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
     from hfpretrain import engine
 
     accelerator = run.accelerator
+    # An engine of several processes may have made forward a collective (Ulysses), which the main process alone would
+    # wait in for ever. With `mfu` given, no step is timed.
+    mfu = None if accelerator.num_processes == 1 else DEFAULT_MFU
     try:
         # One process alone may not build under ZeRO-3, where building is a collective.
         with engine.plain_initialisation():
@@ -150,6 +153,7 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
                 num_processes=accelerator.num_processes,
                 config=run.config,
                 mixed_precision=engine.precision(accelerator),
+                mfu=mfu,
                 document_masking=run.document_masking,
                 chunked_loss=run.chunked_loss,
                 cpu_peak_flops=run.peak_flops if accelerator.device.type == "cpu" else None,
