@@ -379,7 +379,11 @@ class Run:
         if stored.pop("data") != self._data_identity():
             message = f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
             if self.prepared.document_prefix and self.recipe.tokenizer.add_bos is None:
-                message += ". If an older version began this run without BOS, set tokenizer.add_bos to false"
+                # Setting `add_bos` now would not help: it changes the tokenizer's file, which the checksum covers.
+                message += (
+                    ". If hfpretrain 0.1.0 began this run, its documents have no BOS: finish it with that version, or "
+                    "begin a new one with its weights (model.pretrained) and tokenizer.add_bos: false"
+                )
             if self.recipe.data.streaming and "segments" not in stored:
                 message = (
                     f"{path} is a stream's checkpoint of hfpretrain 0.1.0, which knew sources by path and time, not by "
