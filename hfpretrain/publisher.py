@@ -147,7 +147,7 @@ class Publisher:
             if not (place / outbox.STATE).is_dir():
                 raise HopelessError("its state was not kept; push without it")
             recipe = place / outbox.STATE / "recipe.yaml"
-            if recipe.is_file() and redact(text := recipe.read_text(encoding="utf-8")) != text:
+            if recipe.is_file() and redact(written := recipe.read_text(encoding="utf-8")) != written:
                 raise HopelessError("an older version left a secret in the recipe of its state; push without the state")
             content |= {f"{outbox.STATE}/{path.name}": path for path in (place / outbox.STATE).iterdir()}
         return self._repo.push_revision(place.name, name, text, content)

@@ -457,8 +457,8 @@ class Run:
         )
         if not math.isclose(unchanged, coming, rel_tol=1e-3):
             yield (
-                f"the learning rate changes from {used:.2e} in step {state.step} to {coming:.2e}: the run was planned "
-                f"for {planned} steps and now has {last_step} (training.max_steps or max_tokens), on which "
+                f"the learning rate is {used:.2e} in step {state.step} and {coming:.2e} in the next: the run was "
+                f"planned for {planned} steps and now has {last_step} (training.max_steps or max_tokens), on which "
                 f"{section.name} depends. To extend a run, use constant_with_warmup, or warmup_stable_decay before its "
                 "decay. Or start a new run with its own schedule from these weights (model.pretrained)"
             )
