@@ -307,21 +307,25 @@ def _run(path: Path, recipe: Any, folder: Path, engine: str | None) -> str:
 def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
     """The figures of a run beside those of a bare loop over the same weights and batches."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from hfpretrain import training_batches
     from hfpretrain.initialisation import InitialWeights
 
     said = json.loads((run / "environment.json").read_text())
     family.chunked = said["chunked_loss"]
-    config = AutoConfig.from_pretrained(run / "config").get_text_config()
+    config = AutoConfig.from_pretrained(run / "config")
     keywords: dict[str, Any] = {"dtype": torch.float32}
+    # Not by the config alone: that of the text part of a composite is in no mapping.
+    made = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name])._from_config
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **keywords)
+        model = made(config, attn_implementation="sdpa", **keywords)
     except (ValueError, ImportError):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **keywords)
+        model = made(config, attn_implementation="eager", **keywords)
     with torch.device("meta"):
-        blueprint = AutoModelForCausalLM.from_config(config, **keywords)
+        blueprint = made(config, **keywords)
     weights = dict(InitialWeights(blueprint, recipe.seed))
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():

@@ -51,9 +51,7 @@ def write(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     state_dict = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state_dict.items()}
-    missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    assert not unexpected and tied.issuperset(missing), f"unexpected {unexpected}, missing {missing}"
+    model.load_state_dict({**state_dict, **_tied(model, state_dict)}, assign=True)
     model.tie_weights()
     model.config.use_cache = True
     work = files.work_folder(path)
@@ -64,6 +62,13 @@ def write(
     tokenizer.save_pretrained(work)
     files.add_sums(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
     files.put_in_place(work, path)
+
+
+def _tied(model: Any, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of `state_dict`, in which a tied one comes once, by all names that the model has for them."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    known = {id(tensor): state_dict[name] for name, tensor in named if name in state_dict}
+    return {name: known[id(tensor)] for name, tensor in named if id(tensor) in known}
 
 
 @torch.no_grad()

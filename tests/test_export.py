@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import recipe_mapping
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hfpretrain import export
 
@@ -38,3 +38,18 @@ def test_a_class_that_cannot_generate_has_an_export_that_verifies(run, monkeypat
     assert report["max_logit_difference"] < 1e-5 and report["sample"] is None
     assert "LlamaForCausalLM.generate fails" in report["sample_error"] and "no length" in report["sample_error"]
     json.dumps(report)
+
+
+@pytest.mark.parametrize("model_type", ["camembert", "gpt2"])
+def test_a_tied_weight_is_exported_by_whichever_name_it_has(tmp_path, model_type):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, vocab_size=64, is_decoder=True, **sizes, **special)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 1}, unk_token="<eos>")))
+    state = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    export.write(config, state, tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.arange(2, 18)[None]
+    assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
