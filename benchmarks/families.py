@@ -161,7 +161,7 @@ def _tiny(config_class: Any, vocab_size: int, special: dict[str, int], changes: 
                 part = config_class.sub_configs[key]
                 part = part if hasattr(part, "to_dict") else type(getattr(default, key))
                 found[key] = _tiny(part, vocab_size, special, changes)
-            elif isinstance(value, float) and ("drop" in key or key.endswith("_pdrop")):
+            elif isinstance(value, float) and ("drop" in key or "jitter" in key):  # what is drawn at random
                 found[key] = 0.0
             elif key in SIZES and not isinstance(value, (list, dict)) and (value is not None or key in ("n_inner",)):
                 found[key] = changes.get(key, SIZES[key])
