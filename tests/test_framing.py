@@ -253,7 +253,7 @@ def test_a_run_says_it_and_its_export_begins_as_it_was_trained(framed):
     )
     result = train(path)
     assert result.returncode == 0, result.stderr
-    line = "documents begin with <s>, as the tokenizer's own call puts before a text, and end with <|endoftext|>"
+    line = "documents begin with <s>, which calling the tokenizer adds to a text, and end with <|endoftext|>"
     assert line in result.stderr
     run = framed / "run"
     card = (run / "model" / "README.md").read_text()
