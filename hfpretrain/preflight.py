@@ -96,7 +96,7 @@ def _source(key: str, source: SourceSection, recipe: Recipe) -> Iterator[Problem
     if source.path not in FILE_FORMATS and not Path(source.path).exists():
         if problem := missing_path(source.path) if "://" not in source.path else None:
             yield Problem(f"{key}.path", problem)
-        elif "/" in source.path and "://" not in source.path:
+        elif "://" not in source.path:
             yield from _repo(f"{key}.path", source.path, source.revision, "dataset", ())
         return
     reader = corpus.Reader(source, key, recipe.data.on_bad_document)

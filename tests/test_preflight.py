@@ -97,6 +97,9 @@ def test_an_engine_file_and_the_batch_on_its_processes(folder):
 def test_repos_of_the_hub_are_asked_for_and_offline_looked_for_in_the_cache(folder, model):
     missing = continued("user/none")
     assert "the Hub's cache has no such model" in problems(folder, **missing)["model.pretrained"]
+    for name in ("user/none", "none"):  # old datasets of the Hub have no user in their names
+        absent = problems(folder, data__sources=[{"path": name}])
+        assert "the Hub's cache has no such dataset" in absent["data.sources.0.path"]
     with HubServer() as hub:
         env = hub.environment(folder / "home")
         assert hfpretrain("push", str(model), "user/base", **env).returncode == 0
