@@ -477,7 +477,7 @@ def test_a_class_whose_loss_is_not_the_next_tokens_learns_the_next_token(folder)
         folder, model__config=bart, training__document_masking=False, training__max_steps=40, evaluation__every_steps=40
     )
     result = train(recipe)
-    assert result.returncode == 0 and "the loss of BartForCausalLM is not the next token's" in result.stderr
+    assert result.returncode == 0 and "BartForCausalLM does not compute the next-token loss" in result.stderr
     trained, evaluated = rows(folder / "run", "loss")[40]["loss"], rows(folder / "run", "eval/loss")[40]["eval/loss"]
     assert evaluated == pytest.approx(trained, rel=0.1)
     notes = json.loads((folder / "run" / "environment.json").read_text())["notes"]
