@@ -64,7 +64,7 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
         (["evaluate", "x", "--data", "y.txt", "--strid=8"], "unknown arguments: --strid=8"),
         (["plan", "quickstart", "--num_processes", "2"], "did you mean --num-processes?"),
         (["generate", "x", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
-        (["plan", "quickstart", "--engine", "single", "--num-processes", "2"], "single is one process"),
+        (["plan", "quickstart", "--engine", "single", "--num-processes", "2"], "single runs one process"),
         (["generate", "tests@main", "x"], "tests is a folder here, and folders have no revisions"),
         (["verify", "x", "--oops"], "unknown arguments: --oops"),
     ],
