@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from hfpretrain import launcher
+
+os.environ.update(launcher.sleeping_threads())  # for the bare loop as for ours, before torch is loaded
+
 import numpy as np
 import torch
 
