@@ -107,6 +107,11 @@ class Saver:
         work = path.with_name(path.name + files.INCOMPLETE)
         written: dict[str, Any] = {}
 
+        def make_folder() -> None:
+            if self._folder.is_symlink():  # where it leads must be there: it may be a disk that is not mounted
+                self._folder.resolve(strict=True)
+            files.work_folder(path)
+
         def write_files() -> None:
             for name, write in writers.items():
                 write(work / name)
@@ -129,7 +134,7 @@ class Saver:
         main = self._rank == 0
         self._gathered: list[dict[str, Any]] = []
         steps: list[tuple[bool, Callable[[], Any]]] = [
-            (main, lambda: files.work_folder(path)),
+            (main, make_folder),
             (True, lambda: fragments.save(state, work, self._group)),
             (True, write_files),
             (main, seal),
