@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from hfpretrain import dataloader, engine, ranks, streaming
+from hfpretrain.loss import StepLoss
 
 train = importlib.import_module("hfpretrain.train")
 
@@ -43,7 +44,7 @@ def spoil(data_class):
 if kind in ("gradient", "loss", "jump") and LAST:
     spoil(dataloader.TrainingData)
     spoil(streaming.StreamingData)
-    split, backward, loss_of = engine.split_sequences, engine.backward, train._loss
+    split, backward, loss_of = engine.split_sequences, engine.backward, StepLoss.__call__
 
     def split_sequences(accelerator, batch):
         now["bad"] = any(torch.equal(row, batch["input_ids"][0]) for row in bad_rows)
@@ -57,7 +58,7 @@ if kind in ("gradient", "loss", "jump") and LAST:
         extra = {"loss": float("nan"), "jump": 50.0}.get(kind, 0.0) if now["bad"] else 0.0
         return loss + extra, objective
 
-    engine.split_sequences, engine.backward, train._loss = split_sequences, spoiled_backward, spoiled_loss
+    engine.split_sequences, engine.backward, StepLoss.__call__ = split_sequences, spoiled_backward, spoiled_loss
 
 beat, from_main, finish = ranks.Watch.beat, ranks.Watch.from_main, engine.finish
 
