@@ -71,7 +71,7 @@ def write_recipe(folder: Path, **changes: object) -> Path:
 def environment(**extra: str) -> dict[str, str]:
     launcher = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    return {**kept, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "HF_HUB_OFFLINE": "1", **extra}
+    return {**kept, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1", **extra}
 
 
 FAULTS = ROOT / "tests" / "faults.py"

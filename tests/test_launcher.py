@@ -205,7 +205,7 @@ def test_what_the_file_says_in_vain_is_refused(folder, engine, line, message):
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists(), reason="is for hosts without GPUs")
 @pytest.mark.parametrize(
     ("chosen", "seen"),
-    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_waiting_threads_sleep_before_torch_is_imported(tmp_path, chosen, seen):
     (tmp_path / "torch.py").write_text("import os; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)")
