@@ -22,14 +22,16 @@ import torch
 from small import ROOT, environment
 from train_step import Turns, interval, my_turn, timed_run
 
-from hfpretrain import dataloader, engine, optim
-from hfpretrain import run as running
-from hfpretrain.recipe import RecipeError, load_recipe
+from hfpretrain.data import batches
+from hfpretrain.engines import engine
+from hfpretrain.modeling import optim
+from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain.training import setup as running
 
 Patch = Callable[[], AbstractContextManager[Any]]
 
 
-class Unhurried(dataloader.Prefetcher):
+class Unhurried(batches.Prefetcher):
     """Makes a step's data when it is asked for."""
 
     def __init__(self, step_data: Callable[[int], Any], steps: range, pin_memory: bool):

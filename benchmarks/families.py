@@ -239,7 +239,7 @@ def recipe_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def run_family(family: Family, folder: Path, engine: str | None) -> None:
     """Fill in what there is to tell of a family."""
     from hfpretrain import load_recipe, prepare
-    from hfpretrain.recipe import RecipeError
+    from hfpretrain.recipe.schema import RecipeError
 
     base = folder / "recipe.yaml"
     base.write_text(yaml.safe_dump(recipe_of(folder, {"model_type": "llama"})))
@@ -294,8 +294,9 @@ def _run(path: Path, recipe: Any, folder: Path, engine: str | None) -> str:
             return ""
         lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
         return lines[0][:300]
-    from hfpretrain import export, metrics
     from hfpretrain import train as train_in_this_process
+    from hfpretrain.checkpoints import export
+    from hfpretrain.training import metrics
 
     metrics.plot_loss = lambda rows, path, title: path.write_bytes(b"")  # a fifth of the time
     # A fresh interpreter for each family would take most of the time.
@@ -312,7 +313,7 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from hfpretrain import training_batches
-    from hfpretrain.initialisation import InitialWeights
+    from hfpretrain.modeling.initialization import InitialWeights
 
     said = json.loads((run / "environment.json").read_text())
     family.chunked = said["chunked_loss"]

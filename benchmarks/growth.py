@@ -22,7 +22,7 @@ from pathlib import Path
 BLOCK_SIZE, SEQUENCES = 1024, 64  # of a step of the data panels: 65,536 tokens
 HIDDEN, TOKENS = 64, 2048  # of the loss
 PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "transformers.loss.loss_utils"]
-PRELOADED += ["hfpretrain.loss", "hfpretrain.model"]
+PRELOADED += ["hfpretrain.modeling.loss", "hfpretrain.modeling.build"]
 
 
 @dataclass
@@ -78,7 +78,7 @@ def training_data(num_blocks: int):
     """The real `TrainingData` on the real `Blocks`, whose chunks are one array again and again: any size, 16 MB."""
     import numpy as np
 
-    from hfpretrain.dataloader import Blocks, TrainingData
+    from hfpretrain.data.batches import Blocks, TrainingData
 
     rows = 2**13
     array = np.random.default_rng(0).integers(0, 50_000, (rows, BLOCK_SIZE), dtype=np.uint16)
@@ -91,7 +91,7 @@ def training_data(num_blocks: int):
 def data_of_a_step(quick: bool) -> list[Curve]:
     import numpy as np
 
-    from hfpretrain.dataloader import TrainingOrder
+    from hfpretrain.data.batches import TrainingOrder
 
     sizes = [10**4, 10**5] if quick else [10**exponent for exponent in range(4, 10)]
     step = Curve("data", "all of it", sizes, expected="0")
@@ -113,8 +113,8 @@ def start_up(quick: bool) -> list[Curve]:
     """What a run does that finds a checkpoint: read the ledger, compare it with the data, fetch the first batch."""
     import numpy as np
 
-    from hfpretrain.consumption import LEDGER, Consumption
-    from hfpretrain.dataloader import Ledger, Prefetcher
+    from hfpretrain.data.batches import Ledger, Prefetcher
+    from hfpretrain.training.consumption import LEDGER, Consumption
 
     steps = [0, 8, 32] if quick else [0, 10**3, 10**4, 10**5, 10**6, 4 * 10**6]
     tokens_per_step = SEQUENCES * BLOCK_SIZE
@@ -185,7 +185,7 @@ def loss_case(kind: str, vocab_size: int) -> float:
     import torch
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    from hfpretrain.loss import head_loss
+    from hfpretrain.modeling.loss import head_loss
 
     def once(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
         if kind == "chunked":
@@ -208,9 +208,9 @@ def context_case(kind: str, num_tokens: int) -> float:
     import torch
     from transformers import AutoConfig
 
-    from hfpretrain import loss
-    from hfpretrain.model import build_model
-    from hfpretrain.recipe import ModelSection
+    from hfpretrain.modeling import loss
+    from hfpretrain.modeling.build import build_model
+    from hfpretrain.recipe.schema import ModelSection
 
     sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 2}
     keywords = {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 4096, **sizes}
@@ -238,9 +238,9 @@ def preparation(quick: bool) -> list[Curve]:
     import datasets
     from small import recipe_mapping, small_text
 
-    from hfpretrain.prepare import prepare
-    from hfpretrain.recipe import Recipe, TokenizerSection
-    from hfpretrain.tokenizer import train_tokenizer
+    from hfpretrain.data.prepare import prepare
+    from hfpretrain.data.tokenizer import train_tokenizer
+    from hfpretrain.recipe.schema import Recipe, TokenizerSection
 
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
@@ -274,26 +274,26 @@ def preparation(quick: bool) -> list[Curve]:
 
 
 def many_devices(quick: bool) -> list[Curve]:
-    """Simulated by `hfpretrain.communication`, one micro-step a step, whether the engine's memory would do or not."""
-    from hfpretrain import communication, devices, footprint, plan
-    from hfpretrain.initialisation import decoder_layers
-    from hfpretrain.model import build_model
-    from hfpretrain.recipe import load_recipe
+    """Simulated by `hfpretrain.planning.network`, one micro-step a step, whether the engine's memory does or not."""
+    from hfpretrain.modeling.build import build_model
+    from hfpretrain.modeling.initialization import decoder_layers
+    from hfpretrain.planning import devices, memory, network, plan
+    from hfpretrain.recipe.schema import load_recipe
 
     recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "llama-7b-fineweb.yaml")
     config = plan.model_config(recipe)
     model = build_model(recipe.model, config)
-    shape = footprint.model_shape(model, decoder_layers(model), 0)
+    shape = memory.model_shape(model, decoder_layers(model), 0)
     tokens = recipe.training.micro_batch_size * recipe.data.block_size
     flops = tokens * plan.flops_per_token(config, plan.parameters_of(config), recipe.data.block_size)
     compute = flops / devices.named("H100-80GB").flops / plan.DEFAULT_MFU
     curves = []
-    for engine in communication.ENGINES:
+    for engine in network.ENGINES:
         sizes = [2**power for power in range(4 if engine == "hsdp" else 3, 13)]
         curves.append(Curve("many", engine, sizes))
         for size in sizes:
-            found = communication.exchanges(engine, shape, size, 1, "bf16", shard_size=8)
-            sending = sum(exchange.seconds(communication.Cluster()) for exchange in found)
+            found = network.exchanges(engine, shape, size, 1, "bf16", shard_size=8)
+            sending = sum(exchange.seconds(network.Cluster()) for exchange in found)
             curves[-1].y.append(100 * compute / (compute + sending))
     return curves
 

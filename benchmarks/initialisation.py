@@ -26,9 +26,11 @@ def worker(output: Path) -> None:
     import torch
     from transformers import AutoConfig
 
-    from hfpretrain import collectives, engine, initialisation, metrics
-    from hfpretrain import model as modeling
-    from hfpretrain.recipe import ModelSection
+    from hfpretrain.engines import distributed, engine
+    from hfpretrain.modeling import build as modeling
+    from hfpretrain.modeling import initialization
+    from hfpretrain.recipe.schema import ModelSection
+    from hfpretrain.training import metrics
 
     accelerator = engine.build_accelerator("no", [], str(output.parent), 600)
     config = AutoConfig.for_model(**CONFIG)
@@ -36,7 +38,7 @@ def worker(output: Path) -> None:
     with engine.plain_initialisation():
         model = modeling.build_model(ModelSection(config=CONFIG), config)
     size = sum(4 * parameter.numel() for parameter in model.parameters())
-    weights = initialisation.InitialWeights(model, 0)
+    weights = initialization.InitialWeights(model, 0)
 
     peaks = []
 
@@ -47,7 +49,7 @@ def worker(output: Path) -> None:
     prepared, _ = engine.prepare(
         accelerator, model, weights, build_optimizer, micro_batch_size=1, accumulation_steps=1, max_grad_norm=1.0
     )
-    peak = collectives.largest(accelerator, peaks[0])
+    peak = distributed.largest(accelerator, peaks[0])
     if accelerator.is_main_process:
         output.write_text(json.dumps({"peak": peak, "size": size}))
     engine.finish(accelerator, prepared)

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from hfpretrain.dataloader import Blocks, TrainingData, TrainingOrder
+from hfpretrain.data.batches import Blocks, TrainingData, TrainingOrder
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hfpretrain.recipe import load_recipe
-from hfpretrain.run import Run
+from hfpretrain.recipe.schema import load_recipe
 from hfpretrain.train import train
+from hfpretrain.training.setup import Run
 
 
 def block_seconds(recipe: str | Path, steps: int, every: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import torch
 import yaml
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hfpretrain.loss import head_loss
+from hfpretrain.modeling.loss import head_loss
 
 CASES = [(32768, 1024, 8192), (131072, 512, 2048), (131072, 512, 4096), (131072, 1024, 2048)]
 if torch.cuda.is_available():

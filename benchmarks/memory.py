@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import yaml
 
-from hfpretrain.corpus import Reader
-from hfpretrain.recipe import SourceSection, TokenizerSection
-from hfpretrain.tokenizer import train_tokenizer
+from hfpretrain.data.corpus import Reader
+from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.recipe.schema import SourceSection, TokenizerSection
 
 
 def write(path: Path, texts: list[str], num_bytes: int, as_one: bool) -> None:

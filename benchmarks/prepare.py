@@ -21,10 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import datasets
 from transformers import AutoTokenizer
 
-from hfpretrain.corpus import Reader
-from hfpretrain.prepare import num_cores, prepare
-from hfpretrain.recipe import Recipe, SourceSection, TokenizerSection
-from hfpretrain.tokenizer import train_tokenizer
+from hfpretrain.data.corpus import Reader
+from hfpretrain.data.prepare import num_cores, prepare
+from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.recipe.schema import Recipe, SourceSection, TokenizerSection
 
 BLOCK_SIZE = 1024
 

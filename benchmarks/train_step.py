@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hfpretrain import launcher
+from hfpretrain.engines import launch
 
-os.environ.update(launcher.sleeping_threads())  # for the bare loop as for ours, before torch is loaded
+os.environ.update(launch.sleeping_threads())  # for the bare loop as for ours, before torch is loaded
 
 import numpy as np
 import torch
 
-from hfpretrain import engine
-from hfpretrain.recipe import load_recipe
-from hfpretrain.run import Run
+from hfpretrain.engines import engine
+from hfpretrain.recipe.schema import load_recipe
+from hfpretrain.training.setup import Run
 
 LIMIT = 0.03
 training = importlib.import_module("hfpretrain.train")  # the package's `train` is the function

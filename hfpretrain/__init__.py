@@ -12,27 +12,29 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hfpretrain.loading import load_recipe
-    from hfpretrain.prepare import prepare, training_batches
-    from hfpretrain.recipe import Recipe, RecipeError
-    from hfpretrain.score import evaluate_perplexity
+    from hfpretrain.data.prepare import prepare, training_batches
+    from hfpretrain.evaluation.score import evaluate_perplexity
+    from hfpretrain.recipe.loading import load_recipe
+    from hfpretrain.recipe.schema import Recipe, RecipeError
     from hfpretrain.train import train
 
 __all__ = ["Recipe", "RecipeError", "evaluate_perplexity", "load_recipe", "prepare", "train", "training_batches"]
 __version__ = "0.1.0"
 _HOMES = {
-    "Recipe": "recipe",
-    "RecipeError": "recipe",
-    "load_recipe": "loading",
-    "training_batches": "prepare",
-    "evaluate_perplexity": "score",
+    "Recipe": "recipe.schema",
+    "RecipeError": "recipe.schema",
+    "load_recipe": "recipe.loading",
+    "prepare": "data.prepare",
+    "train": "train",
+    "training_batches": "data.prepare",
+    "evaluate_perplexity": "evaluation.score",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, name)}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
@@ -40,8 +42,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`hfpretrain.train` and `hfpretrain.prepare` are the functions, whether or not the modules that hold them, which
-    Python sets as attributes of the package when it imports them, are there already."""
+    """`hfpretrain.train` is the function, whether or not the module that holds it, which Python sets as an attribute of
+    the package when it imports it, is there already."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

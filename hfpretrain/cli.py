@@ -16,9 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import __version__, console, launcher, redaction
-from hfpretrain.loading import load_recipe
-from hfpretrain.recipe import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
+from hfpretrain import __version__
+from hfpretrain.engines import launch
+from hfpretrain.recipe import redaction
+from hfpretrain.recipe.loading import load_recipe
+from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
+from hfpretrain.training import console
 
 _MODEL = "exported folder, run, checkpoint, or ID[@REVISION] of the Hub"
 _OVERRIDES = "any number of --section.key=value may follow the recipe"
@@ -28,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the disk takes no more, 2 the input is wrong, 130 interrupted."""
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
-    os.environ.update(launcher.sleeping_threads())  # before torch is imported
+    os.environ.update(launch.sleeping_threads())  # before torch is imported
     # These commands do more than print, so they go on when nobody reads their output; the others then end.
     console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -173,7 +176,8 @@ def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain import preflight, shipped
+    from hfpretrain.recipe import shipped
+    from hfpretrain.training import preflight
 
     recipe = _load(args, overrides)
     problems = preflight.world_problems(recipe)
@@ -198,7 +202,7 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes {per_device}"
     )
     if counts is not None:
-        from hfpretrain.plan import vocabulary_is_a_bound
+        from hfpretrain.planning.plan import vocabulary_is_a_bound
 
         bound = "at most " if vocabulary_is_a_bound(recipe) else ""
         print(f"# parameters       {bound}{counts.total:,} ({counts.non_embedding:,} without embeddings)")
@@ -210,7 +214,7 @@ def _related(recipe: Recipe) -> list[str]:
     """Notes on whether tokenizer and model belong together; none without transformers or where one is on the Hub."""
     if find_spec("transformers") is None:
         return []
-    from hfpretrain.vocabulary import check
+    from hfpretrain.training.vocabulary import check
 
     return check(recipe, local_only=True)
 
@@ -219,9 +223,11 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     """Parameter counts, None where they are not known yet, and lines on epochs, disk space and context; needs torch."""
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
-    from hfpretrain import optim, plan, preflight
-    from hfpretrain.model import context_note
-    from hfpretrain.prepare import epochs, epochs_text
+    from hfpretrain.data.prepare import epochs, epochs_text
+    from hfpretrain.modeling import optim
+    from hfpretrain.modeling.build import context_note
+    from hfpretrain.planning import plan
+    from hfpretrain.training import preflight
 
     optim.require_library(recipe.optimizer)
     # Raises if transformers does not take the keywords of the schedule.
@@ -243,12 +249,12 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from dataclasses import asdict
 
-    from hfpretrain.bill import table
-    from hfpretrain.plan import DEFAULT_MFU, make_plan, require_divisible_batch
+    from hfpretrain.planning.plan import DEFAULT_MFU, make_plan, require_divisible_batch
+    from hfpretrain.planning.table import table
 
     keywords: dict[str, Any] = {"engine": args.engine, "device": args.device, "mfu": args.mfu}
     if args.scaling is not None:
-        from hfpretrain import communication
+        from hfpretrain.planning import network
 
         if args.num_processes is not None:
             raise RecipeError.at("--num-processes", "--scaling takes the numbers of devices itself")
@@ -256,13 +262,13 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         nvlink, infiniband = (
             default if given is None else given for given, default in ((args.nvlink, 450), (args.infiniband, 50))
         )
-        cluster = communication.Cluster(per_node, nvlink * 1e9, infiniband * 1e9)
+        cluster = network.Cluster(per_node, nvlink * 1e9, infiniband * 1e9)
         keywords |= {"cluster": cluster, "shard_size": args.shard_size}
-        numbers = args.scaling or list(communication.DEVICES)
+        numbers = args.scaling or list(network.DEVICES)
         keywords["mfu"] = DEFAULT_MFU if args.mfu is None else args.mfu
-        plan, rows = communication.scaling(_load(args, overrides), numbers, **keywords)
+        plan, rows = network.scaling(_load(args, overrides), numbers, **keywords)
         simulated = json.dumps({"simulated": [asdict(row) for row in rows], "cluster": asdict(cluster)})
-        print(simulated if args.json else communication.table(plan, rows, cluster))
+        print(simulated if args.json else network.table(plan, rows, cluster))
         return
     for flag in ("devices_per_node", "nvlink", "infiniband", "shard_size"):
         if getattr(args, flag) is not None:
@@ -276,7 +282,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.prepare import prepare, prepare_shard, summary
+    from hfpretrain.data.prepare import prepare, prepare_shard, summary
 
     if args.num_workers is not None and args.num_workers < 1:
         raise RecipeError.at("--num-workers", f"{args.num_workers} must be at least 1")
@@ -292,14 +298,14 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.trace import step_lines
+    from hfpretrain.data.inspection import step_lines
 
     for line in step_lines(_load(args, overrides), args.step):
         print(line)
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.score import evaluate_checkpoint, evaluate_tasks
+    from hfpretrain.evaluation.score import evaluate_checkpoint, evaluate_tasks
 
     report: dict[str, Any] = {}
     of_tasks = {"--include-path": args.include_path, "--num-fewshot": args.num_fewshot, "--limit": args.limit}
@@ -330,7 +336,7 @@ def _numbers(report: Any) -> Any:
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.score import compare_checkpoints
+    from hfpretrain.evaluation.score import compare_checkpoints
 
     print(json.dumps(_numbers(compare_checkpoints(args.a, args.b, *_scored_text(args, overrides))), indent=1))
 
@@ -339,7 +345,7 @@ def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, .
     """Texts, recipe and windows."""
     if (args.recipe is None) == (args.data is None):
         raise RecipeError.at("recipe", "give a recipe or --data FILE, one of the two")
-    from hfpretrain.score import Windows, file_texts, recipe_texts
+    from hfpretrain.evaluation.score import Windows, file_texts, recipe_texts
 
     recipe = _load(args, overrides) if args.recipe else None
     texts = file_texts(args.data) if recipe is None else recipe_texts(recipe)
@@ -358,7 +364,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
     report: dict[str, Any] = {}
     if files.manifest_of(path) is not None or path.name.startswith("step-"):
         if "block_size" in (files.manifest_of(path) or {}):
-            from hfpretrain.prepared import verify
+            from hfpretrain.data.prepared import verify
 
             report = dict(verify(path))
         else:
@@ -369,7 +375,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
     else:
         import transformers
 
-        from hfpretrain import export
+        from hfpretrain.checkpoints import export
 
         transformers.utils.logging.disable_progress_bar()
 
@@ -390,8 +396,8 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
 def _verify_prepared(run: Path) -> dict[str, Any]:
     """Verify every file of the prepared data that a run was trained on, or say that they are not on this machine."""
-    from hfpretrain.prepared import of_run, verify
-    from hfpretrain.report import DATA
+    from hfpretrain.data.prepared import of_run, verify
+    from hfpretrain.training.report import DATA
 
     if not (run / DATA).exists():
         return {}
@@ -411,8 +417,8 @@ def _verify_prepared(run: Path) -> dict[str, Any]:
 def _verify_downstream(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from hfpretrain import downstream
-    from hfpretrain.score import file_texts, recipe_texts
+    from hfpretrain.evaluation import downstream
+    from hfpretrain.evaluation.score import file_texts, recipe_texts
 
     path = Path(args.path)
     model = path / "model" if (path / "model" / "config.json").is_file() else path
@@ -433,7 +439,7 @@ def _verify_downstream(args: argparse.Namespace) -> None:
 
 
 def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.verify_resume import verify_resume
+    from hfpretrain.ladder.proof import verify_resume
 
     if args.steps < 4 or args.kills < 0:
         raise RecipeError.at("--steps, --kills", "at least 4 steps, and no negative number of kills")
@@ -443,8 +449,8 @@ def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.ladder import ladder
-    from hfpretrain.rungs import parse_size
+    from hfpretrain.ladder.report import ladder
+    from hfpretrain.ladder.rungs import parse_size
 
     for name, value in (("--compute", args.compute), ("--num-processes", args.num_processes)):
         if value is not None and not 0 < value < float("inf"):
@@ -472,33 +478,34 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
         raise RecipeError.at("--max-new-tokens, --top-k, --seed", "at least 1, at least 1, and from 0 to 2**32 - 1")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise RecipeError.at("--temperature", f"{args.temperature} is neither 0 nor between 0.01 and 100")
-    from hfpretrain.score import stream_text
+    from hfpretrain.evaluation.score import stream_text
 
     stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.plain import export_to
+    from hfpretrain.checkpoints.plain import export_to
 
     print(*export_to(Path(args.checkpoint), Path(args.out)), sep="\n")
 
 
 def _path(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain import shipped
+    from hfpretrain.recipe import shipped
 
     print(shipped.find(args.name, "recipe", "engine", path="name"))
 
 
 def _repair(run: Path) -> None:
     """Finish an export during which a run was killed, unless a live run uses the folder."""
-    from hfpretrain import export, run_folder
+    from hfpretrain.checkpoints import export
+    from hfpretrain.training import run_folder
 
     if (run / "recipe.yaml").is_file() and not run_folder.is_in_use(run):
         export.repair(run)
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.push import push
+    from hfpretrain.publishing.push import push
 
     _repair(Path(args.run))
     if not push(Path(args.run), args.repo_id, args.private, args.state):
@@ -506,7 +513,7 @@ def _push(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _card(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.run_card import write_card
+    from hfpretrain.publishing.card import write_card
 
     run = Path(args.run)
     _repair(run)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import metrics, report, run_folder
-from hfpretrain.recipe import RecipeError, load_recipe
+from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain.training import metrics, report, run_folder
 
 _COLUMNS = ("run", "model", "engine", "parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", "state")
 

@@ -12,21 +12,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hfpretrain import launcher
+from hfpretrain.engines import launch
 
-os.environ.update(launcher.sleeping_threads())  # which torch's OpenMP reads when it is loaded
+os.environ.update(launch.sleeping_threads())  # which torch's OpenMP reads when it is loaded
 
 import torch
 import transformers
 
-from hfpretrain import bill, collectives, console, engine, export, files, ranks, redaction, run_card
-from hfpretrain import model as modeling
-from hfpretrain.evaluator import is_due
-from hfpretrain.loading import load_recipe
-from hfpretrain.recipe import Recipe, RecipeError
-from hfpretrain.report import run_summary
-from hfpretrain.run import NotSavedError, Run, Stopping, TrainingDivergedError
-from hfpretrain.stopping import StoppedEarlyError, Stops
+from hfpretrain import files
+from hfpretrain.checkpoints import export
+from hfpretrain.engines import distributed, engine
+from hfpretrain.evaluation.evaluator import is_due
+from hfpretrain.modeling import build as modeling
+from hfpretrain.planning import table
+from hfpretrain.publishing import card
+from hfpretrain.recipe import redaction
+from hfpretrain.recipe.loading import load_recipe
+from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.training import console, watchdog
+from hfpretrain.training.report import run_summary
+from hfpretrain.training.setup import NotSavedError, Run, Stopping, TrainingDivergedError
+from hfpretrain.training.stopping import StoppedEarlyError, Stops
 
 STOPPED = 75
 """Exit code of a run that stopped early with everything saved: EX_TEMPFAIL of sysexits.h."""
@@ -44,9 +50,9 @@ def train(recipe: Recipe) -> Path | None:
     From then on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
     """
     console.keep_from_failing("stdout", "stderr")
-    with ranks.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
-        launcher.require_first_run()
-        launcher.end_with_launcher()
+    with watchdog.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
+        launch.require_first_run()
+        launch.end_with_launcher()
         run = Run(recipe, watch, stops)
         with _explained(run):
             run.build()
@@ -75,7 +81,7 @@ def _explained(run: Run) -> Iterator[None]:
         if not engine.is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        message = bill.out_of_memory(run, str(error).partition("\n")[0])
+        message = table.out_of_memory(run, str(error).partition("\n")[0])
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 
@@ -112,7 +118,7 @@ def _fit(run: Run) -> None:
         run.clock.mark("data")
         run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
-        num_items = collectives.total(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
+        num_items = distributed.total(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
         loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for number, batch in enumerate(engine.split_sequences(accelerator, batch) for batch in batches):
             run.watch.beat("train", state.step)
@@ -123,7 +129,7 @@ def _fit(run: Run) -> None:
                 engine.backward(accelerator, model, objective)
                 loss += share.detach()
         grad_norm = engine.clip_gradients(accelerator, model, training.max_grad_norm)
-        loss = collectives.sum_losses(accelerator, loss)
+        loss = distributed.sum_losses(accelerator, loss)
         # The one time in a step that the host waits for the device, before the weights are touched.
         numbers = (loss.item(), grad_norm.item())
         run.clock.mark("forward_backward")
@@ -148,7 +154,7 @@ def _finish(run: Run) -> Path:
     reference = run.output_dir / export.REFERENCE
     run.watch.beat("export", run.state.step)
     run.close()
-    peak_memory = [collectives.largest(run.accelerator, size or 0) for size in run.peak_memory.close()]
+    peak_memory = [distributed.largest(run.accelerator, size or 0) for size in run.peak_memory.close()]
     batch = engine.to_device(run.accelerator, run.read(run.data.example))
     with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
         export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
@@ -167,9 +173,9 @@ def _finish(run: Run) -> Path:
         exported = {f"export/{key}": value for key, value in report.items()}
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         run.records.plot()
-        run_card.write_card(run.output_dir, model_path)
+        card.write_card(run.output_dir, model_path)
         if run.state.step > run.first_step:  # else what is measured is no training
-            print("", bill.report(run, *peak_memory), sep="\n", flush=True)
+            print("", table.report(run, *peak_memory), sep="\n", flush=True)
         print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
     run.records.finish()
@@ -236,7 +242,7 @@ def _main(arguments: list[str], rank: int) -> int:
 
 def _tell(text: str) -> None:
     """Print why a run ends; under torch's launcher its own report ends with it, too."""
-    launcher.leave_message(text)
+    launch.leave_message(text)
     print(text, file=sys.stderr)
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-from hfpretrain import dataloader, engine, ranks, streaming
-from hfpretrain.loss import StepLoss
+from hfpretrain.data import batches, streaming
+from hfpretrain.engines import engine
+from hfpretrain.modeling.loss import StepLoss
+from hfpretrain.training import watchdog
 
 train = importlib.import_module("hfpretrain.train")
 
@@ -42,7 +44,7 @@ def spoil(data_class):
 
 
 if kind in ("gradient", "loss", "jump") and LAST:
-    spoil(dataloader.TrainingData)
+    spoil(batches.TrainingData)
     spoil(streaming.StreamingData)
     split, backward, loss_of = engine.split_sequences, engine.backward, StepLoss.__call__
 
@@ -60,7 +62,7 @@ if kind in ("gradient", "loss", "jump") and LAST:
 
     engine.split_sequences, engine.backward, StepLoss.__call__ = split_sequences, spoiled_backward, spoiled_loss
 
-beat, from_main, finish = ranks.Watch.beat, ranks.Watch.from_main, engine.finish
+beat, from_main, finish = watchdog.Watch.beat, watchdog.Watch.from_main, engine.finish
 
 
 def strike(phase):
@@ -83,10 +85,10 @@ def told_finish(*arguments):
     finish(*arguments)
 
 
-ranks.Watch.from_main, engine.finish = told_from_main, told_finish
+watchdog.Watch.from_main, engine.finish = told_from_main, told_finish
 if kind == "units":
-    unit_done = ranks.Watch.unit_done
-    ranks.Watch.unit_done = lambda self: (unit_done(self), time.sleep(float(place)))
+    unit_done = watchdog.Watch.unit_done
+    watchdog.Watch.unit_done = lambda self: (unit_done(self), time.sleep(float(place)))
 
 
 def told_beat(self, phase, step):
@@ -98,7 +100,7 @@ def told_beat(self, phase, step):
         time.sleep(0.5)
 
 
-ranks.Watch.beat = told_beat
+watchdog.Watch.beat = told_beat
 main = train.main
 
 if __name__ == "__main__":

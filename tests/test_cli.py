@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, hfpretrain, write_recipe
 
-from hfpretrain.recipe import json_schema
+from hfpretrain.recipe.schema import json_schema
 
 
 def test_check_prints_the_resolved_recipe_and_what_follows(folder):

@@ -14,8 +14,10 @@ import pytest
 import small
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
-from hfpretrain import checkpoint, export, files, outbox
-from hfpretrain.recipe import CheckpointSection
+from hfpretrain import files
+from hfpretrain.checkpoints import export, saver
+from hfpretrain.publishing import outbox
+from hfpretrain.recipe.schema import CheckpointSection
 
 
 def limited(command, size):
@@ -74,7 +76,7 @@ def test_an_export_that_does_not_fit_stops_and_is_made_later(half_done):
 
 def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
     code = (
-        "import resource, sys, logging; from pathlib import Path; from hfpretrain.metrics import MetricsFile\n"
+        "import resource, sys, logging; from pathlib import Path; from hfpretrain.training.metrics import MetricsFile\n"
         "logging.basicConfig(format='%(message)s')\n"
         "file = MetricsFile(Path(sys.argv[1]), None); row = {'step': 1, 'text': 'x' * 100}\n"
         "[file.write(row) for _ in range(5)]\n"
@@ -93,7 +95,7 @@ def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
 
 def test_a_rollback_takes_lines_back_where_the_disk_is_full(tmp_path):
     code = (
-        "import resource, sys; from pathlib import Path; from hfpretrain.metrics import MetricsFile\n"
+        "import resource, sys; from pathlib import Path; from hfpretrain.training.metrics import MetricsFile\n"
         "file = MetricsFile(Path(sys.argv[1]), None)\n"
         "[file.write({'step': step, 'text': 'x' * 50}) for step in range(5)]\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
@@ -247,7 +249,7 @@ def test_a_kill_at_any_point_of_saving_a_step_again_loses_nothing(tmp_path, monk
             with contextlib.suppress(Killed):
                 sealed(folder, 3, "new")
             survived = next(calls) <= number
-        path, reasons = checkpoint.newest(folder)
+        path, reasons = saver.newest(folder)
         assert path == folder / "step-00000003" and reasons == [], number
         assert (path / "__0_0.distcp").read_text() in ("old", "new") and (path / "notes.txt").read_text() == "mine"
         assert list(folder.iterdir()) == [path]
@@ -267,7 +269,7 @@ def test_rotation_and_the_outbox_delete_only_what_is_ours(tmp_path):
     assert outbox.put(folder / "step-00000002", box) is None
     assert outbox.identity(box / "step-00000002") == "run done again, ledger done again"
     outbox.remove(box / "step-00000001")
-    checkpoint._remove_old(folder, CheckpointSection(keep_last=1))
+    saver._remove_old(folder, CheckpointSection(keep_last=1))
     assert content(tmp_path / "checkpoints").keys() == {
         "kept-step-00000001/notes.txt",
         *(f"step-00000002/{name}" for name in ("__0_0.distcp", "manifest.json", "notes.txt", "train_state.json")),

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfpretrain
 from hfpretrain import evaluate_perplexity, load_recipe, prepare, training_batches
-from hfpretrain.dataloader import Ledger, sequence_checksum
-from hfpretrain.recipe import RecipeError
+from hfpretrain.data.batches import Ledger, sequence_checksum
+from hfpretrain.recipe.schema import RecipeError
 
 SCRIPT = """
 import sys
@@ -30,7 +30,7 @@ def test_nothing_heavy_is_imported_until_it_is_used():
     code = (
         "import sys, hfpretrain\n"
         "assert not {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)\n"
-        "import hfpretrain.train as module, hfpretrain.prepare\n"  # Python would set these as attributes
+        "import hfpretrain.train as module, hfpretrain.data.prepare\n"  # Python would set these as attributes
         "from hfpretrain import prepare, train\n"
         "assert callable(train) and callable(prepare) and hfpretrain.train is train is module\n"
         "assert sys.modules['hfpretrain.train'].main and set(hfpretrain.__all__) <= set(dir(hfpretrain))\n"

@@ -12,8 +12,8 @@ from conftest import ROOT, environment
 from hub_server import HubServer
 from test_ladder import LAW, finish
 
-from hfpretrain.recipe import accumulation_steps, load_recipe
-from hfpretrain.rungs import Ladder
+from hfpretrain.ladder.rungs import Ladder
+from hfpretrain.recipe.schema import accumulation_steps, load_recipe
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -114,7 +114,7 @@ def test_console_commands(folder, command, monkeypatch):
 def test_the_yaml_snippets_are_valid():
     import yaml
 
-    from hfpretrain.recipe import DataSection, EvaluationSection
+    from hfpretrain.recipe.schema import DataSection, EvaluationSection
 
     mixture, evaluation = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
     section = DataSection.model_validate({**mixture["data"], "block_size": 1024})

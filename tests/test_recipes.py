@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, rows, small_text, train
 from transformers import AutoConfig
 
-from hfpretrain.model import config_problems, parameters_of_config
-from hfpretrain.recipe import accumulation_steps, load_recipe
+from hfpretrain.modeling.build import config_problems, parameters_of_config
+from hfpretrain.recipe.schema import accumulation_steps, load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 HEADER = ["What it is", "Command", "Hardware", "Parameters", "Expected"]

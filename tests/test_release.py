@@ -9,7 +9,8 @@ import zipfile
 import pytest
 from conftest import ROOT, environment
 
-from hfpretrain import __version__, shipped
+from hfpretrain import __version__
+from hfpretrain.recipe import shipped
 
 KEPT = ("pyproject.toml", "MANIFEST.in", "*.md", "LICENSE", "Makefile", "constraints.txt")
 FOLDERS = ("hfpretrain", "recipes", "accelerate_configs", "tests", "benchmarks", "examples")

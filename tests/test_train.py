@@ -14,12 +14,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from hfpretrain import files, prepare, run_folder
+from hfpretrain import files, prepare
 from hfpretrain.cli import main as main_of_cli
-from hfpretrain.metrics import read_metrics
-from hfpretrain.recipe import RecipeError, dump_recipe, load_recipe
-from hfpretrain.run import Run
+from hfpretrain.recipe.schema import RecipeError, dump_recipe, load_recipe
 from hfpretrain.train import main
+from hfpretrain.training import run_folder
+from hfpretrain.training.metrics import read_metrics
+from hfpretrain.training.setup import Run
 
 # Dropout makes the result depend on the random state, the short schedule on the step.
 DROPOUT_GPT2 = {

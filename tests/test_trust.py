@@ -20,12 +20,17 @@ import torch
 import transformers
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
-from hfpretrain import card, cli, corpus, files, load_recipe, score, streaming, token_perplexity
-from hfpretrain import model as modeling
-from hfpretrain.metric_folders import MetricFolders
-from hfpretrain.mirror import Mirror
-from hfpretrain.publisher import HopelessError, Publisher
-from hfpretrain.recipe import (
+from hfpretrain import cli, files, load_recipe
+from hfpretrain.data import corpus, streaming
+from hfpretrain.data.store import Mirror
+from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
+from hfpretrain.evaluation import score, token_perplexity
+from hfpretrain.evaluation.recipe_metrics import MetricFolders
+from hfpretrain.modeling import build as modeling
+from hfpretrain.publishing import card_text
+from hfpretrain.publishing.publisher import HopelessError, Publisher
+from hfpretrain.recipe.redaction import is_redacted, redact, without_folders
+from hfpretrain.recipe.schema import (
     EvaluationSection,
     HubSection,
     ModelSection,
@@ -34,8 +39,6 @@ from hfpretrain.recipe import (
     TokenizerSection,
     parse_yaml,
 )
-from hfpretrain.redaction import is_redacted, redact, without_folders
-from hfpretrain.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
 
 LLAMA = {
     "vocab_size": 320,
@@ -235,7 +238,7 @@ def test_yaml_makes_no_objects(tmp_path, marker):
     text = f"a: !!python/object/apply:builtins.open [{marker}, w]"
     with pytest.raises(RecipeError):
         parse_yaml(text, "a recipe")
-    assert card.update(f"---\n{text}\n---\nwords", "---\nb: 1\n---\n").endswith("words\n")
+    assert card_text.update(f"---\n{text}\n---\nwords", "---\nb: 1\n---\n").endswith("words\n")
 
 
 def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(folder, tmp_path, monkeypatch):

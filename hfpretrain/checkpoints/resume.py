@@ -1,0 +1,90 @@
+"""Where a run that has no checkpoint yet takes its first from: another run's folder, or the Hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from hfpretrain import files
+from hfpretrain.checkpoints import saver
+from hfpretrain.engines import pieces
+from hfpretrain.publishing import repository
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, differences, dump_recipe, hub_address, load_recipe
+from hfpretrain.training.run_folder import MAY_DIFFER
+
+_KEY = "checkpoint.resume_from"
+logger = logging.getLogger(__name__)
+
+
+def fetch(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
+    """Put the checkpoint of `checkpoint.resume_from` into the run's own, if those are none; then it is one of them.
+
+    Its files must be what was sealed, its recipe this one but for what may differ when a run goes on, and its pickled
+    index one of tensors alone; else `RecipeError`. A download that was stopped goes on. `file_read` is called after
+    each file whose checksum is compared.
+    """
+    given, folder = recipe.checkpoint.resume_from, Path(recipe.output_dir) / "checkpoints"
+    if given is None or _has_checkpoint(folder):
+        return
+    work = folder / f"resume_from{files.INCOMPLETE}"
+    work.mkdir(parents=True, exist_ok=True)
+    address = hub_address(given)
+    if address is None:
+        state = _copy(Path(given), work / "state")
+    else:
+        logger.info("reading %s", given)
+        state = repository.download_state(*address, work)
+    try:
+        _require_sound(given, state, recipe, file_read)
+    except RecipeError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    step = (files.manifest_of(state) or {})["step"]
+    # A folder with checkpoints must tell what of.
+    files.write_whole(folder.parent / "recipe.yaml", dump_recipe(recipe))
+    state.rename(folder / f"step-{step:08d}")
+    shutil.rmtree(work, ignore_errors=True)
+    logger.info("the run goes on from step %d of %s", step, given)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(not path.name.endswith(files.INCOMPLETE) for path in folder.glob("step-*"))
+
+
+def _copy(given: Path, state: Path) -> Path:
+    if files.manifest_of(given) is None:
+        raise RecipeError.at(_KEY, f"{given} is no checkpoint; give a folder like runs/NAME/checkpoints/step-00001000")
+    shutil.rmtree(state, ignore_errors=True)
+    shutil.copytree(given, state, copy_function=_link)
+    above = given.absolute().parent.parent / "recipe.yaml"
+    if not (state / "recipe.yaml").exists() and above.is_file():
+        shutil.copy2(above, state)
+    return state
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[[], None]) -> None:
+    if (reason := files.damage(state, file_read=file_read)) is not None:
+        raise RecipeError.at(_KEY, f"{given} is not what was saved: {reason}; run again to read it anew")
+    if (files.manifest_of(state) or {}).get("step") != saver.train_state(state)["step"]:
+        raise RecipeError.at(_KEY, f"{given} is no checkpoint of a run: its manifest and its train_state.json differ")
+    try:
+        pieces.load_whole(state, ())
+    except Exception as error:  # what somebody else has written may be anything
+        raise RecipeError.at(_KEY, f"{given} is not read: {' '.join(str(error).split()):.300}") from error
+    try:
+        changed = differences(recipe, load_recipe(state / "recipe.yaml"), ignore=MAY_DIFFER)
+    except RecipeError as error:
+        raise RecipeError.at(_KEY, f"{given} does not tell its recipe: {error}") from error
+    if changed:
+        advice = "undo the changes, or go on from its weights alone by `model.pretrained`"
+        raise RecipeError([Problem(_KEY, f"{given} is of another recipe; {advice}"), *changed])

@@ -1,0 +1,226 @@
+"""Full state: save beside training, rotate, find the newest that verifies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hfpretrain import files
+from hfpretrain.engines import pieces
+from hfpretrain.recipe.schema import CheckpointSection, RecipeError
+
+_TRAIN_STATE = "train_state.json"
+_EVALUATION_LOSS = "evaluation_loss"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save went; `error` is None where the checkpoint is sealed."""
+
+    step: int
+    error: str | None
+    stall_seconds: float
+    """For so long training stood still: waiting for the save before, and copying the state."""
+    waited_seconds: float
+    """The part of it that was waiting for the save before."""
+    seconds: float
+    """From the beginning until all is on the disk."""
+    bytes: int
+
+
+class Saver:
+    """Writes checkpoints into `folder` while training goes on. All ranks must call its methods alike.
+
+    `group`: a process group for its thread alone, None for a process alone. `sealed`: called by the main process with
+    each new checkpoint, before older ones go.
+    """
+
+    def __init__(
+        self, folder: Path, section: CheckpointSection, group: Any, sealed: Callable[[Path], None] | None = None
+    ):
+        self._folder, self._section, self._group, self._sealed = folder, section, group, sealed
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._thread: threading.Thread | None = None
+        self._done: list[Saved] = []
+
+    def save(
+        self,
+        train_state: dict[str, Any],
+        state: dict[str, Any],
+        writers: Mapping[str, Callable[[Path], object]],
+        in_background: bool,
+    ) -> None:
+        """Begin to write `step-XXXXXXXX`: `state` as of `engine.state`, and files by name as `writers` write them.
+
+        In the background it is a copy that is written, and this returns when that is made. A save that is still being
+        written is waited for first.
+        """
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        if in_background:
+            state = pieces.copy_to_host(state)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        stall = time.perf_counter() - start
+
+        def work() -> None:
+            try:
+                error, size = self._write(train_state, state, writers)
+            except Exception as raised:  # another rank is gone, and with it the group
+                error, size = _reason(raised, self._folder), 0
+            seconds = time.perf_counter() - start
+            standstill = stall if in_background else seconds
+            self._done.append(Saved(train_state["step"], error, standstill, waited, seconds, size))
+
+        self._thread = threading.Thread(target=work, name="save")
+        self._thread.start()
+        if not in_background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was begun is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def done(self) -> list[Saved]:
+        """The saves that have ended since the last call, in each process on its own."""
+        done, self._done = self._done, []
+        return done
+
+    def _write(
+        self, train_state: dict[str, Any], state: dict[str, Any], writers: Mapping[str, Callable[[Path], object]]
+    ) -> tuple[str | None, int]:
+        path = (self._folder / f"step-{train_state['step']:08d}").resolve()
+        work = path.with_name(path.name + files.INCOMPLETE)
+        written: dict[str, Any] = {}
+
+        def make_folder() -> None:
+            if self._folder.is_symlink():  # where it leads must be there: it may be a disk that is not mounted
+                self._folder.resolve(strict=True)
+            files.work_folder(path)
+
+        def write_files() -> None:
+            for name, write in writers.items():
+                write(work / name)
+            ours = [*work.glob(f"__{self._rank}_*.distcp"), *(work / name for name in writers)]
+            written.update(files.entries(work, ours))
+
+        def seal() -> None:
+            (work / _TRAIN_STATE).write_text(json.dumps(train_state), encoding="utf-8")
+            content = {"step": train_state["step"], _EVALUATION_LOSS: train_state[_EVALUATION_LOSS]}
+            known = {name: entry for part in self._gathered for name, entry in part.items()}
+            manifest = files.seal(work, path, content, known)
+            written["size"] = sum(entry["size"] for entry in manifest["files"].values())
+            try:
+                if self._sealed is not None:
+                    self._sealed(path)
+                _remove_old(self._folder, self._section)
+            except OSError as error:  # the new one is sealed all the same
+                logger.warning("older checkpoints can't be removed: %s", error)
+
+        main = self._rank == 0
+        self._gathered: list[dict[str, Any]] = []
+        steps: list[tuple[bool, Callable[[], Any]]] = [
+            (main, make_folder),
+            (True, lambda: pieces.save(state, work, self._group)),
+            (True, write_files),
+            (main, seal),
+        ]
+        for ours, step in steps:
+            error = None
+            try:
+                if ours:
+                    step()
+            # An error of any kind must reach all ranks, which wait for this one; torch's is no `Exception`.
+            except BaseException as raised:
+                error = _reason(raised, self._folder)
+            answers = self._exchange((error, dict(written)))
+            self._gathered = [entries for _, entries in answers]
+            error = next((error for error, _ in answers if error is not None), None)
+            if error is not None:
+                if main:  # its room may be what is missing
+                    shutil.rmtree(work, ignore_errors=True)
+                return error, 0
+        return None, written.get("size", 0)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        if self._group is None:
+            return [value]
+        values = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """What an operating system said, from however deep below, or else the error and how much room there is."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+        text += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
+    return files.refusal(error) or text
+
+
+def _remove_old(folder: Path, section: CheckpointSection) -> None:
+    found = files.steps(folder)
+    kept = set(found[: section.keep_last])
+    if section.keep_every is not None:
+        kept |= {path for path in found if files.step_of(path) % section.keep_every == 0}
+    if section.keep_best:
+        losses = {path: (files.manifest_of(path) or {}).get(_EVALUATION_LOSS) for path in found}
+        evaluated = [path for path in found if losses[path] is not None]
+        kept |= set(sorted(evaluated, key=lambda path: (losses[path], -files.step_of(path)))[:1])
+    for path in found:
+        if path not in kept:
+            files.discard(path)
+
+
+def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files all verify, None if there is none at all; and why each newer one was not taken.
+
+    `file_read` is called after each file.
+
+    Those passed over are renamed, so that rotation neither counts nor keeps them. Raises `RecipeError` if there are
+    checkpoints but none verifies: to start anew is the user's decision.
+    """
+    reasons: list[str] = []
+    for left in folder.glob(f"step-*{files.REPLACED}"):  # by a kill
+        files.restore(left.with_name(left.name.removesuffix(files.REPLACED)))
+    for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # by a kill, of a step that may never be saved again
+        shutil.rmtree(left, ignore_errors=True)
+    for path in files.steps(folder):
+        reason = files.damage(path, file_read=file_read)
+        if reason is None and (files.manifest_of(path) or {}).get("step") != files.step_of(path):
+            reason = f"{path / files.MANIFEST} is that of another step"
+        if reason is None:
+            return path, reasons
+        logger.warning("checkpoint %s is passed over: %s", path.name, reason)
+        reasons.append(f"checkpoint {path.name} is passed over: {reason}")
+        aside = path.with_name(path.name + ".damaged")
+        with contextlib.suppress(OSError):  # a disk that can't be written to can be read
+            if aside.is_dir():
+                files.discard(aside)
+            path.rename(aside)
+    if reasons or any(folder.glob("step-*.damaged")):
+        advice = "restore one, or delete the folder to start anew"
+        raise RecipeError.at(str(folder), f"no checkpoint verifies: {'; '.join(reasons) or 'all damaged'}. {advice}")
+    return None, reasons
+
+
+def train_state(path: Path) -> dict[str, Any]:
+    """The counters stored in a checkpoint."""
+    state: dict[str, Any] = json.loads((path / _TRAIN_STATE).read_text(encoding="utf-8"))
+    return state

@@ -1,0 +1,1 @@
+"""From texts to batches: sources, tokenizer, packing, prepared folders, order, streaming, inspection."""

@@ -1,0 +1,86 @@
+"""What a step of a run has consumed: the documents and the decoded text of every sequence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfpretrain.data.batches import TrainingData
+from hfpretrain.data.prepare import load_prepared_tokenizer, open_verified, prepared_path, training_data
+from hfpretrain.data.prepared import PreparedData
+from hfpretrain.recipe.schema import Recipe, RecipeError
+
+
+def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
+    """Lines that tell, for optimizer step `step` counted from 1 as in `metrics.jsonl`, each sequence's documents (file
+    and line) and its text. Raises `RecipeError` if the data are not prepared or there is no such step."""
+    if recipe.data.streaming:
+        raise RecipeError.at("data.streaming", "a stream keeps no index of its documents; prepare the data to trace it")
+    if not 1 <= step <= recipe.training.num_steps:
+        raise RecipeError.at("--step", f"{step} is not a step of this run, which has 1 to {recipe.training.num_steps}")
+    path = prepared_path(recipe)
+    if not path.exists():
+        raise RecipeError.at("data", f"{path} is not prepared, or its sources changed since; run `hfpretrain prepare`")
+    prepared = open_verified(path)
+    block_size = recipe.data.block_size
+    data = training_data(
+        recipe,
+        prepared,
+        micro_batch_size=1,
+        accumulation_steps=recipe.training.tokens_per_step // block_size,
+        process_index=0,
+        num_processes=1,
+        eos_token_id=prepared.manifest["eos_token_id"],
+        document_masking=False,
+    )
+    tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
+    data_step = _data_step(recipe, step - 1)
+    found = list(sequences(prepared, data, tokenizer, data_step))
+    yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(data_step):016x}"
+    for number, sequence in enumerate(found):
+        shift = f", shifted by {sequence['shift']} tokens" if sequence["shift"] else ""
+        yield f"\nsequence {number}: block {sequence['block']} of {sequence['split']}{shift}"
+        for document in sequence["documents"]:
+            yield f"  {document['origin']}, {document['tokens']} tokens"
+            yield "    | " + document["text"].replace("\n", "\n    | ")
+
+
+def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, data_step: int) -> Iterator[dict[str, Any]]:
+    """Block and documents of each sequence of a step over all processes; `data_step` is counted from 0."""
+    for (stream, row, shift), ids in zip(data.places(data_step), data.rows(data_step), strict=True):
+        split = prepared.train_splits[stream]
+        following = (row + 1) % prepared.manifest["splits"][split]["rows"]
+        here, there = ids[: len(ids) - shift], ids[len(ids) - shift :]
+        pieces = _by_document(here, tokenizer.eos_token_id)
+        found = list(zip(prepared.documents(split, row)[-len(pieces) :], pieces, strict=False))
+        if shift:
+            found += zip(
+                prepared.documents(split, following), _by_document(there, tokenizer.eos_token_id), strict=False
+            )
+        documents = [
+            {
+                "origin": f"{origin}:{line}",
+                "tokens": len(piece),
+                "text": tokenizer.decode(piece, skip_special_tokens=True),
+            }
+            for (origin, line), piece in found
+        ]
+        yield {"split": split, "block": row, "shift": shift, "documents": documents}
+
+
+def _by_document(ids: np.ndarray, eos_token_id: int) -> list[np.ndarray]:
+    """Its cuts: a separator belongs to the document before."""
+    return np.split(ids, np.flatnonzero(ids[:-1] == eos_token_id) + 1)
+
+
+def _data_step(recipe: Recipe, step: int) -> int:
+    """Whose data a step takes: after a rollback of the run, others than its own."""
+    folder = Path(recipe.output_dir) / "checkpoints"
+    for path in sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True):
+        skipped: list[list[int]] = json.loads((path / "train_state.json").read_text(encoding="utf-8"))["skipped"]
+        return step + sum(count for first, count in skipped if first <= step)
+    return step

@@ -1,0 +1,214 @@
+"""Finished parts to one prepared folder: leftovers, the manifest with its account by source, what stands twice."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfpretrain import files
+from hfpretrain.data import hygiene
+from hfpretrain.data.prepared import (
+    FORMAT,
+    READ_COUNTS,
+    SAMPLE_CHARS,
+    VALIDATION,
+    PreparedData,
+    RowWriter,
+    digests,
+    features,
+    is_validation,
+    part_account,
+    part_source,
+    token_chunks,
+    write_table,
+)
+from hfpretrain.recipe.schema import DataSection, RecipeError
+
+
+def join(
+    work: Path,
+    path: Path,
+    parts: list[str],
+    data: DataSection,
+    eos_token_id: int,
+    prefix: tuple[int, ...],
+    dtype: np.dtype[Any],
+    extra: dict[str, Any],
+    num_workers: int = 1,
+) -> PreparedData:
+    """Make one prepared folder `path` of all finished `parts` (in their order) of `work`, without copying tokens.
+
+    Every document begins with the ids of `prefix` and ends with EOS. Every file is compared with the checksum in its
+    part's account first. `extra` goes into the manifest as it is.
+    Raises `RecipeError` for a corpus without text, one shorter than a block, and files that changed since.
+    """
+    accounts = {key: account for key in parts if (account := part_account(work, key)) is not None}
+    assert len(accounts) == len(parts), "a part is missing"
+    if len({account["tokenizer_sha256"] for account in accounts.values()}) > 1:
+        raise RecipeError.at("tokenizer", f"parts in {work} were made by different tokenizers; delete the folder")
+    known = _checked(work, accounts)
+    num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
+    names = [f"train-{number}" for number in range(num_streams)]
+    names += data.validation_splits
+    sources = _by_source(accounts, 0 if data.streaming else len(data.sources))
+    splits = {name: _join_split(work, name, accounts, data.block_size, dtype) for name in names}
+    _require_text(splits, data, sources)
+    content = {
+        "format": FORMAT,
+        "block_size": data.block_size,
+        "packing": data.packing,
+        "dtype": dtype.name,
+        "eos_token_id": eos_token_id,
+        "document_prefix": list(prefix),
+        "tokenizer_sha256": files.sha256(work / "tokenizer" / "tokenizer.json"),
+        "sources": sources,
+        "splits": splits,
+        "hygiene": _hygiene(work, accounts, splits, (eos_token_id, *prefix), num_workers),
+        **extra,
+    }
+    return PreparedData(path, files.seal(work, path, content, known))
+
+
+def _checked(work: Path, accounts: dict[str, Any]) -> dict[str, Any]:
+    """The entries of all files of the parts. A part one of whose files is another is forgotten, and an error."""
+    known: dict[str, Any] = {}
+    for key, account in accounts.items():
+        for name, entry in account["files"].items():
+            file = work / name
+            if not file.is_file() or file.stat().st_size != entry["size"] or files.sha256(file) != entry["sha256"]:
+                (work / "parts" / f"{key}.json").unlink()
+                raise RecipeError.at(str(file), "is not what was written; run again, and its part is made anew")
+        known |= account["files"]
+    return known
+
+
+def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:
+    """What was read, dropped and kept of each source; the validation sources together as the last."""
+    sources: list[dict[str, Any]] = []
+    for number in [*range(num_sources), None]:
+        mine = [account for key, account in accounts.items() if part_source(key) == number]
+        entry: dict[str, Any] = {name: sum(a[name] for a in mine) for name in READ_COUNTS}
+        entry["dropped"] = dict(sum((Counter(account["dropped"]) for account in mine), Counter()))
+        for kind in ("train", VALIDATION):
+            of_kind = [e for a in mine for name, e in a["splits"].items() if name.startswith(kind)]
+            entry[kind] = {
+                name: sum(e.get(name, 0) for e in of_kind)
+                for name in ("documents", "bytes", "tokens", "separators", "bos")
+            }
+        special = sum((Counter(account.get("special_tokens", {})) for account in mine), Counter())
+        entry["special_tokens"] = dict(sorted(special.items()))
+        entry["unknown"] = sum(account.get("unknown", 0) for account in mine)
+        samples = [account["sample"] for account in mine if "sample" in account]
+        # Parts without a sample are those that lose nothing.
+        of_others = sum(min(SAMPLE_CHARS, a["bytes_read"]) for a in mine if "sample" not in a)
+        characters = of_others + sum(sample["characters"] for sample in samples)
+        for name in ("lost", "replaced"):
+            entry[f"{name}_share"] = sum(sample[name] for sample in samples) / max(1, characters)
+        tokens = entry["train"]["tokens"] + entry[VALIDATION]["tokens"]
+        kept = entry["train"]["bytes"] + entry[VALIDATION]["bytes"]
+        entry["bytes_per_token"] = kept / tokens if tokens else None
+        if number is not None or mine:
+            sources.append(entry)
+    return sources
+
+
+def _join_split(
+    work: Path, split: str, accounts: dict[str, Any], block_size: int, dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    """Blocks of what the parts have left over, the files that make the folder one of `datasets`, and the account."""
+    from datasets import DatasetInfo
+
+    entries = {key: account["splits"][split] for key, account in accounts.items() if split in account["splits"]}
+    parts = [[key, entry["rows"]] for key, entry in entries.items() if entry["rows"]]
+    columns: dict[str, list[int]] = {"start": [], "offset": [], "origin": [], "row": []}
+    ids: list[int] = []
+    origins: dict[str, int] = {}
+    for key, entry in entries.items():
+        for start, offset, origin, row in entry["remainder_documents"]:
+            number = origins.setdefault(accounts[key]["origins"][origin], len(origins))
+            for name, value in zip(columns, (len(ids) + start, offset, number, row), strict=True):
+                columns[name].append(value)
+        ids += entry["remainder_ids"]
+    rows = len(ids) // block_size
+    if ids or not parts:
+        key = f"joined-{split}"
+        writer = RowWriter(work / split / f"data-{key}.arrow", block_size, dtype)
+        writer.write(np.array(ids[: rows * block_size], dtype=dtype))
+        writer.close()
+        write_table(work / "documents" / f"{split}-{key}.parquet", {k: np.array(v) for k, v in columns.items()})
+        files.write_whole(work / "parts" / f"{key}.json", json.dumps({"origins": list(origins)}))
+        parts.append([key, rows])
+    names = ("documents", "bytes", "tokens", "separators", "padding", "token_bytes")
+    total = {name: sum(entry[name] for entry in entries.values()) for name in names}
+    if bos := sum(entry.get("bos", 0) for entry in entries.values()):
+        total["bos"] = bos
+    DatasetInfo(features=features(block_size, dtype)).write_to_directory(str(work / split))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": f"data-{key}.arrow"} for key, _ in parts],
+        "_fingerprint": hashlib.sha256(json.dumps([split, parts, total]).encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (work / split / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    remainder = ids[rows * block_size :]
+    num_rows = sum(rows for _, rows in parts)
+    into = sum(total.get(name, 0) for name in ("tokens", "separators", "bos", "padding"))
+    assert num_rows * block_size + len(remainder) == into, "tokens in and out differ"
+    return {**total, "rows": num_rows, "remainder": len(remainder), "remainder_ids": remainder, "parts": parts}
+
+
+def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[str, Any]]) -> None:
+    for number in range(0 if data.streaming else len(data.sources)):
+        if not sources[number]["train"]["documents"] and not sources[number][VALIDATION]["documents"]:
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in sources[number]["dropped"].items())
+            why = f"no document with text ({dropped or 'nothing read'})"
+            raise RecipeError.at(f"data.sources.{number}", f"the corpus is empty: {why}")
+    for name, entry in splits.items():
+        if is_validation(name):
+            if not entry["documents"]:
+                key = "data.validation_sources" if data.validation_sources else "data.validation_fraction"
+                raise RecipeError.at(
+                    key,
+                    f"the {name} split is empty; take a larger fraction or, of few texts, `validation_by: tail`",
+                )
+            continue
+        key = f"data.sources.{name.removeprefix('train-')}" if data.weights else "data.sources"
+        if not entry["documents"]:
+            raise RecipeError.at(key, "no document is left to train on; lower data.validation_fraction")
+        if not entry["rows"]:
+            raise RecipeError.at(
+                key,
+                f"the training text has {entry['remainder']} tokens, less than one block of {data.block_size}; "
+                "lower data.block_size or add text",
+            )
+
+
+def _hygiene(
+    work: Path, accounts: dict[str, Any], splits: dict[str, Any], frame: tuple[int, ...], num_workers: int
+) -> dict[str, Any]:
+    """Exact duplicates among the documents of train and of validation, and n-grams of validation found in train."""
+    result: dict[str, Any] = {}
+    train, held_out = ([name for name in splits if is_validation(name) == wanted] for wanted in (False, True))
+    for kind, names in (("train", train), (VALIDATION, held_out)):
+        tables = [work / "documents" / f"{name}-{key}.parquet" for name in names for key in accounts]
+        tables = [table for table in tables if table.exists()]
+        total = sum(splits[name]["documents"] for name in names)
+        result[f"{kind}_duplicates"] = total - hygiene.num_distinct(functools.partial(map, digests, tables), total)
+    if held_out:
+        looked_for, trained_on = (
+            itertools.chain.from_iterable(token_chunks(work / name, splits[name]) for name in names)
+            for names in (held_out, train)
+        )
+        overlap = hygiene.ngram_overlap(looked_for, trained_on, frame, num_workers=num_workers)
+        result["validation_ngrams"] = overlap
+    return result

@@ -1,0 +1,392 @@
+"""Documents to fixed blocks of token ids on disk, with the manifest that accounts for every document and token.
+
+Documents are tokenized without special tokens. Each begins with what calling the tokenizer adds before a text (for many
+BOS) and ends with one EOS. The corpus is worked through in parts,
+whose bounds depend on the text alone: a part is packed by itself and sealed by its own account in `parts/`, so that
+preparation can stop anywhere, and several machines can each do some parts. What a part has left over is less than one
+block; `joining.join` makes blocks of all leftovers, and what is left of those stands in the manifest.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from hfpretrain import files
+from hfpretrain.data import prepared
+from hfpretrain.data.prepared import READ_COUNTS, SAMPLE_CHARS, RowWriter, is_validation, write_table
+from hfpretrain.recipe.schema import DataSection, TokenizerSection
+
+PART_CHARS = 2**26
+PART_DOCUMENTS = 2**18
+_BATCH_CHARS, _BATCH_DOCUMENTS = 2**16, 1000
+_BEST_FIT_TOKENS = 2**21
+
+
+def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any], has_prefix: bool = False) -> str:
+    """Name of the prepared folder: a hash of all that decides its content.
+
+    `identities` is what the sources and the tokenizer were at the time (content of files, commit on the Hub), so that
+    the names which a recipe has for them don't matter. `has_prefix`: whether documents begin with what calling the
+    tokenizer adds before a text, which older versions left out. A changed source, tokenizer or block size gives another
+    name, so nothing stale is ever used.
+    """
+    content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
+    for source in (*content["sources"], *content["validation_sources"]):
+        for name in ("path", "data_files", "data_dir", "revision"):
+            del source[name]
+        if source["special_tokens"] == "text":  # as in versions that had no such key
+            del source["special_tokens"]
+    for source in content["sources"]:
+        # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
+        source["weight"] = source["weight"] is not None
+        del source["max_epochs"]
+    # No document is a chat, a pretrained tokenizer is one of the identities, and `has_prefix` is what `add_bos` does.
+    made_by = tokenizer.model_dump(
+        mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos", "max_unknown"}
+    )
+    framed = ["document prefix"] if has_prefix else []
+    text = json.dumps([prepared.FORMAT, content, made_by, identities, *framed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Encoder(Protocol):
+    """What `tokenizer.Encoder` is."""
+
+    dtype: np.dtype[Any]
+    eos_token_id: int
+    prefix: tuple[int, ...]
+    tokenizer_sha256: str
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """The prefix, token ids of each text, and EOS: (n,) of `dtype`."""
+
+    def count_special(self, texts: Iterable[str]) -> Counter[str]:
+        """How often texts spell each special token."""
+
+    def lost_characters(self, text: str) -> tuple[int, int, int]:
+        """Characters of a text, those of them that no token stands for, those that are replaced."""
+
+
+class Item(NamedTuple):
+    """A document, or its part for one split."""
+
+    split: str
+    text: str
+    num_bytes: int
+    digest: int
+    """64 bits that are equal for equal texts."""
+    origin: str
+    row: int
+    is_whole: bool = True
+    """Whether it is the whole document."""
+
+
+@dataclass
+class Batch:
+    """Some documents of one part in their order, and what was read to find them."""
+
+    part: str
+    items: list[Item] = field(default_factory=list)
+    documents_read: int = 0
+    documents_kept: int = 0
+    bytes_read: int = 0
+    bytes_dropped: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    chars: int = 0
+    ends_part: bool = False
+    ends_group: bool = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to tokenize it."""
+        return self.chars >= _BATCH_CHARS or len(self.items) >= _BATCH_DOCUMENTS
+
+
+def pack(
+    work: Path,
+    batches: Iterable[Batch],
+    encoder: Callable[[str], Encoder],
+    bytes_of_token: np.ndarray,
+    unknown_id: int | None,
+    data: DataSection,
+    num_workers: int,
+    progress: Callable[[Batch, int], None] = lambda batch, tokens: None,
+) -> None:
+    """Tokenize `batches` on `num_workers` threads and write their parts into the folder `work`.
+
+    `encoder`: of a part, by its key. `bytes_of_token`: int64 (vocabulary,). `unknown_id`: the token that stands for
+    text which the tokenizer does not know. A part that is not finished leaves no account and is done again next time.
+    The bytes written depend on the documents alone. `progress` is called with each batch and its tokens.
+    """
+    for folder in ("parts", "documents"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+    part: _Part | None = None
+
+    def encode(batch: Batch) -> _Encoded:
+        texts, encode_texts = [item.text for item in batch.items], encoder(batch.part)
+        return _Encoded(encode_texts(texts), encode_texts.count_special(texts))
+
+    def write(batch: Batch, encoded: _Encoded) -> None:
+        nonlocal part
+        part = part or _Part(work, batch.part, data, encoder(batch.part), unknown_id)
+        part.add(batch, encoded, bytes_of_token)
+        if batch.ends_part:
+            part.close(batch.ends_group)
+            part = None
+        progress(batch, sum(map(len, encoded.ids)))
+
+    # tokenizers lets go of Python's lock; with one thread of it for each of ours none waits for the longest document.
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        with ThreadPoolExecutor(num_workers) as pool:
+            pending: deque[tuple[Batch, Future[_Encoded]]] = deque()
+            try:
+                for batch in batches:
+                    pending.append((batch, pool.submit(encode, batch)))
+                    while len(pending) > 2 * num_workers or (pending and pending[0][1].done()):
+                        done, future = pending.popleft()
+                        write(done, future.result())
+                while pending:
+                    done, future = pending.popleft()
+                    write(done, future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        if parallelism is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+
+
+class _Encoded(NamedTuple):
+    """The documents of a batch as arrays of `Encoder`, and how often they spell each special token."""
+
+    ids: list[np.ndarray]
+    special: Counter[str]
+
+
+class _Part:
+    """One part being packed: a stream for each split, and the account."""
+
+    def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder, unknown_id: int | None):
+        self._work, self._key, self._data, self._encoder = work, key, data, encoder
+        self._streams: dict[str, _Stream] = {}
+        self._origins: dict[str, int] = {}
+        self._read: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._special: Counter[str] = Counter()
+        self._unknown_id, self._unknown = unknown_id, 0
+        self._sample: Counter[str] = Counter()
+
+    def add(self, batch: Batch, encoded: _Encoded, bytes_of_token: np.ndarray) -> None:
+        """Append the documents of a batch."""
+        self._special.update(encoded.special)
+        self._read.update({name: getattr(batch, name) for name in READ_COUNTS})
+        self._dropped.update(batch.dropped)
+        for item, ids in zip(batch.items, encoded.ids, strict=True):
+            self._look_for_lost(item.text)
+            if len(ids) == len(self._encoder.prefix) + 1:  # the tokenizer's normalizer has left nothing of the text
+                self._read["bytes_dropped"] += item.num_bytes
+                if item.is_whole:
+                    self._read["documents_kept"] -= 1
+                    self._dropped["no_tokens"] += 1
+                continue
+            stream = self._streams.get(item.split) or self._open(item.split)
+            origin = self._origins.setdefault(item.origin, len(self._origins))
+            stream.add(ids, item, origin)
+            if self._unknown_id is not None:
+                self._unknown += int((ids == self._unknown_id).sum())
+            stream.token_bytes += int(bytes_of_token[ids].sum())
+
+    def _look_for_lost(self, text: str) -> None:
+        """Look at the first documents of a part for text that the tokenizer leaves out or replaces."""
+        if self._sample["looked_at"] < SAMPLE_CHARS:
+            self._sample["looked_at"] += len(text)
+            found = self._encoder.lost_characters(text[:SAMPLE_CHARS])
+            self._sample.update(dict(zip(("characters", "lost", "replaced"), found, strict=True)))
+
+    def _open(self, split: str) -> _Stream:
+        # Padding would make the validation depend on the packing of the training text.
+        best_fit = self._data.packing == "best_fit" and not is_validation(split)
+        kind = _BestFit if best_fit else _Stream
+        stream = kind(self._work, split, self._key, self._data.block_size, self._encoder)
+        self._streams[split] = stream
+        return stream
+
+    def close(self, ends_group: bool) -> None:
+        """Write what is whole, and last of all the account, which makes the part count."""
+        splits = {name: stream.close() for name, stream in sorted(self._streams.items())}
+        written = sorted(path for stream in self._streams.values() for path in stream.paths)
+        account = {
+            **{name: self._read[name] for name in READ_COUNTS},
+            "dropped": dict(sorted(self._dropped.items())),
+            "splits": splits,
+            "origins": list(self._origins),
+            "ends_group": ends_group,
+            # What most text has none of stands here only where there is some.
+            **({"special_tokens": dict(sorted(self._special.items()))} if self._special else {}),
+            **({"unknown": self._unknown} if self._unknown else {}),
+            **({"sample": dict(self._sample)} if self._sample["lost"] or self._sample["replaced"] else {}),
+            "tokenizer_sha256": self._encoder.tokenizer_sha256,
+            "files": files.entries(self._work, written),
+        }
+        files.write_whole(self._work / "parts" / f"{self._key}.json", json.dumps(account, indent=1))
+
+
+class _Stream:
+    """Tokens of one split of one part being cut into rows: documents in a row, `concat`."""
+
+    def __init__(self, work: Path, split: str, key: str, block_size: int, encoder: Encoder):
+        self._path = work / split / f"data-{key}.arrow"
+        self._table = work / "documents" / f"{split}-{key}.parquet"
+        self._block_size, self._dtype, self._eos_token_id = block_size, encoder.dtype, encoder.eos_token_id
+        self._prefix_size = len(encoder.prefix)
+        self._writer = RowWriter(self._path, block_size, encoder.dtype)
+        self._pending: list[np.ndarray] = []
+        self._num_pending = 0
+        self._columns = {"start": array("q"), "offset": array("q"), "origin": array("q"), "row": array("q")}
+        self.digests = array("Q")
+        self.documents = self.bytes = self.tokens = self.separators = self.rows = self.padding = self.token_bytes = 0
+        self.bos = 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of this stream."""
+        return [self._path, self._table] if self.rows else [self._table]
+
+    def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
+        """Append one document, prefix and separator included."""
+        self._locate(self.tokens + self.separators + self.bos, 0, origin, item.row, item.digest)
+        self._count(ids, item)
+        self._pending.append(ids)
+        self._num_pending += len(ids)
+        if self._num_pending >= prepared.ROWS_PER_BATCH * self._block_size:
+            stream = np.concatenate(self._pending)
+            rows = len(stream) // self._block_size // prepared.ROWS_PER_BATCH * prepared.ROWS_PER_BATCH
+            self.rows += self._writer.write(stream[: rows * self._block_size])
+            self._pending = [stream[rows * self._block_size :].copy()]
+            self._num_pending = len(self._pending[0])
+
+    def _count(self, ids: np.ndarray, item: Item) -> None:
+        self.documents += 1
+        self.bytes += item.num_bytes
+        self.tokens += len(ids) - 1 - self._prefix_size
+        self.bos += self._prefix_size
+        self.separators += 1
+
+    def _locate(self, start: int, offset: int, origin: int, row: int, digest: int) -> None:
+        for name, value in (("start", start), ("offset", offset), ("origin", origin), ("row", row)):
+            self._columns[name].append(value)
+        self.digests.append(digest)
+
+    def _rest(self) -> np.ndarray:
+        """What makes no whole row, after all that does is written."""
+        stream = np.concatenate([np.zeros(0, self._dtype), *self._pending])
+        whole = len(stream) // self._block_size * self._block_size
+        if whole:
+            self.rows += self._writer.write(stream[:whole])
+        return stream[whole:]
+
+    def close(self) -> dict[str, Any]:
+        """Write all that is left, and return the account."""
+        remainder = self._rest()
+        self._writer.close()
+        table = {name: np.frombuffer(values, dtype=np.int64) for name, values in self._columns.items()}
+        end = self.rows * self._block_size
+        into = self.tokens + self.separators + self.bos + self.padding
+        assert end + len(remainder) == into, "tokens in and out differ"
+        first = max(0, int(np.searchsorted(table["start"], end, side="right")) - 1)
+        in_remainder = [
+            [max(0, int(start) - end), int(offset) + max(0, end - int(start)), int(origin), int(row)]
+            for start, offset, origin, row in zip(*(table[name][first:] for name in table), strict=True)
+        ]
+        order = np.argsort(table["start"], kind="stable")
+        digests = np.frombuffer(self.digests, dtype=np.uint64)
+        write_table(self._table, {**{k: v[order] for k, v in table.items()}, "digest": digests[order]})
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "separators": self.separators,
+            **({"bos": self.bos} if self.bos else {}),
+            "padding": self.padding,
+            "rows": self.rows,
+            "remainder": len(remainder),
+            "remainder_ids": remainder.tolist(),
+            "remainder_documents": in_remainder if len(remainder) else [],
+            "token_bytes": self.token_bytes,
+        }
+
+
+class _BestFit(_Stream):
+    """No document shorter than a block is cut: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
+
+    A padded row ends in EOS repeated; a document is never empty, so all but the first of those are padding.
+    """
+
+    def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
+        """Append one document, prefix and separator included."""
+        self._count(ids, item)
+        size = self._block_size
+        if len(ids) % size == 1:  # the text fills its blocks, whose end separates; a lone EOS would look like padding
+            ids = ids[:-1]
+            self.separators -= 1
+        for start in range(0, len(ids), size):
+            self._pieces.append((ids[start : start + size], start, origin, item.row, item.digest))
+        self._num_pending += len(ids)
+        if self._num_pending >= _BEST_FIT_TOKENS:
+            self._flush()
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._pieces: list[tuple[np.ndarray, int, int, int, int]] = []
+
+    def _flush(self) -> None:
+        size = self._block_size
+        used: list[int] = []
+        by_room: dict[int, list[int]] = {}
+        rooms: list[int] = []
+        places: list[tuple[int, int]] = [(0, 0)] * len(self._pieces)
+        for index in sorted(range(len(self._pieces)), key=lambda i: -len(self._pieces[i][0])):
+            length = len(self._pieces[index][0])
+            fits = bisect.bisect_left(rooms, length)
+            if fits < len(rooms):
+                room = rooms[fits]
+                bin_index = by_room[room].pop()
+                if not by_room[room]:
+                    del rooms[fits], by_room[room]
+            else:
+                bin_index, room = len(used), size
+                used.append(0)
+            places[index] = (bin_index, used[bin_index])
+            used[bin_index] += length
+            if room > length:
+                if room - length not in by_room:
+                    bisect.insort(rooms, room - length)
+                by_room.setdefault(room - length, []).append(bin_index)
+        rows = np.full((len(used), size), self._eos_token_id, dtype=self._dtype)
+        for (ids, offset, origin, row, digest), (bin_index, at) in zip(self._pieces, places, strict=True):
+            rows[bin_index, at : at + len(ids)] = ids
+            self._locate((self.rows + bin_index) * size + at, offset, origin, row, digest)
+        self.padding += rows.size - sum(used)
+        if len(rows):
+            self.rows += self._writer.write(rows.reshape(-1))
+        self._pieces, self._num_pending = [], 0
+
+    def _rest(self) -> np.ndarray:
+        self._flush()
+        return np.zeros(0, self._dtype)

@@ -1,0 +1,760 @@
+"""Corpus, tokenizer and packing put together: from a recipe to prepared data, once for each fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hfpretrain import __version__, files
+from hfpretrain.data import corpus, hygiene, joining, packing, tokenizer
+from hfpretrain.data.batches import Blocks, TrainingData, TrainingOrder
+from hfpretrain.data.corpus import Document, Reader, Splitter
+from hfpretrain.data.packing import Batch, Item
+from hfpretrain.data.prepared import VALIDATION, PreparedData, is_validation, part_account, part_key, part_source
+from hfpretrain.data.shares import Share, Shares
+from hfpretrain.data.store import Mirror
+from hfpretrain.recipe.redaction import redacted
+from hfpretrain.recipe.schema import (
+    DataSection,
+    Problem,
+    Recipe,
+    RecipeError,
+    SourceSection,
+    TokenizerSection,
+    accumulation_steps,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+# Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
+_TOKENIZER_MARK = "tokenizer/tokenizer_config.json"
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
+_GROUPS_PER_SOURCE = 10_000
+logger = logging.getLogger(__name__)
+
+
+def prepared_path(recipe: Recipe) -> Path:
+    """The folder of this recipe's prepared data, whether it exists or not.
+
+    Reads all local source files that changed since this machine last read them, and asks the Hub. So only the main
+    process of a run calls it.
+    """
+    sources, validation, of_tokenizer = _identities(recipe)
+    identities = [*sources, *validation, of_tokenizer]
+
+    def path(has_prefix: bool) -> Path:
+        return recipe.prepared_dir / packing.fingerprint(recipe.data, recipe.tokenizer, identities, has_prefix)
+
+    return path(_has_prefix(recipe.tokenizer, path))
+
+
+def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
+    """Whether documents begin with what calling the tokenizer adds before a text.
+
+    `path` gives the prepared folder for either answer. Where one was made with this section, its manifest has the
+    answer, and the tokenizer need not be loaded. Older versions added nothing and did not record it.
+    """
+    if section.pretrained is None or section.add_bos is False:
+        return False
+    for has_prefix in (True, False):
+        manifest = files.manifest_of(path(has_prefix)) or {}
+        if "add_bos" in manifest and manifest["add_bos"] == section.add_bos:
+            return has_prefix
+    return bool(tokenizer.document_prefix(tokenizer.load_tokenizer(section)))
+
+
+def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
+    """What the sources, the validation sources and the tokenizer are now."""
+    sources = [corpus.identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
+    validation = [
+        corpus.identity(source, f"data.validation_sources.{n}")
+        for n, source in enumerate(recipe.data.validation_sources)
+    ]
+    return sources, validation, _tokenizer_identity(recipe.tokenizer)
+
+
+def _tokenizer_identity(section: TokenizerSection) -> list[Any]:
+    """Name and content of a pretrained tokenizer's files; of one on the Hub those of its revision, or in offline mode
+    of the local cache. Of a tokenizer that is trained nothing: the text decides it."""
+    if section.pretrained is None:
+        return []
+    folder = Path(section.pretrained)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        patterns = [f"*{suffix}" for suffix in _TOKENIZER_SUFFIXES]
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    section.pretrained, revision=section.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+                )
+            )
+        except Exception as error:  # of the Hub, of the network, or of a name that is neither folder nor id
+            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+            advice = "" if huggingface_hub.is_offline_mode() else "; with HF_HUB_OFFLINE=1 the local cache is used"
+            where = f"cannot read {section.pretrained!r}, which is no folder here, from the Hub"
+            raise RecipeError.at("tokenizer.pretrained", f"{where}: {message}{advice}") from error
+    found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_TOKENIZER_SUFFIXES) and file.is_file()]
+    return [[file.name, files.sha256(file)] for file in found]
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
+    """The recipe's prepared data: opened if they are there, made or finished otherwise.
+
+    `num_workers` threads tokenize, by default one for each core; their number changes no byte. Stopped anywhere, the
+    next call goes on behind the last finished part. Raises `RecipeError` for what is wrong with the sources.
+    """
+    path = prepared_path(recipe)
+    if PreparedData.open(path) is None:  # what is there may be read-only, so it is not locked
+        with _locked(path, ".lock"):
+            prepared = PreparedData.open(path) or _pull(recipe, path)
+            if prepared is None:
+                if (path / files.MANIFEST).exists():
+                    return open_verified(path)
+                _look_at_shares(recipe, path)
+                prepared = _Preparation(recipe, path, num_workers or num_cores()).all()
+                _shares(recipe).remove(path.name)
+                require_known(prepared, recipe.tokenizer.max_unknown)
+                return prepared
+    prepared = open_verified(path)
+    require_known(prepared, recipe.tokenizer.max_unknown)
+    return prepared
+
+
+def require_known(prepared: PreparedData, max_unknown: float) -> None:
+    """Raises `RecipeError` if the tokenizer loses a larger share of a source than `max_unknown`."""
+    for number, source in enumerate(prepared.manifest["sources"]):
+        for share, what in _lost(source):
+            if share > max_unknown:
+                key = "data.sources" if number < len(prepared.manifest["source_identities"]) else "data"
+                where = f"{key}.{number}" if key == "data.sources" else "data.validation_sources"
+                advice = f"use a tokenizer for this text, or raise tokenizer.max_unknown (now {max_unknown:g})"
+                raise RecipeError.at(where, f"{what}; {advice}")
+
+
+def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
+    """The shares of a source that the tokenizer does not know and leaves out, by the manifest, each with a sentence."""
+    tokens = sum(source[kind]["tokens"] for kind in ("train", VALIDATION))
+    unknown, lost = source.get("unknown", 0) / max(1, tokens), source.get("lost_share", 0.0)
+    return [
+        (unknown, f"{unknown:.2%} of its tokens are the unknown token"),
+        (lost, f"the tokenizer leaves out {lost:.2%} of its characters"),
+    ]
+
+
+def notes(prepared: PreparedData) -> list[str]:
+    """A sentence for each way in which tokenizing changed the text, or the recipe's wish, that one should know of."""
+    found = []
+    asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
+    if asked is not None and size < asked:
+        found.append(f"the text gives a vocabulary of {size:,} tokens, not the {asked:,} of tokenizer.vocab_size")
+    data = prepared.manifest["recipe"]
+    number_of_sources = len(prepared.manifest["source_identities"])
+    for number, source in enumerate(prepared.manifest["sources"]):
+        name = f"source {number}" if number < number_of_sources else "validation"
+        chosen = data["sources"][number].get("special_tokens", "text") if number < number_of_sources else "text"
+        special = source.get("special_tokens", {})
+        letters = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
+        if letters and name != "validation":
+            listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(letters.items())[:8])
+            found.append(f"{name}: names of special tokens in the text are read as ordinary text: {listed}")
+        found += [f"{name}: {what}" for share, what in _lost(source) if share]
+        if replaced := source.get("replaced_share"):
+            found.append(f"{name}: the tokenizer's normalizer replaces {replaced:.2%} of the characters")
+    return found
+
+
+def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData:
+    """Prepared data whose files are as they were sealed; else `RecipeError` that names the file."""
+    reason = files.damage_if_changed(path, file_read)
+    prepared = PreparedData.open(path) if reason is None else None
+    if prepared is None:
+        raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path} to prepare them again")
+    return prepared
+
+
+def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | None = None) -> Path:
+    """Share `index` (from 0) of `count` machines that prepare one corpus in one folder; `prepare` then joins them."""
+    path = prepared_path(recipe)
+    with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
+        if (PreparedData.open(path) or _pull(recipe, path)) is None:
+            _shares(recipe).add(Share(path.name, _made_from(recipe), index, count))
+            _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
+    return path
+
+
+def _shares(recipe: Recipe) -> Shares:
+    return Shares(recipe.data, recipe.tokenizer, recipe.prepared_dir)
+
+
+def _made_from(recipe: Recipe) -> dict[str, Any]:
+    """All that decides what a share is, by the recipe's key or the library's name."""
+    sources, validation, of_tokenizer = _identities(recipe)
+    libraries = ("datasets", "pyarrow", "tokenizers", "transformers")
+    return {
+        **{f"data.sources.{number}": identity for number, identity in enumerate(sources)},
+        **{f"data.validation_sources.{number}": identity for number, identity in enumerate(validation)},
+        "tokenizer": of_tokenizer,
+        **{name: version(name) for name in libraries},
+        "hfpretrain": __version__,
+    }
+
+
+def _look_at_shares(recipe: Recipe, path: Path) -> None:
+    """Log which shares of other machines are not used. Raises `RecipeError` for a share of this folder that other
+    versions of the libraries made."""
+    ours = Share(path.name, json.loads(json.dumps(_made_from(recipe))))
+    others = _shares(recipe).others(ours)
+    for other in others:
+        differing = [problem for problem in other.differences(ours) if problem.path != "--shard"]
+        if differing and other.folder == path.name:
+            message = f"{other} was made by other library versions; delete {path}*"
+            raise RecipeError([Problem("prepare", message), *differing])
+        if differing:
+            logger.warning("%s is not used, it was made from other data: %s", other, differing[0])
+    joined = [other for other in others if other.folder == path.name]
+    missing = {n + 1 for n in range(max((other.count for other in joined), default=0))} - {s.index + 1 for s in joined}
+    if missing:
+        names = ", ".join(map(str, sorted(missing)))
+        logger.warning("share(s) %s were never started; their parts are prepared here", names)
+
+
+def _mirror(recipe: Recipe, path: Path) -> Mirror | None:
+    given = recipe.data.prepared_dir or ""
+    return Mirror(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
+
+
+def _pull(recipe: Recipe, path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData | None:
+    """Prepared data that another machine has finished at the URL of `data.prepared_dir`, copied here and verified."""
+    mirror = _mirror(recipe, path)
+    names = mirror.names() if mirror is not None else set()
+    if mirror is None or files.MANIFEST not in names:
+        return None
+    work = path.with_name(path.name + files.INCOMPLETE)
+    logger.info("copying prepared data from %s", mirror.url)
+    mirror.pull(work, [files.MANIFEST])
+    mirror.pull(work, (files.manifest_of(work) or {}).get("files", {}), file_read)
+    reason = files.damage(work, file_read=file_read)
+    if reason is not None:
+        shutil.rmtree(work)
+        raise RecipeError.at("data.prepared_dir", f"what came from {mirror.url} is damaged: {reason}; run again")
+    files.put_in_place(work, path)
+    files.remember(path)
+    return PreparedData.open(path)
+
+
+def wait_for_prepared(
+    recipe: Recipe,
+    name: str | None = None,
+    checksum: str | None = None,
+    file_read: Callable[[], None] = lambda: None,
+    wait_seconds: float = 120.0,
+    poll_seconds: float = 0.2,
+) -> PreparedData:
+    """Open the data that the main process of this run has prepared, in another process.
+
+    `name` and `checksum` are those of the main process's folder; by default they follow from the sources here. A
+    machine without the main process may have its own disk: if `data.prepared_dir` is a URL, its first process copies
+    the folder. Raises `RecipeError` if the folder does not appear within `wait_seconds`, or is another one. `file_read`
+    is called after each file that is read.
+    """
+    path = prepared_path(recipe) if name is None else recipe.prepared_dir / name
+    is_url, first_here = "://" in (recipe.data.prepared_dir or ""), os.environ.get("LOCAL_RANK") == "0"
+    start = time.monotonic()
+    while PreparedData.open(path) is None:
+        time.sleep(poll_seconds)
+        if is_url and first_here:
+            with _locked(path, ".lock"):
+                _ = PreparedData.open(path) or _pull(recipe, path, file_read)
+        elif not is_url and time.monotonic() - start > wait_seconds:
+            place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
+            advice = "put prepared_dir on a disk that all machines share, or make it a URL that all can reach"
+            message = f"{place} does not see {path}, which rank 0 prepared; {advice}"
+            raise RecipeError.at("data.prepared_dir", message)
+    prepared = open_verified(path, file_read)
+    if checksum not in (None, prepared.checksum):
+        message = f"{path} on {platform.node()} differs from that of rank 0; delete the one that is out of date"
+        raise RecipeError.at("data.prepared_dir", message)
+    return prepared
+
+
+def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer that made the blocks. Calling it adds what every document begins with."""
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer", trust_remote_code=trust_remote_code)
+    tokenizer.set_add_bos(made, bool(prepared.document_prefix))
+    return made
+
+
+@contextlib.contextmanager
+def _locked(path: Path, suffix: str) -> Iterator[None]:
+    """Alone at `path`, with errors of the disk as errors of the user."""
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(path) + suffix)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            logger.info("waiting for another process that is preparing %s", path)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+    except OSError as error:
+        if error.errno is None:  # not the disk's
+            raise
+        raise RecipeError.at(
+            "data.prepared_dir",
+            f"cannot write {error.filename or path}: {error.strerror or error}; what is finished stays, and the same "
+            "command goes on from there",
+        ) from error
+
+
+def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> TrainingData:
+    """The prepared training text in the recipe's order; `keywords` as of `TrainingData`.
+
+    Raises `RecipeError` if a source runs out under its `max_epochs` before the end of the run.
+    """
+    data, training = recipe.data, recipe.training
+    stages = _stages(recipe)
+    made = TrainingData(
+        [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
+        stages,
+        seed=recipe.seed,
+        padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
+        shift_blocks=data.shift_blocks,
+        documents_have_prefix=bool(prepared.document_prefix),
+        **keywords,
+    )
+    needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)
+    caps = [source.max_epochs for source in data.sources]
+    numbers = list(range(len(caps)))
+    if not stages:  # all sources are one stream
+        numbers = [min(numbers, key=lambda number: caps[number] or math.inf)]
+        caps = [caps[numbers[0]]]
+    for number, count, size, cap in zip(numbers, needed, made.order.sizes, caps, strict=True):
+        if cap is not None and count > cap * size:
+            raise RecipeError.at(
+                f"data.sources.{number}.max_epochs",
+                f"the run needs {count:,} blocks of this source, {count / size:.2f} times its {size:,}, more than the "
+                f"{cap} allowed; lower its weight, shorten the run or raise the cap",
+            )
+    return made
+
+
+def _stages(recipe: Recipe) -> list[tuple[int, list[float]]]:
+    """First sequence and weights of each stage of a mixture, as of `TrainingOrder`."""
+    return [(-(-tokens // recipe.data.block_size), weights) for tokens, weights in recipe.data.weights]
+
+
+def epochs(recipe: Recipe, prepared: PreparedData) -> list[float]:
+    """How often a run sees the blocks of each source; a single number for all where they have no weights."""
+    sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
+    num_sequences = recipe.training.num_steps * recipe.training.tokens_per_step // recipe.data.block_size
+    counts = TrainingOrder(sizes, _stages(recipe), recipe.seed).counts(num_sequences)
+    return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
+
+
+def epochs_text(recipe: Recipe, found: list[float]) -> str:
+    """`epochs` for people."""
+    if len(found) == 1:
+        return f"{found[0]:.2f}"
+    named = enumerate(zip(recipe.data.sources, found, strict=True))
+    return ", ".join(f"{number:.2f} of source {index} ({source.path})" for index, (source, number) in named)
+
+
+def training_batches(
+    recipe: Recipe,
+    prepared: PreparedData,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    start_step: int = 0,
+    document_masking: bool = True,
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """For every optimizer step of a recipe from `start_step` on the micro-batches of one process: for your own loop.
+
+    The same sequences in the same step as `hfpretrain.train` on any number of processes. Of each micro-batch
+    `input_ids`, `labels` (not shifted, -100 at padding, at BOS where documents begin with it, and where a shifted block
+    goes on with another text) and, with
+    `document_masking`, `position_ids` that restart where a document begins: int64 (micro_batch_size, block_size).
+    Models that isolate packed documents by them do so without an attention mask and with `use_cache=False`; what does
+    not take them needs `document_masking=False`. Raises `RecipeError` if the step's sequences do not divide by
+    `micro_batch_size * num_processes`.
+    """
+    training = recipe.training
+    steps = accumulation_steps(
+        training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes
+    )
+    data = training_data(
+        recipe,
+        prepared,
+        micro_batch_size=training.micro_batch_size,
+        accumulation_steps=steps,
+        process_index=process_index,
+        num_processes=num_processes,
+        eos_token_id=prepared.manifest["eos_token_id"],
+        document_masking=document_masking,
+    )
+    return (data.step(step).batches for step in range(start_step, training.num_steps))
+
+
+class _Preparation:
+    """One preparation: the tokenizer, the parts that are still to be done, the joining."""
+
+    def __init__(self, recipe: Recipe, path: Path, num_workers: int):
+        import datasets
+
+        datasets.disable_progress_bars()
+        self.recipe, self.data, self.path, self.num_workers = recipe, recipe.data, path, num_workers
+        self.work = path.with_name(path.name + files.INCOMPLETE)
+        self.work.mkdir(exist_ok=True)
+        self.mirror = _mirror(recipe, path)
+        if self.mirror is not None:  # what other machines have done counts
+            there = self.mirror.names()
+            folders = ("tokenizer/", "parts/") if _TOKENIZER_MARK in there else ("parts/",)
+            self.mirror.pull(self.work, [name for name in there if name.startswith(folders)])
+        self.start_seconds = time.perf_counter()
+        policy = self.data.on_bad_document
+        named = [(number, f"data.sources.{number}", source) for number, source in enumerate(self.data.sources)]
+        self.readers = [(number, Reader(source, key, policy)) for number, key, source in named]
+        self.validation_readers = [
+            Reader(source, f"data.validation_sources.{number}", policy)
+            for number, source in enumerate(self.data.validation_sources)
+        ]
+        self.tokenizer = self._tokenizer()
+        if self.mirror is not None:
+            self._push_missing(self.mirror, there)
+        self.vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, self.tokenizer)
+
+    def _push_missing(self, mirror: Mirror, there: set[str]) -> None:
+        """What an earlier call here had finished and not, or not wholly, pushed."""
+        if _TOKENIZER_MARK not in there:
+            names = {f"tokenizer/{file.name}" for file in (self.work / "tokenizer").iterdir()}
+            mirror.push(self.work, [*sorted(names - {_TOKENIZER_MARK}), _TOKENIZER_MARK])
+        for file in sorted((self.work / "parts").glob("*-*.json")):
+            account = part_account(self.work, file.stem)
+            if account is not None and "files" in account and f"parts/{file.name}" not in there:
+                mirror.push(self.work, [*account["files"], f"parts/{file.name}"])
+
+    def all(self) -> PreparedData:
+        """Do what is left to do, join, and seal."""
+        sources, validation, of_tokenizer = _identities(self.recipe)
+        parts = self.parts(0, 1)
+        if prepared_path(self.recipe) != self.path:
+            raise RecipeError.at("data.sources", "a source changed while it was prepared; run again")
+        extra = {
+            "vocab_size": self.vocab_size,
+            "tokenizer_size": tokenizer.tokenizer_size(self.tokenizer),
+            "add_bos": self.recipe.tokenizer.add_bos,
+            "vocab_size_asked": self.recipe.tokenizer.vocab_size,
+            "recipe": redacted(self.data.model_dump(mode="json", exclude_none=True)),
+            "source_identities": sources,
+            "validation_identities": validation,
+            "tokenizer_identity": of_tokenizer,
+            "versions": {name: version(name) for name in ("datasets", "tokenizers", "transformers", "pyarrow")}
+            | {"python": platform.python_version()},
+        }
+        shutil.rmtree(self.work / "scan", ignore_errors=True)
+        for left in list(self.work.rglob("*" + files.INCOMPLETE)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        if self.mirror is not None:
+            for part in parts:
+                self.mirror.pull(self.work, (part_account(self.work, part) or {})["files"])
+        dtype = tokenizer.token_dtype(self.vocab_size)
+        eos = self.tokenizer.eos_token_id
+        prefix = tokenizer.document_prefix(self.tokenizer)
+        prepared = joining.join(
+            self.work,
+            self.path,
+            parts,
+            self.data,
+            eos,
+            prefix,
+            dtype,
+            extra,
+            self.num_workers,
+        )
+        files.remember(self.path)
+        if self.mirror is not None:
+            there = self.mirror.names()
+            self.mirror.push(self.path, (name for name in prepared.manifest["files"] if name not in there))
+            self.mirror.push(self.path, [files.MANIFEST])
+        seconds = time.perf_counter() - self.start_seconds
+        logger.info("prepared %s in %.1f s on %d thread(s)", self.path, seconds, self.num_workers)
+        return prepared
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer in the work folder: what is begun with one is finished with it."""
+        from transformers import AutoTokenizer
+
+        folder = self.work / "tokenizer"
+        if not folder.is_dir():
+            if self.recipe.tokenizer.pretrained is not None:
+                made = tokenizer.load_tokenizer(self.recipe.tokenizer)
+            else:
+                logger.info("training the tokenizer on the training text")
+                made = tokenizer.train_tokenizer(self.recipe.tokenizer, corpus.training_documents(self.data))
+            own = self.work / f"tokenizer-{os.getpid()}{files.INCOMPLETE}"
+            made.save_pretrained(own)
+            try:
+                own.rename(folder)
+                return made
+            except OSError:  # another shard was first
+                shutil.rmtree(own)
+        section = self.recipe.tokenizer
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        except Exception as error:  # a broken file may raise anything
+            what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+            raise RecipeError.at(
+                "data", f"the tokenizer in {folder} does not load: {what}; delete {self.work}"
+            ) from error
+
+    def parts(self, index: int, count: int) -> list[str]:
+        """Do all unfinished parts of share `index` of `count`; returns the keys of all parts if all are done."""
+        jobs: list[tuple[int | None, int, Reader]] = [(None, *named) for named in enumerate(self.validation_readers)]
+        jobs += [(number, 0, reader) for number, reader in self.readers if not self.data.streaming]
+        groups = [(source, (nth, g), reader, pieces) for source, nth, reader in jobs for g, pieces in _groups(reader)]
+        self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
+        self.drops = self._drops() if self.data.deduplicate else None
+        bytes_of_token = tokenizer.token_bytes(self.tokenizer, self.vocab_size)
+        logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
+        done: list[str] = []
+        encoders, unknown = self._encoders(), tokenizer.unknown_id(self.tokenizer)
+        with _Progress([reader for _, _, reader in jobs]) as progress:
+
+            def written(batch: Batch, tokens: int) -> None:
+                progress.update(batch, tokens)
+                if self.mirror is not None and batch.ends_part:
+                    account = part_account(self.work, batch.part) or {}
+                    self.mirror.push(self.work, [*account["files"], f"parts/{batch.part}.json"])
+
+            batches = self._batches(groups, index, count, done)
+            encoder = lambda part: encoders[_section(self.data, part).special_tokens]  # noqa: E731
+            packing.pack(self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, written)
+        return done
+
+    def _encoders(self) -> dict[Any, tokenizer.Encoder]:
+        """An encoder for each way in which sources read special tokens."""
+        first = tokenizer.Encoder(self.tokenizer, tokenizer.token_dtype(self.vocab_size))
+        found = {}
+        for key in ("sources", "validation_sources"):
+            for number, source in enumerate(getattr(self.data, key)):
+                try:
+                    found[source.special_tokens] = first.for_source(source.special_tokens)
+                except RecipeError as error:
+                    problem = error.problems[0]
+                    raise RecipeError.at(f"data.{key}.{number}.{problem.path}", problem.message) from error
+        return found
+
+    def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[Batch]:
+        """Batches of the parts of one share that have no account yet; appends the key of every part to `done`."""
+        # Whole groups are dealt out where there are enough of them, else the parts of each.
+        by_group = len(groups) >= count
+        for number, (source, (nth, group), reader, pieces) in enumerate(groups):
+            if by_group and number % count != index:
+                continue
+            group = nth * _GROUPS_PER_SOURCE + group if source is None else group
+            known = self._finished_group(source, group)
+            if known:
+                done += known
+                reader.skip(pieces)
+                continue
+            documents = enumerate(reader.read(pieces))
+            ordinal, ends_group = 0, False
+            while not ends_group:
+                key = part_key(source, group, ordinal)
+                mine = by_group or (number + ordinal) % count == index
+                wanted = mine and part_account(self.work, key) is None
+                for batch in self._part(key, source, group, documents):
+                    ends_group = batch.ends_group
+                    if wanted:
+                        yield batch
+                done.append(key)
+                ordinal += 1
+
+    def _finished_group(self, source: int | None, group: int) -> list[str]:
+        """The parts of a group if all are done, which spares reading it; else nothing."""
+        keys: list[str] = []
+        while True:
+            keys.append(part_key(source, group, len(keys)))
+            account = part_account(self.work, keys[-1])
+            if account is None:
+                return []
+            if account["ends_group"]:
+                return keys
+
+    def _part(
+        self, key: str, source: int | None, group: int, documents: Iterator[tuple[int, Document]]
+    ) -> Iterator[Batch]:
+        """The batches of one part. It ends after so many characters or documents, whatever they turn into."""
+        chars = count = 0
+        batch = Batch(key)
+        drops = None if self.drops is None or source is None else self.drops[source, group]
+        held_out = self.data.validation_split(group // _GROUPS_PER_SOURCE) if source is None else ""
+        for number, document in documents:
+            if drops is not None and document.text and not drops[number]:
+                routed = [("duplicate", "")]
+            else:
+                routed = [(held_out, document.text)] if source is None else self.splitter(document)
+                if source is None and not document.text:
+                    routed = [(document.problem[0] if document.problem else "empty", "")]
+            self._add(batch, document, routed, source)
+            chars, count = chars + len(document.text), count + 1
+            if chars >= packing.PART_CHARS or count >= packing.PART_DOCUMENTS:
+                batch.ends_part = True
+                yield batch
+                return
+            if batch.is_full:
+                yield batch
+                batch = Batch(key)
+        batch.ends_part = batch.ends_group = True
+        yield batch
+
+    def _add(self, batch: Batch, document: Document, routed: list[tuple[str, str]], source: int | None) -> None:
+        batch.documents_read += 1
+        batch.bytes_read += document.num_bytes
+        batch.chars += len(document.text)
+        if routed[0][0] != "train" and not is_validation(routed[0][0]):
+            batch.dropped[routed[0][0]] += 1
+            batch.bytes_dropped += document.num_bytes
+            return
+        batch.documents_kept += 1
+        digest = int.from_bytes(document.digest[:8], "big")
+        for split, text in routed:
+            name = f"train-{source if self.data.weights else 0}" if split == "train" else split
+            whole = len(text) == len(document.text)
+            num_bytes = document.num_bytes if whole else len(text.encode())
+            batch.items.append(Item(name, text, num_bytes, digest, document.origin, document.row, whole))
+
+    def _drops(self) -> dict[tuple[int, int], np.ndarray]:
+        """For every group of the training sources, which of its documents are the first with their text.
+
+        A pass over all text before the one that tokenizes; each group's hashes stay for the next start.
+        """
+        (self.work / "scan").mkdir(exist_ok=True)
+        found = {}
+        logger.info("looking for duplicates")
+        for number, reader in self.readers:
+            for group, pieces in _groups(reader):
+                path = self.work / "scan" / f"{number}-{group:05d}.npy"
+                if not path.exists():
+                    digests = (int.from_bytes(document.digest[:8], "big") for document in reader.read(pieces))
+                    own = path.with_name(f"{path.stem}-{os.getpid()}.npy{files.INCOMPLETE}")
+                    with own.open("wb") as file:
+                        np.save(file, np.fromiter(digests, dtype=np.uint64))
+                    own.rename(path)
+                found[number, group] = np.load(path)
+        first = hygiene.first_occurrences(np.concatenate(list(found.values())))
+        bounds = np.cumsum([len(values) for values in found.values()])[:-1]
+        return dict(zip(found, np.split(first, bounds), strict=True))
+
+
+def _section(data: DataSection, part: str) -> SourceSection:
+    """The source of a part."""
+    number = part_source(part)
+    if number is not None:
+        return data.sources[number]
+    return data.validation_sources[int(part.split("-")[1]) // _GROUPS_PER_SOURCE]
+
+
+def _groups(reader: Reader) -> list[tuple[int, range]]:
+    return list(enumerate(reader.groups()))
+
+
+class _Progress:
+    """A bar over the bytes of the files, where their sizes are known, with documents and tokens per second.
+
+    Where nobody watches a terminal, a line every minute.
+    """
+
+    def __init__(self, readers: list[Reader]):
+        from tqdm import tqdm
+
+        sizes = [reader.num_bytes for reader in readers]
+        self._readers = readers
+        self._start = time.perf_counter()
+        self._documents = self._tokens = 0
+        watched = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc="packing",
+            total=None if None in sizes else sum(size or 0 for size in sizes),
+            unit="B",
+            unit_scale=True,
+            mininterval=0.2 if watched else 60,
+            delay=0 if watched else 60,
+            leave=False,
+            dynamic_ncols=watched,
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, batch: Batch, tokens: int) -> None:
+        """Count a batch that is written."""
+        self._documents += batch.documents_read
+        self._tokens += tokens
+        rate = self._tokens / (time.perf_counter() - self._start)
+        self._bar.set_postfix_str(f"{self._documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(sum(reader.bytes_read for reader in self._readers) - self._bar.n)
+
+
+def summary(prepared: PreparedData) -> str:
+    """What was prepared: a line for each split, what was dropped of each source, what stands twice."""
+    manifest = prepared.manifest
+    lines = [f"prepared data    {prepared.path}"]
+    for name, entry in manifest["splits"].items():
+        share = entry["padding"] / max(1, entry["rows"] * manifest["block_size"])
+        padding = f" - {entry['padding']:,} padding ({share:.2%})" if entry["padding"] else ""
+        bos = f" + {entry['bos']:,} BOS" if entry.get("bos") else ""
+        lines.append(
+            f"  {name:<14} {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens + "
+            f"{entry['separators']:,} separators{bos} = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
+            f"{entry['remainder']} remainder"
+        )
+    for number, source in enumerate(manifest["sources"]):
+        if source["dropped"]:
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items())
+            lines.append(f"  dropped        source {number}: {dropped}")
+        if special := source.get("special_tokens"):
+            listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
+            lines.append(f"  special tokens source {number}: {listed} in its text")
+    lines += [f"  tokenizer      {text}" for text in notes(prepared)]
+    found = manifest["hygiene"]
+    if found["train_duplicates"]:
+        lines.append(f"  duplicates     {found['train_duplicates']:,} training documents repeat the text of another")
+    ngrams = found.get("validation_ngrams")
+    if ngrams and ngrams["looked_for"]:
+        lines.append(
+            f"  overlap        {ngrams['share_in_train']:.2%} of the validation's {ngrams['n']}-token sequences stand "
+            "in train"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,285 @@
+"""What prepared data are on disk: blocks, the documents they came from, accounts, and the check of all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfpretrain import files
+from hfpretrain.recipe.schema import RecipeError
+
+FORMAT = 3
+VALIDATION = "validation"
+ROWS_PER_BATCH = 512
+SAMPLE_CHARS = 2**16
+"""Of each part so many characters are looked at for what the tokenizer leaves out."""
+READ_COUNTS = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared folder: `train-0`, `train-1`, ... (more than one for weighted sources), `validation`, `tokenizer`."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Without the manifest, which tells of every part and is as long as the corpus is large."""
+        splits = {name: f"{split['rows']} blocks" for name, split in self.manifest.get("splits", {}).items()}
+        return f"PreparedData({str(self.path)!r}, block_size={self.manifest.get('block_size')}, {splits})"
+
+    @classmethod
+    def open(cls, path: Path) -> PreparedData | None:
+        """The folder if it is whole, else None."""
+        manifest = files.manifest_of(path)
+        return None if manifest is None else cls(path, manifest)
+
+    @property
+    def document_prefix(self) -> list[int]:
+        """Ids with which every document begins; none in data of older versions."""
+        return list(self.manifest.get("document_prefix", []))
+
+    @property
+    def checksum(self) -> str:
+        """One hash of all blocks and the tokenizer."""
+        entries = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def train_splits(self) -> list[str]:
+        """Names of the training streams, in the order of `data.sources`."""
+        names = [name for name in self.manifest["splits"] if not is_validation(name)]
+        return sorted(names, key=lambda name: int(name.removeprefix("train-")))
+
+    @property
+    def validation_splits(self) -> list[str]:
+        """Names of the validation sets: `validation`, or one `validation-DOMAIN` for each domain."""
+        return [name for name in self.manifest["splits"] if is_validation(name)]
+
+    def blocks(self, split: str) -> list[np.ndarray]:
+        """Rows of a split as zero-copy views of its memory-mapped batches: uint16 or uint32 (rows, block_size)."""
+        import datasets
+
+        column = datasets.load_from_disk(str(self.path / split)).data.column("input_ids")
+        return [
+            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.manifest["block_size"])
+            for chunk in column.chunks
+            if len(chunk)
+        ]
+
+    def packs_documents(self) -> bool:
+        """Whether any block holds tokens of more than one document."""
+        for split in self.manifest["splits"]:
+            for rows in self.blocks(split):
+                ends = rows == self.manifest["eos_token_id"]
+                if (np.maximum.accumulate(ends, axis=1) & ~ends).any():  # padding is EOS, too
+                    return True
+        return False
+
+    def last_rows(self, split: str) -> np.ndarray:
+        """Rows of a split after which the text does not go on, since a part ends there: int64 (parts,)."""
+        return np.cumsum([rows for _, rows in self.manifest["splits"][split]["parts"]], dtype=np.int64) - 1
+
+    def documents(self, split: str, row: int) -> list[tuple[str, int]]:
+        """(file, line or row) of every document that has tokens in row `row` of a split, in their order there."""
+        parts = iter(self.manifest["splits"][split]["parts"])
+        key, rows = next(parts)
+        while row >= rows:
+            row -= rows
+            key, rows = next(parts)
+        table = read_table(self.path / "documents" / f"{split}-{key}.parquet")
+        origins = json.loads((self.path / "parts" / f"{key}.json").read_text(encoding="utf-8"))["origins"]
+        block_size = self.manifest["block_size"]
+        first, end = np.searchsorted(table["start"], [row * block_size + 1, (row + 1) * block_size])
+        first = max(0, first - 1)
+        return [(origins[table["origin"][i]], int(table["row"][i])) for i in range(first, end)]
+
+    def document_starts(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the tokens of a split a document, or the rest of one, begins, and which it is: two int64 (pieces,).
+
+        Documents are numbered from 0 in their order.
+        """
+        starts, numbers = [], []
+        known: dict[tuple[str, int], int] = {}
+        offset = 0
+        for key, rows in self.manifest["splits"][split]["parts"]:
+            table = read_table(self.path / "documents" / f"{split}-{key}.parquet")
+            origins = json.loads((self.path / "parts" / f"{key}.json").read_text(encoding="utf-8"))["origins"]
+            places = zip(table["origin"].tolist(), table["row"].tolist(), strict=True)
+            starts.append(table["start"] + offset)
+            numbers.append([known.setdefault((origins[origin], row), len(known)) for origin, row in places])
+            offset += rows * self.manifest["block_size"]
+        return np.concatenate(starts).astype(np.int64), np.concatenate(numbers).astype(np.int64)
+
+
+def is_validation(split: str) -> bool:
+    """Whether a split is held out."""
+    return split.partition("-")[0] == VALIDATION
+
+
+def of_run(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
+    """The prepared folder that a run was trained on, below one of `roots`; None if it is in none of them.
+
+    `name`: its name, which runs of older versions don't tell. Raises `RecipeError` if the folder of that name is not
+    what the run was trained on.
+    """
+    for root in roots:
+        for path in [root / name] if name else sorted(root.glob("*")):
+            prepared = PreparedData.open(path)
+            if prepared is not None and prepared.checksum == checksum:
+                return path
+            if name and path.is_dir():
+                reason = files.damage(path) or "its files are not those that the run was trained on"
+                raise RecipeError.at(str(path), reason)
+    return None
+
+
+def verify(path: Path) -> dict[str, int]:
+    """Check a prepared folder against its manifest: files, rows, separators and the conservation of every token.
+
+    Raises `RecipeError` that names what does not add up.
+    """
+    reason = files.damage(path)
+    if reason is not None:
+        raise RecipeError.at(str(path), reason)
+    manifest = files.manifest_of(path) or {}
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise RecipeError.at(str(path / files.MANIFEST), what)
+
+    required = {"splits", "sources", "block_size", "eos_token_id"}
+    require(
+        manifest.keys() >= required, f"is not that of prepared data: {', '.join(required - manifest.keys())} missing"
+    )
+    prefix = manifest.get("document_prefix", [])  # older versions put nothing before a document
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {files.MANIFEST}
+    others = sorted(there.symmetric_difference(manifest["files"]))
+    require(not others, f"does not name {others[:1]}, which is in the folder")
+    for name, split in manifest["splits"].items():
+        tokens = rows = separators = begun = 0
+        for chunk in token_chunks(path / name, split):
+            tokens, separators = tokens + len(chunk), separators + int((chunk == manifest["eos_token_id"]).sum())
+            begun += sum(int((chunk == token_id).sum()) for token_id in set(prefix))
+        rows = (tokens - split["remainder"]) // manifest["block_size"]
+        bos = split.get("bos", 0)
+        out = split["tokens"] + split["separators"] + bos + split["padding"]
+        require(rows == split["rows"], f"{name} has {rows} blocks on disk, {split['rows']} in the manifest")
+        require(tokens == out, f"{name} has {tokens} tokens on disk, {out} in the manifest")
+        require(split["remainder"] < manifest["block_size"], f"the remainder of {name} is a block or more")
+        require(split["remainder"] == len(split["remainder_ids"]), f"the remainder of {name} is not its ids")
+        require(split["rows"] == sum(count for _, count in split["parts"]), f"the parts of {name} are not its blocks")
+        expected = split["separators"] + split["padding"]
+        require(separators == expected, f"{name} has {separators} separators on disk, {expected} in the manifest")
+        require(begun == bos, f"{name} has {begun} tokens that begin documents on disk, {bos} in the manifest")
+        require(bos == len(prefix) * split["documents"], f"not every document of {name} begins with {prefix}")
+    for number, source in enumerate(manifest["sources"]):
+        what = (
+            f"{source['documents_read']} documents read, {source['documents_kept']} kept, {source['dropped']} dropped"
+        )
+        dropped = sum(source["dropped"].values())
+        require(source["documents_read"] == source["documents_kept"] + dropped, f"source {number}: {what}")
+        kept = source["train"]["bytes"] + source[VALIDATION]["bytes"]
+        what = f"{source['bytes_read']} bytes read, {kept} in the splits, {source['bytes_dropped']} dropped"
+        require(source["bytes_read"] == kept + source["bytes_dropped"], f"source {number}: {what}")
+    totals = ("documents", "bytes", "tokens", "separators", "bos")
+    for total in totals:
+        out = sum(split.get(total, 0) for split in manifest["splits"].values())
+        into = sum(source[kind].get(total, 0) for source in manifest["sources"] for kind in ("train", VALIDATION))
+        require(out == into, f"{total}: {into} from the sources, {out} in the splits")
+    return {"files": len(manifest["files"])} | {
+        f"{name}_tokens": split["tokens"] for name, split in manifest["splits"].items()
+    }
+
+
+def part_account(work: Path, part: str) -> dict[str, Any] | None:
+    """The account of a part that is done, else None."""
+    try:
+        account: dict[str, Any] = json.loads((work / "parts" / f"{part}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return account
+
+
+def part_key(source: int | None, group: int, ordinal: int) -> str:
+    """Name of a part: the source's number (None for the validation sources), the group of files, the part in it."""
+    return f"{'v' if source is None else source}-{group:05d}-{ordinal:05d}"
+
+
+def part_source(key: str) -> int | None:
+    """The number of a part's source in `data.sources`; None for the validation sources."""
+    name = key.split("-")[0]
+    return None if name == "v" else int(name)
+
+
+def features(block_size: int, dtype: np.dtype[Any]) -> Any:
+    """The `datasets` features of blocks."""
+    from datasets import Features, List, Value
+
+    return Features({"input_ids": List(Value(dtype.name), length=block_size)})
+
+
+def token_chunks(folder: Path, split: dict[str, Any]) -> Iterator[np.ndarray]:
+    """The tokens of a split, record batch by record batch, the remainder last; read, not mapped, to stay small."""
+    import pyarrow as pa
+
+    for key, _ in split["parts"]:
+        with pa.OSFile(str(folder / f"data-{key}.arrow")) as file:
+            for batch in pa.ipc.open_stream(file):
+                yield batch.column(0).flatten().to_numpy()
+    yield np.array(split["remainder_ids"], dtype=np.int64)
+
+
+def write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """Columns of equal length (n,) as a parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table(columns), path, compression="zstd")
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> dict[str, np.ndarray]:
+    """The columns of a parquet file, by default all."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path, columns=columns)
+    return {name: table.column(name).to_numpy() for name in table.column_names}
+
+
+def digests(table: Path) -> np.ndarray:
+    """The hash of each document of a table, uint64 (n,), once also for those in pieces."""
+    columns = read_table(table, ["offset", "digest"])
+    return columns["digest"][columns["offset"] == 0].astype(np.uint64)
+
+
+class RowWriter:
+    """An arrow file of rows, made with the first of them, in batches of equal size but the last of a call."""
+
+    def __init__(self, path: Path, block_size: int, dtype: np.dtype[Any]):
+        self._path, self._block_size = path, block_size
+        self._file: Any = None
+        self._schema = features(block_size, dtype).arrow_schema
+
+    def write(self, flat: np.ndarray) -> int:
+        """Append ids (rows * block_size,); returns the number of rows."""
+        import pyarrow as pa
+
+        if self._file is None:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = pa.ipc.new_stream(self._path, self._schema)
+        size = ROWS_PER_BATCH * self._block_size
+        for start in range(0, len(flat), size):
+            column = pa.FixedSizeListArray.from_arrays(pa.array(flat[start : start + size]), self._block_size)
+            self._file.write_batch(pa.record_batch([column], schema=self._schema))
+        return len(flat) // self._block_size
+
+    def close(self) -> None:
+        """Finish the file, if there is one."""
+        if self._file is not None:
+            self._file.close()

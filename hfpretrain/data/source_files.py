@@ -1,0 +1,373 @@
+"""Which files a source names, and what a file is by its name and its first bytes."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from hfpretrain.recipe.schema import FILE_FORMATS, IS_LFS_POINTER, LFS_POINTER, RecipeError, SourceSection
+
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+_SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+_SPLITS = {name: re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)") for name, words in _SPLIT_WORDS.items()}
+_SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}.*\.")
+# What stands beside data and is none: `datasets` leaves out the first ones, Spark and Hive those that begin with `_`.
+_MARKERS = re.compile(
+    r"(README\.md|config\.json|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip"
+    r"|_(SUCCESS|metadata|common_metadata|committed_\w*|started_\w*)"
+    r"|(README|LICEN[SC]E|NOTICE|COPYING|CITATION|MD5SUMS|SHA256SUMS)([.-]\w+)*)"
+)
+_MAGIC = (
+    (LFS_POINTER, IS_LFS_POINTER),
+    (b"/annex/objects/", "is a git-annex pointer, not the file: get it with `git annex get`"),
+    (b"PK\x03\x04", "is a zip archive: unpack it and name its files"),
+    (b"PK\x05\x06", "is an empty zip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it and name its files"),
+    (b"Rar!\x1a\x07", "is a rar archive: unpack it and name its files"),
+    (b"\x1f\x8b", "is compressed by gzip: end its name in .gz"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstandard: end its name in .zst"),
+    (b"\xfd7zXZ\x00", "is compressed by xz: end its name in .xz"),
+    (b"BZh", "is compressed by bzip2: end its name in .bz2"),
+    (b"\x04\x22\x4d\x18", "is compressed by lz4: decompress it, or compress it as gz, zst, xz or bz2"),
+    (b"PAR1\x15", "is a parquet file: read it with `path: parquet`"),
+    (b"ARROW1\x00\x00", "is an Arrow file: read it with `path: arrow`"),
+    (b"%PDF-", "is a PDF: take the text out of it first"),
+    (b"SQLite format 3\x00", "is an SQLite database: write its texts to a JSON Lines or parquet file"),
+)
+_CODEC_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
+_UTF16 = "is encoded as UTF-16 or UTF-32: convert it, `iconv -f UTF-16 -t UTF-8`"
+HEAD_BYTES = 512
+logger = logging.getLogger(__name__)
+
+
+class SourceFile(NamedTuple):
+    """A file of a source: its path or URL, its size in bytes where known, which of `FILE_FORMATS` it is read as."""
+
+    origin: str
+    size: int | None
+    kind: str
+
+
+def is_packaged(path: str) -> bool:
+    """Whether a source's path is one of the file formats of `datasets`, which come before folders and Hub ids."""
+    return path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}") is not None
+
+
+def is_folder(source: SourceSection) -> bool:
+    """Whether a source's path is a local folder, and not one of the names that come before."""
+    return os.path.isdir(source.path) and source.path not in FILE_FORMATS and not is_packaged(source.path)
+
+
+def find_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]] | None:
+    """The files of each split that `split` names, as of `find`."""
+    names = [part.partition("[")[0].strip() for part in source.split.split("+")]
+    found = {name: find(source, key, name) for name in names}
+    known = {name: files for name, files in found.items() if files is not None}
+    return known if len(known) == len(found) else None
+
+
+def find(source: SourceSection, key: str, split: str) -> list[SourceFile] | None:
+    """The files of a split, patterns in their order, sorted within each; None where `datasets` finds and reads them.
+
+    Raises `RecipeError` where a pattern matches nothing, or something that can't be read, and where it isn't certain
+    which files belong to the split.
+    """
+    _require_readable(source, key)
+    if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
+        return None
+    found: dict[str, tuple[str, int | None]] = {}
+    for pattern in source.patterns or ("**/*",):
+        matches = expand(source, pattern, key)
+        if PurePath(pattern).name in ("*", "**"):
+            matches = _without_markers(source, matches)
+        if not matches:
+            where = f"{key}.data_files" if source.patterns else f"{key}.{'data_dir' if source.data_dir else 'path'}"
+            raise RecipeError.at(
+                where, f"no file matches {pattern if source.patterns else os.path.join(_below_name(source), pattern)}"
+            )
+        for name, info in matches:  # a file named twice, in whatever spelling, is one file
+            found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
+    named = _of_split(source, key, split, list(found.values()))
+    if source.path in FILE_FORMATS:
+        return [SourceFile(name, size, source.path) for name, size in named]
+    files = [(name, size, format_of(name)) for name, size in named]
+    others = [name for name, _, kind in files if kind is None]
+    if len(others) == len(files):
+        return None
+    if others:
+        formats = ", ".join(_FORMATS)
+        what = f"{others[0]} is in none of the formats read from a folder ({formats}), but other files are"
+        raise RecipeError.at(f"{key}.data_files", f"{what}; name the files to train on")
+    return [SourceFile(name, size, str(kind)) for name, size, kind in files]
+
+
+def _require_readable(source: SourceSection, key: str) -> None:
+    """Raises `RecipeError` if `path` is a file, a folder that does not exist, or one of `Dataset.save_to_disk`."""
+    path = source.path
+    if path in FILE_FORMATS:
+        return
+    if is_folder(source):
+        if Path(path, "state.json").is_file() and Path(path, "dataset_info.json").is_file():
+            advice = f"read it with `path: arrow`, `data_files: {os.path.join(path, '*.arrow')}`"
+            raise RecipeError.at(f"{key}.path", f"{path} was written by `Dataset.save_to_disk`: {advice}")
+        return
+    if os.path.isfile(path):
+        what = f"`path: {format_of(path) or 'text'}`"
+        raise RecipeError.at(f"{key}.path", f"{path} is a file: name it in data_files, with {what}")
+    if path.startswith((".", "~", "/")):
+        raise RecipeError.at(f"{key}.path", f"{path} is no folder")
+
+
+def format_of(name: str) -> str | None:
+    """Which of `FILE_FORMATS` a file is by its name; None if none of them."""
+    stem, suffix = os.path.splitext(name.lower())
+    return _FORMATS.get(os.path.splitext(stem)[1] if suffix in CODECS else suffix)
+
+
+def codec_suffix(origin: str) -> str:
+    """The suffix, in lower case, that says how a file is compressed; empty where it isn't."""
+    path = re.split("[?#]", origin)[0] if origin.startswith(("http://", "https://")) else origin
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix if suffix in CODECS else ""
+
+
+def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str = "") -> None:
+    """Raises `RecipeError` if a file's first bytes tell that it isn't what its name or its source says.
+
+    `suffix`: of the compression that the bytes still have. `kind`: the format that they are in without it.
+    """
+    for magic, what in _MAGIC:
+        is_expected = magic == _CODEC_MAGIC.get(suffix) or (kind == "parquet" and magic.startswith(b"PAR1"))
+        if head.startswith(magic) and not is_expected and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
+            raise RecipeError.at(key, f"{origin} {what}")
+    if suffix and head and not head.startswith(_CODEC_MAGIC[suffix]):
+        raise RecipeError.at(key, f"{origin} is not compressed as its name says: rename it without {suffix}")
+    if suffix or kind == "parquet":
+        return
+    if head[257:262] == b"ustar":
+        raise RecipeError.at(key, f"{origin} is a tar archive: unpack it and name its files")
+    is_wide = len(head) >= 8 and (not head[1:64:2].strip(b"\0") or not head[0:64:2].strip(b"\0")) and any(head[:64])
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or is_wide:
+        raise RecipeError.at(key, f"{origin} {_UTF16}")
+
+
+def expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names of the files of a pattern, sorted, and what their file system says of them.
+
+    A name that exists is that file, whatever characters it has. Raises `RecipeError` for what matches and can't be
+    read.
+    """
+    if _is_remote(source, pattern):
+        return _expand_remote(source, pattern, key)
+    pattern, key = pattern.removeprefix("file://"), f"{key}.data_files"
+    path = Path(_root(source), pattern)
+    if os.path.lexists(path):
+        if path.is_dir():
+            raise RecipeError.at(key, f"{path} is a folder; name its files, as in {path}/*, or give it as data_dir")
+        matches = [path]
+    else:
+        start = path.anchor if PurePath(pattern).is_absolute() else str(_root(source))
+        parts = [part for part in PurePath(pattern).parts if part != path.anchor]
+        matches = sorted({Path(match) for match in _matches(start, parts, key)})
+    stats = [(str(match), _stat(match, key)) for match in matches]
+    return [(name, {"size": found.st_size, "mtime": found.st_mtime_ns}) for name, found in stats]
+
+
+def _expand_remote(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
+    import fsspec
+
+    url = pattern if "://" in pattern or not source.data_dir else f"{source.data_dir.rstrip('/')}/{pattern}"
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem.invalidate_cache()
+        is_pattern = glob.has_magic(path) and not filesystem.exists(path)
+        names = sorted(filesystem.glob(path)) if is_pattern else [path]
+        infos = [(name, filesystem.info(name)) for name in names]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # what a remote file system raises may be anything
+        raise RecipeError.at(f"{key}.data_files", f"cannot read {url}: {type(error).__name__}: {error}") from error
+    return [(filesystem.unstrip_protocol(name), info) for name, info in infos if info["type"] == "file"]
+
+
+def _matches(folder: str, parts: list[str], key: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """As `glob.glob(recursive=True)` below a folder, but what can't be read is an error and what exists is no pattern.
+
+    `above`: the folders that `**` has passed, by device and inode, to find links that lead back.
+    """
+    part, rest = parts[0], parts[1:]
+    path = os.path.join(folder, part)
+    if not glob.has_magic(part) or os.path.lexists(path):
+        if rest:
+            yield from _matches(path, rest, key) if _is_folder(path, key) else ()
+        elif os.path.lexists(path):
+            yield path
+        return
+    if part == "**":
+        if not _is_folder(folder, key):
+            return
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in above:
+            raise RecipeError.at(key, f"{folder} is a link to a folder above it; remove it, or name the files")
+        above = (*above, (status.st_dev, status.st_ino))
+        for name in _names(folder, "*", key):
+            below = os.path.join(folder, name)
+            if _is_folder(below, key):
+                yield from _matches(below, parts, key, above)
+            elif not rest:
+                yield below
+        if rest:
+            yield from _matches(folder, rest, key)
+        return
+    for name in _names(folder, part, key):
+        below = os.path.join(folder, name)
+        if not rest:
+            if not os.path.isdir(below):
+                yield below
+        elif _is_folder(below, key):
+            yield from _matches(below, rest, key)
+
+
+def _names(folder: str, pattern: str, key: str) -> list[str]:
+    """Names in a folder that match; hidden ones only if the pattern is hidden, too."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RecipeError.at(key, f"cannot read the folder {folder}: {error.strerror}") from error
+    return [name for name in names if fnmatchcase(name, pattern) and (name[0] != "." or pattern[0] == ".")]
+
+
+def _is_folder(path: str, key: str) -> bool:
+    """Whether a path is a folder; an error where it is a link that leads nowhere."""
+    return os.path.lexists(path) and stat.S_ISDIR(_status(path, key).st_mode)
+
+
+def _status(path: str | Path, key: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        what = f"is a link to {os.readlink(path)}, which is missing" if os.path.islink(path) else "can't be read"
+        raise RecipeError.at(key, f"{path} {what} ({error.strerror})") from error
+
+
+def _stat(path: Path, key: str) -> os.stat_result:
+    """Size and times of a file; an error for what is no file."""
+    found = _status(path, key)
+    if not stat.S_ISREG(found.st_mode):
+        raise RecipeError.at(key, f"{path} is a pipe or a device, and data are read more than once: write a file")
+    return found
+
+
+def _is_remote(source: SourceSection, pattern: str = "") -> bool:
+    return any("://" in name.removeprefix("file://") for name in (pattern, source.data_dir or ""))
+
+
+def _root(source: SourceSection) -> Path:
+    """The local folder that patterns are relative to."""
+    below = (source.data_dir or "").removeprefix("file://")
+    return Path(source.path, below) if is_folder(source) else Path(below)
+
+
+def _below_name(source: SourceSection) -> str:
+    return str(source.data_dir) if _is_remote(source) else str(_root(source))
+
+
+def below(folder: str, name: str) -> str:
+    """A file's path below a folder: local, or of a URL whose spelling the file system may have changed."""
+    if "://" not in name:
+        return Path(os.path.relpath(name, folder)).as_posix()
+    last = folder.rstrip("/").rpartition("/")[2]
+    return name.rpartition(f"/{last}/")[2]
+
+
+def _without_markers(
+    source: SourceSection, matches: list[tuple[str, dict[str, Any]]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Leave out files that accompany data and are none, with one log line."""
+    root = _below_name(source)
+    names = {name: PurePath(below(root, name)) for name, _ in matches}
+    saved = {path.parent for path in names.values() if path.name == "dataset_info.json"}  # by `Dataset.save_to_disk`
+    left_out = {
+        name
+        for name, path in names.items()
+        if _MARKERS.fullmatch(path.name)
+        or (path.name == "state.json" and path.parent in saved)
+        or any(part.startswith("__") and part != "__" for part in path.parent.parts)
+    }
+    if left_out:
+        more = " and more" if len(left_out) > 5 else ""
+        _say_once(f"not read, by their names no data: {', '.join(sorted(left_out)[:5])}{more}")
+    return [(name, info) for name, info in matches if name not in left_out]
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
+
+
+def _has_configurations(source: SourceSection) -> bool:
+    """Whether a folder's README.md says which files make its splits, as that of a dataset on the Hub may."""
+    try:
+        text = Path(source.path, "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.startswith("---\n") and "\nconfigs:" in text.split("\n---")[0]
+
+
+def _of_split(
+    source: SourceSection, key: str, split: str, files: list[tuple[str, int | None]]
+) -> list[tuple[str, int | None]]:
+    """Those files that belong to a split: all for `train` where they are named or no name tells of splits."""
+    if split == "all":
+        return files
+    if source.patterns:
+        if split != "train":
+            raise RecipeError.at(f"{key}.split", f"files of data_files are the split train; there is no split {split}")
+        return files
+    root = _below_name(source)
+    splits = _by_split((name for name, _ in files), root)
+    advice = "name the files to train on in data_files" if split == "train" else "name the files in data_files"
+    if source.path in FILE_FORMATS and split == "train":
+        # `datasets` would leave these out by their names; to train on them unasked would be worse than to ask.
+        other = next((name for name, found in splits.items() if found - {"train"}), None)
+        if other is not None:
+            raise RecipeError.at(f"{key}.data_dir", f"holds another split's file {other}; {advice}")
+        return files
+    if not any(splits.values()):
+        if split != "train":
+            raise RecipeError.at(f"{key}.split", f"no file below {root} is named after a split {split}; {advice}")
+        return files
+    unclear = next((name for name, found in splits.items() if len(found) != 1), None)
+    if unclear is not None:
+        what = " and ".join(sorted(splits[unclear])) or "no split, where others do"
+        raise RecipeError.at(f"{key}.data_files", f"{unclear} belongs by its name to {what}; {advice}")
+    mine = [(name, size) for name, size in files if split in splits[name]]
+    if not mine:
+        known = ", ".join(sorted(set().union(*splits.values())))
+        raise RecipeError.at(f"{key}.split", f"no file below {root} is named after {split}; there are: {known}")
+    return mine
+
+
+def _by_split(names: Iterable[str], root: str) -> dict[str, set[str]]:
+    """The splits that each file belongs to by its path below `root`, as `datasets` names them."""
+    paths = {name: below(root, name) for name in names}
+    shards = {name: match[1] for name, path in paths.items() if (match := _SHARD.match(path))}
+    if shards:
+        return {name: {shards[name]} if name in shards else set() for name in paths}
+    return {name: {split for split, words in _SPLITS.items() if words.search(path)} for name, path in paths.items()}

@@ -1,0 +1,105 @@
+"""Cut a model's matrices across processes that share their sequences, by transformers' plan for its class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfpretrain.recipe.schema import RecipeError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+# Of a module whose processes hold the gradients of their own heads only.
+_PARTIAL = "replicated_with_grad_allreduce"
+
+
+def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
+    """Keep this process's part of a model that all processes of the one-dimensional `mesh` have built alike.
+
+    Raises `RecipeError` if the model then computes other logits than whole.
+    """
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    whole = _probe(model)
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
+    # A tied head has no parameter of its own until it is tied again below.
+    names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    plan = {name: style for name, style in plan.items() if name in names}
+    try:
+        apply_tensor_parallelism(model, mesh, {name: style for name, style in plan.items() if style != _PARTIAL})
+        model.tie_weights()
+        replicated: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+        for name, module in model.named_modules():
+            _replicate(module, mesh, replicated, sum_gradients=plan.get(name) == _PARTIAL)
+        model._tp_size = mesh.size()  # where accelerate looks
+        model.to(device)
+        difference = (_probe(model) - whole).abs().max().item()
+        wrong = "" if difference <= 1e-2 * whole.abs().max().item() else f"a logit differs by {difference:.2g}"
+    except (RuntimeError, ValueError, AttributeError) as error:  # of a plan that does not fit its model
+        wrong = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+    if wrong:
+        raise RecipeError.at(
+            "parallelism_config.parallelism_config_tp_size",
+            f"{type(model).__name__} cut by its plan does not compute what it does whole ({wrong}); use another "
+            "accelerate file",
+        )
+
+
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a few tokens, float32 (1, 8, vocabulary) on the CPU, by the code that training runs."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("eager")  # the only one that runs on every device
+    input_ids = torch.arange(8)[None].to(next(model.parameters()).device) % model.config.vocab_size
+    logits = model(input_ids=input_ids, use_cache=False).logits.detach().float().cpu()
+    model.set_attn_implementation(attention)
+    model.train(training)
+    return logits
+
+
+def _replicate(
+    module: torch.nn.Module,
+    mesh: DeviceMesh,
+    replicated: dict[torch.nn.Parameter, torch.nn.Parameter],
+    sum_gradients: bool,
+) -> None:
+    """Give a module's remaining parameters the type of the cut ones, since torch's fused optimizers and norms take one
+    type only; its forward goes on with plain tensors. `replicated` holds those done, which modules may share.
+
+    `sum_gradients`: each process has the gradient of its own heads. transformers 5.23 sums what has accumulated, again
+    in every micro-step.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    plain = {n: p for n, p in module._parameters.items() if p is not None and not isinstance(p, DTensor)}
+    if not plain:
+        return
+    for name, parameter in plain.items():
+        if parameter not in replicated:
+            tensor = DTensor.from_local(parameter.detach().to(mesh.device_type), mesh, [Replicate()], run_check=False)
+            replicated[parameter] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+        module._parameters[name] = replicated[parameter]
+    forward = module.forward
+
+    def summed(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient, group=mesh.get_group())
+        return gradient
+
+    def local_forward(*args: Any, **kwargs: Any) -> Any:
+        parameters: dict[str, Any] = {name: module._parameters[name] for name in plain}
+        for name, parameter in parameters.items():
+            local = parameter.to_local()
+            if sum_gradients and local.requires_grad:
+                local.register_hook(summed)
+            module._parameters[name] = local
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(parameters)
+
+    module.forward = local_forward

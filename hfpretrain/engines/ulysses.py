@@ -1,0 +1,60 @@
+"""Sequences cut across processes for DeepSpeed's Ulysses attention, their packed documents kept apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfpretrain.recipe.schema import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORE_INDEX = -100
+
+
+def mask_documents(model: PreTrainedModel) -> None:
+    """Let sdpa attention derive its mask from positions, for DeepSpeed 0.19 to wrap: it gathers the positions of a
+    sequence, but drops the mask, and packed documents would see each other.
+
+    Raises `RecipeError` for a model that does not compute with sdpa; a forward pass does so if the model does not hand
+    positions to its attention.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if model.config._attn_implementation != "sdpa":
+        message = f"{type(model).__name__} has no sdpa attention, which keeps packed documents apart; use zero3.yaml"
+        raise RecipeError.at("parallelism_config.parallelism_config_sp_size", message)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def masked(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, position_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        if position_ids is None:
+            raise RecipeError.at(
+                "parallelism_config.parallelism_config_sp_size",
+                f"{type(model).__name__} does not hand positions to its attention; use another accelerate file",
+            )
+        return sdpa(module, query, key, value, document_mask(position_ids), **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = masked
+
+
+def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """Which tokens a token sees, those of its document up to itself: int64 (batch, length) whose documents begin at 0,
+    to bool (batch, 1, length, length)."""
+    document = (position_ids == 0).cumsum(1)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same & torch.ones_like(same[0, 0]).tril()
+
+
+def split(batch: dict[str, torch.Tensor], index: int, size: int) -> dict[str, torch.Tensor]:
+    """Part `index` of `size` of a batch as of `dataloader.collate`, with `shift_labels`: the label of a part's last
+    token is the first token of the next."""
+    labels, length = batch["labels"], batch["labels"].shape[1]
+    positions = torch.arange(length, device=labels.device).expand_as(labels)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    whole = {"position_ids": positions, **batch, "shift_labels": shifted}
+    part = length // size
+    return {name: tensor[:, index * part : (index + 1) * part].contiguous() for name, tensor in whole.items()}

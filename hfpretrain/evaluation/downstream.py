@@ -1,0 +1,264 @@
+"""The loss at step 0 of fine-tuning with plain libraries, beside this project's evaluation of the same text."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfpretrain.data.tokenizer import Encoder, load_tokenizer
+from hfpretrain.evaluation.score import Texts, Windows, evaluate_checkpoint
+from hfpretrain.modeling.loss import IGNORE_INDEX
+from hfpretrain.recipe.schema import RecipeError, TokenizerSection
+
+TOLERANCE = 1e-5
+_MAX_CONTEXT, _MAX_DOCUMENTS, _MAX_TOKENS = 1024, 64, 2**14
+_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to fine-tune: losses in nats per token, and how many tokens they are the mean of."""
+
+    way: str
+    tokens: int
+    loss: float
+    evaluated: float
+    evaluated_tokens: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether both are the same number to 1e-5."""
+        return self.tokens == self.evaluated_tokens and abs(self.loss - self.evaluated) <= TOLERANCE
+
+
+def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
+    """Rows of every way whose package is installed, and notes on what was left out.
+
+    Nothing of ours runs in a way: transformers loads the folder or Hub id `model`, in float32 and without dropout, as
+    evaluation has it. Of `texts` the first documents, up to 64 or 16,384 tokens, cut to the model's context (at most
+    1,024 tokens) where they are longer: a trainer would cut them, evaluation goes on in the next window. Each begins
+    with what calling the tokenizer adds, such as BOS, and ends with EOS. Alone, a document's first token is predicted
+    from nothing and does not count; in run_clm's blocks attention goes across documents, so they are evaluated so.
+    Raises `RecipeError` if no document is left or the model does not load.
+    """
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    tokenizer = load_tokenizer(TokenizerSection(pretrained=model))
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    context = min(getattr(config, "max_position_embeddings", None) or _MAX_CONTEXT, _MAX_CONTEXT)
+    text = _Text(tokenizer, context)
+    documents, notes = text.documents(texts)
+    blocks = text.whole_blocks(documents)
+    ids = [text.ids(document) for document in documents]
+    joined = list(chain.from_iterable(map(text.ids, blocks)))
+    cut = [joined[start : start + context] for start in range(0, len(joined), context)]
+    network = _Network(model, config, tokenizer)
+    alone = evaluate_checkpoint(model, {str(n): [d] for n, d in enumerate(documents)}, None, Windows(context))
+    rows = [("AutoModelForCausalLM, a document at a time", ids, network.forward(ids), alone)]
+    rows.append(("Trainer, documents padded", ids, network.trainer(ids), alone))
+    if blocks:
+        packed = evaluate_checkpoint(model, {"": blocks}, None, Windows(context, document_masking=False))
+        labels = [text.labels(block) for block in cut]
+        rows.append((f"Trainer, run_clm's blocks of {context}", labels, network.trainer(cut, labels), packed))
+        if text.prefix:
+            notes.append(
+                f"in run_clm's blocks the label of {tokenizer.decode(text.prefix[:1])} is ignored, as in training"
+            )
+    else:
+        notes.append(f"the text does not fill a block of {context} tokens, so run_clm would have nothing to train on")
+    if find_spec("trl") is None:
+        notes.append("trl is not installed (pip install hfpretrain[examples])")
+    else:
+        # TRL calls the tokenizer, which may add an EOS that pretraining does not.
+        given = {"text": documents} if tokenizer("")["input_ids"] == text.prefix else {"input_ids": ids}
+        rows.append(("TRL SFTTrainer", ids, network.sft(given, lora=False), alone))
+        if find_spec("peft") is None:
+            notes.append("peft is not installed (pip install hfpretrain[examples])")
+        else:
+            rows.append(("TRL SFTTrainer with LoRA", ids, network.sft(given, lora=True), alone))
+    return [
+        Row(
+            way,
+            sum(label != IGNORE_INDEX for some in examples for label in some[1:]),
+            loss,
+            report["loss"],
+            report["tokens"],
+        )
+        for way, examples, loss, report in rows
+    ], [*notes, *network.notes]
+
+
+def table(model: str, rows: list[Row], notes: list[str]) -> str:
+    """Both losses of every way in a line of its own."""
+    lines = [f"{model}: loss at step 0 of fine-tuning, and evaluated; the same to {TOLERANCE:.0e}"]
+    lines.append(f"{'':<44}{'tokens':>8}{'step 0':>12}{'evaluated':>12}{'difference':>12}")
+    for row in rows:
+        end = f"{row.loss - row.evaluated:>12.1e}{'' if row.holds else '  differs'}"
+        lines.append(f"  {row.way:<42}{row.tokens:>8,}{row.loss:>12.7f}{row.evaluated:>12.7f}{end}")
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])
+
+
+class _Text:
+    """Documents as both sides read them."""
+
+    def __init__(self, tokenizer: Any, context: int):
+        self._tokenizer, self._context = tokenizer, context
+        self._encode = Encoder(tokenizer, np.dtype(np.int64))
+        self.prefix = list(self._encode.prefix)
+        self._frame_size = len(self.prefix) + 1
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids as plain scripts make them: what the tokenizer puts before a text, the text, and EOS."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*self.prefix, *ids, self._tokenizer.eos_token_id]
+
+    def labels(self, block: list[int]) -> list[int]:
+        """The block as labels, without BOS, which training does not learn to predict."""
+        return [IGNORE_INDEX if token in self.prefix[:1] else token for token in block]
+
+    def documents(self, texts: Texts) -> tuple[list[str], list[str]]:
+        """The first of `texts`, each of at most a context, and notes on those that are not here."""
+        documents: list[str] = []
+        tokens = shortened = differing = 0
+        for whole in chain.from_iterable(texts.values()):
+            if len(documents) == _MAX_DOCUMENTS or tokens >= _MAX_TOKENS:
+                break
+            text = self._shortened(whole, self._context - self._frame_size)
+            ids = self.ids(text)
+            if ids != self._encode([text])[0].tolist():
+                differing += 1  # it spells a special token, which plain scripts take for one
+            elif len(ids) > self._frame_size:
+                documents.append(text)
+                tokens, shortened = tokens + len(ids), shortened + (text != whole)
+        if not documents:
+            raise RecipeError.at("data", "there is no document that a plain script reads as this project does")
+        notes = [f"{len(documents)} document(s), {shortened} of them cut to the context of {self._context} tokens"]
+        if differing:
+            notes.append(f"{differing} document(s) left out: they spell a special token, which plain scripts let pass")
+        return documents, notes
+
+    def whole_blocks(self, documents: list[str]) -> list[str]:
+        """The documents, shortened at their end so that nothing is left behind the last block: run_clm drops that."""
+        documents = list(documents)
+        while documents and (rest := sum(len(self.ids(text)) for text in documents) % self._context):
+            last = documents.pop()
+            wanted = len(self.ids(last)) - self._frame_size - rest
+            if wanted > 0:
+                documents.append(self._shortened(last, wanted))
+        return documents
+
+    def _shortened(self, text: str, num_tokens: int) -> str:
+        """A beginning of `text` of at most so many tokens; where a text is cut they may become fewer or more."""
+        while True:
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            if len(encoded["input_ids"]) <= num_tokens:
+                return text
+            text = text[: min(encoded["offset_mapping"][num_tokens - 1][1], len(text) - 1)]
+
+
+class _Network:
+    """The checkpoint in the hands of plain libraries, loaded anew by each."""
+
+    def __init__(self, model: str, config: Any, tokenizer: Any):
+        self._model, self._config, self._tokenizer = model, config, tokenizer
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.notes: list[str] = []
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # the loss would include the router's
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        network = AutoModelForCausalLM.from_pretrained(
+            self._model, config=self._config, dtype=torch.float32, trust_remote_code=False
+        )
+        if network.loss_type is None:
+            # Trainer (transformers 5.23) goes by the class's name; for GPT2LMHeadModel it counts first tokens, too.
+            network.loss_type = "ForCausalLM"
+            self.notes = [
+                f'{type(network).__name__} needs `model.loss_type = "ForCausalLM"` before a trainer gets it: by '
+                "its name it has no loss, and the sum would be divided by one token too many in each sequence"
+            ]
+        return network
+
+    @torch.no_grad()
+    def forward(self, ids: list[list[int]]) -> float:
+        network = self._load().eval()
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        network.to(device)
+        total = 0.0
+        for some in ids:
+            input_ids = torch.tensor([some], device=device)
+            total += network(input_ids=input_ids, labels=input_ids).loss.item() * (len(some) - 1)
+        return total / sum(len(some) - 1 for some in ids)
+
+    def trainer(self, ids: list[list[int]], labels: list[list[int]] | None = None) -> float:
+        from datasets import Dataset
+        from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+        # DataCollatorForLanguageModeling ignores the padding token wherever it is, so EOS too where it is both.
+        collator = DataCollatorForSeq2Seq(self._tokenizer)
+        data = Dataset.from_dict({"input_ids": ids, "labels": labels or ids})
+        return self._first_loss(
+            TrainingArguments, len(ids), lambda args: Trainer(self._load(), args, collator, train_dataset=data)
+        )
+
+    def sft(self, rows: dict[str, Any], lora: bool) -> float:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        peft_config = None
+        if lora:
+            from peft import LoraConfig
+
+            peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
+        data, keywords = Dataset.from_dict(rows), {"processing_class": self._tokenizer, "peft_config": peft_config}
+        return self._first_loss(
+            # Its own defaults are bf16, a cut at 1,024 tokens, and a loss that includes the router's of experts.
+            lambda **arguments: SFTConfig(
+                **arguments, max_length=None, gradient_checkpointing=False, router_aux_loss_coef=0.0
+            ),
+            len(data),
+            lambda args: SFTTrainer(self._load(), args, train_dataset=data, **keywords),
+        )
+
+    def _first_loss(
+        self, make_arguments: Callable[..., Any], num_examples: int, make_trainer: Callable[[Any], Any]
+    ) -> float:
+        """What a trainer logs for its first step, which takes all examples."""
+        from transformers import PrinterCallback
+
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pinned memory without a device, of keywords that TRL sets itself
+            arguments = make_arguments(
+                output_dir=folder,
+                per_device_train_batch_size=_BATCH_SIZE,
+                gradient_accumulation_steps=-(-num_examples // _BATCH_SIZE),
+                max_steps=1,
+                learning_rate=0.0,
+                optim="sgd",
+                bf16=False,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
+            trainer = make_trainer(arguments)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            return next(float(row["loss"]) for row in trainer.state.log_history if "loss" in row)

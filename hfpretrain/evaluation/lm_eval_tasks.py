@@ -1,0 +1,223 @@
+"""Downstream tasks by lm-eval, on a model in memory that all processes of any engine run together."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hfpretrain.data.tokenizer import document_prefix, document_start, set_add_bos
+from hfpretrain.recipe.schema import LmEvalSection, RecipeError
+
+_RESAMPLES = 1000
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How processes share the requests; by default there is one process. All must call each of these alike."""
+
+    index: int = 0
+    size: int = 1
+    """This process's share of the requests, and how many shares there are."""
+    broadcast: Callable[[Any], Any] = _same
+    """The main process's object on all."""
+    gather: Callable[[list[Any]], list[Any]] = _same
+    """The lists of all processes as one."""
+    any_computes: Callable[[bool], bool] = _same
+    """Whether any process gave True."""
+
+
+class Tasks:
+    """The tasks of `evaluation.lm_eval`, with their data: loaded once, so that a run needs no network later.
+
+    Only the main process has them. Raises `RecipeError` for a name lm-eval does not know, or data that do not load;
+    `key` is where the user named them.
+    """
+
+    def __init__(self, section: LmEvalSection, key: str, is_main: bool = True):
+        if find_spec("lm_eval") is None:
+            raise RecipeError.at(key, "lm-eval is not installed: pip install -c constraints.txt -e .[lm-eval]")
+        if not is_main:
+            return
+        import lm_eval.api.task
+        from lm_eval.tasks import TaskManager
+
+        lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # a bar of its own would break the run's
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        if section.include_path is not None and not Path(section.include_path).is_dir():
+            raise RecipeError.at(key, f"there is no folder {section.include_path} to include tasks from")
+        self._limit = section.limit
+        names = list(section.tasks)
+        manager = TaskManager(include_path=section.include_path, include_defaults=section.include_path is None)
+        if not set(names) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=section.include_path)
+        for name in names:
+            if name not in manager.all_tasks:
+                near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+                where = f" nor in {section.include_path}" if section.include_path else ""
+                hint = f"; did you mean {', '.join(near)}?" if near else ", see `lm_eval ls tasks`"
+                raise RecipeError.at(key, f"{name!r} is no task of lm-eval{where}{hint}")
+        try:
+            self._loaded = manager.load(names)
+        except Exception as error:  # a task is a script, its data may be anywhere
+            message = f"{', '.join(names)}: not all of these load: {' '.join(str(error).split()):.300}"
+            raise RecipeError.at(key, message) from error
+        for task in self._loaded["tasks"].values():
+            shots = section.num_fewshot
+            # As lm_eval.simple_evaluate: a task that says 0 means it.
+            if shots is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=shots)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=1234)
+
+    def run(self, language_model: Any) -> dict[str, Any]:
+        """lm-eval's own results: `results`, `n-samples`, `n-shot`, ... On the main process alone, while the others
+        `serve`."""
+        from lm_eval.evaluator import evaluate
+
+        # It would fork a process for each core from one that holds accelerators and threads.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        try:
+            with language_model.working():
+                found = evaluate(
+                    language_model,
+                    self._loaded,
+                    limit=self._limit,
+                    bootstrap_iters=_RESAMPLES,
+                    log_samples=False,
+                )
+        finally:
+            del os.environ["DISABLE_MULTIPROC"]
+        return {key: found[key] for key in ("results", "n-samples", "n-shot", "versions") if key in found}
+
+
+def figures(results: dict[str, Any]) -> dict[str, float]:
+    """`TASK/METRIC` and `TASK/METRIC_stderr` of every number in lm-eval's `results`; of other filters than `none`
+    `TASK/METRIC/FILTER`."""
+    found = {}
+    for task, values in results.items():
+        for name, value in values.items():
+            metric, comma, kind = name.partition(",")
+            if comma and isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[f"{task}/{metric}" + ("" if kind == "none" else f"/{kind}")] = float(value)
+    return found
+
+
+def shared_language_model(
+    model: Any, tokenizer: Any, device: torch.device, batch_size: int, processes: Processes
+) -> Any:
+    """lm-eval's `HFLM` around `model`, a causal LM as transformers has it, whose requests all processes share.
+
+    The main process gives it to `Tasks.run`; the others call its `serve` meanwhile. Under engines that shard, a forward
+    pass needs every process. So all make their passes in rounds, and whoever has no more requests goes on with passes
+    over a single token until none has.
+    """
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    add_bos_token = bool(document_prefix(tokenizer)) or None
+
+    class Network:
+        """What HFLM asks of a model; it would set up a real one anew, tying weights that an engine has cut."""
+
+        def __init__(self) -> None:
+            self.device, self.config = device, model.config
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            return model(input_ids=input_ids, use_cache=False)
+
+        def generate(self, **keywords: Any) -> torch.Tensor:
+            # It would have all processes of a sharded model generate at once; the rounds see to what they need.
+            return model.generate(**keywords, synced_gpus=False)
+
+    class SharedLanguageModel(HFLM):
+        def __init__(self) -> None:
+            # HFLM gives the tokenizer a padding token.
+            own = copy.deepcopy(tokenizer)
+            start = document_start(own)
+            # A request is the beginning of a document: EOS at its end, as some tokenizers put it, would end it.
+            set_add_bos(own, bool(add_bos_token), add_eos=False)
+            keywords: dict[str, Any] = {"prefix_token_id": start[-1], "add_bos_token": add_bos_token}
+            super().__init__(pretrained=Network(), tokenizer=own, backend="causal", batch_size=batch_size, **keywords)
+
+            self._idle = False
+
+        @contextlib.contextmanager
+        def working(self) -> Iterator[None]:
+            with self._evaluating():
+                yield
+                processes.broadcast(None)
+
+        def serve(self) -> None:
+            """Compute for the main process until it has its results."""
+            with self._evaluating():
+                while (job := processes.broadcast(None)) is not None:
+                    self._compute(*job)
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self._all("loglikelihood", requests)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self._all("loglikelihood_rolling", requests)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self._all("generate_until", requests)
+
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            # `loglikelihood_rolling` has a bar in any case.
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def _all(self, kind: str, requests: list[Any]) -> list[Any]:
+            return self._compute(*processes.broadcast((kind, [request.args for request in requests])))
+
+        def _compute(self, kind: str, arguments: list[Any]) -> list[Any]:
+            ours = range(processes.index, len(arguments), processes.size)
+            # lm-eval puts the prefix before such a text itself; with a second one it would score the first.
+            self.add_bos_token = False if kind == "loglikelihood_rolling" else add_bos_token
+            requests = [Instance(request_type=kind, doc={}, arguments=arguments[at], idx=0) for at in ours]
+            answers = getattr(super(), kind)(requests, disable_tqdm=True) if requests else []
+            only = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            self._idle = True
+            while processes.any_computes(False):
+                model(input_ids=only, use_cache=False)
+            self._idle = False
+            found = dict(processes.gather(list(zip(ours, answers, strict=True))))
+            return [found[at] for at in range(len(arguments))]
+
+        @contextlib.contextmanager
+        def _evaluating(self) -> Iterator[None]:
+            """Every forward pass is a round of all processes; nothing is compiled for lengths that come once."""
+            training = model.training
+            model.eval()
+            # Before the hooks in which an engine gathers its weights: the order is the same for idle processes.
+            hook = model.register_forward_pre_hook(self._round, prepend=True)
+            try:
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                    yield
+            finally:
+                hook.remove()
+                model.train(training)
+
+        def _round(self, *_: Any) -> None:
+            if not self._idle:
+                processes.any_computes(True)
+
+    return SharedLanguageModel()

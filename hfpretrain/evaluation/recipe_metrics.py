@@ -1,0 +1,138 @@
+"""`evaluate` metrics that a recipe names. Only the main process feeds them, as the library is not safe with several.
+
+A metric is a Python script. Without `evaluation.trust_remote_code` only our own and those that `evaluate` itself hosts
+are run: a recipe is data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpretrain.recipe.schema import EvaluationSection, Problem, RecipeError, repo_id_problem
+
+if TYPE_CHECKING:
+    import torch
+
+_NAMES = (
+    "accuracy bertscore bleu bleurt brier_score cer character charcut_mt chrf code_eval comet competition_math "
+    "confusion_matrix coval cuad exact_match f1 frugalscore glue google_bleu indic_glue mae mahalanobis mape mase "
+    "matthews_correlation mauve mean_iou meteor mse nist_mt pearsonr perplexity poseval precision r_squared recall "
+    "rl_reliability roc_auc rouge sacrebleu sari seqeval smape spearmanr squad squad_v2 super_glue ter trec_eval wer "
+    "wiki_split xnli xtreme_s"
+)
+_SPACES = "evaluate-metric/"
+HOSTED = frozenset(_NAMES.split())
+"""Names of https://github.com/huggingface/evaluate/tree/main/metrics, each of which `evaluate` loads from
+`evaluate-metric/NAME` at the revision of its own version."""
+
+
+def trust_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
+    """Code that `evaluation` of a recipe's raw mapping names but does not trust. None of it is read."""
+    try:
+        section = EvaluationSection.model_validate(mapping.get("evaluation") or {})
+    except ValueError:  # told with the other problems
+        return
+    for number, path in enumerate(section.metrics):
+        if (message := _refusal(path, section)) is not None:
+            yield Problem(f"evaluation.metrics.{number}", message)
+    if section.lm_eval is not None and section.lm_eval.include_path is not None and not section.trust_remote_code:
+        yield Problem(
+            "evaluation.lm_eval.include_path",
+            f"task files in {section.lm_eval.include_path} can run any code; read them, then set "
+            "evaluation.trust_remote_code to true",
+        )
+
+
+def _script(path: str) -> Path | None:
+    """The local script that `evaluate` would run for a metric's path, before it asks the Hub."""
+    script = Path(path) if path.endswith(".py") else Path(path) / f"{Path(path).name}.py"
+    return script if script.is_file() else None
+
+
+def _refusal(path: str, section: EvaluationSection) -> str | None:
+    """Why a metric's script is not run."""
+    script = _script(path)
+    if script is not None and script.resolve().parent == Path(__file__).resolve().parent:
+        return None
+    if script is None and path.removeprefix(_SPACES) in HOSTED:
+        return None
+    if script is None and repo_id_problem(path) is not None:
+        return f"{path} does not load: there is no such script, and evaluate hosts no metric of this name"
+    where = "a script on this machine" if script is not None else "a script on the Hub"
+    if not section.trust_remote_code:
+        return (
+            f"{path} is {where} that neither hfpretrain nor evaluate provides; read its code, then set "
+            "evaluation.trust_remote_code to true"
+        )
+    if script is None and path not in section.metric_revisions:
+        return f"{path} may change on the Hub; pin its commit, evaluation.metric_revisions: {{{path}: COMMIT}}"
+    return None
+
+
+def _load(path: str, section: EvaluationSection) -> Any:
+    import evaluate
+
+    if (script := _script(path)) is not None:
+        return evaluate.load(str(script))
+    if (name := path.removeprefix(_SPACES)) in HOSTED:
+        return evaluate.load(f"{_SPACES}{name}")
+    from huggingface_hub import snapshot_download
+
+    # `evaluate` itself falls back to whichever revision it has loaded before where the Hub can't be reached.
+    repo_id = path if "/" in path else f"{_SPACES}{path}"
+    keywords: dict[str, Any] = {"repo_type": "space", "allow_patterns": ["*.py"]}
+    folder = snapshot_download(repo_id, revision=section.metric_revisions[path], **keywords)
+    return evaluate.load(str(Path(folder) / f"{repo_id.partition('/')[2]}.py"))
+
+
+class MetricFolders:
+    """The metrics of `evaluation.metrics`. All ranks have them; only the main one loads and feeds them.
+
+    Raises `RecipeError` for one whose code the section does not trust, that does not load, or takes anything but
+    predictions and references.
+    """
+
+    def __init__(self, section: EvaluationSection, is_main: bool):
+        self._metrics: dict[str, Any] = {}
+        self.wanted = bool(section.metrics)
+        for number, path in enumerate(section.metrics if is_main else ()):
+            key = f"evaluation.metrics.{number}"
+            if (message := _refusal(path, section)) is not None:
+                raise RecipeError.at(key, message)
+            try:
+                metric = _load(path, section)
+            except Exception as error:  # a metric is a script
+                message = " ".join(str(error).split())
+                raise RecipeError.at(key, f"{path} does not load: {message:.200}") from error
+            features = metric.features[0] if isinstance(metric.features, list) else metric.features
+            if set(features) != {"predictions", "references"}:
+                raise RecipeError.at(key, f"{path} takes {', '.join(features)}; predictions and references are given")
+            self._metrics[metric.name] = metric
+
+    def add(self, predictions: torch.Tensor, references: torch.Tensor) -> None:
+        """Tokens of all processes, int64 (n, length); places whose reference is -100 are left out."""
+        from hfpretrain.modeling.loss import IGNORE_INDEX
+
+        valid = references != IGNORE_INDEX
+        for metric in self._metrics.values():
+            predicted, wanted = predictions[valid].cpu().numpy(), references[valid].cpu().numpy()
+            self._called(metric, functools.partial(metric.add_batch, predictions=predicted, references=wanted))
+
+    def _called(self, metric: Any, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # a metric is a script
+            message = f"{metric.name} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise RecipeError.at("evaluation.metrics", message) from error
+
+    def compute(self) -> dict[str, float]:
+        """`METRIC/key` of every number they give."""
+        found = {}
+        for name, metric in self._metrics.items():
+            for key, value in (self._called(metric, metric.compute) or {}).items():
+                if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
+                    found[f"{name}/{key}"] = float(value)
+        return found

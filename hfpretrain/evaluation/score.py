@@ -1,0 +1,389 @@
+"""Score any checkpoint folder or Hub id on a recipe's validation text or on files; two of them on the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hfpretrain.checkpoints import plain
+from hfpretrain.data import corpus
+from hfpretrain.data.batches import collate
+from hfpretrain.data.tokenizer import Encoder, document_start, load_tokenizer, token_bytes, unknown_id
+from hfpretrain.evaluation import lm_eval_tasks
+from hfpretrain.evaluation import sums as evaluation
+from hfpretrain.modeling.build import isolates_documents
+from hfpretrain.modeling.loss import IGNORE_INDEX, use_chunked_loss
+from hfpretrain.recipe.schema import (
+    DataSection,
+    LmEvalSection,
+    Problem,
+    Recipe,
+    RecipeError,
+    SourceSection,
+    TokenizerSection,
+    not_loaded,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Texts = dict[str, list[str]]
+"""Documents of each set of them, by its name."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How text is cut for a model; None: the recipe's block size or the model's context, and no overlap."""
+
+    block_size: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    document_masking: bool | None = None
+    """Attention ends at document boundaries; None: as the recipe says, else where the model isolates."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model scored on documents, in their order."""
+
+    documents: np.ndarray
+    """As of `evaluation.Sums`, bytes being those of the text."""
+    report: dict[str, Any]
+
+
+def evaluate_perplexity(
+    model: str | Path | PreTrainedModel,
+    texts: Recipe | Sequence[str] | Mapping[str, Sequence[str]],
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    block_size: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Loss (nats per token), perplexity and bits per byte of a model on whole documents, with 95 % intervals.
+
+    `model`: a folder, a Hub id, or a causal LM in memory with its fast `tokenizer`, where it is and in its dtype.
+    `texts`: documents; several sets of them by name, for figures of each beside those of all; or a recipe, for the
+    text it holds out. `block_size` and `stride` in tokens, by default the recipe's block size or the model's context up
+    to 1,024, and no overlap. The report is that of `hfpretrain evaluate`. Raises `RecipeError` where there is nothing
+    to score or the model does not load.
+    """
+    recipe = texts if isinstance(texts, Recipe) else None
+    if isinstance(texts, str):
+        raise RecipeError.at("texts", "is one string; give a list of documents")
+    if isinstance(texts, Recipe):
+        documents = recipe_texts(texts)
+    else:
+        documents = _checked(texts if isinstance(texts, Mapping) else {"": texts})
+    windows = Windows(block_size, stride, batch_size)
+    if isinstance(model, (str, Path)):
+        return evaluate_checkpoint(str(model), documents, recipe, windows)
+    if tokenizer is None:
+        raise RecipeError.at("tokenizer", "a model in memory needs its tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise RecipeError.at("tokenizer", "has no EOS token, which ends a document")
+    training = model.training
+    model.eval()  # dropout would look like documents that see each other
+    try:
+        return _score_network(tokenizer, model, documents, recipe, windows).report
+    finally:
+        model.train(training)
+
+
+def _checked(texts: Mapping[str, Sequence[str]]) -> Texts:
+    """Documents by set, if they are: a string would be taken for a list of letters."""
+    checked: Texts = {}
+    for name, documents in texts.items():
+        path = f"texts.{name}" if name else "texts"
+        if isinstance(documents, str) or not isinstance(documents, Iterable):
+            raise RecipeError.at(path, f"is one {type(documents).__name__}; give a list of documents")
+        checked[name] = list(documents)
+        for number, text in enumerate(checked[name]):
+            if not isinstance(text, str):
+                raise RecipeError.at(f"{path}.{number}", f"is a {type(text).__name__}, not a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RecipeError.at(f"{path}.{number}", f"is no valid Unicode: {error.reason}") from error
+    return checked
+
+
+def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte of `model` on all `texts`, and on each set where there are several.
+
+    The documents of a set are joined as in training, before each what the tokenizer's own call puts before a text and
+    after it one EOS, so that longer ones than the context go on in the next window. `stride` < `block_size` slides the
+    window: every token has at least `block_size - stride` tokens of context where the document has them. Attention ends
+    at document boundaries where the model isolates and the recipe does not forbid it; the result says so.
+    """
+    return _score(model, texts, recipe, windows).report
+
+
+def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
+    """Both models on the same documents, and the paired difference of their bits per byte, which do not depend on the
+    tokenizers: a - b with its 95 % interval over documents, and the share of documents on which a has fewer bits (of
+    equal ones half)."""
+    scores = [_score(model, texts, recipe, windows) for model in (a, b)]
+    for model, score in zip((a, b), scores, strict=True):
+        if score.report["unknown_tokens"]:
+            message = (
+                f"{score.report['unknown_tokens']} tokens of {model} stand for text that its tokenizer does not know"
+            )
+            raise RecipeError.at("data", f"{message}: bits per byte would say nothing")
+    bits = np.concatenate([score.documents[:, 2:] for score in scores], axis=1)  # nll and bytes of a, then of b
+    bits = bits[(bits[:, 1] > 0) & (bits[:, 3] > 0)]
+    if not len(bits):
+        raise RecipeError.at("data", "there is no document that both models score")
+
+    def difference(sums: np.ndarray) -> Any:
+        return (sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]) / np.log(2)
+
+    by_document = difference(bits)
+    interval = None
+    if len(bits) > 1:
+        interval = evaluation.percentiles(difference(evaluation.resampled(bits)))
+    return {
+        "a": {"model": a, **scores[0].report},
+        "b": {"model": b, **scores[1].report},
+        "bits_per_byte_difference": float(difference(bits.sum(axis=0))),
+        "bits_per_byte_difference_interval": interval,
+        "wins_of_a": float((by_document < 0).mean() + (by_document == 0).mean() / 2),
+        "documents": len(bits),
+    }
+
+
+def evaluate_tasks(model: str, section: LmEvalSection, batch_size: int) -> dict[str, Any]:
+    """lm-eval's results of `model` in float32: `results` by task, `n-samples`, `n-shot`, `versions`."""
+    wanted = lm_eval_tasks.Tasks(section, "--tasks")
+    tokenizer, network = _load(model)
+    ours = lm_eval_tasks.shared_language_model(
+        network, tokenizer, network.device, batch_size, lm_eval_tasks.Processes()
+    )
+    return wanted.run(ours)
+
+
+def recipe_texts(recipe: Recipe) -> Texts:
+    """The documents that a recipe holds out, by split."""
+    if not recipe.data.has_validation:
+        raise RecipeError.at("data", "the recipe holds no validation text out")
+    texts: Texts = {}
+    for source, split, text in _held_out(recipe.data):
+        texts.setdefault(split.removeprefix("validation-"), []).append(_Text(text).of(source))
+    return texts
+
+
+class _Text(str):
+    """A document that knows how its source reads special tokens."""
+
+    special_tokens: str | tuple[str, ...] = "text"
+
+    def of(self, source: SourceSection) -> _Text:
+        self.special_tokens = source.special_tokens
+        return self
+
+
+def _held_out(data: DataSection) -> Iterator[tuple[SourceSection, str, str]]:
+    """Source, split and text of the documents that are held out."""
+    key = "validation_sources" if data.validation_sources else "sources"
+    sources: tuple[SourceSection, ...] = getattr(data, key)
+    if len({source.special_tokens for source in sources}) == 1:
+        yield from ((sources[0], *found) for found in corpus.validation_documents(data))
+        return
+    for source in sources:  # one at a time, which changes nothing of what is held out
+        for split, text in corpus.validation_documents(data.model_copy(update={key: (source,)})):
+            yield source, split, text
+
+
+def file_texts(names: list[str]) -> Texts:
+    """The documents of files, each given as FILE or NAME=FILE: one in a .txt, those under `text` in a .jsonl."""
+    texts: Texts = {}
+    for given in names:
+        name, _, path = (
+            given.partition("=") if "=" in given and not Path(given).exists() else (Path(given).name, "", given)
+        )
+        if not Path(path).exists():
+            raise RecipeError.at("--data", f"no such file: {path}")
+        suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
+        if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
+            raise RecipeError.at("--data", f"{path} is neither a .txt nor a .jsonl file")
+        is_text = suffixes[-1] == ".txt"
+        source = SourceSection(
+            path="text" if is_text else "json", data_files=path, sample_by="document" if is_text else None
+        )
+        texts.setdefault(name, []).extend(d.text for d in corpus.Reader(source, "--data").read() if d.text)
+    return texts
+
+
+def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Print `prompt` and what `model` makes of it, token by token."""
+    from transformers import TextStreamer, set_seed
+
+    tokenizer, network = _load(model)
+    set_seed(seed)
+    # As a document begins in training.
+    ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
+    _require_embedded(network, max(ids))
+    context = getattr(network.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
+    if len(ids) >= context:
+        raise RecipeError.at("prompt", f"its {len(ids)} tokens leave no room in the model's context of {context}")
+    input_ids = torch.tensor([ids], device=network.device)
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    network.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=min(max_new_tokens, context - len(ids)),
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampled,
+    )
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    """Tokenizer and float32 network, on an accelerator if there is one."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
+    with plain.located(model) as source:
+        try:
+            tokenizer = load_tokenizer(TokenizerSection(pretrained=source.path, revision=source.revision))
+        except RecipeError as error:
+            raise RecipeError([Problem("model", problem.message) for problem in error.problems]) from error
+        try:
+            network, info = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                revision=source.revision,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # a broken file may raise anything
+            raise RecipeError.at("model", not_loaded(source.path, error)) from error
+    if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of a {type(network).__name__}: {names}")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return tokenizer, network.eval().to(device)
+
+
+def _require_embedded(network: Any, largest_id: int) -> None:
+    rows = network.get_input_embeddings().num_embeddings
+    if largest_id >= rows:
+        message = f"gives id {largest_id} where the model has {rows} embeddings: they do not belong together"
+        raise RecipeError.at("tokenizer", message)
+
+
+def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
+    tokenizer, network = _load(model)
+    use_chunked_loss(network, "auto")
+    return _score_network(tokenizer, network, texts, recipe, windows)
+
+
+def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
+    device = network.device
+    block_size, stride = _sizes(windows, recipe, getattr(network.config, "max_position_embeddings", None) or 1024)
+    wanted = windows.document_masking
+    if wanted is None:
+        wanted = recipe is None or recipe.training.document_masking is not False
+    masking = wanted and isolates_documents(network, block_size)
+    table = token_bytes(tokenizer, network.config.vocab_size)
+    encode = Encoder(tokenizer, np.dtype(np.int64))
+    streams = {
+        name: [ids for text in some for ids in encode.for_source(getattr(text, "special_tokens", "text"))([text])]
+        for name, some in texts.items()
+    }
+    num_documents = sum(map(len, streams.values()))
+    for name, some in {"": [ids for part in streams.values() for ids in part], **streams}.items():
+        if sum(map(len, some)) < 2:
+            raise RecipeError.at(f"data.{name}" if name else "data", "there is no text to evaluate on")
+    _require_embedded(network, max(int(ids.max()) for some in streams.values() for ids in some if len(ids)))
+    unknown = unknown_id(tokenizer)
+    eos, has_prefix = tokenizer.eos_token_id, bool(encode.prefix)
+    batches = _batches(streams, block_size, stride, windows.batch_size, eos, masking, has_prefix)
+    sums = evaluation.loss_sums(network, batches, torch.from_numpy(table).to(device), num_documents)
+    documents = sums.documents.cpu().numpy()
+    num_bytes = np.array([len(t.encode("utf-8", "surrogatepass")) for some in texts.values() for t in some])
+    spelled = np.array([table[ids].sum() for some in streams.values() for ids in some])
+    documents[:, 3] *= num_bytes / np.maximum(1, spelled)  # tokenizers that normalize spell other bytes than the text's
+    report = evaluation.figures(documents)
+    if not np.isfinite(report["loss"]):
+        raise RecipeError.at("model", f"its loss is no number: {report['loss']}")
+    if len(texts) > 1:
+        ends = np.cumsum([len(some) for some in streams.values()])[:-1]
+        for name, part in zip(streams, np.split(documents, ends), strict=True):
+            report |= {f"{name}/{key}": value for key, value in evaluation.figures(part).items()}
+    context = f"blocks of {block_size} tokens" if stride == block_size else f"{block_size} tokens, sliding by {stride}"
+    return Score(
+        documents,
+        {
+            **report,
+            "bytes": int(num_bytes.sum()),
+            "unknown_tokens": sum(int((ids == unknown).sum()) for some in streams.values() for ids in some),
+            "block_size": block_size,
+            "stride": stride,
+            "context": f"{context}; a longer document goes on in the next",
+            "document_masking": masking,
+            "loss_by_context": evaluation.loss_by_context(sums.contexts.cpu().numpy()),
+        },
+    )
+
+
+def _sizes(windows: Windows, recipe: Recipe | None, context: int) -> tuple[int, int]:
+    """Block size and stride."""
+    block_size = windows.block_size
+    if block_size is None:
+        block_size = recipe.data.block_size if recipe else min(context, 1024)
+    stride = block_size if windows.stride is None else windows.stride
+    if windows.batch_size < 1:
+        raise RecipeError.at("--batch-size", f"{windows.batch_size} must be at least 1")
+    if not 1 <= stride <= block_size:
+        raise RecipeError.at("--stride", f"{stride} must be between 1 and the block size {block_size}")
+    if block_size < 2 or block_size > context:
+        raise RecipeError.at("--block-size", f"{block_size} must be between 2 and the model's context {context}")
+    return block_size, stride
+
+
+def _batches(
+    streams: dict[str, list[np.ndarray]],
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    eos_token_id: int,
+    masking: bool,
+    has_prefix: bool,
+) -> Iterator[dict[str, torch.Tensor]]:
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    before = 0
+    for documents in streams.values():
+        if not documents:
+            continue
+        ids = np.concatenate(documents)
+        numbers = np.repeat(np.arange(before, before + len(documents)), [len(document) for document in documents])
+        before += len(documents)
+        for start, first in evaluation.sliding_windows(len(ids), block_size, stride):
+            part = slice(start, start + block_size)
+            missing = (0, block_size - len(ids[part]))
+            scored = np.arange(start, start + block_size) >= first
+            scored[len(ids[part]) :] = False
+            rows.append(
+                (np.pad(ids[part], missing, constant_values=eos_token_id), np.pad(numbers[part], missing), scored)
+            )
+            if len(rows) == batch_size:
+                yield _batch(rows, eos_token_id if masking else None, eos_token_id if has_prefix else None)
+                rows = []
+    if rows:
+        yield _batch(rows, eos_token_id if masking else None, eos_token_id if has_prefix else None)
+
+
+def _batch(
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], eos_token_id: int | None, begins_after: int | None
+) -> dict[str, torch.Tensor]:
+    ids, numbers, scored = (np.stack(part) for part in zip(*rows, strict=True))
+    batch = collate(ids, eos_token_id, begins_after=begins_after)
+    batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
+    return {**batch, evaluation.DOCUMENTS: torch.from_numpy(numbers)}

@@ -1,0 +1,54 @@
+"""Perplexity and bits per byte from summed token losses, as an `evaluate` metric.
+
+Self-contained, so that anyone can load it: `evaluate.load(hfpretrain.evaluation.token_perplexity.__file__)`.
+"""
+
+import math
+
+import datasets
+import evaluate
+
+_DESCRIPTION = (
+    "Token-weighted loss, perplexity and bits per byte of a language model. Unlike the Hub's `perplexity`, which "
+    "averages the perplexities of texts, this is exp of the mean over all tokens."
+)
+_INPUTS = """
+Args:
+    nll: sums of negative log-likelihoods in nats, one for each batch (float64).
+    tokens: number of predicted tokens behind each sum.
+    content_nll: the part of `nll` that falls on tokens which are text, not special tokens (float64).
+    bytes: UTF-8 bytes of the text that those tokens stand for.
+Returns:
+    loss: nats per predicted token.
+    perplexity: exp(loss).
+    bits_per_byte: content_nll / (bytes * ln 2); comparable across tokenizers.
+"""
+
+
+class TokenPerplexity(evaluate.Metric):
+    """See `_INPUTS`. Sums come in, so that no mean of means can go wrong; reduce over processes before."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "nll": datasets.Value("float64"),
+                    "tokens": datasets.Value("int64"),
+                    "content_nll": datasets.Value("float64"),
+                    "bytes": datasets.Value("float64"),
+                }
+            ),
+        )
+
+    def _compute(
+        self, nll: list[float], tokens: list[int], content_nll: list[float], bytes: list[float]
+    ) -> dict[str, float]:
+        loss = math.fsum(nll) / sum(tokens)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": math.fsum(content_nll) / (math.fsum(bytes) * math.log(2)) if sum(bytes) else math.nan,
+        }

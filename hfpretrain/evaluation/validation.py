@@ -1,0 +1,82 @@
+"""The prepared validation sets: batches of all of them in one pass, and the figures of each."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfpretrain.data.batches import IGNORE_INDEX, Blocks, collate
+from hfpretrain.data.prepared import VALIDATION, PreparedData
+from hfpretrain.evaluation import sums
+
+
+class ValidationSets:
+    """All validation sets of a prepared folder. Their documents are numbered through, set by set."""
+
+    def __init__(self, prepared: PreparedData):
+        manifest = prepared.manifest
+        self._block_size, self._eos_token_id = manifest["block_size"], manifest["eos_token_id"]
+        self._begins_after = self._eos_token_id if prepared.document_prefix else None
+        self.names = prepared.validation_splits
+        self._sets: list[tuple[Blocks, list[int], np.ndarray, np.ndarray]] = []
+        self._ends = [0]
+        # Where a tokenizer normalizes, tokens spell other bytes than the text has.
+        self._bytes_of_spelled: list[float] = []
+        for name in self.names:
+            entry = manifest["splits"][name]
+            starts, numbers = prepared.document_starts(name)
+            self._sets.append((Blocks(prepared.blocks(name)), entry["remainder_ids"], starts, numbers + self._ends[-1]))
+            self._ends.append(self._ends[-1] + (int(numbers.max()) + 1 if len(numbers) else 0))
+            self._bytes_of_spelled.append(entry["bytes"] / max(1, entry["token_bytes"]))
+
+    @property
+    def num_documents(self) -> int:
+        """Of all sets."""
+        return self._ends[-1]
+
+    def batches(
+        self, *, batch_size: int, process_index: int, num_processes: int, document_masking: bool
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's share of all rows, each set's remainder as a row padded with ignored labels.
+
+        All processes get the same number of batches (sharded engines need every rank in every forward pass); where rows
+        run out, batches are filled with rows whose labels are ignored.
+        """
+        ends = list(itertools.accumulate(len(blocks) + bool(remainder) for blocks, remainder, *_ in self._sets))
+        num_rows = ends[-1] if ends else 0
+        for start in range(0, num_rows, batch_size * num_processes):
+            first = start + process_index * batch_size
+            ids = np.full((batch_size, self._block_size), self._eos_token_id, dtype=np.int64)
+            valid = np.zeros(ids.shape, dtype=bool)
+            documents = np.zeros_like(ids)
+            for slot, at in enumerate(range(first, min(first + batch_size, num_rows))):
+                number = bisect.bisect_right(ends, at)
+                blocks, remainder, starts, numbers = self._sets[number]
+                row = at - (ends[number - 1] if number else 0)
+                tokens = blocks[np.array([row])][0] if row < len(blocks) else np.array(remainder)
+                place = row * self._block_size + np.arange(len(tokens))
+                ids[slot, : len(tokens)], valid[slot, : len(tokens)] = tokens, True
+                documents[slot, : len(tokens)] = numbers[np.searchsorted(starts, place, side="right") - 1]
+            eos_token_id = self._eos_token_id if document_masking else None
+            batch = collate(ids, eos_token_id, begins_after=self._begins_after)
+            batch["labels"][torch.from_numpy(~valid)] = IGNORE_INDEX
+            yield {**batch, sums.DOCUMENTS: torch.from_numpy(documents)}
+
+    def figures(self, documents: np.ndarray) -> dict[str, Any]:
+        """Figures of all sets together, and of each by `DOMAIN/name`: `documents` as of `evaluation.Sums`."""
+        tables = []
+        for number, factor in enumerate(self._bytes_of_spelled):
+            table = documents[self._ends[number] : self._ends[number + 1]].copy()
+            table[:, 3] *= factor
+            tables.append(table)
+        found = sums.figures(np.concatenate(tables))
+        for name, table in zip(self.names, tables, strict=True):
+            if name != VALIDATION:
+                domain = name.removeprefix(f"{VALIDATION}-")
+                found |= {f"{domain}/{key}": value for key, value in sums.figures(table).items()}
+        return found

@@ -1,0 +1,131 @@
+"""The proof that a recipe's runs survive: a short version of it uninterrupted, and again with kills, compared."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hfpretrain.ladder import subruns
+from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.training import metrics
+
+TOLERANCE = 1e-5
+_COMPARED = ("loss", "grad_norm", "lr", "ledger", "eval/loss")
+
+
+def verify_resume(
+    recipe: Recipe, arguments: list[str], engine: str | None, num_processes: int | None, steps: int, kills: int
+) -> Iterator[str]:
+    """Lines that tell what was done and compared.
+
+    `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one that is
+    shipped, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
+    differs, a loss or rate by more than 1e-5, or a gradient norm by more than 1e-4.
+    """
+    command = subruns.command(engine, num_processes) + arguments + _short(recipe, steps)
+    parent = Path(recipe.output_dir).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=parent) as folder:
+        straight = Path(folder) / "uninterrupted"
+        start = time.perf_counter()
+        subruns.finish(subruns.Process([*command, f"--output_dir={straight}"]), straight)
+        seconds = time.perf_counter() - start
+        yield f"uninterrupted: {steps} steps in {seconds:.0f} s"
+        done, rounds = 0, 0
+        while done < kills or not rounds:
+            rounds += 1
+            killed = Path(folder) / f"killed-{rounds}"
+            for line in _kill_and_resume([*command, f"--output_dir={killed}"], killed, seconds, kills - done):
+                done += 1
+                yield f"kill {done} (run {rounds}): {line}"
+            yield from _compare(straight, killed)
+            shutil.rmtree(killed)
+
+
+def _short(recipe: Recipe, steps: int) -> list[str]:
+    """Overrides that make a run short and its every step seen."""
+    values = {
+        "data.prepared_dir": recipe.data.prepared_dir or recipe.prepared_dir,
+        "training.max_tokens": "null",
+        "training.max_steps": steps,
+        "training.stop_after": "null",
+        "scheduler.num_warmup_steps": min(recipe.scheduler.num_warmup_steps, steps // 3),
+        "evaluation.every_steps": max(1, steps // 3),
+        "checkpoint.every_steps": max(1, steps // 6),
+        "logging.every_steps": 1,
+        "logging.trackers": "[]",
+        "checkpoint.resume_from": "null",
+        "hub.repo_id": "null",
+    }
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) -> Iterator[str]:
+    """Start a run again and again until it ends, killed at random moments up to `kills` times: a line for each."""
+    for _ in range(kills):
+        process = subruns.Process(command)
+        try:
+            process.wait(timeout=random.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            rows = metrics.read_metrics(run / "metrics.jsonl")
+            step = max((row["step"] for row in rows), default=0)
+            sealed = len(list((run / "checkpoints").glob("step-" + "[0-9]" * 8)))
+            yield f"step {step} was the last logged, {sealed} checkpoint(s) sealed"
+            continue
+        return subruns.finish(process, run)
+    return subruns.finish(subruns.Process(command), run)
+
+
+def _kill(process: subruns.Process) -> None:
+    """SIGKILL to a process and all that it started, at the same moment."""
+    tree = [psutil.Process(process.pid)]
+    tree += tree[0].children(recursive=True)
+    for one in tree:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(tree)
+    process.wait()
+
+
+def _compare(straight: Path, killed: Path) -> Iterator[str]:
+    there, here = _rows(straight), _rows(killed)
+    if there.keys() != here.keys():
+        raise RecipeError.at("metrics.jsonl", f"steps or values are missing: {sorted(there.keys() ^ here.keys())[:5]}")
+    worst = dict.fromkeys(_COMPARED, 0.0)
+    for (step, key), value in there.items():
+        other = here[step, key]
+        difference = 0.0 if value == other else 1.0
+        if isinstance(value, float) and isinstance(other, float):
+            difference = abs(value - other) / max(abs(value), 1e-30)
+        worst[key] = max(worst[key], difference)
+    yield "largest relative differences: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
+    digests = [_weights(run / "model") for run in (straight, killed)]
+    yield f"sha256 of the final weights: {digests[0]} and {digests[1]}"
+    if worst["ledger"] or max(worst["loss"], worst["lr"], worst["eval/loss"], worst["grad_norm"] / 10) > TOLERANCE:
+        raise RecipeError.at("verify-resume", "the killed run is not the uninterrupted one")
+    same = digests[0] == digests[1] and not any(worst.values())
+    yield "equal bit for bit" if same else f"equal to {TOLERANCE:.0e}, not bit for bit"
+
+
+def _rows(run: Path) -> dict[tuple[int, str], Any]:
+    rows = metrics.read_metrics(run / "metrics.jsonl")
+    return {(row["step"], key): row[key] for row in rows for key in _COMPARED if key in row}
+
+
+def _weights(model: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,245 @@
+"""The rungs of a scaling ladder: small models of a recipe's family, and the runs that its rules make of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfpretrain import files
+from hfpretrain.data.prepare import prepare
+from hfpretrain.ladder import laws
+from hfpretrain.ladder.family import Family, Member
+from hfpretrain.modeling.build import config_problems
+from hfpretrain.recipe.redaction import is_redacted
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, dump_recipe, flatten, load_recipe
+from hfpretrain.training import metrics, run_folder
+
+LR_EXPONENT, BATCH_EXPONENT = -0.125, 0.3271
+"""Peak learning rate and tokens of a step follow compute by these (Bi et al. 2024, "DeepSeek LLM", section 3.1)."""
+_MIN_SIZES, _MIN_STEPS, _MIN_PARAMETERS = 4, 20, 1000
+_UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
+
+
+def parse_size(text: str) -> int:
+    """Parameters from 250000, 250k, 0.25M or 1B. Raises `RecipeError` for anything else."""
+    number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1.0)
+    try:
+        size = round(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < _MIN_PARAMETERS:
+        raise RecipeError.at("--sizes", f"{text!r} is no number of parameters from 1k on, such as 400k, 2.5M or 1B")
+    return size
+
+
+@dataclass
+class Rung:
+    """One run of a ladder. `asked` and `parameters` are total parameters, `flops` the whole run's 6 N D with N those
+    that a token meets, `ratio` its tokens per parameter in those of the recipe."""
+
+    name: str
+    asked: int
+    parameters: int
+    ratio: float
+    tokens: int
+    flops: float
+    held_out: bool
+    recipe: Recipe = field(repr=False)
+    path: Path
+    loss: float | None = None
+    bits_per_byte: float | None = None
+
+    @property
+    def run(self) -> Path:
+        """Its output folder."""
+        return Path(self.recipe.output_dir)
+
+    def read(self) -> bool:
+        """Whether it is finished; its final validation loss is then known."""
+        history = metrics.History.read(self.run / "metrics.jsonl")
+        if history.exported.get("step") != self.recipe.training.num_steps:
+            return False
+        row = history.evaluations[-1]
+        self.loss, self.bits_per_byte = row["eval/loss"], row["eval/bits_per_byte"]
+        return True
+
+
+class Ladder:
+    """The rungs of a recipe in `folder`, by growing compute, as recipes of their own; nothing is trained yet.
+
+    `sizes`: total parameters, since with the embeddings left out the exponents of small models are not those of large
+    ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling Laws"). Every size is trained on the recipe's
+    tokens per parameter times each of `ratios`. The largest is held out of the first fit. Raises `RecipeError`.
+    """
+
+    def __init__(self, recipe: Recipe, sizes: Sequence[int], ratios: Sequence[float], num_processes: int, folder: Path):
+        self.recipe, self.folder, self.ratios = recipe, folder, sorted(set(ratios))
+        sizes = sorted(set(sizes))
+        if recipe.model.pretrained is not None:
+            message = f"{recipe.model.pretrained} has one size; a ladder needs `model.config`, of which it makes others"
+            raise RecipeError.at("model.pretrained", message)
+        if not recipe.data.has_validation:
+            raise RecipeError.at(
+                "data.validation_fraction", "a ladder compares validation losses; hold something out, for example 0.01"
+            )
+        if len(sizes) < _MIN_SIZES:
+            raise RecipeError.at(
+                "--sizes",
+                f"{len(sizes)} different sizes; give at least {_MIN_SIZES}: three to fit, the largest to check",
+            )
+        if not ratios or any(not 0 < ratio < math.inf for ratio in ratios):
+            raise RecipeError.at("--ratios", f"{list(ratios)} must be positive numbers")
+        # The rungs' own folders are elsewhere, the data are not.
+        shared = recipe.data.model_copy(update={"prepared_dir": str(recipe.prepared_dir)})
+        self.prepared = prepare(recipe)
+        self.family = Family(recipe)
+        self.parameters = self.family.whole.parameters
+        self.tokens = recipe.training.num_steps * recipe.training.tokens_per_step
+        self.flops = _flops(self.family.whole, self.tokens)
+        members = [self.family.nearest(size) for size in sizes]
+        self.rungs: list[Rung] = []
+        problems: list[Problem] = []
+        for size, member, next_member in zip(sizes, members, [*members[1:], None], strict=True):
+            if next_member is not None and member.parameters.total == next_member.parameters.total:
+                message = f"{size:,} and the next give the same model of {member.parameters.total:,} parameters"
+                problems.append(Problem("--sizes", f"{message}; the family has none between, ask for other sizes"))
+                continue
+            for ratio in self.ratios:
+                rung = self._rung(recipe.model_copy(update={"data": shared}), size, member, ratio, num_processes)
+                if rung.recipe.training.num_steps < _MIN_STEPS:
+                    steps = rung.recipe.training.num_steps
+                    message = f"{size:,} parameters at ratio {ratio:g} would train for {steps} step(s), less than"
+                    message += f" {_MIN_STEPS}; ask for larger sizes or ratios, or give the recipe more steps"
+                    problems.append(Problem("--sizes", message))
+                rung.held_out = size == sizes[-1]
+                self.rungs.append(rung)
+        if problems:
+            raise RecipeError(problems)
+        self.rungs.sort(key=lambda rung: rung.flops)
+
+    def _rung(self, recipe: Recipe, size: int, member: Member, ratio: float, num_processes: int) -> Rung:
+        total = member.parameters.total
+        tokens = self.tokens / self.parameters.total * ratio * total
+        share = _flops(member, tokens) / self.flops
+        name = f"{total}-x{ratio:g}"
+        mapping = _rung_mapping(recipe, tokens, share, num_processes)
+        mapping["model"]["config"] = member.config
+        mapping["output_dir"] = str(self.folder / "rungs" / name)
+        made = Recipe.model_validate(mapping)
+        trained = made.training.num_steps * made.training.tokens_per_step
+        path = self.folder / "rungs" / f"{name}.yaml"
+        return Rung(name, size, total, ratio, trained, _flops(member, trained), False, made, path)
+
+    def write(self) -> None:
+        """Each rung's recipe, for any launcher. Raises `RecipeError` where the folder holds other rungs."""
+        for rung in self.rungs:
+            run_folder.refuse_other_run(rung.recipe)
+            if (rung.run / "recipe.yaml").exists():
+                before = load_recipe(rung.run / "recipe.yaml").training.num_steps
+                if before != rung.recipe.training.num_steps:
+                    raise RecipeError.at(
+                        "--output",
+                        f"{rung.run} is a run of {before} steps, now {rung.recipe.training.num_steps} are asked: its "
+                        "schedule would not be a whole one; choose another folder",
+                    )
+            files.write_whole(rung.path, dump_recipe(rung.recipe))
+            if any(is_redacted(str(value)) for _, value in flatten(load_recipe(rung.path).model_dump(mode="json"))):
+                message = "secrets in addresses are not written into the recipes of the ladder, so they could not run"
+                raise RecipeError.at(
+                    "data.sources", f"{message}; copy the files, or give the secrets in environment variables"
+                )
+            load_recipe(rung.path, checks=[config_problems])
+
+    def table(self) -> str:
+        """What will be trained, a line for each rung."""
+        columns = ("rung", "asked", "parameters", "layers", "width", "tokens", "steps", "tokens/step", "lr", "FLOPs")
+        lines: list[tuple[str, ...]] = [columns]
+        for rung in self.rungs:
+            training, config = rung.recipe.training, rung.recipe.model.config or {}
+            layers, width = self.family.shape(config)
+            cells = (rung.asked, rung.parameters, layers, width, rung.tokens, training.num_steps)
+            rates = (f"{training.tokens_per_step:,}", f"{rung.recipe.optimizer.lr:.2e}", f"{rung.flops:.2e}")
+            lines.append((rung.name, *(f"{cell:,}" for cell in cells), *rates))
+        return _aligned(lines)
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the recipe sees its training text; None for streams and mixtures, where no one number tells it."""
+        if self.recipe.data.weights:
+            return None
+        splits = [self.prepared.manifest["splits"][name] for name in self.prepared.train_splits]
+        rows = sum(split["rows"] for split in splits)
+        return self.tokens / (rows * self.recipe.data.block_size) if rows else None
+
+
+def _flops(member: Member, tokens: float) -> float:
+    return laws.FLOPS_PER_PARAMETER_AND_TOKEN * member.parameters.active * tokens
+
+
+def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: int) -> dict[str, Any]:
+    """The recipe at `share` of its compute and for `tokens` tokens, with the model yet to be changed.
+
+    Batch and peak rate by `BATCH_EXPONENT` and `LR_EXPONENT`; warm-up, decay and stages keep their part of the run.
+    """
+    training, block_size = recipe.training, recipe.data.block_size
+    sequences, micro_batch_size = _batch(
+        training.tokens_per_step / block_size * share**BATCH_EXPONENT, training.micro_batch_size, num_processes
+    )
+    tokens_per_step = sequences * block_size
+    num_steps = max(1, round(tokens / tokens_per_step))
+    part = num_steps / training.num_steps
+    lr_factor = share**LR_EXPONENT
+    mapping = recipe.model_dump(mode="json")
+    mapping["optimizer"]["lr"] = float(f"{recipe.optimizer.lr * lr_factor:.4g}")
+    mapping["training"] |= {
+        "tokens_per_step": tokens_per_step,
+        "micro_batch_size": micro_batch_size,
+        "max_steps": num_steps,
+        "max_tokens": None,
+        "stop_after": None,
+    }
+    scheduler = mapping["scheduler"]
+    scheduler["num_warmup_steps"] = _steps(scheduler["num_warmup_steps"], part)
+    for key, value in scheduler["scheduler_specific_kwargs"].items():
+        if isinstance(value, int) and (key.endswith("_steps") or key == "timescale"):
+            scheduler["scheduler_specific_kwargs"][key] = _steps(value, part)
+        elif isinstance(value, (int, float)) and key in ("min_lr", "lr_end"):  # a rate, not a share of the peak
+            scheduler["scheduler_specific_kwargs"][key] = value * lr_factor
+    whole = training.num_steps * training.tokens_per_step
+    for stage in mapping["data"]["stages"]:
+        stage["from_tokens"] = max(1, int(stage["from_tokens"] * num_steps * tokens_per_step / whole))
+    # Only the last loss counts; an interrupted rung loses a quarter at most.
+    mapping["evaluation"] = {}
+    mapping["checkpoint"] |= {"every_steps": max(1, num_steps // 4), "keep_last": 1, "keep_every": None}
+    mapping["hub"]["repo_id"] = None  # a rung is nothing to publish
+    mapping["checkpoint"]["resume_from"] = None
+    mapping["logging"] |= {"every_steps": max(1, num_steps // 50), "trackers": [], "profile_steps": None}
+    return mapping
+
+
+def _steps(number: int, part: float) -> int:
+    """Steps of a phase in a shorter run; one that was there is not left out."""
+    return max(min(number, 1), int(number * part))
+
+
+def _batch(sequences: float, micro_batch_size: int, num_processes: int) -> tuple[int, int]:
+    """Whole sequences of a step, within a tenth where that is possible, and the largest micro-batch up to the given
+    one that divides each process's share."""
+    for micro in range(micro_batch_size, 0, -1):
+        number = max(1, round(sequences / (micro * num_processes))) * micro * num_processes
+        if abs(number / sequences - 1) <= 0.1:
+            return number, micro
+    shares = max(1, round(sequences / num_processes))
+    micro = next(m for m in range(min(micro_batch_size, shares), 0, -1) if shares % m == 0)
+    return shares * num_processes, micro
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

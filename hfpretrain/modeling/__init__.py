@@ -1,0 +1,1 @@
+"""From a config to a model that trains: building, initial weights, loss, optimizer and schedule."""

@@ -1,0 +1,364 @@
+"""Initial weights: drawn piece by piece from the seed, so that every engine starts from the same ones, and checked
+where they have been placed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from hfpretrain.recipe.schema import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names that many config classes give the longest context, through `attribute_map` or directly."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is compared of a parameter's values."""
+
+    mean: float
+    std: float
+    checksum: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Moments:
+        """Of a tensor of any shape and dtype, computed in float32."""
+        values = tensor.detach().float()
+        std, mean = torch.std_mean(values, correction=0)
+        return cls(mean.item(), std.item(), xxhash.xxh3_128_hexdigest(values.contiguous().cpu().numpy().data))
+
+
+Rule = dict[str, Moments]
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class InitialWeights:
+    """Parameters and buffers of a model on the meta device by name, drawn on the CPU as the model's class draws them.
+
+    Iterating gives (name, float32 tensor), again the same each time. One decoder layer, or one module outside the
+    layers, is in memory at a time. Each is drawn from the seed and its name alone, so neither engine nor number of
+    processes changes a weight. Tied tensors come once, by their first name. `depth_scaled_init` as of the recipe;
+    raises `RecipeError` where that is not possible. `drawn` is called after each layer or module.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        seed: int,
+        depth_scaled_init: bool = False,
+        drawn: Callable[[], None] = lambda: None,
+    ):
+        self._unit_drawn = drawn
+        self._blueprint = copy.deepcopy(model)  # the model itself is sharded later
+        self._seed = seed
+        self._scaled, self._scaled_std = _depth_scaled(model) if depth_scaled_init else (set(), 0.0)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        names = {id(tensor): name for name, tensor in reversed(list(_tensors(self._blueprint)))}
+        drawn: set[int] = set()
+        constructed: dict[str, torch.Tensor] = {}
+        for name, unit, submodules, owners in _units(self._blueprint):
+            pieces = _draw(name, unit, submodules, owners, self._seed, drawn)
+            for inner, tensor in pieces.items():
+                if inner in self._scaled:
+                    generator = torch.Generator().manual_seed(_number(self._seed, f"{inner} scaled"))
+                    tensor.normal_(0.0, self._scaled_std, generator=generator)
+                elif _is_undrawn(tensor):
+                    constructed = constructed or _constructed(self._blueprint, self._seed)
+                    pieces[inner] = constructed[inner].detach()
+            drawn |= {key for key, known in names.items() if known in pieces}
+            self._unit_drawn()
+            yield from pieces.items()
+
+    def rule(self) -> Rule:
+        """Moments that the model's class gives each parameter.
+
+        Measured on a draw of another seed; of layers that are alike only one is drawn.
+        """
+        parameters = dict(self._blueprint.named_parameters())
+        found: Rule = {}
+        kinds: dict[Any, Rule] = {}
+        for name, unit, submodules, owners in _units(self._blueprint):
+            kind = (type(unit), tuple((inner, tensor.shape) for inner, tensor in _tensors(unit)))
+            if kind not in kinds:
+                pieces = _draw(name, unit, submodules, owners, seed=-1, drawn=set())
+                self._unit_drawn()
+                kinds[kind] = {
+                    inner.removeprefix(f"{name}."): Moments.of(tensor)
+                    for inner, tensor in pieces.items()
+                    if not _is_undrawn(tensor)
+                }
+            for inner, moments in kinds[kind].items():
+                full = f"{name}.{inner}"
+                if full in parameters:
+                    found[full] = Moments(0.0, self._scaled_std, "") if full in self._scaled else moments
+        return found
+
+
+def _tensors(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(prefix, remove_duplicate=False)
+    yield from module.named_buffers(prefix, remove_duplicate=False)
+
+
+def _units(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, list[torch.nn.Module], dict[Any, Any]]]:
+    """(name, module, those of its submodules that are drawn, the model class that draws each): whole decoder layers,
+    and what is outside of them module by module. Classes draw with a module its children's weights, too."""
+    from transformers import PreTrainedModel
+
+    owners: dict[torch.nn.Module, Any] = {}
+
+    def own(module: torch.nn.Module, owner: Any) -> None:
+        owners[module] = owner = module if isinstance(module, PreTrainedModel) else owner
+        for child in module.children():
+            own(child, owner)
+
+    own(model, model)
+    layers = set(decoder_layers(model))
+    inside = {module for layer in layers for module in layer.modules()}
+    for name, module in model.named_modules():
+        if module in layers:
+            yield name, module, list(module.modules())[::-1], owners
+        elif module not in inside and any(True for _ in _own_tensors(module)):
+            yield name, module, [module], owners
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    for holder in (module._parameters, module._buffers):
+        yield from ((holder, name, tensor) for name, tensor in holder.items() if tensor is not None)
+
+
+def _draw(
+    name: str,
+    unit: torch.nn.Module,
+    submodules: list[torch.nn.Module],
+    owners: dict[Any, Any],
+    seed: int,
+    drawn: set[int],
+) -> dict[str, torch.Tensor]:
+    """The unit's tensors by their full names, except those in `drawn`."""
+    from transformers import initialization
+
+    memo: dict[int, Any] = {}
+    twin = copy.deepcopy(unit, memo)
+    twins = {id(module): memo[id(module)] for module in submodules}
+    known = {id(memo[key]) for key in drawn if key in memo}
+    new: dict[int, torch.Tensor] = {}
+    for module in submodules:
+        for holder, leaf, tensor in _own_tensors(twins[id(module)]):
+            if id(tensor) not in new:
+                # What stays NaN was not drawn.
+                fill = math.nan if tensor.is_floating_point() else 0
+                value = torch.full_like(tensor, fill, device="cpu")
+                new[id(tensor)] = torch.nn.Parameter(value) if isinstance(tensor, torch.nn.Parameter) else value
+                new[id(tensor)]._is_hf_initialized = id(tensor) in known  # type: ignore[attr-defined]
+            holder[leaf] = new[id(tensor)]
+    skipped = {id(new[key]) for key in known if key in new}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), initialization.guard_torch_init_functions():
+        torch.manual_seed(_number(seed, name))
+        for module in submodules:
+            owners[module]._init_weights(twins[id(module)])
+    pieces = {}
+    for inner, tensor in _tensors(twin, name):
+        if tensor.device.type == "cpu" and id(tensor) not in skipped:
+            skipped.add(id(tensor))
+            pieces[inner] = tensor.detach()
+    return pieces
+
+
+def _is_undrawn(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
+
+
+def _constructed(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
+    """All tensors as the constructors of a model's modules leave them: of the few classes (apertus, falcon_h1) that
+    draw some there, and no rule for them outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_number(seed, "constructed"))
+        return dict(_tensors(type(model)._from_config(model.config, dtype=torch.float32)))
+
+
+def _number(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest context of a config by the names that classes give it; None where they set no limit."""
+    found = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The stack of transformer blocks: the module list that holds the most parameters."""
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
+
+
+def residual_projections(model: PreTrainedModel) -> list[str]:
+    """Names of the weights whose product is what a sub-layer adds to the residual stream, two in each block as a rule.
+
+    Found by structure on the meta device: in a forward pass, of the leaf modules inside a sub-layer, the last whose
+    output shares its storage with the sub-layer's; of fused experts the last matrix.
+    """
+    outputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def remember(module: torch.nn.Module, _: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(output, torch.Tensor):
+            outputs[module] = output
+
+    model = copy.deepcopy(model).eval()
+    sublayers = [child for layer in decoder_layers(model) for child in layer.children() if _matrices(child)]
+    for module in (module for sublayer in sublayers for module in sublayer.modules()):
+        module.register_forward_hook(remember)
+    model.set_attn_implementation("eager")  # the only one that runs on every device
+    model.set_experts_implementation("batched_mm")  # the only one that asks no tensor for its values
+    _forward_without_values(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = []
+    for sublayer in sublayers:
+        written = outputs.get(sublayer)
+        if written is None or written.numel() != 2 * model.config.get_text_config().hidden_size:
+            continue  # a projection of its own into the sub-layer's inner width
+        leaves = [module for module in sublayer.modules() if _own_matrices(module) and module in outputs]
+        writers = [leaf for leaf in leaves if _storage(outputs[leaf]) == _storage(written)]
+        if writers:
+            found.append(names[id(_own_matrices(writers[-1])[-1])])
+    return found
+
+
+def _forward_without_values(model: PreTrainedModel) -> None:
+    """A forward pass of two tokens on the meta device."""
+    input_ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    # Where masks are made in common, one of four dimensions is taken as it is, and no value is looked at; older
+    # models know no such mask.
+    reasons = []
+    for mask in (torch.zeros(1, 1, 2, 2, device="meta"), None):
+        try:
+            with torch.no_grad():
+                model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            return
+        except Exception as error:  # each model fails in its own way
+            reasons.append(" ".join(str(error).split()))
+    message = f"{type(model).__name__} does not run on the meta device, turn it off: {reasons[0]:.300}"
+    raise RecipeError.at("model.depth_scaled_init", message)
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage()._cdata, tensor.numel()
+
+
+def _own_matrices(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    own = module.named_parameters(recurse=False)
+    return [parameter for name, parameter in own if parameter.ndim >= 2 and not name.endswith("bias")]
+
+
+def _matrices(module: torch.nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _depth_scaled(model: PreTrainedModel) -> tuple[set[str], float]:
+    """Names of the residual projections and the standard deviation they are drawn with."""
+    projections, num_layers = residual_projections(model), len(decoder_layers(model))
+    std = getattr(model.config, "initializer_range", None)
+    name = type(model).__name__
+    if std is None:
+        raise RecipeError.at("model.depth_scaled_init", f"{name}'s config has no initializer_range; turn it off")
+    if len(projections) != 2 * num_layers:
+        raise RecipeError.at(
+            "model.depth_scaled_init",
+            f"found {len(projections)} residual projections in {num_layers} layers of {name}, not two each; turn it "
+            "off for this model",
+        )
+    return set(projections), std / math.sqrt(2 * num_layers)
+
+
+def check(
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Rule | None, looked: Callable[[], None] = lambda: None
+) -> str:
+    """Look at all parameters of a model before its first step; returns a checksum over them, by name.
+
+    `weights` are whole; `expected` as of `InitialWeights.rule`, None for a model that goes on
+    from a checkpoint, of which only finite numbers are asked. Raises `RecipeError` for NaN or infinity, zeros where
+    the rule draws, a mean or standard deviation other than the rule's, and two parameters with the same random values
+    (of more than 16 elements: smaller ones may be equal). `looked` is called after each.
+    """
+    problems: list[Problem] = []
+    checksums: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for name, tensor in weights:
+        found = Moments.of(tensor)
+        looked()
+        checksums[name] = found.checksum
+        if not (math.isfinite(found.mean) and math.isfinite(found.std)):
+            problems.append(Problem(name, "holds NaN or infinity"))
+        elif expected is not None and name in expected:
+            ruled = expected[name]
+            # What does not depend on the seed is the same in every layer.
+            random = found.std > 0 and tensor.numel() > 16 and found.checksum != ruled.checksum
+            twin = first.setdefault(found.checksum, name) if random else name
+            if twin != name:
+                problems.append(Problem(name, f"has the very values of {twin}"))
+            if _differs(found, ruled, tensor.numel()):
+                problems.append(Problem(name, f"{_words(found)}; the model's rule gives {_words(ruled)}"))
+    if problems:
+        raise RecipeError([Problem("model", "the initial weights are not those the model's class draws"), *problems])
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(checksums):
+        digest.update(f"{name} {checksums[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def _differs(found: Moments, ruled: Moments, numel: int) -> bool:
+    """Whether moments are none that the rule's draw would have.
+
+    Both are measured on `numel` elements, so six standard errors pass; 1 % is for weights in 16 bits and embeddings
+    with a row of zeros.
+    """
+    error = 6 * math.sqrt(2 / numel)
+    mean, std = abs(found.mean - ruled.mean), abs(found.std - ruled.std)
+    return mean > error * ruled.std + 1e-6 * (1 + abs(ruled.mean)) or std > max(0.01, error) * ruled.std
+
+
+def _words(moments: Moments) -> str:
+    if moments.mean == moments.std == 0:
+        return "all zeros"
+    return f"mean {moments.mean:.3g}, standard deviation {moments.std:.3g}"
+
+
+def assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
+    """Put values on the CPU into a model on the meta device, wherever a tensor is tied to; each once it is there."""
+    homes: dict[int, list[tuple[Any, str]]] = defaultdict(list)
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for leaf, tensor in holder.items():
+                homes[id(tensor)].append((holder, leaf))
+    named = named_tensors(model)
+    for name, value in weights:
+        is_parameter = isinstance(named[name], torch.nn.Parameter)
+        new = torch.nn.Parameter(value, requires_grad=named[name].requires_grad) if is_parameter else value
+        for holder, leaf in homes[id(named[name])]:
+            holder[leaf] = new
+        yield new
+
+
+def filled(model: torch.nn.Module, weights: Weights | None) -> torch.nn.Module:
+    """The model whole on the CPU, with `weights` where it was on the meta device."""
+    for _ in assigned(model, weights or ()):
+        pass
+    return model
+
+
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,0 +1,303 @@
+"""Decay groups, optimizer and schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import importlib.util
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from hfpretrain.recipe.schema import OptimizerSection, RecipeError, SchedulerSection
+
+# Of state-space layers, whose authors mark them (`_no_weight_decay` in Mamba's own code) where transformers does not.
+_STATE_SPACE = ("A_log", "D", "dt_bias")
+
+
+def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
+    """Names of the parameters that decay: matrices and embeddings, but not what `no_decay` matches.
+
+    Vectors, norms, biases, the decay rates of state-space layers and what the model's class marks with
+    `_no_weight_decay` don't, whatever their shape. Call this before an engine shards the model, since a flat piece of a
+    matrix has one dimension. Raises `RecipeError` for a pattern that matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for number, pattern in enumerate(no_decay):
+        if not fnmatch.filter(names, pattern):
+            examples = ", ".join(names[:3])
+            message = f"no parameter matches {pattern!r}; the model's names begin with {examples}"
+            raise RecipeError.at(f"optimizer.no_decay.{number}", message)
+    return {name for name in _matrices(model) if not any(fnmatch.fnmatchcase(name, one) for one in no_decay)}
+
+
+def undecayed_matrices(model: Any, decayed: set[str]) -> list[str]:
+    """Names of the parameters with two or more dimensions that don't decay: the exceptions to the rule by which
+    earlier versions trained."""
+    return sorted(name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name not in decayed)
+
+
+def hidden_names(model: Any) -> set[str]:
+    """Names of the matrices between embeddings and head, for Muon; to be asked before an engine shards the model."""
+    outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    if (head := model.get_output_embeddings()) is not None:
+        outside.add(id(head.weight))
+    matrices = _matrices(model)
+    return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in outside and name in matrices}
+
+
+def _matrices(model: Any) -> set[str]:
+    """Names of the parameters that act as matrices: those that multiply vectors, or from which they are looked up."""
+    marked = _marked(model)
+    found = set()
+    for name, parameter in model.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        is_linear = isinstance(owner, (torch.nn.Linear, torch.nn.Embedding))
+        is_norm = "norm" in type(owner).__name__.lower() and not is_linear
+        is_bias = re.search(r"(^|_)bias(_|$)", leaf) is not None
+        # RWKV's mixing weights and others are vectors of shape (1, 1, hidden).
+        is_vector = parameter.ndim < 2 or (parameter.ndim > 2 and parameter.numel() == max(parameter.shape))
+        if not (is_norm or is_bias or is_vector or leaf in _STATE_SPACE or name in marked):
+            found.add(name)
+    return found
+
+
+def _marked(model: Any) -> set[str]:
+    """Names of the parameters that the model's class marks. Loading weights replaces parameters, marks and all, so a
+    class that is not of transformers is built again without values."""
+    twin = model
+    if not type(model).__module__.startswith("transformers.") and hasattr(type(model), "_from_config"):
+        with torch.device("meta"):
+            twin = type(model)._from_config(model.config)
+    return {name for name, parameter in twin.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
+
+
+def moment_bytes(model: Any, section: OptimizerSection) -> int:
+    """What the optimizer keeps of a model on any device: float32, or 8 bits of tensors that divide into blocks; nothing
+    of frozen parameters."""
+    hidden = hidden_names(model) if section.name == "muon" else set()
+    total = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        numbers = parameter.numel()
+        if section.name == "adafactor" and parameter.ndim >= 2:  # a mean of the squares of each row and column
+            total += 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
+        elif section.name == "adamw_8bit" and numbers >= 4096 and numbers % 256 == 0:  # by block a scale, and the codes
+            total += 2 * (numbers + 4 * numbers // 256 + 4 * 256)
+        else:
+            total += 4 * numbers * (1 if section.name == "adafactor" or name in hidden else 2)
+    return total
+
+
+_LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
+
+
+def require_library(section: OptimizerSection) -> None:
+    """Raises `RecipeError` where the library of the recipe's optimizer is not installed."""
+    library = _LIBRARIES.get(section.name)
+    if library is not None and importlib.util.find_spec(library) is None:
+        message = f"{section.name} is an optimizer of the package {library}, which is not installed; "
+        raise RecipeError.at("optimizer.name", f"{message}`pip install {library}`, or take adamw")
+
+
+class _Wrapped(torch.optim.Optimizer):
+    """Other optimizers as one, whose groups and state are theirs."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self._parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        first = 0
+        for part in self._parts:
+            end = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:end], self.state
+            first = end
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As of torch, which makes groups and state anew."""
+        super().load_state_dict(state_dict)
+        self._link()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters."""
+        assert closure is None
+        for part in self._parts:
+            part.step()
+
+
+class MuonWithAdamW(_Wrapped):
+    """Muon for the groups of `hidden` matrices and AdamW for the `other` ones, as one optimizer with one state."""
+
+    def __init__(self, hidden: list[dict[str, Any]], other: list[dict[str, Any]], section: OptimizerSection):
+        muon = torch.optim.Muon(hidden, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
+        super().__init__(muon, _adamw(other, section))
+
+
+class AdamW8bit(_Wrapped):
+    """torchao's AdamW with moments in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+
+    Those of tensors with fewer than 4,096 numbers, or not a multiple of 256, stay float32.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
+        from torchao.optim import AdamW8bit as Library
+
+        super().__init__(Library(groups, lr=section.lr, betas=section.betas, eps=section.eps))
+        for group in self.param_groups:
+            group["lr"] = section.lr  # as schedules and log lines expect, not a tensor
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters; compiled, as torchao has it, but on CPUs, which need no compiler then."""
+        rates = [group["lr"] for group in self.param_groups]
+        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)  # a number would be compiled in
+        with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
+            super().step(closure)
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            group["lr"] = lr
+
+
+class ScheduleFreeAdamW(_Wrapped):
+    """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled"): gradients are taken at y, the parameters in
+    training; what is evaluated is the average x, which follows from y and the state's z.
+
+    What the library counts by group is in the state, as float64 (): `step`, `weight_sum`, `lr_max`.
+    """
+
+    _COUNTED: typing.ClassVar = {"k": "step", "weight_sum": "weight_sum", "lr_max": "lr_max"}
+
+    def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
+        from schedulefree import AdamWScheduleFree
+
+        super().__init__(AdamWScheduleFree(groups, lr=section.lr, betas=section.betas, eps=section.eps))
+        for group in self.param_groups:
+            group["train_mode"] = True
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters, from what the state says."""
+        for group in self.param_groups:
+            group.update(k=0, weight_sum=0.0, lr_max=-1.0)
+            for state in self._states(group)[:1]:
+                group.update({ours: state[theirs].item() for ours, theirs in self._COUNTED.items()})
+        super().step(closure)
+        for group in self.param_groups:
+            counted = {theirs: torch.tensor(group[ours], dtype=torch.float64) for ours, theirs in self._COUNTED.items()}
+            for state in self._states(group):
+                state.update(counted)
+
+    def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self.state[p] for p in group["params"] if "z" in self.state.get(p, {})]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the parameters are x; afterwards exactly the y of before, which the library's way back is not."""
+        before = {p: p.detach().clone() for p in self.state}
+        if before:
+            self._parts[0].eval()  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, y in before.items():
+                    p.copy_(y)
+            for group in self.param_groups:
+                group["train_mode"] = True
+
+
+def trains_others(section: OptimizerSection) -> bool:
+    """Whether the weights of a checkpoint are not those to evaluate, which `average` makes of them."""
+    return section.name == "adamw_schedule_free"
+
+
+def average(weights: dict[str, torch.Tensor], moments: Mapping[str, Any], section: OptimizerSection) -> None:
+    """Turn schedule-free's y into x, as `ScheduleFreeAdamW.averaged` does; `moments` has each parameter's `z`."""
+    for name in weights.keys() & moments.keys():
+        weights[name].lerp_(moments[name]["z"], 1 - 1 / section.betas[0])
+
+
+def named_groups(
+    model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
+) -> list[dict[str, Any]]:
+    """The groups of `build_optimizer`: `optimizer`, `weight_decay` and the names of their `parameters`."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = []
+    for optimizer in ("muon", "adamw") if section.name == "muon" else (section.name,):
+        some = [name for name in names if section.name != "muon" or (name in hidden) == (optimizer == "muon")]
+        for decays in (True, False):
+            found = [name for name in some if (name in decayed) == decays]
+            weight_decay = section.weight_decay if decays else 0.0
+            groups.append({"optimizer": optimizer, "weight_decay": weight_decay, "parameters": found})
+    return [group for group in groups if group["parameters"]]
+
+
+def build_optimizer(
+    model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
+) -> torch.optim.Optimizer:
+    """The optimizer of the recipe, with weight decay for the parameters named in `decayed`; `hidden` are Muon's."""
+    parameters = dict(model.named_parameters())
+
+    def groups_of(optimizer: str) -> list[dict[str, Any]]:
+        found = [group for group in named_groups(model, section, decayed, hidden) if group["optimizer"] == optimizer]
+        return [
+            {"params": [parameters[name] for name in group["parameters"]], "weight_decay": group["weight_decay"]}
+            for group in found
+        ]
+
+    if section.name == "muon":
+        return MuonWithAdamW(groups_of("muon"), groups_of("adamw"), section)
+    groups = groups_of(section.name)
+    if section.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=section.lr, beta2_decay=section.beta2_decay, d=section.d)
+    if section.name == "adamw_8bit":
+        return AdamW8bit(groups, section)
+    if section.name == "adamw_schedule_free":
+        return ScheduleFreeAdamW(groups, section)
+    return _adamw(groups, section)
+
+
+def _adamw(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.AdamW:
+    """Fused where torch has a kernel."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = devices <= {"cpu", "cuda", "xpu", "mps"}
+    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=fused)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection, num_training_steps: int) -> Any:
+    """The `transformers.get_scheduler` schedule, a `LambdaLR`. Raises `RecipeError` for keywords it does not take."""
+    try:
+        scheduler = get_scheduler(
+            section.name,
+            optimizer,
+            num_warmup_steps=section.num_warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=dict(section.scheduler_specific_kwargs),
+        )
+        for step in (0, section.num_warmup_steps, num_training_steps // 2, num_training_steps):
+            scheduler.lr_lambdas[0](step)  # a wrong value must not come to light in the middle of the run
+        return scheduler
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise RecipeError.at("scheduler.scheduler_specific_kwargs", f"{section.name}: {error}") from error
+
+
+def learning_rate(section: SchedulerSection, lr: float, num_training_steps: int, step: int) -> float:
+    """The rate of the optimizer step that follows `step` steps, for a peak of `lr`."""
+    scheduler = build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=lr), section, num_training_steps)
+    return lr * float(scheduler.lr_lambdas[0](step))
+
+
+def set_step(scheduler: Any, step: int) -> None:
+    """Put a schedule at `step` optimizer steps done; its rate depends on that alone."""
+    scheduler.last_epoch = step
+    rates = [base_lr * factor(step) for base_lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    scheduler._last_lr = rates

@@ -1,0 +1,222 @@
+"""A simulated scaling table: what each engine sends in a step, how long that takes, and what is left of the throughput.
+
+Nothing here is measured. Sent by a device of n in rings, of S bytes: 2 (n - 1) / n S in an all-reduce, half of it in an
+all-gather or a reduce-scatter (Patarasu and Yuan 2009). By engine, of Psi parameters, as the code here runs them:
+
+- `ddp`: float32 gradients all-reduced once a step, in buckets of 25 MiB.
+- `fsdp2`: in every micro-step (`engine.accumulate`) weights gathered for the forward and the backward pass (the tail
+  once), in 16 bits if the precision is, and float32 gradients scattered (`fsdp.build_plugin`): ZeRO's 3 Psi.
+- `hsdp`: the same inside a group, and in every micro-step an all-reduce of a shard's float32 gradients across groups.
+- `zero1`, `zero2`: gradients in the weights' precision, once a step and in every micro-step, and the new weights
+  gathered. DeepSpeed all-reduces whole buckets (`use_multi_rank_bucket_allreduce`): 3 Psi, where ZeRO's paper
+  (Rajbhandari et al. 2020, section 7) scatters and has 2.
+- `zero3`: 3 Psi of that section in every micro-step, all in the weights' precision.
+
+Time is bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): in every ring as many hops as
+steps, or an all-reduce in a tree where that is faster. A ring for each network adapter, one adapter for each device: of
+a group with k devices in a node, 1 / k of what a device sends leaves by its adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hfpretrain.engines.deepspeed import REDUCE_BUCKET
+from hfpretrain.planning import memory as footprint
+from hfpretrain.planning.plan import DEFAULT_MFU, Plan, make_plan
+from hfpretrain.recipe import shipped
+from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+DEVICES = (8, 64, 512, 4096)
+# Seconds of a hop in a ring and in a tree, inside a node and between nodes: NCCL's table, for NVLink.
+_RING, _TREE = (3.4e-6, 14e-6), (4e-6, 14e-6)
+# torch's DDP in bytes, DeepSpeed's `stage3_prefetch_bucket_size` in elements.
+_DDP_BUCKET, _PREFETCH_BUCKET = 25 * 2**20, 50_000_000
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of `devices_per_node`; bytes/s that one device sends inside its node and to others. The defaults are of
+    NVIDIA's DGX H100 data sheet: 900 GB/s of NVLink, of which half sends, and 400 Gbit/s of InfiniBand."""
+
+    devices_per_node: int = 8
+    nvlink: float = 450e9
+    infiniband: float = 50e9
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Tensors of `num_bytes` in all, exchanged in `calls` pieces, `times` a step, by groups of `size` devices whose
+    ranks are `stride` apart; `ways` is 2 for an all-reduce, 1 for an all-gather or a reduce-scatter."""
+
+    ways: int
+    num_bytes: float
+    size: int
+    calls: int = 1
+    times: int = 1
+    stride: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step."""
+        return self.times * self.ways * (self.size - 1) / self.size * self.num_bytes
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Seconds of a step in which a device does this alone."""
+        inside = min(self.size, max(1, cluster.devices_per_node // self.stride))
+        nodes = math.ceil(self.size / inside)
+        speeds = ([cluster.nvlink] if inside > 1 else []) + ([cluster.infiniband * inside] if nodes > 1 else [])
+        latency = self.ways * ((self.size - nodes) * _RING[0] + (nodes - 1) * _RING[1])
+        if self.ways == 2:
+            latency = min(latency, 2 * ((inside - 1) * _TREE[0] + int(math.log2(nodes)) * _TREE[1]))
+        return self.sent / min(speeds, default=math.inf) + self.times * self.calls * latency
+
+
+def exchanges(
+    engine: str, shape: footprint.Shape, num_devices: int, micro_steps: int, mixed_precision: str, shard_size: int
+) -> list[Exchange]:
+    """What an engine of `ENGINES` exchanges in a step of `micro_steps`; `shard_size` is `hsdp`'s."""
+    total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
+    every = {"size": num_devices, "times": micro_steps}
+    buckets = math.ceil(total / min(REDUCE_BUCKET, total))
+    if engine == "ddp":
+        return [Exchange(2, 4 * total, num_devices, math.ceil(4 * total / _DDP_BUCKET))]
+    if engine in ("fsdp2", "hsdp"):
+        units = shape.num_layers + 2  # and the input embedding, and the tail
+        if engine == "hsdp":
+            every["size"] = shard_size
+        found = [
+            Exchange(1, bits * total, calls=units, **every),
+            Exchange(1, bits * (total - shape.tail), calls=units - 1, **every),
+            Exchange(1, 4 * total, calls=units, **every),
+        ]
+        if engine == "hsdp":
+            across = num_devices // shard_size
+            found.append(Exchange(2, 4 * total / shard_size, across, units, micro_steps, stride=shard_size))
+        return found
+    if engine == "zero3":
+        fetches = math.ceil(total / _PREFETCH_BUCKET)
+        gathers = [Exchange(1, bits * total, calls=fetches, **every)] * 2
+        return [*gathers, Exchange(1, bits * total, calls=buckets, **every)]
+    times = micro_steps if engine == "zero2" else 1
+    reduced = Exchange(2, bits * total, num_devices, buckets, times)
+    return [reduced, Exchange(1, bits * total, num_devices, buckets)]
+
+
+@dataclass(frozen=True)
+class ScalingRow:
+    """One engine on `num_devices`, simulated. Bytes that a device sends in a step and seconds of a step: what computing
+    takes alone, what communication takes alone, and both, with none of it hidden and with all that can be."""
+
+    engine: str
+    num_devices: int
+    micro_steps: int = 0
+    sent_bytes: float = 0.0
+    compute_seconds: float = 0.0
+    communication_seconds: float = 0.0
+    reason: str | None = None
+    """Why there is no row."""
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """A step's without and with full overlap."""
+        return (
+            self.compute_seconds + self.communication_seconds,
+            max(self.compute_seconds, self.communication_seconds),
+        )
+
+
+def scaling(
+    recipe: Recipe,
+    numbers: list[int],
+    *,
+    device: str | None,
+    mfu: float = DEFAULT_MFU,
+    engine: str | None = None,
+    cluster: Cluster | None = None,
+    shard_size: int | None = None,
+) -> tuple[Plan, list[ScalingRow]]:
+    """The recipe as it is on `numbers` of devices, by engine; and the plan of the first.
+
+    `shard_size`: devices that share a copy under `hsdp`, by default what its shipped file says. Raises `RecipeError` as
+    `make_plan` does, and for a device without a known peak.
+    """
+    cluster = cluster or Cluster()
+    if shard_size is None:
+        file = yaml.safe_load(shipped.find("hsdp", "engine").read_text(encoding="utf-8"))
+        shard_size = int(file["parallelism_config"]["parallelism_config_dp_shard_size"])
+    if min(numbers) < 2 or min(shard_size, cluster.devices_per_node) < 1 or not cluster.nvlink * cluster.infiniband > 0:
+        raise RecipeError.at("--scaling", "at least 2 devices, and no size or bandwidth that is not positive")
+    if engine not in (None, *ENGINES):
+        raise RecipeError.at("--engine", f"{engine!r} is not simulated on many devices; {', '.join(ENGINES)} are")
+    passes: dict[Any, Any] = {}
+    plans = [make_plan(recipe, num_processes=n, device=device, mfu=mfu, passes=passes) for n in numbers]
+    if plans[0].device == "cpu" or plans[0].peak_flops is None:
+        raise RecipeError.at("--device", f"the peak of {plans[0].device} tells nothing of many; name an accelerator")
+    # A group's share of the state is that of all devices where there are two groups of that size.
+    halves = make_plan(recipe, num_processes=2 * shard_size, device=device, mfu=mfu, engine="hsdp", passes=passes)
+    names = [name for name in ENGINES if engine in (None, name)]
+    return plans[0], [row for plan in plans for row in _rows(recipe, plan, halves, names, cluster, shard_size)]
+
+
+def _rows(
+    recipe: Recipe, plan: Plan, halves: Plan, names: list[str], cluster: Cluster, shard_size: int
+) -> Iterator[ScalingRow]:
+    training, number = recipe.training, plan.num_processes
+    try:
+        steps = accumulation_steps(training.tokens_per_step, plan.block_size, training.micro_batch_size, number)
+    except RecipeError as error:
+        yield ScalingRow("all", number, reason=error.problems[0].message)
+        return
+    rows = {row.engine: row for row in plan.engines} | {"hsdp": halves.engines[0]}
+    for name in names:
+        row = ScalingRow(name, number, steps, compute_seconds=plan.seconds_per_step or 0.0)
+        if name == "hsdp" and (number % shard_size or number == shard_size or shard_size == 1):
+            yield replace(row, reason=f"no two or more equal groups of --shard-size {shard_size}")
+        elif (memory := rows[name].memory) is None or not rows[name].fits:
+            peak = 0 if memory is None else memory.peak
+            yield replace(row, reason=rows[name].reason or f"does not fit: {peak / 2**30:,.0f} GiB")
+        else:
+            found = exchanges(name, plan.shape, number, steps, plan.mixed_precision, shard_size)
+            sent, seconds = sum(each.sent for each in found), sum(each.seconds(cluster) for each in found)
+            yield replace(row, sent_bytes=sent, communication_seconds=seconds)
+
+
+def table(plan: Plan, rows: list[ScalingRow], cluster: Cluster) -> str:
+    """The rows for people, 120 columns wide."""
+    inside, outside, node = cluster.nvlink / 1e9, cluster.infiniband / 1e9, cluster.devices_per_node
+    lines = [
+        f"simulated scaling of {plan.name}, not measured: {plan.tokens_per_step:,} tokens a step on {plan.device}",
+        f"  assumed      a device sends {inside:g} GB/s inside its node of {node} and {outside:g} GB/s "
+        "to others, latency by NCCL's model,",
+        f"               computing at MFU {plan.mfu:g} in {plan.mixed_precision}, while nothing is sent "
+        ".. all that can be.",
+        "               Efficiency: throughput of that of as many devices that need not communicate",
+        "",
+        f"{'devices':>7}  {'engine':<6}{'micro-steps':>12}{'sent, GB':>10}{'compute, s':>12}{'send, s':>11}"
+        f"{'step, s':>23}{'tokens/s, M':>19}{'efficiency':>14}",
+    ]
+    for row in rows:
+        start = f"{row.num_devices:>7,}  {row.engine:<6}"
+        if row.reason is not None:
+            lines += textwrap.wrap(row.reason, 120, initial_indent=f"{start} ", subsequent_indent=" " * 16)
+            continue
+        slow, fast = row.seconds
+        sent = format(row.sent_bytes / 1e9, ",.0f" if row.sent_bytes >= 1e11 else ".3g")
+        cells = [f"{slow:.3g} .. {fast:.3g}"]
+        cells.append(" .. ".join(f"{plan.tokens_per_step / seconds / 1e6:.3g}" for seconds in row.seconds))
+        cells.append(" .. ".join(f"{row.compute_seconds / seconds:.0%}" for seconds in row.seconds))
+        lines.append(
+            f"{start}{row.micro_steps:>12,}{sent:>10}{row.compute_seconds:>12.3g}"
+            f"{row.communication_seconds:>11.3g}{cells[0]:>23}{cells[1]:>19}{cells[2]:>14}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,236 @@
+"""The bill of a run: a plan as a table, what it came to beside the prediction, and what to say when memory ran out."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from hfpretrain.planning.plan import DEFAULT_MFU, Plan, make_plan
+from hfpretrain.recipe.schema import Recipe, RecipeError
+
+FILE = "plan.json"
+_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "peak", "host")
+
+
+def table(plan: Plan) -> str:
+    """The plan for people, 120 columns wide."""
+    counts = plan.parameters
+    active = f", {counts.active:,} active for a token" if counts.active != counts.total else ""
+    lines = [
+        f"plan of {plan.name}: {plan.model_type}, {counts.total:,} parameters ({counts.non_embedding:,} without "
+        f"embeddings{active})",
+        f"  compute      {_si(plan.flops_per_token)}FLOP a token, {plan.flops:.2e} in all; {plan.tokens:,} tokens, "
+        f"{plan.tokens / counts.total:.1f} for each parameter",
+    ]
+    where = (
+        f"{plan.num_processes} process(es) on one CPU"
+        if plan.device == "cpu"
+        else f"{plan.num_processes} x {plan.device}"
+    )
+    if plan.seconds_per_step is None or plan.hours is None or plan.device_hours is None:
+        why = f"the peak of {plan.device} is {plan.peak_is}" if plan.peak_flops is None else "no engine can run this"
+        lines.append(f"  time         not known: {why}")
+    else:
+        lines += [
+            f"  time         {plan.num_steps:,} steps of {plan.seconds_per_step:,.3g} s = {_hours(plan.hours)}, "
+            f"{plan.device_hours:,.{1 if plan.device_hours >= 1 else 4}f} device-hours on {where}",
+            f"               {plan.mfu_is}: MFU {plan.mfu:.3g} of {_si(plan.peak_flops or 0)}FLOP/s in "
+            f"{'float32' if plan.mixed_precision == 'no' else plan.mixed_precision} ({plan.peak_is})",
+        ]
+    lines.append(f"  prepared     {_bytes(plan.prepared_bytes)} ({plan.prepared_is})")
+    lines += [f"  note         {note}" for note in plan.notes]
+    largest = max((row.memory.peak for row in plan.engines if row.memory is not None), default=0)
+    unit, size = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    lines += [
+        "",
+        f"{unit} of one process, micro-batch {plan.micro_batch_size} x {plan.block_size} tokens, "
+        f"{plan.num_processes} process(es), {plan.device} with {plan.device_memory / 2**30:.1f} GiB. Parts at their "
+        "largest;",
+        f"peak: the largest sum at one moment. Fits: peak within {plan.usable:.0%} of the device. Disk: "
+        f"{plan.keep_last} checkpoints, and the export.",
+        f"{'engine':<14}{'weights':>9}{'gradients':>10}{'optimizer':>10}{'activations':>12}{'logits':>8}{'buffers':>9}"
+        f"{'peak':>9}{'host':>8}  {'fits':<5}{'disk':>10}{'export':>10}",
+    ]
+    reasons: list[str] = []
+    for row in plan.engines:
+        if row.memory is None:
+            reason = row.reason or ""
+            reasons += [] if reason in reasons else [reason]
+            lines.append(f"{row.engine:<14}  not possible ({reasons.index(reason) + 1})")
+            continue
+        parts = [getattr(row.memory, part) / size for part in _PARTS]
+        widths = (9, 10, 10, 12, 8, 9, 9, 8)
+        digits = _digits(row.memory.peak / size)
+        cells = "".join(f"{part:>{width}.{digits}f}" for part, width in zip(parts, widths, strict=True))
+        disk = (row.checkpoint_bytes or 0) * plan.keep_last
+        written = f"{_bytes(disk):>10}{_bytes(row.export_bytes or 0):>10}"
+        lines.append(f"{row.engine:<14}{cells}  {'yes' if row.fits else 'no':<5}{written}")
+    for number, reason in enumerate(reasons, 1):
+        lines += textwrap.wrap(reason, 120, initial_indent=f"({number}) ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _comparison(measured: dict[str, Any]) -> list[str]:
+    rows = [f"{'':<14}{'predicted':>14}{'measured':>14}{'error':>9}"]
+    quantities = ("peak memory", "peak_memory", _bytes), ("seconds a step", "seconds_per_step", "{:,.3g} s".format)
+    for label, key, show in quantities:
+        predicted, found, error = (measured[part].get(key) for part in ("prediction", "measured", "error"))
+        cells = [f"{show(value) if value is not None else '-':>14}" for value in (predicted, found)]
+        rows.append(f"{label:<14}{''.join(cells)}{f'{error:+.0%}' if error is not None else '-':>9}")
+    found = measured["measured"]
+    rows.append(f"  memory: {found['memory_is']}")
+    if found["resident"] is not None:
+        rows.append(f"  with those: {_bytes(found['resident'])}")
+    if found["mfu"] is not None:
+        prediction = measured["prediction"]
+        rows.append(f"  time: MFU {found['mfu']:.2g}; {prediction['mfu']:.2g} was {prediction['mfu_is']}")
+    return rows
+
+
+def compare(
+    plan: Plan, peak_memory: int, memory_is: str, resident: int, seconds_per_step: float | None
+) -> dict[str, Any]:
+    """`prediction`, `measured` and the relative `error` (prediction / measured - 1) of a run of one engine."""
+    memory = plan.engines[0].memory
+    prediction = {
+        "peak_memory": None if memory is None else memory.peak,
+        "seconds_per_step": plan.seconds_per_step,
+        "mfu": plan.mfu,
+        "mfu_is": plan.mfu_is,
+    }
+    mfu = None
+    if seconds_per_step and plan.seconds_per_step is not None:
+        mfu = plan.mfu * plan.seconds_per_step / seconds_per_step
+    measured = {"peak_memory": peak_memory, "memory_is": memory_is, "resident": resident or None}
+    measured |= {"seconds_per_step": seconds_per_step, "mfu": mfu}
+    error = {}
+    for key in ("peak_memory", "seconds_per_step"):
+        predicted, found = prediction[key], measured[key]
+        error[key] = predicted / found - 1 if predicted is not None and found else None  # type: ignore[operator]
+    return {"prediction": prediction, "measured": measured, "error": error}
+
+
+def seconds_per_step(
+    speeds: Iterable[tuple[int, float]], tokens_per_step: int, after: int = 0, last: float = math.inf
+) -> float | None:
+    """Mean seconds of a training step, from step and tokens per second of each log step after `after` and up to `last`.
+
+    The throughput leaves out pauses such as evaluations. The first log step includes warming up, so it counts only if
+    there is no other. None without any."""
+    first, all_seconds, all_steps, before = 0.0, 0.0, 0, after
+    for number, (step, speed) in enumerate((step, speed) for step, speed in speeds if after < step <= last):
+        seconds = (step - before) * tokens_per_step / speed
+        if number:
+            all_seconds, all_steps = all_seconds + seconds, all_steps + step - before
+        else:
+            first = seconds / (step - before)
+        before = step
+    return all_seconds / all_steps if all_steps else first or None
+
+
+def report(run: Any, peak_memory: int, resident: int) -> str:
+    """Compare what a finished run took with its plan; both are kept as `plan.json` in its folder.
+
+    `peak_memory` and `resident` (0 where it is not measured): bytes of `metrics.PeakMemory`, the largest of all
+    processes.
+    """
+    from hfpretrain.engines import engine
+
+    accelerator = run.accelerator
+    # An engine of several processes may have made forward a collective (Ulysses), which the main process alone would
+    # wait in for ever. With `mfu` given, no step is timed.
+    mfu = None if accelerator.num_processes == 1 else DEFAULT_MFU
+    try:
+        # One process alone may not build under ZeRO-3, where building is a collective.
+        with engine.plain_initialisation():
+            plan = make_plan(
+                run.recipe,
+                engine=engine.engine_name(accelerator),
+                num_processes=accelerator.num_processes,
+                config=run.config,
+                mixed_precision=engine.precision(accelerator),
+                mfu=mfu,
+                document_masking=run.document_masking,
+                chunked_loss=run.chunked_loss,
+                cpu_peak_flops=run.peak_flops if accelerator.device.type == "cpu" else None,
+            )
+    except RecipeError as error:  # a run that has ended well must not fail for want of its bill
+        return f"no plan of this run: {error}"
+    # Only the steps of this process: earlier ones may have run under another engine.
+    speeds = run.records.history().speeds()
+    seconds = seconds_per_step(speeds, run.recipe.training.tokens_per_step, run.first_step)
+    found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
+    (run.output_dir / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
+    return "\n".join([f"plan             {run.output_dir / FILE}", *_comparison(found)])
+
+
+def out_of_memory(run: Any, message: str) -> str:
+    """What to say of a run that ran out of memory: the plan of all engines, and the three changes that help most."""
+    from hfpretrain.engines import engine
+
+    recipe, accelerator = run.recipe, run.accelerator
+    name, number = engine.engine_name(accelerator), accelerator.num_processes
+    # With `mfu` given, no step is timed, for which there is no memory here.
+    settled = {"num_processes": number, "mixed_precision": engine.precision(accelerator), "mfu": DEFAULT_MFU}
+    with engine.plain_initialisation():
+        plan = make_plan(recipe, config=getattr(run, "config", None), **settled)
+        peaks = {row.engine: row.memory.peak for row in plan.engines if row.memory is not None}
+        changes = [(f"accelerate_configs/{other}.yaml", peak) for other, peak in peaks.items()]
+        for text, changed in _smaller(recipe):
+            (row,) = make_plan(changed, engine=name, config=getattr(run, "config", None), **settled).engines
+            if row.memory is not None:
+                changes.append((text, row.memory.peak))
+    now = peaks.get(name)
+    helpful = sorted((change for change in changes if now is None or change[1] < now), key=lambda change: change[1])
+    size = f"{recipe.training.micro_batch_size} sequences of {recipe.data.block_size} tokens"
+    lines = [f"{size} do not fit on {engine.device_name(accelerator)} under {name}: {message}", "", table(plan), ""]
+    lines += [f"what helps most, in peak memory of a process ({_bytes(now) if now else 'not known'} now):"]
+    lines += [f"  {_bytes(peak):>10}  {text}" for text, peak in helpful[:3]]
+    if all(peak > plan.usable * plan.device_memory for _, peak in helpful):
+        lines.append("none of them alone is enough: take several, or a smaller model or block_size")
+    return "\n".join(lines)
+
+
+def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Recipes that learn the same in less memory, each with its override."""
+
+    def changed(section: str, **update: Any) -> tuple[str, Recipe]:
+        ((key, value),) = update.items()
+        part = getattr(recipe, section).model_copy(update=update)
+        return f"--{section}.{key}={str(value).lower()}", recipe.model_copy(update={section: part})
+
+    size = recipe.training.micro_batch_size
+    # The largest part of it divides whatever it divided.
+    parts = [next(n for n in range(part, 0, -1) if size % n == 0) for part in sorted({size // 2, size // 8} - {0})]
+    found = [changed("training", micro_batch_size=part) for part in dict.fromkeys(parts)]
+    if not recipe.model.gradient_checkpointing:
+        found.append(changed("model", gradient_checkpointing=True))
+    if recipe.training.chunked_loss is False:
+        found.append(changed("training", chunked_loss=True))
+    return found
+
+
+def _digits(largest: float) -> int:
+    return 1 if largest >= 100 else 2 if largest >= 1 else 3
+
+
+def _si(number: float) -> str:
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if number >= 10**power:
+            return f"{number / 10**power:,.4g} {prefix}"
+    return f"{number:,.0f} "
+
+
+def _bytes(number: float) -> str:
+    for power, prefix in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
+        if number >= 2**power:
+            return f"{number / 2**power:,.1f} {prefix}"
+    return f"{number / 1024:,.1f} KiB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"

@@ -1,0 +1,27 @@
+"""A recipe from a file or by its name, with every check that can be made before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from hfpretrain.evaluation.recipe_metrics import trust_problems
+from hfpretrain.recipe import schema, shipped
+from hfpretrain.recipe.schema import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and validate the recipe of a file, or one shipped with the package by its name (`quickstart`).
+
+    `overrides` are the `--section.key=value` of the command line. What transformers knows of a model's config or a
+    chat template is checked where it is installed. Raises `RecipeError` with all problems at once, also for code of
+    others that the recipe names but does not trust.
+    """
+    checks = [trust_problems]
+    if find_spec("transformers") is not None:
+        from hfpretrain.data.tokenizer import chat_template_problems
+        from hfpretrain.modeling.build import config_problems
+
+        checks += [config_problems, chat_template_problems]
+    return schema.load_recipe(shipped.find(path, "recipe"), overrides, checks)

@@ -1,0 +1,1181 @@
+"""The recipe: the whole vocabulary of a run, its YAML form, dotted overrides and validation.
+
+This module knows no other module, no Hugging Face library and no recipe by name, so that `hfpretrain check`
+answers without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from hfpretrain.recipe.redaction import redact, redacted
+
+MixedPrecision = Literal["auto", "no", "tf32", "bf16", "fp16", "fp8"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: the dotted `path` of the key, what is wrong, and the fix."""
+
+    path: str
+    message: str
+
+    def __post_init__(self) -> None:
+        for name in ("path", "message"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+class RecipeError(ValueError):
+    """The user's input is wrong; `problems` lists every place. Commands print it and exit with code 2."""
+
+    def __init__(self, problems: Problem | Sequence[Problem]):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    @classmethod
+    def at(cls, path: str, message: str) -> RecipeError:
+        """The error for a single key."""
+        return cls(Problem(path, message))
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, a docstring under every field."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def _with_revision(given: Any) -> Any:
+    """A section with `pretrained: ID@REVISION` of the Hub as one with `pretrained` and `revision`."""
+    pretrained = given.get("pretrained") if isinstance(given, dict) else None
+    if not isinstance(pretrained, str) or "@" not in pretrained or Path(pretrained).exists():
+        return given
+    repo_id, _, revision = pretrained.partition("@")
+    if given.get("revision") not in (None, revision):
+        raise ValueError(f"`pretrained` names revision {revision!r} and `revision` {given['revision']!r}; give one")
+    return {**given, "pretrained": repo_id, "revision": revision}
+
+
+class ModelSection(Section):
+    """What is trained: a new model from `config`, or an existing one from `pretrained`. Exactly one of the two."""
+
+    config: dict[str, Any] | None = None
+    """Keywords of `AutoConfig.for_model`: `model_type` and any key of that config class. `vocab_size`, `bos_token_id`,
+    `eos_token_id` and `pad_token_id` default to the tokenizer's."""
+    pretrained: str | None = None
+    """Folder or Hub id of the checkpoint to train further (`AutoModelForCausalLM.from_pretrained`). `ID@REVISION` sets
+    `revision` as well."""
+    revision: str | None = None
+    """Revision of `pretrained` on the Hub."""
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of tensor names (`*` matches any characters) in which the weights of `pretrained` may differ from the
+    model, for example `[lm_head.weight]`. A matching tensor that the checkpoint lacks is drawn from the seed; one that
+    the model lacks is left out. Default: none, so that any missing or unexpected tensor is an error."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """Attention implementation, passed to transformers. `auto`: PyTorch's scaled dot product attention (`sdpa`) where
+    the model's class supports it, otherwise `eager`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    use_liger_kernel: bool = False
+    """Norms, activations and positions by Liger's Triton kernels (package `liger-kernel`, GPUs only), as in
+    `TrainingArguments`. The loss stays that of `training.chunked_loss`."""
+    depth_scaled_init: bool = False
+    """Draw the projections that write into the residual stream with standard deviation `initializer_range` /
+    sqrt(2 * layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
+    trust_remote_code: bool = False
+    """Run model code that comes with `pretrained`. Off: only classes of transformers itself."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the exported weights. Training keeps float32 weights under every engine and precision; 16 bits halve the
+    folder and round them once."""
+
+    _revision = model_validator(mode="before")(_with_revision)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of `config` (a new model) and `pretrained` (go on from a checkpoint)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` needs `model_type`, for example llama, qwen3, gpt2")
+        if self.pretrained is not None and self.depth_scaled_init:
+            raise ValueError("`depth_scaled_init` draws new weights and would overwrite those of `pretrained`")
+        for key in ("revision", "allow_missing"):
+            if getattr(self, key) and self.pretrained is None:
+                raise ValueError(f"`{key}` belongs to `pretrained`, which is not given")
+        return self
+
+
+class TokenizerSection(Section):
+    """A tokenizer that exists (`pretrained`), or one trained on the recipe's own training text (`algorithm`)."""
+
+    pretrained: str | None = None
+    """Folder or Hub id of a fast tokenizer."""
+    revision: str | None = None
+    """Revision of `pretrained` on the Hub."""
+    algorithm: Literal["byte_level_bpe", "character"] | None = None
+    """Train one: byte-level BPE (GPT-2's kind, any Unicode text survives) or one token per character."""
+    vocab_size: int | None = Field(default=None, ge=258, le=2**24)
+    """Size of a trained byte-level BPE vocabulary, special tokens included; at least 256 bytes and 2 of those."""
+    pad_to_multiple_of: int = Field(default=64, ge=1, le=2**16)
+    """The model's vocabulary is the tokenizer's, rounded up to a multiple of this: matrix kernels want it."""
+    trust_remote_code: bool = False
+    """Run tokenizer code that comes with `pretrained`."""
+    add_bos: bool | None = None
+    """Whether every document begins with the BOS token of `pretrained`. null, the default: as when the tokenizer is
+    called on a text. Llama's and Gemma's tokenizers then add BOS, Qwen's and GPT-2's do not. The exported tokenizer
+    does what training did. Has no effect where BOS and EOS are the same token, which separates documents in any
+    case."""
+    max_unknown: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of a source, from 0 to 1, that the tokenizer may lose. Two shares are compared with it: that of the
+    unknown token among all tokens, and that of characters for which there is no token. A source that loses more stops
+    the run. The default, 0.01, is a rule of thumb."""
+    chat_template: str | None = None
+    """How messages become text (`tokenizer.apply_chat_template`, which TRL calls), exported with the tokenizer: Jinja,
+    or the file that holds it. Pretraining does not use it, so it may change between starts of a run. null: that of
+    `pretrained`, or none."""
+
+    _revision = model_validator(mode="before")(_with_revision)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TokenizerSection:
+        if (self.pretrained is None) == (self.algorithm is None):
+            raise ValueError("give exactly one of `pretrained` (load) and `algorithm` (train)")
+        if (self.algorithm == "byte_level_bpe") != (self.vocab_size is not None):
+            raise ValueError("`vocab_size` goes with `algorithm: byte_level_bpe`, and is needed there")
+        if self.add_bos is not None and self.pretrained is None:
+            raise ValueError("`add_bos` goes with `pretrained`: a trained tokenizer has one token that begins and ends")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("`revision` belongs to `pretrained`, which is not given")
+        return self
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+IS_LFS_POINTER = "is a Git LFS pointer, not the file: get it with `git lfs pull`"
+FILE_FORMATS = ("text", "json", "parquet", "csv")
+
+
+class SourceSection(Section):
+    """One source of documents. The names are those of `datasets.load_dataset`."""
+
+    path: str
+    """`text`, `json`, `parquet`, `csv` (with `data_files` or `data_dir`), a local folder, a Hub dataset id, or
+    `builtin:python-stdlib` (the modules of this machine's Python, one document each). A name is looked up in this
+    order: write a folder that is called `text` as `./text`; a folder that exists comes before a Hub dataset of the same
+    name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, each also
+    compressed)."""
+    name: str | None = None
+    """Configuration of a Hub dataset."""
+    data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Files or globs. Compressed files (gz, zst, xz, bz2) need not be unpacked. A name that exists is taken literally,
+    even if it contains `*` or `[`. A pattern whose last part is just `*` skips files that accompany data, such as
+    `LICENSE` and `_SUCCESS`."""
+    data_dir: str | None = None
+    """Folder with the files."""
+    split: str = "train"
+    """Split to read; slices such as `train[:90%]` work."""
+    revision: str | None = None
+    """Revision of a Hub dataset."""
+    sample_by: Literal["line", "paragraph", "document"] | None = None
+    """What one document of a text file is: a line, a paragraph (separated by blank lines), or the whole file. Required
+    for `path: text` and for a folder with text files. Line endings of any kind are read as a newline."""
+    special_tokens: Literal["text", "tokens"] | Annotated[tuple[str, ...], Field(min_length=1)] = "text"
+    """How the name of a special token, such as `<fim_prefix>` or `<|im_start|>`, is read where the text contains it.
+    `text`, the default: as ordinary text. `tokens`: as the special token. A list: these names as special tokens, all
+    others as ordinary text. EOS, BOS and padding are always read as ordinary text, so that no text can end its
+    document. The manifest counts every occurrence."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    weight: float | None = Field(default=None, ge=0)
+    """Share of the training tokens, relative to the other sources' weights. All sources have one or none has;
+    without, every block of every source is seen once per epoch. 0 is for a source that only `data.stages` use."""
+    domain: str | None = Field(default=None, pattern="^[A-Za-z0-9_.-]+$")
+    """Of a validation source: the name under which evaluation gives figures of it alone. Sources of one name are one
+    set; all of them have a name or none has."""
+    max_epochs: PositiveInt | None = None
+    """How often the source's tokens may be seen. A run that needs more is refused at its start, a stream stops when it
+    has run out; null: no cap."""
+
+    @model_validator(mode="after")
+    def _files(self) -> SourceSection:
+        if self.path in FILE_FORMATS and self.data_files is None and self.data_dir is None:
+            raise ValueError(f"`path: {self.path}` needs `data_files` or `data_dir`")
+        if self.path == "text" and self.sample_by is None:
+            raise ValueError("`path: text` needs `sample_by`: line, paragraph or document")
+        if self.sample_by is not None and (self.path in FILE_FORMATS[1:] or self.path.startswith("builtin:")):
+            raise ValueError(f"`sample_by` goes with text files, which `path: {self.path}` does not read")
+        return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`data_files` as a tuple, empty where there are none."""
+        return (self.data_files,) if isinstance(self.data_files, str) else self.data_files or ()
+
+
+class StageSection(Section):
+    """A later part of the run with other weights, for example a last stretch on the best sources."""
+
+    from_tokens: PositiveInt
+    """The stage begins with the first sequence after so many tokens of the run."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...]
+    """One for each of `data.sources`, in their order; 0 leaves a source out."""
+
+
+class DataSection(Section):
+    """Documents in, fixed blocks of tokens out."""
+
+    sources: tuple[SourceSection, ...] = Field(min_length=1)
+    """Where training text comes from."""
+    validation_sources: tuple[SourceSection, ...] = ()
+    """The sources' own validation splits. A training document equal to one of these is dropped and counted."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Without `validation_sources`: the share of the training sources that is held out."""
+    validation_by: Literal["document", "tail"] = "document"
+    """How it is drawn. `document`: by a hash of the document, so that a document keeps its side when others are
+    added. `tail`: the last part of each document's characters, for a corpus that is one long text."""
+    block_size: PositiveInt
+    """Tokens in one training sequence."""
+    stages: tuple[StageSection, ...] = ()
+    """Other weights from a token count on. Needs `weight` at every source, which holds until the first stage."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """`concat`: documents in a row, cut where a block ends; no padding. `best_fit`: only a document that is longer than
+    a block is cut (one that fills it has no separator), blocks are padded (Ding et al. 2024, "Fewer Truncations Improve
+    Language Modeling")."""
+    shift_blocks: bool = False
+    """Whether blocks begin at another place of the text in each epoch after the first, so that a corpus that is read
+    many times is not seen in the same pieces. Every token still comes once an epoch."""
+    deduplicate: bool = False
+    """Keep only the first of training documents with equal text. They are counted in any case."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """What a broken line, a missing text or invalid UTF-8 does: stop with file and line, or be left out and counted
+    in the manifest by reason."""
+    streaming: bool = False
+    """Tokenize while training, straight from the sources, without preparing the training text. Nothing is shuffled:
+    files are read in their order, several of like size side by side. Needs `tokenizer.pretrained`, and
+    `validation_sources` for an evaluation."""
+    prepared_dir: str | None = None
+    """Where prepared data live, one folder for each fingerprint, shared between runs. Default: `prepared` beside
+    `output_dir`. A URL of any fsspec file system (s3://...) is the common copy of machines that share no disk; each
+    keeps its own at the default place."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSection:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source a `weight` or none")
+        if any(source.weight is not None or source.max_epochs is not None for source in self.validation_sources):
+            raise ValueError("`weight` and `max_epochs` have no meaning in `validation_sources`")
+        if any(source.domain is not None for source in self.sources):
+            raise ValueError("`domain` names a set of `validation_sources`")
+        if len({source.domain is None for source in self.validation_sources}) > 1:
+            raise ValueError("give every validation source a `domain` or none")
+        if self.stages and not any(weighted):
+            raise ValueError("`stages` change the sources' `weight`: give every source one")
+        if any(weighted) and not any(source.weight for source in self.sources):
+            raise ValueError("all sources have weight 0")
+        for stage in self.stages:
+            if len(stage.weights) != len(self.sources) or not any(stage.weights):
+                raise ValueError(f"a stage needs {len(self.sources)} weights, one for each source, not all 0")
+        starts = [stage.from_tokens for stage in self.stages]
+        if starts != sorted(set(starts)):
+            raise ValueError("`stages` must be in the order of their `from_tokens`")
+        if self.streaming and self.validation_fraction:
+            raise ValueError("`streaming` cannot draw `validation_fraction`: name `validation_sources`")
+        if self.streaming and (self.deduplicate or self.packing != "concat"):
+            raise ValueError("`streaming` sees each document once: `deduplicate` and `best_fit` need prepared data")
+        if self.shift_blocks and (self.streaming or self.packing != "concat"):
+            raise ValueError(
+                "`shift_blocks` moves the cuts of prepared `concat` blocks; `best_fit` and `streaming` have none"
+            )
+        if self.validation_sources and self.validation_fraction:
+            raise ValueError("give `validation_sources` or `validation_fraction`, not both")
+        if self.block_size < 2:
+            raise ValueError("`block_size` must be at least 2: a token is predicted from the one before")
+        return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.validation_sources) or self.validation_fraction > 0
+
+    def validation_split(self, number: int) -> str:
+        """Where the text of validation source `number` is prepared."""
+        domain = self.validation_sources[number].domain
+        return "validation" if domain is None else f"validation-{domain}"
+
+    @property
+    def validation_splits(self) -> list[str]:
+        """All of them, each once."""
+        if self.validation_fraction > 0:
+            return ["validation"]
+        return list(dict.fromkeys(map(self.validation_split, range(len(self.validation_sources)))))
+
+    @property
+    def weights(self) -> list[tuple[int, list[float]]]:
+        """(first token, weights of the sources) of every stage of a mixture; empty without weights."""
+        if self.sources[0].weight is None:
+            return []
+        first = (0, [source.weight or 0.0 for source in self.sources])
+        return [first, *((stage.from_tokens, list(stage.weights)) for stage in self.stages)]
+
+
+_Average = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSection(Section):
+    """An optimizer and the keywords of its class. Matrices and embeddings get weight decay; norms, biases, other
+    vectors and the decay rates of state-space layers do not. A run's `optimizer.json` lists the parameters of each
+    group."""
+
+    name: Literal["adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"] = "adamw"
+    """`torch.optim.AdamW`, `Muon` or `Adafactor`. Muon takes the matrices between embedding and head, its update scaled
+    so that `lr` and `weight_decay` mean the same as for AdamW, which takes the rest (Liu et al. 2025, "Muon is Scalable
+    for LLM Training"); not under ZeRO, which cuts matrices flat. Adafactor only on `single` and `ddp`: torch's does
+    not work on sharded matrices. `adamw_8bit` is `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single`
+    and `ddp`, since shards would be quantized in other blocks. `adamw_schedule_free` is
+    `schedulefree.AdamWScheduleFree`, for `constant` schedules, not under ZeRO: the weights that are evaluated and
+    exported are averages of those that are trained. These two are packages of their own: `pip install
+    hfpretrain[optimizers]`."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[_Average, _Average] = (0.9, 0.95)
+    """Running averages of gradient and square; 0.95 as in GPT-3 (Brown et al. 2020, appendix B)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator; torch's default."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices and embeddings. The default, 0.1, is that of GPT-3."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns of parameter names (`*` matches any characters) that get no weight decay either, for example
+    `["*embed_tokens*"]`. Default: none. A pattern that matches no parameter is an error."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Of Muon; torch's default."""
+    beta2_decay: float = Field(default=-0.8, le=0)
+    """Of Adafactor; torch's default."""
+    d: float = Field(default=1.0, ge=1)
+    """Of Adafactor: updates are clipped to this root mean square; torch's default."""
+
+    _KEYS: typing.ClassVar[dict[str, set[str]]] = {
+        "adamw": {"betas", "eps"},
+        "muon": {"betas", "eps", "momentum"},
+        "adafactor": {"beta2_decay", "d"},
+        "adamw_8bit": {"betas", "eps"},
+        "adamw_schedule_free": {"betas", "eps"},
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_keys(cls, given: Any) -> Any:
+        name = given.get("name", "adamw") if isinstance(given, dict) else None
+        if isinstance(name, str) and name in cls._KEYS:
+            for key in sorted(set().union(*cls._KEYS.values()) & set(given) - cls._KEYS[name]):
+                raise ValueError(f"`{key}` is no keyword of {name}")
+        return given
+
+    @model_validator(mode="after")
+    def _interpolates(self) -> OptimizerSection:
+        if self.name == "adamw_schedule_free" and self.betas[0] == 0:
+            raise ValueError("`adamw_schedule_free` divides by the first of `betas`; 0.9 is its default")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_others(self, dump: Any) -> dict[str, Any]:
+        others = set().union(*self._KEYS.values()) - self._KEYS[self.name]
+        return {key: value for key, value in dump(self).items() if key not in others}
+
+
+class SchedulerSection(Section):
+    """`transformers.get_scheduler` by its own keyword names; the number of training steps is the run's."""
+
+    name: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """The schedule; each is a function of the step alone, which makes a resume exact."""
+    num_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    scheduler_specific_kwargs: dict[str, Any] = {}
+    """Further keywords of that schedule, for example `min_lr_rate: 0.1` or `num_decay_steps: 1000`."""
+
+    @model_validator(mode="after")
+    def _arguments(self) -> SchedulerSection:
+        if self.name == "warmup_stable_decay" and "num_decay_steps" not in self.scheduler_specific_kwargs:
+            raise ValueError("`warmup_stable_decay` needs `scheduler_specific_kwargs: {num_decay_steps: ...}`")
+        if self.name in ("constant", "constant_with_warmup") and self.scheduler_specific_kwargs:
+            raise ValueError(f"`{self.name}` takes no `scheduler_specific_kwargs`")
+        if self.name == "constant" and self.num_warmup_steps:
+            raise ValueError("`constant` has no warm-up; use `constant_with_warmup`")
+        return self
+
+
+class TrainingSection(Section):
+    """How much is learned in a step and for how long."""
+
+    tokens_per_step: PositiveInt
+    """Tokens of one optimizer update over all processes; a multiple of `data.block_size`."""
+    micro_batch_size: PositiveInt
+    """Sequences per device in one forward pass. Gradient accumulation is derived from it."""
+    max_steps: PositiveInt | None = None
+    """Optimizer updates of the run. Give this or `max_tokens`."""
+    max_tokens: PositiveInt | None = None
+    """Tokens of the run; the last step stays within it."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm; null for none. 1.0 as in GPT-3."""
+    mixed_precision: MixedPrecision = "auto"
+    """`no` is float32; `tf32` is float32 with matrix products in TensorFloat-32; `fp16` scales the loss; `fp8` computes
+    linear layers in 8 bits through torchao or TransformerEngine, the rest in bf16. `auto`: what the launcher's file
+    says, else bf16 where the hardware has it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
+    document_masking: Literal["auto"] | bool = "auto"
+    """Whether attention ends at document boundaries within a block. A test at the start finds out whether this model
+    can keep packed documents apart. If it can't, `true` stops the run, and `auto`, the default, stops it if any block
+    holds several documents. `false` trains without masking."""
+    chunked_loss: Literal["auto"] | bool = "auto"
+    """Compute the loss a chunk of tokens at a time, so that the logits are never whole in memory. `auto`: where the
+    model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared logarithm of each softmax's denominator in what is minimised, to keep logits from drifting;
+    1e-4 in PaLM (Chowdhery et al. 2022, section 5). The loss reported is without it. Needs the chunked loss, which
+    tp has not."""
+    compile: Literal["auto"] | bool = "auto"
+    """`torch.compile` the decoder layers, one graph for all of them. `auto`: on GPUs with Triton under single, ddp and
+    fsdp2, in a run of at least 2,000 micro-steps: on an H100 GPT-2 124M compiled in 2.4 s and saved 90 ms of each."""
+    stop_after: str | None = Field(default=None, min_length=2, pattern=r"^(\d+h)?(\d+m)?(\d+s)?$")
+    """Wall-clock time since the start, for example 3h50m, by which the run has saved and stopped with exit code 75, to
+    go on when started again. It stops earlier by twice the longest save so far, or 5 % before there was one."""
+    timeout_seconds: int = Field(default=1800, ge=4)
+    """A run in which no process gets on for so long ends with an error that names the one the others wait for. One
+    without a sign of life for 30 seconds, or this if it is less, ends it too. 1800 is torch's default for gloo."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.max_steps is None) == (self.max_tokens is None):
+            raise ValueError("give exactly one of `max_steps` and `max_tokens`")
+        if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
+            raise ValueError(f"`max_tokens` ({self.max_tokens}) is less than one step of {self.tokens_per_step} tokens")
+        if self.z_loss and self.chunked_loss is False:
+            raise ValueError("`z_loss` is part of the chunked loss: set `chunked_loss` to auto or true")
+        return self
+
+    @property
+    def stop_after_seconds(self) -> int | None:
+        """`stop_after` as a number."""
+        if self.stop_after is None:
+            return None
+        units = {"h": 3600, "m": 60, "s": 1}
+        return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", self.stop_after))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.max_steps or typing.cast(int, self.max_tokens) // self.tokens_per_step
+
+
+class LmEvalSection(Section):
+    """Downstream tasks by lm-eval (extra `lm-eval`) on the model in memory; the keywords are those of lm-eval."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of tasks, groups or tags."""
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between; null: only at the end."""
+    include_path: str | None = None
+    """Folder with your own task files. If it has all of `tasks`, no other task files are read. Task files can run code,
+    so this needs `evaluation.trust_remote_code: true`."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in the prompt; null: what each task says, else none."""
+    limit: PositiveInt | None = None
+    """Only so many documents of each task."""
+
+
+class EvaluationSection(Section):
+    """Loss, perplexity, bits per byte over the whole validation split: at step 0, every `every_steps`, at the end."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between evaluations; null: only at step 0 and at the end."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of the `evaluate` library that take `predictions` and `references`: the most likely token at every
+    position, and the token that the text has there. They need the logits, which takes a second forward pass, one row at
+    a time. Give a name that `evaluate` hosts (`accuracy`, `f1`, ...) or, with `trust_remote_code`, a script, its folder
+    or a Hub Space."""
+    metric_revisions: dict[str, str] = Field(default_factory=dict)
+    """Commit hash of each Hub Space in `metrics`, by the name that `metrics` gives it. Required for every Space that
+    `evaluate` does not host, so that trusted code can't change. Default: none."""
+    trust_remote_code: bool = False
+    """Run the code of scripts and Hub Spaces in `metrics`, and of the task files in `lm_eval.include_path`. Default:
+    false, which allows hfpretrain's own metrics, those that `evaluate` hosts, and lm-eval's own tasks."""
+    prompts: tuple[str, ...] = ()
+    """Continued at every evaluation, greedily and drawn with a fixed seed, into the log, the trackers and
+    `samples.jsonl`. An empty one begins a document."""
+    sample_tokens: PositiveInt = 64
+    """Tokens of each continuation. Each is a forward pass over all before it."""
+    temperature: float = Field(default=0.8, gt=0)
+    """Of the drawn continuation."""
+    top_k: PositiveInt = 50
+    """The drawn continuation takes each token from so many of the likeliest."""
+    lm_eval: LmEvalSection | None = None
+    """Downstream tasks; null: none."""
+
+
+# As `huggingface_hub.utils.validate_repo_id` has it.
+_REPO_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
+
+
+def repo_id_problem(repo_id: str) -> str | None:
+    """Why no repo of the Hub can have this name, None if one can."""
+    if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        return f"{repo_id!r} is no name of a repo; write USER/NAME with letters, digits, `-`, `_` and `.`"
+    return None
+
+
+_SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt", ".gguf", ".txt", ".yaml", ".yml")
+
+
+def missing_path(given: str) -> str | None:
+    """Why `given`, a folder or an id of the Hub, can be neither; None if it exists or may be an id."""
+    path = Path(given)
+    if path.exists():
+        return None
+    is_below_folder = path.parent != Path(".") and path.parent.is_dir()
+    if not (given.startswith((".", "/", "~")) or given.count("/") > 1 or path.suffix in _SUFFIXES or is_below_folder):
+        return None
+    if given.startswith("~"):
+        return f"there is no {given!r}: only the shell expands `~`; write the whole path"
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    return f"there is no file or folder {given!r}{hint}"
+
+
+def not_loaded(given: str, error: Exception) -> str:
+    """What to say of a folder or an id of the Hub that a library does not load."""
+    line = (str(error).splitlines() or [""])[0]
+    line = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
+    path = Path(given)
+    if (path / "train_state.json").is_file():
+        return f"{given!r} is a checkpoint of a run; export it first, `hfpretrain export {given} OUT`, and name OUT"
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
+        return f"{given!r} is a run; did you mean {path / 'model'}?"
+    if path.exists():
+        return f"cannot load {given!r}: {_absent_file(path) or line}"
+    return f"there is no folder {given!r}, and it does not load from the Hub either: {line}"
+
+
+def _absent_file(folder: Path) -> str | None:
+    """Which file of a folder is a broken link or a Git LFS pointer; None if none is."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_symlink() and not file.exists():
+            return f"{file} is a link to {file.readlink()}, which is missing"
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            return f"{file} {IS_LFS_POINTER}"
+    return None
+
+
+def hub_address(address: str) -> tuple[str, str] | None:
+    """Repo and revision of `hub://USER/NAME@REVISION`, None where it is no address of the Hub."""
+    if not address.startswith("hub://"):
+        return None
+    repo_id, _, revision = address.removeprefix("hub://").partition("@")
+    if repo_id_problem(repo_id) is not None or not revision:
+        raise ValueError(f"{address!r} is not of the form hub://USER/NAME@step-00001000")
+    return repo_id, revision
+
+
+class CheckpointSection(Section):
+    """Full state from which the same command resumes."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints; null: only the last step's."""
+    keep_last: PositiveInt = 2
+    """How many of the newest complete checkpoints stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides stay for good."""
+    keep_best: bool = False
+    """The checkpoint with the lowest validation loss stays too, among those of steps that were evaluated."""
+    async_save: bool = True
+    """Write a copy of the state while training goes on, which takes as much of the host's memory; the last save of a
+    run needs none. A save that comes due before the one before is written waits for it."""
+    resume_from: str | None = Field(default=None, min_length=1)
+    """Where a run whose `output_dir` has no checkpoint yet takes its first from: the folder of another run's, or
+    `hub://USER/NAME@step-00001000`, pushed there with `hub.push_state`. The recipe must be that run's."""
+
+    @field_validator("resume_from")
+    @classmethod
+    def _address(cls, given: str | None) -> str | None:
+        hub_address(given or "")
+        return given
+
+
+class StabilitySection(Section):
+    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps up. Its update is never made."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """`stop` ends the run; `skip` leaves out the step's blocks; `rollback` goes back to the newest checkpoint and
+    leaves out all blocks from there to the step, as PaLM did (Chowdhery et al. 2022, section 5.1)."""
+    max_events: PositiveInt = 10
+    """After so many skips or rollbacks the run stops."""
+    spike_std: float | None = Field(default=None, gt=0)
+    """A loss so many standard deviations above the mean of the last `spike_window` steps is a jump; null: none is."""
+    spike_window: int = Field(default=100, ge=2)
+    """Optimizer steps that a jump is measured against; until there are so many, none is found."""
+
+
+class LoggingSection(Section):
+    """What is written while training; `metrics.jsonl` always is."""
+
+    every_steps: PositiveInt = 10
+    """Optimizer steps between log lines. The loss is the mean over all tokens since the line before."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate by name: tensorboard, wandb, trackio, mlflow, ... Each needs its package."""
+    project_name: str = "hfpretrain"
+    """Project under which the tracker files the run."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last optimizer step of a profile: `profile/rank-N.json.gz` in Chrome's trace format, for Perfetto,
+    and `profile/operators.txt`, the ten operators that took most time."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LoggingSection:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError("`profile_steps` are the first and the last step")
+        return self
+
+
+class HubSection(Section):
+    """Where a run is published while it goes on, and what the model card says beyond what is measured."""
+
+    repo_id: str | None = None
+    """USER/NAME of a model repo that gets every checkpoint as the revision `step-00001000`, a branch and a tag, and the
+    export as `main`; null: nothing is pushed. A process of its own does it, training never waits for the network."""
+    private: bool = False
+    """Of a repo that does not exist yet."""
+    push_state: bool = False
+    """Push with each checkpoint also what `checkpoint.resume_from` goes on from: three times as many bytes or more."""
+    max_wait_seconds: int = Field(default=60, ge=0)
+    """So long a finished run waits for a Hub that takes nothing; then what is left stays in `outbox` for
+    `hfpretrain push`. Uploads that are under way are waited for, at a MiB a second or faster."""
+
+    license: str | None = None
+    """License of the weights as the Hub spells it, for example apache-2.0."""
+    language: tuple[str, ...] = ()
+    """Languages of the text, ISO 639-1."""
+    tags: tuple[str, ...] = ()
+    """Further tags of the card."""
+
+    @model_validator(mode="after")
+    def _named(self) -> HubSection:
+        if self.repo_id is not None and (problem := repo_id_problem(self.repo_id)) is not None:
+            raise ValueError(f"`repo_id`: {problem}")
+        return self
+
+
+class Recipe(Section):
+    """One whole run: what is learned. Where it runs is the launcher's file."""
+
+    output_dir: str
+    """The run folder; the same command run again resumes from it."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Initial weights, data order and dropout."""
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    optimizer: OptimizerSection
+    scheduler: SchedulerSection = SchedulerSection()
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    stability: StabilitySection = StabilitySection()
+    logging: LoggingSection = LoggingSection()
+    hub: HubSection = HubSection()
+
+    @model_validator(mode="after")
+    def _paths(self) -> Recipe:
+        for path in (self.output_dir, self.data.prepared_dir or ""):
+            if path.startswith("~"):
+                raise ValueError(f"`~` in {path!r} is the shell's and not expanded here; write the folder out")
+        return self
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Local root of prepared data: `data.prepared_dir`, or `prepared` beside `output_dir`."""
+        given = self.data.prepared_dir
+        return Path(given) if given and "://" not in given else Path(self.output_dir).parent / "prepared"
+
+
+def cross_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong between sections. One process is assumed; `accumulation_steps` checks the real number."""
+    training, scheduler, block_size = recipe.training, recipe.scheduler, recipe.data.block_size
+    try:
+        accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, num_processes=1)
+    except RecipeError as error:
+        yield from error.problems
+    decay_steps = scheduler.scheduler_specific_kwargs.get("num_decay_steps", 0)
+    if scheduler.num_warmup_steps >= training.num_steps:
+        yield Problem(
+            "scheduler.num_warmup_steps",
+            f"{scheduler.num_warmup_steps} warm-up steps do not fit into a run of {training.num_steps} steps",
+        )
+    elif isinstance(decay_steps, int) and scheduler.num_warmup_steps + decay_steps > training.num_steps:
+        yield Problem(
+            "scheduler.scheduler_specific_kwargs.num_decay_steps",
+            f"{scheduler.num_warmup_steps} warm-up and {decay_steps} decay steps do not fit into "
+            f"{training.num_steps} steps",
+        )
+    if recipe.optimizer.name == "adamw_schedule_free" and not scheduler.name.startswith("constant"):
+        yield Problem(
+            "scheduler.name",
+            f"adamw_schedule_free averages instead of lowering the rate as {scheduler.name} does; take `constant` or "
+            "`constant_with_warmup`",
+        )
+    if recipe.model.pretrained is not None and recipe.tokenizer.pretrained is None:
+        yield Problem("tokenizer.pretrained", "a model that goes on needs the tokenizer it was trained with; name it")
+    for _, weights in recipe.data.weights:
+        for number, weight in enumerate(weights):
+            if 0 < weight < 1e-4 * sum(weights):
+                yield Problem(
+                    f"data.sources.{number}.weight", f"{weight} is a share below 1 in 10,000, the finest there is"
+                )
+    for number, stage in enumerate(recipe.data.stages):
+        if stage.from_tokens >= training.num_steps * training.tokens_per_step:
+            yield Problem(f"data.stages.{number}.from_tokens", f"{stage.from_tokens} is behind the end of the run")
+    if recipe.data.streaming and recipe.tokenizer.pretrained is None:
+        yield Problem("tokenizer.pretrained", "`data.streaming` needs a tokenizer that exists: training one reads all")
+    evaluation = recipe.evaluation
+    for key in ("every_steps", "metrics"):
+        # Prompts need no text.
+        if getattr(evaluation, key) and not recipe.data.has_validation and (key == "metrics" or not evaluation.prompts):
+            yield Problem(
+                f"evaluation.{key}",
+                "there is nothing to evaluate on; set `data.validation_fraction` or `data.validation_sources`",
+            )
+
+
+def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: int, num_processes: int) -> int:
+    """Micro-steps per optimizer step on each process.
+
+    Raises `RecipeError` where the division has a remainder, with the values that have none.
+    """
+    sequences, remainder = divmod(tokens_per_step, block_size)
+    if remainder:
+        near = sorted({max(1, sequences) * block_size, (sequences + 1) * block_size})
+        raise RecipeError.at(
+            "training.tokens_per_step",
+            f"{tokens_per_step} is not a multiple of data.block_size {block_size}; nearest: "
+            + ", ".join(map(str, near)),
+        )
+    steps, remainder = divmod(sequences, micro_batch_size * num_processes)
+    if remainder or not steps:
+        per_process, uneven = divmod(sequences, num_processes)
+        if uneven or not per_process:
+            fix = f"that does not divide by {num_processes} processes; possible numbers of processes: " + _listed(
+                _divisors(sequences)
+            )
+        else:
+            fix = "possible micro_batch_size: " + _listed(_divisors(per_process))
+        raise RecipeError.at(
+            "training.micro_batch_size",
+            f"a step has {sequences} sequences (tokens_per_step {tokens_per_step} / block_size {block_size}), not a "
+            f"multiple of micro_batch_size {micro_batch_size} x {num_processes} process(es); {fix}",
+        )
+    return steps
+
+
+def _divisors(number: int) -> list[int]:
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers if len(numbers) <= 16 else [*numbers[:15], "...", numbers[-1]]))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars (`no` is a string, 3e-4 a number) without anchors, aliases, merges and duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed: write the value out, a recipe is read by people",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a string", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+        and tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # PyYAML's own constructor reads 010 as octal.
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises `RecipeError` with `origin`, line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
+        fix = "; indent with spaces, tabs are not allowed" if "'\\t'" in str(error.problem) else ""
+        raise RecipeError.at(place, f"{error.problem or error}{fix}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError.at(origin, f"not valid YAML: {error}") from None
+
+
+def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping of a recipe file with `--section.key=value` overrides written into it, not yet validated."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError.at(str(path), "no such recipe file") from None
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 text: {error.reason} {error.object[error.start]:#04x} at byte {error.start}"
+        raise RecipeError.at(str(path), message) from None
+    except OSError as error:
+        raise RecipeError.at(str(path), f"cannot be read: {error.strerror}") from None
+    mapping = parse_yaml(text, str(path))
+    if mapping is None:
+        raise RecipeError.at(str(path), "is empty; a recipe is a mapping of sections, see recipes/quickstart.yaml")
+    if not isinstance(mapping, dict):
+        raise RecipeError.at(str(path), "a recipe is a mapping of sections, see recipes/quickstart.yaml")
+    given = list(overrides)
+    for override, following in itertools.zip_longest(given, given[1:], fillvalue=""):
+        _apply_override(mapping, override, following)
+    return mapping
+
+
+def _apply_override(mapping: dict[str, Any], override: str, following: str) -> None:
+    """Write an override into a recipe's mapping. The error message for a malformed one uses the argument `following`
+    it."""
+    match = re.fullmatch(r"--([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
+    if match is None:
+        raise RecipeError.at(override, f"not an override; write {_as_override(override, following)}")
+    keys, node = match[1].split("."), typing.cast(Any, mapping)
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a list of {len(node)}; no entry {key!r}")
+            slot: Any = int(key)
+        elif isinstance(node, dict):
+            slot = key
+            if not last and node.get(key) is None:
+                node[key] = {}
+        else:
+            raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value, it has no key {key!r}")
+        if last:
+            # A glob is no alias: there are none in recipes.
+            node[slot] = match[2] if match[2].startswith("*") else parse_yaml(match[2], override)
+        else:
+            node = node[slot]
+
+
+def _as_override(argument: str, following: str) -> str:
+    """How an argument such as `--max_steps`, with the one behind it, is spelled as an override."""
+    name = argument.removeprefix("--")
+    if name == argument or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        return "--section.key=value"
+    place = name if "." in name else _place(name) or name
+    key, _, value = place.partition(": ")
+    value = value or ("VALUE" if not following or following.startswith("--") else following)
+    return f"--{key}={value}" if re.fullmatch(r"[\w.]+", key) else f"{place}, as --section.key=value"
+
+
+def load_recipe(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    checks: Iterable[Callable[[dict[str, Any]], Iterable[Problem]]] = (),
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    `checks` get the raw mapping and give further problems (the model's check of `model.config` needs transformers,
+    which this module must not). Raises `RecipeError` with all problems at once.
+    """
+    mapping = read_mapping(path, overrides)
+    problems: list[Problem] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(mapping)
+        problems += [*_value_problems(mapping, recipe), *cross_problems(recipe)]
+    except ValidationError as error:
+        details = error.errors()
+        # A list whose only entry is wrong counts as empty for pydantic.
+        nested = {detail["loc"][:-1] for detail in details} | {
+            detail["loc"][:2] for detail in details if len(detail["loc"]) > 2
+        }
+        problems += [_problem(d) for d in details if not (d["type"] == "too_short" and d["loc"] in nested)]
+    for check in checks:
+        problems += check(mapping)
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
+    """Values that pydantic silently converts, and values that no run can use."""
+    taken = dict(flatten(recipe.model_dump(mode="json")))
+    for path, value in flatten(mapping):
+        if isinstance(value, bool) and not isinstance(taken.get(path, value), bool):
+            yield Problem(path, f"needs a number (got {str(value).lower()})")
+        elif isinstance(value, int) and abs(value) >= 2**53:
+            yield Problem(path, f"is too large; integers must be below 2**53 (got {value:.3e})")
+        elif isinstance(value, str) and "\0" in value:
+            yield Problem(path, f"holds a NUL character (got {value!r:.100})")
+        elif value == "" and not path.startswith(("evaluation.prompts.", "model.config.")):
+            yield Problem(path, "is an empty string; give a value, or leave the key out")
+
+
+def _problem(detail: Any) -> Problem:
+    """A pydantic error as a dotted path, the value and the fix."""
+    location = list(detail["loc"])
+    if detail["type"] != "extra_forbidden":  # pydantic appends the branch of a union to the path
+        location = [p for p in location if not re.fullmatch(r"bool|str|literal\[.*\]|tuple\[.*\]", str(p))]
+    path = ".".join(str(part) for part in location) or "recipe"
+    if detail["type"] == "extra_forbidden":
+        key, known = str(location[-1]), known_keys(location[:-1])
+        place = _place(key)
+        return Problem(path, unknown_key(key, known) if place is None else f"unknown key; in a recipe it is {place}")
+    if detail["type"] == "missing":
+        return Problem(path, "is required")
+    message = detail["msg"].removeprefix("Value error, ")
+    value = detail["input"]
+    shown = "" if isinstance(value, (dict, list)) and detail["type"] == "value_error" else f" (got {value!r:.200})"
+    return Problem(path, message + shown)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The message for an unknown key, with the nearest known one."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if nearest:
+        return f"unknown key; did you mean `{nearest[0]}`?"
+    return "unknown key; known: " + (", ".join(known) if len(known) <= 30 else f"{len(known)} others")
+
+
+# What other training scripts call a key: transformers' TrainingArguments, run_clm, TRL and nanoGPT.
+_COUNTERPARTS = {
+    "learning_rate": "optimizer.lr",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "optim": "optimizer.name",
+    "lr_scheduler_type": "scheduler.name",
+    "lr_scheduler_kwargs": "scheduler.scheduler_specific_kwargs",
+    "warmup_steps": "scheduler.num_warmup_steps",
+    "warmup_ratio": "scheduler.num_warmup_steps, in optimizer steps",
+    "warmup_iters": "scheduler.num_warmup_steps",
+    "min_lr": "scheduler.scheduler_specific_kwargs, with scheduler.name cosine_with_min_lr",
+    "bf16": "training.mixed_precision: bf16",
+    "fp16": "training.mixed_precision: fp16",
+    "tf32": "training.mixed_precision: tf32",
+    "fp8": "training.mixed_precision: fp8",
+    "precision": "training.mixed_precision",
+    "num_train_epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
+    "num_epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
+    "epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
+    "max_train_steps": "training.max_steps",
+    "max_iters": "training.max_steps",
+    "num_steps": "training.max_steps",
+    "num_training_steps": "training.max_steps",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "per_device_eval_batch_size": "training.micro_batch_size",
+    "per_gpu_train_batch_size": "training.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "train_batch_size": "training.tokens_per_step, in tokens over all processes",
+    "global_batch_size": "training.tokens_per_step, in tokens over all processes",
+    "batch_size": "training.tokens_per_step, in tokens over all processes, and training.micro_batch_size",
+    "gradient_accumulation_steps": "training.tokens_per_step; accumulation follows from it and the micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "grad_clip": "training.max_grad_norm",
+    "torch_compile": "training.compile",
+    "gradient_checkpointing_kwargs": "model.gradient_checkpointing",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "torch_dtype": "model.dtype for the export, training.mixed_precision for training",
+    "model_name_or_path": "model.pretrained",
+    "model_revision": "model.revision",
+    "config_name": "model.config",
+    "tokenizer_name": "tokenizer.pretrained",
+    "dataset_name": "data.sources.0.path",
+    "dataset_config_name": "data.sources.0.name",
+    "dataset_text_field": "data.sources.0.text_column",
+    "dataset_path": "data.sources.0.path",
+    "train_file": "data.sources.0.data_files",
+    "train_files": "data.sources.0.data_files",
+    "validation_file": "data.validation_sources.0.data_files",
+    "validation_split_percentage": "data.validation_fraction",
+    "preprocessing_num_workers": "--num-workers of `hfpretrain prepare`",
+    "max_seq_length": "data.block_size",
+    "max_seq_len": "data.block_size",
+    "max_length": "data.block_size",
+    "seq_length": "data.block_size",
+    "seq_len": "data.block_size",
+    "context_length": "data.block_size",
+    "logging_steps": "logging.every_steps",
+    "log_interval": "logging.every_steps",
+    "report_to": "logging.trackers",
+    "run_name": "output_dir",
+    "logging_dir": "output_dir",
+    "save_steps": "checkpoint.every_steps",
+    "save_strategy": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "load_best_model_at_end": "checkpoint.keep_best",
+    "metric_for_best_model": "checkpoint.keep_best",
+    "resume_from_checkpoint": "checkpoint.resume_from; the same command resumes by itself",
+    "eval_steps": "evaluation.every_steps",
+    "eval_interval": "evaluation.every_steps",
+    "eval_strategy": "evaluation.every_steps",
+    "evaluation_strategy": "evaluation.every_steps",
+    "push_to_hub": "hub.repo_id",
+    "hub_model_id": "hub.repo_id",
+    "hub_private_repo": "hub.private",
+    "data_seed": "seed",
+    "deepspeed": "the file given to `accelerate launch --config_file`",
+    "fsdp": "the file given to `accelerate launch --config_file`",
+    "fsdp_config": "the file given to `accelerate launch --config_file`",
+    **{
+        key: f"model.config.{key}"
+        for key in (
+            "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "tie_word_embeddings",
+            "n_embd", "n_layer", "n_head", "n_positions", "attention_dropout", "dropout",
+        )
+    },
+}  # fmt: skip
+
+
+def _place(key: str) -> str | None:
+    """The recipe's key for what another training script, or another section, calls `key`; None if there is none."""
+    if key in _COUNTERPARTS:
+        return _COUNTERPARTS[key]
+    places = [path for path in _paths(Recipe) if path.rpartition(".")[2] == key]
+    return " or ".join(places) if 0 < len(places) <= 4 else None
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all keys; of a list of sections those of the first."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        kind, entry = _section_of(field.annotation)
+        if kind is not None:
+            yield from _paths(kind, f"{prefix}{name}.{entry}")
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The section that a field holds, itself or in a list, and the index of a list's first entry."""
+    entry = ""
+    while typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
+        entry = "0." if typing.get_origin(annotation) is tuple else entry
+        annotation = typing.get_args(annotation)[0]
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return (annotation if is_section else None), entry
+
+
+def known_keys(location: Sequence[int | str]) -> list[str]:
+    """Field names of the section at `location`, a path of keys and list indices."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str):
+            section = _section_of(section.model_fields[part].annotation)[0] or section
+    return list(section.model_fields)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with defaults, and with `***` for secrets in addresses. `load_recipe` reads it back
+    as the same recipe, except for the secrets."""
+    return dump_mapping(recipe.model_dump(mode="json"))
+
+
+def dump_mapping(mapping: dict[str, Any]) -> str:
+    """The same of a recipe's mapping."""
+    return yaml.safe_dump(redacted(mapping), sort_keys=False, allow_unicode=True)
+
+
+def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
+    """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections.
+
+    Secrets of addresses are left out: an address that is signed anew is the same.
+    """
+    flat_ours, flat_theirs = (dict(flatten(redacted(recipe.model_dump(mode="json")))) for recipe in (ours, theirs))
+    return [
+        Problem(path, f"is {flat_ours.get(path)!r} here, {flat_theirs.get(path)!r} there")
+        for path in sorted(flat_ours.keys() | flat_theirs.keys())
+        if flat_ours.get(path) != flat_theirs.get(path)
+        and not any(path == skipped or path.startswith(skipped + ".") for skipped in ignore)
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of nested mappings and lists."""
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    return Recipe.model_json_schema()

@@ -1,0 +1,38 @@
+"""The recipes and accelerate files that come with the package, by name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from hfpretrain.recipe.schema import RecipeError
+
+# In a wheel they stand inside of the package, in a checkout (editable or not) beside it.
+_PACKAGE = Path(__file__).parent.parent
+_HOME = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
+_FOLDERS = {"recipe": _HOME / "recipes", "engine": _HOME / "accelerate_configs"}
+
+
+def names(kind: str) -> list[str]:
+    """All names of a `kind`: "recipe" or "engine"."""
+    return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
+
+
+def find(given: str | Path, *kinds: str, path: str = "recipe") -> Path:
+    """The file that `given` is, or else the one shipped under that name among `kinds`.
+
+    Raises `RecipeError` at `path` for what is neither, with the nearest names.
+    """
+    if Path(given).is_file():
+        return Path(given)
+    for kind in kinds:
+        if given in names(kind):
+            return _FOLDERS[kind] / f"{given}.yaml"
+    if Path(given).is_dir():
+        inside = [file.name for file in sorted(Path(given).glob("*.yaml"))]
+        advice = f"give one of its files: {', '.join(inside[:5])}" if inside else "give a file"
+        raise RecipeError.at(path, f"{str(given)!r} is a folder; {advice}")
+    known = [name for kind in kinds for name in names(kind)]
+    nearest = difflib.get_close_matches(Path(given).stem, known, n=3, cutoff=0.5) or known
+    message = f"no such {' or '.join(kinds)} file, nor one shipped under that name (got {str(given)!r})"
+    raise RecipeError.at(path, f"{message}; shipped: {', '.join(nearest)}")

@@ -1,0 +1,1 @@
+"""One training run: its set-up, records, watchdog, stops, stability and folder."""

@@ -1,0 +1,243 @@
+"""Look before a run at what its recipe names outside of itself: files, folders, repos of the Hub, disks.
+
+Nothing is tokenized, built, downloaded or written here, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hfpretrain.data import corpus
+from hfpretrain.publishing.repository import trouble
+from hfpretrain.recipe.schema import (
+    FILE_FORMATS,
+    Problem,
+    Recipe,
+    RecipeError,
+    SourceSection,
+    TokenizerSection,
+    accumulation_steps,
+    hub_address,
+    missing_path,
+    not_loaded,
+)
+from hfpretrain.training.run_folder import refuse_other_run
+
+# A text file that is one document, or a JSON array, is read whole for its first document: only where it is small.
+_SMALL_BYTES = 2**24
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def world_problems(recipe: Recipe) -> list[Problem]:
+    """Everything that the recipe names and a run could not use, each with its key."""
+    data = recipe.data
+    sections = (("data.sources", data.sources), ("data.validation_sources", data.validation_sources))
+    named = [(f"{key}.{number}", source) for key, some in sections for number, source in enumerate(some)]
+    tokenizer, model = recipe.tokenizer, recipe.model
+    checks: list[Callable[[], Iterable[Problem]]] = [functools.partial(_source, *each, recipe) for each in named]
+    checks += [
+        lambda: _pretrained("tokenizer.pretrained", tokenizer.pretrained, tokenizer.revision, _tokenizer),
+        lambda: _pretrained("model.pretrained", model.pretrained, model.revision, _weights),
+        lambda: _evaluation(recipe),
+        lambda: _resume_from(recipe),
+        lambda: _folders(recipe),
+    ]
+    found: list[Problem] = []
+    for check in checks:
+        try:
+            found += check()
+        except RecipeError as error:
+            found += error.problems
+    return list(dict.fromkeys(found))
+
+
+def engine_problems(recipe: Recipe, path: Path, num_processes: int | None) -> list[Problem]:
+    """What is wrong with an accelerate file, or with the recipe's batch on its number of processes."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        config: Any = load_config_from_file(str(path))
+        sizes = {key.rpartition("config_")[2]: int(size) for key, size in (config.parallelism_config or {}).items()}
+    except Exception as error:  # a file with anything in it
+        return [Problem("--engine", f"{path} is not an accelerate config file: {' '.join(str(error).split()):.300}")]
+    number = config.num_processes if num_processes is None else num_processes
+    shares = max(1, number // (sizes.get("tp_size", 1) * sizes.get("sp_size", 1)))
+    training = recipe.training
+    try:
+        accumulation_steps(training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, shares)
+    except RecipeError as error:
+        return error.problems
+    return []
+
+
+def disk_problems(recipe: Recipe, num_bytes: int) -> list[Problem]:
+    """A problem if a run that has not begun needs more than is free where it will write."""
+    folder = _existing(Path(recipe.output_dir))
+    free = shutil.disk_usage(folder).free
+    if (Path(recipe.output_dir) / "checkpoints").exists() or num_bytes <= free:
+        return []
+    message = f"the run will write {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free in {folder}"
+    return [Problem("output_dir", f"{message}; make room, lower checkpoint.keep_last or choose another disk")]
+
+
+def _source(key: str, source: SourceSection, recipe: Recipe) -> Iterator[Problem]:
+    """Problems of a source: it is not there, can't be read, or its first document is bad."""
+    if source.path == corpus.PYTHON_STDLIB:
+        return
+    if source.path not in FILE_FORMATS and not Path(source.path).exists():
+        if problem := missing_path(source.path) if "://" not in source.path else None:
+            yield Problem(f"{key}.path", problem)
+        elif "://" not in source.path:
+            yield from _repo(f"{key}.path", source.path, source.revision, "dataset", ())
+        return
+    reader = corpus.Reader(source, key, recipe.data.on_bad_document)
+    local = [piece for piece in reader.pieces if "://" not in piece.origin and Path(piece.origin).is_file()]
+    for piece in local:
+        if not os.access(piece.origin, os.R_OK):
+            yield Problem(key, f"{piece.origin} can't be read: permission denied")
+            return
+    first = reader.pieces[0] if reader.pieces else None
+    if first is not None and first in local and (first.size or 0) <= _SMALL_BYTES:
+        for _ in itertools.islice(reader.read([0]), 1):
+            pass
+
+
+def _pretrained(
+    key: str, given: str | None, revision: str | None, look: Callable[[str, Path], Iterable[Problem]]
+) -> Iterator[Problem]:
+    if given is None:
+        return
+    if problem := missing_path(given):
+        yield Problem(key, problem)
+    elif Path(given).exists():
+        yield from look(key, Path(given))
+    else:
+        needed = ("config.json",) if look is _weights else _TOKENIZER_FILES
+        yield from _repo(key, given, revision, "model", needed)
+
+
+def _tokenizer(key: str, folder: Path) -> Iterator[Problem]:
+    if not folder.is_dir() or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        yield Problem(key, f"{folder} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+    elif find_spec("transformers") is not None:
+        from hfpretrain.data.tokenizer import load_tokenizer
+
+        load_tokenizer(TokenizerSection(pretrained=str(folder)))
+
+
+def _weights(key: str, folder: Path) -> Iterator[Problem]:
+    """A folder without config, without weights, with a part missing or one that breaks off."""
+    if not (folder / "config.json").is_file():
+        yield Problem(key, not_loaded(str(folder), OSError(f"{folder} has no config.json")))
+        return
+    names = [name for name in _WEIGHTS if (folder / name).is_file()]
+    for index in (folder / f"{name}.index.json" for name in _WEIGHTS):
+        if index.is_file() and not names:
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                yield Problem(key, f"{index} can't be read: {error}")
+                return
+    if not names:
+        yield Problem(key, f"{folder} has no weights: neither {' nor '.join(_WEIGHTS)}, nor an index of them")
+    for name in names:
+        if not (folder / name).is_file():
+            yield Problem(key, f"{folder / name} is missing, but the index names it")
+        elif name.endswith(".safetensors"):
+            yield from _broken(key, folder / name)
+
+
+def _broken(key: str, path: Path) -> Iterator[Problem]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        yield Problem(key, f"{path} is damaged: {error}")
+
+
+def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple[str, ...]) -> Iterator[Problem]:
+    """A repo of the Hub that is not there, is not for this user, or has none of the files `needed`; offline, one that
+    is not in the cache."""
+    from huggingface_hub import HfApi, constants
+
+    cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "snapshots"
+    if constants.HF_HUB_OFFLINE:
+        if not cached.is_dir() and not _prepared_by_datasets(repo_id):
+            message = f"there is no folder {repo_id!r}, and the Hub's cache has no such {kind} (HF_HUB_OFFLINE is set)"
+            yield Problem(key, f"{message}; download it first, or unset that variable")
+        return
+    try:
+        info: Any = HfApi().repo_info(repo_id, revision=revision, repo_type=kind, timeout=20)
+    except Exception as error:  # what its HTTP library raises may be anything
+        at = f"@{revision}" if revision else ""
+        yield Problem(
+            key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {trouble(error).text}"
+        )
+        return
+    names = {sibling.rfilename for sibling in info.siblings or ()}
+    if needed and not names & set(needed):
+        yield Problem(key, f"{repo_id} on the Hub has none of {', '.join(needed)}")
+
+
+def _prepared_by_datasets(repo_id: str) -> bool:
+    """Whether `datasets` has it in a cache of its own."""
+    home = (
+        os.environ.get("HF_DATASETS_CACHE")
+        or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "datasets"
+    )
+    return (Path(home) / repo_id.replace("/", "___")).is_dir()
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    section = recipe.evaluation
+    for number, metric in enumerate(section.metrics):
+        if problem := missing_path(metric):
+            yield Problem(f"evaluation.metrics.{number}", problem)
+    if section.metrics and find_spec("evaluate") is None:
+        yield Problem("evaluation.metrics", "the package is not installed: pip install evaluate")
+    if section.lm_eval is None:
+        return
+    path = section.lm_eval.include_path
+    if path is not None and not Path(path).is_dir():
+        yield Problem("evaluation.lm_eval.include_path", f"there is no folder {path!r}")
+    if find_spec("lm_eval") is None:
+        yield Problem("evaluation.lm_eval", "lm-eval is not installed: pip install hfpretrain[lm-eval]")
+
+
+def _resume_from(recipe: Recipe) -> Iterator[Problem]:
+    given, key = recipe.checkpoint.resume_from, "checkpoint.resume_from"
+    if given is None or any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
+        return
+    if (address := hub_address(given)) is not None:
+        yield from _repo(key, *address, "model", ())
+    elif not (Path(given) / "manifest.json").is_file():
+        yield Problem(key, f"{given!r} is no checkpoint: it has no manifest.json")
+
+
+def _folders(recipe: Recipe) -> Iterator[Problem]:
+    """Folders that can't be written to, or that another run has."""
+    if Path(recipe.output_dir).is_dir():
+        refuse_other_run(recipe)
+    prepared = "data.prepared_dir" if recipe.data.prepared_dir else "output_dir"
+    for key, folder in (("output_dir", Path(recipe.output_dir)), (prepared, recipe.prepared_dir)):
+        there = _existing(folder)
+        if not there.is_dir():
+            yield Problem(key, f"{folder} can't be a folder: {there} is a file")
+        elif not os.access(there, os.W_OK | os.X_OK):
+            yield Problem(key, f"{folder} can't be written: permission denied in {there}")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

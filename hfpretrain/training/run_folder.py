@@ -1,0 +1,93 @@
+"""An output folder belongs to one recipe, and to one run at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, differences, load_recipe
+
+# What may differ when a run is taken up again: none of it changes which text is learned in which step.
+MAY_DIFFER = (
+    "output_dir",
+    "data.prepared_dir",
+    "model.attn_implementation",
+    "model.gradient_checkpointing",
+    "model.dtype",
+    "model.use_liger_kernel",
+    "tokenizer.chat_template",
+    "tokenizer.add_bos",  # the prepared text is compared
+    "tokenizer.max_unknown",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.micro_batch_size",
+    "training.chunked_loss",
+    "training.compile",
+    "training.stop_after",
+    "training.timeout_seconds",
+    "stability",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "hub",
+)
+
+
+def refuse_other_run(recipe: Recipe) -> None:
+    """Raises `RecipeError` if the output folder is that of a recipe which differs in more than `MAY_DIFFER`."""
+    path = Path(recipe.output_dir) / "recipe.yaml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any((path.parent / "checkpoints").glob("step-*")):
+                message = f"{recipe.output_dir} has checkpoints but no recipe.yaml that says what of; restore it"
+                raise RecipeError.at("output_dir", f"{message}, or choose another output_dir")
+            return
+    except OSError as error:
+        raise RecipeError.at("output_dir", f"{recipe.output_dir} can't be used: {error.strerror}") from error
+    try:
+        changed = differences(recipe, load_recipe(path), ignore=MAY_DIFFER)
+    except RecipeError as error:
+        raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
+    changed = [problem for problem in changed if not _was_so(problem, recipe, path.parent)]
+    if changed:
+        advice = "choose another output_dir, or undo the changes to resume"
+        raise RecipeError(
+            [Problem("output_dir", f"{recipe.output_dir} holds another recipe's run; {advice}"), *changed]
+        )
+
+
+def _was_so(problem: Problem, recipe: Recipe, run: Path) -> bool:
+    """Whether a changed key spells out what the run in the folder has done: runs that let documents see each other once
+    began with `document_masking: auto`."""
+    if problem.path != "training.document_masking":
+        return False
+    try:
+        recorded = json.loads((run / "environment.json").read_text("utf-8"))["document_masking"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return recorded == (recipe.training.document_masking is not False)
+
+
+def is_in_use(output_dir: Path) -> bool:
+    """Whether a run in this folder is alive on a machine that shares its disk."""
+    if not (output_dir / ".lock").exists():
+        return False
+    try:
+        lock(output_dir).release()
+    except RecipeError:
+        return True
+    return False
+
+
+def lock(output_dir: Path) -> Any:
+    """A lock that a killed process gives back by itself: two runs in one folder would overwrite each other."""
+    from filelock import FileLock, Timeout
+
+    held = FileLock(output_dir / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError.at("output_dir", f"{output_dir} is in use by a run that is alive") from None
+    return held

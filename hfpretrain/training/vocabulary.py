@@ -1,0 +1,65 @@
+"""Whether a recipe's tokenizer and its model belong together, before any text is tokenized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size
+from hfpretrain.modeling import build as modeling
+from hfpretrain.recipe.schema import ModelSection, Problem, Recipe, RecipeError, TokenizerSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_LEAST_RELATED = 0.9
+
+
+def check(recipe: Recipe, local_only: bool = False) -> list[str]:
+    """What is to be said of a tokenizer that exists and the model that gets its ids, a sentence for each.
+
+    `local_only`: look at folders alone, not at the Hub. Raises `RecipeError` for ids without embeddings, special ids
+    that differ, and a tokenizer whose ids are other words to the checkpoint that is trained further.
+    """
+    model, section = recipe.model, recipe.tokenizer
+    named = [name for name in (model.pretrained, section.pretrained) if name is not None]
+    if local_only and not all(Path(name).is_dir() for name in named):
+        return []
+    if section.pretrained is None:
+        if model.pretrained is not None:
+            rows = modeling.load_config(model).vocab_size
+            if section.vocab_size is not None and section.vocab_size > rows:
+                message = modeling.vocabulary_problem(rows, section.vocab_size, model).message
+                raise RecipeError.at("tokenizer.vocab_size", message)
+        return []
+    tokenizer = load_tokenizer(section)
+    size, block_size = tokenizer_size(tokenizer), recipe.data.block_size
+    modeling.resolve_config(model, padded_vocab_size(section, tokenizer), tokenizer, size, block_size)
+    return require_related(model, section, tokenizer)
+
+
+def require_related(model: ModelSection, section: TokenizerSection, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Compare `tokenizer`, which `section` names or had trained, with the checkpoint's own: ids that both have should
+    stand for the same tokens. Returns what is to be said; raises `RecipeError` where most don't."""
+    if model.pretrained is None or model.pretrained == section.pretrained:
+        return []
+    # Code that comes with it is not what `tokenizer.trust_remote_code` trusts.
+    base = TokenizerSection(pretrained=model.pretrained, revision=model.revision)
+    try:
+        own = load_tokenizer(base).get_vocab()
+    except RecipeError:
+        return [f"the tokenizer of {model.pretrained} does not load, so the recipe's is not compared with it"]
+    known = set(own.values())
+    both = [(token, number) for token, number in tokenizer.get_vocab().items() if number in known]
+    same = sum(own.get(token) == number for token, number in both)
+    if same < _LEAST_RELATED * len(both):
+        key = "tokenizer.pretrained" if section.pretrained else "tokenizer.algorithm"
+        message = (
+            f"of the {len(both):,} ids that this tokenizer shares with that of {model.pretrained}, only {same:,} stand "
+            "for the same token, so the model would read other words. Use the model's own tokenizer; if the model was "
+            "trained with this one, save it in the model's folder"
+        )
+        raise RecipeError(Problem(key, message))
+    if same == len(both):
+        return []
+    return [f"{len(both) - same:,} ids of the tokenizer stand for other tokens in that of {model.pretrained}"]

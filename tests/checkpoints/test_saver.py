@@ -1,0 +1,129 @@
+import json
+import threading
+
+import pytest
+import torch
+
+from hfpretrain import files
+from hfpretrain.checkpoints import saver as checkpoint
+from hfpretrain.recipe.schema import CheckpointSection, RecipeError
+
+
+def save(saver, step, loss=None, in_background=False, writers=None):
+    state = {"model": {"w": torch.full((4,), float(step))}, "optimizer": {}, "buffers": {}}
+    saver.save({"step": step, "evaluation_loss": loss}, state, writers or {}, in_background)
+
+
+def steps(folder):
+    return [int(path.name[5:]) for path in sorted(folder.glob("step-" + "[0-9]" * 8))]
+
+
+def test_old_checkpoints_go_by_rule(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=2, keep_every=40, keep_best=True), None)
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 4.0, 50: None, 60: 5.0, 70: 6.0}
+    for step, loss in losses.items():
+        save(saver, step, loss)
+    assert all(saved.error is None for saved in saver.done())
+    assert steps(tmp_path) == [20, 40, 60, 70]
+    assert all(files.damage(path) is None for path in tmp_path.iterdir())
+
+
+def test_the_newest_that_verifies_is_taken_and_others_are_named(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=5), None)
+    for step in (1, 2, 3, 4):
+        save(saver, step)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000004", [])
+    data = next((tmp_path / "step-00000004").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])  # truncated
+    content = bytearray((tmp_path / "step-00000003" / ".metadata").read_bytes())
+    content[len(content) // 2] ^= 1  # a bit flipped
+    (tmp_path / "step-00000003" / ".metadata").write_bytes(content)
+    (tmp_path / "step-00000009.incomplete").mkdir()
+    path, reasons = checkpoint.newest(tmp_path)
+    assert path == tmp_path / "step-00000002"
+    assert f"{data} has" in reasons[0] and ".metadata has another checksum" in reasons[1]
+    # Those aside are not looked at again; with the last one gone the run does not start anew by itself.
+    assert checkpoint.newest(tmp_path) == (path, [])
+    (path / "manifest.json").unlink()
+    (tmp_path / "step-00000001" / "train_state.json").unlink()
+    with pytest.raises(RecipeError, match="no checkpoint verifies"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_manifest_cannot_name_a_file_outside(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+    save(saver, 1)
+    path = tmp_path / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["manifest_sha256"]  # as older versions wrote it, or somebody who writes another
+    (tmp_path / "secret").write_text("x")
+    for name in ("../secret", str(tmp_path / "secret")):
+        entry = {"size": 1, "sha256": files.sha256(tmp_path / "secret")}
+        path.write_text(json.dumps({**manifest, "files": {name: entry}}))
+        assert "outside of the folder" in files.damage(path.parent)
+
+
+def test_a_save_in_the_background_is_a_copy_and_the_next_waits_for_it(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=5), None)
+    go_on, weights = threading.Event(), torch.zeros(4)
+    state = {"model": {"w": weights}}
+
+    def slow(path):
+        go_on.wait(10)
+        path.write_text("x")
+
+    saver.save({"step": 1, "evaluation_loss": None}, state, {"slow": slow}, True)
+    assert saver.done() == [] and steps(tmp_path) == []
+    weights.fill_(7)  # training goes on
+    threading.Timer(0.3, go_on.set).start()
+    saver.save({"step": 2, "evaluation_loss": None}, state, {}, True)
+    saver.wait()
+    first, second = saver.done()
+    assert first.waited_seconds < 0.1 and first.seconds >= 0.3 and second.waited_seconds > 0.1
+    for step, value in ((1, 0.0), (2, 7.0)):
+        loaded = {"model": {"w": torch.ones(4)}}
+        checkpoint.fragments.load(loaded, tmp_path / f"step-{step:08d}")
+        assert loaded["model"]["w"].tolist() == [value] * 4
+
+
+def test_a_file_that_cannot_be_written_leaves_older_checkpoints_as_they_were(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=1), None)
+
+    def broken(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    save(saver, 1)
+    save(saver, 2, writers={"x": broken})
+    first, second = saver.done()
+    assert first.error is None and second.error.startswith("No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_folder_that_cannot_be_is_a_reason_and_not_the_end_of_a_thread(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "nowhere" / "at-all")
+    saver = checkpoint.Saver(tmp_path / "checkpoints", CheckpointSection(), None)
+    save(saver, 1)
+    (saved,) = saver.done()
+    assert "FileExistsError" in saved.error or "No such file" in saved.error
+
+
+def test_a_checkpoint_under_another_step_s_name_is_passed_over(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+    for step in (1, 2):
+        save(saver, step)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
+    path, (reason,) = checkpoint.newest(tmp_path)
+    assert path.name == "step-00000002" and "is that of another step" in reason
+
+
+def test_a_manifest_without_files_seals_nothing(tmp_path):
+    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+    for step in (1, 2):
+        save(saver, step)
+    (tmp_path / "step-00000007.incomplete").mkdir()
+    (tmp_path / "step-00000002" / "manifest.json").write_text('{"step": 2, "files": {}}')
+    path, (reason,) = checkpoint.newest(tmp_path)
+    assert path.name == "step-00000001" and "manifest.json is missing or unreadable" in reason
+    (path / "manifest.json").write_text('{"step": 1, "files": {"train_state.json": 3}}')
+    assert "manifest.json is missing or unreadable" in files.damage(path)
+    assert not list(tmp_path.glob("*.incomplete"))

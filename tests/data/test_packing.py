@@ -1,0 +1,209 @@
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+from conftest import recipe_mapping, small_text, write_jsonl
+
+from hfpretrain import files
+from hfpretrain.data import packing
+from hfpretrain.data import prepared as prepared_format
+from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path
+from hfpretrain.data.prepared import PreparedData
+from hfpretrain.recipe.schema import Recipe, RecipeError
+
+
+def recipe(folder, **changes):
+    return Recipe.model_validate(recipe_mapping(folder, **changes))
+
+
+def stream(prepared, split):
+    rows = prepared.blocks(split)
+    flat = np.concatenate([row.reshape(-1) for row in rows]) if rows else np.zeros(0, int)
+    return np.concatenate([flat, prepared.manifest["splits"][split]["remainder_ids"]]).astype(int).tolist()
+
+
+def test_every_token_of_every_document_is_there_once_in_order(folder):
+    prepared = prepare(recipe(folder))
+    tokenizer = load_prepared_tokenizer(prepared)
+    text = tokenizer.decode(stream(prepared, "train-0")).split(tokenizer.eos_token)
+    text += tokenizer.decode(stream(prepared, "validation")).split(tokenizer.eos_token)
+    assert sorted(filter(None, text)) == sorted(small_text(200))
+
+
+def test_the_manifest_proves_conservation(folder):
+    prepared = prepare(recipe(folder))
+    manifest = prepared.manifest
+    splits = manifest["splits"]
+    for entry in splits.values():
+        assert entry["tokens"] + entry["separators"] == entry["rows"] * 32 + entry["remainder"]
+        assert entry["remainder"] == len(entry["remainder_ids"]) < 32
+        assert entry["bytes"] == entry["token_bytes"]
+    assert sum(entry["documents"] for entry in splits.values()) == 200
+    assert sum(entry["bytes"] for entry in splits.values()) == sum(len(text.encode()) for text in small_text(200))
+    assert files.damage(prepared.path) is None
+
+
+def test_datasets_opens_the_blocks(folder):
+    prepared = prepare(recipe(folder))
+    dataset = datasets.load_from_disk(str(prepared.path / "train-0"))
+    assert len(dataset) == prepared.manifest["splits"]["train-0"]["rows"]
+    assert dataset.features["input_ids"].feature.dtype == "uint16" and len(dataset[0]["input_ids"]) == 32
+
+
+def test_a_large_vocabulary_is_stored_as_uint32(folder, monkeypatch):
+    from tokenizers import AddedToken
+
+    from hfpretrain.data import tokenizer as tokenizers
+
+    train = tokenizers.train_tokenizer
+
+    def large(section, documents):
+        tokenizer = train(section, documents)
+        tokenizer.add_tokens([AddedToken(f"<extra{number}>") for number in range(70_000)])
+        return tokenizer
+
+    monkeypatch.setattr(tokenizers, "train_tokenizer", large)
+    assert prepare(recipe(folder)).blocks("train-0")[0].dtype == np.uint32
+
+
+def test_bytes_on_disk_do_not_depend_on_how_documents_arrive(folder, monkeypatch):
+    monkeypatch.setattr(prepared_format, "ROWS_PER_BATCH", 8)
+    monkeypatch.setattr(packing, "PART_CHARS", 10_000)
+    first = prepare(recipe(folder)).manifest["files"]
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 7)
+    second = prepare(recipe(folder, data__prepared_dir=str(folder / "other")), num_workers=1).manifest["files"]
+    assert sum(name.endswith(".arrow") for name in first) > 8 and first == second
+
+
+def test_the_text_of_a_special_token_forges_no_boundary(folder):
+    write_jsonl(folder / "corpus.jsonl", [*small_text(100), "before <|endoftext|> after" * 3])
+    prepared = prepare(recipe(folder))
+    tokenizer = load_prepared_tokenizer(prepared)
+    ids = stream(prepared, "train-0") + stream(prepared, "validation")
+    assert ids.count(tokenizer.eos_token_id) == 101
+    assert "before <|endoftext|> after" in tokenizer.decode(ids)
+
+
+def test_unchanged_costs_nothing_and_any_change_is_noticed(folder):
+    path = prepare(recipe(folder)).path
+    modified = (path / "manifest.json").stat().st_mtime_ns
+    assert prepare(recipe(folder, optimizer__lr=1e-4)).path == path
+    assert (path / "manifest.json").stat().st_mtime_ns == modified
+    others = [
+        prepared_path(recipe(folder, data__block_size=16)),
+        prepared_path(recipe(folder, tokenizer__vocab_size=330)),
+        prepared_path(recipe(folder, data__validation_fraction=0.2)),
+    ]
+    write_jsonl(folder / "corpus.jsonl", small_text(201))
+    others.append(prepared_path(recipe(folder)))
+    assert len({path, *others}) == 5
+
+
+def test_a_move_or_another_machine_prepares_nothing_anew(folder):
+    (folder / "a").mkdir()
+    write_jsonl(folder / "a" / "held_out.jsonl", small_text(20, seed=1))
+    shutil.copy(folder / "corpus.jsonl", folder / "a")
+    prepare(recipe(folder)).path.joinpath("tokenizer").rename(folder / "a" / "tokenizer")
+
+    def path(place):
+        return prepared_path(
+            recipe(
+                folder,
+                data__sources=[{"path": "json", "data_files": str(folder / place / "corpus.jsonl")}],
+                data__validation_sources=[{"path": "json", "data_files": [str(folder / place / "held_out.jsonl")]}],
+                data__validation_fraction=0,
+                tokenizer={"pretrained": str(folder / place / "tokenizer")},
+            )
+        )
+
+    first = path("a")
+    shutil.copytree(folder / "a", folder / "b", copy_function=shutil.copyfile)
+    assert path("b") == first
+    tokens = folder / "b" / "tokenizer" / "tokenizer_config.json"
+    tokens.write_text(tokens.read_text() + " ")
+    assert path("b") != first
+
+
+def test_a_half_written_folder_is_not_taken_for_whole(folder):
+    prepared = prepare(recipe(folder))
+    (prepared.path / "manifest.json").unlink()
+    assert PreparedData.open(prepared.path) is None
+    assert files.damage(prepare(recipe(folder)).path) is None
+
+
+def test_damage_names_the_file(folder):
+    path = prepare(recipe(folder)).path
+    shard = path / "train-0" / "data-0-00000-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "data-0-00000-00000.arrow has another checksum" in files.damage(path)
+    shard.write_bytes(content[:-1])
+    assert "bytes instead of" in files.damage(path)
+    shard.unlink()
+    assert "data-0-00000-00000.arrow is missing" in files.damage(path)
+
+
+def test_weighted_sources_get_streams_of_their_own(folder):
+    write_jsonl(folder / "second.jsonl", small_text(60, seed=1))
+    sources = [
+        {"path": "json", "data_files": str(folder / "corpus.jsonl"), "weight": 3},
+        {"path": "json", "data_files": str(folder / "second.jsonl"), "weight": 1},
+    ]
+    prepared = prepare(recipe(folder, data__sources=sources))
+    assert prepared.train_splits == ["train-0", "train-1"]
+    documents = [prepared.manifest["splits"][name]["documents"] for name in ("train-0", "train-1", "validation")]
+    assert sum(documents) == 260 and documents[0] > documents[1] > 0
+    for source in sources:
+        del source["weight"]
+    assert prepare(recipe(folder, data__sources=sources)).train_splits == ["train-0"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "changes", "message"),
+    [
+        (["", ""], {}, r"data\.sources\.0: the corpus is empty"),
+        (["short"], {"data__validation_fraction": 0.0}, "less than one block of 32"),
+        (small_text(5), {"data__validation_fraction": 1e-9}, "data.validation_fraction: the validation split is empty"),
+    ],
+)
+def test_too_little_text_is_refused(folder, documents, changes, message):
+    write_jsonl(folder / "corpus.jsonl", documents)
+    with pytest.raises(RecipeError, match=message):
+        prepare(recipe(folder, **changes))
+
+
+def test_dropped_documents_are_counted(folder):
+    documents = small_text(100)
+    write_jsonl(folder / "corpus.jsonl", ["", *documents, ""])
+    held_out = write_jsonl(folder / "held_out.jsonl", documents[:7])
+    sources = [{"path": "json", "data_files": str(held_out)}]
+    prepared = prepare(recipe(folder, data__validation_sources=sources, data__validation_fraction=0.0))
+    assert prepared.manifest["sources"][0]["dropped"] == {"also_in_validation": 7, "empty": 2}
+    assert prepared.manifest["splits"]["train-0"]["documents"] == 93
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, p: m["splits"]["train-0"].update(tokens=1), "tokens on disk, "),
+        (lambda m, p: m["splits"]["train-0"].update(rows=1), "blocks on disk, 1 in the manifest"),
+        (lambda m, p: m["splits"]["train-0"]["remainder_ids"].append(5), "tokens on disk"),
+        (lambda m, p: m["sources"][0].update(documents_read=7), "source 0: 7 documents read"),
+        (lambda m, p: m["sources"][0].update(bytes_read=7), "source 0: 7 bytes read"),
+        (lambda m, p: m["files"].pop("train-0/state.json"), "does not name"),
+        (lambda m, p: (p / "train-0" / "data-more.arrow").write_bytes(b"x"), "does not name"),
+        (lambda m, p: m.pop("splits"), "not that of prepared data: splits missing"),
+    ],
+)
+def test_verify_finds_what_does_not_add_up(folder, change, message):
+    path = prepare(recipe(folder)).path
+    prepared_format.verify(path)
+    manifest = files.manifest_of(path)
+    change(manifest, path)
+    del manifest["manifest_sha256"]  # whoever writes a wrong manifest may write its checksum
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match=message):
+        prepared_format.verify(path)

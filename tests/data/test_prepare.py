@@ -1,0 +1,664 @@
+"""Preparation as a whole: interrupted, shared out, remote, mixed, with bad documents."""
+
+import gzip
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import ROOT, environment, hfpretrain, recipe_mapping, small_text, write_jsonl, write_recipe
+
+from hfpretrain import files
+from hfpretrain.data import packing, prepared, tokenizer
+from hfpretrain.data.batches import collate
+from hfpretrain.data.inspection import sequences
+from hfpretrain.data.prepare import (
+    load_prepared_tokenizer,
+    prepare,
+    prepare_shard,
+    prepared_path,
+    summary,
+    training_data,
+    wait_for_prepared,
+)
+from hfpretrain.recipe.schema import Recipe, RecipeError, TokenizerSection
+
+# Parts and batches as a large corpus has them, with a small one.
+SMALL = (
+    "import hfpretrain.data.packing as p; p.PART_CHARS = 20_000; p._BATCH_CHARS = 4_000; p.prepared.ROWS_PER_BATCH = 8"
+)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(packing, "PART_CHARS", 20_000)
+    monkeypatch.setattr(packing, "_BATCH_CHARS", 4_000)
+    monkeypatch.setattr(prepared, "ROWS_PER_BATCH", 8)
+
+
+def recipe(folder, **changes):
+    return Recipe.model_validate(recipe_mapping(folder, **changes))
+
+
+def checksums(path):
+    manifest = files.manifest_of(path)
+    return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+
+@pytest.mark.parametrize(
+    ("rows", "packed"),
+    [
+        ([[5, 6, 7, 8], [5, 6, 7, 0]], False),  # documents that end with their block
+        ([[5, 6, 7, 8], [5, 0, 0, 0]], False),  # padding is the separator, too
+        ([[5, 6, 7, 8], [5, 0, 6, 7]], True),
+    ],
+)
+def test_blocks_are_looked_at_for_more_than_one_document(rows, packed, tmp_path):
+    class Rows(prepared.PreparedData):
+        def blocks(self, split):
+            return [np.array(rows, dtype=np.uint16)]
+
+    assert Rows(tmp_path, {"splits": {"train-0": {}}, "eos_token_id": 0}).packs_documents() == packed
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(folder, small_parts):
+    write_jsonl(folder / "corpus.jsonl", small_text(1500))
+    straight = prepare(recipe(folder, data__prepared_dir=str(folder / "straight")))
+    expected = checksums(straight.path)
+    assert sum("train-0/data" in name for name in expected) > 20
+    interrupted = recipe(folder)
+    # Slow down each part a little, so that kills fall into it.
+    program = (
+        f"{SMALL}; import sys, time; close = p._Part.close\n"
+        "def slow(self, last):\n    time.sleep(0.03); close(self, last)\n"
+        "p._Part.close = slow\n"
+        "from hfpretrain.data.prepare import prepare; from hfpretrain.recipe.schema import load_recipe\n"
+        "prepare(load_recipe(sys.argv[1]))"
+    )
+    path, work = prepared_path(interrupted), prepared_path(interrupted).with_suffix(files.INCOMPLETE)
+    draw, kills, done = random.Random(0), 0, 0
+    while kills < 3:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(write_recipe(folder))], cwd=ROOT, env=environment()
+        )
+        target = done + draw.randint(2, 5)
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:
+            finished = {file.name: file.stat().st_mtime_ns for file in (work / "parts").glob("*.json")}
+            if len(finished) >= target:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills, done = kills + 1, len(finished)
+    assert not path.exists()
+    before = {file.name: file.stat().st_mtime_ns for file in (work / "parts").glob("*.json")}
+    resumed = prepare(interrupted)
+    assert checksums(resumed.path) == expected
+    after = {name: (resumed.path / "parts" / name).stat().st_mtime_ns for name in before}
+    assert after == before, "a finished part was done again"
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(folder, small_parts):
+    """The long version: also in the tokenizer's training, between files of a part, while joining."""
+    write_jsonl(folder / "corpus.jsonl", small_text(4000))
+    changes = {"data__deduplicate": True, "data__packing": "best_fit", "tokenizer__vocab_size": 2000}
+    expected = checksums(prepare(recipe(folder, **changes, data__prepared_dir=str(folder / "straight"))).path)
+    program = (
+        f"{SMALL}; import sys, time; entries = p.files.entries\n"
+        "def slow(folder, paths):\n    time.sleep(0.2); return entries(folder, paths)\n"
+        "p.files.entries = slow\n"
+        "from hfpretrain.data.prepare import prepare; from hfpretrain.recipe.schema import load_recipe\n"
+        "prepare(load_recipe(sys.argv[1]))"
+    )
+    path = str(write_recipe(folder, **changes))
+    work = prepared_path(recipe(folder, **changes)).with_suffix(files.INCOMPLETE)
+    draw = random.Random(1)
+    for kill in range(10):
+        process = subprocess.Popen([sys.executable, "-c", program, path], cwd=ROOT, env=environment())
+        # The first ones early, while imports, scan and tokenizer are under way; seal and parts are slowed down.
+        time.sleep(draw.uniform(0.5, 2.0) if kill < 3 else draw.uniform(2.5, 4.0))
+        assert process.poll() is None, "the preparation ended before the kills did"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        print(f"kill {kill + 1}: {len(list((work / 'parts').glob('*.json')))} parts done")
+    resumed = prepare(recipe(folder, **changes))
+    assert checksums(resumed.path) == expected
+    print(f"{len(expected)} checksums equal")
+
+
+def test_shares_of_several_machines_join_to_the_same_bytes(folder, small_parts, capsys):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    shared = recipe(folder)
+    prepare_shard(shared, 1, 3)
+    parts = prepared_path(shared).with_suffix(files.INCOMPLETE) / "parts"
+    second = len(list(parts.glob("*.json")))
+    prepare_shard(shared, 0, 3)
+    assert 0 < second < len(list(parts.glob("*.json")))
+    prepare_shard(shared, 2, 3)
+    inodes = {file.name: file.stat().st_ino for file in parts.parent.glob("train-0/*.arrow")}
+    joined = prepare(shared)
+    assert checksums(joined.path) == expected
+    assert inodes.items() <= {f.name: f.stat().st_ino for f in joined.path.glob("train-0/*.arrow")}.items()
+    prepared.verify(joined.path)
+
+
+def test_shares_made_from_something_else_are_refused_at_once(folder, monkeypatch, caplog):
+    machines = {}
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        write_jsonl(folder / name / "corpus.jsonl", small_text(60))
+        machines[name] = folder / name
+    shared = recipe(
+        folder,
+        data__sources=[{"path": "json", "data_files": "corpus.jsonl"}],
+        data__prepared_dir=str(folder / "prepared"),
+    )
+    monkeypatch.chdir(machines["a"])
+    prepare_shard(shared, 0, 2)
+    with pytest.raises(RecipeError, match="3 shares here, 2 there"):
+        prepare_shard(shared, 1, 3)
+    monkeypatch.chdir(machines["b"])
+    prepare_module = importlib.import_module("hfpretrain.data.prepare")
+    version = prepare_module.version
+    monkeypatch.setattr(prepare_module, "version", lambda name: "0.1" if name == "tokenizers" else version(name))
+    with pytest.raises(RecipeError, match=r"tokenizers: 0\.1 here"):
+        prepare_shard(shared, 1, 2)
+    monkeypatch.setattr(prepare_module, "version", version)
+    text = (machines["b"] / "corpus.jsonl").read_text()
+    (machines["b"] / "corpus.jsonl").write_text(text.replace("river", "RIVER", 1))
+    with pytest.raises(RecipeError, match=r"data\.sources\.0: \['corpus\.jsonl'.* there"):
+        prepare_shard(shared, 1, 2)
+    prepare(shared)  # the text of this machine alone, which is said
+    assert "share 1/2" in caplog.text and "other data" in caplog.text
+    (machines["b"] / "corpus.jsonl").write_text(text)
+    path = prepare_shard(shared, 1, 2)
+    assert prepare(shared).path == path and len(list(path.parent.glob("shares-*"))) == 0
+
+
+def test_shares_of_many_files_are_whole_groups(folder, monkeypatch):
+    from hfpretrain.data import corpus
+
+    monkeypatch.setattr(corpus, "_GROUP_BYTES", 1)
+    texts = small_text(60)
+    for number in range(6):
+        write_jsonl(folder / f"part-{number}.jsonl", texts[10 * number : 10 * number + 10])
+    sources = [{"path": "json", "data_files": str(folder / "part-*.jsonl")}]
+    several = recipe(folder, data__sources=sources)
+    prepare_shard(several, 0, 2)
+    parts = prepared_path(several).with_suffix(files.INCOMPLETE) / "parts"
+    assert sorted(file.stem for file in parts.iterdir()) == [f"0-0000{n}-00000" for n in (0, 2, 4)]
+    whole = prepare(several)
+    assert whole.manifest["sources"][0]["documents_read"] == 60
+    prepared.verify(whole.path)
+
+
+def test_the_command_line_shares_out_and_joins(folder):
+    path = str(write_recipe(folder))
+    for share in ("1/2", "2/2"):
+        result = hfpretrain("prepare", path, "--shard", share)
+        assert result.returncode == 0 and "without --shard joins all" in result.stdout, result.stderr
+    result = hfpretrain("prepare", path, "--num-workers", "1")
+    assert result.returncode == 0 and "separators" in result.stdout
+    assert hfpretrain("verify", result.stdout.split()[2]).returncode == 0
+    assert "not I/N" in hfpretrain("prepare", path, "--shard", "3/2").stderr
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_part_that_changed_since_is_made_anew(folder, small_parts, damage):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    shared = recipe(folder)
+    prepare_shard(shared, 0, 1)
+    work = prepared_path(shared).with_suffix(files.INCOMPLETE)
+    victim = sorted(work.glob("train-0/*.arrow"))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content if damage == "flipped" else content[:-300])
+    if damage == "gone":
+        victim.unlink()
+    with pytest.raises(RecipeError, match="is not what was written; run again"):
+        prepare(shared)
+    assert checksums(prepare(shared).path) == expected
+
+
+def test_what_a_kill_leaves_behind_does_not_stay(folder):
+    work = prepared_path(recipe(folder)).with_suffix(files.INCOMPLETE)
+    (work / "tokenizer-123.incomplete").mkdir(parents=True)
+    (work / "parts").mkdir()
+    (work / "parts" / "x.incomplete").write_text("half")
+    data = prepare(recipe(folder))
+    assert not list(data.path.rglob("*.incomplete"))
+    prepared.verify(data.path)
+
+
+def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
+    monkeypatch.setattr(tokenizer, "_LONG_CHARS", 2_000)
+    section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
+    draw = random.Random(0)
+    lines = [text.replace(" ", draw.choice([" ", "  ", "\n", "\n\n", "\t"]), 5) for text in small_text(300)]
+    trained = tokenizer.train_tokenizer(section, lines)
+    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    for joint in ("\n", " ", "\n\n\n    "):
+        text = joint.join(lines)
+        whole = trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        encoded = encode([text, "short", text[:5000]])
+        assert encoded[0].tolist() == [*whole, trained.eos_token_id]
+        assert len(list(encode._long(text))) > 10
+        assert encoded[2].tolist()[:-1] == trained.backend_tokenizer.encode(text[:5000], add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("how", ["prefix", "metaspace"])
+def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
+    from tokenizers import pre_tokenizers
+
+    monkeypatch.setattr(tokenizer, "_LONG_CHARS", 1_000)
+    trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
+    # A space before every text, as many tokenizers have it, makes each piece another text.
+    prefix = {"prefix": pre_tokenizers.ByteLevel(add_prefix_space=True), "metaspace": pre_tokenizers.Metaspace()}[how]
+    trained.backend_tokenizer.pre_tokenizer = prefix
+    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    assert not encode._cuts_at_lines
+    encode(["short"])
+    for text in ("\n".join(small_text(100)), "\n".join(small_text(20))[:1900]):
+        assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_vocabulary_with_tokens_across_lines_is_not_cut_there():
+    from tokenizers import AddedToken
+
+    trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
+    assert tokenizer.Encoder(trained, np.dtype(np.uint16))._cuts_at_lines
+    trained.add_tokens([AddedToken("light\nwater")])
+    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    text = "light\nwater " * 1000
+    assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_text_that_spells_eos_forges_no_boundary_in_any_model():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [(character, -3.0) for character in "abcdefgh</s>▁ x"]
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *characters], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    encode = tokenizer.Encoder(unigram, np.dtype(np.uint16))
+    (ids,) = encode(["ab</s>cd</s>"])
+    assert ids.tolist().count(unigram.eos_token_id) == 1 and ids[-1] == unigram.eos_token_id
+    assert "".join(unigram.convert_ids_to_tokens(ids[:-1])).replace("▁", "") == "ab</s>cd</s>"
+
+
+def rows_of(data, split="train-0"):
+    return np.concatenate(data.blocks(split)).astype(int)
+
+
+def test_best_fit_cuts_only_documents_longer_than_a_block(folder):
+    documents = [*small_text(150), " ".join(small_text(40, seed=3))]
+    write_jsonl(folder / "corpus.jsonl", documents)
+    data = prepare(recipe(folder, data__packing="best_fit", data__block_size=256, data__validation_fraction=0.0))
+    prepared.verify(data.path)
+    entry = data.manifest["splits"]["train-0"]
+    assert entry["remainder"] == 0 < entry["padding"]
+    assert entry["tokens"] + entry["separators"] + entry["padding"] == entry["rows"] * 256
+    fast = load_prepared_tokenizer(data)
+    eos, found = fast.eos_token_id, []
+    for row in rows_of(data):
+        end = len(row)
+        while end > 1 and row[end - 1] == row[end - 2] == eos:
+            end -= 1
+        found += [fast.decode(piece) for piece in np.split(row[:end], np.flatnonzero(row[:end] == eos)[:-1] + 1)]
+    found = [text.removesuffix(fast.eos_token) for text in found]
+    short = [text for text in documents if len(fast(text)["input_ids"]) < 256]
+    assert len(short) > 100 and not set(short) - set(found)
+    (long,) = set(documents) - set(short)
+    assert len(found) - len(short) == -(-(len(fast(long)["input_ids"]) + 1) // 256)
+    # Best fit wastes little where documents are short.
+    assert entry["padding"] < 0.15 * entry["rows"] * 256
+    assert f"{entry['padding']:,} padding" in summary(data)
+
+
+def test_best_fit_at_the_bounds_of_a_block(folder):
+    sizes = [7, 8, 9, 15, 16, 17, 1, 8, 24, 25]
+    texts = ["".join(chr(97 + (i + j) % 26) for j in range(size)) for i, size in enumerate(sizes)]
+    write_jsonl(folder / "corpus.jsonl", texts)
+    changes = {"data__block_size": 8, "data__validation_fraction": 0.0, "tokenizer": {"algorithm": "character"}}
+    data = prepare(recipe(folder, data__packing="best_fit", **changes))
+    prepared.verify(data.path)
+    rows, fast = rows_of(data), load_prepared_tokenizer(data)
+    batch = collate(rows.copy(), None, padded_with=fast.eos_token_id)
+    entry = data.manifest["splits"]["train-0"]
+    assert int((batch["labels"] == -100).sum()) == entry["padding"] == rows.size - sum(sizes) - entry["separators"]
+    # 8, 16, 8 and 24 characters fill their blocks; no other row is without a separator but those inside a document.
+    assert entry["separators"] == len(sizes) - 4
+    decoded = [fast.decode(row) for row in rows]
+    for text in texts:
+        whole = [text[start : start + 8] for start in range(0, len(text), 8)]
+        assert all(any(piece in row for row in decoded) for piece in whole)
+
+
+def test_text_of_which_the_tokenizer_leaves_nothing_is_counted(folder, monkeypatch):
+    from tokenizers import normalizers
+
+    train = tokenizer.train_tokenizer
+
+    def strip(section, documents):
+        trained = train(section, documents)
+        trained.backend_tokenizer.normalizer = normalizers.Strip()
+        return trained
+
+    monkeypatch.setattr(tokenizer, "train_tokenizer", strip)
+    write_jsonl(folder / "corpus.jsonl", [*small_text(100), "  ", " \n "])
+    data = prepare(recipe(folder))
+    assert data.manifest["sources"][0]["dropped"] == {"no_tokens": 2}
+    prepared.verify(data.path)
+
+
+@pytest.mark.parametrize("packing_name", ["concat", "best_fit"])
+def test_every_block_knows_its_documents(folder, packing_name, small_parts):
+    documents = small_text(200)
+    data = prepare(recipe(folder, data__packing=packing_name))
+    fast = load_prepared_tokenizer(data)
+    for row, ids in enumerate(rows_of(data)):
+        texts = fast.decode(ids).split(fast.eos_token)
+        sources = data.documents("train-0", row)
+        assert all(origin.endswith("corpus.jsonl") for origin, _ in sources)
+        lines = [documents[number - 1] for _, number in sources]
+        # Half a character may stand at a cut; behind the last document there is nothing but padding.
+        pieces = [text.strip("\ufffd") for text in texts]
+        assert all(piece in line for piece, line in zip(pieces, lines, strict=False))
+        assert len(pieces) >= len(lines) and not any(pieces[len(lines) :])
+
+
+def test_duplicates_are_counted_always_and_dropped_on_request(folder, small_parts):
+    write_jsonl(folder / "corpus.jsonl", [*small_text(100), "", "", *small_text(150)])
+    counted = prepare(recipe(folder))
+    found = counted.manifest["hygiene"]
+    assert found["train_duplicates"] + found["validation_duplicates"] == 100
+    dropped = prepare(recipe(folder, data__deduplicate=True))
+    prepared.verify(dropped.path)
+    assert dropped.manifest["sources"][0]["dropped"] == {"duplicate": 100, "empty": 2}
+    assert dropped.manifest["hygiene"]["train_duplicates"] == 0
+    assert sum(split["documents"] for split in dropped.manifest["splits"].values()) == 150
+    assert dropped.manifest["splits"]["train-0"]["documents"] < counted.manifest["splits"]["train-0"]["documents"]
+
+
+def test_validation_text_inside_training_documents_is_reported(folder):
+    texts = small_text(60)
+    held_out = write_jsonl(folder / "held_out.jsonl", texts[50:])
+    hidden = [f"something before. {text} and after" for text in texts[55:]]
+    write_jsonl(folder / "corpus.jsonl", [*texts[:50], *hidden])
+    sources = [{"path": "json", "data_files": str(held_out)}]
+    changes = {"data__validation_sources": sources, "data__validation_fraction": 0.0}
+    overlap = prepare(recipe(folder, **changes)).manifest["hygiene"]["validation_ngrams"]
+    assert overlap["n"] == 13 and 0.3 < overlap["share_in_train"] < 0.7
+    write_jsonl(folder / "corpus.jsonl", texts[:50])
+    assert prepare(recipe(folder, **changes)).manifest["hygiene"]["validation_ngrams"]["share_in_train"] < 0.1
+
+
+BAD_LINES = {
+    "broken_json": (b'{"text": "half', "broken JSON"),
+    "missing_text": (b'{"body": "x"}', "no column 'text'; there are: body"),
+    "null_text": (b'{"text": null}', "None where text is expected"),
+    "not_text": (b'{"text": 3}', "3 where text is expected"),
+    "invalid_utf8": (b'{"text": "sch\xf6n"}', "not valid UTF-8"),
+    "nul_bytes": (b'{"text": "a\\u0000b"}', "NUL"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_a_bad_document_is_named_or_counted(folder, reason):
+    line, message = BAD_LINES[reason]
+    good = (folder / "corpus.jsonl").read_bytes()
+    (folder / "corpus.jsonl").write_bytes(good + line + b"\n" + good)
+    with pytest.raises(RecipeError, match=r"corpus\.jsonl:201: ") as error:
+        prepare(recipe(folder))
+    assert message in str(error.value)
+    data = prepare(recipe(folder, data__on_bad_document="skip"))
+    assert data.manifest["sources"][0]["dropped"] == {reason: 1}
+    assert data.manifest["sources"][0]["documents_kept"] == 400
+    assert f"1 {reason}" in summary(data)
+    prepared.verify(data.path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+def test_a_truncated_file_is_named_or_counted(folder, suffix):
+    import bz2
+    import lzma
+
+    import zstandard
+
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
+    # Text that does not compress, so that half of the file is about half of the documents.
+    draw = random.Random(0)
+    texts = ["".join(chr(draw.randint(33, 50_000)) for _ in range(2000)) for _ in range(800)]
+    whole = compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    (folder / f"corpus.jsonl{suffix}").write_bytes(whole[: len(whole) // 2])
+    changes = {"data__sources": [{"path": "json", "data_files": str(folder / f"corpus.jsonl{suffix}")}]}
+    with pytest.raises(RecipeError, match=rf"corpus\.jsonl{suffix}:\d+: (cannot be read further|broken JSON)"):
+        prepare(recipe(folder, **changes))
+    data = prepare(recipe(folder, data__on_bad_document="skip", **changes))
+    dropped = data.manifest["sources"][0]["dropped"]
+    assert dropped["truncated_file"] == 1 and data.manifest["sources"][0]["documents_kept"] > 100
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), OSError(5, "Input/output error"), ValueError("remote")])
+def test_a_failing_network_is_never_a_skipped_document(folder, monkeypatch, error):
+    from hfpretrain.data import corpus
+
+    lines = corpus.Reader._json_lines
+
+    def broken(self, origin):
+        for document in lines(self, origin):
+            yield document
+            if document.row == 50:
+                raise error
+
+    monkeypatch.setattr(corpus.Reader, "_json_lines", broken)
+    with pytest.raises(RecipeError, match=r"cannot read .*corpus\.jsonl"):
+        prepare(recipe(folder, data__on_bad_document="skip"))
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(folder, monkeypatch):
+    write = packing._Part.close
+
+    def grow(self, ends_group):
+        write_jsonl(folder / "corpus.jsonl", small_text(201))
+        write(self, ends_group)
+
+    monkeypatch.setattr(packing._Part, "close", grow)
+    with pytest.raises(RecipeError, match="changed while it was prepared"):
+        prepare(recipe(folder))
+
+
+def test_a_full_disk_is_an_error_and_what_is_finished_stays(folder, small_parts):
+    limited = recipe(folder)
+    program = (
+        f"{SMALL}; import sys, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))\n"
+        "from hfpretrain.cli import main; sys.exit(main(['prepare', sys.argv[1], '--num-workers', '1']))"
+    )
+    prepare_shard(limited, 0, 10)  # the tokenizer, which is larger, is there
+    work = prepared_path(limited).with_suffix(files.INCOMPLETE)
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(write_recipe(folder))],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "data.prepared_dir: cannot write" in result.stderr and "File too large" in result.stderr
+    assert "Traceback" not in result.stderr and not prepared_path(limited).exists()
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    assert work.exists() and checksums(prepare(limited).path) == expected
+
+
+def test_remote_files_are_read_like_local_ones(folder):
+    texts = small_text(100)
+    memory = fsspec.filesystem("memory")
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    memory.pipe("/corpus/a.jsonl", content[: content.index(b"\n", len(content) // 2) + 1])
+    memory.pipe("/corpus/b.jsonl.gz", gzip.compress(content[content.index(b"\n", len(content) // 2) + 1 :]))
+    sources = [{"path": "json", "data_files": "memory://corpus/*"}]
+    data = prepare(recipe(folder, data__sources=sources))
+    assert data.manifest["sources"][0]["documents_kept"] == 100
+    assert {origin for row in range(20) for origin, _ in data.documents("train-0", row)} <= {
+        "memory:///corpus/a.jsonl",
+        "memory:///corpus/b.jsonl.gz",
+        "memory://corpus/a.jsonl",
+        "memory://corpus/b.jsonl.gz",
+    }
+    before = prepared_path(recipe(folder, data__sources=sources))
+    memory.pipe("/corpus/a.jsonl", content)
+    assert prepared_path(recipe(folder, data__sources=sources)) != before
+    with pytest.raises(RecipeError, match="no file matches memory://nowhere"):
+        prepare(recipe(folder, data__sources=[{"path": "json", "data_files": "memory://nowhere/*"}]))
+
+
+def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeypatch):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    url = f"memory://{folder.name}/prepared"
+    machines = [
+        recipe(folder, data__prepared_dir=url, output_dir=str(folder / name / "run")) for name in ("a", "b", "c")
+    ]
+    prepare_shard(machines[0], 0, 2)
+    remote = fsspec.filesystem("memory")
+    # What was not pushed before a kill is pushed by the next call, and half a tokenizer is not taken for one.
+    lost = [
+        n for n in remote.find(f"/{folder.name}") if "/train-0/" in n or "/parts/" in n or n.endswith("_config.json")
+    ]
+    remote.rm(lost)
+    assert len(lost) > 4
+    prepare_shard(machines[0], 0, 2)
+    assert set(lost) <= set(remote.find(f"/{folder.name}"))
+    there = set(remote.find(f"/{folder.name}"))
+    assert any("/parts/" in name for name in there) and not any(name.endswith("/manifest.json") for name in there)
+    # A machine that starts anew knows what is done, and does the rest.
+    joined = prepare(machines[1])
+    assert checksums(joined.path) == expected
+    assert there < set(remote.find(f"/{folder.name}"))
+    # A third one only copies.
+    third = prepare(machines[2])
+    assert checksums(third.path) == expected and third.path.is_relative_to(folder / "c")
+    assert prepare_shard(machines[2], 1, 2) == third.path
+    # So does the first process of a machine whose main process is elsewhere.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    fourth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "e" / "run"))
+    assert checksums(wait_for_prepared(fourth).path) == expected
+    # A half-written file of an earlier attempt is not taken for a part.
+    fifth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "f" / "run"))
+    half = prepared_path(fifth).with_suffix(files.INCOMPLETE) / "train-0" / "data-0-00000-00000.arrow"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    assert checksums(prepare(fifth).path) == expected
+    (victim,) = [name for name in remote.find(f"/{folder.name}") if name.endswith("train-0/data-0-00000-00001.arrow")]
+    remote.pipe(victim, b"x" + remote.cat(victim)[1:])
+    with pytest.raises(RecipeError, match=r"is damaged: .* has another checksum"):
+        prepare(recipe(folder, data__prepared_dir=url, output_dir=str(folder / "d" / "run")))
+
+
+def test_memory_stays_flat(folder):
+    """The short version of benchmarks/memory.py: ten times the text, no more memory."""
+    # The child reports its own peak: that of wait4 begins with the memory of the process that started it.
+    code = (
+        "import sys; from hfpretrain.cli import main; code = main(sys.argv[1:]);"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0]); sys.exit(code)"
+    )
+    peaks = []
+    for copies in (1, 10):
+        write_jsonl(folder / f"{copies}.jsonl", small_text(4000) * copies)
+        path = write_recipe(folder, data__sources=[{"path": "json", "data_files": str(folder / f"{copies}.jsonl")}])
+        command = [sys.executable, "-c", code, "prepare", str(path)]
+        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        peaks.append(int(result.stdout.split()[-1]) / 1024)  # MiB
+    assert peaks[1] < 1.3 * peaks[0] and peaks[1] < 1024
+
+
+def test_shifted_blocks_are_the_corpus_in_pieces_whose_documents_are_known(folder, small_parts):
+    write_jsonl(folder / "corpus.jsonl", small_text(400))
+    texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    with_shift = recipe(folder, data__shift_blocks=True, training__max_steps=400)
+    made = prepare(with_shift)
+    assert made.path == prepare(recipe(folder)).path  # nothing on disk depends on it
+    assert len(made.last_rows("train-0")) > 3
+    rows = made.manifest["splits"]["train-0"]["rows"]
+    places = {"micro_batch_size": 1, "accumulation_steps": 8, "process_index": 0, "num_processes": 1}
+    data = training_data(with_shift, made, eos_token_id=made.manifest["eos_token_id"], document_masking=True, **places)
+    tokenizer = load_prepared_tokenizer(made)
+    for step in range(rows // 8 + 1, 2 * rows // 8):  # the second epoch
+        for sequence in sequences(made, data, tokenizer, step):
+            assert 0 < sequence["shift"] < 32
+            assert sum(document["tokens"] for document in sequence["documents"]) == 32
+            for document in sequence["documents"]:
+                line = int(document["origin"].rsplit(":", 1)[1])
+                assert document["text"].strip("\ufffd") in texts[line - 1]
+
+
+def flip(path, offset=-40):
+    """Flip a bit, with the file's size and modification time as before."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train-0/data-0-00000-00000.arrow",
+        "train-0/state.json",
+        "train-0/dataset_info.json",
+        "tokenizer/tokenizer.json",
+        "parts/0-00000-00000.json",
+        "manifest.json",
+    ],
+)
+def test_a_flipped_bit_in_prepared_data_is_an_error_that_names_the_file(folder, name):
+    path = prepare(recipe(folder)).path
+    flip(path / name, offset=20)
+    for opens in (prepare, wait_for_prepared) if name != "manifest.json" else (prepare,):
+        with pytest.raises(RecipeError, match=rf"(?s)data: prepared data are damaged: .*{name}.*delete"):
+            opens(recipe(folder))
+    with pytest.raises(RecipeError, match=name):
+        prepared.verify(path)
+
+
+def test_checksums_of_prepared_data_are_verified_once_and_again_after_a_change(folder, monkeypatch):
+    path = prepare(recipe(folder)).path
+    read = []
+    checksum = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda file: read.append(file.name) or checksum(file))
+    prepare(recipe(folder))
+    assert "state.json" not in read, "what was just made needs no verification"
+    os.utime(path / "train-0" / "state.json")
+    prepare(recipe(folder))
+    assert {"state.json", "data-0-00000-00000.arrow"} <= set(read)
+    read.clear()
+    prepare(recipe(folder))
+    wait_for_prepared(recipe(folder))
+    assert "state.json" not in read
+
+
+def test_prepared_data_are_opened_without_writing_beside_them(folder):
+    path = prepare(recipe(folder)).path
+    for lock in path.parent.glob("*.lock"):
+        lock.unlink()
+    prepare(recipe(folder))
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_a_damaged_tokenizer_of_an_unfinished_preparation_is_named(folder):
+    prepare_shard(recipe(folder), 0, 2)
+    (damaged,) = (folder / "prepared").glob("*.incomplete/tokenizer/tokenizer.json")
+    damaged.write_text("{")
+    with pytest.raises(RecipeError, match=r"data: the tokenizer in .* does not load.*; delete "):
+        prepare(recipe(folder))

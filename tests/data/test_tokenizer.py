@@ -1,0 +1,162 @@
+import json
+import random
+import signal
+import time
+
+import pytest
+from conftest import hfpretrain, small_text, write_recipe
+
+from hfpretrain import load_recipe
+from hfpretrain.data.prepare import notes, prepare, prepared_path
+from hfpretrain.data.tokenizer import (
+    END_OF_TEXT,
+    _without_long_words,
+    chat_template_problems,
+    load_tokenizer,
+    padded_vocab_size,
+    token_bytes,
+    train_tokenizer,
+)
+from hfpretrain.planning.plan import model_config
+from hfpretrain.recipe.schema import RecipeError, TokenizerSection, dump_recipe
+from hfpretrain.training.run_folder import refuse_other_run
+
+BPE = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
+CHARACTER = TokenizerSection(algorithm="character", pad_to_multiple_of=8)
+
+
+def encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_byte_level_bpe_round_trips_any_unicode():
+    tokenizer = train_tokenizer(BPE, small_text(100))
+    draw = random.Random(0)
+    for _ in range(300):
+        codes = [draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000), 32, 10]) for _ in range(40)]
+        text = "".join(map(chr, codes))
+        assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+@pytest.mark.parametrize("config", [{"eos_token": ["</s>"]}, {"eos_token": {"a": 1}}, {"eos_token": 3}, [], None])
+def test_a_tokenizer_config_with_the_wrong_types_is_a_message(tmp_path, config):
+    train_tokenizer(BPE, small_text(10)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"tokenizer.pretrained: cannot load .*Error: "):
+        load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
+
+
+def test_training_is_deterministic_and_has_the_asked_size():
+    first, second = (train_tokenizer(BPE, small_text(100)) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab() and len(first) == 400
+    assert first.eos_token == first.bos_token == END_OF_TEXT and first.pad_token_id != first.eos_token_id
+    assert padded_vocab_size(BPE, first) == 448
+
+
+def test_character_level_has_one_token_for_each_character(tmp_path):
+    tokenizer = train_tokenizer(CHARACTER, ["hello world\n", "ünï"])
+    text = "hello\nwörld"[:6] + "ünï  "
+    assert len(encode(tokenizer, text)) == len(text)
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+    assert encode(tokenizer, "Z") == [tokenizer.unk_token_id]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
+    assert encode(loaded, text) == encode(tokenizer, text) and loaded.decode(encode(loaded, text)) == text
+
+
+@pytest.mark.parametrize("section", [BPE, CHARACTER])
+def test_token_bytes_add_up_to_the_text(section):
+    documents = small_text(50)
+    tokenizer = train_tokenizer(section, documents)
+    table = token_bytes(tokenizer, padded_vocab_size(section, tokenizer))
+    for text in documents:
+        assert table[encode(tokenizer, text)].sum() == len(text.encode())
+    assert table[tokenizer.eos_token_id] == 0 and len(table) == padded_vocab_size(section, tokenizer)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"tokenizer.pretrained: there is no .*nowhere"):
+        load_tokenizer(TokenizerSection(pretrained=str(tmp_path / "nowhere")))
+
+
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (TEMPLATE, None),
+        # TRL's mark of what the assistant said, which Jinja alone does not know.
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", None),
+        ("{% for message in messages %}{{ message.content }}", "does not render a question and its answer: Unexpected"),
+        ("{{ raise_exception('system first') }}", "does not render a question and its answer: system first"),
+        ("{{ messages[0].content }}", "leaves out what is said"),
+        ("nowhere.jinja", "'nowhere.jinja' has no { so it names a file, which cannot be read: No such file"),
+    ],
+)
+def test_a_chat_template_must_render_messages(given, message):
+    problems = list(chat_template_problems({"tokenizer": {"chat_template": given}}))
+    assert (message is None and not problems) or (message is not None and problems[0].message.startswith(message))
+    assert not list(chat_template_problems({"tokenizer": None}))
+
+
+def test_a_chat_template_asks_for_no_new_preparation_or_run(folder):
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    without = load_recipe(write_recipe(folder))
+    given = load_recipe(write_recipe(folder, tokenizer__chat_template=str(folder / "chat.jinja")))
+    assert prepared_path(given) == prepared_path(without)
+    (folder / "run").mkdir()
+    (folder / "run" / "recipe.yaml").write_text(dump_recipe(without))
+    refuse_other_run(given)
+
+
+def test_words_without_end_are_cut_for_the_trainer_alone():
+    assert list(_without_long_words("ordinary text, 42 words\n" * 50)) == ["ordinary text, 42 words\n" * 50]
+    draw = random.Random(0)
+    bases = "".join(draw.choices("ACGT", k=300_000))
+    assert "".join(_without_long_words(bases)) == bases
+    assert max(map(len, _without_long_words(bases))) <= 256
+    start = time.monotonic()
+    tokenizer = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=1000), [bases])
+    assert len(tokenizer) == 1000 and time.monotonic() - start < 60
+    assert tokenizer.decode(encode(tokenizer, bases)) == bases
+
+
+def test_training_a_tokenizer_can_be_interrupted_and_tells_what_is_wrong_with_the_text():
+    draw = random.Random(0)
+    documents = ["".join(draw.choices("ACGT", k=100_000)) for _ in range(20)] * 10
+    section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=30_000)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for seconds in (0.05, 1.5):  # while it reads, while it merges
+            start = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            with pytest.raises(KeyboardInterrupt):
+                train_tokenizer(section, documents)
+            assert time.monotonic() - start < 15
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    def broken():
+        yield "a text"
+        raise RecipeError.at("data.sources.0", "broken")
+
+    with pytest.raises(RecipeError, match="broken"):
+        train_tokenizer(BPE, broken())
+
+
+def test_a_vocabulary_smaller_than_asked_is_told_and_counted_where_it_is_known(folder):
+    path = write_recipe(folder, tokenizer__vocab_size=32_000)
+    before = hfpretrain("check", str(path)).stdout
+    assert "# parameters       at most 2," in before
+    made = prepare(load_recipe(path))
+    size = made.manifest["tokenizer_size"]
+    assert notes(made) == [f"the text gives a vocabulary of {size:,} tokens, not the 32,000 of tokenizer.vocab_size"]
+    assert model_config(load_recipe(path)).vocab_size == made.manifest["vocab_size"] < 2000
+    after = hfpretrain("check", str(path)).stdout
+    assert "# parameters       at most" not in after and "# parameters       51," in after

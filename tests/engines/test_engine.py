@@ -1,0 +1,359 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import resume_anywhere
+import torch
+from conftest import ROOT, environment, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfpretrain import load_recipe
+from hfpretrain.engines import engine, pieces
+from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling import initialization
+from hfpretrain.publishing import outbox, publisher
+
+DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
+OFFLOADED = ["fsdp2_offload", "zero3_offload"]
+# Four processes, or updates on the host: `make proofs` has them.
+LONG = ["hsdp", *OFFLOADED]
+ENGINES = [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in (*DISTRIBUTED, *OFFLOADED)]
+
+
+def run_all(folder, engines, **changes):
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    recipe = write_recipe(folder, **changes)
+    for name in engines:
+        # What the others are compared with has all logits in memory and recomputes nothing.
+        plain = ["--training.chunked_loss=false", "--model.gradient_checkpointing=false"] if name == "single" else []
+        result = train(recipe, f"--output_dir={folder / name}", *plain, engine=name, timeout=400)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return recipe
+
+
+def compare(folder, name, steps, max_loss=1e-5, max_grad_norm=1e-4, max_perplexity=1e-6):
+    """Largest relative differences of an engine's run from one process's, checked and returned."""
+
+    def largest(key):
+        single, other = rows(folder / "single", key), rows(folder / name, key)
+        assert list(single) == list(other)
+        return max(abs(other[s][key] - single[s][key]) / abs(single[s][key]) for s in single)
+
+    assert list(rows(folder / name, "loss")) == list(range(1, steps + 1))
+    ledgers = [{step: row["ledger"] for step, row in rows(folder / run, "ledger").items()} for run in (name, "single")]
+    assert ledgers[0] == ledgers[1] and len(set(ledgers[0].values())) == steps
+    found = {key: largest(key) for key in ("loss", "grad_norm", "eval/perplexity", "eval/bits_per_byte")}
+    assert found["loss"] <= max_loss and found["grad_norm"] <= max_grad_norm, found
+    assert found["eval/perplexity"] <= max_perplexity and found["eval/bits_per_byte"] <= max_perplexity, found
+    return found
+
+
+def initial_weights(run):
+    """Checksum of all weights before the first step."""
+    return json.loads((run / "environment.json").read_text())["initial_weights"]
+
+
+def check_export(run):
+    """The export's logits under plain transformers against those the training process stored."""
+    with safe_open(run / "reference.safetensors", framework="pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in stored.items() if k != "logits"}, use_cache=False).logits
+    difference = (logits - stored["logits"]).abs().max().item()
+    assert difference <= 1e-5
+    return difference
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same short recipe under every engine: one CPU process alone, four for hsdp, else two."""
+    folder = tmp_path_factory.mktemp("engines")
+    changes = {"training__max_steps": 10, "checkpoint__every_steps": 5, "evaluation__every_steps": 5}
+    changes |= {"model__gradient_checkpointing": True}
+    run_all(folder, ["single", *(name for name in DISTRIBUTED if name not in LONG)], **changes)
+    return folder
+
+
+@pytest.fixture
+def run_of(runs):
+    """The same of an engine that takes long."""
+
+    def start(name):
+        if not (runs / name).exists():
+            result = train(runs / "recipe.yaml", f"--output_dir={runs / name}", engine=name, timeout=400)
+            assert result.returncode == 0, result.stdout + result.stderr
+
+    return start
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_recipe_means_the_same_under_every_engine(runs, run_of, name):
+    run_of(name)
+    compare(runs, name, steps=10)
+    assert json.loads((runs / name / "environment.json").read_text())["engine"] == name
+    number = 4 if name == "hsdp" else 2
+    assert json.loads((runs / name / "environment.json").read_text())["num_processes"] == number
+    assert initial_weights(runs / name) == initial_weights(runs / "single")
+    (row,) = json.loads((runs / name / "plan.json").read_text())["plan"]["engines"]
+    assert (row["engine"], row["num_processes"], row["reason"]) == (name, number, None)
+    check_saved_once(runs / name / "checkpoints" / "step-00000010", row["checkpoint_bytes"], number)
+
+
+def check_saved_once(path, expected, number):
+    """The state of a checkpoint is on the disk once, by all processes alike."""
+    sizes = [sum(file.stat().st_size for file in path.glob(f"__{rank}_*.distcp")) for rank in range(number)]
+    assert expected < sum(sizes) < 1.6 * expected, sizes  # with what torch writes around each tensor
+    assert min(sizes) > 0.3 * sum(sizes) / number, sizes
+
+
+@pytest.mark.parametrize("name", ["single", *ENGINES])
+def test_the_export_of_every_engine_is_the_trained_model(runs, run_of, name):
+    run_of(name)
+    check_export(runs / name)
+    state, single = (load_file(runs / run / "model" / "model.safetensors") for run in (name, "single"))
+    assert state.keys() == single.keys()
+    for key, tensor in state.items():
+        torch.testing.assert_close(tensor, single[key], rtol=0, atol=2e-4)
+
+
+# hsdp saves and loads as fsdp2, zero1 as zero2, Ulysses as zero3.
+@pytest.mark.parametrize("name", [name for name in DISTRIBUTED if name not in ("hsdp", "zero1", "zero3_ulysses")])
+def test_the_same_command_resumes_under_every_engine(runs, name):
+    run = runs / name
+    before = rows(run, "loss")
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    result = train(runs / "recipe.yaml", f"--output_dir={run}", engine=name, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert "step-00000005" in result.stderr and "step 4/10" not in result.stderr
+    assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
+
+
+def test_a_run_moves_from_engine_to_engine(tmp_path):
+    """A short version of `benchmarks/resume_anywhere.py`."""
+    legs = (("zero3", 2), ("fsdp2", 2), ("zero2", 2), ("single", 1))
+    table, weights = resume_anywhere.chain(tmp_path, legs)
+    assert [row["engine"] for row in table] == [engine for engine, _ in legs]
+    for row in table:
+        assert row["loss"] <= resume_anywhere.TOLERANCE and row["grad_norm"] <= 1e-4 and row["ledger"], row
+    assert weights <= 1e-5
+
+
+GRADIENTS = """
+import sys
+import torch
+from transformers import AutoConfig
+from hfpretrain import engine, initialisation, model
+from hfpretrain.recipe.schema import ModelSection
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+config = AutoConfig.for_model("llama", vocab_size=64, **sizes)
+def main():
+    accelerator = engine.build_accelerator("no", [], ".", 60)
+    built = model.build_model(ModelSection(config={"model_type": "llama"}), config)
+    weights = initialisation.InitialWeights(built, 0)
+    sections = {"micro_batch_size": 1, "accumulation_steps": 2, "max_grad_norm": 1.0}
+    built, _ = engine.prepare(accelerator, built, weights, lambda m: torch.optim.AdamW(m.parameters()), **sections)
+    ids = torch.zeros((1, 8), dtype=torch.int64)
+    for _ in range(1 if sys.argv[1] == "fsdp2" else 2):
+        with engine.accumulate(accelerator, built):
+            accelerator.backward(built(input_ids=ids, labels=ids).loss)
+    parameter = engine.unwrap(built).lm_head.weight
+    gradient = parameter.grad.to_local() if sys.argv[1] == "fsdp2" else parameter.grad
+    if accelerator.is_main_process:
+        print("numbers", gradient.numel(), gradient.untyped_storage().nbytes() // 4)
+    engine.finish(accelerator, built)
+    assert not hasattr(built, "reducer"), "it would end the process group and may never return"
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
+def test_no_gradient_is_held_more_than_it_must(tmp_path, name):
+    """Under FSDP2 this process's half after the first of two micro-steps, under DDP a view of buckets at the step."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / f"{name}.yaml"), str(tmp_path / "gradients.py"), name]
+    env = environment(PYTHONPATH=str(ROOT))
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("numbers")]
+    numbers, storage = map(int, line.split()[1:])
+    assert numbers == 64 * 32 // (2 if name == "fsdp2" else 1)
+    assert name == "fsdp2" or storage > numbers
+
+
+def resume_elsewhere(folder, name, refused, max_loss, **changes):
+    """Run on one process, go on from its middle under `name`, and not at all under `refused`: returns its message."""
+    changes["checkpoint__every_steps"] = 4
+    recipe = run_all(folder, ["single"], **changes)
+    shutil.copytree(folder / "single" / "checkpoints" / "step-00000004", folder / name / "checkpoints/step-00000004")
+    shutil.copy(folder / "single" / "recipe.yaml", folder / name)
+    run_all(folder, [name], **changes)
+    for key in ("loss", "eval/loss"):
+        single, found = rows(folder / "single", key), rows(folder / name, key)
+        assert list(found) == ([5, 6, 7, 8] if key == "loss" else [step for step in single if step > 4])
+        for step, row in found.items():
+            assert row[key] == pytest.approx(single[step][key], rel=max_loss), (key, step)
+    result = train(recipe, f"--output_dir={folder / refused}", engine=refused)
+    assert result.returncode == 1
+    return result.stderr
+
+
+def test_muon_is_the_same_under_engines_that_shard_matrices_and_refused_under_others(tmp_path):
+    # Muon's own products are in 16 bits.
+    message = resume_elsewhere(tmp_path, "fsdp2", "zero2", 1e-4, optimizer__name="muon")
+    assert "DeepSpeed cuts weights flat" in message and "optimizer.name: " in message
+
+
+def test_schedule_free_is_the_same_under_an_engine_that_shards_and_exports_what_it_evaluates(tmp_path):
+    if find_spec("schedulefree") is None:
+        pytest.skip("schedulefree is not installed")
+    changes = {"optimizer__name": "adamw_schedule_free", "scheduler__name": "constant_with_warmup"}
+    message = resume_elsewhere(tmp_path, "fsdp2", "zero2", 1e-6, **changes, evaluation__every_steps=3)
+    assert "DeepSpeed cuts weights flat" in message and "optimizer.name: " in message
+    evaluated = rows(tmp_path / "single", "eval/loss")[8]["eval/loss"]
+    for run in (tmp_path / "single", tmp_path / "fsdp2"):
+        check_export(run)
+        result = hfpretrain("evaluate", str(run / "model"), str(tmp_path / "recipe.yaml"))
+        assert json.loads(result.stdout)["loss"] == pytest.approx(evaluated, rel=1e-6), result.stderr
+        checkpoint, exported = run / "checkpoints" / "step-00000008", load_file(run / "model" / "model.safetensors")
+        trained = pieces.load_whole(checkpoint, ["model"])
+        assert not any(torch.equal(exported[key], trained[key]) for key in exported)
+        outbox.put(checkpoint, run / "outbox")
+        publisher.export_checkpoint(run, run / "outbox" / checkpoint.name, None)
+        revision = load_file(run / "outbox" / checkpoint.name / "model" / "model.safetensors")
+        for key, tensor in exported.items():
+            torch.testing.assert_close(revision[key], tensor, rtol=0, atol=0 if run.name == "single" else 1e-6)
+
+
+def test_8_bit_moments_are_the_same_in_copies_and_refused_in_shards(tmp_path):
+    if find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    message = resume_elsewhere(tmp_path, "ddp", "fsdp2", 1e-6, optimizer__name="adamw_8bit")
+    assert (
+        "optimizer.name: adamw_8bit under fsdp2: torchao quantizes blocks" in message
+        and "take single or ddp" in message
+    )
+
+
+def test_flex_attention_on_a_cpu_is_refused(folder):
+    result = train(write_recipe(folder, model__attn_implementation="flex_attention"))
+    assert result.returncode == 2
+    assert "model.attn_implementation: flex_attention has no backward pass on CPUs; take sdpa" in result.stderr
+
+
+@pytest.mark.slow
+def test_fsdp2_with_one_process(runs):
+    """As with offloading on one GPU; the launcher starts a single process in another way."""
+    result = train(runs / "recipe.yaml", f"--output_dir={runs / 'alone'}", engine="fsdp2", processes=1)
+    assert result.returncode == 0, result.stderr
+    compare(runs, "alone", steps=10)
+    assert json.loads((runs / "alone" / "environment.json").read_text())["engine"] == "fsdp2"
+
+
+@pytest.mark.slow
+def test_bfloat16_under_a_sharded_engine_reports_float32_losses(tmp_path):
+    run_all(tmp_path, ["single", "fsdp2"], training__mixed_precision="bf16", training__max_steps=4)
+    for key in ("loss", "eval/loss"):
+        single, sharded = rows(tmp_path / "single", key), rows(tmp_path / "fsdp2", key)
+        for step, row in sharded.items():
+            assert row[key] == pytest.approx(single[step][key], rel=3e-3)
+            # A bf16 number has 8 significant bits: a loss that went through one is a multiple of 2^-5 here.
+            assert not math.isclose(row[key] * 2**5 % 1, 0, abs_tol=1e-9)
+
+
+def test_a_rehearsed_step_leaves_no_trace():
+    """Each engine's losses are compared with one process's elsewhere; here the state is looked at."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=0.1, weight_decay=0.1)
+    accelerator = Accelerator(cpu=True)
+    try:
+        layers, prepared = accelerator.prepare(layers, optimizer)
+        for trained in (False, True):
+            before = [p.detach().clone() for p in layers.parameters()]
+            steps = {id(p): state["step"].item() for p, state in optimizer.state.items()}
+            random = torch.get_rng_state()
+            with engine.rehearsal(accelerator, layers, prepared):
+                accelerator.backward(layers(torch.ones(2, 8)).sum() * 0.0)
+                prepared.step()
+                prepared.zero_grad()
+            assert all(torch.equal(a, b) for a, b in zip(before, layers.parameters(), strict=True))
+            assert steps == {id(p): state["step"].item() for p, state in optimizer.state.items()}
+            assert torch.equal(random, torch.get_rng_state()) and optimizer.param_groups[0]["lr"] == 0.1
+            if not trained:
+                layers(torch.ones(2, 8)).sum().backward()
+                prepared.step()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_files_own_nothing_of_the_recipe():
+    import yaml
+
+    for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
+        text = path.read_text()
+        assert text.splitlines()[1].startswith("# Memory"), path.name
+        flat = json.dumps(yaml.safe_load(text))
+        for word in ("batch_size", "accumulation", "clipping", "mixed_precision"):
+            assert word not in flat, (path.name, word)
+
+
+# An indexer that only chooses is outside of the loss, and a class may freeze what it draws at random.
+_TOY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64}  # fmt: skip
+UNTRAINED = {
+    "deepseek_v32": {"num_key_value_heads": 4, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4,
+                     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "first_k_dense_replace": 1, "index_n_heads": 2,
+                     "index_head_dim": 16, "index_topk": 8},
+    "hrm_text": {"num_layers_per_stack": 1, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "precision"),
+    [
+        ("ddp", "deepseek_v32", "no"),
+        ("zero3", "hrm_text", "bf16"),
+        pytest.param("zero3", "deepseek_v32", "no", marks=pytest.mark.slow),
+        pytest.param("zero2", "deepseek_v32", "no", marks=pytest.mark.slow),
+        pytest.param("zero1", "hrm_text", "bf16", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "deepseek_v32", "no", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "hrm_text", "bf16", marks=pytest.mark.slow),
+        pytest.param("ddp", "hrm_text", "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_parameters_that_are_not_trained_stay_as_they_were(tmp_path, name, model_type, precision):
+    changes = {"model__config": {"model_type": model_type, **_TOY, **UNTRAINED[model_type]}}
+    changes |= {"training__mixed_precision": precision}
+    changes |= {"training__max_steps": 3, "checkpoint__every_steps": 2, "optimizer__weight_decay": 0.5}
+    write_jsonl(tmp_path / "corpus.jsonl", small_text(200))
+    recipe, run = write_recipe(tmp_path, **changes), tmp_path / "run"
+    result = train(recipe, engine=name, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "not trained, " in result.stderr
+    said = json.loads((run / "environment.json").read_text())["untrained_parameters"]
+    names = {*said["frozen_by_class"], *said["outside_loss"]}
+    first = load_recipe(recipe)
+    config = AutoConfig.from_pretrained(run / "config")
+    drawn = dict(initialization.InitialWeights(modeling.build_model(first.model, config), first.seed))
+    exported = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
+    assert names and all(torch.equal(exported[key], drawn[key]) for key in names)
+    before = rows(run, "loss")
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    result = train(recipe, engine=name, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert "step-00000002" in result.stderr
+    assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
+    resumed = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in exported.items())

@@ -1,0 +1,166 @@
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from conftest import environment, rows, write_recipe
+
+from hfpretrain.engines import deepspeed as zero
+from hfpretrain.engines import engine, pieces, precision
+from hfpretrain.recipe.schema import RecipeError
+
+
+def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
+    assert precision.resolve("auto", "bf16", sharded=False) == "bf16"
+    with pytest.raises(RecipeError, match=r"training\.mixed_precision: the recipe says no, the launcher's file bf16"):
+        precision.resolve("no", "bf16", sharded=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="fp16 needs a GPU"):
+        precision.resolve("auto", "fp16", sharded=False)
+    assert (
+        precision.resolve("bf16", "no", sharded=True) == "bf16" and precision.resolve("no", "no", sharded=True) == "no"
+    )
+    assert precision.resolve("auto", "no", sharded=False) == ("bf16" if precision.has_bf16() else "no")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "capability", "sharded", "packages", "expected"),
+    [
+        ("no", "CPU", None, False, (), None),
+        ("bf16", "CPU", None, True, (), None),
+        ("tf32", "CPU", None, False, (), "tf32 needs a GPU; on a CPU take bf16 or no"),
+        ("fp8", "CPU", None, False, ("torchao",), "fp8 needs a GPU"),
+        ("fp16", "GPU", (7, 0), False, (), None),
+        ("fp16", "GPU", (6, 1), False, (), "fp16 needs a GPU of compute capability 7.0, this one has 6.1; take no"),
+        ("bf16", "GPU", (7, 5), True, (), "needs a GPU of compute capability 8.0, this one has 7.5; take fp16 or no"),
+        ("tf32", "GPU", (8, 0), True, (), None),
+        ("fp8", "GPU", (8, 0), False, ("torchao",), "compute capability 8.9, this one has 8.0"),
+        ("fp8", "GPU", (9, 0), False, (), "fp8 needs torchao or transformer-engine: pip install torchao"),
+        ("fp8", "GPU", (9, 0), True, ("torchao",), "a model that is sharded already; take bf16, or single or ddp"),
+        ("fp8", "GPU", (9, 0), False, ("transformer_engine",), None),
+        ("bf16", "GPU", None, False, (), None),
+    ],
+)
+def test_a_precision_the_hardware_lacks_is_refused(name, device, capability, sharded, packages, expected):
+    found = precision.problem(name, device, capability, sharded=sharded, installed=lambda package: package in packages)
+    assert found is None if expected is None else expected in found
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_fp8_trains_saves_resumes_and_exports(folder):
+    recipe = write_recipe(folder, training__mixed_precision="fp8", checkpoint={"every_steps": 3})
+    on_a_cpu = "from hfpretrain import precision; precision.problem = lambda *_, **__: None; "
+    command = [sys.executable, "-c", on_a_cpu + "from hfpretrain.train import main; raise SystemExit(main())", recipe]
+
+    def losses(resumes):
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert ("resumed from" in done.stderr) == resumes
+        return [row["loss"] for row in rows(folder / "run", "loss").values()]
+
+    first = losses(resumes=False)
+    assert first[-1] < first[0] - 0.3
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000008")
+    assert losses(resumes=True) == first
+    (export,) = rows(folder / "run", "export/precision").values()
+    assert export["export/precision"] == "fp8 bfloat16" and export["export/max_logit_difference"] < 0.1
+
+
+def test_a_run_goes_on_where_auto_means_another_precision(folder):
+    recipe = write_recipe(folder, training__mixed_precision="auto", checkpoint__every_steps=2)
+    losses = []
+    for has_bf16, steps in ((True, 4), (False, 6)):
+        machine = f"from hfpretrain import precision; precision.has_bf16 = lambda: {has_bf16}; "
+        code = machine + "from hfpretrain.train import main; raise SystemExit(main())"
+        command = [sys.executable, "-c", code, recipe, f"--training.max_steps={steps}"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in rows(folder / "run", "loss").values()])
+    assert losses[1][:4] == losses[0] and len(losses[1]) == 6
+    assert "training goes on in no; up to step 4 it was in bf16" in done.stderr
+    assert "up to step 4 it was in bf16" in (folder / "run" / "metrics.jsonl").read_text()
+
+
+def trained(scale):
+    """A model after a step in fp16 as an engine holds it, with a loss scale of `scale`; None: in another precision."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    loss = model(torch.ones(1, 4)).sum()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, scaler=scaler)
+    return accelerator, model, SimpleNamespace(optimizer=optimizer)
+
+
+@pytest.mark.parametrize(("saved", "now", "expected", "is_whole"), [
+    (1024.0, 8.0, 1024.0, True), (None, 8.0, 8.0, False), (1024.0, None, None, True), (None, None, None, True),
+])  # fmt: skip
+def test_the_loss_scale_is_resumed_if_the_checkpoint_has_one(tmp_path, saved, now, expected, is_whole):
+    pieces.save(engine.state(*trained(saved)), tmp_path)
+    accelerator, model, optimizer = trained(now)
+    assert engine.load_state(accelerator, model, optimizer, tmp_path, None) is is_whole
+    if now is not None:
+        state = accelerator.scaler.state_dict()
+        assert (state["scale"], state["_growth_tracker"]) == (expected, 1)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """DeepSpeed's scaler asks for the rank, and only the first tells of an overflow."""
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 1)
+
+
+def deepspeed(scale, steps=0):
+    """A DeepSpeed engine in fp16 after `steps` good steps, as far as its loss scale goes."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(scale, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+    for _ in range(steps):
+        scaler.update_scale(False)
+    return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+def test_deepspeeds_loss_scale_goes_on_where_it_stood(tmp_path, alone, steps):
+    first, second = deepspeed(64.0, steps), deepspeed(2.0, 2)
+    pieces.save({"scaler": zero.scaler_state(first)}, tmp_path)
+    asked = {"scaler": dict.fromkeys(pieces.names_in(tmp_path, "scaler"))}
+    zero.load_scaler(second, pieces.load(asked, tmp_path)["scaler"])
+    for overflow in (False, False, True, True, False, False, False, False, False):
+        assert zero.scaler_state(second) == zero.scaler_state(first)
+        for engine_ in (first, second):
+            engine_.optimizer.loss_scaler.update_scale(overflow)
+
+
+def test_a_rehearsal_leaves_deepspeeds_loss_scale_as_it_was(alone):
+    model = deepspeed(64.0, 3)
+    model.micro_steps = model.global_steps = model.global_samples = 0
+    parameter = torch.nn.Parameter(torch.ones(2))
+    raw = torch.optim.AdamW([parameter])
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, scaler=None, device=torch.device("cpu"))
+    before = zero.scaler_state(model)
+    with engine.rehearsal(accelerator, model, SimpleNamespace(optimizer=raw)):
+        model.optimizer.loss_scaler.update_scale(False)
+        model.optimizer.loss_scaler.update_scale(True)
+    assert zero.scaler_state(model) == before
+
+
+def test_deepspeed_goes_on_from_the_loss_scale_of_another_engine(tmp_path):
+    pieces.save(engine.state(*trained(1024.0)), tmp_path)
+    model = deepspeed(2.0)
+    asked = {
+        key: value for key, value in zero.scaler_state(model).items() if key in pieces.names_in(tmp_path, "scaler")
+    }
+    zero.load_scaler(model, pieces.load({"scaler": asked}, tmp_path)["scaler"])
+    found = zero.scaler_state(model)
+    assert (found["scale"], found["_growth_tracker"]) == (1024.0, 1)

@@ -1,0 +1,36 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfpretrain.evaluation.prompts import continue_text
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA = {"model_type": "llama", "intermediate_size": 48, "num_attention_heads": 4, **SIZES}
+MAMBA = {"model_type": "mamba", "state_size": 4, **SIZES}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(("config", "context"), [(LLAMA, 64), (MAMBA, 64), (GPT2, 40)])
+def test_what_a_sequence_is_filled_up_with_changes_no_token(config, context):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    lengths = set()
+    model.register_forward_pre_hook(lambda _, __, kw: lengths.add(kw["input_ids"].shape[1]), with_kwargs=True)
+    keywords = {"context": context, "eos_token_id": 63, "device": torch.device("cpu"), "agree": lambda choice: choice}
+    made = continue_text(model, [1, 2, 3], 50, **keywords)
+    assert lengths <= {32, context}
+    expected: list[int] = []
+    with torch.no_grad():
+        while len(expected) < 50:
+            ids = torch.tensor([[1, 2, 3, *expected][-context:]])
+            if (token := int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())) == 63:
+                break
+            expected.append(token)
+    assert made == expected and len(made) > 5

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+
+from hfpretrain.ladder import laws
+from hfpretrain.ladder.laws import Law
+
+CHINCHILLA = Law(1.69, (406.4, 410.7), (0.34, 0.28))
+SIZES = (0.3e6, 0.6e6, 1.2e6)
+POINTS = np.array([(n, 20 * ratio * n) for n in SIZES for ratio in (0.5, 1, 2)])
+
+
+def losses(law, points):
+    return np.array([law.loss(*point) for point in points])
+
+
+@pytest.mark.parametrize(
+    ("law", "points"),
+    [(CHINCHILLA, POINTS), (Law(1.5, (60.0,), (0.12,)), np.geomspace(1e13, 1e15, 4)[:, None])],
+    ids=["size and tokens", "compute"],
+)
+def test_a_known_law_is_found_again(law, points):
+    found = laws.fit(points, losses(law, points)).law
+    assert found.irreducible == pytest.approx(law.irreducible, rel=1e-4)
+    assert found.coefficients == pytest.approx(law.coefficients, rel=1e-3)
+    assert found.exponents == pytest.approx(law.exponents, rel=1e-4)
+
+
+def test_lbfgs_goes_no_lower():
+    """The optimizer of the papers, from the same starts, on losses that no law fits exactly."""
+    y = np.log(losses(CHINCHILLA, POINTS)) + np.random.default_rng(1).normal(0, 3e-3, len(POINTS))
+    x = np.log(POINTS) - np.log(POINTS).mean(axis=0)
+    starts = laws._starts(2, np.exp(y.min()))
+    ours = laws._minimise(starts, x, y[None])[1].min()
+    wanted = torch.from_numpy(y)
+
+    def objective(constants):
+        terms = constants[1:3] - constants[3:].exp() * torch.from_numpy(x)
+        predicted = torch.logsumexp(torch.cat([constants[:1].expand(len(x), 1), terms], dim=1), dim=1)
+        return torch.nn.functional.huber_loss(predicted / 1e-3, wanted / 1e-3, reduction="sum")  # over delta squared
+
+    found = []
+    for start in torch.from_numpy(starts[::6]):
+        constants = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([constants], max_iter=300, line_search_fn="strong_wolfe")
+
+        def closure(constants=constants, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = objective(constants)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        found.append(objective(constants).item() * 1e-6)
+    assert ours == pytest.approx(min(found), rel=1e-5)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    at = (2.4e6, 4.8e7)
+    held = {"law": 0, "run": 0}
+    rounds = 20
+    for number in range(rounds):
+        generator = np.random.default_rng(number)
+        noisy = losses(CHINCHILLA, POINTS) * np.exp(generator.normal(0, 3e-3, len(POINTS)))
+        fit = laws.fit(POINTS, noisy, num_samples=50)
+        measured = CHINCHILLA.loss(*at) * np.exp(generator.normal(0, 3e-3))
+        for kind, value in (("law", CHINCHILLA.loss(*at)), ("run", measured)):
+            low, high = fit.loss_interval(*at, of_a_run=kind == "run")
+            held[kind] += low <= value <= high
+    assert all(count >= 16 for count in held.values()), held  # 19 expected
+
+
+def test_the_optimum_is_the_least_loss_for_the_compute():
+    compute, factor = 1e20, 4.0
+    parameters, tokens = CHINCHILLA.optimum(compute, factor)
+    assert factor * parameters * tokens == pytest.approx(compute)
+    sizes = np.geomspace(parameters / 10, parameters * 10, 20001)
+    best = sizes[np.argmin([CHINCHILLA.loss(size, compute / factor / size) for size in sizes])]
+    assert parameters == pytest.approx(best, rel=1e-3)
+
+
+def test_what_determines_no_law_is_refused_and_no_scatter_gives_no_interval():
+    with pytest.raises(ValueError, match="4 points do not determine the 5 constants"):
+        laws.fit(POINTS[:4], losses(CHINCHILLA, POINTS[:4]))
+    with pytest.raises(ValueError, match="positive"):
+        laws.fit(POINTS, np.full(len(POINTS), np.nan))
+    exact = laws.fit(POINTS[:5], losses(CHINCHILLA, POINTS[:5]))
+    assert exact.samples == () and exact.loss_interval(1e6, 1e7, of_a_run=True) is None

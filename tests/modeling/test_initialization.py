@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfpretrain.modeling.initialization import InitialWeights, check
+from hfpretrain.recipe.schema import RecipeError
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+         "intermediate_size": 48, "vocab_size": 64, "pad_token_id": None, "bos_token_id": None,
+         "eos_token_id": None}  # fmt: skip
+MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def meta(model_type, **changes):
+    config = AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def parameters(model, seed=0, **keywords):
+    weights = dict(InitialWeights(model, seed, **keywords))
+    return {name: weights[name] for name, _ in model.named_parameters()}
+
+
+def test_the_seed_and_the_name_decide_the_weights():
+    first, again, other = (parameters(meta("llama"), seed) for seed in (0, 0, 1))
+    deeper = parameters(meta("llama", num_hidden_layers=5))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert all(torch.equal(tensor, deeper[name]) for name, tensor in first.items())
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    weights = InitialWeights(meta("llama"), 0)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(weights, weights, strict=True))
+
+
+def test_drawing_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    parameters(meta("gpt2"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3_moe", "lfm2", "mamba", "apertus"])
+def test_a_drawn_model_computes_and_keeps_the_rule_of_its_class(model_type):
+    """apertus draws some parameters in its constructors alone, mamba some without chance."""
+    changes = MOE if model_type == "qwen3_moe" else {"layer_types": ["conv", "full_attention", "conv"]}
+    model = meta(model_type, **(changes if model_type in ("qwen3_moe", "lfm2") else {}))
+    weights = InitialWeights(model, 0)
+    drawn = dict(weights)
+    assert check(parameters(model).items(), weights.rule())
+    real = type(model)(model.config)
+    real.load_state_dict(drawn, strict=False)
+    tensors = {**dict(real.named_parameters()), **dict(real.named_buffers())}
+    assert tensors.keys() == drawn.keys()
+    for name, buffer in real.named_buffers():
+        assert torch.equal(buffer, drawn[name]), name
+    assert real(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("llama", ("self_attn.o_proj.weight", "mlp.down_proj.weight")),
+        ("phi3", ("self_attn.o_proj.weight", "mlp.down_proj.weight")),
+        ("gpt2", ("attn.c_proj.weight", "mlp.c_proj.weight")),
+        ("qwen3_moe", ("self_attn.o_proj.weight", "mlp.experts.down_proj")),
+    ],
+)
+def test_depth_scaled_init_finds_residual_projections_by_structure(model_type, names):
+    model = meta(model_type, **(MOE if model_type == "qwen3_moe" else {}))
+    plain, scaled = parameters(model), parameters(model, depth_scaled_init=True)
+    expected = 0.02 / math.sqrt(2 * 3)
+    for name, before in plain.items():
+        if name.endswith(names):
+            assert scaled[name].std().item() == pytest.approx(expected, rel=0.15), name
+        else:
+            assert torch.equal(before, scaled[name]), name
+    assert check(scaled.items(), InitialWeights(model, 0, depth_scaled_init=True).rule())
+
+
+def test_depth_scaled_init_is_refused_where_it_is_not_possible():
+    with pytest.raises(RecipeError, match=r"depth_scaled_init: found 3 residual projections in 3 layers of Mamba"):
+        InitialWeights(meta("mamba"), 0, depth_scaled_init=True)
+
+
+NORM, LAST, EARLIER = "model.norm.weight", "model.layers.2.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (LAST, lambda weights: weights[LAST].mul(0), "all zeros; the model's rule gives mean"),
+        (LAST, lambda weights: weights[LAST].mul(1.2), "standard deviation 0.024"),
+        (LAST, lambda weights: weights[LAST] + 0.01, "mean 0.0"),
+        (LAST, lambda weights: weights[EARLIER].clone(), f"has the very values of {EARLIER}"),
+        (LAST, lambda weights: weights[LAST] * math.nan, "holds NaN or infinity"),
+        (NORM, lambda weights: weights[NORM] * 0, "all zeros; the model's rule gives mean 1, standard deviation 0"),
+    ],
+)
+def test_wrong_weights_are_found_before_the_first_step(name, damage, message):
+    model = meta("llama", hidden_size=64, intermediate_size=128)
+    weights = parameters(model)
+    weights[name] = damage(weights)
+    with pytest.raises(RecipeError) as error:
+        check(weights.items(), InitialWeights(model, 0).rule())
+    assert [problem.path for problem in error.value.problems] == ["model", name]
+    assert message in str(error.value)
+
+
+def test_of_loaded_weights_only_finite_numbers_are_asked():
+    weights = {"a": torch.zeros(4, 4), "b": torch.zeros(4, 4)}
+    assert check(weights.items(), None) == check(reversed(weights.items()), None)
+    with pytest.raises(RecipeError, match="b: holds NaN or infinity"):
+        check({**weights, "b": torch.full((2,), math.inf)}.items(), None)

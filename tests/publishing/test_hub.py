@@ -1,0 +1,475 @@
+"""Everything that touches the Hub, with the real client against a server on localhost."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, rows, small_text, write_jsonl, write_recipe
+from hub_server import TOKEN, HubError, HubServer
+from hub_trials import FAULTS, always, first
+from huggingface_hub import ModelCard
+
+from hfpretrain import files
+from hfpretrain.publishing import card as run_card
+from hfpretrain.publishing import card_text, outbox
+from hfpretrain.recipe import schema
+
+BIN = Path(sys.executable).parent
+STEPS = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+# Logits of revisions, as anyone would load them, and of the weights in the run's own checkpoints.
+LOGITS = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hfpretrain.engines.pieces import load_whole
+repo, run, *revisions = sys.argv[1:]
+for revision in revisions:
+    model = AutoModelForCausalLM.from_pretrained(repo, revision=revision).eval()
+    ids = AutoTokenizer.from_pretrained(repo, revision=revision)("the quiet river", return_tensors="pt").input_ids
+    found = model(ids).logits
+    weights = load_whole(Path(run) / "checkpoints" / revision, ["model", "buffers"])
+    model.load_state_dict(weights, strict=False)
+    print(revision, (found - model(ids).logits).abs().max().item(), found.std().item())
+"""
+
+
+class World:
+    """A Hub with a dataset, and a run trained on it that pushed its checkpoints."""
+
+    def __init__(self, hub, folder):
+        self.hub, self.folder = hub, folder
+        self.env = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(self, *command, **env):
+        return subprocess.run(
+            list(map(str, command)), env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+
+    def recipe(self, **changes):
+        return write_recipe(self.folder, checkpoint__every_steps=2, **changes)
+
+    def train(self, *arguments, **env):
+        return self.run(sys.executable, "-m", "hfpretrain.train", *arguments, **env)
+
+    def push(self, *arguments):
+        return self.run(BIN / "hfpretrain", "push", *arguments)
+
+    @property
+    def repo(self):
+        return self.hub.repos["models/user/tiny"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    with HubServer() as hub:
+        world = World(hub, folder)
+        uploaded = world.run(BIN / "hf", "upload", "user/data", folder / "corpus.jsonl", "--repo-type", "dataset")
+        assert uploaded.returncode == 0, uploaded.stderr
+        # A token of no use at the start: the run says so, goes on, and pushes once it is good.
+        hub.fault = first(1, lambda: HubError(401, "Invalid username or password."), "repos/create")
+        path = world.recipe(
+            hub={"repo_id": "user/tiny", "push_state": True, "license": "apache-2.0"},
+            checkpoint__keep_last=9,
+            evaluation__every_steps=4,
+            evaluation__prompts=["the river"],
+        )
+        world.trained = world.train(path)
+        hub.fault = None
+        assert world.trained.returncode == 0, world.trained.stderr
+        yield world
+
+
+def test_every_checkpoint_is_a_revision_and_the_export_is_main(world):
+    repo, run = world.repo, world.folder / "run"
+    assert sorted(repo.tags) == STEPS and all(repo.branches[name] == oid for name, oid in repo.tags.items())
+    stored = repo.at("main").files
+    for path in (run / "model").iterdir():
+        assert stored[path.name] == path.read_bytes(), path.name
+    last = repo.at(STEPS[-1])
+    assert last.files["model.safetensors"] == stored["model.safetensors"]
+    assert json.loads(repo.at(STEPS[1]).files["metrics.json"])["eval/loss"] == rows(run, "eval/loss")[4]["eval/loss"]
+    assert [commit.title for commit in repo.history(STEPS[0])][1:] == ["initial commit"]
+    assert "eval/loss: " in repo.at(STEPS[1]).message
+    # What is where: in the table, and in a file and rows that outlive the process.
+    for name, oid in {**repo.tags, "main": repo.at("main").oid}.items():
+        assert f"{name:<16} commit {oid}" in world.trained.stdout
+    events = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "hub/commit" in row]
+    assert {row["hub/revision"] for row in events} == {*STEPS, "main"}
+    assert not outbox.waiting(run / "outbox")
+
+
+def test_a_refusal_is_told_and_the_token_stands_nowhere(world):
+    told = "the repo is not on the Hub: 401 Invalid username or password. (POST /api/repos/create)"
+    assert told in world.trained.stderr and "hf auth login" in world.trained.stderr
+    for path in [*(world.folder / "run").rglob("*"), *(world.folder / "prepared").rglob("*")]:
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+    assert TOKEN not in world.trained.stdout + world.trained.stderr
+
+
+def test_revisions_load_with_the_logits_of_their_checkpoints(world):
+    result = world.run(sys.executable, "-c", LOGITS, "user/tiny", world.folder / "run", *STEPS[:3])
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines] == STEPS[:3] and all(float(line[1]) == 0 for line in lines)
+    assert len({line[2] for line in lines}) == 3
+
+
+def test_push_does_what_is_missing_and_replaces_nothing(world):
+    repo, run = world.repo, world.folder / "run"
+    first = world.push(run, "user/other")
+    assert (first.returncode, first.stderr) == (0, "")
+    other = world.hub.repos["models/user/other"]
+    # A line for each as it is pushed, and the table at last; nothing of a library's.
+    pushed = {**other.tags, "main": other.at("main").oid}
+    lines = first.stdout.splitlines()
+    assert sorted(lines[:5]) == sorted(f"{name}: commit {oid}" for name, oid in pushed.items())
+    assert lines[5:] == ["on the Hub, user/other:", *(f"  {name:<16} commit {oid}" for name, oid in pushed.items())]
+    assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
+    # A tag lost, as of a push that was killed; a branch never made; those that are somebody else's; a state that lacks.
+    del other.tags[STEPS[0]], other.tags[STEPS[1]], other.branches[STEPS[1]], other.tags[STEPS[3]]
+    other.commit(STEPS[3], "mine", {"a": b""})
+    other.commits[:] = [
+        commit._replace(title="Step 6 (run 00000000, ledger 00000000)")
+        if commit.oid == other.tags[STEPS[2]]
+        else commit
+        for commit in other.commits
+    ]
+    before = dict(other.branches)
+    again = world.push(run, "user/other")
+    assert again.returncode == 1
+    assert f"{STEPS[2]:<16} not pushed: user/other has another {STEPS[2]}" in again.stdout
+    assert f"{STEPS[3]:<16} not pushed: user/other has another {STEPS[3]} ('mine')" in again.stdout
+    assert {name: other.branches[name] for name in before} == before and other.tags[STEPS[0]] == before[STEPS[0]]
+    del other.at(STEPS[1]).files["state/manifest.json"]
+    assert (
+        f"{STEPS[1]:<16} not pushed: user/other has {STEPS[1]} without state/manifest.json"
+        in world.push(run, "user/other").stdout
+    )
+    assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
+
+
+def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
+    run = world.folder / "damaged"
+    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "model"))  # as of a killed run
+    for step in (STEPS[0], STEPS[2]):
+        (file,) = (run / "checkpoints" / step).glob("__0_*.distcp")
+        file.write_bytes(bytes(reversed(file.read_bytes())))
+    (run / "checkpoints" / STEPS[1] / "notes").mkdir()  # a person's
+    for step in STEPS[:3]:
+        assert outbox.put(run / "checkpoints" / step, run / "outbox") is None
+    (run / "outbox" / STEPS[1] / "train_state.json").unlink()
+    outbox.note_published(run / "outbox", "user/damaged", "step-00000099", "of a repo that was deleted")
+    found = world.push(run, "user/damaged")
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    for step in (STEPS[0], STEPS[2]):
+        assert f"{step:<16} not pushed: not exported: " in found.stdout and "has another checksum" in found.stdout
+    assert sorted(world.hub.repos["models/user/damaged"].tags) == [STEPS[1], STEPS[3]]
+    assert "step-00000099" not in found.stdout
+    # Also where what waits is damaged, and its checkpoint was rotated away.
+    for step in STEPS[:3]:
+        shutil.rmtree(run / "checkpoints" / step)
+    shutil.rmtree(run / "outbox" / STEPS[3])
+    (run / "checkpoints" / STEPS[3] / "train_state.json").unlink()
+    (run / "outbox" / STEPS[0] / "train_state.json").write_text("[]")
+    again = world.push(run, "user/damaged")
+    assert again.returncode == 1 and "Traceback" not in again.stderr
+    for place in (run / "outbox" / STEPS[0], run / "checkpoints" / STEPS[3]):
+        assert f"{place.name:<16} not pushed: what {place} holds can't be read" in again.stdout
+    shutil.copytree(world.folder / "run" / "model", run / "model")
+    os.truncate(run / "model" / "model.safetensors", 100)
+    (run / "outbox" / "published.json").write_text("[]")
+    last = world.push(run, "user/damaged")
+    assert last.returncode == 1 and "Traceback" not in last.stderr
+    assert f"main             not pushed: {run / 'model' / 'model.safetensors'} has another checksum" in last.stdout
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "outbox")
+    shutil.rmtree(run / "checkpoints" / STEPS[3])
+    (run / "checkpoints").mkdir(exist_ok=True)
+    empty = world.push(run, "user/empty")
+    assert empty.returncode == 2 and "no run with checkpoints" in empty.stderr
+    assert "models/user/empty" not in world.hub.repos
+
+
+# Pushes a run to one repo after the other, each named on a line of stdin.
+PUSHES = """
+import sys
+from pathlib import Path
+from hfpretrain.publishing.push import push
+from hfpretrain.recipe.schema import RecipeError
+for line in sys.stdin:
+    try:
+        print(f"{push(Path(sys.argv[1]), line.strip(), False, False)}", flush=True)
+    except RecipeError as error:
+        print(f"error {error}", flush=True)
+"""
+
+
+def test_faults_lose_nothing(world):
+    """Refused for good, a push says so; else it gets there: one commit, one tag, the same bytes."""
+    run = world.folder / "faulty"
+    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "checkpoints"))
+    waiting = world.folder / "run" / "checkpoints" / STEPS[0]
+    command = [sys.executable, "-c", PUSHES, str(run)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": world.env}
+    with subprocess.Popen(command, **pipes) as pushes:
+        for number, name in enumerate(FAULTS):
+            if name in ("none", "401", "slow: 1 s a request"):
+                continue
+            (run / "checkpoints").mkdir(exist_ok=True)
+            if not (run / "checkpoints" / STEPS[0]).exists():
+                shutil.copytree(waiting, run / "checkpoints" / STEPS[0])
+            world.hub.lfs.clear()  # what is there already is not uploaded again
+            world.hub.fault = FAULTS[name]()
+            pushes.stdin.write(f"user/f{number}\n")
+            pushes.stdin.flush()
+            said = _result(pushes)
+            world.hub.fault = None
+            if name == "403":
+                assert said.startswith(
+                    f"error user/f{number}: the Hub does not take it: 403 You have read access only."
+                )
+                continue
+            assert said == "True\n", (name, said)
+            repo = world.hub.repos[f"models/user/f{number}"]
+            assert list(repo.tags) == [STEPS[0]] and repo.branches[STEPS[0]] == repo.tags[STEPS[0]], name
+            assert len(repo.history(STEPS[0])) == 2, name  # also where the answer to a commit was lost
+            for revision in (STEPS[0], "main"):
+                weights = repo.at(revision).files["model.safetensors"]
+                assert weights == world.repo.at(revision).files["model.safetensors"], name
+
+
+def _result(pushes):
+    line = "..."
+    while line and not line.startswith(("True", "False", "error")):
+        line = pushes.stdout.readline()
+    return line
+
+
+def test_uploads_that_hang_and_then_no_hub_at_all(world):
+    """A fresh folder goes on from another run's pushed state, and ends with the same weights in any case."""
+    run, weights = world.folder / "gone", "model/model.safetensors"
+    path = world.recipe(
+        output_dir=str(run),
+        checkpoint__resume_from=f"hub://user/tiny@{STEPS[1]}",
+        hub={"repo_id": "user/gone", "license": "apache-2.0"},
+        evaluation__every_steps=4,
+        checkpoint__keep_last=1,
+    )
+    world.hub.lfs.clear()
+    world.hub.fault = always(lambda: 300.0, "^PUT")
+    command = [sys.executable, "-m", "hfpretrain.train", str(path)]
+    with subprocess.Popen(command, env=world.env, cwd=ROOT, text=True, stdout=-1, stderr=-1) as training:
+        while len(outbox.waiting(run / "outbox")) < 2 or not (run / "model" / "README.md").exists():
+            assert training.poll() is None, training.communicate()
+            time.sleep(0.1)
+        children = psutil.Process(training.pid).children()
+        training.send_signal(signal.SIGTERM)
+        stdout, stderr = training.communicate(timeout=60)
+    world.hub.fault = None
+    assert training.returncode == 0 and "main             not pushed: the time was over" in stdout, stderr
+    assert any(child.pid for child in children) and not any(child.is_running() for child in children)
+    assert f"resumed from {run / 'checkpoints' / STEPS[1]}" in stderr
+    assert (run / weights).read_bytes() == (world.folder / "run" / weights).read_bytes()
+    # Both checkpoints wait, though the older one was rotated away.
+    assert [path.name for path in outbox.waiting(run / "outbox")] == STEPS[2:]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == STEPS[3:]
+    with world.hub.down():
+        result = world.train(path, "--hub.max_wait_seconds=0")
+        assert result.returncode == 0, result.stderr
+        assert "main             not pushed: ConnectError" in result.stdout
+        refused = world.push(run, "user/gone")
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert (run / weights).read_bytes() == (world.folder / "run" / weights).read_bytes()
+    pushed = world.push(run, "user/gone")
+    assert pushed.returncode == 0, pushed.stderr
+    assert list(world.hub.repos["models/user/gone"].tags) == STEPS[2:] and not outbox.waiting(run / "outbox")
+
+
+def test_a_publisher_ends_with_its_run(world):
+    command = [sys.executable, "-m", "hfpretrain.publishing.publisher", str(world.folder / "run")]
+    with subprocess.Popen(command, env=world.env, cwd=ROOT, stdin=subprocess.PIPE) as publisher:
+        publisher.stdin.close()  # as the system does for a run that is killed
+        assert publisher.wait(60) == 0
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("this was run",)
+
+
+# Tries `checkpoint.resume_from` with one revision after the other.
+FETCHES = """
+import sys
+from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain.checkpoints.resume import fetch
+for name in sys.argv[2:]:
+    changes = ["--optimizer.lr=0.1"] if name == "step-00000004" else []
+    try:
+        fetch(load_recipe(sys.argv[1], [f"--checkpoint.resume_from=hub://user/tiny@{name}", *changes]))
+    except RecipeError as error:
+        print(name, str(error).replace("\\n", " "))
+"""
+
+
+def test_a_state_that_is_not_right_is_refused_before_anything_of_it_is_used(world):
+    whole = world.repo.at(STEPS[3]).files
+    weights, index, stateless = dict(whole), dict(whole), {}
+    weights["state/__0_0.distcp"] = bytes(reversed(whole["state/__0_0.distcp"]))
+    index["state/.metadata"] = pickle.dumps(Attack())
+    manifest = json.loads(whole["state/manifest.json"])
+    digest = hashlib.sha256(index["state/.metadata"]).hexdigest()
+    manifest["files"][".metadata"] = {"size": len(index["state/.metadata"]), "sha256": digest}
+    del manifest["manifest_sha256"]
+    index["state/manifest.json"] = json.dumps(manifest).encode()
+    stateless = {name: content for name, content in whole.items() if not name.startswith("state/")}
+    escaping = {**whole, "state/../../../../escaped": b"this must not be written"}
+    contents = {"weights": weights, "index": index, "stateless": stateless, "escaping": escaping}
+    for name, content in contents.items():
+        world.repo.commit(name, name, content)
+    path = world.recipe(output_dir=str(world.folder / "fresh"))
+    names = ["weights", "index", "stateless", "escaping", STEPS[1], "nowhere"]
+    result = world.run(sys.executable, "-c", FETCHES, path, *names)
+    assert result.returncode == 0, result.stderr
+    told = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert "__0_0.distcp has another checksum than when it was sealed; run again to read it anew" in told["weights"]
+    assert "its index asks for builtins.print, which no state of ours has" in told["index"]
+    assert "holds no state; push with `hub.push_state: true`" in told["stateless"]
+    assert "is of another recipe; undo the changes" in told[STEPS[1]] and "optimizer.lr: is 0.1" in told[STEPS[1]]
+    assert "can't be read: 404" in told["nowhere"]
+    assert "can't be read: ValueError" in told["escaping"]
+    assert not [path for path in world.folder.parent.rglob("escaped") if path.is_file()]
+    assert not list((world.folder / "fresh" / "checkpoints").glob("step-*"))
+
+
+def test_training_goes_on_from_a_hub_model_and_its_tokenizer(world):
+    path = world.recipe(
+        output_dir=str(world.folder / "continued"),
+        model={"pretrained": "user/tiny", "revision": STEPS[1]},
+        tokenizer={"pretrained": "user/tiny"},
+        data__sources=[{"path": "user/data"}],
+        training__max_steps=2,
+        scheduler__num_warmup_steps=1,
+    )
+    result = world.train(path)
+    assert result.returncode == 0, result.stderr
+    before = rows(world.folder / "run", "eval/loss")[4]
+    assert rows(world.folder / "continued", "eval/loss")[0]["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-6)
+    found = ModelCard((world.folder / "continued" / "model" / "README.md").read_text())
+    assert found.data.base_model == "user/tiny" and found.data.datasets == ["user/data"]
+    oid = world.hub.repos["datasets/user/data"].commits[-1].oid
+    assert f"- `user/data`: split `train`, revision `{oid}`" in found.text
+
+
+def test_a_hub_model_is_evaluated(world):
+    result = world.run(
+        BIN / "hfpretrain", "evaluate", "user/tiny", "--data", world.folder / "corpus.jsonl", "--block-size", 32
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["documents"] == 200
+
+
+def test_what_cannot_be_pushed_is_said_without_a_traceback(world):
+    missing = world.push(world.folder / "nowhere", "user/tiny")
+    assert missing.returncode == 2 and "no run with checkpoints" in missing.stderr
+    refused = world.push(world.folder / "run", "not a name!")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "not a name!" in refused.stderr
+    with pytest.raises(schema.RecipeError, match="hub: `repo_id`: 'a--b' is no name of a repo"):
+        schema.load_recipe(world.recipe(), ["--hub.repo_id=a--b"])
+    with pytest.raises(schema.RecipeError, match="is not of the form hub://USER/NAME@step-00001000"):
+        schema.load_recipe(world.recipe(), ["--checkpoint.resume_from=hub://user/tiny"])
+
+
+def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):
+    run = world.folder / "run"
+    path = run / "model" / "README.md"
+    text = path.read_text()
+    found = ModelCard(text)
+    assert found.data.datasets is None and found.data.license == "apache-2.0"
+    last = rows(run, "eval/loss")[8]
+    results = {result.metric_type: result for result in found.data.eval_results}
+    assert results["loss"].metric_value == round(last["eval/loss"], 4)
+    assert results["loss"].metric_args == {"interval_95": [round(end, 4) for end in last["eval/loss_interval"]]}
+    for part in ("tokens/s", "FLOP", "hardware", "from 'the river', at step 8", "--num_processes 1", "recipe.yaml"):
+        assert part in text, part
+    assert "CO2" not in text, "nobody measured it"
+    # What a tracker or an evaluation leaves afterwards; what a person writes.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 8, "tasks/pairs/acc": 0.5, "tasks/pairs/acc_stderr": 0.0625}) + "\n")
+    (run / "emissions.csv").write_text("emissions,country_name\n0.0012,Iceland\n")
+    edited = text.replace("license: apache-2.0", "license: mit\nmine: 1").replace(
+        "- hfpretrain\n", "- hfpretrain\n- small\n"
+    )
+    begin = "<!-- hfpretrain: generated data,"
+    edited = edited.replace(begin, f"Do **not** use it for poems.\n\n{begin}").replace("## Data", "## Dated")
+    path.write_text(edited + "\nThe end.\n")
+    result = world.run(BIN / "hfpretrain", "card", run)
+    assert result.returncode == 0, result.stderr
+    after = ModelCard(path.read_text())
+    assert "Do **not** use it for poems." in after.text and "\nThe end.\n" in after.text
+    assert "## Data" in after.text and "## Dated" not in after.text
+    metadata = after.data.to_dict()
+    assert metadata["mine"] == 1 and metadata["tags"] == ["hfpretrain", "small"] and metadata["license"] == "apache-2.0"
+    assert "| pairs | acc | 0.5000 | 0.0625 |" in after.text and "1.2 g CO2 (codecarbon)" in after.text
+    assert metadata["co2_eq_emissions"]["emissions"] == 1.2
+    task = next(result for result in after.data.eval_results if result.dataset_type == "pairs")
+    assert (task.metric_value, task.metric_args) == (0.5, {"stderr": 0.0625})
+    # The Hub's own card is edited by people as well.
+    world.repo.commit("main", "edit", {**world.repo.at("main").files, "README.md": path.read_bytes()})
+    path.write_text(text)
+    run_card.keep_edits(path, world.repo.at("main").files["README.md"].decode())
+    assert "Do **not** use it for poems." in path.read_text() and "mine: 1" in path.read_text()
+    # Where both were edited, neither is lost.
+    run_card.keep_edits(path, text + "Words on the Hub.\n")
+    assert "Do **not** use it for poems." in path.read_text()
+    kept = path.with_name("README.hub.md")
+    assert kept.read_text().endswith("Words on the Hub.\n")
+    kept.unlink()
+
+
+def test_main_gets_the_checksums_and_loses_only_what_an_export_put_there(world):
+    model, repo = world.folder / "run" / "model", world.repo
+    stored = repo.at("main").files
+    assert stored["SHA256SUMS"] == (model / "SHA256SUMS").read_bytes()
+    revision = repo.at(STEPS[1]).files
+    sums = dict(line.split("  ")[::-1] for line in revision["SHA256SUMS"].decode().splitlines()[1:])
+    assert sums.keys() == {name for name in revision if "/" not in name} - {"README.md", "SHA256SUMS", ".gitattributes"}
+    assert all(hashlib.sha256(revision[name]).hexdigest() == checksum for name, checksum in sums.items())
+    copy = world.folder / "pushed-copy"
+    shutil.copytree(model, copy)
+    assert world.push(copy, "user/kept").returncode == 0
+    kept = world.hub.repos["models/user/kept"]
+    theirs = {"lora/adapter_model.safetensors": b"lora", "mine.safetensors": b"mine"}
+    kept.commit("main", "theirs", {**kept.at("main").files, **theirs})
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    files.add_sums(copy, [copy / "chat_template.jinja"])
+    assert world.push(copy, "user/kept").returncode == 0 and "chat_template.jinja" in kept.at("main").files
+    shutil.copy(model / "SHA256SUMS", copy)
+    (copy / "chat_template.jinja").unlink()
+    assert world.push(copy, "user/kept").returncode == 0
+    assert "chat_template.jinja" not in kept.at("main").files and kept.at("main").files.items() >= theirs.items()
+    (copy / "config.json").write_text("{}")
+    damaged = world.push(copy, "user/kept")
+    assert damaged.returncode == 2 and "config.json has another checksum" in damaged.stderr
+
+
+def test_a_card_that_is_all_a_persons_stays_above_the_generated_one():
+    new = card_text.write(
+        {"license": None, "tags": ["hfpretrain"]}, {"summary": "# run", "samples": card_text.fenced("```")}
+    )
+    assert "license" not in new and "````text\n```\n````" in new
+    assert card_text.update("---\ntags: [a]\n---\n# Mine\n", new).endswith(
+        "tags:\n- hfpretrain\n- a\n---\n# Mine\n" + new.partition("\n---\n")[2]
+    )
+    assert card_text.update(new, new) == new and not card_text.edits(new)
+    assert card_text.validation_table([]) == "No validation text was held out." and card_text.tasks_table({}) == ""

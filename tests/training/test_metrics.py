@@ -1,0 +1,112 @@
+import json
+import time
+
+import pytest
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+
+from hfpretrain.training import metrics
+
+
+def test_resuming_forgets_later_lines_and_a_half_written_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n3\nnull\n{"loss": 1}\n\x00\xff\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics.MetricsFile(path, resume_step=2).write({"step": 3, "loss": 1.0})
+    assert metrics.read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    file = metrics.MetricsFile(path, resume_step=None)
+    assert metrics.read_metrics(path) == []
+    path.unlink()  # by whoever cleans up
+    file.write({"step": 4})
+    assert metrics.read_metrics(path) == [{"step": 4}]
+
+
+def test_a_resume_reads_the_end_of_the_file_alone(tmp_path):
+    """Whatever stands before the newest line that stays is not looked at; events and the saves of old steps stay."""
+    path = tmp_path / "metrics.jsonl"
+    start = b"what no one reads\n" * 100_000
+    lines = [
+        {"step": 9, "loss": 1.0},
+        {"step": 10, "loss": 1.0},
+        {"step": 10, "event": "stopped"},
+        {"step": 11, "loss": 1.0},
+        {"step": 10, "save/seconds": 1.0},
+        {"step": 12, "event": "a rank was late"},
+        {"step": 12, "loss": 1.0},
+        {"step": 12, "export/loss_export": 1.0},
+    ]
+    end = [(json.dumps(line) + "\n").encode() for line in lines]
+    path.write_bytes(start + b"".join(end) + b'{"step": 13, "eve')
+    metrics.MetricsFile(path, resume_step=10)
+    assert path.read_bytes() == start + b"".join([*end[:3], end[4], end[5]])
+    metrics.MetricsFile(path, resume_step=10)
+    assert path.read_bytes() == start + b"".join([*end[:3], end[4], end[5]])
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1000])
+def test_lines_come_backwards_from_any_blocks(tmp_path, block):
+    path = tmp_path / "lines"
+    text = b"first\n\nsecond line\n" + b"x" * 70 + b"\nlast"
+    path.write_bytes(text)
+    with path.open("rb") as file:
+        found = list(metrics._lines_backwards(file, block))
+    assert [line for _, line, _ in found] == [b"last", b"x" * 70, b"second line", b"first"]
+    assert all(text[at:].startswith(line) for at, line, _ in found)
+    assert [whole for *_, whole in found] == [False, True, True, True]
+
+
+def test_what_is_kept_of_a_long_run_is_small_and_shows_its_extremes():
+    def rows():
+        for step in range(1, 100_001):
+            loss = 99.0 if step == 50_001 else 1 / step
+            yield {"step": step, "tokens": step * 10, "loss": loss, "lr": 1e-3, "tokens_per_second": 5.0}
+            if step % 100 == 0:
+                yield {"step": step, "tokens": step * 10, "eval/loss": 2 / step, "eval/bits_per_byte": 1.0}
+            yield {"step": step, "event": "tells nothing here"}
+
+    history = metrics.History(rows())
+    tokens, losses = history.loss.points()
+    assert len(tokens) == len(losses) < 10_000 and sorted(tokens) == tokens and tokens[-1] > 990_000
+    assert max(losses) == 99.0 and min(losses) == 1e-5 and abs(tokens[losses.index(99.0)] - 500_000) < 1000
+    assert [row["step"] for row in history.evaluations] == [100, 100_000] and history.tokens == 1_000_000
+    assert len(history.validation[""].points()[0]) == 1000 and history.figures["eval/loss"] == 2e-5
+    assert len(list(history.speeds())) == 100_000
+
+
+def test_flops():
+    # GPT-2 124M at 1,024 tokens: 6 * 124e6 plus the attention's share
+    assert metrics.flops_per_token(124_000_000, 12, 768, 1024) == pytest.approx(857e6, rel=0.01)
+
+
+def test_peak_memory_counts_what_is_used_after_its_start():
+    before = torch.ones(2**24)
+    peak = metrics.PeakMemory()
+    first = torch.ones(2**24)
+    second = first * 2
+    time.sleep(0.05)
+    del first, second
+    used, _ = peak.close()
+    assert 0.8 * 2**27 < used < 1.5 * 2**27 and len(before)
+
+
+def test_the_clock_gives_all_time_to_some_part(monkeypatch):
+    now = iter([0.0, 0.0, 1.0, 3.0, 7.0, 7.5, 7.5])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    clock = metrics.Clock(torch.device("cpu"))
+    for part in ("data", "optimizer", "data"):
+        clock.mark(part)
+    assert clock.read() == dict.fromkeys(metrics.Clock.PARTS, 0.0) | {"data": 5.0, "optimizer": 2.0}
+    clock.mark("save")
+    assert clock.read()["save"] == 0.5 and clock.running() == 7.5
+
+
+def test_the_plot_has_a_curve_for_each_domain(tmp_path, monkeypatch):
+    rows = [{"step": s, "tokens": s * 100, "loss": 5 / s, "lr": 1e-3} for s in range(1, 20)]
+    domain = {"eval/sea/loss": 2.5, "eval/sea/bits_per_byte": 1.0}
+    rows += [{"step": 10, "tokens": 1000, "eval/loss": 1.0, "eval/bits_per_byte": 1.0, **domain}]
+    labels = []
+    monkeypatch.setattr(Axes, "legend", lambda self, **_: labels.extend(self.get_legend_handles_labels()[1]))
+    metrics.plot_loss(metrics.History(rows), tmp_path / "loss.png", "run")
+    assert Image.open(tmp_path / "loss.png").size == (880, 594)
+    assert labels == ["training", "validation, last 1.0000", "validation sea, last 2.5000"]
+    metrics.plot_loss(metrics.History(), tmp_path / "loss.png", "a run that was stopped at once")

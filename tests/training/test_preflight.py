@@ -1,0 +1,124 @@
+import gzip
+
+import pytest
+import torch
+from conftest import hfpretrain, small_text, write_jsonl, write_recipe
+from hub_server import HubServer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfpretrain import load_recipe
+from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.recipe.shipped import find
+from hfpretrain.training.preflight import disk_problems, engine_problems, world_problems
+
+
+def problems(folder, *overrides, **changes):
+    return {
+        problem.path: problem.message
+        for problem in world_problems(load_recipe(write_recipe(folder, **changes), overrides))
+    }
+
+
+@pytest.fixture
+def model(folder):
+    """A folder with a small model in several files, and its tokenizer."""
+    recipe = load_recipe(write_recipe(folder))
+    config = AutoConfig.for_model(**recipe.model.config, vocab_size=320)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base", max_shard_size="50KB")
+    train_tokenizer(recipe.tokenizer, small_text(50)).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def continued(base):
+    return {"model": {"pretrained": str(base)}, "tokenizer": {"pretrained": str(base)}}
+
+
+def test_a_recipe_whose_files_are_all_there_has_no_problem(folder, model):
+    assert problems(folder) == {} and problems(folder, **continued(model)) == {}
+
+
+def test_data_that_are_not_there_or_are_none_are_named(folder):
+    key = "data.sources.0.data_files"
+    assert "no file matches" in problems(folder, f"--{key}={folder / 'none.jsonl'}")[key]
+    assert "there is no file or folder" in problems(folder, "--data.sources.0.path=./none")["data.sources.0.path"]
+    assert "no column 'body'" in " ".join(problems(folder, "--data.sources.0.text_column=body").values())
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 3)[:15])
+    found = problems(folder, f"--data.sources.0.data_files={folder / 'cut.jsonl.gz'}")
+    assert "cannot be read further" in found["data.sources.0"]
+    write_jsonl(folder / "held.jsonl", small_text(3))
+    sources = [{"path": "json", "data_files": str(folder / name)} for name in ("held.jsonl", "none.jsonl")]
+    found = problems(folder, data__validation_sources=sources, data__validation_fraction=0.0)
+    assert list(found) == ["data.validation_sources.1.data_files"]
+
+
+def test_a_model_folder_is_whole_or_named(folder, model):
+    assert "config.json" in problems(folder, **continued(folder))["model.pretrained"]
+    shards = sorted(model.glob("*.safetensors"))
+    assert len(shards) > 1
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[:-10])
+    assert f"{shards[0]} is damaged" in problems(folder, **continued(model))["model.pretrained"]
+    shards[0].unlink()
+    assert f"{shards[0]} is missing" in problems(folder, **continued(model))["model.pretrained"]
+    (model / "model.safetensors.index.json").write_text("[]")
+    assert "can't be read" in problems(folder, **continued(model))["model.pretrained"]
+    (model / "model.safetensors.index.json").unlink()
+    assert "has no weights" in problems(folder, **continued(model))["model.pretrained"]
+    (model / "tokenizer.json").unlink()
+    assert "holds no tokenizer" in problems(folder, **continued(model))["tokenizer.pretrained"]
+
+
+def test_what_else_a_recipe_names(folder):
+    (folder / "file").write_text("")
+    assert "is a file" in problems(folder, f"--output_dir={folder / 'file' / 'run'}")["output_dir"]
+    assert "no checkpoint" in problems(folder, f"--checkpoint.resume_from={folder}")["checkpoint.resume_from"]
+    lm_eval = {"tasks": ["x"], "include_path": str(folder / "none")}
+    found = problems(folder, evaluation={"lm_eval": lm_eval, "trust_remote_code": True})
+    assert "there is no folder" in found["evaluation.lm_eval.include_path"]
+    write_recipe(folder, output_dir=str(folder / "other")).rename(folder / "other.yaml")
+    (folder / "other").mkdir()
+    (folder / "other.yaml").rename(folder / "other" / "recipe.yaml")
+    found = problems(folder, f"--output_dir={folder / 'other'}", "--optimizer.lr=1e-4")
+    assert "another recipe's run" in found["output_dir"] and "optimizer.lr" in found
+    assert disk_problems(load_recipe(write_recipe(folder)), 2**60)[0].path == "output_dir"
+    assert not disk_problems(load_recipe(write_recipe(folder)), 2**20)
+
+
+def test_an_engine_file_and_the_batch_on_its_processes(folder):
+    recipe = load_recipe(write_recipe(folder))
+    assert engine_problems(recipe, find("ddp", "engine"), 2) == []
+    (found,) = engine_problems(recipe, find("ddp", "engine"), 3)
+    assert "does not divide by 3 processes" in found.message
+    (folder / "wrong.yaml").write_text("distributed_type: MULTI_GPU\nnum_procs: 3\n")
+    assert "is not an accelerate config file" in engine_problems(recipe, folder / "wrong.yaml", None)[0].message
+
+
+def test_repos_of_the_hub_are_asked_for_and_offline_looked_for_in_the_cache(folder, model):
+    missing = continued("user/none")
+    assert "the Hub's cache has no such model" in problems(folder, **missing)["model.pretrained"]
+    for name in ("user/none", "none"):  # old datasets of the Hub have no user in their names
+        absent = problems(folder, data__sources=[{"path": name}])
+        assert "the Hub's cache has no such dataset" in absent["data.sources.0.path"]
+    with HubServer() as hub:
+        env = hub.environment(folder / "home")
+        assert hfpretrain("push", str(model), "user/base", **env).returncode == 0
+        good = hfpretrain("check", str(write_recipe(folder, **continued("user/base"))), **env)
+        assert good.returncode == 0, good.stderr
+        data = {"data__sources": [{"path": "user/texts"}]}
+        wrong = hfpretrain("check", str(write_recipe(folder, **missing, **data)), **env)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    for key in ("model.pretrained", "tokenizer.pretrained", "data.sources.0.path"):
+        assert key in wrong.stderr
+    assert wrong.stderr.count("404") == 3
+
+
+def test_the_command_exits_with_2_and_names_all(folder):
+    (folder / "readable").mkdir()
+    keys = ["--data.sources.0.data_files=none.jsonl", "--tokenizer={pretrained: ./none}"]
+    result = hfpretrain("check", str(write_recipe(folder)), *keys)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and result.stdout == ""
+    assert "no file matches none.jsonl" in result.stderr and "tokenizer.pretrained: there is no" in result.stderr
+    wrong = hfpretrain("check", str(write_recipe(folder)), "--scheduler.scheduler_specific_kwargs={min_lr: 1}")
+    assert wrong.returncode == 2 and "scheduler.scheduler_specific_kwargs: " in wrong.stderr
+    assert "--engine" in hfpretrain("check", str(write_recipe(folder)), "--engine", "ddpp").stderr

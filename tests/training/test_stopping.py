@@ -1,0 +1,235 @@
+import logging
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import small
+import stopping as proof
+from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
+
+from hfpretrain import files
+from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain.training.metrics import read_metrics as metrics_rows
+from hfpretrain.training.stopping import StoppedEarlyError, Stops
+
+
+def test_a_signal_is_raised_before_there_is_something_to_save_and_noted_after():
+    before = signal.getsignal(signal.SIGUSR1)
+    with Stops(None) as stops:
+        with pytest.raises(StoppedEarlyError, match="SIGUSR1"):
+            signal.raise_signal(signal.SIGUSR1)
+        stops.defer()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the second ends the process at once
+        signal.raise_signal(signal.SIGTERM)
+        assert stops.due() and stops.reason == "SIGUSR1" and stops.seconds_left() is None  # the first is the reason
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_signal_that_comes_while_a_message_is_logged_is_not_swallowed():
+    class Signalling:
+        def write(self, text):
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = logging.StreamHandler(Signalling())
+    with Stops(None), pytest.raises(StoppedEarlyError, match="SIGTERM"):
+        handler.handle(logging.makeLogRecord({"msg": "training the tokenizer"}))
+
+
+def test_the_deadline_leaves_time_for_twice_the_longest_save():
+    alive = -Stops(0).seconds_left()
+    stops = Stops(int(alive) + 1000)
+    assert not stops.due()
+    stops.note_save(100.0)
+    assert not stops.due() and 990 < stops.seconds_left() <= 1001
+    stops.note_save(600.0)
+    stops.note_save(1.0)
+    assert stops.due() and stops.reason == "training.stop_after"
+
+
+def test_stop_after_is_a_time(folder):
+    for text, seconds in (("3h50m", 13800), ("90s", 90), ("1h", 3600), ("2m5s", 125)):
+        recipe = load_recipe(write_recipe(folder, training__stop_after=text))
+        assert recipe.training.stop_after_seconds == seconds
+    for text in ("", "h", "50", "3h 50m", "m3", "1.5h"):
+        with pytest.raises(RecipeError, match="stop_after"):
+            load_recipe(write_recipe(folder, training__stop_after=text))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopping")
+    recipe = proof.write(folder)
+    assert proof.goes_on(recipe, "single", folder / "straight")
+    return recipe, folder
+
+
+@pytest.mark.parametrize(
+    ("engine", "phase"),
+    [("single", "evaluate"), ("ddp", "data"), pytest.param("fsdp2", "save", marks=pytest.mark.slow)],
+)
+def test_a_signal_to_one_rank_stops_all_with_everything_saved(straight, engine, phase):
+    """A short version of `benchmarks/stopping.py`."""
+    recipe, folder = straight
+    run = folder / f"{engine}-{phase}"
+    row = proof.stop(recipe, engine, phase, run, signal.SIGUSR1)
+    assert row["exit code"] == 75 and row["verified"] and row["saved at step"] >= 3, row
+    assert "stopped by " in row["stderr"] and "the same command goes on" in row["stderr"].lower(), row["stderr"]
+    assert proof.goes_on(recipe, engine, run)
+    there = proof.losses(folder / "straight")
+    assert proof.losses(run) == {step: pytest.approx(loss, rel=1e-5) for step, loss in there.items()}
+    assert list(rows(run, "eval/loss")) == [0, 4, 8, 12]
+
+
+def test_the_deadline_stops_a_run_and_says_what_was_left(folder):
+    recipe = write_recipe(folder, training__max_steps=100_000, logging__every_steps=50)
+    result = train(recipe, "--training.stop_after=25s")
+    assert result.returncode == 75 and "Traceback" not in result.stderr
+    assert "stopped by training.stop_after at step" in result.stderr
+    assert "s before the end of training.stop_after" in result.stderr
+    (event,) = rows(folder / "run", "event").values()
+    assert event["event"].startswith("stopped by training.stop_after") and event["step"] > 0
+
+
+def test_a_second_interrupt_ends_the_run_at_once(folder):
+    recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=20)
+    phase = folder / "phase"
+    env = environment(FAULT="slow:save", PHASE_FILE=str(phase), PYTHONPATH=str(ROOT))
+    command = small.command(recipe, faults=True)
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (phase.exists() and phase.read_text() == "save 40"):  # and in it for half a second
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # or both are seen as one
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    (path,) = (folder / "run" / "checkpoints").glob("step-" + "[0-9]" * 8)
+    assert path.name == "step-00000020" and files.damage(path) is None
+
+
+def test_a_signal_while_preparing_ends_with_the_same_code(folder):
+    write_jsonl(folder / "corpus.jsonl", small_text(60_000))
+    recipe = write_recipe(folder)
+    command = [sys.executable, "-m", "hfpretrain.train", str(recipe)]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "tokeniz" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.15)  # Slurm's and the launcher's
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by SIGTERM; what is finished stays" in stderr, stderr
+
+
+def test_nohup_keeps_its_meaning():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stops(None) as stops:
+            stops.defer()
+            signal.raise_signal(signal.SIGHUP)
+            assert not stops.due()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_stops_the_run_with_everything_saved(folder):
+    recipe, code = write_recipe(folder, training__max_steps=100_000), folder / "code"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        command = small.command(recipe)
+        os.execve(command[0], command, environment(HFPRETRAIN_EXIT_CODE_FILE=str(code)))
+    termios.tcsetwinsize(terminal, (24, 80))  # without a width the bar is empty
+    metrics = folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and rows(folder / "run", "loss")):
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 75 and code.read_text() == "75\n"
+    (path,) = (folder / "run" / "checkpoints").iterdir()
+    assert files.damage(path) is None
+    events = [row["event"] for row in metrics_rows(metrics) if "event" in row]
+    assert any("stopped by SIGHUP" in text for text in events), events
+    assert any("takes no more output" in text for text in events), events
+
+
+@pytest.mark.parametrize(("engine", "number"), [("single", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
+def test_a_launcher_that_dies_takes_nothing_with_it(folder, engine, number):
+    """accelerate's launcher of a single process, and any of SIGUSR1, ends without a word to the training."""
+    recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=100_000)
+    code = folder / "code"
+    process = subprocess.Popen(
+        small.command(recipe, engine=engine),
+        env=environment(HFPRETRAIN_EXIT_CODE_FILE=str(code)),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and rows(folder / "run", "loss")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    deadline = time.time() + 60
+    while not code.exists() and time.time() < deadline:
+        time.sleep(0.1)
+    assert code.read_text() == "75\n"
+    (path,) = (folder / "run" / "checkpoints").iterdir()
+    assert files.damage(path) is None and "stopped by" in next(iter(rows(folder / "run", "event").values()))["event"]
+
+
+def test_a_stop_that_could_not_be_saved_says_so(folder):
+    """The background save of the very step failed before: it is tried again, and its failure is the run's."""
+    recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=1)
+    size = 200_000
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hfpretrain.train", str(recipe)],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    for line in process.stderr:
+        if "step 3/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "is not saved: File too large" in stderr, stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_time_that_is_over_before_the_first_step_is_an_error(folder):
+    # A process of its own: importing, which takes longer than that, is part of the time.
+    result = small.train(write_recipe(folder), "--training.stop_after=1s")
+    assert result.returncode == 2 and "training.stop_after: 1s were over before the first step" in result.stderr
+
+
+def test_a_signal_to_all_processes_leaves_the_export_s_proof_alone(folder):
+    recipe, phase = write_recipe(folder), folder / "phase"
+    process = subprocess.Popen(
+        small.command(recipe, faults=True),
+        env=environment(PHASE_FILE=str(phase), PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not ((folder / "run" / "model").exists() and phase.read_text().startswith("export")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)  # the proof has begun, and takes seconds
+    os.killpg(process.pid, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "loaded in a fresh process" in stdout, stderr

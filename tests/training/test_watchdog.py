@@ -1,0 +1,289 @@
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import small
+from conftest import ROOT, environment, rows, train, write_recipe
+
+from hfpretrain.training import report
+from hfpretrain.training.watchdog import SILENCE_SECONDS, Judge, Status
+
+HOST = socket.gethostname()
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+# Ranks that add up numbers; of `BAD` something happens at the third step, where its data are made.
+SUMS = """
+import os, signal, subprocess, time
+import torch, torch.distributed as dist
+from hfpretrain.training.watchdog import Watch
+
+dist.init_process_group("gloo")
+with Watch() as watch:
+    watch.start(dist.get_rank(), 2, 4, {})
+    for step in range(5):
+        watch.beat("data", step)
+        if step == 3:
+            time.sleep(2)
+        if step == 3 and os.environ["RANK"] == os.environ.get("BAD"):
+            if os.environ["FAULT"] == "error":
+                raise ValueError("a broken disk")
+            subprocess.Popen(["sh", "-c", f"sleep 12; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), getattr(signal, os.environ["FAULT"]))
+        watch.beat("train", step)
+        dist.all_reduce(torch.ones(3))
+    dist.barrier()
+    time.sleep(6 * dist.get_rank())  # the other one says goodbye and is not missed
+"""
+# Ranks that wait for the first, which takes longer than the watch's time-out, and does as `FAULT` says.
+WAITS = """
+import os, sys, time
+import torch.distributed as dist
+from hfpretrain.training.watchdog import Watch
+from hfpretrain.recipe.schema import RecipeError
+
+def work():
+    time.sleep(7)
+    if os.environ.get("FAULT") == "recipe":
+        raise RecipeError.at("data.sources.0", "no file matches")
+    if os.environ.get("FAULT") == "error":
+        raise ValueError("a broken disk")
+    return ["a name", 1]
+
+dist.init_process_group("gloo")
+try:
+    with Watch() as watch:
+        watch.start(dist.get_rank(), 2, 4, {})
+        print("heard", watch.from_main("prepare the data", work), file=sys.stderr)
+        watch.beat("build", 0)
+        dist.barrier()
+        if "FAULT" not in os.environ:
+            print("heard", watch.from_main("read two files", lambda: [time.sleep(2) or watch.unit_done()] * 3))
+        time.sleep(3)
+except RecipeError as error:
+    print("rank", dist.get_rank(), "raises", error, file=sys.stderr)
+    sys.exit(2)
+"""
+# A training of which one rank hangs at its third step.
+HANGS = """
+import os, sys, time
+from hfpretrain import dataloader
+from hfpretrain.train import main
+
+step = dataloader.TrainingData.step
+
+def hangs(self, number):
+    if number == 3 and os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return step(self, number)
+
+dataloader.TrainingData.step = hangs
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def sums(tmp_path):
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    return str(script)
+
+
+def run(command, **env):
+    return subprocess.run(
+        command, env=environment(PYTHONPATH=str(ROOT), **env), capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+
+
+def on_two_machines(script, **env):
+    """The same with a launcher for each of two ranks: exit code and stderr of both."""
+    address = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    commands = [[*LAUNCH, "1", "--nnodes", "2", "--node_rank", rank, *address, script] for rank in "01"]
+    env = environment(PYTHONPATH=str(ROOT), **env)
+    processes = [subprocess.Popen(c, env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT) for c in commands]
+    return [(process.returncode, err) for process, (_, err) in [(p, p.communicate(timeout=120)) for p in processes]]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_ranks_that_are_well_end_well(sums):
+    result = run([*LAUNCH, "2", "--standalone", sums])
+    assert result.returncode == 0 and "error" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_run(sums, rank):
+    result = run([*LAUNCH, "2", "--standalone", sums], BAD=str(rank), FAULT="SIGSTOP")
+    assert result.returncode == 1
+    (message,) = re.findall("the run ends on all ranks: (.*)", result.stderr)
+    found = re.fullmatch(
+        r"no sign of life for 4 s from rank (\d) on (.*), pid (\d+) \(step 3, phase data\): .*", message
+    )
+    assert found[1] == str(rank) and found[2] == HOST and not psutil.pid_exists(int(found[3]))
+
+
+def test_a_rank_that_is_killed_is_named_by_the_launcher(sums):
+    result = run([*LAUNCH, "2", "--standalone", sums], BAD="1", FAULT="SIGKILL")
+    assert result.returncode == 1 and re.search(r"rank +: 1 \(.*\n.*\n.*\n.*Signal 9 \(SIGKILL\)", result.stderr)
+
+
+def test_the_other_machine_says_which_rank_failed(sums):
+    results = on_two_machines(sums, BAD="1", FAULT="error")
+    assert all(code == 1 for code, _ in results) and "ValueError: a broken disk" in results[1][1]
+    told = rf"the run ends on all ranks: rank 1 on {HOST}, pid \d+ \(step 3, phase data\) failed: ValueError"
+    assert re.search(told, results[0][1]), results[0][1]
+
+
+def test_the_other_machine_says_that_the_first_is_gone(sums):
+    results = on_two_machines(sums, BAD="0", FAULT="SIGKILL")
+    assert all(code == 1 for code, _ in results)
+    assert f"the run ends on all ranks: the launcher of rank 0 on {HOST}, pid " in results[1][1], results[1][1]
+
+
+def test_a_rank_that_was_stopped_blames_no_other(sums):
+    """Both ranks end by themselves: their launchers don't know of each other."""
+    for rank in (0, 1):
+        results = on_two_machines(sums, BAD=str(rank), FAULT="SIGSTOP")
+        assert all(code == 1 for code, _ in results)
+        told = [re.findall("the run ends on all ranks: (.*)", err) for _, err in results]
+        stopped, other = told[rank], told[1 - rank]
+        assert other and all(f"no sign of life for 4 s from rank {rank}" in text for text in other), told
+        assert all(f"rank {rank} on" in text for text in stopped), told
+
+
+def test_what_the_main_process_finds_out_it_tells_the_others(tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    result = run([*LAUNCH, "2", "--standalone", str(script)])
+    assert result.returncode == 0 and result.stderr.count("heard ['a name', 1]") == 2, result.stderr
+    for code, err in on_two_machines(str(script), FAULT="recipe"):
+        assert code == 1 and "raises data.sources.0: no file matches" in err, err
+    results = on_two_machines(str(script), FAULT="error")
+    assert "ValueError: a broken disk" in results[0][1]
+    told = rf"rank 0 on {HOST}, pid \d+ \(step 0, phase prepare: prepare the data\) failed: ValueError: a broken disk"
+    assert re.search(told, results[1][1]), results[1][1]
+
+
+def test_a_start_longer_than_the_timeout_goes_on_as_long_as_it_gets_on(folder):
+    recipe = write_recipe(folder, training__timeout_seconds=6, training__max_steps=3)
+    start = time.monotonic()
+    result = train(recipe, engine="ddp", fault="units:0.4")
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - start > 2 * 6
+
+
+def test_the_launcher_starts_all_again_after_one_was_killed(folder):
+    recipe = write_recipe(folder, training__max_steps=4, checkpoint__every_steps=2)
+    command = small.command(recipe, engine="ddp", faults=True)
+    launch = command.index("--config_file")
+    result = run([*command[:launch], "--max_restarts", "1", *command[launch:]], FAULT="SIGKILL:evaluate")
+    assert result.returncode == 0 and "Signal 9" not in result.stderr, result.stderr
+    assert list(rows(folder / "run", "loss")) == [1, 2, 3, 4]
+
+
+def test_a_training_of_which_a_rank_hangs_ends(folder):
+    recipe = write_recipe(folder, training__timeout_seconds=4)
+    (folder / "hangs.py").write_text(HANGS)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), str(folder / "hangs.py"), str(recipe)]
+    result = run(command)
+    assert result.returncode == 1
+    (message,) = re.findall("the run ends on all ranks: (.*)", result.stderr)
+    assert "(training.timeout_seconds), the others wait for rank 1" in message and "(step 3, phase data)" in message
+
+
+def looks(judge, *statuses, hurt=False, times=1):
+    """The judge's last word after looking at the same ranks several times, all of them alive."""
+    found = None
+    for _ in range(times):
+        looks.ticks += 1
+        ranks = {n: replace(status, tick=status.tick or looks.ticks) for n, status in enumerate(statuses)}
+        found = judge.look(ranks, hurt)
+    return found and found[0]
+
+
+looks.ticks = 0
+BUSY = Status("a", count=7, phase="train", step=3)
+
+
+def test_the_judge_names_who_is_silent():
+    judge, silent = Judge(1800), replace(BUSY, host="b", tick=5)
+    assert looks(judge, BUSY, silent, silent, times=SILENCE_SECONDS) is None
+    found = looks(judge, BUSY, silent, silent)
+    assert found.startswith(
+        f"no sign of life for {SILENCE_SECONDS} s from rank 1 on b, pid 0 (step 3, phase train); rank 2 on b"
+    )
+    judge = Judge(1800)
+    assert looks(judge, BUSY, silent, times=SILENCE_SECONDS) is None
+    assert looks(judge, BUSY, BUSY, times=SILENCE_SECONDS) is None  # it was only slow
+    judge = Judge(1800)
+    assert "rank 1 on b" in looks(judge, replace(BUSY, hurt=True), silent, times=5)  # a connection broke: sooner
+    assert "rank 1 on b" in looks(Judge(1800), BUSY, silent, hurt=True, times=5)
+
+
+def test_the_judge_names_whom_the_others_wait_for():
+    judge, behind = Judge(100), replace(BUSY, count=6, host="b", phase="data")
+    assert looks(judge, BUSY, behind, BUSY, times=100) is None
+    assert looks(judge, BUSY, behind, BUSY) == (
+        "no progress for 100 s (training.timeout_seconds), the others wait for rank 1 on b, pid 0 (step 3, phase data)"
+    )
+    assert "no rank has made progress for 100 s" in looks(Judge(100), BUSY, BUSY, times=101)
+    # One that others wait for may take its time as long as it gets on, and so may who prepares the data.
+    judge = Judge(100)
+    for count in range(20):
+        assert looks(judge, BUSY, replace(behind, count=count), times=90) is None
+    assert looks(Judge(100), replace(BUSY, count=0), BUSY, times=1000) is None
+    # One that has not begun when the data are prepared is waited for, too.
+    assert "wait for rank 1 on b" in looks(Judge(100), BUSY, replace(behind, count=0), times=101)
+
+
+def test_the_judge_knows_who_works_alone_and_who_waits_for_that():
+    judge = Judge(100)
+    works, waits = replace(BUSY, task="read a file"), replace(BUSY, task="read a file", waits=True)
+    for units in range(20):
+        assert looks(judge, replace(works, units=units), waits, waits, times=90) is None
+    assert "the others wait for rank 0 on a, pid 0 (step 3, phase train: read a file)" in looks(
+        judge, replace(works, units=19), waits, waits, times=11
+    )
+
+
+def test_the_judge_leaves_those_alone_who_are_done_and_repeats_what_they_said():
+    judge, done = Judge(100), replace(BUSY, tick=5, end="")
+    assert looks(judge, done, done, times=1000) is None
+    judge, failed = Judge(100), replace(BUSY, host="b", tick=5, end="ValueError: a broken disk")
+    assert looks(judge, BUSY, failed, times=2) is None
+    assert looks(judge, BUSY, failed) == "rank 1 on b, pid 0 (step 3, phase train) failed: ValueError: a broken disk"
+
+
+def by_hand(folder, *overrides, **env):
+    """One rank of two on two machines of one process each, without a launcher."""
+    ranked = environment(WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **env)
+    command = [sys.executable, "-m", "hfpretrain.train", str(folder / "recipe.yaml"), *overrides]
+    return subprocess.Popen(command, cwd=ROOT, env=ranked, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def test_ranks_that_differ_do_not_begin(folder):
+    write_recipe(folder)
+    port = free_port()
+    first = by_hand(folder, RANK="0", MASTER_PORT=port)
+    second = by_hand(folder, "--optimizer.lr=1e-3", "--seed=1", RANK="1", MASTER_PORT=port)
+    for process in (first, second):
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 2, stderr
+        for key, theirs, ours in (("optimizer.lr", 0.001, 0.003), ("seed", 1, 0)):
+            assert f"{key}: is {theirs} on rank 1 ({HOST}), {ours} on rank 0 ({HOST})" in stderr
+    assert not (folder / "prepared").exists()
+
+
+def test_a_folder_that_is_no_package_has_no_version(tmp_path, monkeypatch):
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert report.version_of("hfpretrain") and report.version_of("torch")
+    assert report.version_of("no_such_package") is None
