@@ -276,6 +276,7 @@ def preparation(quick: bool) -> list[Curve]:
 def many_devices(quick: bool) -> list[Curve]:
     """Simulated by `hfpretrain.planning.network`, one micro-step a step, whether the engine's memory does or not."""
     from hfpretrain.modeling.build import build_model
+    from hfpretrain.modeling.flops import model_flops_per_token
     from hfpretrain.modeling.initialization import decoder_layers
     from hfpretrain.planning import devices, memory, network, plan
     from hfpretrain.recipe.schema import load_recipe
@@ -285,7 +286,7 @@ def many_devices(quick: bool) -> list[Curve]:
     model = build_model(recipe.model, config)
     shape = memory.model_shape(model, decoder_layers(model), 0)
     tokens = recipe.training.micro_batch_size * recipe.data.block_size
-    flops = tokens * plan.flops_per_token(config, plan.parameters_of(config), recipe.data.block_size)
+    flops = tokens * model_flops_per_token(config, plan.parameters_of(config), recipe.data.block_size)
     compute = flops / devices.named("H100-80GB").flops / plan.DEFAULT_MFU
     curves = []
     for engine in network.ENGINES:

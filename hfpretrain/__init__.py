@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hfpretrain.data.prepare import prepare, training_batches
     from hfpretrain.evaluation.score import evaluate_perplexity
-    from hfpretrain.recipe.loading import load_recipe
     from hfpretrain.recipe.schema import Recipe, RecipeError
     from hfpretrain.train import train
+    from hfpretrain.training.loading import load_recipe
 
 __all__ = ["Recipe", "RecipeError", "evaluate_perplexity", "load_recipe", "prepare", "train", "training_batches"]
 __version__ = "0.1.0"
 _HOMES = {
     "Recipe": "recipe.schema",
     "RecipeError": "recipe.schema",
-    "load_recipe": "recipe.loading",
+    "load_recipe": "training.loading",
     "prepare": "data.prepare",
     "train": "train",
     "training_batches": "data.prepare",

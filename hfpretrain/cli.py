@@ -19,9 +19,9 @@ from typing import Any
 from hfpretrain import __version__
 from hfpretrain.engines import launch
 from hfpretrain.recipe import redaction
-from hfpretrain.recipe.loading import load_recipe
 from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
 from hfpretrain.training import console
+from hfpretrain.training.loading import load_recipe
 
 _MODEL = "exported folder, run, checkpoint, or ID[@REVISION] of the Hub"
 _OVERRIDES = "any number of --section.key=value may follow the recipe"
@@ -485,8 +485,9 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.checkpoints.plain import export_to
+    from hfpretrain.publishing.card import describe_export
 
-    print(*export_to(Path(args.checkpoint), Path(args.out)), sep="\n")
+    print(*export_to(Path(args.checkpoint), Path(args.out), describe_export), sep="\n")
 
 
 def _path(args: argparse.Namespace, _: list[str]) -> None:

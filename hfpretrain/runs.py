@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.schema import RecipeError, load_recipe
 from hfpretrain.training import metrics, report, run_folder
 
@@ -53,7 +54,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bits/byte": evaluated.get("eval/bits_per_byte"),
         "tokens/s": history.logged.get("tokens_per_second"),
         "state": state if state == "finished" else f"{state} at {step}/{steps or '?'}",
-        **{f"loss {name}": evaluated[f"eval/{name}/loss"] for name in metrics.domains(evaluated)},
+        **{f"loss {name}": evaluated[f"eval/{name}/loss"] for name in domains(evaluated)},
     }
 
 

@@ -26,10 +26,11 @@ from hfpretrain.evaluation.evaluator import is_due
 from hfpretrain.modeling import build as modeling
 from hfpretrain.planning import table
 from hfpretrain.publishing import card
+from hfpretrain.publishing.process import Publishing
 from hfpretrain.recipe import redaction
-from hfpretrain.recipe.loading import load_recipe
 from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.training import console, watchdog
+from hfpretrain.training.loading import load_recipe
 from hfpretrain.training.report import run_summary
 from hfpretrain.training.setup import NotSavedError, Run, Stopping, TrainingDivergedError
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
@@ -53,7 +54,7 @@ def train(recipe: Recipe) -> Path | None:
     with watchdog.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
         launch.require_first_run()
         launch.end_with_launcher()
-        run = Run(recipe, watch, stops)
+        run = Run(recipe, watch, stops, Publishing)
         with _explained(run):
             run.build()
             _rehearse(run)

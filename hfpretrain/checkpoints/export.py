@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 REFERENCE = "reference.safetensors"
+PLAIN = "config"
+"""Folder of a run with its model's config and its tokenizer: what an export is made of beside weights."""
 GENERATION_CONFIG = "generation_config.json"
 _REFERENCE_TOKENS = 1024
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export
+from hfpretrain.checkpoints import export, saver
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
-from hfpretrain.publishing import card, outbox
 from hfpretrain.recipe.schema import RecipeError, load_recipe, missing_path, repo_id_problem
-from hfpretrain.training import report
 
 
 class Source(NamedTuple):
@@ -29,8 +26,8 @@ class Source(NamedTuple):
     revision: str | None = None
 
 
-def write(run: Path, checkpoint: Path, step: int, folder: Path, repo_id: str | None = None) -> dict[str, torch.Tensor]:
-    """Fill `folder`, which is there and empty, with the model of a run's checkpoint, its tokenizer, card and figures.
+def write(run: Path, checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Fill `folder`, which is there and empty, with the model of a run's checkpoint and its tokenizer.
 
     A checkpoint of any engine, since all are alike. Takes as much memory as the weights twice. Returns the weights by
     name, in float32. Raises `RecipeError` if the checkpoint's checksums do not hold or the run folder lacks its config.
@@ -41,30 +38,28 @@ def write(run: Path, checkpoint: Path, step: int, folder: Path, repo_id: str | N
     transformers.utils.logging.disable_progress_bar()
     if (reason := files.damage(checkpoint)) is not None:
         raise RecipeError.at(str(checkpoint), reason)
-    if not (run / report.PLAIN).is_dir():
-        raise RecipeError.at(str(run / report.PLAIN), "is missing: it holds the config and tokenizer of the checkpoint")
+    if not (run / export.PLAIN).is_dir():
+        raise RecipeError.at(str(run / export.PLAIN), "is missing: it holds the config and tokenizer of the checkpoint")
     recipe = load_recipe(run / "recipe.yaml")
     section = recipe.model
-    config = AutoConfig.from_pretrained(run / report.PLAIN, trust_remote_code=section.trust_remote_code)
+    config = AutoConfig.from_pretrained(run / export.PLAIN, trust_remote_code=section.trust_remote_code)
     trust_remote_code = recipe.tokenizer.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(run / report.PLAIN, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(run / export.PLAIN, trust_remote_code=trust_remote_code)
     tensors = pieces.load_whole(checkpoint, ("model", "buffers"))
     if optim.trains_others(recipe.optimizer):
         optim.average(tensors, pieces.load_whole(checkpoint, ("optimizer",)), recipe.optimizer)
     generation_config = None
-    if (run / report.PLAIN / export.GENERATION_CONFIG).is_file():
-        generation_config = GenerationConfig.from_pretrained(run / report.PLAIN)
+    if (run / export.PLAIN / export.GENERATION_CONFIG).is_file():
+        generation_config = GenerationConfig.from_pretrained(run / export.PLAIN)
     export.write(config, tensors, tokenizer, folder, section.dtype, generation_config)
-    card.write_card(run, folder, step, repo_id)
-    (folder / "metrics.json").write_text(json.dumps(card.figures(run, step), indent=1), encoding="utf-8")
-    files.add_sums(folder, [folder / "metrics.json"])
     return tensors
 
 
-def export_to(given: Path, folder: Path) -> list[str]:
+def export_to(given: Path, folder: Path, describe: Callable[[Path, Path, int], None]) -> list[str]:
     """Export a checkpoint, or a run's newest that verifies, to the new `folder`; returns lines that say what it is.
 
-    The folder appears once plain transformers has loaded it with exactly the weights of the checkpoint. Raises
+    `describe` adds what is told of the run at that step, such as a card: it gets run, folder and step. The folder
+    appears once plain transformers has loaded it with exactly the weights of the checkpoint. Raises
     `RecipeError` if `folder` is not empty, or `given` is neither a checkpoint nor a run.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -76,7 +71,8 @@ def export_to(given: Path, folder: Path) -> list[str]:
     run, step = _run_of(checkpoint), _step(checkpoint)
     work = files.work_folder(folder)
     try:
-        tensors = write(run, checkpoint, step, work)
+        tensors = write(run, checkpoint, work)
+        describe(run, work, step)
         trust_remote_code = load_recipe(run / "recipe.yaml").model.trust_remote_code
         number = _verify(work, tensors, trust_remote_code)
         if folder.is_dir():
@@ -112,7 +108,7 @@ def _verify(folder: Path, tensors: dict[str, torch.Tensor], trust_remote_code: b
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / "train_state.json").is_file() and not (path / outbox.STATE).is_dir()
+    return (path / "train_state.json").is_file() and not (path / saver.STATE).is_dir()
 
 
 def _has_export(path: Path) -> bool:
@@ -121,7 +117,7 @@ def _has_export(path: Path) -> bool:
 
 def _step(checkpoint: Path) -> int:
     try:
-        return int(outbox.train_state(checkpoint)["step"])
+        return int(saver.train_state(checkpoint)["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError.at(str(checkpoint), f"its train_state.json can't be read: {error}") from error
 
@@ -189,7 +185,7 @@ def _exported(checkpoint: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
-        write(_run_of(checkpoint), checkpoint, _step(checkpoint), folder)
+        write(_run_of(checkpoint), checkpoint, folder)
         yield str(folder)
 
 

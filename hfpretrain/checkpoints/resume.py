@@ -11,9 +11,17 @@ from pathlib import Path
 from hfpretrain import files
 from hfpretrain.checkpoints import saver
 from hfpretrain.engines import pieces
-from hfpretrain.publishing import repository
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, differences, dump_recipe, hub_address, load_recipe
-from hfpretrain.training.run_folder import MAY_DIFFER
+from hfpretrain.recipe.hub import trouble
+from hfpretrain.recipe.schema import (
+    MAY_DIFFER,
+    Problem,
+    Recipe,
+    RecipeError,
+    differences,
+    dump_recipe,
+    hub_address,
+    load_recipe,
+)
 
 _KEY = "checkpoint.resume_from"
 logger = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ def fetch(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
         state = _copy(Path(given), work / "state")
     else:
         logger.info("reading %s", given)
-        state = repository.download_state(*address, work)
+        state = _download(*address, work)
     try:
         _require_sound(given, state, recipe, file_read)
     except RecipeError:
@@ -88,3 +96,21 @@ def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[
     if changed:
         advice = "undo the changes, or go on from its weights alone by `model.pretrained`"
         raise RecipeError([Problem(_KEY, f"{given} is of another recipe; {advice}"), *changed])
+
+
+def _download(repo_id: str, revision: str, folder: Path) -> Path:
+    """The state that a revision holds, into `folder`; its files are not verified yet.
+
+    Raises `RecipeError` where it has none, or the Hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    where = f"hub://{repo_id}@{revision}"
+    try:
+        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns="state/*")
+    except Exception as error:  # its HTTP library raises classes of its own
+        raise RecipeError.at("checkpoint.resume_from", f"{where} can't be read: {trouble(error).text}") from error
+    if not (folder / "state").is_dir():
+        advice = "push with `hub.push_state: true`, or go on from its weights alone by `model.pretrained`"
+        raise RecipeError.at("checkpoint.resume_from", f"{where} holds no state; {advice}")
+    return folder / "state"

@@ -20,7 +20,9 @@ from hfpretrain import files
 from hfpretrain.engines import pieces
 from hfpretrain.recipe.schema import CheckpointSection, RecipeError
 
-_TRAIN_STATE = "train_state.json"
+TRAIN_STATE = "train_state.json"
+STATE = "state"
+"""Folder of a pushed revision, and of a place in the outbox, that has the files of a checkpoint."""
 _EVALUATION_LOSS = "evaluation_loss"
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class Saver:
             written.update(files.entries(work, ours))
 
         def seal() -> None:
-            (work / _TRAIN_STATE).write_text(json.dumps(train_state), encoding="utf-8")
+            (work / TRAIN_STATE).write_text(json.dumps(train_state), encoding="utf-8")
             content = {"step": train_state["step"], _EVALUATION_LOSS: train_state[_EVALUATION_LOSS]}
             known = {name: entry for part in self._gathered for name, entry in part.items()}
             manifest = files.seal(work, path, content, known)
@@ -222,5 +224,5 @@ def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[
 
 def train_state(path: Path) -> dict[str, Any]:
     """The counters stored in a checkpoint."""
-    state: dict[str, Any] = json.loads((path / _TRAIN_STATE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((path / TRAIN_STATE).read_text(encoding="utf-8"))
     return state

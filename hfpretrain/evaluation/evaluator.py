@@ -13,9 +13,8 @@ from hfpretrain.engines import distributed, engine
 from hfpretrain.evaluation import lm_eval_tasks, prompts
 from hfpretrain.evaluation import sums as evaluation
 from hfpretrain.evaluation.recipe_metrics import MetricFolders, trust_problems
-from hfpretrain.evaluation.validation import ValidationSets
+from hfpretrain.evaluation.validation import ValidationSets, domains
 from hfpretrain.recipe.schema import RecipeError
-from hfpretrain.training import metrics
 
 
 def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:
@@ -85,7 +84,7 @@ class Evaluator:
             f"step {run.state.step}: validation loss {figures['loss']:.4f}, perplexity "
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
-        for name in metrics.domains(row):  # one set may get worse while the total improves
+        for name in domains(row):  # one set may get worse while the total improves
             run.records.say(
                 f"  {name}: loss {figures[f'{name}/loss']:.4f}, perplexity {figures[f'{name}/perplexity']:.2f}, "
                 f"bits per byte {figures[f'{name}/bits_per_byte']:.4f}"

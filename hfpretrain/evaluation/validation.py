@@ -80,3 +80,9 @@ class ValidationSets:
                 domain = name.removeprefix(f"{VALIDATION}-")
                 found |= {f"{domain}/{key}": value for key, value in sums.figures(table).items()}
         return found
+
+
+def domains(row: dict[str, Any]) -> list[str]:
+    """Names of the validation sets of which an evaluation has figures beside those of all text."""
+    names = (key[len("eval/") : -len("/bits_per_byte")] for key in row if key.endswith("/bits_per_byte"))
+    return [name for name in names if f"eval/{name}/loss" in row]

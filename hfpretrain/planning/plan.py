@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hfpretrain.data.source_files import is_folder
 from hfpretrain.engines import launch
 from hfpretrain.modeling import optim
+from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.planning import devices
 from hfpretrain.recipe.schema import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps, unknown_key
-from hfpretrain.training import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -157,17 +157,6 @@ def parameters_of(config: PretrainedConfig) -> Parameters:
         raise RecipeError.at("model.config", message) from error
 
 
-def flops_per_token(config: PretrainedConfig, counts: Parameters, block_size: int) -> float:
-    """Training FLOPs a token of a model: `metrics.flops_per_token` of the parameters in its matrix products."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ["attention"] * (getattr(text, "num_hidden_layers", 0) or 0)
-    attention = sum("attention" in kind and "linear" not in kind for kind in kinds)
-    hidden = getattr(text, "hidden_size", 0) or 0
-    return metrics.flops_per_token(
-        counts.active_non_embedding + text.vocab_size * hidden, attention, hidden, block_size
-    )
-
-
 def require_divisible_batch(recipe: Recipe, num_processes: int, engine: str | None) -> None:
     """Raises `RecipeError` if a step's sequences don't divide among the processes, or `engine` runs only one process.
 
@@ -227,7 +216,7 @@ def make_plan(
         device, num_processes, mixed_precision or training.mixed_precision, cpu_peak_flops
     )
     counts = parameters_of(config)
-    per_token = flops_per_token(config, counts, block_size)
+    per_token = model_flops_per_token(config, counts, block_size)
     tokens = training.num_steps * training.tokens_per_step
     # Processes on one CPU share its peak.
     all_peaks = None if peak is None else peak * (1 if on_cpu else num_processes)

@@ -66,6 +66,13 @@ def keep_edits(path: Path, remote: str | None) -> None:
         files.write_whole(path.with_name("README.hub.md"), remote)
 
 
+def describe_export(run: Path, folder: Path, step: int, repo_id: str | None = None) -> None:
+    """Put the card and the figures of a step into `folder`, the exported model of that step."""
+    write_card(run, folder, step, repo_id)
+    (folder / "metrics.json").write_text(json.dumps(figures(run, step), indent=1), encoding="utf-8")
+    files.add_sums(folder, [folder / "metrics.json"])
+
+
 def figures(run: Path, step: int | None = None) -> dict[str, Any]:
     """The newest figures of each kind that were measured up to a step."""
     return metrics.History.read(run / "metrics.jsonl", step).figures

@@ -13,15 +13,15 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from hfpretrain import files
+from hfpretrain.checkpoints.saver import STATE, TRAIN_STATE, train_state
 
-STATE, MODEL = "state", "model"
+MODEL = "model"
 LOCK = ".lock"
 """Two publishers of one run would undo each other's work."""
-_PUBLISHED, _TRAIN_STATE = "published.json", "train_state.json"
-_OURS = (_TRAIN_STATE, f"{MODEL}/README.md")  # which no manifest names
+_PUBLISHED = "published.json"
+_OURS = (TRAIN_STATE, f"{MODEL}/README.md")  # which no manifest names
 
 
 def put(checkpoint: Path, outbox: Path) -> str | None:
@@ -45,7 +45,7 @@ def put(checkpoint: Path, outbox: Path) -> str | None:
             os.link(file, work / STATE / file.name)
         except OSError:  # a file system without hard links
             shutil.copy2(file, work / STATE / file.name)
-    shutil.copy2(checkpoint / _TRAIN_STATE, work)
+    shutil.copy2(checkpoint / TRAIN_STATE, work)
     files.put_in_place(work, place, _OURS)
     return None
 
@@ -58,12 +58,6 @@ def identity(place: Path) -> str | None:
         return f"run {state['run_id']}, ledger {state['ledger'][:16]}"
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def train_state(place: Path) -> dict[str, Any]:
-    """The counters of a checkpoint, in the outbox or not."""
-    state: dict[str, Any] = json.loads((place / _TRAIN_STATE).read_text(encoding="utf-8"))
-    return state
 
 
 def waiting(outbox: Path) -> list[Path]:

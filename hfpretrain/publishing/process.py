@@ -26,6 +26,8 @@ class Publishing:
     """The publisher of a run folder; where `hub.repo_id` is not set, it does nothing."""
 
     def __init__(self, run: Path, section: HubSection):
+        if section.repo_id is not None:
+            outbox.sweep(run / "outbox")
         self._run, self._section, self._wanted = run, section, section.repo_id is not None
         self._process: subprocess.Popen[str] | None = None
         self._said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

@@ -21,9 +21,11 @@ import psutil
 from filelock import FileLock
 
 from hfpretrain import files
+from hfpretrain.checkpoints.saver import STATE
 from hfpretrain.publishing import outbox
-from hfpretrain.publishing.repository import HopelessError, Repo, Trouble, bound_waiting, trouble
+from hfpretrain.publishing.repository import Repo
 from hfpretrain.recipe import redaction
+from hfpretrain.recipe.hub import HopelessError, Trouble, bound_waiting, trouble
 from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import HubSection, load_recipe
 
@@ -45,7 +47,7 @@ class Publisher:
     def __init__(self, run: Path, section: HubSection, repo: Repo, tell: Callable[..., None], keep: bool = False):
         self._run, self._section, self._repo, self._tell, self._keep = run, section, repo, tell, keep
         self._outbox = run / "outbox"
-        self.needed = f"{outbox.STATE}/{files.MANIFEST}" if section.push_state else "config.json"
+        self.needed = f"{STATE}/{files.MANIFEST}" if section.push_state else "config.json"
         self._attempts: dict[str, int] = {}
         self._finished: set[str | None] = set()  # pushed, or never to be; by `title`, for a step may be done again
         self._failures, self._retry_at, self._asked = 0, 0.0, False
@@ -146,12 +148,12 @@ class Publisher:
             return commit
         content = {path.name: path for path in (place / outbox.MODEL).iterdir()}
         if self._section.push_state:
-            if not (place / outbox.STATE).is_dir():
+            if not (place / STATE).is_dir():
                 raise HopelessError("its state was not kept; push without it")
-            recipe = place / outbox.STATE / "recipe.yaml"
+            recipe = place / STATE / "recipe.yaml"
             if recipe.is_file() and redact(written := recipe.read_text(encoding="utf-8")) != written:
                 raise HopelessError("an older version left a secret in the recipe of its state; push without the state")
-            content |= {f"{outbox.STATE}/{path.name}": path for path in (place / outbox.STATE).iterdir()}
+            content |= {f"{STATE}/{path.name}": path for path in (place / STATE).iterdir()}
         return self._repo.push_revision(place.name, name, text, content)
 
     def _export_one(self) -> None:
@@ -166,7 +168,7 @@ class Publisher:
                     self._close(place.name)
                     continue
                 if not self._section.push_state:
-                    files.discard(place / outbox.STATE)
+                    files.discard(place / STATE)
                 return
 
 
@@ -183,9 +185,11 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     Takes as much memory as the weights twice. Raises `RecipeError` if the checkpoint's checksums do not hold.
     """
     from hfpretrain.checkpoints import plain
+    from hfpretrain.publishing import card
 
     work = files.work_folder(place / outbox.MODEL)
-    plain.write(run, place / outbox.STATE, files.step_of(place), work, repo_id)
+    plain.write(run, place / STATE, work)
+    card.describe_export(run, work, files.step_of(place), repo_id)
     work.rename(place / outbox.MODEL)
 
 

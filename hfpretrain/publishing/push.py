@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 from hfpretrain import files
 from hfpretrain.publishing import outbox
 from hfpretrain.publishing.publisher import MAIN, Publisher, title
-from hfpretrain.publishing.repository import Repo, bound_waiting, trouble
+from hfpretrain.publishing.repository import Repo
+from hfpretrain.recipe.hub import bound_waiting, trouble
 from hfpretrain.recipe.schema import HubSection, RecipeError, load_recipe, repo_id_problem
 
 

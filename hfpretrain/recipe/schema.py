@@ -1152,6 +1152,32 @@ def dump_mapping(mapping: dict[str, Any]) -> str:
     return yaml.safe_dump(redacted(mapping), sort_keys=False, allow_unicode=True)
 
 
+# What may differ when a run is taken up again: none of it changes which text is learned in which step.
+MAY_DIFFER = (
+    "output_dir",
+    "data.prepared_dir",
+    "model.attn_implementation",
+    "model.gradient_checkpointing",
+    "model.dtype",
+    "model.use_liger_kernel",
+    "tokenizer.chat_template",
+    "tokenizer.add_bos",  # the prepared text is compared
+    "tokenizer.max_unknown",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.micro_batch_size",
+    "training.chunked_loss",
+    "training.compile",
+    "training.stop_after",
+    "training.timeout_seconds",
+    "stability",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "hub",
+)
+
+
 def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
     """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections.
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hfpretrain import files
+from hfpretrain.evaluation.validation import domains
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +138,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iterate_metrics(path))
 
 
-def domains(row: dict[str, Any]) -> list[str]:
-    """Names of the validation sets of which an evaluation has figures beside those of all text."""
-    names = (key[len("eval/") : -len("/bits_per_byte")] for key in row if key.endswith("/bits_per_byte"))
-    return [name for name in names if f"eval/{name}/loss" in row]
-
-
 class Curve:
     """Points for a picture, in the order of x. Where there are more than it has pixels, only the lowest and the highest
     of neighboring points are kept."""
@@ -233,11 +228,6 @@ class History:
     def speeds(self) -> Iterator[tuple[int, float]]:
         """Step and tokens a second of each log step."""
         return zip(self._steps, self._speeds, strict=True)
-
-
-def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: int, block_size: int) -> float:
-    """Training FLOPs per token, forward and backward: 6 N + 12 L H T (Chowdhery et al. 2022, PaLM, appendix B)."""
-    return 6.0 * num_matmul_parameters + 12.0 * num_layers * hidden_size * block_size
 
 
 class Clock:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain.data import corpus
-from hfpretrain.publishing.repository import trouble
+from hfpretrain.recipe.hub import trouble
 from hfpretrain.recipe.schema import (
     FILE_FORMATS,
     Problem,

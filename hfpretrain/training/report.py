@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import __version__, files
+from hfpretrain.checkpoints import export
 from hfpretrain.data.prepare import epochs_text, summary
 from hfpretrain.data.tokenizer import document_prefix, document_start, say_framing
 from hfpretrain.engines import engine
+from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.redaction import redacted, without_folders
 from hfpretrain.recipe.schema import dump_recipe
-from hfpretrain.training import metrics
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 _OTHERS = ("evaluate", "deepspeed", "torchao", "schedulefree")
-PLAIN = "config"
-"""Folder of a run with its model's config and its tokenizer: what an export is made of beside weights."""
 DATA = "data.json"
 ENVIRONMENT = "environment.json"
 
@@ -135,10 +134,10 @@ def _commit() -> str | None:
 def describe(run: Any) -> None:
     """Write into the run folder what tells of the run without what it was made from."""
     folder = run.output_dir
-    run.config.save_pretrained(folder / PLAIN)
-    run.tokenizer.save_pretrained(folder / PLAIN)
+    run.config.save_pretrained(folder / export.PLAIN)
+    run.tokenizer.save_pretrained(folder / export.PLAIN)
     if run.generation_config is not None:
-        run.generation_config.to_json_file(folder / PLAIN / "generation_config.json")
+        run.generation_config.to_json_file(folder / export.PLAIN / "generation_config.json")
     _, _, account = summary(run.prepared).partition("\n")
     if run.recipe.data.streaming:
         sources = ", ".join(without_folders(source.path) for source in run.recipe.data.sources)
@@ -177,7 +176,7 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
     ]
     for row in run.records.history().evaluations:
         lines.append(f"  {_moment(row['step'], run.state.step):<16} {evaluation_text(row)}")
-        lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in metrics.domains(row)]
+        lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
     if run.epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs_text(run.recipe, run.epochs)}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]

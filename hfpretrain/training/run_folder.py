@@ -6,32 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, differences, load_recipe
-
-# What may differ when a run is taken up again: none of it changes which text is learned in which step.
-MAY_DIFFER = (
-    "output_dir",
-    "data.prepared_dir",
-    "model.attn_implementation",
-    "model.gradient_checkpointing",
-    "model.dtype",
-    "model.use_liger_kernel",
-    "tokenizer.chat_template",
-    "tokenizer.add_bos",  # the prepared text is compared
-    "tokenizer.max_unknown",
-    "training.max_steps",
-    "training.max_tokens",
-    "training.micro_batch_size",
-    "training.chunked_loss",
-    "training.compile",
-    "training.stop_after",
-    "training.timeout_seconds",
-    "stability",
-    "evaluation",
-    "checkpoint",
-    "logging",
-    "hub",
-)
+from hfpretrain.recipe.schema import MAY_DIFFER, Problem, Recipe, RecipeError, differences, load_recipe
 
 
 def refuse_other_run(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -40,12 +40,12 @@ from hfpretrain.engines import distributed, engine, launch
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling import build as modeling
 from hfpretrain.modeling import initialization, optim
+from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.loss import examine_loss, use_chunked_loss
 from hfpretrain.planning import devices, plan
-from hfpretrain.publishing import outbox
-from hfpretrain.publishing.process import Publishing
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import (
+    MAY_DIFFER,
     HubSection,
     Recipe,
     RecipeError,
@@ -63,7 +63,7 @@ from hfpretrain.training.stopping import StoppedEarlyError, Stops
 
 # Keys that may differ between two starts of a run and change nothing in a step.
 _NOT_OF_STEPS = (
-    *(key for key in run_folder.MAY_DIFFER if not key.startswith(("model.", "training.", "stability"))),
+    *(key for key in MAY_DIFFER if not key.startswith(("model.", "training.", "stability"))),
     "model.attn_implementation",  # the kernel itself is compared, which `auto` may also have chosen
     "model.dtype",
     "training.max_steps",
@@ -81,6 +81,28 @@ class TrainingDivergedError(RuntimeError):
 
 class NotSavedError(RuntimeError):
     """The last checkpoint of a run could not be written."""
+
+
+class Publisher(Protocol):
+    """Pushes a run to the Hub while it trains, as `publishing.process.Publishing` does."""
+
+    def start(self) -> None:
+        """Begin to push what waits."""
+
+    def keep(self, checkpoint: Path) -> None:
+        """Keep a sealed checkpoint until it is pushed."""
+
+    def news(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return what happened since the last call: sentences with figures."""
+
+    def finish(self, stopped: Callable[[], bool]) -> None:
+        """Push the export and all that is missing, unless `stopped`."""
+
+    def table(self) -> str:
+        """Return a table of what is where."""
+
+    def close(self) -> None:
+        """End at once."""
 
 
 class Stopping(Exception):  # noqa: N818 - not an error
@@ -120,7 +142,13 @@ class TrainState:
 class Run:
     """Everything one process holds while it trains."""
 
-    def __init__(self, recipe: Recipe, watch: watchdog.Watch, stops: Stops):
+    def __init__(
+        self,
+        recipe: Recipe,
+        watch: watchdog.Watch,
+        stops: Stops,
+        make_publisher: Callable[[Path, HubSection], Publisher],
+    ):
         self.recipe, self.output_dir, self.watch, self.stops = recipe, Path(recipe.output_dir), watch, stops
         launch.require_supported()
         launch.require_cuttable(
@@ -133,7 +161,6 @@ class Run:
         self._lock = run_folder.lock(self.output_dir) if self.is_main else None
         if self.is_main:
             export.repair(self.output_dir)
-            outbox.sweep(self.output_dir / "outbox")
         training = recipe.training
         self.accelerator = engine.build_accelerator(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
@@ -142,7 +169,7 @@ class Run:
         self._meet_the_others()
         self._votes = distributed.Votes(distributed.control_group(self.accelerator, training.timeout_seconds))
         self._saving_group = distributed.control_group(self.accelerator, training.timeout_seconds)
-        self.publishing = Publishing(self.output_dir, recipe.hub if self.is_main else HubSection())
+        self.publishing = make_publisher(self.output_dir, recipe.hub if self.is_main else HubSection())
         self.saver = saver.Saver(
             self.output_dir / "checkpoints", recipe.checkpoint, self._saving_group, self.publishing.keep
         )
@@ -498,7 +525,7 @@ class Run:
         self.clock = metrics.Clock(self.accelerator.device)
         self.peak_flops = self._peak_flops()
         self.profiler = metrics.Profiler(self.recipe.logging.profile_steps, self.output_dir / "profile", self.is_main)
-        self.flops_per_token = plan.flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
+        self.flops_per_token = model_flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
             report.describe(self)
             self.publishing.start()

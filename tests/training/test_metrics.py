@@ -6,6 +6,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
+from hfpretrain.modeling.flops import flops_per_token
 from hfpretrain.training import metrics
 
 
@@ -75,7 +76,7 @@ def test_what_is_kept_of_a_long_run_is_small_and_shows_its_extremes():
 
 def test_flops():
     # GPT-2 124M at 1,024 tokens: 6 * 124e6 plus the attention's share
-    assert metrics.flops_per_token(124_000_000, 12, 768, 1024) == pytest.approx(857e6, rel=0.01)
+    assert flops_per_token(124_000_000, 12, 768, 1024) == pytest.approx(857e6, rel=0.01)
 
 
 def test_peak_memory_counts_what_is_used_after_its_start():

@@ -1,0 +1,21 @@
+"""Floating point operations of a training step, counted from the sizes of a model."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from hfpretrain.modeling.build import Parameters
+
+
+def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: int, block_size: int) -> float:
+    """Training FLOPs per token, forward and backward: 6 N + 12 L H T (Chowdhery et al. 2022, PaLM, appendix B)."""
+    return 6.0 * num_matmul_parameters + 12.0 * num_layers * hidden_size * block_size
+
+
+def model_flops_per_token(config: PretrainedConfig, counts: Parameters, block_size: int) -> float:
+    """Training FLOPs per token of a model, by the parameters in its matrix products and its attention layers."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["attention"] * (getattr(text, "num_hidden_layers", 0) or 0)
+    attention = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    hidden = getattr(text, "hidden_size", 0) or 0
+    return flops_per_token(counts.active_non_embedding + text.vocab_size * hidden, attention, hidden, block_size)

@@ -1,0 +1,61 @@
+"""What every request to the Hub shares: how long it may wait, and what its errors mean."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, NamedTuple
+
+from hfpretrain.recipe.redaction import redact
+from hfpretrain.recipe.schema import RecipeError
+
+TIMEOUT_SECONDS = 60
+"""For so long a connection may say nothing; huggingface_hub itself would wait for ever."""
+
+
+class HopelessError(Exception):
+    """What can't be pushed whenever it is tried."""
+
+
+class Trouble(NamedTuple):
+    """Why something was not done."""
+
+    text: str
+    retry_after: int | None
+    """Seconds after which the Hub wants to be asked again, where it said so."""
+    final: bool
+    """Whether trying again is of no use."""
+
+
+def bound_waiting() -> None:
+    """From now on this process's requests fail after `TIMEOUT_SECONDS` of silence, and log no addresses: those of
+    storage are signed."""
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    def client() -> Any:
+        made = _http.default_client_factory()
+        made.timeout = TIMEOUT_SECONDS
+        return made
+
+    huggingface_hub.set_client_factory(client)
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def trouble(error: Exception) -> Trouble:
+    """What to say of an error, and whether and when to try again. No signed address and no token is in it."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", redact(" ".join(str(error).split())))[:300]
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        advice = "; `hf auth login` sets a token" if response.status_code in (401, 403) else ""
+        wait = response.headers.get("Retry-After", "")
+        message = error.server_message or response.reason_phrase
+        where = f"{response.request.method} {response.request.url.path}"
+        text = f"{response.status_code} {' '.join(message.split()):.200} ({where}){advice}"
+        return Trouble(text, int(wait) if wait.isdigit() else None, False)
+    final = isinstance(error, (HopelessError, RecipeError, HFValidationError, OfflineModeIsEnabled))
+    return Trouble(text if final else f"{type(error).__name__}: {text}", None, final)
