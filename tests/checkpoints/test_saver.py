@@ -6,6 +6,7 @@ import torch
 
 from hfpretrain import files
 from hfpretrain.checkpoints import saver as checkpoint
+from hfpretrain.engines import pieces
 from hfpretrain.recipe.schema import CheckpointSection, RecipeError
 
 
@@ -82,7 +83,7 @@ def test_a_save_in_the_background_is_a_copy_and_the_next_waits_for_it(tmp_path):
     assert first.waited_seconds < 0.1 and first.seconds >= 0.3 and second.waited_seconds > 0.1
     for step, value in ((1, 0.0), (2, 7.0)):
         loaded = {"model": {"w": torch.ones(4)}}
-        checkpoint.fragments.load(loaded, tmp_path / f"step-{step:08d}")
+        pieces.load(loaded, tmp_path / f"step-{step:08d}")
         assert loaded["model"]["w"].tolist() == [value] * 4
 
 
