@@ -53,7 +53,7 @@ def test_a_precision_the_hardware_lacks_is_refused(name, device, capability, sha
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_fp8_trains_saves_resumes_and_exports(folder):
     recipe = write_recipe(folder, training__mixed_precision="fp8", checkpoint={"every_steps": 3})
-    on_a_cpu = "from hfpretrain import precision; precision.problem = lambda *_, **__: None; "
+    on_a_cpu = "from hfpretrain.engines import precision; precision.problem = lambda *_, **__: None; "
     command = [sys.executable, "-c", on_a_cpu + "from hfpretrain.train import main; raise SystemExit(main())", recipe]
 
     def losses(resumes):
@@ -74,7 +74,7 @@ def test_a_run_goes_on_where_auto_means_another_precision(folder):
     recipe = write_recipe(folder, training__mixed_precision="auto", checkpoint__every_steps=2)
     losses = []
     for has_bf16, steps in ((True, 4), (False, 6)):
-        machine = f"from hfpretrain import precision; precision.has_bf16 = lambda: {has_bf16}; "
+        machine = f"from hfpretrain.engines import precision; precision.has_bf16 = lambda: {has_bf16}; "
         code = machine + "from hfpretrain.train import main; raise SystemExit(main())"
         command = [sys.executable, "-c", code, recipe, f"--training.max_steps={steps}"]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
