@@ -22,8 +22,9 @@ import datasets
 from transformers import AutoTokenizer
 
 from hfpretrain.data.corpus import Reader
-from hfpretrain.data.prepare import num_cores, prepare
+from hfpretrain.data.prepare import prepare
 from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import Recipe, SourceSection, TokenizerSection
 
 BLOCK_SIZE = 1024

@@ -28,6 +28,7 @@ from hfpretrain.planning import table
 from hfpretrain.publishing import card
 from hfpretrain.publishing.process import Publishing
 from hfpretrain.recipe import redaction
+from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.training import console, watchdog
 from hfpretrain.training.loading import load_recipe
@@ -119,7 +120,7 @@ def _fit(run: Run) -> None:
         run.clock.mark("data")
         run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
         batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
-        num_items = distributed.total(accelerator, sum((b["labels"][:, 1:] != -100).sum() for b in batches))
+        num_items = distributed.total(accelerator, sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in batches))
         loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for number, batch in enumerate(engine.split_sequences(accelerator, batch) for batch in batches):
             run.watch.beat("train", state.step)

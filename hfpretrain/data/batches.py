@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import xxhash
 
-IGNORE_INDEX = -100
+from hfpretrain.recipe.labels import IGNORE_INDEX
+
 _ROUND = 10_000
 _PATIENCE_SECONDS = 5.0
 Item = TypeVar("Item")

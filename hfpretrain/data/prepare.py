@@ -26,6 +26,7 @@ from hfpretrain.data.packing import Batch, Item
 from hfpretrain.data.prepared import VALIDATION, PreparedData, is_validation, part_account, part_key, part_source
 from hfpretrain.data.shares import Share, Shares
 from hfpretrain.data.store import Mirror
+from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import (
     DataSection,
@@ -111,11 +112,6 @@ def _tokenizer_identity(section: TokenizerSection) -> list[Any]:
             raise RecipeError.at("tokenizer.pretrained", f"{where}: {message}{advice}") from error
     found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_TOKENIZER_SUFFIXES) and file.is_file()]
     return [[file.name, files.sha256(file)] for file in found]
-
-
-def num_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:

@@ -27,6 +27,7 @@ from hfpretrain.engines import precision as precisions
 from hfpretrain.engines import ulysses as sequence_parallel
 from hfpretrain.modeling import initialization
 from hfpretrain.modeling.initialization import Weights
+from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import MixedPrecision, RecipeError
 
 _OFFLOADED = ("optimizer", "param")
@@ -118,8 +119,7 @@ def _require_trackers(trackers: list[str]) -> None:
 
 def _use_all_cores() -> None:
     # The launcher sets one thread for a process unless told otherwise; idle cores help nobody.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _set_up_cpu() -> None:

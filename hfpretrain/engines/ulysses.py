@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-IGNORE_INDEX = -100
 
 
 def mask_documents(model: PreTrainedModel) -> None:

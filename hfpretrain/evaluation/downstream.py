@@ -15,7 +15,7 @@ import torch
 
 from hfpretrain.data.tokenizer import Encoder, load_tokenizer
 from hfpretrain.evaluation.score import Texts, Windows, evaluate_checkpoint
-from hfpretrain.modeling.loss import IGNORE_INDEX
+from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import RecipeError, TokenizerSection
 
 TOLERANCE = 1e-5

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import EvaluationSection, Problem, RecipeError, repo_id_problem
 
 if TYPE_CHECKING:
@@ -114,8 +115,6 @@ class MetricFolders:
 
     def add(self, predictions: torch.Tensor, references: torch.Tensor) -> None:
         """Tokens of all processes, int64 (n, length); places whose reference is -100 are left out."""
-        from hfpretrain.modeling.loss import IGNORE_INDEX
-
         valid = references != IGNORE_INDEX
         for metric in self._metrics.values():
             predicted, wanted = predictions[valid].cpu().numpy(), references[valid].cpu().numpy()

@@ -17,7 +17,8 @@ from hfpretrain.data.tokenizer import Encoder, document_start, load_tokenizer, t
 from hfpretrain.evaluation import lm_eval_tasks
 from hfpretrain.evaluation import sums as evaluation
 from hfpretrain.modeling.build import isolates_documents
-from hfpretrain.modeling.loss import IGNORE_INDEX, use_chunked_loss
+from hfpretrain.modeling.loss import use_chunked_loss
+from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import (
     DataSection,
     LmEvalSection,

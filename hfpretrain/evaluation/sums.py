@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from hfpretrain.evaluation.token_perplexity import TokenPerplexity
-from hfpretrain.modeling.loss import IGNORE_INDEX, token_losses
+from hfpretrain.modeling.loss import token_losses
+from hfpretrain.recipe.labels import IGNORE_INDEX
 
 DOCUMENTS = "documents"
 """Key of a batch: int64 (batch, length), the number of the document that each label is of."""

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfpretrain.data.batches import IGNORE_INDEX, Blocks, collate
+from hfpretrain.data.batches import Blocks, collate
 from hfpretrain.data.prepared import VALIDATION, PreparedData
 from hfpretrain.evaluation import sums
+from hfpretrain.recipe.labels import IGNORE_INDEX
 
 
 class ValidationSets:

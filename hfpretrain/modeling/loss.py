@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import cross_entropy, linear, pad
 
+from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import RecipeError
 
-IGNORE_INDEX = -100
 _MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; below it kernel launches cost more than memory
 _ROWS = 2**14
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models that add their output `aux_loss`

@@ -14,6 +14,7 @@ from hfpretrain.engines import launch
 from hfpretrain.modeling import optim
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.planning import devices
+from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps, unknown_key
 
 if TYPE_CHECKING:
@@ -455,7 +456,6 @@ def cpu_step_seconds(
     """
     import torch
 
-    from hfpretrain.data.prepare import num_cores
     from hfpretrain.modeling import loss
 
     size, block_size = recipe.training.micro_batch_size, recipe.data.block_size
@@ -496,8 +496,6 @@ def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.1) 
     The best within `min_seconds`, since another program's work only makes them slower.
     """
     import torch
-
-    from hfpretrain.data.prepare import num_cores
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
     threads = torch.get_num_threads()

@@ -7,7 +7,6 @@ import torch
 
 from hfpretrain.data import batches
 from hfpretrain.data.batches import (
-    IGNORE_INDEX,
     Blocks,
     Ledger,
     Permutation,
@@ -19,6 +18,7 @@ from hfpretrain.data.batches import (
     epoch_shifts,
     in_thread,
 )
+from hfpretrain.recipe.labels import IGNORE_INDEX
 
 EOS = 0
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfpretrain import evaluate_perplexity, files, training_batches
 from hfpretrain.data import prepared
-from hfpretrain.data.batches import IGNORE_INDEX, collate, document_positions
+from hfpretrain.data.batches import collate, document_positions
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path, summary
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.data.tokenizer import (
@@ -25,6 +25,7 @@ from hfpretrain.data.tokenizer import (
 )
 from hfpretrain.evaluation.lm_eval_tasks import Processes, shared_language_model
 from hfpretrain.evaluation.score import Windows, evaluate_checkpoint
+from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
 
 BOS, EOS = 320, 0

@@ -1,6 +1,7 @@
 import torch
 
 from hfpretrain.engines import ulysses
+from hfpretrain.recipe.labels import IGNORE_INDEX
 
 EOS = 0
 
@@ -13,7 +14,7 @@ def test_parts_of_a_sequence_have_every_label_once_and_the_positions_of_the_whol
     together = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
     assert torch.equal(together["input_ids"], input_ids) and torch.equal(together["position_ids"], positions)
     assert torch.equal(together["shift_labels"][:, :-1], input_ids[:, 1:])
-    assert (together["shift_labels"][:, -1] == ulysses.IGNORE_INDEX).all()
+    assert (together["shift_labels"][:, -1] == IGNORE_INDEX).all()
     del batch["position_ids"]
     assert ulysses.split(batch, 1, 4)["position_ids"].tolist() == [[2, 3], [2, 3]]
 
