@@ -91,7 +91,7 @@ def training_data(num_blocks: int):
 def data_of_a_step(quick: bool) -> list[Curve]:
     import numpy as np
 
-    from hfpretrain.data.batches import TrainingOrder
+    from hfpretrain.data.order import TrainingOrder
 
     sizes = [10**4, 10**5] if quick else [10**exponent for exponent in range(4, 10)]
     step = Curve("data", "all of it", sizes, expected="0")
@@ -113,7 +113,8 @@ def start_up(quick: bool) -> list[Curve]:
     """What a run does that finds a checkpoint: read the ledger, compare it with the data, fetch the first batch."""
     import numpy as np
 
-    from hfpretrain.data.batches import Ledger, Prefetcher
+    from hfpretrain.data.batches import Prefetcher
+    from hfpretrain.data.ledger import Ledger
     from hfpretrain.training.consumption import LEDGER, Consumption
 
     steps = [0, 8, 32] if quick else [0, 10**3, 10**4, 10**5, 10**6, 4 * 10**6]

@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 
-from hfpretrain.data.batches import Blocks, TrainingData, TrainingOrder
+from hfpretrain.data.batches import Blocks, TrainingData
+from hfpretrain.data.order import TrainingOrder
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hfpretrain.data.prepare import prepare, training_batches
+    from hfpretrain.data.batches import training_batches
+    from hfpretrain.data.prepare import prepare
     from hfpretrain.evaluation.score import evaluate_perplexity
     from hfpretrain.recipe.schema import Recipe, RecipeError
     from hfpretrain.train import train
@@ -26,7 +27,7 @@ _HOMES = {
     "load_recipe": "training.loading",
     "prepare": "data.prepare",
     "train": "train",
-    "training_batches": "data.prepare",
+    "training_batches": "data.batches",
     "evaluate_perplexity": "evaluation.score",
 }
 

@@ -223,7 +223,7 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     """Parameter counts, None where they are not known yet, and lines on epochs, disk space and context; needs torch."""
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
-    from hfpretrain.data.prepare import epochs, epochs_text
+    from hfpretrain.data.batches import epochs, epochs_text
     from hfpretrain.modeling import optim
     from hfpretrain.modeling.build import context_note
     from hfpretrain.planning import plan
@@ -282,7 +282,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.data.prepare import prepare, prepare_shard, summary
+    from hfpretrain.data.prepare import prepare, prepare_shard
+    from hfpretrain.data.summary import summary
 
     if args.num_workers is not None and args.num_workers < 1:
         raise RecipeError.at("--num-workers", f"{args.num_workers} must be at least 1")

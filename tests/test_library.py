@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfpretrain
 from hfpretrain import evaluate_perplexity, load_recipe, prepare, training_batches
-from hfpretrain.data.batches import Ledger, sequence_checksum
+from hfpretrain.data.ledger import Ledger, sequence_checksum
 from hfpretrain.recipe.schema import RecipeError
 
 SCRIPT = """

@@ -22,7 +22,7 @@ from conftest import ROOT, environment, rows, small_text, train, write_jsonl, wr
 
 from hfpretrain import cli, files, load_recipe
 from hfpretrain.data import corpus, streaming
-from hfpretrain.data.store import Mirror
+from hfpretrain.data.remote_copy import Mirror
 from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
 from hfpretrain.evaluation import score, token_perplexity
 from hfpretrain.evaluation.recipe_metrics import MetricFolders

@@ -6,56 +6,25 @@ the number of processes only decides who computes a sequence, never which sequen
 
 from __future__ import annotations
 
-import hashlib
+import math
 import queue
 import threading
 import time
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import xxhash
 
+from hfpretrain.data.ledger import sequence_checksum
+from hfpretrain.data.order import TrainingOrder, epoch_shifts
+from hfpretrain.data.prepared import PreparedData
 from hfpretrain.recipe.labels import IGNORE_INDEX
+from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
 
-_ROUND = 10_000
 _PATIENCE_SECONDS = 5.0
 Item = TypeVar("Item")
-
-
-class Permutation:
-    """A keyed bijection of range(size): a four-round Feistel network on the next even power of two, walked until the
-    value falls inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No memory, any size."""
-
-    def __init__(self, size: int, *key: int):
-        self.size = size
-        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
-        self._mask = np.uint64((1 << self._half) - 1)
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
-        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-
-    def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Images of `index`: int64 (n,) in range(size), to int64 (n,)."""
-        value = self._encrypt(index.astype(np.uint64))
-        while (outside := value >= np.uint64(self.size)).any():
-            value[outside] = self._encrypt(value[outside])
-        return value.astype(np.int64)
-
-    def _encrypt(self, value: np.ndarray) -> np.ndarray:
-        left, right = value >> np.uint64(self._half), value & self._mask
-        for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & self._mask)
-        return (left << np.uint64(self._half)) | right
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014); uint64 arithmetic wraps."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 class Blocks:
@@ -91,81 +60,6 @@ class Blocks:
         tokens = np.concatenate([self[rows][:, shift:], self[(rows + 1) % len(self)][:, :shift]], axis=1)
         last_rows = np.array([len(self) - 1]) if self._last_rows is None else self._last_rows
         return tokens, np.where(np.isin(rows, last_rows), self.block_size - shift, 0)
-
-
-class TrainingOrder:
-    """Position in the run to (stream, row).
-
-    `stages`: (first position, weights of the streams), the first at 0; empty for a single stream. With weights the
-    streams are interleaved evenly in rounds of 10,000 sequences, so that every stream has its share to within 1e-4 at
-    any moment of a stage; each stream is shuffled anew in each of its own epochs.
-    """
-
-    def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
-        self.sizes, self.seed = list(sizes), seed
-        stages = stages or [(0, [1.0])]
-        self._first = np.array([first for first, _ in stages])
-        self._tables = [_interleaved(weights) for _, weights in stages]
-        # Sequences of each stream before each stage.
-        self._base = [np.zeros(len(stages[0][1]), dtype=np.int64)]
-        for stage in range(1, len(stages)):
-            self._base.append(self._base[-1] + self._within(stage - 1, self._first[stage] - self._first[stage - 1]))
-
-    def _within(self, stage: int, count: int) -> np.ndarray:
-        """Sequences of each stream among the first `count` of a stage."""
-        streams, _, counts = self._tables[stage]
-        rounds, slots = divmod(int(count), len(streams))
-        return rounds * counts + np.bincount(streams[:slots], minlength=len(counts))
-
-    def counts(self, position: int) -> np.ndarray:
-        """Sequences of each stream before a position of the run: int64 (streams,)."""
-        stage = int(np.searchsorted(self._first, position, side="right")) - 1
-        return self._base[stage] + self._within(stage, position - self._first[stage])
-
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Streams at global sequence positions and how many of that stream came before: int64 (n,) to two (n,)."""
-        stages = np.searchsorted(self._first, positions, side="right") - 1
-        streams, counts = np.empty_like(positions), np.empty_like(positions)
-        for stage in np.unique(stages):
-            here = stages == stage
-            table, ranks, per_round = self._tables[stage]
-            rounds, slots = np.divmod(positions[here] - self._first[stage], len(table))
-            streams[here] = table[slots]
-            counts[here] = self._base[stage][table[slots]] + rounds * per_round[table[slots]] + ranks[slots]
-        return streams, counts
-
-    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Streams, rows and the streams' epochs at global sequence positions: int64 (n,) to three int64 (n,)."""
-        streams, counts = self.draw(positions)
-        rows, all_epochs = np.empty_like(positions), np.empty_like(positions)
-        for stream in np.unique(streams):
-            here = np.flatnonzero(streams == stream)
-            epochs, offsets = np.divmod(counts[here], self.sizes[stream])
-            all_epochs[here] = epochs
-            for epoch in np.unique(epochs):
-                chosen = epochs == epoch
-                permutation = Permutation(self.sizes[stream], self.seed, int(stream), int(epoch))
-                rows[here[chosen]] = permutation(offsets[chosen])
-        return streams, rows, all_epochs
-
-
-def epoch_shifts(epochs: np.ndarray, block_size: int) -> np.ndarray:
-    """By how many tokens the blocks of epochs are shifted, int64 (n,) to int64 (n,): multiples of the golden section,
-    which lie as far apart for any number of epochs as places can; drawn ones would often nearly coincide."""
-    return (epochs * ((5**0.5 - 1) / 2) % 1 * block_size).astype(np.int64)
-
-
-def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One round: the stream at each slot, how many of it came before in the round, and how many it has in all."""
-    if len(weights) == 1:
-        return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
-    share = np.asarray(weights, dtype=np.float64) / sum(weights) * _ROUND
-    counts = np.floor(share).astype(np.int64)
-    counts[np.argsort(counts - share, kind="stable")[: _ROUND - counts.sum()]] += 1
-    streams = np.repeat(np.arange(len(counts)), counts)
-    ranks = np.concatenate([np.arange(count) for count in counts])
-    order = np.argsort((ranks + 0.5) / counts[streams], kind="stable")
-    return streams[order], ranks[order], counts
 
 
 def collate(
@@ -248,56 +142,9 @@ class StepData:
     documents_dropped: int = 0
 
 
-def sequence_checksum(rows: np.ndarray, positions: np.ndarray) -> int:
-    """Sum modulo 2^64 of XXH3 hashes of sequences, int64 (n, block_size), each keyed by its position in the run."""
-    narrow = rows.astype("<u4")
-    hashes = (xxhash.xxh3_64_intdigest(row, seed=int(at)) for row, at in zip(narrow, positions, strict=True))
-    return sum(hashes) % 2**64
-
-
 def by_source(sources: np.ndarray, counted: np.ndarray, num_sources: int) -> np.ndarray:
     """How many places of sequences, bool (n, block_size), are counted for each source, int64 (n,)."""
     return np.bincount(sources, weights=counted.sum(axis=1), minlength=num_sources).astype(np.int64)
-
-
-class Ledger:
-    """Which tokens a run has consumed: one checksum a step, and a hash that rolls over all of them.
-
-    Equal for any number of processes, since the checksum of a step is a sum over its sequences.
-    """
-
-    def __init__(self, checksums: Iterable[int] = ()):
-        self._checksums = array("Q")
-        self._rolling = hashlib.blake2b(digest_size=16)
-        for checksum in checksums:
-            self.append(int(checksum))
-
-    def append(self, checksum: int) -> None:
-        """Note the next step."""
-        self._checksums.append(checksum)
-        self._rolling.update(checksum.to_bytes(8, "little"))
-
-    @property
-    def checksums(self) -> np.ndarray:
-        """Checksums of all steps: uint64 (steps,)."""
-        return np.array(self._checksums, dtype=np.uint64)
-
-    @property
-    def digest(self) -> str:
-        """The rolling hash over all steps so far."""
-        return self._rolling.copy().hexdigest()
-
-    def mismatch(self, checksum_of: Callable[[int], int], tokens_per_step: int, max_tokens: int = 2**28) -> int | None:
-        """The first step whose tokens on disk are not those that were consumed, None if there is none.
-
-        Looks at every step of a run of up to `max_tokens`, else at as many: the newest and others spread evenly.
-        """
-        steps, affordable = len(self._checksums), max(16, max_tokens // tokens_per_step)
-        chosen: Iterable[int] = range(steps)
-        if steps > affordable:
-            newest = range(steps - 8, steps)
-            chosen = sorted({*newest, *np.linspace(0, steps - 1, affordable - 8, dtype=int).tolist()})
-        return next((step for step in chosen if checksum_of(step) != self._checksums[step]), None)
 
 
 class TrainingData:
@@ -474,3 +321,92 @@ def _take(items: queue.Queue[Item | BaseException], must_stop: Callable[[], bool
         if isinstance(item, BaseException):
             raise item
         return item
+
+
+def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> TrainingData:
+    """The prepared training text in the recipe's order; `keywords` as of `TrainingData`.
+
+    Raises `RecipeError` if a source runs out under its `max_epochs` before the end of the run.
+    """
+    data, training = recipe.data, recipe.training
+    stages = _stages(recipe)
+    made = TrainingData(
+        [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
+        stages,
+        seed=recipe.seed,
+        padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
+        shift_blocks=data.shift_blocks,
+        documents_have_prefix=bool(prepared.document_prefix),
+        **keywords,
+    )
+    needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)
+    caps = [source.max_epochs for source in data.sources]
+    numbers = list(range(len(caps)))
+    if not stages:  # all sources are one stream
+        numbers = [min(numbers, key=lambda number: caps[number] or math.inf)]
+        caps = [caps[numbers[0]]]
+    for number, count, size, cap in zip(numbers, needed, made.order.sizes, caps, strict=True):
+        if cap is not None and count > cap * size:
+            raise RecipeError.at(
+                f"data.sources.{number}.max_epochs",
+                f"the run needs {count:,} blocks of this source, {count / size:.2f} times its {size:,}, more than the "
+                f"{cap} allowed; lower its weight, shorten the run or raise the cap",
+            )
+    return made
+
+
+def _stages(recipe: Recipe) -> list[tuple[int, list[float]]]:
+    """First sequence and weights of each stage of a mixture, as of `TrainingOrder`."""
+    return [(-(-tokens // recipe.data.block_size), weights) for tokens, weights in recipe.data.weights]
+
+
+def epochs(recipe: Recipe, prepared: PreparedData) -> list[float]:
+    """How often a run sees the blocks of each source; a single number for all where they have no weights."""
+    sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
+    num_sequences = recipe.training.num_steps * recipe.training.tokens_per_step // recipe.data.block_size
+    counts = TrainingOrder(sizes, _stages(recipe), recipe.seed).counts(num_sequences)
+    return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
+
+
+def epochs_text(recipe: Recipe, found: list[float]) -> str:
+    """`epochs` for people."""
+    if len(found) == 1:
+        return f"{found[0]:.2f}"
+    named = enumerate(zip(recipe.data.sources, found, strict=True))
+    return ", ".join(f"{number:.2f} of source {index} ({source.path})" for index, (source, number) in named)
+
+
+def training_batches(
+    recipe: Recipe,
+    prepared: PreparedData,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    start_step: int = 0,
+    document_masking: bool = True,
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """For every optimizer step of a recipe from `start_step` on the micro-batches of one process: for your own loop.
+
+    The same sequences in the same step as `hfpretrain.train` on any number of processes. Of each micro-batch
+    `input_ids`, `labels` (not shifted, -100 at padding, at BOS where documents begin with it, and where a shifted block
+    goes on with another text) and, with
+    `document_masking`, `position_ids` that restart where a document begins: int64 (micro_batch_size, block_size).
+    Models that isolate packed documents by them do so without an attention mask and with `use_cache=False`; what does
+    not take them needs `document_masking=False`. Raises `RecipeError` if the step's sequences do not divide by
+    `micro_batch_size * num_processes`.
+    """
+    training = recipe.training
+    steps = accumulation_steps(
+        training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes
+    )
+    data = training_data(
+        recipe,
+        prepared,
+        micro_batch_size=training.micro_batch_size,
+        accumulation_steps=steps,
+        process_index=process_index,
+        num_processes=num_processes,
+        eos_token_id=prepared.manifest["eos_token_id"],
+        document_masking=document_masking,
+    )
+    return (data.step(step).batches for step in range(start_step, training.num_steps))

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hfpretrain.data.batches import TrainingData
-from hfpretrain.data.prepare import load_prepared_tokenizer, open_verified, prepared_path, training_data
+from hfpretrain.data.batches import TrainingData, training_data
+from hfpretrain.data.prepare import load_prepared_tokenizer, open_verified, prepared_path
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.recipe.schema import Recipe, RecipeError
 

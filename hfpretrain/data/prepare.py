@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -19,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfpretrain import __version__, files
-from hfpretrain.data import corpus, hygiene, joining, packing, tokenizer
-from hfpretrain.data.batches import Blocks, TrainingData, TrainingOrder
+from hfpretrain.data import assemble, corpus, duplicates, packing, tokenizer
 from hfpretrain.data.corpus import Document, Reader, Splitter
+from hfpretrain.data.encode import Encoder, token_bytes, token_dtype, unknown_id
 from hfpretrain.data.packing import Batch, Item
-from hfpretrain.data.prepared import VALIDATION, PreparedData, is_validation, part_account, part_key, part_source
-from hfpretrain.data.shares import Share, Shares
-from hfpretrain.data.store import Mirror
+from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
+from hfpretrain.data.remote_copy import Mirror
+from hfpretrain.data.shards import Share, Shares
+from hfpretrain.data.summary import require_known
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import (
@@ -35,11 +35,9 @@ from hfpretrain.recipe.schema import (
     RecipeError,
     SourceSection,
     TokenizerSection,
-    accumulation_steps,
 )
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerFast
 
 # Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
@@ -135,49 +133,6 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
     prepared = open_verified(path)
     require_known(prepared, recipe.tokenizer.max_unknown)
     return prepared
-
-
-def require_known(prepared: PreparedData, max_unknown: float) -> None:
-    """Raises `RecipeError` if the tokenizer loses a larger share of a source than `max_unknown`."""
-    for number, source in enumerate(prepared.manifest["sources"]):
-        for share, what in _lost(source):
-            if share > max_unknown:
-                key = "data.sources" if number < len(prepared.manifest["source_identities"]) else "data"
-                where = f"{key}.{number}" if key == "data.sources" else "data.validation_sources"
-                advice = f"use a tokenizer for this text, or raise tokenizer.max_unknown (now {max_unknown:g})"
-                raise RecipeError.at(where, f"{what}; {advice}")
-
-
-def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
-    """The shares of a source that the tokenizer does not know and leaves out, by the manifest, each with a sentence."""
-    tokens = sum(source[kind]["tokens"] for kind in ("train", VALIDATION))
-    unknown, lost = source.get("unknown", 0) / max(1, tokens), source.get("lost_share", 0.0)
-    return [
-        (unknown, f"{unknown:.2%} of its tokens are the unknown token"),
-        (lost, f"the tokenizer leaves out {lost:.2%} of its characters"),
-    ]
-
-
-def notes(prepared: PreparedData) -> list[str]:
-    """A sentence for each way in which tokenizing changed the text, or the recipe's wish, that one should know of."""
-    found = []
-    asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
-    if asked is not None and size < asked:
-        found.append(f"the text gives a vocabulary of {size:,} tokens, not the {asked:,} of tokenizer.vocab_size")
-    data = prepared.manifest["recipe"]
-    number_of_sources = len(prepared.manifest["source_identities"])
-    for number, source in enumerate(prepared.manifest["sources"]):
-        name = f"source {number}" if number < number_of_sources else "validation"
-        chosen = data["sources"][number].get("special_tokens", "text") if number < number_of_sources else "text"
-        special = source.get("special_tokens", {})
-        letters = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
-        if letters and name != "validation":
-            listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(letters.items())[:8])
-            found.append(f"{name}: names of special tokens in the text are read as ordinary text: {listed}")
-        found += [f"{name}: {what}" for share, what in _lost(source) if share]
-        if replaced := source.get("replaced_share"):
-            found.append(f"{name}: the tokenizer's normalizer replaces {replaced:.2%} of the characters")
-    return found
 
 
 def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData:
@@ -330,95 +285,6 @@ def _locked(path: Path, suffix: str) -> Iterator[None]:
         ) from error
 
 
-def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> TrainingData:
-    """The prepared training text in the recipe's order; `keywords` as of `TrainingData`.
-
-    Raises `RecipeError` if a source runs out under its `max_epochs` before the end of the run.
-    """
-    data, training = recipe.data, recipe.training
-    stages = _stages(recipe)
-    made = TrainingData(
-        [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
-        stages,
-        seed=recipe.seed,
-        padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
-        shift_blocks=data.shift_blocks,
-        documents_have_prefix=bool(prepared.document_prefix),
-        **keywords,
-    )
-    needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)
-    caps = [source.max_epochs for source in data.sources]
-    numbers = list(range(len(caps)))
-    if not stages:  # all sources are one stream
-        numbers = [min(numbers, key=lambda number: caps[number] or math.inf)]
-        caps = [caps[numbers[0]]]
-    for number, count, size, cap in zip(numbers, needed, made.order.sizes, caps, strict=True):
-        if cap is not None and count > cap * size:
-            raise RecipeError.at(
-                f"data.sources.{number}.max_epochs",
-                f"the run needs {count:,} blocks of this source, {count / size:.2f} times its {size:,}, more than the "
-                f"{cap} allowed; lower its weight, shorten the run or raise the cap",
-            )
-    return made
-
-
-def _stages(recipe: Recipe) -> list[tuple[int, list[float]]]:
-    """First sequence and weights of each stage of a mixture, as of `TrainingOrder`."""
-    return [(-(-tokens // recipe.data.block_size), weights) for tokens, weights in recipe.data.weights]
-
-
-def epochs(recipe: Recipe, prepared: PreparedData) -> list[float]:
-    """How often a run sees the blocks of each source; a single number for all where they have no weights."""
-    sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
-    num_sequences = recipe.training.num_steps * recipe.training.tokens_per_step // recipe.data.block_size
-    counts = TrainingOrder(sizes, _stages(recipe), recipe.seed).counts(num_sequences)
-    return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
-
-
-def epochs_text(recipe: Recipe, found: list[float]) -> str:
-    """`epochs` for people."""
-    if len(found) == 1:
-        return f"{found[0]:.2f}"
-    named = enumerate(zip(recipe.data.sources, found, strict=True))
-    return ", ".join(f"{number:.2f} of source {index} ({source.path})" for index, (source, number) in named)
-
-
-def training_batches(
-    recipe: Recipe,
-    prepared: PreparedData,
-    *,
-    process_index: int = 0,
-    num_processes: int = 1,
-    start_step: int = 0,
-    document_masking: bool = True,
-) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """For every optimizer step of a recipe from `start_step` on the micro-batches of one process: for your own loop.
-
-    The same sequences in the same step as `hfpretrain.train` on any number of processes. Of each micro-batch
-    `input_ids`, `labels` (not shifted, -100 at padding, at BOS where documents begin with it, and where a shifted block
-    goes on with another text) and, with
-    `document_masking`, `position_ids` that restart where a document begins: int64 (micro_batch_size, block_size).
-    Models that isolate packed documents by them do so without an attention mask and with `use_cache=False`; what does
-    not take them needs `document_masking=False`. Raises `RecipeError` if the step's sequences do not divide by
-    `micro_batch_size * num_processes`.
-    """
-    training = recipe.training
-    steps = accumulation_steps(
-        training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes
-    )
-    data = training_data(
-        recipe,
-        prepared,
-        micro_batch_size=training.micro_batch_size,
-        accumulation_steps=steps,
-        process_index=process_index,
-        num_processes=num_processes,
-        eos_token_id=prepared.manifest["eos_token_id"],
-        document_masking=document_masking,
-    )
-    return (data.step(step).batches for step in range(start_step, training.num_steps))
-
-
 class _Preparation:
     """One preparation: the tokenizer, the parts that are still to be done, the joining."""
 
@@ -481,10 +347,10 @@ class _Preparation:
         if self.mirror is not None:
             for part in parts:
                 self.mirror.pull(self.work, (part_account(self.work, part) or {})["files"])
-        dtype = tokenizer.token_dtype(self.vocab_size)
+        dtype = token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
         prefix = tokenizer.document_prefix(self.tokenizer)
-        prepared = joining.join(
+        prepared = assemble.join(
             self.work,
             self.path,
             parts,
@@ -538,10 +404,10 @@ class _Preparation:
         groups = [(source, (nth, g), reader, pieces) for source, nth, reader in jobs for g, pieces in _groups(reader)]
         self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
         self.drops = self._drops() if self.data.deduplicate else None
-        bytes_of_token = tokenizer.token_bytes(self.tokenizer, self.vocab_size)
+        bytes_of_token = token_bytes(self.tokenizer, self.vocab_size)
         logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
         done: list[str] = []
-        encoders, unknown = self._encoders(), tokenizer.unknown_id(self.tokenizer)
+        encoders, unknown = self._encoders(), unknown_id(self.tokenizer)
         with _Progress([reader for _, _, reader in jobs]) as progress:
 
             def written(batch: Batch, tokens: int) -> None:
@@ -555,9 +421,9 @@ class _Preparation:
             packing.pack(self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, written)
         return done
 
-    def _encoders(self) -> dict[Any, tokenizer.Encoder]:
+    def _encoders(self) -> dict[Any, Encoder]:
         """An encoder for each way in which sources read special tokens."""
-        first = tokenizer.Encoder(self.tokenizer, tokenizer.token_dtype(self.vocab_size))
+        first = Encoder(self.tokenizer, token_dtype(self.vocab_size))
         found = {}
         for key in ("sources", "validation_sources"):
             for number, source in enumerate(getattr(self.data, key)):
@@ -666,7 +532,7 @@ class _Preparation:
                         np.save(file, np.fromiter(digests, dtype=np.uint64))
                     own.rename(path)
                 found[number, group] = np.load(path)
-        first = hygiene.first_occurrences(np.concatenate(list(found.values())))
+        first = duplicates.first_occurrences(np.concatenate(list(found.values())))
         bounds = np.cumsum([len(values) for values in found.values()])[:-1]
         return dict(zip(found, np.split(first, bounds), strict=True))
 
@@ -721,36 +587,3 @@ class _Progress:
         rate = self._tokens / (time.perf_counter() - self._start)
         self._bar.set_postfix_str(f"{self._documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
         self._bar.update(sum(reader.bytes_read for reader in self._readers) - self._bar.n)
-
-
-def summary(prepared: PreparedData) -> str:
-    """What was prepared: a line for each split, what was dropped of each source, what stands twice."""
-    manifest = prepared.manifest
-    lines = [f"prepared data    {prepared.path}"]
-    for name, entry in manifest["splits"].items():
-        share = entry["padding"] / max(1, entry["rows"] * manifest["block_size"])
-        padding = f" - {entry['padding']:,} padding ({share:.2%})" if entry["padding"] else ""
-        bos = f" + {entry['bos']:,} BOS" if entry.get("bos") else ""
-        lines.append(
-            f"  {name:<14} {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens + "
-            f"{entry['separators']:,} separators{bos} = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
-            f"{entry['remainder']} remainder"
-        )
-    for number, source in enumerate(manifest["sources"]):
-        if source["dropped"]:
-            dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items())
-            lines.append(f"  dropped        source {number}: {dropped}")
-        if special := source.get("special_tokens"):
-            listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
-            lines.append(f"  special tokens source {number}: {listed} in its text")
-    lines += [f"  tokenizer      {text}" for text in notes(prepared)]
-    found = manifest["hygiene"]
-    if found["train_duplicates"]:
-        lines.append(f"  duplicates     {found['train_duplicates']:,} training documents repeat the text of another")
-    ngrams = found.get("validation_ngrams")
-    if ngrams and ngrams["looked_for"]:
-        lines.append(
-            f"  overlap        {ngrams['share_in_train']:.2%} of the validation's {ngrams['n']}-token sequences stand "
-            "in train"
-        )
-    return "\n".join(lines)

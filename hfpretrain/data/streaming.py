@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from hfpretrain.data.batches import StepData, TrainingOrder, by_source, collate, sequence_checksum
+from hfpretrain.data.batches import StepData, by_source, collate
 from hfpretrain.data.corpus import Reader, Splitter
-from hfpretrain.data.tokenizer import Encoder, token_dtype
+from hfpretrain.data.encode import Encoder, token_dtype
+from hfpretrain.data.ledger import sequence_checksum
+from hfpretrain.data.order import TrainingOrder
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfpretrain.data.tokenizer import Encoder, load_tokenizer
+from hfpretrain.data.encode import Encoder
+from hfpretrain.data.tokenizer import load_tokenizer
 from hfpretrain.evaluation.score import Texts, Windows, evaluate_checkpoint
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import RecipeError, TokenizerSection

@@ -13,7 +13,8 @@ import torch
 from hfpretrain.checkpoints import plain
 from hfpretrain.data import corpus
 from hfpretrain.data.batches import collate
-from hfpretrain.data.tokenizer import Encoder, document_start, load_tokenizer, token_bytes, unknown_id
+from hfpretrain.data.encode import Encoder, token_bytes, unknown_id
+from hfpretrain.data.tokenizer import document_start, load_tokenizer
 from hfpretrain.evaluation import lm_eval_tasks
 from hfpretrain.evaluation import sums as evaluation
 from hfpretrain.modeling.build import isolates_documents

@@ -196,7 +196,7 @@ def make_plan(
     the time is that of `DEFAULT_MFU`; on this machine's CPU a small model's step is timed. Raises `RecipeError` for an
     unknown engine or device and for a model that cannot be built.
     """
-    from hfpretrain.data.tokenizer import token_dtype
+    from hfpretrain.data.encode import token_dtype
     from hfpretrain.modeling import build as modeling
     from hfpretrain.modeling import loss
     from hfpretrain.modeling.initialization import decoder_layers

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from hfpretrain.data.batches import Ledger, StepData
+from hfpretrain.data.batches import StepData
+from hfpretrain.data.ledger import Ledger
 from hfpretrain.engines import distributed
 
 LEDGER = "ledger.npy"

@@ -11,7 +11,8 @@ from typing import Any
 
 from hfpretrain import __version__, files
 from hfpretrain.checkpoints import export
-from hfpretrain.data.prepare import epochs_text, summary
+from hfpretrain.data.batches import epochs_text
+from hfpretrain.data.summary import summary
 from hfpretrain.data.tokenizer import document_prefix, document_start, say_framing
 from hfpretrain.engines import engine
 from hfpretrain.evaluation.validation import domains

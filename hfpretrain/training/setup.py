@@ -22,20 +22,23 @@ import torch
 from hfpretrain import files
 from hfpretrain.checkpoints import export, saver
 from hfpretrain.checkpoints import resume as resume_from
-from hfpretrain.data.batches import Item, Prefetcher, StepData, TrainingData, in_thread
-from hfpretrain.data.corpus import held_out_digests
-from hfpretrain.data.prepare import (
+from hfpretrain.data.batches import (
+    Item,
+    Prefetcher,
+    StepData,
+    TrainingData,
     epochs,
     epochs_text,
-    load_prepared_tokenizer,
-    notes,
-    prepare,
+    in_thread,
     training_data,
-    wait_for_prepared,
 )
+from hfpretrain.data.corpus import held_out_digests
+from hfpretrain.data.encode import token_bytes
+from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import Deal, StreamingData, deal, save_states, streaming_data
-from hfpretrain.data.tokenizer import say_framing, set_chat_template, token_bytes
+from hfpretrain.data.summary import notes
+from hfpretrain.data.tokenizer import say_framing, set_chat_template
 from hfpretrain.engines import distributed, engine, launch
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling import build as modeling

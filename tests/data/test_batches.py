@@ -8,16 +8,14 @@ import torch
 from hfpretrain.data import batches
 from hfpretrain.data.batches import (
     Blocks,
-    Ledger,
-    Permutation,
     Prefetcher,
     TrainingData,
-    TrainingOrder,
     collate,
     document_positions,
-    epoch_shifts,
     in_thread,
 )
+from hfpretrain.data.ledger import Ledger
+from hfpretrain.data.order import Permutation, TrainingOrder, epoch_shifts
 from hfpretrain.recipe.labels import IGNORE_INDEX
 
 EOS = 0

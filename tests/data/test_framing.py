@@ -13,16 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfpretrain import evaluate_perplexity, files, training_batches
 from hfpretrain.data import prepared
 from hfpretrain.data.batches import collate, document_positions
-from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path, summary
+from hfpretrain.data.encode import Encoder
+from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path
 from hfpretrain.data.streaming import StreamingData
-from hfpretrain.data.tokenizer import (
-    Encoder,
-    document_prefix,
-    document_start,
-    load_tokenizer,
-    set_add_bos,
-    train_tokenizer,
-)
+from hfpretrain.data.summary import summary
+from hfpretrain.data.tokenizer import document_prefix, document_start, load_tokenizer, set_add_bos, train_tokenizer
 from hfpretrain.evaluation.lm_eval_tasks import Processes, shared_language_model
 from hfpretrain.evaluation.score import Windows, evaluate_checkpoint
 from hfpretrain.recipe.labels import IGNORE_INDEX

@@ -16,18 +16,12 @@ import pytest
 from conftest import ROOT, environment, hfpretrain, recipe_mapping, small_text, write_jsonl, write_recipe
 
 from hfpretrain import files
+from hfpretrain.data import encode as encoding
 from hfpretrain.data import packing, prepared, tokenizer
-from hfpretrain.data.batches import collate
+from hfpretrain.data.batches import collate, training_data
 from hfpretrain.data.inspection import sequences
-from hfpretrain.data.prepare import (
-    load_prepared_tokenizer,
-    prepare,
-    prepare_shard,
-    prepared_path,
-    summary,
-    training_data,
-    wait_for_prepared,
-)
+from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepare_shard, prepared_path, wait_for_prepared
+from hfpretrain.data.summary import summary
 from hfpretrain.recipe.schema import Recipe, RecipeError, TokenizerSection
 
 # Parts and batches as a large corpus has them, with a small one.
@@ -241,12 +235,12 @@ def test_what_a_kill_leaves_behind_does_not_stay(folder):
 
 
 def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
-    monkeypatch.setattr(tokenizer, "_LONG_CHARS", 2_000)
+    monkeypatch.setattr(encoding, "_LONG_CHARS", 2_000)
     section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
     draw = random.Random(0)
     lines = [text.replace(" ", draw.choice([" ", "  ", "\n", "\n\n", "\t"]), 5) for text in small_text(300)]
     trained = tokenizer.train_tokenizer(section, lines)
-    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    encode = encoding.Encoder(trained, np.dtype(np.uint16))
     for joint in ("\n", " ", "\n\n\n    "):
         text = joint.join(lines)
         whole = trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -260,12 +254,12 @@ def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
 def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
     from tokenizers import pre_tokenizers
 
-    monkeypatch.setattr(tokenizer, "_LONG_CHARS", 1_000)
+    monkeypatch.setattr(encoding, "_LONG_CHARS", 1_000)
     trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
     # A space before every text, as many tokenizers have it, makes each piece another text.
     prefix = {"prefix": pre_tokenizers.ByteLevel(add_prefix_space=True), "metaspace": pre_tokenizers.Metaspace()}[how]
     trained.backend_tokenizer.pre_tokenizer = prefix
-    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    encode = encoding.Encoder(trained, np.dtype(np.uint16))
     assert not encode._cuts_at_lines
     encode(["short"])
     for text in ("\n".join(small_text(100)), "\n".join(small_text(20))[:1900]):
@@ -276,9 +270,9 @@ def test_a_vocabulary_with_tokens_across_lines_is_not_cut_there():
     from tokenizers import AddedToken
 
     trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
-    assert tokenizer.Encoder(trained, np.dtype(np.uint16))._cuts_at_lines
+    assert encoding.Encoder(trained, np.dtype(np.uint16))._cuts_at_lines
     trained.add_tokens([AddedToken("light\nwater")])
-    encode = tokenizer.Encoder(trained, np.dtype(np.uint16))
+    encode = encoding.Encoder(trained, np.dtype(np.uint16))
     text = "light\nwater " * 1000
     assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -291,7 +285,7 @@ def test_text_that_spells_eos_forges_no_boundary_in_any_model():
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *characters], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    encode = tokenizer.Encoder(unigram, np.dtype(np.uint16))
+    encode = encoding.Encoder(unigram, np.dtype(np.uint16))
     (ids,) = encode(["ab</s>cd</s>"])
     assert ids.tolist().count(unigram.eos_token_id) == 1 and ids[-1] == unigram.eos_token_id
     assert "".join(unigram.convert_ids_to_tokens(ids[:-1])).replace("▁", "") == "ab</s>cd</s>"

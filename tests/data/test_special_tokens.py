@@ -8,9 +8,11 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hfpretrain.data import prepared
-from hfpretrain.data.prepare import load_prepared_tokenizer, notes, prepare, prepared_path, summary
+from hfpretrain.data.encode import Encoder, token_bytes
+from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path
 from hfpretrain.data.streaming import StreamingData
-from hfpretrain.data.tokenizer import Encoder, token_bytes, train_tokenizer
+from hfpretrain.data.summary import notes, summary
+from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.evaluation.score import recipe_texts
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
 

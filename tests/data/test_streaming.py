@@ -14,8 +14,9 @@ from conftest import environment, rows, small_text, train, write_jsonl, write_re
 from hub_server import HubServer
 
 from hfpretrain.data import corpus
+from hfpretrain.data.encode import Encoder
 from hfpretrain.data.streaming import GroupState, StreamingData
-from hfpretrain.data.tokenizer import Encoder, train_tokenizer
+from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.files import seal
 from hfpretrain.recipe.schema import DataSection, RecipeError, TokenizerSection
 

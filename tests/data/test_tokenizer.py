@@ -7,14 +7,15 @@ import pytest
 from conftest import hfpretrain, small_text, write_recipe
 
 from hfpretrain import load_recipe
-from hfpretrain.data.prepare import notes, prepare, prepared_path
+from hfpretrain.data.encode import token_bytes
+from hfpretrain.data.prepare import prepare, prepared_path
+from hfpretrain.data.summary import notes
 from hfpretrain.data.tokenizer import (
     END_OF_TEXT,
     _without_long_words,
     chat_template_problems,
     load_tokenizer,
     padded_vocab_size,
-    token_bytes,
     train_tokenizer,
 )
 from hfpretrain.planning.plan import model_config

@@ -7,8 +7,8 @@ import torch
 from conftest import hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from test_build import LLAMA, build
 
+from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare
-from hfpretrain.data.tokenizer import token_bytes
 from hfpretrain.evaluation.sums import DOCUMENTS, loss_sums
 from hfpretrain.evaluation.validation import ValidationSets
 from hfpretrain.recipe.labels import IGNORE_INDEX

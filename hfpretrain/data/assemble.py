@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hfpretrain import files
-from hfpretrain.data import hygiene
+from hfpretrain.data import duplicates
 from hfpretrain.data.prepared import (
     FORMAT,
     READ_COUNTS,
@@ -203,12 +203,12 @@ def _hygiene(
         tables = [work / "documents" / f"{name}-{key}.parquet" for name in names for key in accounts]
         tables = [table for table in tables if table.exists()]
         total = sum(splits[name]["documents"] for name in names)
-        result[f"{kind}_duplicates"] = total - hygiene.num_distinct(functools.partial(map, digests, tables), total)
+        result[f"{kind}_duplicates"] = total - duplicates.num_distinct(functools.partial(map, digests, tables), total)
     if held_out:
         looked_for, trained_on = (
             itertools.chain.from_iterable(token_chunks(work / name, splits[name]) for name in names)
             for names in (held_out, train)
         )
-        overlap = hygiene.ngram_overlap(looked_for, trained_on, frame, num_workers=num_workers)
+        overlap = duplicates.ngram_overlap(looked_for, trained_on, frame, num_workers=num_workers)
         result["validation_ngrams"] = overlap
     return result

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import files
-from hfpretrain.data.store import Mirror
+from hfpretrain.data.remote_copy import Mirror
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, TokenizerSection
 
 

@@ -1,0 +1,117 @@
+"""Which sequence stands where in a run: a pure function of (seed, position), so nothing is stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+_ROUND = 10_000
+
+
+class Permutation:
+    """A keyed bijection of range(size): a four-round Feistel network on the next even power of two, walked until the
+    value falls inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No memory, any size."""
+
+    def __init__(self, size: int, *key: int):
+        self.size = size
+        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._mask = np.uint64((1 << self._half) - 1)
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
+        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Images of `index`: int64 (n,) in range(size), to int64 (n,)."""
+        value = self._encrypt(index.astype(np.uint64))
+        while (outside := value >= np.uint64(self.size)).any():
+            value[outside] = self._encrypt(value[outside])
+        return value.astype(np.int64)
+
+    def _encrypt(self, value: np.ndarray) -> np.ndarray:
+        left, right = value >> np.uint64(self._half), value & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right + key) & self._mask)
+        return (left << np.uint64(self._half)) | right
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014); uint64 arithmetic wraps."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+class TrainingOrder:
+    """Position in the run to (stream, row).
+
+    `stages`: (first position, weights of the streams), the first at 0; empty for a single stream. With weights the
+    streams are interleaved evenly in rounds of 10,000 sequences, so that every stream has its share to within 1e-4 at
+    any moment of a stage; each stream is shuffled anew in each of its own epochs.
+    """
+
+    def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
+        self.sizes, self.seed = list(sizes), seed
+        stages = stages or [(0, [1.0])]
+        self._first = np.array([first for first, _ in stages])
+        self._tables = [_interleaved(weights) for _, weights in stages]
+        # Sequences of each stream before each stage.
+        self._base = [np.zeros(len(stages[0][1]), dtype=np.int64)]
+        for stage in range(1, len(stages)):
+            self._base.append(self._base[-1] + self._within(stage - 1, self._first[stage] - self._first[stage - 1]))
+
+    def _within(self, stage: int, count: int) -> np.ndarray:
+        """Sequences of each stream among the first `count` of a stage."""
+        streams, _, counts = self._tables[stage]
+        rounds, slots = divmod(int(count), len(streams))
+        return rounds * counts + np.bincount(streams[:slots], minlength=len(counts))
+
+    def counts(self, position: int) -> np.ndarray:
+        """Sequences of each stream before a position of the run: int64 (streams,)."""
+        stage = int(np.searchsorted(self._first, position, side="right")) - 1
+        return self._base[stage] + self._within(stage, position - self._first[stage])
+
+    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Streams at global sequence positions and how many of that stream came before: int64 (n,) to two (n,)."""
+        stages = np.searchsorted(self._first, positions, side="right") - 1
+        streams, counts = np.empty_like(positions), np.empty_like(positions)
+        for stage in np.unique(stages):
+            here = stages == stage
+            table, ranks, per_round = self._tables[stage]
+            rounds, slots = np.divmod(positions[here] - self._first[stage], len(table))
+            streams[here] = table[slots]
+            counts[here] = self._base[stage][table[slots]] + rounds * per_round[table[slots]] + ranks[slots]
+        return streams, counts
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Streams, rows and the streams' epochs at global sequence positions: int64 (n,) to three int64 (n,)."""
+        streams, counts = self.draw(positions)
+        rows, all_epochs = np.empty_like(positions), np.empty_like(positions)
+        for stream in np.unique(streams):
+            here = np.flatnonzero(streams == stream)
+            epochs, offsets = np.divmod(counts[here], self.sizes[stream])
+            all_epochs[here] = epochs
+            for epoch in np.unique(epochs):
+                chosen = epochs == epoch
+                permutation = Permutation(self.sizes[stream], self.seed, int(stream), int(epoch))
+                rows[here[chosen]] = permutation(offsets[chosen])
+        return streams, rows, all_epochs
+
+
+def epoch_shifts(epochs: np.ndarray, block_size: int) -> np.ndarray:
+    """By how many tokens the blocks of epochs are shifted, int64 (n,) to int64 (n,): multiples of the golden section,
+    which lie as far apart for any number of epochs as places can; drawn ones would often nearly coincide."""
+    return (epochs * ((5**0.5 - 1) / 2) % 1 * block_size).astype(np.int64)
+
+
+def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One round: the stream at each slot, how many of it came before in the round, and how many it has in all."""
+    if len(weights) == 1:
+        return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
+    share = np.asarray(weights, dtype=np.float64) / sum(weights) * _ROUND
+    counts = np.floor(share).astype(np.int64)
+    counts[np.argsort(counts - share, kind="stable")[: _ROUND - counts.sum()]] += 1
+    streams = np.repeat(np.arange(len(counts)), counts)
+    ranks = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort((ranks + 0.5) / counts[streams], kind="stable")
+    return streams[order], ranks[order], counts

@@ -1,0 +1,84 @@
+"""What was prepared, in sentences: counts by split and source, and what the tokenizer did to the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfpretrain.data.prepared import VALIDATION, PreparedData
+from hfpretrain.recipe.schema import RecipeError
+
+
+def summary(prepared: PreparedData) -> str:
+    """What was prepared: a line for each split, what was dropped of each source, what stands twice."""
+    manifest = prepared.manifest
+    lines = [f"prepared data    {prepared.path}"]
+    for name, entry in manifest["splits"].items():
+        share = entry["padding"] / max(1, entry["rows"] * manifest["block_size"])
+        padding = f" - {entry['padding']:,} padding ({share:.2%})" if entry["padding"] else ""
+        bos = f" + {entry['bos']:,} BOS" if entry.get("bos") else ""
+        lines.append(
+            f"  {name:<14} {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens + "
+            f"{entry['separators']:,} separators{bos} = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
+            f"{entry['remainder']} remainder"
+        )
+    for number, source in enumerate(manifest["sources"]):
+        if source["dropped"]:
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items())
+            lines.append(f"  dropped        source {number}: {dropped}")
+        if special := source.get("special_tokens"):
+            listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
+            lines.append(f"  special tokens source {number}: {listed} in its text")
+    lines += [f"  tokenizer      {text}" for text in notes(prepared)]
+    found = manifest["hygiene"]
+    if found["train_duplicates"]:
+        lines.append(f"  duplicates     {found['train_duplicates']:,} training documents repeat the text of another")
+    ngrams = found.get("validation_ngrams")
+    if ngrams and ngrams["looked_for"]:
+        lines.append(
+            f"  overlap        {ngrams['share_in_train']:.2%} of the validation's {ngrams['n']}-token sequences stand "
+            "in train"
+        )
+    return "\n".join(lines)
+
+
+def notes(prepared: PreparedData) -> list[str]:
+    """A sentence for each way in which tokenizing changed the text, or the recipe's wish, that one should know of."""
+    found = []
+    asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
+    if asked is not None and size < asked:
+        found.append(f"the text gives a vocabulary of {size:,} tokens, not the {asked:,} of tokenizer.vocab_size")
+    data = prepared.manifest["recipe"]
+    number_of_sources = len(prepared.manifest["source_identities"])
+    for number, source in enumerate(prepared.manifest["sources"]):
+        name = f"source {number}" if number < number_of_sources else "validation"
+        chosen = data["sources"][number].get("special_tokens", "text") if number < number_of_sources else "text"
+        special = source.get("special_tokens", {})
+        letters = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
+        if letters and name != "validation":
+            listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(letters.items())[:8])
+            found.append(f"{name}: names of special tokens in the text are read as ordinary text: {listed}")
+        found += [f"{name}: {what}" for share, what in _lost(source) if share]
+        if replaced := source.get("replaced_share"):
+            found.append(f"{name}: the tokenizer's normalizer replaces {replaced:.2%} of the characters")
+    return found
+
+
+def require_known(prepared: PreparedData, max_unknown: float) -> None:
+    """Raises `RecipeError` if the tokenizer loses a larger share of a source than `max_unknown`."""
+    for number, source in enumerate(prepared.manifest["sources"]):
+        for share, what in _lost(source):
+            if share > max_unknown:
+                key = "data.sources" if number < len(prepared.manifest["source_identities"]) else "data"
+                where = f"{key}.{number}" if key == "data.sources" else "data.validation_sources"
+                advice = f"use a tokenizer for this text, or raise tokenizer.max_unknown (now {max_unknown:g})"
+                raise RecipeError.at(where, f"{what}; {advice}")
+
+
+def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
+    """The shares of a source that the tokenizer does not know and leaves out, by the manifest, each with a sentence."""
+    tokens = sum(source[kind]["tokens"] for kind in ("train", VALIDATION))
+    unknown, lost = source.get("unknown", 0) / max(1, tokens), source.get("lost_share", 0.0)
+    return [
+        (unknown, f"{unknown:.2%} of its tokens are the unknown token"),
+        (lost, f"the tokenizer leaves out {lost:.2%} of its characters"),
+    ]
