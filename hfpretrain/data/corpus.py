@@ -33,6 +33,8 @@ _VERSION_KEYS = (
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
 )
 _SAMPLE_BY = "say what one document is: `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
+# Of columns in a message: the first line of a file that is no table may be a whole document.
+_NAMES, _NAME_CHARS = 12, 60
 _document_counts: dict[tuple[Any, ...], int] = {}
 
 
@@ -336,7 +338,7 @@ class Reader:
             if header is None:
                 return
             if column not in header:
-                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, header))
+                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, header, origin))
             while True:
                 try:
                     row = next(rows)
@@ -412,8 +414,16 @@ def _document(value: Any, origin: str, row: int) -> Document:
     return Document(value, origin, row, len(utf8), hashlib.blake2b(utf8, digest_size=16).digest())
 
 
-def _no_column(column: str, columns: Iterable[str]) -> str:
-    return f"no column {column!r}; there are: {', '.join(columns)}"
+def _no_column(column: str, columns: Iterable[str], csv: str = "") -> str:
+    """`csv`: a file that may be none, which then has text in place of a header."""
+    names = list(columns)
+    listed = [name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]!r}..." for name in names[:_NAMES]]
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    text = f"no column {column!r}; there are: {', '.join(listed)}{more}"
+    # A header has short names, each once; `{` begins a JSON object.
+    is_text = len(set(names)) < len(names) or any(len(name) > _NAME_CHARS or name.count(" ") > 4 for name in names)
+    is_other = is_text or (names[:1] != [] and names[0].lstrip().startswith(("{", "[")))
+    return f"{text}. {redact(csv)} does not look like csv: its first line is no header" if csv and is_other else text
 
 
 def _is_cut_object(first: bytes, second: bytes) -> bool:
@@ -575,6 +585,33 @@ def _commit(source: SourceSection, key: str) -> str:
         message = f"the local cache has {source.path} at {commit}; unset HF_HUB_OFFLINE to read {source.revision}"
         raise RecipeError.at(f"{key}.revision", message)
     return commit
+
+
+def at_commits(data: DataSection, identities: Sequence[Any], validation: Sequence[Any]) -> DataSection:
+    """`data` whose Hub datasets are read at the commits of `identity`, also after a push to their revision.
+
+    Raises `RecipeError` if that is not what this machine's cache has in offline mode.
+    """
+    import datasets
+
+    def at_commit(source: SourceSection, identity: Any, key: str) -> SourceSection:
+        if not identity or not isinstance(identity[0], dict) or "commit" not in identity[0]:
+            return source
+        commit = identity[0]["commit"]
+        if not datasets.config.HF_HUB_OFFLINE:
+            return source.model_copy(update={"revision": commit})
+        if (own := _commit(source, key)) != commit:
+            message = f"the local cache has {source.path} at {own}, the data are of {commit}"
+            raise RecipeError.at(key, f"{message}; give all machines the same cache, or unset HF_HUB_OFFLINE")
+        return source
+
+    def all_at(key: str, sources: Sequence[SourceSection], known: Sequence[Any]) -> tuple[SourceSection, ...]:
+        numbered = enumerate(zip(sources, known, strict=True))
+        return tuple(at_commit(*pair, f"data.{key}.{number}") for number, pair in numbered)
+
+    sources = all_at("sources", data.sources, identities)
+    held_out = all_at("validation_sources", data.validation_sources, validation)
+    return data.model_copy(update={"sources": sources, "validation_sources": held_out})
 
 
 def _line(error: BaseException) -> str:

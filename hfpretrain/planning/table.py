@@ -148,7 +148,7 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
         # One process alone may not build under ZeRO-3, where building is a collective.
         with engine.plain_initialisation():
             plan = make_plan(
-                run.recipe,
+                run.pinned,
                 engine=engine.engine_name(accelerator),
                 num_processes=accelerator.num_processes,
                 config=run.config,
@@ -172,7 +172,7 @@ def out_of_memory(run: Any, message: str) -> str:
     """What to say of a run that ran out of memory: the plan of all engines, and the three changes that help most."""
     from hfpretrain.engines import engine
 
-    recipe, accelerator = run.recipe, run.accelerator
+    recipe, accelerator = run.pinned, run.accelerator
     name, number = engine.engine_name(accelerator), accelerator.num_processes
     # With `mfu` given, no step is timed, for which there is no memory here.
     settled = {"num_processes": number, "mixed_precision": engine.precision(accelerator), "mfu": DEFAULT_MFU}

@@ -49,6 +49,7 @@ def environment(run: Any) -> dict[str, Any]:
             "frozen_by_class": run.untrained.frozen_by_class,
             "outside_loss": run.untrained.outside_loss,
         },
+        "hub_commits": run.hub_commits,
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: known for name in (*LIBRARIES, *_OTHERS) if (known := version_of(name))},

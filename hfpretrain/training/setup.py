@@ -32,7 +32,7 @@ from hfpretrain.data.batches import (
     in_thread,
     training_data,
 )
-from hfpretrain.data.corpus import held_out_digests
+from hfpretrain.data.corpus import at_commits, held_out_digests
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
@@ -58,7 +58,7 @@ from hfpretrain.recipe.schema import (
     flatten,
     load_recipe,
 )
-from hfpretrain.training import incident, metrics, report, run_folder, vocabulary, watchdog
+from hfpretrain.training import commits, incident, metrics, report, run_folder, vocabulary, watchdog
 from hfpretrain.training.consumption import LEDGER, Consumption
 from hfpretrain.training.records import Records
 from hfpretrain.training.stability import Stability
@@ -154,9 +154,6 @@ class Run:
     ):
         self.recipe, self.output_dir, self.watch, self.stops = recipe, Path(recipe.output_dir), watch, stops
         launch.require_supported()
-        launch.require_cuttable(
-            modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
-        )
         launch.require_asked_processes()
         optim.require_library(recipe.optimizer)
         self.is_main = int(os.environ.get("RANK", "0")) == 0
@@ -183,11 +180,14 @@ class Run:
 
     def build(self) -> None:
         """Data, model and optimizer."""
-        recipe, training, watch = self.recipe, self.recipe.training, self.watch
+        training, watch = self.recipe.training, self.watch
         self.notes: list[str] = []
-        watch.from_main(f"fetch {recipe.checkpoint.resume_from}", lambda: resume_from.fetch(recipe, watch.unit_done))
+        self.pinned = recipe = self._at_commits()
+        launch.require_cuttable(
+            modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
+        )
         said = watch.from_main("check the vocabulary", lambda: list(vocabulary.check(recipe)))
-        self.prepared = self._prepare()
+        self.prepared = self._prepare(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
         logger.info(say_framing(self.tokenizer))
@@ -315,16 +315,27 @@ class Run:
         num_ranks, timeout_seconds = self.accelerator.num_processes, self.recipe.training.timeout_seconds
         self.watch.start(self.accelerator.process_index, num_ranks, timeout_seconds, facts)
 
-    def _prepare(self) -> PreparedData:
+    def _at_commits(self) -> Recipe:
+        """The recipe with the commits of the Hub that the main process found, from which all processes load."""
+        recipe, watch = self.recipe, self.watch
+        given = recipe.checkpoint.resume_from
+        watch.from_main(f"fetch {given}", lambda: resume_from.fetch(recipe, watch.unit_done))
+        found: dict[str, str | None] = watch.from_main("ask the Hub for commits", lambda: commits.find(recipe))
+        self.hub_commits = found
+        for text in commits.notes(recipe, found):
+            self._note(text)
+        return commits.pinned(recipe, found)
+
+    def _prepare(self, recipe: Recipe) -> PreparedData:
         """The main process decides which data they are and makes them; the others take what it says."""
         prepared: list[PreparedData] = []
 
         def work() -> list[str]:
-            prepared.append(prepare(self.recipe))
+            prepared.append(prepare(recipe))
             return [prepared[0].path.name, prepared[0].checksum]
 
-        name, checksum = self.watch.from_main(f"prepare the data in {self.recipe.prepared_dir}", work)
-        return prepared[0] if prepared else wait_for_prepared(self.recipe, name, checksum, self.watch.unit_done)
+        name, checksum = self.watch.from_main(f"prepare the data in {recipe.prepared_dir}", work)
+        return prepared[0] if prepared else wait_for_prepared(recipe, name, checksum, self.watch.unit_done)
 
     def _newest_checkpoint(self) -> Path | None:
         """The newest that verifies; others of `_passed_over` do not."""
@@ -358,10 +369,13 @@ class Run:
         if not recipe.data.streaming:
             return training_data(recipe, self.prepared, **keywords)
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
-        held_out = self.read(lambda: held_out_digests(recipe.data))
+        identities = (manifest["source_identities"], manifest["validation_identities"])
+        data = self.read(lambda: at_commits(recipe.data, *identities))
+        recipe = recipe.model_copy(update={"data": data})
+        held_out = self.read(lambda: held_out_digests(data))
         dealt = self.watch.from_main(
             "look at the files to stream",
-            lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: deal(recipe.data, held_out, sequences))],
+            lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: deal(data, held_out, sequences))],
         )
         keywords["dealt"] = [Deal(groups, [(number, index) for number, index in pieces]) for groups, pieces in dealt]
         vocab_size, path = manifest["vocab_size"], self._checkpoint

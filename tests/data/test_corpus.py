@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -490,6 +491,38 @@ def test_a_file_that_is_something_else_is_said_to_be_that(tmp_path, name, conten
     source = SourceSection(path=kind, data_files=str(tmp_path / name), sample_by="document" if kind == "text" else None)
     with pytest.raises(RecipeError, match=rf"{name} .*{what}"):
         list(corpus.Reader(source, on_bad_document=on_bad_document).read())
+
+
+def test_hub_datasets_are_read_at_the_commits_of_their_identities(monkeypatch):
+    data = DataSection(
+        sources=[{"path": "user/data"}, {"path": "json", "data_files": "a.jsonl"}],
+        validation_sources=[{"path": "user/data", "revision": "main"}],
+        block_size=32,
+    )
+    known = [[{"dataset": "user/data", "commit": "a" * 40}], ["json", ["a.jsonl", 1, "b"]]]
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    read = corpus.at_commits(data, known, known[:1])
+    assert [source.revision for source in (*read.sources, *read.validation_sources)] == ["a" * 40, None, "a" * 40]
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(corpus, "_commit", lambda source, key: "b" * 40)
+    with pytest.raises(RecipeError, match=r"data.sources.0: the local cache has user/data at b+, the data are of a+"):
+        corpus.at_commits(data, known, known[:1])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps({"text": "a long, long document " * 200}), "does not look like csv"),
+        ("A letter of many words, and of many more. " * 200, "does not look like csv"),
+        (",".join(f"column {number}" for number in range(500)) + "\n", "column 3, .* more"),
+    ],
+)
+def test_columns_that_are_documents_are_not_listed_whole(tmp_path, content, said):
+    (tmp_path / "a.csv").write_text(content)
+    message = refusal(path="csv", data_files=str(tmp_path / "a.csv"))
+    assert re.search(said, message) and len(message) < 1200
+    (tmp_path / "a.jsonl").write_text(json.dumps({content: 1, "b": 2}))
+    assert len(refusal(path="json", data_files=str(tmp_path / "a.jsonl"))) < 300 + len(str(tmp_path))
 
 
 def test_files_of_a_tokenizer_that_are_not_here_are_named(tmp_path):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import small
 from conftest import ROOT, rows, small_text, write_jsonl, write_recipe
-from hub_server import TOKEN, HubError, HubServer
+from hub_server import TOKEN, HubError, HubServer, Repo
 from hub_trials import FAULTS, always, first
 from huggingface_hub import ModelCard
 
@@ -369,6 +370,43 @@ def test_training_goes_on_from_a_hub_model_and_its_tokenizer(world):
     assert found.data.base_model == "user/tiny" and found.data.datasets == ["user/data"]
     oid = world.hub.repos["datasets/user/data"].commits[-1].oid
     assert f"- `user/data`: split `train`, revision `{oid}`" in found.text
+
+
+def test_a_push_while_two_ranks_start_gives_both_the_same_commit_and_a_resume_keeps_it(world):
+    hub, run = world.hub, world.folder / "based"
+    base = hub.repos["models/user/base"] = Repo("user/base", private=False)
+    oid = base.commit("main", "first", dict(world.repo.at(STEPS[1]).files)).oid
+    question = "GET /api/models/user/base"
+
+    def push_after_the_first_question(method, path):
+        if question in hub.requests[:-1] and len(base.commits) == 1:
+            base.commit("main", "second", dict(world.repo.at(STEPS[3]).files))
+
+    path = world.recipe(
+        output_dir=str(run),
+        model={"pretrained": "user/base"},
+        tokenizer={"pretrained": "user/base"},
+        training__max_steps=2,
+        scheduler__num_warmup_steps=1,
+    )
+    hub.requests.clear()
+    hub.fault = push_after_the_first_question
+    result = world.run(*small.command(path, engine="ddp", processes=2))
+    hub.fault = None
+    assert result.returncode == 0, result.stderr
+    assert len(base.commits) == 2
+    read = {one.partition("/resolve/")[2].split("/")[0] for one in hub.requests if "user/base/resolve/" in one}
+    assert read == {oid}
+    said = f"model.pretrained: user/base is loaded at commit {oid}"
+    events = [row.get("event") for row in map(json.loads, (run / "metrics.jsonl").open())]
+    assert said in result.stderr and said in events
+    recorded = json.loads((run / "environment.json").read_text())["hub_commits"]
+    assert recorded == {"model.pretrained": oid, "tokenizer.pretrained": oid}
+    hub.requests.clear()
+    result = world.train(path, "--training.max_steps=3")
+    assert result.returncode == 0 and said in result.stderr, result.stderr
+    assert not [one for one in hub.requests if "user/base/resolve/" in one and oid not in one]
+    assert json.loads((run / "environment.json").read_text())["hub_commits"] == recorded
 
 
 def test_a_hub_model_is_evaluated(world):

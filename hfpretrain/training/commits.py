@@ -1,0 +1,101 @@
+"""The commits of the model and the tokenizer that a run takes from the Hub: found once, loaded by every process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from hfpretrain.recipe.hub import trouble
+from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection, missing_path
+from hfpretrain.training.report import ENVIRONMENT
+
+RECORD = "hub_commits"
+"""Key of `environment.json` under which a run keeps what `find` returned."""
+
+
+def find(recipe: Recipe) -> dict[str, str | None]:
+    """The commit of each `pretrained` of a recipe by its key, None where that is a folder.
+
+    A run that has begun goes on with the commits in its records, as does one that begins with the checkpoint of another
+    run's folder; else the Hub is asked. Only the main process calls this: a push may come between two answers.
+    Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
+    """
+    known, found = _recorded(recipe), dict[str, str | None]()
+    asked: dict[tuple[str, str | None], str | None] = {}
+    for key, section in _sections(recipe):
+        of = (section.pretrained or "", section.revision)
+        if Path(of[0]).exists() or missing_path(of[0]):
+            found[key] = None
+        elif known.get(key) is not None:
+            found[key] = known[key]
+        else:
+            if of not in asked:
+                asked[of] = _commit(key, *of)
+            found[key] = asked[of]
+    return found
+
+
+def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
+    """The recipe with the commits of `find` as revisions. Raises `RecipeError` in a process on a machine where a name
+    is a folder, or is none, unlike where the commits were found."""
+    updates = {}
+    for key, section in _sections(recipe):
+        is_folder = Path(section.pretrained or "").exists()
+        if is_folder != (found[key] is None) and not missing_path(section.pretrained or ""):
+            place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
+            here, there = ("a folder", "none") if is_folder else ("no folder", "one")
+            message = f"{section.pretrained} is {here} for {place} and {there} for rank 0; all must load the same"
+            raise RecipeError.at(key, message)
+        if found[key] is not None:
+            updates[key.partition(".")[0]] = section.model_copy(update={"revision": found[key]})
+    return recipe.model_copy(update=updates)
+
+
+def notes(recipe: Recipe, found: dict[str, str | None]) -> Iterator[str]:
+    """A sentence for each commit that the recipe does not name itself."""
+    for key, section in _sections(recipe):
+        if found[key] not in (None, section.revision):
+            yield f"{key}: {section.pretrained} is loaded at commit {found[key]}"
+
+
+def _sections(recipe: Recipe) -> Iterator[tuple[str, ModelSection | TokenizerSection]]:
+    sections = (("model.pretrained", recipe.model), ("tokenizer.pretrained", recipe.tokenizer))
+    return ((key, section) for key, section in sections if section.pretrained is not None)
+
+
+def _recorded(recipe: Recipe) -> dict[str, str | None]:
+    """What a run wrote of the commits it began with; of the run in the output folder, or that of `resume_from`."""
+    folders = [Path(recipe.output_dir)]
+    if recipe.checkpoint.resume_from is not None:
+        folders.append(Path(recipe.checkpoint.resume_from).absolute().parent.parent)
+    for folder in folders:
+        path = folder / ENVIRONMENT
+        if path.is_file():
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")).get(RECORD, {}))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise RecipeError.at(str(path), f"is damaged, so the commits of the run are unknown: {error}") from None
+    return {}
+
+
+def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
+    """The commit of a revision; in offline mode that of the cache, None if it has none, which loading will tell."""
+    from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
+
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    if is_offline_mode():
+        for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+            if isinstance(path := try_to_load_from_cache(repo_id, name, revision=revision), str):
+                return Path(path).parent.name
+        return None
+    try:
+        return HfApi().model_info(repo_id, revision=revision, timeout=60).sha
+    except Exception as error:  # what its HTTP library raises may be anything
+        at = f"@{revision}" if revision else ""
+        message = f"cannot ask the Hub for {repo_id}{at}, which is no folder here: {trouble(error).text}"
+        raise RecipeError.at(key, f"{message}; with HF_HUB_OFFLINE=1 the local cache is used") from error
