@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
@@ -33,6 +34,9 @@ INCOMPLETE = ".incomplete"
 _MANIFEST_SHA256 = "manifest_sha256"
 REPLACED = ".replaced"
 _KEPT = ".kept"
+_RECORD_DAYS = 180
+# Of what was verified, its lock, and what a kill has left of a write.
+_RECORD = re.compile(r"[0-9a-f]{32}(\.lock)?|\.[0-9a-f]{32}\.[0-9a-f]{12}\.incomplete")
 # What earlier versions wrote into a folder whose manifest is missing or can't be read.
 _USUAL = (
     *("*config.json", "model*.safetensors", "model.safetensors.index.json", "loss.png", "metrics.json"),
@@ -271,7 +275,7 @@ def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) 
     record = _record(path)
     with FileLock(f"{record}.lock"):  # of several processes on this machine one reads the files
         before = _signature(path)
-        if before is not None and _is_text(record, before):
+        if before is not None and _is_recorded(record, before):
             return None
         start = time.perf_counter()
         reason = damage(path, file_read=file_read)
@@ -279,7 +283,7 @@ def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) 
             size = sum(entry["size"] for entry in (manifest_of(path) or {"files": {}})["files"].values())
             seconds = time.perf_counter() - start
             logger.info("verified the checksums of %s: %.1f MB in %.1f s", path, size / 1e6, seconds)
-            write_whole(record, before)
+            _write_record(record, path, before)
         return reason
 
 
@@ -287,7 +291,7 @@ def remember(path: Path) -> None:
     """Record that a folder was just sealed or verified, so that `damage_if_changed` need not read it."""
     signature = _signature(path)
     if signature is not None:
-        write_whole(_record(path), signature)
+        _write_record(_record(path), path, signature)
 
 
 def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
@@ -312,6 +316,9 @@ def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
                 "hashed %.1f GB of source files in %.0f s, to notice when their content changes", size / 1e9, seconds
             )
         write_whole(record, json.dumps({str(path): known[str(path)] for path, _ in before}))
+        _drop_old_records(record.parent)
+    elif before:
+        _used(record)
     return [(stat[0], known[str(path)][1]) for path, stat in before]
 
 
@@ -333,10 +340,45 @@ def _record(path: Path) -> Path:
     return _cache_folder() / hashlib.sha256(f"{platform.node()}:{path.resolve()}".encode()).hexdigest()[:32]
 
 
-def _is_text(path: Path, text: str) -> bool:
+def _write_record(record: Path, path: Path, signature: str) -> None:
+    # Machine and path are for `_drop_old_records`: several machines may share this user's cache.
+    write_whole(record, "\n".join((signature, platform.node(), str(path.resolve()))))
+    _drop_old_records(record.parent)
+
+
+def _is_recorded(record: Path, signature: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return path.read_text(encoding="utf-8") == text
+        if record.read_text(encoding="utf-8").partition("\n")[0] == signature:
+            _used(record)
+            return True
     return False
+
+
+def _used(record: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(record)
+
+
+@functools.cache
+def _drop_old_records(folder: Path) -> None:
+    """Delete the records that were not used for `_RECORD_DAYS`, and those of folders that are gone from this machine.
+
+    Once in a process: a missing record costs no more than reading the files again.
+    """
+    limit = time.time() - _RECORD_DAYS * 86400
+    for path in folder.iterdir():
+        if _RECORD.fullmatch(path.name) is None:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            if path.stat().st_mtime < limit or _is_of_gone_folder(path):
+                path.unlink()
+
+
+def _is_of_gone_folder(record: Path) -> bool:
+    """Whether a record of `_write_record` is of this machine and its folder is gone."""
+    with record.open(encoding="utf-8") as file:
+        _, node, path = (file.readline(4096).rstrip("\n") for _ in range(3))
+    return node == platform.node() and path != "" and not Path(path).exists()
 
 
 def _cache_folder() -> Path:

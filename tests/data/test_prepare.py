@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -640,6 +641,31 @@ def test_checksums_of_prepared_data_are_verified_once_and_again_after_a_change(f
     prepare(recipe(folder))
     wait_for_prepared(recipe(folder))
     assert "state.json" not in read
+
+
+def test_records_of_what_was_verified_go_with_their_folder_or_when_they_are_old(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = tmp_path / "cache" / "hfpretrain" / "verified"
+
+    def sealed(name):
+        (tmp_path / f"{name}.incomplete").mkdir()
+        (tmp_path / f"{name}.incomplete" / "a").write_text("content")
+        files.seal(tmp_path / f"{name}.incomplete", tmp_path / name, {})
+        files._drop_old_records.cache_clear()
+        files.remember(tmp_path / name)
+
+    for name in ("kept", "gone", "old", "used"):
+        sealed(name)
+    record = {name: files._record(tmp_path / name) for name in ("kept", "gone", "old", "used")}
+    foreign = cache / "notes.txt"
+    foreign.write_text("a person's")
+    shutil.rmtree(tmp_path / "gone")
+    for path in (record["old"], record["used"], foreign):
+        os.utime(path, (1e9, 1e9))
+    assert files.damage_if_changed(tmp_path / "used") is None  # which makes its record new
+    sealed("last")
+    there = {path for path in cache.iterdir() if path.suffix != ".lock"}
+    assert there == {record["kept"], record["used"], files._record(tmp_path / "last"), foreign}
 
 
 def test_prepared_data_are_opened_without_writing_beside_them(folder):
