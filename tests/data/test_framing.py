@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import hfpretrain, recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
 from test_packing import stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -274,3 +275,30 @@ def test_a_run_says_it_and_its_export_begins_as_it_was_trained(framed):
     # Going on without BOS is another run's text.
     result = train(path, "--tokenizer.add_bos=false", "--training.max_steps=9")
     assert result.returncode == 2 and "the prepared text is not that of" in result.stderr
+
+
+def test_a_run_of_the_version_that_put_no_bos_before_documents_is_refused_by_name(framed):
+    section = {"pretrained": str(framed / "tokenizer")}
+    recipe = write_recipe(
+        framed, tokenizer=section, training__max_steps=2, checkpoint__every_steps=2, scheduler__num_warmup_steps=1
+    )
+    assert train(recipe, "--tokenizer.add_bos=false").returncode == 0
+    # What 0.1.0 left of the same training: no such key in the recipe, less in the state.
+    run, checkpoint = framed / "run", framed / "run" / "checkpoints" / "step-00000002"
+    for folder in (run, checkpoint):
+        old = yaml.safe_load((folder / "recipe.yaml").read_text())
+        del old["tokenizer"]["add_bos"]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(old))
+    state = json.loads((checkpoint / "train_state.json").read_text())
+    for key in ("segments", "precision", "undecayed"):
+        del state[key]
+    (checkpoint / "train_state.json").write_text(json.dumps(state))
+    content = {
+        key: value for key, value in files.manifest_of(checkpoint).items() if key not in ("files", "manifest_sha256")
+    }
+    (checkpoint / "manifest.json").unlink()
+    files.seal(checkpoint.rename(f"{checkpoint}.incomplete"), checkpoint, content)
+    result = train(recipe, "--training.max_steps=4")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "hfpretrain 0.1.0 began this run, its documents have no BOS" in result.stderr, result.stderr
+    assert json.loads((checkpoint / "train_state.json").read_text()) == state, "what is there stays"
