@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -216,7 +217,7 @@ def _main(arguments: list[str], rank: int) -> int:
         print("usage: accelerate launch -m hfpretrain.train RECIPE [--section.key=value ...]", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     try:
-        path = train(load_recipe(arguments[0], arguments[1:]))
+        path = train(_with_secrets(load_recipe(arguments[0], arguments[1:])))
     except RecipeError as error:
         if rank:
             time.sleep(5)  # the launcher ends all ranks with the first: where all have the error, the main one speaks
@@ -240,6 +241,12 @@ def _main(arguments: list[str], rank: int) -> int:
         _tell(f"stopped: {text}; {advice}")
         return 1
     return STOPPED if path is None else 0
+
+
+def _with_secrets(recipe: Recipe) -> Recipe:
+    """The recipe with the secrets of addresses that the command which started this process knows."""
+    secrets = json.loads(os.environ.pop(redaction.SECRETS, "[]"))
+    return Recipe.model_validate(redaction.restored(recipe.model_dump(mode="json"), secrets)) if secrets else recipe
 
 
 def _tell(text: str) -> None:

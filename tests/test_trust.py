@@ -18,7 +18,7 @@ import pytest
 import small
 import torch
 import transformers
-from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, environment, recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
 
 from hfpretrain import cli, files, load_recipe
 from hfpretrain.data import corpus, streaming
@@ -26,6 +26,8 @@ from hfpretrain.data.remote_copy import Mirror
 from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
 from hfpretrain.evaluation import score, token_perplexity
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
+from hfpretrain.ladder import subruns
+from hfpretrain.ladder.rungs import Ladder
 from hfpretrain.modeling import build as modeling
 from hfpretrain.publishing import card_text
 from hfpretrain.publishing.publisher import HopelessError, Publisher
@@ -34,6 +36,7 @@ from hfpretrain.recipe.schema import (
     EvaluationSection,
     HubSection,
     ModelSection,
+    Recipe,
     RecipeError,
     SourceSection,
     TokenizerSection,
@@ -404,6 +407,7 @@ def secret_run(tmp_path_factory):
         os.umask(before)
     assert result.returncode == 0, result.stderr
     (folder / "recipe.yaml").unlink()
+    run.address = f"{address}X-Amz-Signature=planted-first"
     yield folder, result, run
     server.shutdown()
 
@@ -434,6 +438,27 @@ def test_a_run_goes_on_with_an_address_that_is_signed_anew(secret_run):
     assert missing.returncode == 2 and "planted" not in missing.stderr, missing.stderr
     with pytest.raises(RecipeError, match="in place of its secret"):
         corpus.Reader(load_recipe(folder / "run" / "recipe.yaml").data.sources[0])
+
+
+def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(secret_run):
+    folder, _, run = secret_run
+    source = {"path": "json", "data_files": run.address}
+    changes = {"training__max_steps": 60, "scheduler": {}, "data__sources": [source]}
+    made = Ladder(
+        Recipe.model_validate(recipe_mapping(folder, **changes)),
+        (4000, 10000, 18000, 30000),
+        [1.0],
+        1,
+        folder / "ladder",
+    )
+    made.write()
+    (rung, *_) = made.rungs
+    subruns.finish(subruns.Process([*subruns.command(None, None), str(rung.path)], rung.secrets), rung.run)
+    assert rung.read()
+    found = [path for path in (folder / "ladder").rglob("*") if path.is_file()]
+    assert rung.path in found and [path for path in found if b"planted" in path.read_bytes()] == []
+    alone = small.train(rung.path, f"--output_dir={folder / 'alone'}")
+    assert alone.returncode == 2 and "in place of its secret" in alone.stderr
 
 
 def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):

@@ -45,7 +45,7 @@ def ladder(
     for number, rung in enumerate(made.rungs, 1):
         known = rung.read()
         if not known:
-            subruns.finish(subruns.Process([*start, str(rung.path)]), rung.run)
+            subruns.finish(subruns.Process([*start, str(rung.path)], rung.secrets), rung.run)
             if not rung.read():
                 raise RecipeError.at(str(rung.run), "the run ended without its last evaluation; start again to resume")
         done += rung.flops

@@ -13,8 +13,8 @@ from hfpretrain.data.prepare import prepare
 from hfpretrain.ladder import laws
 from hfpretrain.ladder.family import Family, Member
 from hfpretrain.modeling.build import config_problems
-from hfpretrain.recipe.redaction import is_redacted
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, dump_recipe, flatten, load_recipe
+from hfpretrain.recipe.redaction import secrets_of
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, dump_recipe, load_recipe
 from hfpretrain.training import metrics, run_folder
 
 LR_EXPONENT, BATCH_EXPONENT = -0.125, 0.3271
@@ -56,6 +56,11 @@ class Rung:
     def run(self) -> Path:
         """Its output folder."""
         return Path(self.recipe.output_dir)
+
+    @property
+    def secrets(self) -> list[str]:
+        """Addresses of its recipe whose secrets are not in its file."""
+        return secrets_of(self.recipe.model_dump(mode="json"))
 
     def read(self) -> bool:
         """Whether it is finished; its final validation loss is then known."""
@@ -146,11 +151,6 @@ class Ladder:
                         "schedule would not be a whole one; choose another folder",
                     )
             files.write_whole(rung.path, dump_recipe(rung.recipe))
-            if any(is_redacted(str(value)) for _, value in flatten(load_recipe(rung.path).model_dump(mode="json"))):
-                message = "secrets in addresses are not written into the recipes of the ladder, so they could not run"
-                raise RecipeError.at(
-                    "data.sources", f"{message}; copy the files, or give the secrets in environment variables"
-                )
             load_recipe(rung.path, checks=[config_problems])
 
     def table(self) -> str:

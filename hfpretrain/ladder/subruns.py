@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from hfpretrain.recipe import shipped
+from hfpretrain.recipe.redaction import SECRETS
 from hfpretrain.recipe.schema import RecipeError, parse_yaml
 
 
 class Process(subprocess.Popen[bytes]):
     """Its messages go into a file: a pipe that nobody reads meanwhile would stop it when full."""
 
-    def __init__(self, command: list[str]):
+    def __init__(self, command: list[str], secrets: Sequence[str] = ()):
+        """`secrets`: addresses with secrets, which the recipe's file has without them."""
+        # Not as arguments of the command, which other users of the machine can see.
+        env = {**os.environ, SECRETS: json.dumps(list(secrets))} if secrets else None
         self.messages = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
-        super().__init__(command, stdout=subprocess.DEVNULL, stderr=self.messages)
+        super().__init__(command, stdout=subprocess.DEVNULL, stderr=self.messages, env=env)
 
 
 def command(engine: str | None, num_processes: int | None) -> list[str]:

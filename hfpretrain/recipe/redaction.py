@@ -8,6 +8,9 @@ from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
+SECRETS = "HFPRETRAIN_SECRETS"
+"""Environment variable of a training that another command starts: a JSON list of the addresses whose secrets are not in
+the recipe's file."""
 _USER = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#'\"<>`\\]+)@")
 _QUERY = re.compile(r"([?#])([^\s'\"<>`\\?#]*=[^\s'\"<>`\\?#]*)")
 _TOKEN = re.compile(r"\b(hf_)[A-Za-z0-9]{16,}|\b([Bb]earer )[A-Za-z0-9._~+/=-]{16,}")
@@ -59,6 +62,24 @@ def redacted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [redacted(item) for item in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def secrets_of(value: Any) -> list[str]:
+    """The strings of mappings and lists that `redacted` changes."""
+    if isinstance(value, dict):
+        return [found for item in value.values() for found in secrets_of(item)]
+    if isinstance(value, (list, tuple)):
+        return [found for item in value for found in secrets_of(item)]
+    return [value] if isinstance(value, str) and redact(value) != value else []
+
+
+def restored(value: Any, secrets: Collection[str]) -> Any:
+    """What `redacted` made of a value, with the strings of `secrets_of` again."""
+    if isinstance(value, dict):
+        return {key: restored(item, secrets) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [restored(item, secrets) for item in value]
+    return next((secret for secret in secrets if redact(secret) == value), value)
 
 
 def without_folders(value: Any, texts: Collection[str] = ()) -> Any:
