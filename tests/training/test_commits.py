@@ -1,12 +1,12 @@
-"""Which commits a run loads. With two ranks and a push between them: `test_hub.py`."""
+"""Which commits a run loads. With two ranks and a push between them: `tests/publishing/test_hub.py`."""
 
 import json
 
 import pytest
 from conftest import recipe_mapping
 
-from hfpretrain import commits
-from hfpretrain.recipe import Recipe, RecipeError
+from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.training import commits
 
 OID, OTHER = "a" * 40, "b" * 40
 
