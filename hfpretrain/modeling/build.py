@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,6 +54,9 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     except Exception as error:  # a config class may raise anything; each says what it wants
         yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
         return
+    if (reason := _not_loadable(config)) is not None:
+        yield Problem("model.config.model_type", f"{reason}; use another model (got {model_type!r})")
+        return
     data = mapping.get("data")
     block_size = data.get("block_size") if isinstance(data, dict) else None
     yield from context_problems(config, block_size)
@@ -60,6 +64,27 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     wanted = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
     if isinstance(wanted, int) and isinstance(keywords.get("vocab_size"), int) and keywords["vocab_size"] < wanted:
         yield vocabulary_problem(keywords["vocab_size"], wanted)
+
+
+def _not_loadable(config: PretrainedConfig) -> str | None:
+    """Why plain `AutoModelForCausalLM` could not load what a run of this config exports; None if it can.
+
+    Where a config has parts for images or sound, some classes build the text model alone. The export then has the
+    config of that part, of which `AutoModelForCausalLM` may know no class.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"transformers has no causal class for {config.model_type}, so AutoModelForCausalLM can't load it"
+    text_class: Any = config.sub_configs.get("text_config")
+    if text_class is None or text_class in MODEL_FOR_CAUSAL_LM_MAPPING or find_spec("torch") is None:
+        return None
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(model_class, "config_class", None) is not text_class:
+        return None
+    part = config.get_text_config().model_type
+    message = f"{model_class.__name__} would be exported with the config of its text model, {part}"
+    return f"{message}, which AutoModelForCausalLM can't load"
 
 
 def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Problem]:
@@ -103,11 +128,13 @@ def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSecti
 
 def known_config_keys(model_type: str) -> set[str]:
     """Keys that a config class reads: its fields, those of `PretrainedConfig`, and its attribute map's aliases."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    default = config_class()
-    keys = {key for key in default.to_dict() if not key.startswith("_")}
+    keys: set[str] = set()
+    with contextlib.suppress(StrictDataclassError):  # some classes refuse their own defaults
+        keys = {key for key in config_class().to_dict() if not key.startswith("_")}
     for base in config_class.__mro__:
         keys.update(key for key in getattr(base, "__annotations__", {}) if not key.startswith("_"))
     keys |= set(config_class.attribute_map)
@@ -157,29 +184,34 @@ def _is_read_by_model(model_type: str, key: str) -> bool:
 def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
     """The config of a model; of a new one `defaults` stand where the section says nothing.
 
-    Raises `RecipeError` if `section.pretrained` has none.
+    Raises `RecipeError` if `section.pretrained` has none, or if `AutoModelForCausalLM` could not load the export.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if section.config is not None:
         special = _special_ids(str(section.config.get("model_type")), **defaults)
-        return AutoConfig.for_model(**{**defaults, **special, **section.config})
+        config = AutoConfig.for_model(**{**defaults, **special, **section.config})
+        if (reason := _not_loadable(config)) is not None:
+            raise RecipeError.at("model.config.model_type", f"{reason}; use another model")
+        return config
     if problem := missing_path(section.pretrained or ""):
         raise RecipeError.at("model.pretrained", problem)
     try:
         config = _whole_config(section)
     except Exception as error:  # a broken file may raise anything
         raise RecipeError.at("model.pretrained", not_loaded(section.pretrained or "", error)) from error
-    if getattr(config, "auto_map", None):
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return config
     # Of a checkpoint with parts for images or sound the text model alone is trained.
-    text = config.get_text_config()
-    if text is not config and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        message = (
-            f"{section.pretrained} is a {config.model_type}, and transformers has no causal class for its text model"
-        )
-        raise RecipeError.at("model.pretrained", f"{message} ({text.model_type}); use a text-only checkpoint")
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        message = f"{section.pretrained} is a {config.model_type}, which has several text models"
+        raise RecipeError.at("model.pretrained", f"{message}; use a text-only checkpoint") from error
+    if (reason := _not_loadable(text)) is not None:
+        advice = "use a text-only checkpoint" if text is not config else "use another model"
+        message = f"{section.pretrained} is a {config.model_type}: {reason}; {advice}"
+        raise RecipeError.at("model.pretrained", message)
     return text
 
 

@@ -3,9 +3,10 @@ import json
 
 import pytest
 import torch
-from conftest import recipe_mapping
+from conftest import recipe_mapping, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfpretrain import load_recipe
 from hfpretrain.modeling import build as modeling
 from hfpretrain.modeling import initialization
 from hfpretrain.recipe.schema import ModelSection, RecipeError
@@ -216,9 +217,33 @@ def test_a_checkpoint_for_images_goes_on_with_its_text_model(tmp_path):
     )
     input_ids = torch.arange(12)[None]
     assert torch.equal(model(input_ids=input_ids).logits, whole(input_ids=input_ids).logits)
-    AutoConfig.for_model("mllama").save_pretrained(tmp_path / "other")
-    with pytest.raises(RecipeError, match=r"model\.pretrained: .* is a mllama, and transformers has no causal class"):
-        load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("model_type", ["emu3", "mllama"])
+def test_a_model_whose_export_plain_transformers_would_not_load_is_refused_before_the_run(tmp_path, model_type):
+    match = rf"model\.config\.model_type: .*{model_type}_text_model, which AutoModelForCausalLM can't load"
+    with pytest.raises(RecipeError, match=match):  # as every command reads its recipe
+        load_recipe(write_recipe(tmp_path, model={"config": {"model_type": model_type}}))
+    with pytest.raises(RecipeError, match=match):
+        modeling.load_config(ModelSection(config={"model_type": model_type}))
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(RecipeError, match=rf"model\.pretrained: .* is a {model_type}: .*no causal class"):
+        modeling.load_config(ModelSection(pretrained=str(tmp_path / "checkpoint")))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("t5", ": .*no causal class"), ("vit", ": .*no causal class"), ("musicgen", ", which has several text models")],
+)
+def test_a_checkpoint_of_another_kind_is_refused_by_its_config(tmp_path, model_type, reason):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=rf"model\.pretrained: .* is a {model_type}{reason}"):
+        modeling.load_config(ModelSection(pretrained=str(tmp_path)))
+
+
+def test_a_class_that_refuses_its_own_defaults_is_a_problem_of_the_recipe():
+    (problem,) = modeling.config_problems({"model": {"config": {"model_type": "gemma4_assistant"}}})
+    assert problem.path == "model.config" and "hidden_size_per_layer_input" in problem.message
 
 
 def test_gradient_checkpointing_changes_no_gradient():
