@@ -224,6 +224,7 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
     from hfpretrain.data.batches import epochs, epochs_text
+    from hfpretrain.data.summary import require_known
     from hfpretrain.modeling import optim
     from hfpretrain.modeling.build import context_note
     from hfpretrain.planning import plan
@@ -232,18 +233,24 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     optim.require_library(recipe.optimizer)
     # Raises if transformers does not take the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
+    preflight.require_model(recipe)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
+    if prepared is not None:
+        require_known(prepared, recipe.tokenizer.max_unknown)
+    tried = preflight.try_model(recipe, None if prepared is None else prepared.packs_documents())
+    notes = [f"note             {text}" for text in tried]
     seen = "known once the text is prepared" if prepared is None else epochs_text(recipe, epochs(recipe, prepared))
     lines = [] if recipe.data.streaming else [f"epochs           {seen}"]
     known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
     if not known and prepared is None:
-        return None, [*lines, "parameters       known once the text is prepared: model.config has no vocab_size"]
+        lines.append("parameters       known once the text is prepared: model.config has no vocab_size")
+        return None, lines + notes
     counts, size = plan.parameters(recipe), plan.disk_bytes(recipe)
     if problems := preflight.disk_problems(recipe, size):
         raise RecipeError(problems)
     lines.append(f"disk             {size / 2**20:,.1f} MiB for checkpoints and the export, without the prepared text")
     note = context_note(recipe.model, plan.model_config(recipe), recipe.data.block_size)
-    return counts, [*lines, *([f"note             {note}"] if note else [])]
+    return counts, [*lines, *([f"note             {note}"] if note else []), *notes]
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfpretrain.data.tokenizer import document_prefix
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSection
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -295,3 +295,22 @@ def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
     made.no_truncation()
     made.no_padding()
     return made
+
+
+def require_special_tokens(data: DataSection, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises `RecipeError` for sources whose `special_tokens` names tokens that the tokenizer doesn't have, or that
+    frame documents."""
+    encoder, problems = Encoder(tokenizer, np.dtype(np.int64)), []
+    for key, source in all_sources(data):
+        try:
+            encoder.for_source(source.special_tokens)
+        except RecipeError as error:
+            problems += [Problem(f"{key}.{problem.path}", problem.message) for problem in error.problems]
+    if problems:
+        raise RecipeError(problems)
+
+
+def all_sources(data: DataSection) -> list[tuple[str, SourceSection]]:
+    """Every source with its key in the recipe."""
+    sections = (("data.sources", data.sources), ("data.validation_sources", data.validation_sources))
+    return [(f"{key}.{number}", source) for key, sources in sections for number, source in enumerate(sources)]

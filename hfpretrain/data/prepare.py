@@ -20,7 +20,7 @@ import numpy as np
 from hfpretrain import __version__, files
 from hfpretrain.data import assemble, corpus, duplicates, packing, tokenizer
 from hfpretrain.data.corpus import Document, Reader, Splitter
-from hfpretrain.data.encode import Encoder, token_bytes, token_dtype, unknown_id
+from hfpretrain.data.encode import Encoder, require_special_tokens, token_bytes, token_dtype, unknown_id
 from hfpretrain.data.packing import Batch, Item
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
 from hfpretrain.data.remote_copy import Mirror
@@ -424,15 +424,9 @@ class _Preparation:
     def _encoders(self) -> dict[Any, Encoder]:
         """An encoder for each way in which sources read special tokens."""
         first = Encoder(self.tokenizer, token_dtype(self.vocab_size))
-        found = {}
-        for key in ("sources", "validation_sources"):
-            for number, source in enumerate(getattr(self.data, key)):
-                try:
-                    found[source.special_tokens] = first.for_source(source.special_tokens)
-                except RecipeError as error:
-                    problem = error.problems[0]
-                    raise RecipeError.at(f"data.{key}.{number}.{problem.path}", problem.message) from error
-        return found
+        require_special_tokens(self.data, self.tokenizer)
+        chosen = {source.special_tokens for source in (*self.data.sources, *self.data.validation_sources)}
+        return {special_tokens: first.for_source(special_tokens) for special_tokens in chosen}
 
     def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[Batch]:
         """Batches of the parts of one share that have no account yet; appends the key of every part to `done`."""

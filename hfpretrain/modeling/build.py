@@ -721,6 +721,20 @@ def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
     return None
 
 
+def settle_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
+    """Whether documents are masked from each other. `leak` is what `documents_leak` found. Raises `RecipeError`
+    if the model can't do what the recipe says, or if `auto` would have to train without a mask."""
+    if wanted is False or leak is None:
+        return wanted is not False
+    if wanted == "auto" and not packs_documents:
+        return False
+    advice = "set it to false to train with documents that see each other, or change the model or"
+    raise RecipeError.at(
+        "training.document_masking",
+        f"packed documents can't be kept apart: {leak}; {advice} model.attn_implementation (got {wanted!r})",
+    )
+
+
 def has_experts(model: PreTrainedModel) -> bool:
     """Whether a router chooses among experts; to be asked before an engine shards the model.
 

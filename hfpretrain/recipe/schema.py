@@ -1161,7 +1161,7 @@ MAY_DIFFER = (
     "model.dtype",
     "model.use_liger_kernel",
     "tokenizer.chat_template",
-    "tokenizer.add_bos",  # the prepared text is compared
+    "tokenizer.add_bos",  # what documents begin with is compared
     "tokenizer.max_unknown",
     "training.max_steps",
     "training.max_tokens",

@@ -1,6 +1,7 @@
-"""Look before a run at what its recipe names outside of itself: files, folders, repos of the Hub, disks.
+"""Look before a run at what its recipe names outside of itself: files, folders, repos of the Hub, disks; and at its
+model without its weights.
 
-Nothing is tokenized, built, downloaded or written here, and torch is not imported.
+Nothing is tokenized, downloaded or written here. Only what looks at the model imports torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfpretrain.data import corpus
 from hfpretrain.recipe.hub import trouble
@@ -31,8 +32,13 @@ from hfpretrain.recipe.schema import (
 )
 from hfpretrain.training.run_folder import refuse_other_run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # A text file that is one document, or a JSON array, is read whole for its first document: only where it is small.
 _SMALL_BYTES = 2**24
+# A model of so many parameters is built with random weights in about a second.
+_TRIED_PARAMETERS = 2**27
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -87,6 +93,78 @@ def disk_problems(recipe: Recipe, num_bytes: int) -> list[Problem]:
         return []
     message = f"the run will write {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free in {folder}"
     return [Problem("output_dir", f"{message}; make room, lower checkpoint.keep_last or choose another disk")]
+
+
+def require_model(recipe: Recipe) -> None:
+    """Build the recipe's model without values, which takes a fraction of a second at any size.
+
+    Raises `RecipeError` if it can't be built or exported, or has no parameter for a pattern of `optimizer.no_decay`. A
+    model with code of its own is not built.
+    """
+    from hfpretrain import optim
+
+    model = _model(recipe, "meta")
+    if model is not None:
+        optim.decayed_names(model, recipe.optimizer.no_decay)
+
+
+def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
+    """Try a small model with random weights as training tries it; returns what is left to say.
+
+    `packs_documents`: whether a block holds several documents, None if the text is not prepared. Raises `RecipeError`
+    where training would: predictions see later tokens, documents of a block see each other, or the loss can't be
+    computed in chunks.
+    """
+    from hfpretrain import loss
+    from hfpretrain import model as modeling
+
+    training = recipe.training
+    blueprint = _model(recipe, "meta")
+    if blueprint is None or modeling.count_parameters(blueprint).total > _TRIED_PARAMETERS:
+        if training.document_masking is False:
+            return []
+        return ["whether the model can keep the documents of a block apart is tested when training starts"]
+    model = _model(recipe, "cpu")
+    assert model is not None
+    modeling.require_causal(model, recipe.model)
+    leak = None if training.document_masking is False else modeling.documents_leak(model, recipe.data.block_size)
+    packs = leak is not None and _packs_documents(recipe) if packs_documents is None else packs_documents
+    modeling.settle_masking(training.document_masking, leak, packs)
+    loss.use_chunked_loss(model, training.chunked_loss, training.z_loss)
+    if leak is None or packs_documents is not None:
+        return []
+    return [f"if a block holds several documents, training asks for training.document_masking: false, since {leak}"]
+
+
+def _model(recipe: Recipe, device: str) -> PreTrainedModel | None:
+    """The recipe's model, on the CPU with random weights; None of one with code of its own."""
+    from hfpretrain import model as modeling
+
+    # Where the vocabulary follows a tokenizer that may not exist yet: it changes no name and nothing that is tried.
+    ids = [n for key, n in (recipe.model.config or {}).items() if key.endswith("token_id") and isinstance(n, int)]
+    config = modeling.load_config(recipe.model, vocab_size=max(511, *ids, 0) + 1)
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None
+    section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
+    if section.attn_implementation.startswith(("flash", "flex")):  # which may not run on this machine
+        section = section.model_copy(update={"attn_implementation": "auto"})
+    return modeling.build_model(section, config, device=device)
+
+
+def _packs_documents(recipe: Recipe) -> bool:
+    """Whether a block is sure to hold several documents of text that is not prepared: the first of two is shorter."""
+    if recipe.data.streaming:
+        return True
+    for number, source in enumerate(recipe.data.sources):
+        reader = corpus.Reader(source, f"data.sources.{number}", recipe.data.on_bad_document)
+        first = reader.pieces[0] if reader.pieces else None
+        if first is None or not Path(first.origin).is_file() or (first.size or 0) > _SMALL_BYTES:
+            continue
+        documents = list(itertools.islice((document for document in reader.read([0]) if document.text), 2))
+        # No token is shorter than a byte.
+        if len(documents) == 2 and len(documents[0].text.encode()) < recipe.data.block_size // 2:
+            return True
+    return False
 
 
 def _source(key: str, source: SourceSection, recipe: Recipe) -> Iterator[Problem]:

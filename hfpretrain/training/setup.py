@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ from hfpretrain.recipe.schema import (
     flatten,
     load_recipe,
 )
-from hfpretrain.training import commits, incident, metrics, report, run_folder, vocabulary, watchdog
+from hfpretrain.training import commits, incident, metrics, preflight, report, run_folder, vocabulary, watchdog
 from hfpretrain.training.consumption import LEDGER, Consumption
 from hfpretrain.training.records import Records
 from hfpretrain.training.stability import Stability
@@ -186,6 +186,7 @@ class Run:
         launch.require_cuttable(
             modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
         )
+        watch.from_main("check the model", lambda: self._check_model(recipe))
         said = watch.from_main("check the vocabulary", lambda: list(vocabulary.check(recipe)))
         self.prepared = self._prepare(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
@@ -259,7 +260,7 @@ class Run:
         )
         wanted = training.document_masking
         leak = None if wanted is False else modeling.documents_leak(probe, recipe.data.block_size)
-        self.document_masking = _document_masking(wanted, leak, packs)
+        self.document_masking = modeling.settle_masking(wanted, leak, packs)
         if packs and not self.document_masking:
             self._note("documents in a block are not masked from each other (training.document_masking)")
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss, training.z_loss)
@@ -281,6 +282,12 @@ class Run:
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
         self.consumption = Consumption(len(self.data.order.sizes))
+
+    def _check_model(self, recipe: Recipe) -> None:
+        """What is wrong with the model of a new run is said before text is read for hours."""
+        if not any((self.output_dir / "checkpoints").glob("step-*")):
+            with engine.plain_initialisation():
+                preflight.require_model(recipe)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one, and open the records."""
@@ -762,17 +769,3 @@ class Run:
         state.skipped.append([state.step, bad + 1 - state.data_step(state.step)])
         self._start_data()
         self.records.roll_back(state.step)
-
-
-def _document_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
-    """Whether documents are masked from each other. `leak` is what `model.documents_leak` found. Raises `RecipeError`
-    if the model can't do what the recipe says, or if `auto` would have to train without a mask."""
-    if wanted is False or leak is None:
-        return wanted is not False
-    if wanted == "auto" and not packs_documents:
-        return False
-    advice = "set it to false to train with documents that see each other, or change the model or"
-    raise RecipeError.at(
-        "training.document_masking",
-        f"packed documents can't be kept apart: {leak}; {advice} model.attn_implementation (got {wanted!r})",
-    )

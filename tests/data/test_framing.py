@@ -11,7 +11,7 @@ from conftest import hfpretrain, recipe_mapping, rows, small_text, train, write_
 from test_packing import stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfpretrain import evaluate_perplexity, files, training_batches
+from hfpretrain import evaluate_perplexity, files, load_recipe, training_batches
 from hfpretrain.data import prepared
 from hfpretrain.data.batches import collate, document_positions
 from hfpretrain.data.encode import Encoder
@@ -23,6 +23,7 @@ from hfpretrain.evaluation.lm_eval_tasks import Processes, shared_language_model
 from hfpretrain.evaluation.score import Windows, evaluate_checkpoint
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
+from hfpretrain.training.run_folder import refuse_other_run
 
 BOS, EOS = 320, 0
 
@@ -272,9 +273,12 @@ def test_a_run_says_it_and_its_export_begins_as_it_was_trained(framed):
     assert report["loss"] == pytest.approx(measured["eval/loss"], rel=1e-4)
     assert report["tokens"] == measured["eval/tokens"]
     assert model.config.bos_token_id == BOS and model.generation_config.bos_token_id == BOS
-    # Going on without BOS is another run's text.
-    result = train(path, "--tokenizer.add_bos=false", "--training.max_steps=9")
-    assert result.returncode == 2 and "the prepared text is not that of" in result.stderr
+    # Going on without BOS is another run's text: nothing is tokenized for it, and `check` says the same.
+    overrides = "--tokenizer.add_bos=false", "--training.max_steps=9"
+    for result in (train(path, *overrides), hfpretrain("check", str(path), *overrides)):
+        assert result.returncode == 2 and "tokenizer.add_bos: documents begin with no BOS here" in result.stderr
+    assert sum(one.is_dir() for one in (framed / "prepared").iterdir()) == 1
+    refuse_other_run(load_recipe(path, ["--tokenizer.add_bos=true"]))  # as null says of this tokenizer
 
 
 def test_a_run_of_the_version_that_put_no_bos_before_documents_is_refused_by_name(framed):

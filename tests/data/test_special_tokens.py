@@ -7,6 +7,7 @@ from test_packing import stream
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hfpretrain.cli import _outlook
 from hfpretrain.data import prepared
 from hfpretrain.data.encode import Encoder, token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path
@@ -15,6 +16,7 @@ from hfpretrain.data.summary import notes, summary
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.evaluation.score import recipe_texts
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
+from hfpretrain.training import vocabulary
 
 MARKS = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
 CODE = "<fim_prefix>def f():<fim_suffix>return x<fim_middle>x = 1 <|endoftext|> more"
@@ -70,6 +72,18 @@ def test_the_choice_names_tokens_that_are_there_and_frame_nothing(folder):
             prepare(recipe(folder, data__sources=[source(folder, special_tokens=chosen)]))
     with pytest.raises(ValueError, match="special_tokens"):
         recipe(folder, data__sources=[source(folder, special_tokens="letters")])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_check_knows_the_names_that_the_tokenizer_lacks(folder, trained):
+    marked(folder / "tokenizer")
+    changes = {"tokenizer": {"algorithm": "byte_level_bpe", "vocab_size": 320}} if trained else {}
+    right = recipe(folder, data__sources=[source(folder, special_tokens=["<fim_prefix>"])], **changes)
+    wrong = [source(folder), source(folder, special_tokens=["<fim>"])]
+    if not trained:
+        assert vocabulary.check(right, local_only=True) == []
+    with pytest.raises(RecipeError, match=r"data\.sources\.1\.special_tokens: '<fim>' is not a special token"):
+        vocabulary.check(recipe(folder, data__sources=wrong, **changes), local_only=True)
 
 
 def test_streams_and_evaluation_read_special_tokens_as_preparation_does(folder):
@@ -128,6 +142,8 @@ def test_unknown_text_is_counted_and_too_much_is_an_error_unless_allowed(folder)
     for _ in range(2):  # while it is prepared, and when it is there
         with pytest.raises(RecipeError, match=r"data.sources.0: 9.09% of its tokens .*tokenizer.max_unknown"):
             prepare(recipe(folder, data__validation_fraction=0.0))
+    with pytest.raises(RecipeError, match=r"tokenizer.max_unknown"):  # what `check` prints below the recipe
+        _outlook(recipe(folder, data__validation_fraction=0.0))
     allowed = {"pretrained": str(folder / "tokenizer"), "max_unknown": 0.1}
     prepare(recipe(folder, data__validation_fraction=0.0, tokenizer=allowed))
     data = DataSection(sources=[source(folder)], block_size=32, streaming=True)

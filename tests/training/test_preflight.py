@@ -2,14 +2,15 @@ import gzip
 
 import pytest
 import torch
-from conftest import hfpretrain, small_text, write_jsonl, write_recipe
+from conftest import hfpretrain, recipe_mapping, small_text, train, write_jsonl, write_recipe
 from hub_server import HubServer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
 from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.recipe.shipped import find
-from hfpretrain.training.preflight import disk_problems, engine_problems, world_problems
+from hfpretrain.training.preflight import disk_problems, engine_problems, require_model, try_model, world_problems
 
 
 def problems(folder, *overrides, **changes):
@@ -122,3 +123,55 @@ def test_the_command_exits_with_2_and_names_all(folder):
     wrong = hfpretrain("check", str(write_recipe(folder)), "--scheduler.scheduler_specific_kwargs={min_lr: 1}")
     assert wrong.returncode == 2 and "scheduler.scheduler_specific_kwargs: " in wrong.stderr
     assert "--engine" in hfpretrain("check", str(write_recipe(folder)), "--engine", "ddpp").stderr
+
+
+OPT = {"model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 64, "hidden_size": 32,
+       "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+
+
+def test_a_pattern_that_matches_no_parameter_is_told_by_check_and_before_text_is_read(folder):
+    path = write_recipe(folder, optimizer__no_decay=["*embed_tokens*", "*.wte.*"])
+    for command in (train, lambda path: hfpretrain("check", str(path))):
+        result = command(path)
+        assert result.returncode == 2 and "optimizer.no_decay.1: no parameter matches '*.wte.*'" in result.stderr
+    assert not load_recipe(path).prepared_dir.exists()
+
+
+def test_a_model_that_cannot_be_built_is_told_before_text_is_read(folder):
+    musicgen = recipe_mapping(folder, model__config={"model_type": "musicgen"})
+    with pytest.raises(RecipeError, match=r"model\.config: builds no model: "):
+        require_model(Recipe.model_validate(musicgen))
+
+
+def test_what_training_finds_out_about_a_model_is_tried_of_a_small_one(folder):
+    def tried(config, packs_documents=True, **changes):
+        recipe = Recipe.model_validate(recipe_mapping(folder, model__config=config, **changes))
+        return try_model(recipe, packs_documents)
+
+    llama = recipe_mapping(folder)["model"]["config"]
+    match = r"training\.document_masking: packed documents can't be kept apart"
+    assert tried(llama) == tried(OPT, training__document_masking=False) == tried(OPT, packs_documents=False) == []
+    with pytest.raises(RecipeError, match=match):
+        tried(OPT)
+    with pytest.raises(RecipeError, match=match):
+        tried(OPT, packs_documents=False, training__document_masking=True)
+    (told,) = tried({**llama, "vocab_size": 2**22})  # too large to try
+    assert "is tested when training starts" in told
+    bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(RecipeError, match="is not causal"):
+        tried({**bert, "intermediate_size": 48})
+    with pytest.raises(RecipeError, match=r"training\.chunked_loss: "):
+        bart = {"model_type": "bart", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4}
+        changes = {"training__chunked_loss": True, "training__document_masking": False}
+        tried({**bart, "decoder_ffn_dim": 48, "max_position_embeddings": 64}, **changes)
+
+
+def test_text_that_is_not_prepared_is_looked_at_for_several_documents_in_a_block(folder):
+    def tried(*texts):
+        write_jsonl(folder / "corpus.jsonl", texts)
+        return try_model(Recipe.model_validate(recipe_mapping(folder, model__config=OPT)), None)
+
+    (told,) = tried("a" * 1000)
+    assert "if a block holds several documents, training asks for training.document_masking: false" in told
+    with pytest.raises(RecipeError, match=r"training\.document_masking"):
+        tried("short", "a" * 1000)
