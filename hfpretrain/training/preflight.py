@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpretrain.checkpoints.resume import changes
 from hfpretrain.data import corpus
 from hfpretrain.recipe.hub import trouble
 from hfpretrain.recipe.schema import (
@@ -27,6 +28,7 @@ from hfpretrain.recipe.schema import (
     TokenizerSection,
     accumulation_steps,
     hub_address,
+    load_recipe,
     missing_path,
     not_loaded,
 )
@@ -301,6 +303,12 @@ def _resume_from(recipe: Recipe) -> Iterator[Problem]:
         yield from _repo(key, *address, "model", ())
     elif not (Path(given) / "manifest.json").is_file():
         yield Problem(key, f"{given!r} is no checkpoint: it has no manifest.json")
+    else:
+        files = (Path(given) / "recipe.yaml", Path(given).absolute().parent.parent / "recipe.yaml")
+        of_run = next((file for file in files if file.is_file()), None)
+        if of_run is not None and (changed := changes(recipe, load_recipe(of_run))):
+            yield Problem(key, f"{given} is of another recipe")
+            yield from changed
 
 
 def _folders(recipe: Recipe) -> Iterator[Problem]:

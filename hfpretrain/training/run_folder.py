@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hfpretrain.data.tokenizer import document_prefix, load_tokenizer
+from hfpretrain.checkpoints.resume import changes
 from hfpretrain.recipe.schema import (
-    MAY_DIFFER,
     Problem,
     Recipe,
     RecipeError,
-    TokenizerSection,
-    differences,
     load_recipe,
 )
 
@@ -35,24 +31,12 @@ def refuse_other_run(recipe: Recipe) -> None:
         begun = load_recipe(path)
     except RecipeError as error:
         raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
-    changed = differences(recipe, begun, ignore=MAY_DIFFER)
-    changed = [problem for problem in changed if not _was_so(problem, recipe, path.parent)]
-    if not changed and recipe.tokenizer.add_bos != begun.tokenizer.add_bos:
-        changed = [*_framing_changes(recipe.tokenizer, begun.tokenizer)]
+    changed = [problem for problem in changes(recipe, begun) if not _was_so(problem, recipe, path.parent)]
     if changed:
         advice = "choose another output_dir, or undo the changes to resume"
         raise RecipeError(
             [Problem("output_dir", f"{recipe.output_dir} holds another recipe's run; {advice}"), *changed]
         )
-
-
-def _framing_changes(now: TokenizerSection, then: TokenizerSection) -> Iterator[Problem]:
-    """A problem if documents of the two begin with other tokens: null and what it stands for are the same."""
-    first, second = (document_prefix(load_tokenizer(section)) for section in (now, then))
-    if first != second:
-        names = ["BOS" if prefix else "no BOS" for prefix in (first, second)]
-        message = f"documents begin with {names[0]} here, with {names[1]} there"
-        yield Problem("tokenizer.add_bos", f"{message} (got {now.add_bos!r}, there {then.add_bos!r})")
 
 
 def _was_so(problem: Problem, recipe: Recipe, run: Path) -> bool:

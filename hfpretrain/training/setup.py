@@ -157,7 +157,8 @@ class Run:
         launch.require_asked_processes()
         optim.require_library(recipe.optimizer)
         self.is_main = int(os.environ.get("RANK", "0")) == 0
-        run_folder.refuse_other_run(recipe)
+        if self.is_main:  # it may have to load a tokenizer from the Hub
+            run_folder.refuse_other_run(recipe)
         self._lock = run_folder.lock(self.output_dir) if self.is_main else None
         if self.is_main:
             export.repair(self.output_dir)

@@ -12,6 +12,7 @@ from test_packing import stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfpretrain import evaluate_perplexity, files, load_recipe, training_batches
+from hfpretrain.checkpoints import resume as resume_from
 from hfpretrain.data import prepared
 from hfpretrain.data.batches import collate, document_positions
 from hfpretrain.data.encode import Encoder
@@ -23,6 +24,7 @@ from hfpretrain.evaluation.lm_eval_tasks import Processes, shared_language_model
 from hfpretrain.evaluation.score import Windows, evaluate_checkpoint
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
+from hfpretrain.training.preflight import world_problems
 from hfpretrain.training.run_folder import refuse_other_run
 
 BOS, EOS = 320, 0
@@ -279,6 +281,11 @@ def test_a_run_says_it_and_its_export_begins_as_it_was_trained(framed):
         assert result.returncode == 2 and "tokenizer.add_bos: documents begin with no BOS here" in result.stderr
     assert sum(one.is_dir() for one in (framed / "prepared").iterdir()) == 1
     refuse_other_run(load_recipe(path, ["--tokenizer.add_bos=true"]))  # as null says of this tokenizer
+    (state,) = (run / "checkpoints").glob("step-*")
+    other = load_recipe(path, [overrides[0], f"--output_dir={framed / 'other'}", f"--checkpoint.resume_from={state}"])
+    with pytest.raises(RecipeError, match="no BOS here"):
+        resume_from.fetch(other)
+    assert [problem.path for problem in world_problems(other)] == ["checkpoint.resume_from", "tokenizer.add_bos"]
 
 
 def test_a_run_of_the_version_that_put_no_bos_before_documents_is_refused_by_name(framed):
