@@ -46,5 +46,9 @@ def test_families_beside_plain_transformers(tmp_path):
     assert {name: family.result for name, family in found.items()} == dict.fromkeys(found, "equal"), found
     assert found["llama"].documents == "apart" and found["bart"].documents == "mixed"
     assert found["bart"].own_loss.startswith("another") and found["llama"].own_loss == "next token"
+    # Its norms amplify rounding; and a class whose export plain transformers does not load.
+    found |= {family.name: family for family in families.examine(["gemma4", "emu3"], None, tmp_path)}
+    assert found["gemma4"].result == "equal" and found["gemma4"].rounding["grad_norm"] >= found["gemma4"].grad_norm
+    assert found["emu3"].result == "refused"
     text = families.table(list(found.values()))
-    assert "| equal | 3 |" in text and text.index("| bart |") < text.index("| llama |")
+    assert "| equal | 4 |" in text and text.index("| bart |") < text.index("| llama |")
