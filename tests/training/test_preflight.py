@@ -167,11 +167,14 @@ def test_what_training_finds_out_about_a_model_is_tried_of_a_small_one(folder):
 
 
 def test_text_that_is_not_prepared_is_looked_at_for_several_documents_in_a_block(folder):
-    def tried(*texts):
+    def tried(texts, packing="concat"):
         write_jsonl(folder / "corpus.jsonl", texts)
-        return try_model(Recipe.model_validate(recipe_mapping(folder, model__config=OPT)), None)
+        changes = {"model__config": OPT, "data__packing": packing}
+        return try_model(Recipe.model_validate(recipe_mapping(folder, **changes)), None)
 
-    (told,) = tried("a" * 1000)
-    assert "if a block holds several documents, training asks for training.document_masking: false" in told
-    with pytest.raises(RecipeError, match=r"training\.document_masking"):
-        tried("short", "a" * 1000)
+    for texts, packing in ((["a" * 1000], "concat"), (["a" * 1000] * 9, "best_fit")):
+        (told,) = tried(texts, packing)
+        assert "if a block holds several documents, training asks for training.document_masking: false" in told
+    for texts, packing in ((["a" * 1000] * 9, "concat"), (["short"] * 9, "best_fit")):
+        with pytest.raises(RecipeError, match=r"training\.document_masking"):
+            tried(texts, packing)
