@@ -30,7 +30,7 @@ def worker(output: Path) -> None:
     from hfpretrain.modeling import build as modeling
     from hfpretrain.modeling import initialization
     from hfpretrain.recipe.schema import ModelSection
-    from hfpretrain.training import metrics
+    from hfpretrain.training import metrics_file as metrics
 
     accelerator = engine.build_accelerator("no", [], str(output.parent), 600)
     config = AutoConfig.for_model(**CONFIG)

@@ -8,7 +8,8 @@ from typing import Any
 
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.schema import RecipeError, load_recipe
-from hfpretrain.training import metrics, report, run_folder
+from hfpretrain.training import metrics_file as metrics
+from hfpretrain.training import report, run_folder
 
 _COLUMNS = ("run", "model", "engine", "parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", "state")
 

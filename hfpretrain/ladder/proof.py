@@ -16,7 +16,7 @@ import psutil
 
 from hfpretrain.ladder import subruns
 from hfpretrain.recipe.schema import Recipe, RecipeError
-from hfpretrain.training import metrics
+from hfpretrain.training import metrics_file as metrics
 
 TOLERANCE = 1e-5
 _COMPARED = ("loss", "grad_norm", "lr", "ledger", "eval/loss")

@@ -12,7 +12,8 @@ from hfpretrain.planning import table
 from hfpretrain.publishing import card_text
 from hfpretrain.recipe.redaction import redact, without_folders
 from hfpretrain.recipe.schema import Recipe, RecipeError, dump_mapping, load_recipe, repo_id_problem
-from hfpretrain.training import metrics, report
+from hfpretrain.training import metrics_file as metrics
+from hfpretrain.training import report
 
 _EMISSIONS = "emissions.csv"  # as codecarbon names it
 _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer

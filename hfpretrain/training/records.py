@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from hfpretrain import files
 from hfpretrain.recipe.redaction import redact, redacted
-from hfpretrain.training import console, metrics
+from hfpretrain.training import console
+from hfpretrain.training import metrics_file as metrics
 
 
 class _Tracker:

@@ -58,7 +58,8 @@ from hfpretrain.recipe.schema import (
     flatten,
     load_recipe,
 )
-from hfpretrain.training import incident, metrics, report, run_folder, vocabulary, watchdog
+from hfpretrain.training import incident, report, run_folder, vocabulary, watchdog
+from hfpretrain.training import metrics_file as metrics
 from hfpretrain.training.consumption import LEDGER, Consumption
 from hfpretrain.training.records import Records
 from hfpretrain.training.stability import Stability

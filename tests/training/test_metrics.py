@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from hfpretrain.modeling.flops import flops_per_token
-from hfpretrain.training import metrics
+from hfpretrain.training import metrics_file as metrics
 
 
 def test_resuming_forgets_later_lines_and_a_half_written_one(tmp_path):

@@ -6,7 +6,8 @@ from typing import ClassVar
 import pytest
 from accelerate.tracking import TensorBoardTracker
 
-from hfpretrain.training import metrics, records
+from hfpretrain.training import metrics_file as metrics
+from hfpretrain.training import records
 
 
 class Tracker:
