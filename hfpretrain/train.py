@@ -156,7 +156,7 @@ def _finish(run: Run) -> Path:
     reference = run.output_dir / export.REFERENCE
     run.watch.beat("export", run.state.step)
     run.close()
-    peak_memory = [distributed.largest(run.accelerator, size or 0) for size in run.peak_memory.close()]
+    peak_memory = distributed.largest(run.accelerator, run.peak_memory.peak())
     batch = engine.to_device(run.accelerator, run.read(run.data.example))
     with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
         export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
@@ -177,7 +177,7 @@ def _finish(run: Run) -> Path:
         run.records.plot()
         card.write_card(run.output_dir, model_path)
         if run.state.step > run.first_step:  # else what is measured is no training
-            print("", table.report(run, *peak_memory), sep="\n", flush=True)
+            print("", table.report(run, peak_memory), sep="\n", flush=True)
         print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
     run.records.finish()

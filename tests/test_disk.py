@@ -76,7 +76,8 @@ def test_an_export_that_does_not_fit_stops_and_is_made_later(half_done):
 
 def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
     code = (
-        "import resource, sys, logging; from pathlib import Path; from hfpretrain.training.metrics_file import MetricsFile\n"
+        "import resource, sys, logging; from pathlib import Path\n"
+        "from hfpretrain.training.metrics_file import MetricsFile\n"
         "logging.basicConfig(format='%(message)s')\n"
         "file = MetricsFile(Path(sys.argv[1]), None); row = {'step': 1, 'text': 'x' * 100}\n"
         "[file.write(row) for _ in range(5)]\n"
@@ -99,7 +100,7 @@ def test_a_rollback_takes_lines_back_where_the_disk_is_full(tmp_path):
         "file = MetricsFile(Path(sys.argv[1]), None)\n"
         "[file.write({'step': step, 'text': 'x' * 50}) for step in range(5)]\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
-        "file.forget(2)\n"
+        "file.drop_after(2)\n"
     )
     path = tmp_path / "metrics.jsonl"
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)

@@ -59,8 +59,10 @@ from hfpretrain.recipe.schema import (
     load_recipe,
 )
 from hfpretrain.training import incident, report, run_folder, vocabulary, watchdog
-from hfpretrain.training import metrics_file as metrics
+from hfpretrain.training.clock import Clock
 from hfpretrain.training.consumption import LEDGER, Consumption
+from hfpretrain.training.peak_memory import PeakMemory
+from hfpretrain.training.profiler import Profiler
 from hfpretrain.training.records import Records
 from hfpretrain.training.stability import Stability
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
@@ -208,7 +210,7 @@ class Run:
         modeling.import_code(config)
         if recipe.model.attn_implementation.startswith("flex") and self.accelerator.device.type == "cpu":
             raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
-        self.peak_memory = metrics.PeakMemory()
+        self.peak_memory = PeakMemory()
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config, seed=recipe.seed)
         self.config, self.attn_implementation = model.config, model.config._attn_implementation
@@ -526,9 +528,9 @@ class Run:
         self.records.step_done()
 
     def _start_records(self) -> None:
-        self.clock = metrics.Clock(self.accelerator.device)
+        self.clock = Clock(self.accelerator.device)
         self.peak_flops = self._peak_flops()
-        self.profiler = metrics.Profiler(self.recipe.logging.profile_steps, self.output_dir / "profile", self.is_main)
+        self.profiler = Profiler(self.accelerator, self.recipe.logging.profile_steps, self.output_dir / "profile")
         self.flops_per_token = model_flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
             report.describe(self)
@@ -571,8 +573,7 @@ class Run:
         steps = state.window_steps
         trained = sum(value for part, value in seconds.items() if part not in ("evaluate", "save"))
         tokens_per_second = steps * training.tokens_per_step / max(trained, 1e-9)
-        memory, peak_memory = self.peak_memory.now()
-        left = (training.num_steps - state.step) * self.clock.running() / max(1, state.step - self.first_step)
+        left = (training.num_steps - state.step) * self.clock.total() / max(1, state.step - self.first_step)
         row = {
             "step": state.step,
             "tokens": state.tokens,
@@ -585,8 +586,8 @@ class Run:
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
             "flops": self.flops_per_token * state.tokens,
             **{f"seconds/{part}": value for part, value in seconds.items()},
-            "memory_bytes": memory,
-            "peak_memory_bytes": peak_memory,
+            "memory_bytes": self.peak_memory.now(),
+            "peak_memory_bytes": self.peak_memory.peak(),
             "seconds_left": left,
             "ledger": self.consumption.ledger.digest,
             **self.consumption.by_source(),
