@@ -485,7 +485,7 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.checkpoints.plain import export_to
+    from hfpretrain.checkpoints.locate import export_to
     from hfpretrain.publishing.card import describe_export
 
     print(*export_to(Path(args.checkpoint), Path(args.out), describe_export), sep="\n")
