@@ -376,18 +376,18 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
     else:
         import transformers
 
-        from hfpretrain.checkpoints import export
+        from hfpretrain.checkpoints.verify import REFERENCE, check_files, verify_export
 
         transformers.utils.logging.disable_progress_bar()
 
         model = path if (path / "config.json").is_file() else path / "model"
-        reference = model.parent / export.REFERENCE
+        reference = model.parent / REFERENCE
         is_lone = not reference.is_file() and (model / files.SUMS).is_file()  # not in a run's folder, or copied from it
         if not (model / "config.json").is_file() or not (reference.is_file() or is_lone):
             raise RecipeError(Problem(str(path), "no finished run, exported model, checkpoint or prepared data"))
-        report = export.check_files(model)
+        report = check_files(model)
         if reference.is_file():
-            report |= export.verify(model, reference, args.trust_remote_code)
+            report |= verify_export(model, reference, args.trust_remote_code)
         report |= _verify_prepared(model.parent)
     if args.json:
         print(json.dumps(report))
@@ -485,7 +485,7 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.checkpoints.locate import export_to
+    from hfpretrain.checkpoints.export import export_to
     from hfpretrain.publishing.card import describe_export
 
     print(*export_to(Path(args.checkpoint), Path(args.out), describe_export), sep="\n")

@@ -15,7 +15,7 @@ import small
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export, saver
+from hfpretrain.checkpoints import export, resume, saver
 from hfpretrain.publishing import outbox
 from hfpretrain.recipe.schema import CheckpointSection
 
@@ -250,7 +250,7 @@ def test_a_kill_at_any_point_of_saving_a_step_again_loses_nothing(tmp_path, monk
             with contextlib.suppress(Killed):
                 sealed(folder, 3, "new")
             survived = next(calls) <= number
-        path, reasons = saver.newest(folder)
+        path, reasons = resume.newest(folder)
         assert path == folder / "step-00000003" and reasons == [], number
         assert (path / "__0_0.distcp").read_text() in ("old", "new") and (path / "notes.txt").read_text() == "mine"
         assert list(folder.iterdir()) == [path]

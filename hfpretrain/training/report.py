@@ -135,10 +135,10 @@ def _commit() -> str | None:
 def describe(run: Any) -> None:
     """Write into the run folder what tells of the run without what it was made from."""
     folder = run.output_dir
-    run.config.save_pretrained(folder / export.PLAIN)
-    run.tokenizer.save_pretrained(folder / export.PLAIN)
+    run.config.save_pretrained(folder / export.CONFIG_FOLDER)
+    run.tokenizer.save_pretrained(folder / export.CONFIG_FOLDER)
     if run.generation_config is not None:
-        run.generation_config.to_json_file(folder / export.PLAIN / "generation_config.json")
+        run.generation_config.to_json_file(folder / export.CONFIG_FOLDER / export.GENERATION_CONFIG)
     _, _, account = summary(run.prepared).partition("\n")
     if run.recipe.data.streaming:
         sources = ", ".join(without_folders(source.path) for source in run.recipe.data.sources)

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export, saver
-from hfpretrain.checkpoints import resume as resume_from
+from hfpretrain.checkpoints import export, resume, saver
 from hfpretrain.data.batches import (
     Item,
     Prefetcher,
@@ -188,7 +187,7 @@ class Run:
         """Data, model and optimizer."""
         recipe, training, watch = self.recipe, self.recipe.training, self.watch
         self.notes: list[str] = []
-        watch.from_main(f"fetch {recipe.checkpoint.resume_from}", lambda: resume_from.fetch(recipe, watch.unit_done))
+        watch.from_main(f"fetch {recipe.checkpoint.resume_from}", lambda: resume.fetch_start(recipe, watch.unit_done))
         said = watch.from_main("check the vocabulary", lambda: list(vocabulary.check(recipe)))
         self.prepared = self._prepare()
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
@@ -334,7 +333,7 @@ class Run:
         folder = self.output_dir / "checkpoints"
 
         def work() -> list[Any]:
-            path, passed_over = saver.newest(folder, self.watch.unit_done)
+            path, passed_over = resume.newest(folder, self.watch.unit_done)
             return [path and path.name, passed_over, (self.output_dir / "metrics.jsonl").exists()]
 
         name, self._passed_over, self._has_records = self.watch.from_main(

@@ -6,7 +6,7 @@ from conftest import recipe_mapping
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hfpretrain.checkpoints import export
+from hfpretrain.checkpoints import export, verify
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def run(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     export.write(model.config, model.state_dict(), tokenizer, tmp_path / "model")
     batch = {"input_ids": torch.arange(32)[None] + 8}
-    export.write_reference(model, batch, "float32", tmp_path / export.REFERENCE)
+    verify.write_reference(model, batch, "float32", tmp_path / verify.REFERENCE)
     return tmp_path
 
 
 def test_an_export_with_a_sample(run):
-    report = export.verify(run / "model", run / export.REFERENCE)
+    report = verify.verify_export(run / "model", run / verify.REFERENCE)
     assert report["max_logit_difference"] < 1e-5 and report["sample"] and "sample_error" not in report
 
 
@@ -34,7 +34,7 @@ def test_a_class_that_cannot_generate_has_an_export_that_verifies(run, monkeypat
         raise ValueError("this cache has no length")
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
-    report = export.verify(run / "model", run / export.REFERENCE)
+    report = verify.verify_export(run / "model", run / verify.REFERENCE)
     assert report["max_logit_difference"] < 1e-5 and report["sample"] is None
     assert "LlamaForCausalLM.generate fails" in report["sample_error"] and "no length" in report["sample_error"]
     json.dumps(report)
