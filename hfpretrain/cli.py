@@ -216,7 +216,7 @@ def _related(recipe: Recipe) -> list[str]:
         return []
     from hfpretrain.training.vocabulary import check
 
-    return check(recipe, local_only=True)
+    return check(recipe.model, recipe.tokenizer, recipe.data.block_size, local_only=True)
 
 
 def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
@@ -233,7 +233,9 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     # Raises if transformers does not take the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
-    seen = "known once the text is prepared" if prepared is None else epochs_text(recipe, epochs(recipe, prepared))
+    seen = "known once the text is prepared"
+    if prepared is not None:
+        seen = epochs_text(recipe.data.sources, epochs(recipe.data, recipe.training, recipe.seed, prepared))
     lines = [] if recipe.data.streaming else [f"epochs           {seen}"]
     known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
     if not known and prepared is None:
@@ -299,9 +301,13 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.checkpoints import saver
     from hfpretrain.data.inspection import step_lines
 
-    for line in step_lines(_load(args, overrides), args.step):
+    recipe = _load(args, overrides)
+    saved = sorted((Path(recipe.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 8))
+    skipped = saver.train_state(saved[-1])["skipped"] if saved else []
+    for line in step_lines(recipe, args.step, skipped):
         print(line)
 
 

@@ -179,7 +179,7 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         lines.append(f"  {_moment(row['step'], run.state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
     if run.epochs is not None:
-        lines.append(f"  {'epochs':<16} {epochs_text(run.recipe, run.epochs)}")
+        lines.append(f"  {'epochs':<16} {epochs_text(run.recipe.data.sources, run.epochs)}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
     lines += [
         f"  {'model':<16} {run.output_dir / 'model'}",

@@ -32,10 +32,12 @@ from hfpretrain.data.batches import (
     training_data,
 )
 from hfpretrain.data.corpus import held_out_digests
-from hfpretrain.data.encode import token_bytes
+from hfpretrain.data.encode import Encoder, token_bytes, token_dtype
+from hfpretrain.data.ledger import LEDGER, Consumption
+from hfpretrain.data.order import data_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.data.streaming import Deal, StreamingData, deal, save_states, streaming_data
+from hfpretrain.data.streaming import Deal, StreamingData, deal, load_states, save_states
 from hfpretrain.data.summary import notes
 from hfpretrain.data.tokenizer import say_framing, set_chat_template
 from hfpretrain.engines import distributed, engine, launch
@@ -59,7 +61,6 @@ from hfpretrain.recipe.schema import (
 )
 from hfpretrain.training import incident, report, run_folder, vocabulary, watchdog
 from hfpretrain.training.clock import Clock
-from hfpretrain.training.consumption import LEDGER, Consumption
 from hfpretrain.training.peak_memory import PeakMemory
 from hfpretrain.training.profiler import Profiler
 from hfpretrain.training.records import Records
@@ -140,8 +141,8 @@ class TrainState:
     """What trackers know the run by."""
 
     def data_step(self, step: int) -> int:
-        """Whose data optimizer step `step` takes, counted from 0."""
-        return step + sum(count for first, count in self.skipped if first <= step)
+        """Index of the data step that optimizer step `step` trains on, both counted from 0."""
+        return data_step(step, self.skipped)
 
 
 class Run:
@@ -188,7 +189,9 @@ class Run:
         recipe, training, watch = self.recipe, self.recipe.training, self.watch
         self.notes: list[str] = []
         watch.from_main(f"fetch {recipe.checkpoint.resume_from}", lambda: resume.fetch_start(recipe, watch.unit_done))
-        said = watch.from_main("check the vocabulary", lambda: list(vocabulary.check(recipe)))
+        said = watch.from_main(
+            "check the vocabulary", lambda: vocabulary.check(recipe.model, recipe.tokenizer, recipe.data.block_size)
+        )
         self.prepared = self._prepare()
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
@@ -276,9 +279,9 @@ class Run:
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
-        self.epochs = None if recipe.data.streaming else epochs(recipe, self.prepared)
+        self.epochs = None if recipe.data.streaming else epochs(recipe.data, training, recipe.seed, self.prepared)
         if self.epochs is not None:
-            logger.info("epochs of the training text: %s", epochs_text(recipe, self.epochs))
+            logger.info("epochs of the training text: %s", epochs_text(recipe.data.sources, self.epochs))
         self.evaluator = Evaluator(self)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
@@ -326,7 +329,10 @@ class Run:
             return [prepared[0].path.name, prepared[0].checksum]
 
         name, checksum = self.watch.from_main(f"prepare the data in {self.recipe.prepared_dir}", work)
-        return prepared[0] if prepared else wait_for_prepared(self.recipe, name, checksum, self.watch.unit_done)
+        if prepared:
+            return prepared[0]
+        path, given = self.recipe.prepared_dir / name, self.recipe.data.prepared_dir
+        return wait_for_prepared(path, given, checksum, self.watch.unit_done)
 
     def _newest_checkpoint(self) -> Path | None:
         """The newest that verifies; others of `_passed_over` do not."""
@@ -358,7 +364,7 @@ class Run:
             "document_masking": self.document_masking,
         }
         if not recipe.data.streaming:
-            return training_data(recipe, self.prepared, **keywords)
+            return training_data(recipe.data, recipe.training, recipe.seed, self.prepared, **keywords)
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
         held_out = self.read(lambda: held_out_digests(recipe.data))
         dealt = self.watch.from_main(
@@ -366,8 +372,10 @@ class Run:
             lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: deal(recipe.data, held_out, sequences))],
         )
         keywords["dealt"] = [Deal(groups, [(number, index) for number, index in pieces]) for groups, pieces in dealt]
-        vocab_size, path = manifest["vocab_size"], self._checkpoint
-        return self.read(lambda: streaming_data(recipe, self.tokenizer, vocab_size, path, held_out, **keywords))
+        encode = Encoder(self.tokenizer, token_dtype(manifest["vocab_size"]))
+        states, first_step = ({}, 0) if self._checkpoint is None else load_states(self._checkpoint)
+        keywords |= {"first_step": first_step, "states": states, "max_unknown": recipe.tokenizer.max_unknown}
+        return self.read(lambda: StreamingData(recipe.data, encode, held_out, **keywords))
 
     def read(self, work: Callable[[], Item]) -> Item:
         """What `work` reads. Raises `StoppedEarlyError` if this process must stop and a source doesn't answer."""
@@ -416,7 +424,7 @@ class Run:
                 f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
             )
         try:
-            digest = self.consumption.take(stored, path)
+            digest = self.consumption.restore(stored, path)
             self.state = TrainState(**stored)
         except (KeyError, TypeError) as error:
             message = f"its train_state.json is that of another version of hfpretrain: {error}"
@@ -565,7 +573,7 @@ class Run:
 
     def log(self, loss: float, grad_norm: float, lr: list[float]) -> None:
         """The row of a log step: `loss` and `grad_norm` of the steps since the last one. All ranks must call it."""
-        self.consumption.gather(self.accelerator)
+        self.consumption.gather(self._sum_over_processes)
         state, training = self.state, self.recipe.training
         self.clock.mark("log")
         seconds = self.clock.read()
@@ -608,10 +616,15 @@ class Run:
         number = int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
         engine.seed(self.accelerator, number)
 
+    def _sum_over_processes(self, rows: list[list[int]]) -> list[list[int]]:
+        table = torch.tensor(rows, dtype=torch.int64, device=self.accelerator.device)
+        summed: list[list[int]] = distributed.total(self.accelerator, table).tolist()
+        return summed
+
     def save(self, in_background: bool) -> None:
         """Write a checkpoint of the full state."""
         self.watch.beat("save", self.state.step)
-        self.consumption.gather(self.accelerator)
+        self.consumption.gather(self._sum_over_processes)
         self.state.losses = self.stability.losses
         state = {
             **asdict(self.state),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size
 from hfpretrain.modeling import build as modeling
-from hfpretrain.recipe.schema import ModelSection, Problem, Recipe, RecipeError, TokenizerSection
+from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 _LEAST_RELATED = 0.9
 
 
-def check(recipe: Recipe, local_only: bool = False) -> list[str]:
+def check(model: ModelSection, section: TokenizerSection, block_size: int, local_only: bool = False) -> list[str]:
     """What is to be said of a tokenizer that exists and the model that gets its ids, a sentence for each.
 
     `local_only`: look at folders alone, not at the Hub. Raises `RecipeError` for ids without embeddings, special ids
     that differ, and a tokenizer whose ids are other words to the checkpoint that is trained further.
     """
-    model, section = recipe.model, recipe.tokenizer
     named = [name for name in (model.pretrained, section.pretrained) if name is not None]
     if local_only and not all(Path(name).is_dir() for name in named):
         return []
@@ -33,8 +32,8 @@ def check(recipe: Recipe, local_only: bool = False) -> list[str]:
                 raise RecipeError.at("tokenizer.vocab_size", message)
         return []
     tokenizer = load_tokenizer(section)
-    size, block_size = tokenizer_size(tokenizer), recipe.data.block_size
-    modeling.resolve_config(model, padded_vocab_size(section, tokenizer), tokenizer, size, block_size)
+    vocab_size = padded_vocab_size(section, tokenizer)
+    modeling.resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), block_size)
     return require_related(model, section, tokenizer)
 
 
