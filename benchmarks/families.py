@@ -302,12 +302,12 @@ def _run(path: Path, recipe: Any, folder: Path, engine: str | None) -> str:
         lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
         return lines[0][:300]
     from hfpretrain import train as train_in_this_process
-    from hfpretrain.checkpoints import export
-    from hfpretrain.training import metrics
+    from hfpretrain.checkpoints import verify
+    from hfpretrain.training import records
 
-    metrics.plot_loss = lambda rows, path, title: path.write_bytes(b"")  # a fifth of the time
+    records.plot_loss = lambda rows, path, title: path.write_bytes(b"")  # a fifth of the time
     # A fresh interpreter for each family would take most of the time.
-    export.verify_in_fresh_process = lambda run, *_, **__: export.verify(run / "model", run / export.REFERENCE)
+    verify.verify_in_fresh_process = lambda run, *_, **__: verify.verify_export(run / "model", run / verify.REFERENCE)
     train_in_this_process(recipe)
     return ""
 

@@ -114,8 +114,7 @@ def start_up(quick: bool) -> list[Curve]:
     import numpy as np
 
     from hfpretrain.data.batches import Prefetcher
-    from hfpretrain.data.ledger import Ledger
-    from hfpretrain.training.consumption import LEDGER, Consumption
+    from hfpretrain.data.ledger import LEDGER, Consumption, Ledger
 
     steps = [0, 8, 32] if quick else [0, 10**3, 10**4, 10**5, 10**6, 4 * 10**6]
     tokens_per_step = SEQUENCES * BLOCK_SIZE
@@ -133,7 +132,9 @@ def start_up(quick: bool) -> list[Curve]:
         stored = Consumption(1).state()
         with tempfile.TemporaryDirectory() as name:
             np.save(Path(name) / LEDGER, checksums)
-            taken = timed(lambda s=stored, path=Path(name): Consumption(1).take({**s}, path), 5 if step > 10**5 else 31)
+            taken = timed(
+                lambda s=stored, path=Path(name): Consumption(1).restore({**s}, path), 5 if step > 10**5 else 31
+            )
 
             def batch(step=step):
                 coming = Prefetcher(data.step, range(step, step + 1), pin_memory=False)

@@ -3,7 +3,7 @@
     python benchmarks/initialisation.py [--engines single fsdp2 zero3]
 
 A llama of 0.37 billion float32 weights, drawn and sharded as a training does; `single` with one process, the others
-with two. Memory is that of `metrics.PeakMemory`, the largest of all processes. FSDP2 and ZeRO-3 keep a share of each
+with two. Memory is that of `PeakMemory`, the largest of all processes. FSDP2 and ZeRO-3 keep a share of each
 piece as it is drawn, so that no process holds the model: beside its half stands one piece, the largest of which is an
 embedding of 125 MiB, and what its libraries load. Measured until the optimizer is built.
 """
@@ -30,11 +30,11 @@ def worker(output: Path) -> None:
     from hfpretrain.modeling import build as modeling
     from hfpretrain.modeling import initialization
     from hfpretrain.recipe.schema import ModelSection
-    from hfpretrain.training import metrics
+    from hfpretrain.training.peak_memory import PeakMemory
 
     accelerator = engine.build_accelerator("no", [], str(output.parent), 600)
     config = AutoConfig.for_model(**CONFIG)
-    memory = metrics.PeakMemory()
+    memory = PeakMemory()
     with engine.plain_initialisation():
         model = modeling.build_model(ModelSection(config=CONFIG), config)
     size = sum(4 * parameter.numel() for parameter in model.parameters())
@@ -43,7 +43,7 @@ def worker(output: Path) -> None:
     peaks = []
 
     def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        peaks.append(memory.close()[0])
+        peaks.append(memory.peak())
         return torch.optim.AdamW(model.parameters())
 
     prepared, _ = engine.prepare(

@@ -73,18 +73,15 @@ def timed_run(
         consume(run, data, loss)
         found["hfpretrain"].append(seconds_now() - begun)
         used = [engine.to_device(run.accelerator, batch) for batch in data.batches]
-        run.peak_memory._in_use = lambda: 0  # type: ignore[method-assign]  # a thread of hfpretrain that others have not
         first = len(found["hfpretrain"]) % max(1, len(others))  # who comes after whom changes, and with it the caches
         for name, peer in [*others.items()][first:] + [*others.items()][:first]:
             begun = seconds_now()
             peer(used)
             found[name].append(seconds_now() - begun)
-        del run.peak_memory._in_use
         begun = seconds_now()
 
     def finish(run: Run) -> None:  # without the export
         run.close()
-        run.peak_memory.close()
         engine.finish(run.accelerator, run.model)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):

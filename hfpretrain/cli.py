@@ -216,7 +216,7 @@ def _related(recipe: Recipe) -> list[str]:
         return []
     from hfpretrain.training.vocabulary import check
 
-    return check(recipe, local_only=True)
+    return check(recipe.model, recipe.tokenizer, recipe.data, local_only=True)
 
 
 def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
@@ -239,7 +239,9 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
         require_known(prepared, recipe.tokenizer.max_unknown)
     tried = preflight.try_model(recipe, None if prepared is None else prepared.packs_documents())
     notes = [f"note             {text}" for text in tried]
-    seen = "known once the text is prepared" if prepared is None else epochs_text(recipe, epochs(recipe, prepared))
+    seen = "known once the text is prepared"
+    if prepared is not None:
+        seen = epochs_text(recipe.data.sources, epochs(recipe.data, recipe.training, recipe.seed, prepared))
     lines = [] if recipe.data.streaming else [f"epochs           {seen}"]
     known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
     if not known and prepared is None:
@@ -306,9 +308,13 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.checkpoints import saver
     from hfpretrain.data.inspection import step_lines
 
-    for line in step_lines(_load(args, overrides), args.step):
+    recipe = _load(args, overrides)
+    saved = sorted((Path(recipe.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 8))
+    skipped = saver.train_state(saved[-1])["skipped"] if saved else []
+    for line in step_lines(recipe, args.step, skipped):
         print(line)
 
 
@@ -383,18 +389,18 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
     else:
         import transformers
 
-        from hfpretrain.checkpoints import export
+        from hfpretrain.checkpoints.verify import REFERENCE, check_files, verify_export
 
         transformers.utils.logging.disable_progress_bar()
 
         model = path if (path / "config.json").is_file() else path / "model"
-        reference = model.parent / export.REFERENCE
+        reference = model.parent / REFERENCE
         is_lone = not reference.is_file() and (model / files.SUMS).is_file()  # not in a run's folder, or copied from it
         if not (model / "config.json").is_file() or not (reference.is_file() or is_lone):
             raise RecipeError(Problem(str(path), "no finished run, exported model, checkpoint or prepared data"))
-        report = export.check_files(model)
+        report = check_files(model)
         if reference.is_file():
-            report |= export.verify(model, reference, args.trust_remote_code)
+            report |= verify_export(model, reference, args.trust_remote_code)
         report |= _verify_prepared(model.parent)
     if args.json:
         print(json.dumps(report))
@@ -492,7 +498,7 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.checkpoints.plain import export_to
+    from hfpretrain.checkpoints.export import export_to
     from hfpretrain.publishing.card import describe_export
 
     print(*export_to(Path(args.checkpoint), Path(args.out), describe_export), sep="\n")

@@ -89,6 +89,14 @@ def write_whole(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make `target` a hard link to `source`, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def work_folder(path: Path) -> Path:
     """An empty folder beside `path` to write into before `seal` or `put_in_place`."""
     path = path.resolve()

@@ -8,7 +8,8 @@ from typing import Any
 
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.schema import RecipeError, load_recipe
-from hfpretrain.training import metrics, report, run_folder
+from hfpretrain.training import report, run_folder
+from hfpretrain.training.history import History
 
 _COLUMNS = ("run", "model", "engine", "parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", "state")
 
@@ -24,7 +25,7 @@ def find(folder: Path) -> list[Path]:
 def describe(path: Path) -> dict[str, Any]:
     """What a run is and where it stands; None for what it does not know. `loss`, what follows from it and `loss DOMAIN`
     of each set that has a name are those of the last evaluation."""
-    history = metrics.History.read(path / "metrics.jsonl")
+    history = History.read(path / "metrics.jsonl")
     evaluated: dict[str, Any] = history.evaluations[-1] if history.evaluations else {}
     environment: dict[str, Any] = {}
     if (path / "environment.json").exists():
@@ -90,7 +91,7 @@ def plot(folder: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for run in find(folder):
-        history = metrics.History.read(run / "metrics.jsonl")
+        history = History.read(run / "metrics.jsonl")
         label = str(run.relative_to(folder)) if run != folder else run.name
         color = None
         for name, curve in (history.validation or {"(training)": history.loss}).items():

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export
+from hfpretrain.checkpoints import export, verify
 from hfpretrain.engines import distributed, engine
 from hfpretrain.evaluation.evaluator import is_due
 from hfpretrain.modeling import build as modeling
@@ -154,13 +154,13 @@ def _fit(run: Run) -> None:
 def _finish(run: Run) -> Path:
     """Export, compare the export with the training process, write the card and the summary."""
     model_path, main = run.output_dir / "model", run.is_main
-    reference = run.output_dir / export.REFERENCE
+    reference = run.output_dir / verify.REFERENCE
     run.watch.beat("export", run.state.step)
     run.close()
-    peak_memory = [distributed.largest(run.accelerator, size or 0) for size in run.peak_memory.close()]
+    peak_memory = distributed.largest(run.accelerator, run.peak_memory.peak())
     batch = engine.to_device(run.accelerator, run.read(run.data.example))
     with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
-        export.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
+        verify.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
         state_dict = engine.full_state_dict(run.accelerator, run.model)
         if main:
             with engine.plain_initialisation():
@@ -168,17 +168,17 @@ def _finish(run: Run) -> Path:
                     run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype, run.generation_config
                 )
 
-    def verify() -> dict[str, Any]:
-        return export.verify_in_fresh_process(run.output_dir, _trusts_code(run.recipe), run.watch.unit_done)
+    def verify_export() -> dict[str, Any]:
+        return verify.verify_in_fresh_process(run.output_dir, _trusts_code(run.recipe), run.watch.unit_done)
 
-    report = run.watch.from_main("verify the export", verify)
+    report = run.watch.from_main("verify the export", verify_export)
     if main:
         exported = {f"export/{key}": value for key, value in report.items()}
         run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
         run.records.plot()
         card.write_card(run.output_dir, model_path)
         if run.state.step > run.first_step:  # else what is measured is no training
-            print("", table.report(run, *peak_memory), sep="\n", flush=True)
+            print("", table.report(run, peak_memory), sep="\n", flush=True)
         print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
     run.records.finish()

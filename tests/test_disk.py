@@ -15,7 +15,7 @@ import small
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export, saver
+from hfpretrain.checkpoints import export, resume, saver
 from hfpretrain.publishing import outbox
 from hfpretrain.recipe.schema import CheckpointSection
 
@@ -76,7 +76,8 @@ def test_an_export_that_does_not_fit_stops_and_is_made_later(half_done):
 
 def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
     code = (
-        "import resource, sys, logging; from pathlib import Path; from hfpretrain.training.metrics import MetricsFile\n"
+        "import resource, sys, logging; from pathlib import Path\n"
+        "from hfpretrain.training.metrics_file import MetricsFile\n"
         "logging.basicConfig(format='%(message)s')\n"
         "file = MetricsFile(Path(sys.argv[1]), None); row = {'step': 1, 'text': 'x' * 100}\n"
         "[file.write(row) for _ in range(5)]\n"
@@ -95,11 +96,11 @@ def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
 
 def test_a_rollback_takes_lines_back_where_the_disk_is_full(tmp_path):
     code = (
-        "import resource, sys; from pathlib import Path; from hfpretrain.training.metrics import MetricsFile\n"
+        "import resource, sys; from pathlib import Path; from hfpretrain.training.metrics_file import MetricsFile\n"
         "file = MetricsFile(Path(sys.argv[1]), None)\n"
         "[file.write({'step': step, 'text': 'x' * 50}) for step in range(5)]\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
-        "file.forget(2)\n"
+        "file.drop_after(2)\n"
     )
     path = tmp_path / "metrics.jsonl"
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
@@ -249,7 +250,7 @@ def test_a_kill_at_any_point_of_saving_a_step_again_loses_nothing(tmp_path, monk
             with contextlib.suppress(Killed):
                 sealed(folder, 3, "new")
             survived = next(calls) <= number
-        path, reasons = saver.newest(folder)
+        path, reasons = resume.newest(folder)
         assert path == folder / "step-00000003" and reasons == [], number
         assert (path / "__0_0.distcp").read_text() in ("old", "new") and (path / "notes.txt").read_text() == "mine"
         assert list(folder.iterdir()) == [path]

@@ -19,7 +19,7 @@ from hfpretrain.cli import main as main_of_cli
 from hfpretrain.recipe.schema import RecipeError, dump_recipe, load_recipe
 from hfpretrain.train import main
 from hfpretrain.training import run_folder
-from hfpretrain.training.metrics import read_metrics
+from hfpretrain.training.metrics_file import read_metrics
 from hfpretrain.training.setup import Run
 
 # Dropout makes the result depend on the random state, the short schedule on the step.

@@ -209,7 +209,7 @@ def test_pickled_weights_and_adapters_run_nothing(plain, tmp_path, marker):
 def test_state_of_a_stream_runs_nothing(tmp_path, marker):
     torch.save({"step": Payload(marker)}, tmp_path / "data-0.pt")
     with pytest.raises(pickle.UnpicklingError):
-        streaming.streaming_data(None, None, 0, checkpoint=tmp_path, held_out=frozenset(), dealt=[])
+        streaming.load_states(tmp_path)
 
 
 def test_dataset_scripts_and_pickled_tables_run_nothing(tmp_path, marker):

@@ -1,9 +1,9 @@
-"""Where a run that has no checkpoint yet takes its first from: another run's folder, or the Hub."""
+"""Finding the checkpoint to resume from: the newest of a run that verifies, or that of `checkpoint.resume_from`."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,12 +29,50 @@ _KEY = "checkpoint.resume_from"
 logger = logging.getLogger(__name__)
 
 
-def fetch(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
-    """Put the checkpoint of `checkpoint.resume_from` into the run's own, if those are none; then it is one of them.
+def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint in `folder` whose checksums all match.
 
-    Its files must be what was sealed, its recipe this one but for what may differ when a run goes on, and its pickled
-    index one of tensors alone; else `RecipeError`. A download that was stopped goes on. `file_read` is called after
-    each file whose checksum is compared.
+    Returns its path, None if there are no checkpoints at all, and why each newer one was passed over. Those are renamed
+    to `step-XXXXXXXX.damaged`, so that rotation neither counts nor deletes them. `file_read` is called after each file.
+
+    Raises `RecipeError` if there are checkpoints but none verifies: starting anew is the user's decision.
+    """
+    reasons: list[str] = []
+    for left in folder.glob(f"step-*{files.REPLACED}"):  # a process was killed while it replaced the checkpoint
+        files.restore(left.with_name(left.name.removesuffix(files.REPLACED)))
+    for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # a process was killed while it wrote the checkpoint
+        shutil.rmtree(left, ignore_errors=True)
+    for path in files.steps(folder):
+        reason = files.damage(path, file_read=file_read)
+        if reason is None and (files.manifest_of(path) or {}).get("step") != files.step_of(path):
+            reason = f"{path / files.MANIFEST} is that of another step"
+        if reason is None:
+            return path, reasons
+        logger.warning("checkpoint %s is passed over: %s", path.name, reason)
+        reasons.append(f"checkpoint {path.name} is passed over: {reason}")
+        damaged = path.with_name(path.name + ".damaged")
+        with contextlib.suppress(OSError):  # a disk that can't be written to can still be read
+            if damaged.is_dir():
+                files.discard(damaged)
+            path.rename(damaged)
+    if reasons or any(folder.glob("step-*.damaged")):
+        advice = "restore one, or delete the folder to start anew"
+        raise RecipeError.at(str(folder), f"no checkpoint verifies: {'; '.join(reasons) or 'all damaged'}. {advice}")
+    return None, reasons
+
+
+def newest_undamaged(run: Path) -> Path | None:
+    """The newest checkpoint of a run whose checksums match, None if there is none; changes nothing in the folder."""
+    return next((path for path in files.steps(run / "checkpoints") if files.damage(path) is None), None)
+
+
+def fetch_start(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
+    """Copy or download the checkpoint of `checkpoint.resume_from` into the run's `checkpoints`, if the run has none.
+
+    `file_read` is called after each file whose checksum is compared. A download that was stopped goes on.
+
+    Raises `RecipeError` if a checksum does not match, if the checkpoint's recipe differs in what may not change when a
+    run resumes, or if its pickled index holds anything but tensors.
     """
     given, folder = recipe.checkpoint.resume_from, Path(recipe.output_dir) / "checkpoints"
     if given is None or _has_checkpoint(folder):
@@ -43,7 +81,7 @@ def fetch(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     address = hub_address(given)
     if address is None:
-        state = _copy(Path(given), work / "state")
+        state = _copy(Path(given), work / saver.STATE)
     else:
         logger.info("reading %s", given)
         state = _download(*address, work)
@@ -53,7 +91,7 @@ def fetch(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
         shutil.rmtree(work, ignore_errors=True)
         raise
     step = (files.manifest_of(state) or {})["step"]
-    # A folder with checkpoints must tell what of.
+    # Checkpoints must never stand in a folder without the recipe they belong to.
     files.write_whole(folder.parent / "recipe.yaml", dump_recipe(recipe))
     state.rename(folder / f"step-{step:08d}")
     shutil.rmtree(work, ignore_errors=True)
@@ -68,18 +106,11 @@ def _copy(given: Path, state: Path) -> Path:
     if files.manifest_of(given) is None:
         raise RecipeError.at(_KEY, f"{given} is no checkpoint; give a folder like runs/NAME/checkpoints/step-00001000")
     shutil.rmtree(state, ignore_errors=True)
-    shutil.copytree(given, state, copy_function=_link)
+    shutil.copytree(given, state, copy_function=files.link_or_copy)
     above = given.absolute().parent.parent / "recipe.yaml"
     if not (state / "recipe.yaml").exists() and above.is_file():
         shutil.copy2(above, state)
     return state
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[[], None]) -> None:
@@ -89,7 +120,7 @@ def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[
         raise RecipeError.at(_KEY, f"{given} is no checkpoint of a run: its manifest and its train_state.json differ")
     try:
         pieces.load_whole(state, ())
-    except Exception as error:  # what somebody else has written may be anything
+    except Exception as error:  # a file that somebody else wrote may raise anything
         raise RecipeError.at(_KEY, f"{given} is not read: {' '.join(str(error).split()):.300}") from error
     try:
         begun = load_recipe(state / "recipe.yaml")
@@ -119,18 +150,18 @@ def _framing_changes(now: TokenizerSection, then: TokenizerSection) -> Iterator[
 
 
 def _download(repo_id: str, revision: str, folder: Path) -> Path:
-    """The state that a revision holds, into `folder`; its files are not verified yet.
+    """Download the `state` folder of a revision into `folder`; its files are not verified yet.
 
-    Raises `RecipeError` where it has none, or the Hub does not give it.
+    Raises `RecipeError` if the revision has none or the Hub refuses.
     """
     from huggingface_hub import snapshot_download
 
     where = f"hub://{repo_id}@{revision}"
     try:
-        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns="state/*")
+        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=f"{saver.STATE}/*")
     except Exception as error:  # its HTTP library raises classes of its own
-        raise RecipeError.at("checkpoint.resume_from", f"{where} can't be read: {trouble(error).text}") from error
-    if not (folder / "state").is_dir():
+        raise RecipeError.at(_KEY, f"{where} can't be read: {trouble(error).text}") from error
+    if not (folder / saver.STATE).is_dir():
         advice = "push with `hub.push_state: true`, or go on from its weights alone by `model.pretrained`"
-        raise RecipeError.at("checkpoint.resume_from", f"{where} holds no state; {advice}")
-    return folder / "state"
+        raise RecipeError.at(_KEY, f"{where} holds no state; {advice}")
+    return folder / saver.STATE

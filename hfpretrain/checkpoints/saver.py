@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from hfpretrain import files
 from hfpretrain.engines import pieces
-from hfpretrain.recipe.schema import CheckpointSection, RecipeError
+from hfpretrain.recipe.schema import CheckpointSection
 
 TRAIN_STATE = "train_state.json"
 STATE = "state"
@@ -190,39 +190,12 @@ def _remove_old(folder: Path, section: CheckpointSection) -> None:
             files.discard(path)
 
 
-def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files all verify, None if there is none at all; and why each newer one was not taken.
-
-    `file_read` is called after each file.
-
-    Those passed over are renamed, so that rotation neither counts nor keeps them. Raises `RecipeError` if there are
-    checkpoints but none verifies: to start anew is the user's decision.
-    """
-    reasons: list[str] = []
-    for left in folder.glob(f"step-*{files.REPLACED}"):  # by a kill
-        files.restore(left.with_name(left.name.removesuffix(files.REPLACED)))
-    for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # by a kill, of a step that may never be saved again
-        shutil.rmtree(left, ignore_errors=True)
-    for path in files.steps(folder):
-        reason = files.damage(path, file_read=file_read)
-        if reason is None and (files.manifest_of(path) or {}).get("step") != files.step_of(path):
-            reason = f"{path / files.MANIFEST} is that of another step"
-        if reason is None:
-            return path, reasons
-        logger.warning("checkpoint %s is passed over: %s", path.name, reason)
-        reasons.append(f"checkpoint {path.name} is passed over: {reason}")
-        aside = path.with_name(path.name + ".damaged")
-        with contextlib.suppress(OSError):  # a disk that can't be written to can be read
-            if aside.is_dir():
-                files.discard(aside)
-            path.rename(aside)
-    if reasons or any(folder.glob("step-*.damaged")):
-        advice = "restore one, or delete the folder to start anew"
-        raise RecipeError.at(str(folder), f"no checkpoint verifies: {'; '.join(reasons) or 'all damaged'}. {advice}")
-    return None, reasons
-
-
 def train_state(path: Path) -> dict[str, Any]:
     """The counters stored in a checkpoint."""
     state: dict[str, Any] = json.loads((path / TRAIN_STATE).read_text(encoding="utf-8"))
     return state
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint; one in the outbox, which has its files in `state`, is not."""
+    return (path / TRAIN_STATE).is_file() and not (path / STATE).is_dir()

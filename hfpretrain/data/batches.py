@@ -21,7 +21,14 @@ from hfpretrain.data.ledger import sequence_checksum
 from hfpretrain.data.order import TrainingOrder, epoch_shifts
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.recipe.labels import IGNORE_INDEX
-from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
+from hfpretrain.recipe.schema import (
+    DataSection,
+    Recipe,
+    RecipeError,
+    SourceSection,
+    TrainingSection,
+    accumulation_steps,
+)
 
 _PATIENCE_SECONDS = 5.0
 Item = TypeVar("Item")
@@ -323,17 +330,18 @@ def _take(items: queue.Queue[Item | BaseException], must_stop: Callable[[], bool
         return item
 
 
-def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> TrainingData:
-    """The prepared training text in the recipe's order; `keywords` as of `TrainingData`.
+def training_data(
+    data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData, **keywords: Any
+) -> TrainingData:
+    """The prepared training text in the order that the recipe gives it; `keywords` are those of `TrainingData`.
 
-    Raises `RecipeError` if a source runs out under its `max_epochs` before the end of the run.
+    Raises `RecipeError` if the run needs a source more often than its `max_epochs`.
     """
-    data, training = recipe.data, recipe.training
-    stages = _stages(recipe)
+    stages = _stages(data)
     made = TrainingData(
         [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
         stages,
-        seed=recipe.seed,
+        seed=seed,
         padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
         shift_blocks=data.shift_blocks,
         documents_have_prefix=bool(prepared.document_prefix),
@@ -355,24 +363,24 @@ def training_data(recipe: Recipe, prepared: PreparedData, **keywords: Any) -> Tr
     return made
 
 
-def _stages(recipe: Recipe) -> list[tuple[int, list[float]]]:
-    """First sequence and weights of each stage of a mixture, as of `TrainingOrder`."""
-    return [(-(-tokens // recipe.data.block_size), weights) for tokens, weights in recipe.data.weights]
+def _stages(data: DataSection) -> list[tuple[int, list[float]]]:
+    """First sequence and weights of each stage of a mixture, as `TrainingOrder` takes them."""
+    return [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
 
 
-def epochs(recipe: Recipe, prepared: PreparedData) -> list[float]:
-    """How often a run sees the blocks of each source; a single number for all where they have no weights."""
+def epochs(data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData) -> list[float]:
+    """How often a run sees the blocks of each source; a single number for all of them if they have no weights."""
     sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
-    num_sequences = recipe.training.num_steps * recipe.training.tokens_per_step // recipe.data.block_size
-    counts = TrainingOrder(sizes, _stages(recipe), recipe.seed).counts(num_sequences)
+    num_sequences = training.num_steps * training.tokens_per_step // data.block_size
+    counts = TrainingOrder(sizes, _stages(data), seed).counts(num_sequences)
     return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
 
 
-def epochs_text(recipe: Recipe, found: list[float]) -> str:
-    """`epochs` for people."""
+def epochs_text(sources: Sequence[SourceSection], found: Sequence[float]) -> str:
+    """What `epochs` gives, as text."""
     if len(found) == 1:
         return f"{found[0]:.2f}"
-    named = enumerate(zip(recipe.data.sources, found, strict=True))
+    named = enumerate(zip(sources, found, strict=True))
     return ", ".join(f"{number:.2f} of source {index} ({source.path})" for index, (source, number) in named)
 
 
@@ -400,7 +408,9 @@ def training_batches(
         training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes
     )
     data = training_data(
-        recipe,
+        recipe.data,
+        training,
+        recipe.seed,
         prepared,
         micro_batch_size=training.micro_batch_size,
         accumulation_steps=steps,

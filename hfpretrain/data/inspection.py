@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from hfpretrain.data.batches import TrainingData, training_data
+from hfpretrain.data.order import data_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, open_verified, prepared_path
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
 
-def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
-    """Lines that tell, for optimizer step `step` counted from 1 as in `metrics.jsonl`, each sequence's documents (file
-    and line) and its text. Raises `RecipeError` if the data are not prepared or there is no such step."""
+def step_lines(recipe: Recipe, step: int, skipped: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Lines that show each sequence of an optimizer step: its documents, with file and line, and their text.
+
+    `step`: counted from 1, as in `metrics.jsonl`. `skipped`: data that rollbacks of the run have left out, as
+    `order.data_step` takes them. Raises `RecipeError` if the data are not prepared or there is no such step.
+    """
     if recipe.data.streaming:
         raise RecipeError.at("data.streaming", "a stream keeps no index of its documents; prepare the data to trace it")
     if not 1 <= step <= recipe.training.num_steps:
@@ -28,7 +30,9 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
     prepared = open_verified(path)
     block_size = recipe.data.block_size
     data = training_data(
-        recipe,
+        recipe.data,
+        recipe.training,
+        recipe.seed,
         prepared,
         micro_batch_size=1,
         accumulation_steps=recipe.training.tokens_per_step // block_size,
@@ -38,9 +42,9 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
         document_masking=False,
     )
     tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
-    data_step = _data_step(recipe, step - 1)
-    found = list(sequences(prepared, data, tokenizer, data_step))
-    yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(data_step):016x}"
+    index = data_step(step - 1, skipped)
+    found = list(sequences(prepared, data, tokenizer, index))
+    yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(index):016x}"
     for number, sequence in enumerate(found):
         shift = f", shifted by {sequence['shift']} tokens" if sequence["shift"] else ""
         yield f"\nsequence {number}: block {sequence['block']} of {sequence['split']}{shift}"
@@ -49,9 +53,9 @@ def step_lines(recipe: Recipe, step: int) -> Iterator[str]:
             yield "    | " + document["text"].replace("\n", "\n    | ")
 
 
-def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, data_step: int) -> Iterator[dict[str, Any]]:
-    """Block and documents of each sequence of a step over all processes; `data_step` is counted from 0."""
-    for (stream, row, shift), ids in zip(data.places(data_step), data.rows(data_step), strict=True):
+def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, step: int) -> Iterator[dict[str, Any]]:
+    """Block and documents of each sequence of data step `step`, counted from 0, over all processes."""
+    for (stream, row, shift), ids in zip(data.places(step), data.rows(step), strict=True):
         split = prepared.train_splits[stream]
         following = (row + 1) % prepared.manifest["splits"][split]["rows"]
         here, there = ids[: len(ids) - shift], ids[len(ids) - shift :]
@@ -75,12 +79,3 @@ def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, data_s
 def _by_document(ids: np.ndarray, eos_token_id: int) -> list[np.ndarray]:
     """Its cuts: a separator belongs to the document before."""
     return np.split(ids, np.flatnonzero(ids[:-1] == eos_token_id) + 1)
-
-
-def _data_step(recipe: Recipe, step: int) -> int:
-    """Whose data a step takes: after a rollback of the run, others than its own."""
-    folder = Path(recipe.output_dir) / "checkpoints"
-    for path in sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True):
-        skipped: list[list[int]] = json.loads((path / "train_state.json").read_text(encoding="utf-8"))["skipped"]
-        return step + sum(count for first, count in skipped if first <= step)
-    return step

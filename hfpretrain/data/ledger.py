@@ -1,13 +1,20 @@
-"""What a run has consumed: a checksum for each step."""
+"""What a run has trained on so far: a checksum for each step, and tokens and documents of each source."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
+
+if TYPE_CHECKING:
+    from hfpretrain.data.batches import StepData
+
+LEDGER = "ledger.npy"
 
 
 def sequence_checksum(rows: np.ndarray, positions: np.ndarray) -> int:
@@ -55,3 +62,56 @@ class Ledger:
             newest = range(steps - 8, steps)
             chosen = sorted({*newest, *np.linspace(0, steps - 1, affordable - 8, dtype=int).tolist()})
         return next((step for step in chosen if checksum_of(step) != self._checksums[step]), None)
+
+
+class Consumption:
+    """The ledger, tokens and documents that all processes have trained on since the start of the run.
+
+    Each process adds its own steps; `gather` sums them over the processes, so the counts are those of the last call.
+    """
+
+    def __init__(self, num_sources: int):
+        self.ledger = Ledger()
+        self.documents_dropped = 0
+        self._tokens, self._documents = np.zeros((2, num_sources), dtype=np.int64)
+        self._not_gathered: list[list[int]] = []
+
+    def add(self, data: StepData) -> None:
+        """Count this process's share of a step that is done."""
+        signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
+        self._not_gathered.append([signed, data.documents_dropped, *data.tokens.tolist(), *data.documents.tolist()])
+
+    def gather(self, sum_over_processes: Callable[[list[list[int]]], list[list[int]]]) -> None:
+        """Sum what the processes have added since the last call. All ranks must call it after the same step.
+
+        `sum_over_processes`: adds up a table of 64-bit integers, which wrap, over all processes.
+        """
+        if not self._not_gathered:
+            return
+        for checksum, dropped, *counts in sum_over_processes(self._not_gathered):
+            self.ledger.append(checksum % 2**64)
+            tokens, documents = np.split(np.array(counts), 2)
+            self._tokens += tokens
+            self._documents += documents
+            self.documents_dropped += dropped
+        self._not_gathered = []
+
+    def by_source(self) -> dict[str, list[int]]:
+        """Tokens and documents of each source."""
+        return {"source_tokens": self._tokens.tolist(), "source_documents": self._documents.tolist()}
+
+    def state(self) -> dict[str, Any]:
+        """The entries for `train_state.json`; the checksums themselves are saved as `LEDGER`."""
+        return {"ledger": self.ledger.digest, **self.by_source(), "documents_dropped": self.documents_dropped}
+
+    def restore(self, stored: dict[str, Any], checkpoint: Path) -> str:
+        """Take over a checkpoint's counts, removing the entries of `state` from `stored`.
+
+        Returns the digest that the checkpoint's ledger must have. Raises `KeyError` if an entry is missing.
+        """
+        self._not_gathered = []
+        self._tokens = np.array(stored.pop("source_tokens"))
+        self._documents = np.array(stored.pop("source_documents"))
+        self.documents_dropped = stored.pop("documents_dropped")
+        self.ledger = Ledger(np.load(checkpoint / LEDGER))
+        return str(stored.pop("ledger"))

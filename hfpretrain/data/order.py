@@ -115,3 +115,11 @@ def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.n
     ranks = np.concatenate([np.arange(count) for count in counts])
     order = np.argsort((ranks + 0.5) / counts[streams], kind="stable")
     return streams[order], ranks[order], counts
+
+
+def data_step(step: int, skipped: Sequence[Sequence[int]]) -> int:
+    """Index of the data step that optimizer step `step` trains on, both counted from 0; it differs after rollbacks.
+
+    `skipped`: pairs (first, count). From optimizer step `first` on, data come from `count` steps further ahead.
+    """
+    return step + sum(count for first, count in skipped if first <= step)

@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
     path = prepared_path(recipe)
     if PreparedData.open(path) is None:  # what is there may be read-only, so it is not locked
         with _locked(path, ".lock"):
-            prepared = PreparedData.open(path) or _pull(recipe, path)
+            prepared = PreparedData.open(path) or _pull(recipe.data.prepared_dir, path)
             if prepared is None:
                 if (path / files.MANIFEST).exists():
                     return open_verified(path)
@@ -148,7 +148,7 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
     """Share `index` (from 0) of `count` machines that prepare one corpus in one folder; `prepare` then joins them."""
     path = prepared_path(recipe)
     with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
-        if (PreparedData.open(path) or _pull(recipe, path)) is None:
+        if (PreparedData.open(path) or _pull(recipe.data.prepared_dir, path)) is None:
             _shares(recipe).add(Share(path.name, _made_from(recipe), index, count))
             _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
     return path
@@ -190,14 +190,14 @@ def _look_at_shares(recipe: Recipe, path: Path) -> None:
         logger.warning("share(s) %s were never started; their parts are prepared here", names)
 
 
-def _mirror(recipe: Recipe, path: Path) -> Mirror | None:
-    given = recipe.data.prepared_dir or ""
+def _mirror(prepared_dir: str | None, path: Path) -> Mirror | None:
+    given = prepared_dir or ""
     return Mirror(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
 
 
-def _pull(recipe: Recipe, path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData | None:
+def _pull(prepared_dir: str | None, path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData | None:
     """Prepared data that another machine has finished at the URL of `data.prepared_dir`, copied here and verified."""
-    mirror = _mirror(recipe, path)
+    mirror = _mirror(prepared_dir, path)
     names = mirror.names() if mirror is not None else set()
     if mirror is None or files.MANIFEST not in names:
         return None
@@ -215,28 +215,27 @@ def _pull(recipe: Recipe, path: Path, file_read: Callable[[], None] = lambda: No
 
 
 def wait_for_prepared(
-    recipe: Recipe,
-    name: str | None = None,
+    path: Path,
+    prepared_dir: str | None = None,
     checksum: str | None = None,
     file_read: Callable[[], None] = lambda: None,
     wait_seconds: float = 120.0,
     poll_seconds: float = 0.2,
 ) -> PreparedData:
-    """Open the data that the main process of this run has prepared, in another process.
+    """Open the folder `path` that the main process of this run has prepared, in another process.
 
-    `name` and `checksum` are those of the main process's folder; by default they follow from the sources here. A
-    machine without the main process may have its own disk: if `data.prepared_dir` is a URL, its first process copies
-    the folder. Raises `RecipeError` if the folder does not appear within `wait_seconds`, or is another one. `file_read`
-    is called after each file that is read.
+    A machine without the main process may have a disk of its own. If `prepared_dir`, the recipe's `data.prepared_dir`,
+    is a URL, the machine's first process copies the folder from there. `checksum`: that of the main process's folder.
+    `file_read` is called after each file that is read. Raises `RecipeError` if the folder does not appear within
+    `wait_seconds`, or has another checksum.
     """
-    path = prepared_path(recipe) if name is None else recipe.prepared_dir / name
-    is_url, first_here = "://" in (recipe.data.prepared_dir or ""), os.environ.get("LOCAL_RANK") == "0"
+    is_url, first_here = "://" in (prepared_dir or ""), os.environ.get("LOCAL_RANK") == "0"
     start = time.monotonic()
     while PreparedData.open(path) is None:
         time.sleep(poll_seconds)
         if is_url and first_here:
             with _locked(path, ".lock"):
-                _ = PreparedData.open(path) or _pull(recipe, path, file_read)
+                _ = PreparedData.open(path) or _pull(prepared_dir, path, file_read)
         elif not is_url and time.monotonic() - start > wait_seconds:
             place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
             advice = "put prepared_dir on a disk that all machines share, or make it a URL that all can reach"
@@ -295,7 +294,7 @@ class _Preparation:
         self.recipe, self.data, self.path, self.num_workers = recipe, recipe.data, path, num_workers
         self.work = path.with_name(path.name + files.INCOMPLETE)
         self.work.mkdir(exist_ok=True)
-        self.mirror = _mirror(recipe, path)
+        self.mirror = _mirror(recipe.data.prepared_dir, path)
         if self.mirror is not None:  # what other machines have done counts
             there = self.mirror.names()
             folders = ("tokenizer/", "parts/") if _TOKENIZER_MARK in there else ("parts/",)

@@ -13,20 +13,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hfpretrain.data.batches import StepData, by_source, collate
 from hfpretrain.data.corpus import Reader, Splitter
-from hfpretrain.data.encode import Encoder, token_dtype
+from hfpretrain.data.encode import Encoder
 from hfpretrain.data.ledger import sequence_checksum
 from hfpretrain.data.order import TrainingOrder
-from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from hfpretrain.recipe.schema import DataSection, RecipeError
 
 _BATCH_CHARS = 2**16
 # Largest ratio of sizes of files that are read side by side: the smallest is seen that much more often than the
@@ -352,33 +349,22 @@ def _as_begun(dealt: list[Deal], num_pieces: list[int], states: dict[tuple[int, 
     return begun
 
 
-def streaming_data(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerFast,
-    vocab_size: int,
-    checkpoint: Path | None,
-    held_out: frozenset[bytes],
-    dealt: list[Deal],
-    **keywords: Any,
-) -> StreamingData:
-    """The recipe's stream, at its start or where `checkpoint` stands; the rest as of `StreamingData`."""
+def load_states(checkpoint: Path) -> tuple[dict[tuple[int, int], GroupState], int]:
+    """What `save_states` wrote on all processes: the state of each (stream, group), and the data step that is next."""
     states: dict[tuple[int, int], GroupState] = {}
-    first_step = 0
-    if checkpoint is not None:
-        for path in sorted(checkpoint.glob("data-*.pt")):
-            loaded = torch.load(path, weights_only=True)
-            first_step = loaded.pop("step")
-            for key, values in loaded.items():
-                pending = values.pop("pending").numpy()
-                states[key] = GroupState(**values, pending=pending)
-    encode = Encoder(tokenizer, token_dtype(vocab_size))
-    keywords["max_unknown"] = recipe.tokenizer.max_unknown
-    return StreamingData(recipe.data, encode, held_out, first_step=first_step, states=states, dealt=dealt, **keywords)
+    next_step = 0
+    for path in sorted(checkpoint.glob("data-*.pt")):
+        content = torch.load(path, weights_only=True)
+        next_step = content.pop("step")
+        for key, values in content.items():
+            pending = values.pop("pending").numpy()
+            states[key] = GroupState(**values, pending=pending)
+    return states, next_step
 
 
-def save_states(states: dict[tuple[int, int], GroupState], step: int, path: Path) -> None:
-    """Write what `streaming_data` reads: where this process's groups stand, and the step whose data come next."""
-    content: dict[Any, Any] = {"step": step}
+def save_states(states: dict[tuple[int, int], GroupState], next_step: int, path: Path) -> None:
+    """Write where this process's groups stand, and the data step that comes next."""
+    content: dict[Any, Any] = {"step": next_step}
     for key, state in states.items():
         content[key] = {**vars(state), "pending": torch.from_numpy(state.pending)}
     torch.save(content, path)

@@ -70,6 +70,15 @@ def sleeping_threads() -> dict[str, str]:
     return {} if chosen or has_accelerator else {"GOMP_SPINCOUNT": "1000"}
 
 
+def environment_without_launcher() -> dict[str, str]:
+    """This process's environment variables without those that a launcher has set."""
+    launcher = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "DEEPSPEED_")
+    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(launcher) and name not in distributed
+    }
+
+
 def leave_message(text: str) -> None:
     """Have torch's launcher of several processes end its report of this process's failure with `text`.
 

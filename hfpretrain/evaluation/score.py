@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hfpretrain.checkpoints import plain
+from hfpretrain.checkpoints import locate
 from hfpretrain.data import corpus
 from hfpretrain.data.batches import collate
 from hfpretrain.data.encode import Encoder, token_bytes, unknown_id
@@ -251,7 +251,7 @@ def _load(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
-    with plain.located(model) as source:
+    with locate.located(model) as source:
         try:
             tokenizer = load_tokenizer(TokenizerSection(pretrained=source.path, revision=source.revision))
         except RecipeError as error:

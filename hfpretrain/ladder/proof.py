@@ -16,7 +16,7 @@ import psutil
 
 from hfpretrain.ladder import subruns
 from hfpretrain.recipe.schema import Recipe, RecipeError
-from hfpretrain.training import metrics
+from hfpretrain.training.metrics_file import read_metrics
 
 TOLERANCE = 1e-5
 _COMPARED = ("loss", "grad_norm", "lr", "ledger", "eval/loss")
@@ -77,7 +77,7 @@ def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) 
             process.wait(timeout=random.uniform(0, seconds))
         except subprocess.TimeoutExpired:
             _kill(process)
-            rows = metrics.read_metrics(run / "metrics.jsonl")
+            rows = read_metrics(run / "metrics.jsonl")
             step = max((row["step"] for row in rows), default=0)
             sealed = len(list((run / "checkpoints").glob("step-" + "[0-9]" * 8)))
             yield f"step {step} was the last logged, {sealed} checkpoint(s) sealed"
@@ -120,7 +120,7 @@ def _compare(straight: Path, killed: Path) -> Iterator[str]:
 
 
 def _rows(run: Path) -> dict[tuple[int, str], Any]:
-    rows = metrics.read_metrics(run / "metrics.jsonl")
+    rows = read_metrics(run / "metrics.jsonl")
     return {(row["step"], key): row[key] for row in rows for key in _COMPARED if key in row}
 
 

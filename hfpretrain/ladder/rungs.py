@@ -15,7 +15,8 @@ from hfpretrain.ladder.family import Family, Member
 from hfpretrain.modeling.build import config_problems
 from hfpretrain.recipe.redaction import secrets_of
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, dump_recipe, load_recipe
-from hfpretrain.training import metrics, run_folder
+from hfpretrain.training import run_folder
+from hfpretrain.training.history import History
 
 LR_EXPONENT, BATCH_EXPONENT = -0.125, 0.3271
 """Peak learning rate and tokens of a step follow compute by these (Bi et al. 2024, "DeepSeek LLM", section 3.1)."""
@@ -64,7 +65,7 @@ class Rung:
 
     def read(self) -> bool:
         """Whether it is finished; its final validation loss is then known."""
-        history = metrics.History.read(self.run / "metrics.jsonl")
+        history = History.read(self.run / "metrics.jsonl")
         if history.exported.get("step") != self.recipe.training.num_steps:
             return False
         row = history.evaluations[-1]

@@ -83,17 +83,13 @@ def _comparison(measured: dict[str, Any]) -> list[str]:
         rows.append(f"{label:<14}{''.join(cells)}{f'{error:+.0%}' if error is not None else '-':>9}")
     found = measured["measured"]
     rows.append(f"  memory: {found['memory_is']}")
-    if found["resident"] is not None:
-        rows.append(f"  with those: {_bytes(found['resident'])}")
     if found["mfu"] is not None:
         prediction = measured["prediction"]
         rows.append(f"  time: MFU {found['mfu']:.2g}; {prediction['mfu']:.2g} was {prediction['mfu_is']}")
     return rows
 
 
-def compare(
-    plan: Plan, peak_memory: int, memory_is: str, resident: int, seconds_per_step: float | None
-) -> dict[str, Any]:
+def compare(plan: Plan, peak_memory: int, memory_is: str, seconds_per_step: float | None) -> dict[str, Any]:
     """`prediction`, `measured` and the relative `error` (prediction / measured - 1) of a run of one engine."""
     memory = plan.engines[0].memory
     prediction = {
@@ -105,7 +101,7 @@ def compare(
     mfu = None
     if seconds_per_step and plan.seconds_per_step is not None:
         mfu = plan.mfu * plan.seconds_per_step / seconds_per_step
-    measured = {"peak_memory": peak_memory, "memory_is": memory_is, "resident": resident or None}
+    measured = {"peak_memory": peak_memory, "memory_is": memory_is}
     measured |= {"seconds_per_step": seconds_per_step, "mfu": mfu}
     error = {}
     for key in ("peak_memory", "seconds_per_step"):
@@ -132,11 +128,10 @@ def seconds_per_step(
     return all_seconds / all_steps if all_steps else first or None
 
 
-def report(run: Any, peak_memory: int, resident: int) -> str:
+def report(run: Any, peak_memory: int) -> str:
     """Compare what a finished run took with its plan; both are kept as `plan.json` in its folder.
 
-    `peak_memory` and `resident` (0 where it is not measured): bytes of `metrics.PeakMemory`, the largest of all
-    processes.
+    `peak_memory`: bytes of `PeakMemory.peak`, the largest of all processes.
     """
     from hfpretrain.engines import engine
 
@@ -163,7 +158,7 @@ def report(run: Any, peak_memory: int, resident: int) -> str:
     # Only the steps of this process: earlier ones may have run under another engine.
     speeds = run.records.history().speeds()
     seconds = seconds_per_step(speeds, run.recipe.training.tokens_per_step, run.first_step)
-    found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", resident, seconds)
+    found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", seconds)
     (run.output_dir / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
     return "\n".join([f"plan             {run.output_dir / FILE}", *_comparison(found)])
 

@@ -12,7 +12,10 @@ from hfpretrain.planning import table
 from hfpretrain.publishing import card_text
 from hfpretrain.recipe.redaction import redact, without_folders
 from hfpretrain.recipe.schema import Recipe, RecipeError, dump_mapping, load_recipe, repo_id_problem
-from hfpretrain.training import metrics, report
+from hfpretrain.training import report
+from hfpretrain.training.history import History
+from hfpretrain.training.metrics_file import iterate_metrics
+from hfpretrain.training.plot import plot_loss
 
 _EMISSIONS = "emissions.csv"  # as codecarbon names it
 _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,10 +37,10 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
         where, data = (json.loads((run / name).read_text("utf-8")) for name in ("environment.json", report.DATA))
     except (OSError, ValueError) as error:
         raise RecipeError.at(str(run), f"is no run folder of this version of hfpretrain: {error}") from error
-    history = metrics.History.read(run / "metrics.jsonl", step)
+    history = History.read(run / "metrics.jsonl", step)
     name = repo_id or recipe.hub.repo_id
     title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
-    metrics.plot_loss(history, model / "loss.png", title)
+    plot_loss(history, model / "loss.png", title)
     if (model / files.SUMS).is_file():  # which exports of older versions do not have
         try:
             files.add_sums(model, [model / "loss.png"])
@@ -75,7 +78,7 @@ def describe_export(run: Path, folder: Path, step: int, repo_id: str | None = No
 
 def figures(run: Path, step: int | None = None) -> dict[str, Any]:
     """The newest figures of each kind that were measured up to a step."""
-    return metrics.History.read(run / "metrics.jsonl", step).figures
+    return History.read(run / "metrics.jsonl", step).figures
 
 
 def figures_text(run: Path, step: int) -> str:
@@ -86,7 +89,7 @@ def figures_text(run: Path, step: int) -> str:
     )
 
 
-def _evaluations(history: metrics.History) -> list[tuple[int, dict[str, dict[str, Any]]]]:
+def _evaluations(history: History) -> list[tuple[int, dict[str, dict[str, Any]]]]:
     """Step and figures by domain of the first and the last evaluation, those of all text under the empty name."""
     found = []
     for row in history.evaluations:
@@ -99,7 +102,7 @@ def _evaluations(history: metrics.History) -> list[tuple[int, dict[str, dict[str
     return found
 
 
-def _tasks(history: metrics.History) -> dict[str, float]:
+def _tasks(history: History) -> dict[str, float]:
     found = {k.removeprefix("tasks/"): value for k, value in history.tasks.items() if k.startswith("tasks/")}
     return {key: value for key, value in found.items() if isinstance(value, (int, float))}
 
@@ -131,7 +134,7 @@ def _emissions(run: Path) -> dict[str, Any] | None:
     )
 
 
-def _metadata(run: Path, recipe: Recipe, history: metrics.History, title: str) -> dict[str, Any]:
+def _metadata(run: Path, recipe: Recipe, history: History, title: str) -> dict[str, Any]:
     evaluations, section = _evaluations(history), recipe.hub
     return card_text.metadata(
         name=title,
@@ -151,7 +154,7 @@ def _blocks(
     recipe: Recipe,
     where: dict[str, Any],
     data: dict[str, Any],
-    history: metrics.History,
+    history: History,
     name: str | None,
     title: str,
     step: int | None,
@@ -205,7 +208,7 @@ def _framing(data: dict[str, Any]) -> str:
 
 def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:
     newest: list[dict[str, Any]] = []
-    for sample in metrics.iterate_metrics(run / "samples.jsonl"):
+    for sample in iterate_metrics(run / "samples.jsonl"):
         if step is None or sample["step"] <= step:
             newest = [*(newest if newest and newest[0]["step"] == sample["step"] else []), sample]
     parts = [
@@ -237,7 +240,7 @@ def _sources(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training(run: Path, recipe: Recipe, where: dict[str, Any], history: metrics.History) -> dict[str, Any]:
+def _training(run: Path, recipe: Recipe, where: dict[str, Any], history: History) -> dict[str, Any]:
     last = history.logged
     tokens_per_step, segments = recipe.training.tokens_per_step, report.segments_of(where, last.get("step", 0))
     places, hardware, speeds, hours = report.places(segments), [], [], 0.0

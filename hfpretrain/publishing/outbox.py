@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -41,10 +40,7 @@ def put(checkpoint: Path, outbox: Path) -> str | None:
     work = files.work_folder(place)
     (work / STATE).mkdir()
     for file in sources:
-        try:
-            os.link(file, work / STATE / file.name)
-        except OSError:  # a file system without hard links
-            shutil.copy2(file, work / STATE / file.name)
+        files.link_or_copy(file, work / STATE / file.name)
     shutil.copy2(checkpoint / TRAIN_STATE, work)
     files.put_in_place(work, place, _OURS)
     return None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hfpretrain.checkpoints import export
+from hfpretrain.engines import launch
 from hfpretrain.publishing import outbox
 from hfpretrain.publishing.publisher import FINISH, MAIN
 from hfpretrain.recipe.schema import HubSection
@@ -54,7 +54,7 @@ class Publishing:
                 stderr=log,
                 text=True,
                 # No GPU is for it, and a signal to all processes of the run is not either.
-                env=export.plain_environment() | {"CUDA_VISIBLE_DEVICES": ""},
+                env=launch.environment_without_launcher() | {"CUDA_VISIBLE_DEVICES": ""},
                 start_new_session=True,
             )
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)

@@ -184,11 +184,11 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
 
     Takes as much memory as the weights twice. Raises `RecipeError` if the checkpoint's checksums do not hold.
     """
-    from hfpretrain.checkpoints import plain
+    from hfpretrain.checkpoints import export
     from hfpretrain.publishing import card
 
     work = files.work_folder(place / outbox.MODEL)
-    plain.write(run, place / STATE, work)
+    export.write_checkpoint(run, place / STATE, work)
     card.describe_export(run, work, files.step_of(place), repo_id)
     work.rename(place / outbox.MODEL)
 

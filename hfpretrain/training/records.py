@@ -14,7 +14,10 @@ from tqdm import tqdm
 
 from hfpretrain import files
 from hfpretrain.recipe.redaction import redact, redacted
-from hfpretrain.training import console, metrics
+from hfpretrain.training import console
+from hfpretrain.training.history import History
+from hfpretrain.training.metrics_file import MetricsFile
+from hfpretrain.training.plot import plot_loss
 
 
 class _Tracker:
@@ -115,10 +118,10 @@ class Records:
         step: int | None,
     ):
         self._output_dir, self._is_main, self._num_steps = output_dir, is_main, num_steps
-        self._file = metrics.MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
+        self._file = MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
         self._first_step, self._lost = step, 0
-        self._samples: metrics.MetricsFile | None = None
-        self._history: metrics.History | None = None
+        self._samples: MetricsFile | None = None
+        self._history: History | None = None
         disable = None if is_main else True
         self._step = step or 0
         self._trackers = [_Tracker(name, start, self._tell) for name, start in trackers.items() if is_main]
@@ -133,10 +136,10 @@ class Records:
         values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         self._track(values, row["step"])
 
-    def history(self) -> metrics.History:
+    def history(self) -> History:
         """What `metrics.jsonl` says, read once; of the main process."""
         if self._history is None:
-            self._history = metrics.History.read(self._output_dir / "metrics.jsonl")
+            self._history = History.read(self._output_dir / "metrics.jsonl")
         return self._history
 
     def _track(self, values: dict[str, Any], step: int) -> None:
@@ -153,7 +156,7 @@ class Records:
         if not self._is_main:
             return
         if self._samples is None:
-            self._samples = metrics.MetricsFile(self._output_dir / "samples.jsonl", self._first_step)
+            self._samples = MetricsFile(self._output_dir / "samples.jsonl", self._first_step)
         for sample in samples:
             self._samples.write({"step": step, **sample})
         for number, sample in enumerate(samples):
@@ -198,7 +201,7 @@ class Records:
         self._first_step, self._history = step, None
         for file in (self._file, self._samples):
             if file is not None:
-                file.forget(step)
+                file.drop_after(step)
         self._progress.reset()
         self._progress.update(step)
 
@@ -207,7 +210,7 @@ class Records:
         if not self._is_main:
             return
         try:
-            metrics.plot_loss(self.history(), self._output_dir / "loss.png", self._output_dir.name)
+            plot_loss(self.history(), self._output_dir / "loss.png", self._output_dir.name)
         except OSError as error:
             self.say(f"the loss plot is not drawn: {files.refusal(error) or error}")
 

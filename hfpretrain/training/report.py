@@ -136,10 +136,10 @@ def _commit() -> str | None:
 def describe(run: Any) -> None:
     """Write into the run folder what tells of the run without what it was made from."""
     folder = run.output_dir
-    run.config.save_pretrained(folder / export.PLAIN)
-    run.tokenizer.save_pretrained(folder / export.PLAIN)
+    run.config.save_pretrained(folder / export.CONFIG_FOLDER)
+    run.tokenizer.save_pretrained(folder / export.CONFIG_FOLDER)
     if run.generation_config is not None:
-        run.generation_config.to_json_file(folder / export.PLAIN / "generation_config.json")
+        run.generation_config.to_json_file(folder / export.CONFIG_FOLDER / export.GENERATION_CONFIG)
     _, _, account = summary(run.prepared).partition("\n")
     if run.recipe.data.streaming:
         sources = ", ".join(without_folders(source.path) for source in run.recipe.data.sources)
@@ -180,7 +180,7 @@ def run_summary(run: Any, report: dict[str, Any]) -> str:
         lines.append(f"  {_moment(row['step'], run.state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
     if run.epochs is not None:
-        lines.append(f"  {'epochs':<16} {epochs_text(run.recipe, run.epochs)}")
+        lines.append(f"  {'epochs':<16} {epochs_text(run.recipe.data.sources, run.epochs)}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
     lines += [
         f"  {'model':<16} {run.output_dir / 'model'}",

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export, saver
-from hfpretrain.checkpoints import resume as resume_from
+from hfpretrain.checkpoints import export, resume, saver
 from hfpretrain.data.batches import (
     Item,
     Prefetcher,
@@ -33,10 +32,12 @@ from hfpretrain.data.batches import (
     training_data,
 )
 from hfpretrain.data.corpus import at_commits, held_out_digests
-from hfpretrain.data.encode import token_bytes
+from hfpretrain.data.encode import Encoder, token_bytes, token_dtype
+from hfpretrain.data.ledger import LEDGER, Consumption
+from hfpretrain.data.order import data_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.data.streaming import Deal, StreamingData, deal, save_states, streaming_data
+from hfpretrain.data.streaming import Deal, StreamingData, deal, load_states, save_states
 from hfpretrain.data.summary import notes
 from hfpretrain.data.tokenizer import say_framing, set_chat_template
 from hfpretrain.engines import distributed, engine, launch
@@ -58,8 +59,10 @@ from hfpretrain.recipe.schema import (
     flatten,
     load_recipe,
 )
-from hfpretrain.training import commits, incident, metrics, preflight, report, run_folder, vocabulary, watchdog
-from hfpretrain.training.consumption import LEDGER, Consumption
+from hfpretrain.training import commits, incident, preflight, report, run_folder, vocabulary, watchdog
+from hfpretrain.training.clock import Clock
+from hfpretrain.training.peak_memory import PeakMemory
+from hfpretrain.training.profiler import Profiler
 from hfpretrain.training.records import Records
 from hfpretrain.training.stability import Stability
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
@@ -138,8 +141,8 @@ class TrainState:
     """What trackers know the run by."""
 
     def data_step(self, step: int) -> int:
-        """Whose data optimizer step `step` takes, counted from 0."""
-        return step + sum(count for first, count in self.skipped if first <= step)
+        """Index of the data step that optimizer step `step` trains on, both counted from 0."""
+        return data_step(step, self.skipped)
 
 
 class Run:
@@ -188,7 +191,9 @@ class Run:
             modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
         )
         watch.from_main("check the model", lambda: self._check_model(recipe))
-        said = watch.from_main("check the vocabulary", lambda: list(vocabulary.check(recipe)))
+        said = watch.from_main(
+            "check the vocabulary", lambda: vocabulary.check(recipe.model, recipe.tokenizer, recipe.data)
+        )
         self.prepared = self._prepare(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
@@ -209,7 +214,7 @@ class Run:
         modeling.import_code(config)
         if recipe.model.attn_implementation.startswith("flex") and self.accelerator.device.type == "cpu":
             raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
-        self.peak_memory = metrics.PeakMemory()
+        self.peak_memory = PeakMemory()
         with engine.plain_initialisation():
             model = modeling.build_model(recipe.model, config, seed=recipe.seed)
         self.config, self.attn_implementation = model.config, model.config._attn_implementation
@@ -276,9 +281,9 @@ class Run:
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
-        self.epochs = None if recipe.data.streaming else epochs(recipe, self.prepared)
+        self.epochs = None if recipe.data.streaming else epochs(recipe.data, training, recipe.seed, self.prepared)
         if self.epochs is not None:
-            logger.info("epochs of the training text: %s", epochs_text(recipe, self.epochs))
+            logger.info("epochs of the training text: %s", epochs_text(recipe.data.sources, self.epochs))
         self.evaluator = Evaluator(self)
         self.stability = Stability(recipe.stability)
         self.data_state: Any = None  # where a stream stands behind the newest step
@@ -327,7 +332,7 @@ class Run:
         """The recipe with the commits of the Hub that the main process found, from which all processes load."""
         recipe, watch = self.recipe, self.watch
         given = recipe.checkpoint.resume_from
-        watch.from_main(f"fetch {given}", lambda: resume_from.fetch(recipe, watch.unit_done))
+        watch.from_main(f"fetch {given}", lambda: resume.fetch_start(recipe, watch.unit_done))
         found: dict[str, str | None] = watch.from_main("ask the Hub for commits", lambda: commits.find(recipe))
         self.hub_commits = found
         for text in commits.notes(recipe, found):
@@ -343,14 +348,17 @@ class Run:
             return [prepared[0].path.name, prepared[0].checksum]
 
         name, checksum = self.watch.from_main(f"prepare the data in {recipe.prepared_dir}", work)
-        return prepared[0] if prepared else wait_for_prepared(recipe, name, checksum, self.watch.unit_done)
+        if prepared:
+            return prepared[0]
+        path, given = recipe.prepared_dir / name, recipe.data.prepared_dir
+        return wait_for_prepared(path, given, checksum, self.watch.unit_done)
 
     def _newest_checkpoint(self) -> Path | None:
         """The newest that verifies; others of `_passed_over` do not."""
         folder = self.output_dir / "checkpoints"
 
         def work() -> list[Any]:
-            path, passed_over = saver.newest(folder, self.watch.unit_done)
+            path, passed_over = resume.newest(folder, self.watch.unit_done)
             return [path and path.name, passed_over, (self.output_dir / "metrics.jsonl").exists()]
 
         name, self._passed_over, self._has_records = self.watch.from_main(
@@ -375,7 +383,7 @@ class Run:
             "document_masking": self.document_masking,
         }
         if not recipe.data.streaming:
-            return training_data(recipe, self.prepared, **keywords)
+            return training_data(recipe.data, recipe.training, recipe.seed, self.prepared, **keywords)
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
         identities = (manifest["source_identities"], manifest["validation_identities"])
         data = self.read(lambda: at_commits(recipe.data, *identities))
@@ -386,8 +394,10 @@ class Run:
             lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: deal(data, held_out, sequences))],
         )
         keywords["dealt"] = [Deal(groups, [(number, index) for number, index in pieces]) for groups, pieces in dealt]
-        vocab_size, path = manifest["vocab_size"], self._checkpoint
-        return self.read(lambda: streaming_data(recipe, self.tokenizer, vocab_size, path, held_out, **keywords))
+        encode = Encoder(self.tokenizer, token_dtype(manifest["vocab_size"]))
+        states, first_step = ({}, 0) if self._checkpoint is None else load_states(self._checkpoint)
+        keywords |= {"first_step": first_step, "states": states, "max_unknown": recipe.tokenizer.max_unknown}
+        return self.read(lambda: StreamingData(recipe.data, encode, held_out, **keywords))
 
     def read(self, work: Callable[[], Item]) -> Item:
         """What `work` reads. Raises `StoppedEarlyError` if this process must stop and a source doesn't answer."""
@@ -436,7 +446,7 @@ class Run:
                 f"{path} has done {stored['step']} steps, more than the {self.recipe.training.num_steps} asked",
             )
         try:
-            digest = self.consumption.take(stored, path)
+            digest = self.consumption.restore(stored, path)
             self.state = TrainState(**stored)
         except (KeyError, TypeError) as error:
             message = f"its train_state.json is that of another version of hfpretrain: {error}"
@@ -547,9 +557,9 @@ class Run:
         self.records.step_done()
 
     def _start_records(self) -> None:
-        self.clock = metrics.Clock(self.accelerator.device)
+        self.clock = Clock(self.accelerator.device)
         self.peak_flops = self._peak_flops()
-        self.profiler = metrics.Profiler(self.recipe.logging.profile_steps, self.output_dir / "profile", self.is_main)
+        self.profiler = Profiler(self.accelerator, self.recipe.logging.profile_steps, self.output_dir / "profile")
         self.flops_per_token = model_flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
             report.describe(self)
@@ -585,15 +595,14 @@ class Run:
 
     def log(self, loss: float, grad_norm: float, lr: list[float]) -> None:
         """The row of a log step: `loss` and `grad_norm` of the steps since the last one. All ranks must call it."""
-        self.consumption.gather(self.accelerator)
+        self.consumption.gather(self._sum_over_processes)
         state, training = self.state, self.recipe.training
         self.clock.mark("log")
         seconds = self.clock.read()
         steps = state.window_steps
         trained = sum(value for part, value in seconds.items() if part not in ("evaluate", "save"))
         tokens_per_second = steps * training.tokens_per_step / max(trained, 1e-9)
-        memory, peak_memory = self.peak_memory.now()
-        left = (training.num_steps - state.step) * self.clock.running() / max(1, state.step - self.first_step)
+        left = (training.num_steps - state.step) * self.clock.total() / max(1, state.step - self.first_step)
         row = {
             "step": state.step,
             "tokens": state.tokens,
@@ -606,8 +615,8 @@ class Run:
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
             "flops": self.flops_per_token * state.tokens,
             **{f"seconds/{part}": value for part, value in seconds.items()},
-            "memory_bytes": memory,
-            "peak_memory_bytes": peak_memory,
+            "memory_bytes": self.peak_memory.now(),
+            "peak_memory_bytes": self.peak_memory.peak(),
             "seconds_left": left,
             "ledger": self.consumption.ledger.digest,
             **self.consumption.by_source(),
@@ -629,10 +638,15 @@ class Run:
         number = int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
         engine.seed(self.accelerator, number)
 
+    def _sum_over_processes(self, rows: list[list[int]]) -> list[list[int]]:
+        table = torch.tensor(rows, dtype=torch.int64, device=self.accelerator.device)
+        summed: list[list[int]] = distributed.total(self.accelerator, table).tolist()
+        return summed
+
     def save(self, in_background: bool) -> None:
         """Write a checkpoint of the full state."""
         self.watch.beat("save", self.state.step)
-        self.consumption.gather(self.accelerator)
+        self.consumption.gather(self._sum_over_processes)
         self.state.losses = self.stability.losses
         state = {
             **asdict(self.state),

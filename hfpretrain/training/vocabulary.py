@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hfpretrain.data.encode import all_sources, require_special_tokens
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size, train_tokenizer
 from hfpretrain.modeling import build as modeling
-from hfpretrain.recipe.schema import ModelSection, Problem, Recipe, RecipeError, TokenizerSection
+from hfpretrain.recipe.schema import DataSection, ModelSection, Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,20 +16,19 @@ if TYPE_CHECKING:
 _LEAST_RELATED = 0.9
 
 
-def check(recipe: Recipe, local_only: bool = False) -> list[str]:
+def check(model: ModelSection, section: TokenizerSection, data: DataSection, local_only: bool = False) -> list[str]:
     """What is to be said of a tokenizer that exists and the model that gets its ids, a sentence for each.
 
     `local_only`: look at folders alone, not at the Hub. Raises `RecipeError` for ids without embeddings, special ids
     that differ, a tokenizer whose ids are other words to the checkpoint that is trained further, and a source whose
     `special_tokens` names what the tokenizer doesn't have.
     """
-    model, section = recipe.model, recipe.tokenizer
-    if any(not isinstance(source.special_tokens, str) for _, source in all_sources(recipe.data)):
+    if any(not isinstance(source.special_tokens, str) for _, source in all_sources(data)):
         if section.pretrained is None:
             # Without text it has the special tokens of one that is trained on some.
-            require_special_tokens(recipe.data, train_tokenizer(section, []))
+            require_special_tokens(data, train_tokenizer(section, []))
         elif not local_only or Path(section.pretrained).is_dir():
-            require_special_tokens(recipe.data, load_tokenizer(section))
+            require_special_tokens(data, load_tokenizer(section))
     named = [name for name in (model.pretrained, section.pretrained) if name is not None]
     if local_only and not all(Path(name).is_dir() for name in named):
         return []
@@ -41,8 +40,8 @@ def check(recipe: Recipe, local_only: bool = False) -> list[str]:
                 raise RecipeError.at("tokenizer.vocab_size", message)
         return []
     tokenizer = load_tokenizer(section)
-    size, block_size = tokenizer_size(tokenizer), recipe.data.block_size
-    modeling.resolve_config(model, padded_vocab_size(section, tokenizer), tokenizer, size, block_size)
+    vocab_size = padded_vocab_size(section, tokenizer)
+    modeling.resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), data.block_size)
     return require_related(model, section, tokenizer)
 
 

@@ -1,55 +1,107 @@
 import json
+import shutil
 
 import pytest
-import torch
-from conftest import recipe_mapping
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import hfpretrain, rows, small_text, train, write_jsonl, write_recipe
+from hub_server import HubServer
+from safetensors.torch import load_file
 
-from hfpretrain.checkpoints import export
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run folder with the export of a model as it was drawn, and its reference."""
-    config = recipe_mapping(tmp_path)["model"]["config"]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(AutoConfig.for_model(**config, vocab_size=64, eos_token_id=1, bos_token_id=1))
-    words = {word: number for number, word in enumerate(["<unk>", "<eos>", *(f"w{i}" for i in range(62))])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    export.write(model.config, model.state_dict(), tokenizer, tmp_path / "model")
-    batch = {"input_ids": torch.arange(32)[None] + 8}
-    export.write_reference(model, batch, "float32", tmp_path / export.REFERENCE)
-    return tmp_path
+from hfpretrain import evaluate_perplexity, load_recipe
+from hfpretrain.checkpoints import locate
+from hfpretrain.recipe.schema import ModelSection, RecipeError
 
 
-def test_an_export_with_a_sample(run):
-    report = export.verify(run / "model", run / export.REFERENCE)
-    assert report["max_logit_difference"] < 1e-5 and report["sample"] and "sample_error" not in report
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 8 steps with two checkpoints, evaluated at both."""
+    folder = tmp_path_factory.mktemp("plain")
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    recipe = write_recipe(folder, checkpoint__every_steps=4, evaluation__every_steps=4)
+    assert train(recipe).returncode == 0
+    return folder / "run"
 
 
-def test_a_class_that_cannot_generate_has_an_export_that_verifies(run, monkeypatch):
-    def generate(*_, **__):
-        raise ValueError("this cache has no length")
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
-    report = export.verify(run / "model", run / export.REFERENCE)
-    assert report["max_logit_difference"] < 1e-5 and report["sample"] is None
-    assert "LlamaForCausalLM.generate fails" in report["sample_error"] and "no length" in report["sample_error"]
-    json.dumps(report)
+def checkpoint(run, step):
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
-@pytest.mark.parametrize("model_type", ["camembert", "gpt2"])
-def test_a_tied_weight_is_exported_by_whichever_name_it_has(tmp_path, model_type):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-    config = AutoConfig.for_model(model_type, vocab_size=64, is_decoder=True, **sizes, **special)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 1}, unk_token="<eos>")))
-    state = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    export.write(config, state, tokenizer, tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    ids = torch.arange(2, 18)[None]
-    assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+def refused(*arguments):
+    result = hfpretrain(*map(str, arguments))
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr
+
+
+def test_the_last_checkpoint_is_exported_as_the_run_itself_was(run, tmp_path):
+    for given, name in ((checkpoint(run, 8), "last"), (run, "newest")):
+        result = hfpretrain("export", str(given), str(tmp_path / name))
+        assert result.returncode == 0 and "loaded with plain transformers" in result.stdout, result.stderr
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / name, run / "model"))
+        assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+    assert {path.name for path in (run / "model").iterdir()} - {"manifest.json"} <= {
+        path.name for path in (tmp_path / "last").iterdir()
+    }
+    assert "step 8" in (tmp_path / "last" / "README.md").read_text()
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_a_checkpoint_scores_what_the_run_said_of_it(run):
+    recipe = load_recipe(run.parent / "recipe.yaml")
+    said = rows(run, "eval/loss")
+    for step in (4, 8):
+        report = evaluate_perplexity(checkpoint(run, step), recipe)
+        assert report["loss"] == pytest.approx(said[step]["eval/loss"], abs=1e-5)
+    report = json.loads(
+        hfpretrain("compare", str(run), str(checkpoint(run, 4)), recipe.output_dir + "/recipe.yaml").stdout
+    )
+    assert report["bits_per_byte_difference"] < 0 and report["a"]["loss"] < report["b"]["loss"]
+    result = hfpretrain("generate", str(checkpoint(run, 8)), "the river", "--temperature", "0")
+    assert result.returncode == 0 and result.stdout.startswith("the river"), result.stderr
+    assert hfpretrain("generate", str(run), "the river", "--temperature", "0").stdout == result.stdout
+
+
+def test_a_run_without_an_export_is_its_newest_checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    with locate.located(str(tmp_path / "run")) as source, locate.located(str(checkpoint(run, 8))) as same:
+        ours, theirs = (load_file(f"{found.path}/model.safetensors") for found in (source, same))
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def test_what_can_not_be_exported_is_said_and_nothing_is_replaced(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "already exists" in refused("export", checkpoint(run, 8), tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert "there is no file or folder" in refused("export", run / "checkpoints" / "step-00000007", tmp_path / "x")
+    assert "neither a checkpoint" in refused("export", run / "model", tmp_path / "x")
+    shutil.copytree(checkpoint(run, 8), tmp_path / "step-00000008")
+    assert "not in the `checkpoints` folder of its run" in refused("export", tmp_path / "step-00000008", tmp_path / "x")
+    shutil.copytree(run, tmp_path / "run")
+    weights = max(checkpoint(tmp_path / "run", 8).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "checksum" in refused("export", checkpoint(tmp_path / "run", 8), tmp_path / "x")
+    assert "checksum" in refused("generate", checkpoint(tmp_path / "run", 8), "the river")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_revision_of_the_hub_is_a_model(run, tmp_path):
+    with HubServer() as hub:
+        env = hub.environment(tmp_path / "home")
+        assert hfpretrain("push", str(run), "USER/NAME", **env).returncode == 0
+        for given in ("USER/NAME@step-00000004", "hub://USER/NAME@step-00000004"):
+            result = hfpretrain("generate", given, "the river", "--temperature", "0", **env)
+            local = hfpretrain("generate", str(checkpoint(run, 4)), "the river", "--temperature", "0")
+            assert result.returncode == 0 and result.stdout == local.stdout, result.stderr
+        wrong = hfpretrain("generate", "USER/NAME@step-00000005", "the river", **env)
+        assert wrong.returncode == 2 and "model: there is no folder 'USER/NAME'" in wrong.stderr
+
+
+def test_a_section_takes_an_id_with_its_revision(run):
+    section = ModelSection(pretrained="USER/NAME@step-00000004")
+    assert (section.pretrained, section.revision) == ("USER/NAME", "step-00000004")
+    with pytest.raises(ValueError, match="give one"):
+        ModelSection(pretrained="USER/NAME@a", revision="b")
+    for given, message in ((checkpoint(run, 4), "hfpretrain export"), (run, f"did you mean {run / 'model'}")):
+        with pytest.raises(RecipeError, match=message):
+            from hfpretrain.modeling.build import load_config
+
+            load_config(ModelSection(pretrained=str(given)))

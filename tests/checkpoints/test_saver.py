@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hfpretrain import files
+from hfpretrain.checkpoints import resume
 from hfpretrain.checkpoints import saver as checkpoint
 from hfpretrain.engines import pieces
 from hfpretrain.recipe.schema import CheckpointSection, RecipeError
@@ -33,22 +34,22 @@ def test_the_newest_that_verifies_is_taken_and_others_are_named(tmp_path):
     saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=5), None)
     for step in (1, 2, 3, 4):
         save(saver, step)
-    assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000004", [])
+    assert resume.newest(tmp_path) == (tmp_path / "step-00000004", [])
     data = next((tmp_path / "step-00000004").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])  # truncated
     content = bytearray((tmp_path / "step-00000003" / ".metadata").read_bytes())
     content[len(content) // 2] ^= 1  # a bit flipped
     (tmp_path / "step-00000003" / ".metadata").write_bytes(content)
     (tmp_path / "step-00000009.incomplete").mkdir()
-    path, reasons = checkpoint.newest(tmp_path)
+    path, reasons = resume.newest(tmp_path)
     assert path == tmp_path / "step-00000002"
     assert f"{data} has" in reasons[0] and ".metadata has another checksum" in reasons[1]
     # Those aside are not looked at again; with the last one gone the run does not start anew by itself.
-    assert checkpoint.newest(tmp_path) == (path, [])
+    assert resume.newest(tmp_path) == (path, [])
     (path / "manifest.json").unlink()
     (tmp_path / "step-00000001" / "train_state.json").unlink()
     with pytest.raises(RecipeError, match="no checkpoint verifies"):
-        checkpoint.newest(tmp_path)
+        resume.newest(tmp_path)
 
 
 def test_a_manifest_cannot_name_a_file_outside(tmp_path):
@@ -113,7 +114,7 @@ def test_a_checkpoint_under_another_step_s_name_is_passed_over(tmp_path):
     for step in (1, 2):
         save(saver, step)
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
-    path, (reason,) = checkpoint.newest(tmp_path)
+    path, (reason,) = resume.newest(tmp_path)
     assert path.name == "step-00000002" and "is that of another step" in reason
 
 
@@ -123,7 +124,7 @@ def test_a_manifest_without_files_seals_nothing(tmp_path):
         save(saver, step)
     (tmp_path / "step-00000007.incomplete").mkdir()
     (tmp_path / "step-00000002" / "manifest.json").write_text('{"step": 2, "files": {}}')
-    path, (reason,) = checkpoint.newest(tmp_path)
+    path, (reason,) = resume.newest(tmp_path)
     assert path.name == "step-00000001" and "manifest.json is missing or unreadable" in reason
     (path / "manifest.json").write_text('{"step": 1, "files": {"train_state.json": 3}}')
     assert "manifest.json is missing or unreadable" in files.damage(path)

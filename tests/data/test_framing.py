@@ -284,7 +284,7 @@ def test_a_run_says_it_and_its_export_begins_as_it_was_trained(framed):
     (state,) = (run / "checkpoints").glob("step-*")
     other = load_recipe(path, [overrides[0], f"--output_dir={framed / 'other'}", f"--checkpoint.resume_from={state}"])
     with pytest.raises(RecipeError, match="no BOS here"):
-        resume_from.fetch(other)
+        resume_from.fetch_start(other)
     assert [problem.path for problem in world_problems(other)] == ["checkpoint.resume_from", "tokenizer.add_bos"]
 
 

@@ -547,7 +547,7 @@ def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeyp
     # So does the first process of a machine whose main process is elsewhere.
     monkeypatch.setenv("LOCAL_RANK", "0")
     fourth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "e" / "run"))
-    assert checksums(wait_for_prepared(fourth).path) == expected
+    assert checksums(wait_for_prepared(prepared_path(fourth), url).path) == expected
     # A half-written file of an earlier attempt is not taken for a part.
     fifth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "f" / "run"))
     half = prepared_path(fifth).with_suffix(files.INCOMPLETE) / "train-0" / "data-0-00000-00000.arrow"
@@ -587,7 +587,8 @@ def test_shifted_blocks_are_the_corpus_in_pieces_whose_documents_are_known(folde
     assert len(made.last_rows("train-0")) > 3
     rows = made.manifest["splits"]["train-0"]["rows"]
     places = {"micro_batch_size": 1, "accumulation_steps": 8, "process_index": 0, "num_processes": 1}
-    data = training_data(with_shift, made, eos_token_id=made.manifest["eos_token_id"], document_masking=True, **places)
+    order = with_shift.data, with_shift.training, with_shift.seed
+    data = training_data(*order, made, eos_token_id=made.manifest["eos_token_id"], document_masking=True, **places)
     tokenizer = load_prepared_tokenizer(made)
     for step in range(rows // 8 + 1, 2 * rows // 8):  # the second epoch
         for sequence in sequences(made, data, tokenizer, step):
@@ -596,6 +597,10 @@ def test_shifted_blocks_are_the_corpus_in_pieces_whose_documents_are_known(folde
             for document in sequence["documents"]:
                 line = int(document["origin"].rsplit(":", 1)[1])
                 assert document["text"].strip("\ufffd") in texts[line - 1]
+
+
+def wait(made):
+    return wait_for_prepared(prepared_path(made))
 
 
 def flip(path, offset=-40):
@@ -620,7 +625,7 @@ def flip(path, offset=-40):
 def test_a_flipped_bit_in_prepared_data_is_an_error_that_names_the_file(folder, name):
     path = prepare(recipe(folder)).path
     flip(path / name, offset=20)
-    for opens in (prepare, wait_for_prepared) if name != "manifest.json" else (prepare,):
+    for opens in (prepare, wait) if name != "manifest.json" else (prepare,):
         with pytest.raises(RecipeError, match=rf"(?s)data: prepared data are damaged: .*{name}.*delete"):
             opens(recipe(folder))
     with pytest.raises(RecipeError, match=name):
@@ -639,7 +644,7 @@ def test_checksums_of_prepared_data_are_verified_once_and_again_after_a_change(f
     assert {"state.json", "data-0-00000-00000.arrow"} <= set(read)
     read.clear()
     prepare(recipe(folder))
-    wait_for_prepared(recipe(folder))
+    wait(recipe(folder))
     assert "state.json" not in read
 
 

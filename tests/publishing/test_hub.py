@@ -313,11 +313,11 @@ class Attack:
 FETCHES = """
 import sys
 from hfpretrain.recipe.schema import RecipeError, load_recipe
-from hfpretrain.checkpoints.resume import fetch
+from hfpretrain.checkpoints.resume import fetch_start
 for name in sys.argv[2:]:
     changes = ["--optimizer.lr=0.1"] if name == "step-00000004" else []
     try:
-        fetch(load_recipe(sys.argv[1], [f"--checkpoint.resume_from=hub://user/tiny@{name}", *changes]))
+        fetch_start(load_recipe(sys.argv[1], [f"--checkpoint.resume_from=hub://user/tiny@{name}", *changes]))
     except RecipeError as error:
         print(name, str(error).replace("\\n", " "))
 """

@@ -6,7 +6,8 @@ from typing import ClassVar
 import pytest
 from accelerate.tracking import TensorBoardTracker
 
-from hfpretrain.training import metrics, records
+from hfpretrain.training import records
+from hfpretrain.training.metrics_file import read_metrics
 
 
 class Tracker:
@@ -47,7 +48,7 @@ def clock(monkeypatch):
 
 
 def events(folder):
-    return [row["event"] for row in metrics.read_metrics(folder / "metrics.jsonl") if "event" in row]
+    return [row["event"] for row in read_metrics(folder / "metrics.jsonl") if "event" in row]
 
 
 def test_a_tracker_that_is_back_gets_what_it_missed_in_order(tmp_path, tracker, clock, monkeypatch):

@@ -15,7 +15,7 @@ from conftest import ROOT, environment, rows, small_text, train, write_jsonl, wr
 
 from hfpretrain import files
 from hfpretrain.recipe.schema import RecipeError, load_recipe
-from hfpretrain.training.metrics import read_metrics as metrics_rows
+from hfpretrain.training.metrics_file import read_metrics as metrics_rows
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
 
 

@@ -47,6 +47,11 @@ def recipe(folder, **changes):
     return recipe_mapping(folder, **changes)
 
 
+def checked(mapping):
+    made = Recipe.model_validate(mapping)
+    return vocabulary.check(made.model, made.tokenizer, made.data)
+
+
 def test_the_export_ends_where_its_documents_end_and_keeps_the_generation_config(base):
     make_tokenizer(base / "tok", eos_token="<|end|>")
     path = write_recipe(
@@ -118,20 +123,20 @@ def test_a_tokenizer_whose_ids_are_other_words_to_the_model_is_refused(base):
         vocabulary.require_related(trained.model, trained.tokenizer, other)
     mapping["tokenizer"]["vocab_size"] = 400
     with pytest.raises(RecipeError, match=r"tokenizer.vocab_size: has 400 tokens, but .* has embeddings for 322"):
-        vocabulary.check(Recipe.model_validate(mapping))
+        checked(mapping)
 
 
 def test_the_same_words_are_taken_and_a_few_others_are_told(base):
     make_tokenizer(base / "tok")
-    assert vocabulary.check(Recipe.model_validate(recipe(base))) == []
+    assert checked(recipe(base)) == []
     content = json.loads((base / "tok" / "tokenizer.json").read_text())
     text = json.dumps(content).replace("<|turn|>", "<|said|>")
     (base / "tok" / "tokenizer.json").write_text(text)
     config = (base / "tok" / "tokenizer_config.json").read_text().replace("<|turn|>", "<|said|>")
     (base / "tok" / "tokenizer_config.json").write_text(config)
-    (told,) = vocabulary.check(Recipe.model_validate(recipe(base)))
+    (told,) = checked(recipe(base))
     assert told.startswith("1 ids of the tokenizer stand for other tokens")
     (base / "base" / "tokenizer.json").unlink()
     (base / "base" / "tokenizer_config.json").unlink()
-    (told,) = vocabulary.check(Recipe.model_validate(recipe(base)))
+    (told,) = checked(recipe(base))
     assert "does not load, so the recipe" in told
