@@ -103,7 +103,7 @@ def require_model(recipe: Recipe) -> None:
     Raises `RecipeError` if it can't be built or exported, or has no parameter for a pattern of `optimizer.no_decay`. A
     model with code of its own is not built.
     """
-    from hfpretrain import optim
+    from hfpretrain.modeling import optim
 
     model = _model(recipe, "meta")
     if model is not None:
@@ -117,8 +117,8 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
     where training would: predictions see later tokens, documents of a block see each other, or the loss can't be
     computed in chunks.
     """
-    from hfpretrain import loss
-    from hfpretrain import model as modeling
+    from hfpretrain.modeling import loss
+    from hfpretrain.modeling import build as modeling
 
     training = recipe.training
     blueprint = _model(recipe, "meta")
@@ -140,7 +140,7 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
 
 def _model(recipe: Recipe, device: str) -> PreTrainedModel | None:
     """The recipe's model, on the CPU with random weights; None of one with code of its own."""
-    from hfpretrain import model as modeling
+    from hfpretrain.modeling import build as modeling
 
     # Where the vocabulary follows a tokenizer that may not exist yet: it changes no name and nothing that is tried.
     ids = [n for key, n in (recipe.model.config or {}).items() if key.endswith("token_id") and isinstance(n, int)]

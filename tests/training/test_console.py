@@ -13,7 +13,7 @@ import logging, os, sys, warnings
 import tqdm
 before = logging.StreamHandler()  # as libraries make them when they are imported
 logging.getLogger("library").addHandler(before)
-from hfpretrain import console
+from hfpretrain.training import console
 console.keep_from_failing("stdout", "stderr")
 logging.basicConfig(format="%(message)s")
 for number in range(3000):

@@ -70,17 +70,17 @@ except RecipeError as error:
 # A training of which one rank hangs at its third step.
 HANGS = """
 import os, sys, time
-from hfpretrain import dataloader
+from hfpretrain.data import batches
 from hfpretrain.train import main
 
-step = dataloader.TrainingData.step
+step = batches.TrainingData.step
 
 def hangs(self, number):
     if number == 3 and os.environ["RANK"] == "1":
         time.sleep(1000)
     return step(self, number)
 
-dataloader.TrainingData.step = hangs
+batches.TrainingData.step = hangs
 sys.exit(main())
 """
 
