@@ -26,6 +26,7 @@ from hfpretrain.engines import distributed, engine
 from hfpretrain.evaluation.evaluator import is_due
 from hfpretrain.modeling import build as modeling
 from hfpretrain.planning import table
+from hfpretrain.planning.plan import Settled
 from hfpretrain.publishing import card
 from hfpretrain.publishing.process import Publishing
 from hfpretrain.recipe import redaction
@@ -84,7 +85,15 @@ def _explained(run: Run) -> Iterator[None]:
         if not engine.is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        message = table.out_of_memory(run, str(error).partition("\n")[0])
+        accelerator = run.accelerator
+        message = table.out_of_memory(
+            run.pinned,
+            engine.engine_name(accelerator),
+            accelerator.num_processes,
+            Settled(getattr(run, "config", None), engine.precision(accelerator)),
+            engine.device_name(accelerator),
+            str(error).partition("\n")[0],
+        )
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 
@@ -178,12 +187,36 @@ def _finish(run: Run) -> Path:
         run.records.plot()
         card.write_card(run.output_dir, model_path)
         if run.state.step > run.first_step:  # else what is measured is no training
-            print("", table.report(run, peak_memory), sep="\n", flush=True)
+            print("", _cost_report(run, peak_memory), sep="\n", flush=True)
         print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
     run.records.finish()
     engine.finish(run.accelerator, run.model)
     return model_path
+
+
+def _cost_report(run: Run, peak_memory: int) -> str:
+    """What the run took beside what its plan says; `peak_memory`: bytes, the largest of all processes."""
+    accelerator = run.accelerator
+    # Only the steps of this process: earlier ones may have run under another engine.
+    tokens_per_step = run.recipe.training.tokens_per_step
+    seconds = table.seconds_per_step(run.records.history().speeds(), tokens_per_step, run.first_step)
+    memory_is = f"{run.peak_memory.meaning}; the largest of all processes"
+    settled = Settled(
+        run.config,
+        engine.precision(accelerator),
+        run.document_masking,
+        run.chunked_loss,
+        run.peak_flops if accelerator.device.type == "cpu" else None,
+    )
+    return table.report(
+        run.pinned,
+        engine.engine_name(accelerator),
+        accelerator.num_processes,
+        settled,
+        table.Measured(peak_memory, memory_is, seconds),
+        run.output_dir,
+    )
 
 
 def _trusts_code(recipe: Recipe) -> bool:

@@ -46,6 +46,20 @@ class EngineRow:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What a started run has settled and a recipe may leave open. None: not settled yet."""
+
+    config: PretrainedConfig | None = None
+    """Of the model that was built."""
+    mixed_precision: str | None = None
+    """Never `auto`."""
+    document_masking: bool | None = None
+    chunked_loss: bool | None = None
+    cpu_peak_flops: float | None = None
+    """FLOP/s that `cpu_flops` measured on this machine."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will cost. Bytes, seconds and FLOP/s; `peak_flops` of one device, None where it is not known."""
 
@@ -182,17 +196,12 @@ def make_plan(
     num_processes: int = 1,
     device: str | None = None,
     mfu: float | None = None,
-    config: PretrainedConfig | None = None,
-    mixed_precision: str | None = None,
-    document_masking: bool | None = None,
-    chunked_loss: bool | None = None,
-    cpu_peak_flops: float | None = None,
+    settled: Settled | None = None,
     passes: dict[Any, Any] | None = None,
 ) -> Plan:
     """The plan of a recipe at `num_processes`, for every engine or one, on this machine's device or a named one.
 
-    What a run has settled already may be given: its model's `config`, `mixed_precision`, `document_masking`,
-    `chunked_loss`, and what `cpu_flops` measured. Plans of one recipe share the simulations in `passes`. Without `mfu`
+    `settled`: given for a run that has started. Plans of one recipe share the simulations in `passes`. Without `mfu`
     the time is that of `DEFAULT_MFU`; on this machine's CPU a small model's step is timed. Raises `RecipeError` for an
     unknown engine or device and for a model that cannot be built.
     """
@@ -212,9 +221,10 @@ def make_plan(
         message = unknown_key(engine or "", known).replace("unknown key", "unknown engine")
         raise RecipeError.at("--engine", f"{message} (got {engine!r}; known: {', '.join(known)})")
     training, block_size = recipe.training, recipe.data.block_size
-    config = model_config(recipe) if config is None else config
+    settled = settled or Settled()
+    config = model_config(recipe) if settled.config is None else settled.config
     on_cpu, target, precision, peak, peak_is = _hardware(
-        device, num_processes, mixed_precision or training.mixed_precision, cpu_peak_flops
+        device, num_processes, settled.mixed_precision or training.mixed_precision, settled.cpu_peak_flops
     )
     counts = parameters_of(config)
     per_token = model_flops_per_token(config, counts, block_size)
@@ -232,9 +242,11 @@ def make_plan(
     model = modeling.build_model(section, config)
     modeling.freeze_outside_loss(model, block_size)
     shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
-    chunks = training.chunked_loss is not False if chunked_loss is None else chunked_loss
+    chunks = training.chunked_loss is not False if settled.chunked_loss is None else settled.chunked_loss
     chunks = chunks and loss.can_chunk(model)
-    masking = training.document_masking is not False if document_masking is None else document_masking
+    masking = settled.document_masking
+    if masking is None:
+        masking = training.document_masking is not False
     usable = 0.6 if on_cpu else 0.9
     settings = num_processes, precision, masking, chunks, on_cpu, usable * target.memory
     make_row = _Rows(recipe, config, shape, build, *settings, {} if passes is None else passes)

@@ -6,14 +6,25 @@ import json
 import math
 import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from hfpretrain.planning.plan import DEFAULT_MFU, Plan, make_plan
+from hfpretrain.planning.plan import DEFAULT_MFU, Plan, Settled, make_plan
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
 FILE = "plan.json"
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "peak", "host")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a finished run took. Memory in bytes, the largest of all processes."""
+
+    peak_memory: int
+    memory_is: str
+    """What the figure is, for people."""
+    seconds_per_step: float | None
 
 
 def table(plan: Plan) -> str:
@@ -89,25 +100,22 @@ def _comparison(measured: dict[str, Any]) -> list[str]:
     return rows
 
 
-def compare(plan: Plan, peak_memory: int, memory_is: str, seconds_per_step: float | None) -> dict[str, Any]:
+def compare(plan: Plan, measured: Measured) -> dict[str, Any]:
     """`prediction`, `measured` and the relative `error` (prediction / measured - 1) of a run of one engine."""
-    memory = plan.engines[0].memory
+    memory, seconds = plan.engines[0].memory, measured.seconds_per_step
     prediction = {
         "peak_memory": None if memory is None else memory.peak,
         "seconds_per_step": plan.seconds_per_step,
         "mfu": plan.mfu,
         "mfu_is": plan.mfu_is,
     }
-    mfu = None
-    if seconds_per_step and plan.seconds_per_step is not None:
-        mfu = plan.mfu * plan.seconds_per_step / seconds_per_step
-    measured = {"peak_memory": peak_memory, "memory_is": memory_is}
-    measured |= {"seconds_per_step": seconds_per_step, "mfu": mfu}
+    mfu = plan.mfu * plan.seconds_per_step / seconds if seconds and plan.seconds_per_step is not None else None
+    found = asdict(measured) | {"mfu": mfu}
     error = {}
     for key in ("peak_memory", "seconds_per_step"):
-        predicted, found = prediction[key], measured[key]
-        error[key] = predicted / found - 1 if predicted is not None and found else None  # type: ignore[operator]
-    return {"prediction": prediction, "measured": measured, "error": error}
+        predicted, value = prediction[key], found[key]
+        error[key] = predicted / value - 1 if predicted is not None and value else None
+    return {"prediction": prediction, "measured": found, "error": error}
 
 
 def seconds_per_step(
@@ -128,61 +136,49 @@ def seconds_per_step(
     return all_seconds / all_steps if all_steps else first or None
 
 
-def report(run: Any, peak_memory: int) -> str:
-    """Compare what a finished run took with its plan; both are kept as `plan.json` in its folder.
-
-    `peak_memory`: bytes of `PeakMemory.peak`, the largest of all processes.
-    """
+def report(
+    recipe: Recipe, engine_name: str, num_processes: int, settled: Settled, measured: Measured, folder: Path
+) -> str:
+    """Compare what a finished run measured with its plan, keep both as `plan.json` in `folder`, return them as text."""
     from hfpretrain.engines import engine
 
-    accelerator = run.accelerator
     # An engine of several processes may have made forward a collective (Ulysses), which the main process alone would
     # wait in for ever. With `mfu` given, no step is timed.
-    mfu = None if accelerator.num_processes == 1 else DEFAULT_MFU
+    mfu = None if num_processes == 1 else DEFAULT_MFU
     try:
         # One process alone may not build under ZeRO-3, where building is a collective.
         with engine.plain_initialisation():
-            plan = make_plan(
-                run.pinned,
-                engine=engine.engine_name(accelerator),
-                num_processes=accelerator.num_processes,
-                config=run.config,
-                mixed_precision=engine.precision(accelerator),
-                mfu=mfu,
-                document_masking=run.document_masking,
-                chunked_loss=run.chunked_loss,
-                cpu_peak_flops=run.peak_flops if accelerator.device.type == "cpu" else None,
-            )
-    except RecipeError as error:  # a run that has ended well must not fail for want of its bill
+            plan = make_plan(recipe, engine=engine_name, num_processes=num_processes, mfu=mfu, settled=settled)
+    except RecipeError as error:  # a run that has ended well must not fail because its plan can't be made
         return f"no plan of this run: {error}"
-    # Only the steps of this process: earlier ones may have run under another engine.
-    speeds = run.records.history().speeds()
-    seconds = seconds_per_step(speeds, run.recipe.training.tokens_per_step, run.first_step)
-    found = compare(plan, peak_memory, f"{run.peak_memory.meaning}; the largest of all processes", seconds)
-    (run.output_dir / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
-    return "\n".join([f"plan             {run.output_dir / FILE}", *_comparison(found)])
+    found = compare(plan, measured)
+    (folder / FILE).write_text(json.dumps({"plan": asdict(plan), **found}, indent=1), encoding="utf-8")
+    return "\n".join([f"plan             {folder / FILE}", *_comparison(found)])
 
 
-def out_of_memory(run: Any, message: str) -> str:
-    """What to say of a run that ran out of memory: the plan of all engines, and the three changes that help most."""
+def out_of_memory(
+    recipe: Recipe, engine_name: str, num_processes: int, settled: Settled, device_name: str, message: str
+) -> str:
+    """What to say of a run that ran out of memory: the plan of all engines, and the three changes that help most.
+
+    `message`: the error's own text.
+    """
     from hfpretrain.engines import engine
 
-    recipe, accelerator = run.pinned, run.accelerator
-    name, number = engine.engine_name(accelerator), accelerator.num_processes
     # With `mfu` given, no step is timed, for which there is no memory here.
-    settled = {"num_processes": number, "mixed_precision": engine.precision(accelerator), "mfu": DEFAULT_MFU}
+    keywords: dict[str, Any] = {"num_processes": num_processes, "mfu": DEFAULT_MFU, "settled": settled}
     with engine.plain_initialisation():
-        plan = make_plan(recipe, config=getattr(run, "config", None), **settled)
+        plan = make_plan(recipe, **keywords)
         peaks = {row.engine: row.memory.peak for row in plan.engines if row.memory is not None}
         changes = [(f"accelerate_configs/{other}.yaml", peak) for other, peak in peaks.items()]
         for text, changed in _smaller(recipe):
-            (row,) = make_plan(changed, engine=name, config=getattr(run, "config", None), **settled).engines
+            (row,) = make_plan(changed, engine=engine_name, **keywords).engines
             if row.memory is not None:
                 changes.append((text, row.memory.peak))
-    now = peaks.get(name)
+    now = peaks.get(engine_name)
     helpful = sorted((change for change in changes if now is None or change[1] < now), key=lambda change: change[1])
     size = f"{recipe.training.micro_batch_size} sequences of {recipe.data.block_size} tokens"
-    lines = [f"{size} do not fit on {engine.device_name(accelerator)} under {name}: {message}", "", table(plan), ""]
+    lines = [f"{size} do not fit on {device_name} under {engine_name}: {message}", "", table(plan), ""]
     lines += [f"what helps most, in peak memory of a process ({_bytes(now) if now else 'not known'} now):"]
     lines += [f"  {_bytes(peak):>10}  {text}" for text, peak in helpful[:3]]
     if all(peak > plan.usable * plan.device_memory for _, peak in helpful):

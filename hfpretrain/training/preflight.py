@@ -117,8 +117,8 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
     where training would: predictions see later tokens, documents of a block see each other, or the loss can't be
     computed in chunks.
     """
-    from hfpretrain.modeling import loss
     from hfpretrain.modeling import build as modeling
+    from hfpretrain.modeling import loss
 
     training = recipe.training
     blueprint = _model(recipe, "meta")

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_build import SMALL, SPECIAL
+from tiny_models import SMALL, SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain.engines import fsdp

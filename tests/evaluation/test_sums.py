@@ -4,7 +4,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from test_build import LLAMA, build
+from tiny_models import LLAMA, build
 
 import hfpretrain.evaluation.token_perplexity
 from hfpretrain.evaluation import sums as evaluation

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import hfpretrain, rows, small_text, train, write_jsonl, write_recipe
-from test_build import LLAMA, build
+from tiny_models import LLAMA, build
 
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_build import GPT2, LLAMA, MOE, SMALL, build
+from tiny_models import GPT2, LLAMA, MOE, SMALL, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfpretrain.modeling.build import apply_liger_kernel
