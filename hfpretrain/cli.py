@@ -19,7 +19,8 @@ from typing import Any
 from hfpretrain import __version__
 from hfpretrain.engines import launch
 from hfpretrain.recipe import redaction
-from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
+from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError
+from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
 
@@ -532,7 +533,7 @@ def _card(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _schema(_: argparse.Namespace, __: list[str]) -> None:
-    print(json.dumps(json_schema(), indent=1))
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from hfpretrain.recipe.schema import (
     RecipeError,
     SourceSection,
     TokenizerSection,
-    parse_yaml,
 )
+from hfpretrain.recipe.yaml import parse_yaml
 
 LLAMA = {
     "vocab_size": 320,

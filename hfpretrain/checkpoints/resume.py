@@ -11,17 +11,10 @@ from pathlib import Path
 from hfpretrain import files
 from hfpretrain.checkpoints import saver
 from hfpretrain.engines import pieces
+from hfpretrain.recipe.addresses import hub_address
 from hfpretrain.recipe.hub import trouble
-from hfpretrain.recipe.schema import (
-    MAY_DIFFER,
-    Problem,
-    Recipe,
-    RecipeError,
-    differences,
-    dump_recipe,
-    hub_address,
-    load_recipe,
-)
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
+from hfpretrain.recipe.yaml import MAY_DIFFER, differences, dump_recipe, read_recipe
 
 _KEY = "checkpoint.resume_from"
 logger = logging.getLogger(__name__)
@@ -121,7 +114,7 @@ def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[
     except Exception as error:  # a file that somebody else wrote may raise anything
         raise RecipeError.at(_KEY, f"{given} is not read: {' '.join(str(error).split()):.300}") from error
     try:
-        changed = differences(recipe, load_recipe(state / "recipe.yaml"), ignore=MAY_DIFFER)
+        changed = differences(recipe, read_recipe(state / "recipe.yaml"), ignore=MAY_DIFFER)
     except RecipeError as error:
         raise RecipeError.at(_KEY, f"{given} does not tell its recipe: {error}") from error
     if changed:

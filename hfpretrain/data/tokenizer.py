@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection, missing_path, not_loaded
+from hfpretrain.recipe.addresses import missing_path, not_loaded
+from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from hfpretrain.recipe import shipped
-from hfpretrain.recipe.schema import RecipeError, parse_yaml
+from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.yaml import parse_yaml
 
 
 class Process(subprocess.Popen[bytes]):

@@ -27,7 +27,8 @@ from hfpretrain.publishing.repository import Repo
 from hfpretrain.recipe import redaction
 from hfpretrain.recipe.hub import HopelessError, Trouble, bound_waiting, trouble
 from hfpretrain.recipe.redaction import redact
-from hfpretrain.recipe.schema import HubSection, load_recipe
+from hfpretrain.recipe.schema import HubSection
+from hfpretrain.recipe.yaml import read_recipe
 
 MAIN = "main"
 FINISH = "finish"
@@ -216,7 +217,7 @@ def main(run: Path) -> int:
     redaction.install()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     bound_waiting()
-    section = load_recipe(run / "recipe.yaml").hub
+    section = read_recipe(run / "recipe.yaml").hub
     assert section.repo_id is not None
     publisher = Publisher(run, section, Repo(section.repo_id, section.private), tell)
     with FileLock(run / "outbox" / outbox.LOCK):

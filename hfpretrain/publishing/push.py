@@ -14,8 +14,10 @@ from hfpretrain import files
 from hfpretrain.publishing import outbox
 from hfpretrain.publishing.publisher import MAIN, Publisher, title
 from hfpretrain.publishing.repository import Repo
+from hfpretrain.recipe.addresses import repo_id_problem
 from hfpretrain.recipe.hub import bound_waiting, trouble
-from hfpretrain.recipe.schema import HubSection, RecipeError, load_recipe, repo_id_problem
+from hfpretrain.recipe.schema import HubSection, RecipeError
+from hfpretrain.recipe.yaml import read_recipe
 
 
 def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
@@ -37,7 +39,7 @@ def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
     is_run = files.steps(run / "checkpoints") or outbox.waiting(run / "outbox")
     if not (is_run or (run / "model" / "config.json").is_file()) or not (run / "recipe.yaml").is_file():
         raise RecipeError.at(str(run), "no run with checkpoints or an exported model, and no exported model itself")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = read_recipe(run / "recipe.yaml")
     section = section.model_copy(update={"push_state": push_state or recipe.hub.push_state})
     if (run / "outbox").exists() and not (run / "outbox").is_dir():
         raise RecipeError.at(str(run / "outbox"), "is no folder; move it away")

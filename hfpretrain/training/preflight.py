@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain.data import corpus
+from hfpretrain.recipe.addresses import hub_address, missing_path, not_loaded
 from hfpretrain.recipe.hub import trouble
 from hfpretrain.recipe.schema import (
     FILE_FORMATS,
@@ -25,9 +26,6 @@ from hfpretrain.recipe.schema import (
     SourceSection,
     TokenizerSection,
     accumulation_steps,
-    hub_address,
-    missing_path,
-    not_loaded,
 )
 from hfpretrain.training.run_folder import refuse_other_run
 

@@ -17,7 +17,7 @@ from hfpretrain.data.tokenizer import document_prefix, document_start, say_frami
 from hfpretrain.engines import engine
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.redaction import redacted, without_folders
-from hfpretrain.recipe.schema import dump_recipe
+from hfpretrain.recipe.yaml import dump_recipe
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 _OTHERS = ("evaluate", "deepspeed", "torchao", "schedulefree")

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpretrain.recipe.schema import MAY_DIFFER, Problem, Recipe, RecipeError, differences, load_recipe
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
+from hfpretrain.recipe.yaml import MAY_DIFFER, differences, read_recipe
 
 
 def refuse_other_run(recipe: Recipe) -> None:
@@ -22,7 +23,7 @@ def refuse_other_run(recipe: Recipe) -> None:
     except OSError as error:
         raise RecipeError.at("output_dir", f"{recipe.output_dir} can't be used: {error.strerror}") from error
     try:
-        changed = differences(recipe, load_recipe(path), ignore=MAY_DIFFER)
+        changed = differences(recipe, read_recipe(path), ignore=MAY_DIFFER)
     except RecipeError as error:
         raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
     changed = [problem for problem in changed if not _was_so(problem, recipe, path.parent)]

@@ -48,17 +48,8 @@ from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.loss import examine_loss, use_chunked_loss
 from hfpretrain.planning import devices, plan
 from hfpretrain.recipe.redaction import redacted
-from hfpretrain.recipe.schema import (
-    MAY_DIFFER,
-    HubSection,
-    Recipe,
-    RecipeError,
-    accumulation_steps,
-    differences,
-    dump_recipe,
-    flatten,
-    load_recipe,
-)
+from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, accumulation_steps
+from hfpretrain.recipe.yaml import MAY_DIFFER, differences, dump_recipe, flatten, read_recipe
 from hfpretrain.training import incident, report, run_folder, vocabulary, watchdog
 from hfpretrain.training.clock import Clock
 from hfpretrain.training.peak_memory import PeakMemory
@@ -474,7 +465,7 @@ class Run:
         if (moved := report.moved(before, now, state.step)) is not None:
             yield moved
         try:
-            recipe = load_recipe(path / "recipe.yaml")
+            recipe = read_recipe(path / "recipe.yaml")
         except RecipeError:  # of an older version; the recipe in the run's folder was compared with this one
             return
         section, lr = self.recipe.scheduler, self.recipe.optimizer.lr

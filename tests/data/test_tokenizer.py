@@ -19,7 +19,8 @@ from hfpretrain.data.tokenizer import (
     train_tokenizer,
 )
 from hfpretrain.planning.plan import model_config
-from hfpretrain.recipe.schema import RecipeError, TokenizerSection, dump_recipe
+from hfpretrain.recipe.schema import RecipeError, TokenizerSection
+from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training.run_folder import refuse_other_run
 
 BPE = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
