@@ -10,9 +10,8 @@ import math
 import os
 import platform
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -34,7 +33,6 @@ from hfpretrain.data.batches import (
 from hfpretrain.data.corpus import held_out_digests
 from hfpretrain.data.encode import Encoder, token_bytes, token_dtype
 from hfpretrain.data.ledger import LEDGER, Consumption
-from hfpretrain.data.order import data_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import Deal, StreamingData, deal, load_states, save_states
@@ -56,6 +54,7 @@ from hfpretrain.training.peak_memory import PeakMemory
 from hfpretrain.training.profiler import Profiler
 from hfpretrain.training.records import Records
 from hfpretrain.training.stability import Stability
+from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
 
 # Keys that may differ between two starts of a run and change nothing in a step.
@@ -106,36 +105,6 @@ class Stopping(Exception):  # noqa: N818 - not an error
     """All ranks have agreed to stop here."""
 
 
-@dataclass
-class TrainState:
-    """Where a run stands."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    window_loss: float = 0.0
-    """Losses summed since the last log line."""
-    window_steps: int = 0
-    evaluated: bool = False
-    """Whether all that is due was evaluated of the weights as they are."""
-    evaluation_loss: float | None = None
-    """Of the weights as they are."""
-    losses: list[float] = field(default_factory=list)
-    """As of `Stability.losses`."""
-    num_events: int = 0
-    """Steps so far that were not stable."""
-    skipped: list[list[int]] = field(default_factory=list)
-    """From optimizer step [0] on, data are taken from [1] steps further on: what rollbacks have left out."""
-    segments: list[dict[str, Any]] = field(default_factory=list)
-    """What the steps were done under, as of `report.extend`."""
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
-    """What trackers know the run by."""
-
-    def data_step(self, step: int) -> int:
-        """Index of the data step that optimizer step `step` trains on, both counted from 0."""
-        return data_step(step, self.skipped)
-
-
 class Run:
     """Everything one process holds while it trains."""
 
@@ -163,7 +132,7 @@ class Run:
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
         )
         engine.require_optimizer(recipe.optimizer.name, engine.engine_name(self.accelerator))
-        self._meet_the_others()
+        self._check_ranks_agree()
         self._votes = distributed.Votes(distributed.control_group(self.accelerator, training.timeout_seconds))
         self._saving_group = distributed.control_group(self.accelerator, training.timeout_seconds)
         self.publishing = make_publisher(self.output_dir, recipe.hub if self.is_main else HubSection())
@@ -297,9 +266,9 @@ class Run:
         steps = range(self.state.step, self.recipe.training.num_steps)
         data, data_step = self.data, self.state.data_step
         pin_memory = self.accelerator.device.type == "cuda"
-        self.coming = Prefetcher(lambda step: data.step(data_step(step)), steps, pin_memory=pin_memory)
+        self.prefetcher = Prefetcher(lambda step: data.step(data_step(step)), steps, pin_memory=pin_memory)
 
-    def _meet_the_others(self) -> None:
+    def _check_ranks_agree(self) -> None:
         """Begin to watch over the other ranks, if they run the same as this one."""
         facts = {
             "python": platform.python_version(),
@@ -381,7 +350,7 @@ class Run:
         Of several processes the others wait for this one in the middle of a step, where nothing can be saved: then it
         raises `StoppedEarlyError`, and the watch ends the others.
         """
-        data = self.coming.next(self.stops.due)
+        data = self.prefetcher.next(self.stops.due)
         if data is not None:
             return data
         if self.accelerator.num_processes > 1:
@@ -709,7 +678,7 @@ class Run:
         """End what works beside training."""
         self.profiler.close()
         self.records.close()
-        self.coming.close()
+        self.prefetcher.close()
         self._votes.wait()
 
     def unstable(self, problem: str, step_data: StepData, loss: float, grad_norm: float) -> bool:
@@ -744,7 +713,7 @@ class Run:
     def _roll_back(self) -> None:
         """Return to the newest checkpoint and leave out what was consumed since."""
         num_events, bad = self.state.num_events, self.state.data_step(self.state.step)
-        self.coming.close()
+        self.prefetcher.close()
         if isinstance(self.data, StreamingData):
             self.data = self._open_data()
         self.saved_step = self._resume()
