@@ -404,7 +404,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
 def _verify_prepared(run: Path) -> dict[str, Any]:
     """Verify every file of the prepared data that a run was trained on, or say that they are not on this machine."""
-    from hfpretrain.data.prepared import of_run, verify
+    from hfpretrain.data.prepared import find_prepared, verify
     from hfpretrain.training.report import DATA
 
     if not (run / DATA).exists():
@@ -416,7 +416,7 @@ def _verify_prepared(run: Path) -> dict[str, Any]:
         message = f"does not say which data the run was trained on: {error}"
         raise RecipeError(Problem(str(run / DATA), message)) from error
     roots = [load_recipe(run / "recipe.yaml").prepared_dir, run.parent / "prepared"]
-    path = of_run(roots, name, checksum)
+    path = find_prepared(roots, name, checksum)
     if path is None:
         return {"prepared_data": f"not verified, because they are not in {roots[0]}"}
     return {"prepared_data": str(path)} | {f"prepared_{key}": value for key, value in verify(path).items()}

@@ -22,7 +22,7 @@ from conftest import ROOT, environment, rows, small_text, train, write_jsonl, wr
 
 from hfpretrain import cli, files, load_recipe
 from hfpretrain.data import corpus, streaming
-from hfpretrain.data.remote_copy import Mirror
+from hfpretrain.data.remote_copy import RemoteCopy
 from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
 from hfpretrain.evaluation import score, token_perplexity
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
@@ -299,7 +299,7 @@ def test_names_that_lead_out_of_a_folder_are_not_followed(tmp_path):
         (folder / "manifest.json").write_text(json.dumps({"files": entry}))
         assert "outside of the folder" in files.damage(folder)
         with pytest.raises(RecipeError, match="outside of the folder"):
-            Mirror(there.as_uri()).pull(folder, entry)
+            RemoteCopy(there.as_uri()).pull(folder, entry)
         (folder / "SHA256SUMS").unlink(missing_ok=True)
         lines = f"{'0' * 64}  {name}\n"
         (folder / "SHA256SUMS").write_text(f"# the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")

@@ -96,7 +96,7 @@ def _own_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tup
     return (), ()
 
 
-def say_framing(tokenizer: PreTrainedTokenizerFast) -> str:
+def describe_framing(tokenizer: PreTrainedTokenizerFast) -> str:
     """One line that tells with which tokens a document begins and ends."""
     prefix = document_prefix(tokenizer)
     begin = f"begin with {tokenizer.decode(list(prefix))}, which calling the tokenizer adds to a text, and "

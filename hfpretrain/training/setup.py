@@ -21,13 +21,13 @@ import torch
 from hfpretrain import files
 from hfpretrain.checkpoints import export, resume, saver
 from hfpretrain.data.batches import (
-    Item,
     Prefetcher,
     StepData,
+    T,
     TrainingData,
     epochs,
     epochs_text,
-    in_thread,
+    run_in_thread,
     training_data,
 )
 from hfpretrain.data.corpus import held_out_digests
@@ -35,9 +35,9 @@ from hfpretrain.data.encode import Encoder, token_bytes, token_dtype
 from hfpretrain.data.ledger import LEDGER, Consumption
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.data.streaming import Deal, StreamingData, deal, load_states, save_states
-from hfpretrain.data.summary import notes
-from hfpretrain.data.tokenizer import say_framing, set_chat_template
+from hfpretrain.data.streaming import Grouping, StreamingData, group_files, load_states, save_states
+from hfpretrain.data.summary import preparation_notes
+from hfpretrain.data.tokenizer import describe_framing, set_chat_template
 from hfpretrain.engines import distributed, engine, launch
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling import build as modeling
@@ -155,10 +155,10 @@ class Run:
         self.prepared = self._prepare()
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
-        logger.info(say_framing(self.tokenizer))
+        logger.info(describe_framing(self.tokenizer))
         if self.is_main and recipe.tokenizer.pretrained is None:
             said = vocabulary.require_related(recipe.model, recipe.tokenizer, self.tokenizer)
-        for text in (*notes(self.prepared), *said):
+        for text in (*preparation_notes(self.prepared), *said):
             self._note(text)
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
@@ -327,19 +327,23 @@ class Run:
             return training_data(recipe.data, recipe.training, recipe.seed, self.prepared, **keywords)
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
         held_out = self.read(lambda: held_out_digests(recipe.data))
-        dealt = self.watch.from_main(
+        groupings = self.watch.from_main(
             "look at the files to stream",
-            lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: deal(recipe.data, held_out, sequences))],
+            lambda: [
+                [one.num_groups, one.pieces] for one in self.read(lambda: group_files(recipe.data, held_out, sequences))
+            ],
         )
-        keywords["dealt"] = [Deal(groups, [(number, index) for number, index in pieces]) for groups, pieces in dealt]
+        keywords["groupings"] = [
+            Grouping(groups, [(number, index) for number, index in pieces]) for groups, pieces in groupings
+        ]
         encode = Encoder(self.tokenizer, token_dtype(manifest["vocab_size"]))
         states, first_step = ({}, 0) if self._checkpoint is None else load_states(self._checkpoint)
         keywords |= {"first_step": first_step, "states": states, "max_unknown": recipe.tokenizer.max_unknown}
         return self.read(lambda: StreamingData(recipe.data, encode, held_out, **keywords))
 
-    def read(self, work: Callable[[], Item]) -> Item:
+    def read(self, work: Callable[[], T]) -> T:
         """What `work` reads. Raises `StoppedEarlyError` if this process must stop and a source doesn't answer."""
-        result = in_thread(work, self.stops.due)
+        result = run_in_thread(work, self.stops.due)
         if result is None:
             raise StoppedEarlyError(self.stops.reason)
         return result
