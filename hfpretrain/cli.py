@@ -514,7 +514,7 @@ def _repair(run: Path) -> None:
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.publishing.push import push
+    from hfpretrain.publishing.publisher import push
 
     _repair(Path(args.run))
     if not push(Path(args.run), args.repo_id, args.private, args.state):

@@ -1,7 +1,6 @@
 """What is loaded is not run, and what is secret is not written."""
 
 import ast
-import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from hfpretrain.evaluation import score, token_perplexity
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
 from hfpretrain.modeling import build as modeling
 from hfpretrain.publishing import card_text
-from hfpretrain.publishing.publisher import HopelessError, Publisher
+from hfpretrain.publishing.publisher import Failed, Pushed, Pusher
 from hfpretrain.recipe.redaction import is_redacted, redact, without_folders
 from hfpretrain.recipe.schema import (
     EvaluationSection,
@@ -449,6 +448,9 @@ def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
     class Repo:
         pushed = None
 
+        def open(self):
+            return "user/a"
+
         def revision(self, *_):
             return None
 
@@ -456,12 +458,16 @@ def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
             self.pushed = content
             return "commit"
 
+    finish = threading.Event()
+    finish.set()
     for push_state in (True, False):
         repo = Repo()
-        publisher = Publisher(tmp_path, HubSection(repo_id="user/a", push_state=push_state), repo, print)
-        with pytest.raises(HopelessError, match="secret") if push_state else contextlib.nullcontext():
-            publisher._push_step(place)
-        assert repo.pushed == (None if push_state else {"config.json": place / "model" / "config.json"})
+        pusher = Pusher(tmp_path, HubSection(repo_id="user/a", push_state=push_state), repo)
+        *_, last = pusher.follow(finish)
+        if push_state:
+            assert isinstance(last, Failed) and "secret" in last.reason and repo.pushed is None
+        else:
+            assert isinstance(last, Pushed) and repo.pushed == {"config.json": place / "model" / "config.json"}
 
 
 def test_a_card_names_no_folder_of_the_machine(secret_run):

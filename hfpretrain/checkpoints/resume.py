@@ -12,7 +12,7 @@ from hfpretrain import files
 from hfpretrain.checkpoints import saver
 from hfpretrain.engines import pieces
 from hfpretrain.recipe.addresses import hub_address
-from hfpretrain.recipe.hub import trouble
+from hfpretrain.recipe.hub import explain
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import MAY_DIFFER, differences, dump_recipe, read_recipe
 
@@ -133,7 +133,7 @@ def _download(repo_id: str, revision: str, folder: Path) -> Path:
     try:
         snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=f"{saver.STATE}/*")
     except Exception as error:  # its HTTP library raises classes of its own
-        raise RecipeError.at(_KEY, f"{where} can't be read: {trouble(error).text}") from error
+        raise RecipeError.at(_KEY, f"{where} can't be read: {explain(error).text}") from error
     if not (folder / saver.STATE).is_dir():
         advice = "push with `hub.push_state: true`, or go on from its weights alone by `model.pretrained`"
         raise RecipeError.at(_KEY, f"{where} holds no state; {advice}")

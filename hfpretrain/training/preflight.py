@@ -17,7 +17,7 @@ from typing import Any
 
 from hfpretrain.data import corpus
 from hfpretrain.recipe.addresses import hub_address, missing_path, not_loaded
-from hfpretrain.recipe.hub import trouble
+from hfpretrain.recipe.hub import explain
 from hfpretrain.recipe.schema import (
     FILE_FORMATS,
     Problem,
@@ -180,7 +180,7 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
     except Exception as error:  # what its HTTP library raises may be anything
         at = f"@{revision}" if revision else ""
         yield Problem(
-            key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {trouble(error).text}"
+            key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {explain(error).text}"
         )
         return
     names = {sibling.rfilename for sibling in info.siblings or ()}

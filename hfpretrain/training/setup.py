@@ -80,7 +80,7 @@ class NotSavedError(RuntimeError):
 
 
 class Publisher(Protocol):
-    """Pushes a run to the Hub while it trains, as `publishing.process.Publishing` does."""
+    """Pushes a run to the Hub while it trains, as `publishing.publisher.Publisher` does."""
 
     def start(self) -> None:
         """Begin to push what waits."""

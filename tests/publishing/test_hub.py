@@ -205,7 +205,7 @@ def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
 PUSHES = """
 import sys
 from pathlib import Path
-from hfpretrain.publishing.push import push
+from hfpretrain.publishing.publisher import push
 from hfpretrain.recipe.schema import RecipeError
 for line in sys.stdin:
     try:
