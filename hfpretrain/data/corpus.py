@@ -10,28 +10,20 @@ import itertools
 import json
 import lzma
 import os
-import re
-import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hfpretrain import files
 from hfpretrain.data import source_files
 from hfpretrain.data.source_files import expand
 from hfpretrain.recipe.redaction import is_redacted, redact
-from hfpretrain.recipe.schema import FILE_FORMATS, DataSection, RecipeError, SourceSection
+from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 _GROUP_BYTES = 2**26
-# Keys under which fsspec's file systems report what differs between two versions of a file.
-_VERSION_KEYS = (
-    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
-    *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
-)
 _SAMPLE_BY = "say what one document is: `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
 _document_counts: dict[tuple[Any, ...], int] = {}
 
@@ -78,7 +70,7 @@ class Reader:
         self._dataset: Any = None
         self._raw: Any = None
         self._done_bytes = 0
-        _require_openable(source, key)
+        require_openable(source, key)
         if source.path == PYTHON_STDLIB:
             self.pieces = [Piece(PYTHON_STDLIB, None)]
         elif (pieces := self._file_pieces()) is not None:
@@ -490,44 +482,11 @@ def _size(origin: str) -> int | None:
     return size
 
 
-def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
-    """A value that changes when the source's text does, but not with the folders that hold its files.
-
-    For a file: its name without folders, size and digest. For a URL: the version that its server reports. For a Hub
-    dataset: the commit, in offline mode that of the local cache. `key` is the source's path in the recipe. Raises
-    `RecipeError` if none of these can be found, since a change of the text would go unnoticed.
-    """
-    _require_openable(source, key)
-    if source.path == PYTHON_STDLIB:
-        return [[PYTHON_STDLIB, sys.version]]
-    kind = source.path if source.path in FILE_FORMATS or source_files.is_packaged(source.path) else "folder"
-    splits = source_files.find_splits(source, key)
-    if splits is not None:
-        found = {split: _versions([file.origin for file in found], key) for split, found in splits.items()}
-        return [kind, *(found["train"] if list(found) == ["train"] else map(list, found.items()))]
-    if source_files.is_folder(source) or source_files.is_packaged(source.path):
-        return [kind, *_datasets_versions(source, key)]
-    within = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
-    urls = [name for pattern in source.patterns if "://" in pattern for name, _ in expand(source, pattern, key)]
-    return [{"dataset": source.path, "commit": _commit(source, key), **within}, *_versions(urls, key)]
-
-
-def _require_openable(source: SourceSection, key: str) -> None:
+def require_openable(source: SourceSection, key: str) -> None:
     hidden = [name for name in (source.path, source.data_dir or "", *source.patterns) if is_redacted(name)]
     if hidden:
         message = f"{hidden[0]} has *** in place of its secret, as in every recipe that a run writes"
         raise RecipeError.at(key, f"{message}; use the recipe that the run was started with")
-
-
-def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
-    """Versions of the files of each split that `datasets` finds, and of those that tell it how to read a folder."""
-    config = _builder(source, key).config
-    found = [[str(split), *_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
-    if not found:
-        message = f"{source.path} names no data files, so a change would go unnoticed; name them in data_files"
-        raise RecipeError.at(key, message)
-    settings = [Path(source.path, name) for name in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
-    return [*found, *_versions([str(path) for path in settings if path.is_file()], key)]
 
 
 def _patterns(source: SourceSection, key: str) -> list[str]:
@@ -543,7 +502,7 @@ def _patterns(source: SourceSection, key: str) -> list[str]:
     return names
 
 
-def _builder(source: SourceSection, key: str) -> Any:
+def load_builder(source: SourceSection, key: str) -> Any:
     import datasets
 
     keywords = {
@@ -555,68 +514,11 @@ def _builder(source: SourceSection, key: str) -> Any:
     try:
         return datasets.load_dataset_builder(source.path, **keywords)
     except Exception as error:  # what a file system raises may be anything
-        raise RecipeError.at(key, f"cannot open {source.path}: {type(error).__name__}: {_line(error)}") from error
+        raise RecipeError.at(key, f"cannot open {source.path}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _commit(source: SourceSection, key: str) -> str:
-    """The commit that a Hub dataset's revision is at; in offline mode the one that `datasets` has in its cache."""
-    import datasets
-    from huggingface_hub import HfApi
-
-    if not datasets.config.HF_HUB_OFFLINE:
-        try:
-            return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
-        except Exception as error:  # of the Hub or of the network
-            advice = "to use the local cache, set HF_HUB_OFFLINE=1"
-            message = f"cannot ask the Hub for {source.path}: {type(error).__name__}: {_line(error)}; {advice}"
-            raise RecipeError.at(key, message) from error
-    commit = str(_builder(source, key).hash)
-    if source.revision is not None and re.fullmatch("[0-9a-f]{40}", source.revision) and source.revision != commit:
-        message = f"the local cache has {source.path} at {commit}; unset HF_HUB_OFFLINE to read {source.revision}"
-        raise RecipeError.at(f"{key}.revision", message)
-    return commit
-
-
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return f"{(str(error).splitlines() or [''])[0]:.300}"
-
-
-def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
-    """Name, size and what else tells two versions of a file apart: the digest of a local one."""
-    local = {name: Path(_local(name)) for name in names if "://" not in _local(name)}
-    try:
-        known = dict(zip(local, files.digests(list(local.values())), strict=True))
-    except OSError as error:
-        message = f"cannot read {error.filename}: {error.strerror or error}"
-        raise RecipeError.at(f"{key}.data_files", message) from error
-    return [
-        [local[name].name, *known[name]] if name in local else [redact(name), *_remote_version(name, key)]
-        for name in names
-    ]
-
-
-def _local(name: str) -> str:
-    return name.removeprefix("file://")
-
-
-def _remote_version(url: str, key: str) -> list[Any]:
-    if re.match(r"hf://[^:]*@[0-9a-f]{40}/", url):
-        return []  # the name holds the commit
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        info = filesystem.info(path)
-    except Exception as error:  # what a remote file system raises may be anything
-        message = f"cannot read {url}: {type(error).__name__}: {_line(error)}"
-        raise RecipeError.at(f"{key}.data_files", message) from error
-    found = [str(info[name]) for name in _VERSION_KEYS if info.get(name) is not None]
-    if not found:
-        message = (
-            f"the server of {url} sends neither ETag nor Last-Modified, so a change of the file would go unnoticed"
-        )
-        raise RecipeError.at(f"{key}.data_files", f"{message}; copy the file to this machine")
-    return [str(info.get("size")), *found]
 
 
 class Splitter:

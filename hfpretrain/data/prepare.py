@@ -21,6 +21,7 @@ from hfpretrain import __version__, files
 from hfpretrain.data import assemble, corpus, duplicates, packing, tokenizer
 from hfpretrain.data.corpus import Document, Reader, Splitter
 from hfpretrain.data.encode import Encoder, token_bytes, token_dtype, unknown_id
+from hfpretrain.data.identity import fingerprint, source_identity, tokenizer_identity
 from hfpretrain.data.packing import Batch, Item
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
 from hfpretrain.data.remote_copy import RemoteCopy
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 # Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
 _TOKENIZER_MARK = "tokenizer/tokenizer_config.json"
-_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 _GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def prepared_path(recipe: Recipe) -> Path:
     identities = [*sources, *validation, of_tokenizer]
 
     def path(has_prefix: bool) -> Path:
-        return recipe.prepared_dir / packing.fingerprint(recipe.data, recipe.tokenizer, identities, has_prefix)
+        return recipe.prepared_dir / fingerprint(recipe.data, recipe.tokenizer, identities, has_prefix)
 
     return path(_has_prefix(recipe.tokenizer, path))
 
@@ -79,37 +79,12 @@ def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool
 
 def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
     """What the sources, the validation sources and the tokenizer are now."""
-    sources = [corpus.identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
+    sources = [source_identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
     validation = [
-        corpus.identity(source, f"data.validation_sources.{n}")
+        source_identity(source, f"data.validation_sources.{n}")
         for n, source in enumerate(recipe.data.validation_sources)
     ]
-    return sources, validation, _tokenizer_identity(recipe.tokenizer)
-
-
-def _tokenizer_identity(section: TokenizerSection) -> list[Any]:
-    """Name and content of a pretrained tokenizer's files; of one on the Hub those of its revision, or in offline mode
-    of the local cache. Of a tokenizer that is trained nothing: the text decides it."""
-    if section.pretrained is None:
-        return []
-    folder = Path(section.pretrained)
-    if not folder.is_dir():
-        import huggingface_hub
-
-        patterns = [f"*{suffix}" for suffix in _TOKENIZER_SUFFIXES]
-        try:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    section.pretrained, revision=section.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-                )
-            )
-        except Exception as error:  # of the Hub, of the network, or of a name that is neither folder nor id
-            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
-            advice = "" if huggingface_hub.is_offline_mode() else "; with HF_HUB_OFFLINE=1 the local cache is used"
-            where = f"cannot read {section.pretrained!r}, which is no folder here, from the Hub"
-            raise RecipeError.at("tokenizer.pretrained", f"{where}: {message}{advice}") from error
-    found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_TOKENIZER_SUFFIXES) and file.is_file()]
-    return [[file.name, files.sha256(file)] for file in found]
+    return sources, validation, tokenizer_identity(recipe.tokenizer)
 
 
 def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
