@@ -1,4 +1,4 @@
-"""What sources and tokenizer are now, so that a change of either is noticed; the name of the prepared folder."""
+"""Identify the content of sources and tokenizer, so that a change is noticed, and name the prepared folder by it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hfpretrain.data.source_files import expand
 from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import FILE_FORMATS, DataSection, RecipeError, SourceSection, TokenizerSection
 
-# Keys under which fsspec's file systems report what differs between two versions of a file.
+# What fsspec's file systems report that differs between two versions of a file.
 _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
@@ -26,11 +26,11 @@ _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm",
 
 
 def source_identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
-    """A value that changes when the source's text does, but not with the folders that hold its files.
+    """A value that changes with the source's text, but not when its files move to another folder.
 
-    For a file: its name without folders, size and digest. For a URL: the version that its server reports. For a Hub
-    dataset: the commit, in offline mode that of the local cache. `key` is the source's path in the recipe. Raises
-    `RecipeError` if none of these can be found, since a change of the text would go unnoticed.
+    Of a file: its name without folders, size and digest. Of a URL: the version that its server reports. Of a Hub
+    dataset: the commit; in offline mode that of the local cache. `key`: where the source stands in the recipe. Raises
+    `RecipeError` if there is none of these, since a change of the text would go unnoticed.
     """
     require_openable(source, key)
     if source.path == PYTHON_STDLIB:
@@ -48,7 +48,7 @@ def source_identity(source: SourceSection, key: str = "data.sources") -> list[An
 
 
 def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
-    """Versions of the files of each split that `datasets` finds, and of those that tell it how to read a folder."""
+    """Versions of each split's files, as `datasets` finds them, and of the files that configure a folder."""
     config = load_builder(source, key).config
     found = [[str(split), *_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
     if not found:
@@ -59,14 +59,14 @@ def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
 
 
 def _commit(source: SourceSection, key: str) -> str:
-    """The commit that a Hub dataset's revision is at; in offline mode the one that `datasets` has in its cache."""
+    """The commit of a Hub dataset's revision; in offline mode the one in the cache of `datasets`."""
     import datasets
     from huggingface_hub import HfApi
 
     if not datasets.config.HF_HUB_OFFLINE:
         try:
             return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
-        except Exception as error:  # of the Hub or of the network
+        except Exception as error:  # from the Hub or the network
             advice = "to use the local cache, set HF_HUB_OFFLINE=1"
             message = f"cannot ask the Hub for {source.path}: {type(error).__name__}: {first_line(error)}; {advice}"
             raise RecipeError.at(key, message) from error
@@ -78,7 +78,7 @@ def _commit(source: SourceSection, key: str) -> str:
 
 
 def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
-    """Name, size and what else tells two versions of a file apart: the digest of a local one."""
+    """Of each file its name, its size and its version: the digest of a local file, or what the server reports."""
     local = {name: Path(_local(name)) for name in names if "://" not in _local(name)}
     try:
         known = dict(zip(local, files.digests(list(local.values())), strict=True))
@@ -97,7 +97,7 @@ def _local(name: str) -> str:
 
 def _remote_version(url: str, key: str) -> list[Any]:
     if re.match(r"hf://[^:]*@[0-9a-f]{40}/", url):
-        return []  # the name holds the commit
+        return []  # the URL itself has the commit
     import fsspec
 
     try:
@@ -116,8 +116,10 @@ def _remote_version(url: str, key: str) -> list[Any]:
 
 
 def tokenizer_identity(section: TokenizerSection) -> list[Any]:
-    """Name and content of a pretrained tokenizer's files; of one on the Hub those of its revision, or in offline mode
-    of the local cache. Of a tokenizer that is trained nothing: the text decides it."""
+    """Names and digests of a pretrained tokenizer's files; empty for one that is trained on the text.
+
+    Of a Hub tokenizer the files of its revision; in offline mode those in the local cache.
+    """
     if section.pretrained is None:
         return []
     folder = Path(section.pretrained)
@@ -131,8 +133,8 @@ def tokenizer_identity(section: TokenizerSection) -> list[Any]:
                     section.pretrained, revision=section.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
                 )
             )
-        except Exception as error:  # of the Hub, of the network, or of a name that is neither folder nor id
-            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+        except Exception as error:  # from the Hub, the network, or for a name that is neither folder nor id
+            message = f"{type(error).__name__}: {first_line(error)}"
             advice = "" if huggingface_hub.is_offline_mode() else "; with HF_HUB_OFFLINE=1 the local cache is used"
             where = f"cannot read {section.pretrained!r}, which is no folder here, from the Hub"
             raise RecipeError.at("tokenizer.pretrained", f"{where}: {message}{advice}") from error
@@ -141,12 +143,12 @@ def tokenizer_identity(section: TokenizerSection) -> list[Any]:
 
 
 def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any], has_prefix: bool = False) -> str:
-    """Name of the prepared folder: a hash of all that decides its content.
+    """Name of the prepared folder: a hash of everything that decides its content.
 
-    `identities` is what the sources and the tokenizer were at the time (content of files, commit on the Hub), so that
-    the names which a recipe has for them don't matter. `has_prefix`: whether documents begin with what calling the
-    tokenizer adds before a text, which older versions left out. A changed source, tokenizer or block size gives another
-    name, so nothing stale is ever used.
+    A changed source, tokenizer or block size gives another name, so nothing stale is ever used.
+
+    `identities`: of the sources and the tokenizer, instead of the names that the recipe has for them. `has_prefix`:
+    whether documents begin with what calling the tokenizer adds before a text; older versions left that out.
     """
     content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
     for source in (*content["sources"], *content["validation_sources"]):
@@ -155,10 +157,11 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
         if source["special_tokens"] == "text":  # as in versions that had no such key
             del source["special_tokens"]
     for source in content["sources"]:
-        # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
+        # Weights decide the order of training; on disk only matters whether there are any, since each source then has
+        # blocks of its own.
         source["weight"] = source["weight"] is not None
         del source["max_epochs"]
-    # No document is a chat, a pretrained tokenizer is one of the identities, and `has_prefix` is what `add_bos` does.
+    # A chat template changes no document, a pretrained tokenizer is one of `identities`, `has_prefix` covers `add_bos`.
     made_by = tokenizer.model_dump(
         mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos", "max_unknown"}
     )
