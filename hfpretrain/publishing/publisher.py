@@ -8,7 +8,6 @@ ended; it exits when its input is closed, so it never outlives the run.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -17,9 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -28,6 +26,7 @@ from hfpretrain.checkpoints import export
 from hfpretrain.checkpoints.saver import STATE
 from hfpretrain.engines import launch
 from hfpretrain.publishing import card, outbox
+from hfpretrain.publishing.outbox import Begun, Event, Failed, Pushed, RevisionStatus, Status
 from hfpretrain.publishing.repository import Repo
 from hfpretrain.recipe import redaction
 from hfpretrain.recipe.addresses import repo_id_problem
@@ -37,41 +36,12 @@ from hfpretrain.recipe.yaml import read_recipe
 
 MAIN = "main"
 LOG = "publisher.log"
-_STATUS = "status.json"
 _REPO = "the repo"
 _RETRY_SECONDS = (2, 300)  # after the first failure; doubled by each further one, up to the second number
 _BYTES_PER_SECOND = 2**20  # an upload may be this slow before it is given up
 _BASE_SECONDS = 120  # what an attempt may take beside its bytes: exporting, a few retries inside huggingface_hub
 _START_SECONDS = 120  # until a new process has imported its libraries and writes its status
 _READ_SECONDS = 1.0  # between two looks at the status during training
-
-
-class Begun(NamedTuple):
-    """An export or an upload begins, which may take so many `seconds`."""
-
-    seconds: float
-
-
-class Pushed(NamedTuple):
-    """A revision is on the Hub."""
-
-    revision: str
-    commit: str
-    repo_id: str
-    seconds: float
-    """Time that the push took."""
-
-
-class Failed(NamedTuple):
-    """A revision was not pushed."""
-
-    revision: str
-    reason: str
-    retry_seconds: float | None = None
-    """Time until the next attempt; None: it is not tried again."""
-
-
-Event = Begun | Pushed | Failed
 
 
 class Pusher:
@@ -228,56 +198,6 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     work.rename(place / outbox.MODEL)
 
 
-@dataclass
-class RevisionStatus:
-    """How far one revision is."""
-
-    reason: str | None = None
-    """Why the last failed attempt failed."""
-    retry_seconds: float | None = None
-    """Time from that failure to the next attempt; None: it is not tried again."""
-    seconds: float | None = None
-    """Time that the push took; None: it is not pushed. Its commit stands in `published.json`."""
-
-
-@dataclass
-class Status:
-    """What the process of a run has done so far: the file `status.json` in the outbox."""
-
-    repo_id: str = ""
-    """Full name of the repo, empty before the first push."""
-    deadline: float = 0.0
-    """`time.monotonic()` by which the process will have written again, unless it hangs."""
-    revisions: dict[str, RevisionStatus] = field(default_factory=dict)
-    """By name of the revision; problems of the repo itself under `the repo`."""
-
-    @classmethod
-    def read(cls, folder: Path) -> Status | None:
-        """Read the file in the outbox `folder`; None where there is none or another version wrote it."""
-        try:
-            content = json.loads((folder / _STATUS).read_text(encoding="utf-8"))
-            revisions = {name: RevisionStatus(**state) for name, state in content.pop("revisions").items()}
-            return cls(**content, revisions=revisions)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return None
-
-    def note(self, event: Event, folder: Path) -> None:
-        """Add an event and write the file. A disk that takes nothing is logged: pushing goes on without it."""
-        self.deadline = time.monotonic()
-        if isinstance(event, Begun):
-            self.deadline += event.seconds
-        elif isinstance(event, Failed):
-            self.deadline += event.retry_seconds or 0.0
-            self.revisions[event.revision] = RevisionStatus(event.reason, event.retry_seconds)
-        else:
-            self.repo_id = event.repo_id
-            self.revisions.setdefault(event.revision, RevisionStatus()).seconds = event.seconds
-        try:
-            files.write_whole(folder / _STATUS, json.dumps(asdict(self), indent=1))
-        except OSError as error:
-            logging.warning("%s can't be written: %s", folder / _STATUS, error)
-
-
 class Publisher:
     """Publishes a run while it trains; does nothing where `hub.repo_id` is not set.
 
@@ -305,7 +225,7 @@ class Publisher:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._outbox.mkdir(exist_ok=True)
-        (self._outbox / _STATUS).unlink(missing_ok=True)  # of an earlier process
+        Status.remove(self._outbox)  # that of an earlier process
         with (self._outbox / LOG).open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "hfpretrain.publishing.publisher", str(self._run)],
@@ -514,6 +434,7 @@ def main(run: Path) -> int:
     threading.Thread(target=listen, daemon=True).start()
     redaction.install()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    limit_waiting()
     section = read_recipe(run / "recipe.yaml").hub
     assert section.repo_id is not None
     pusher, status, folder = Pusher(run, section, Repo(section.repo_id, section.private)), Status(), run / "outbox"
