@@ -22,10 +22,11 @@ import torch
 from small import ROOT, environment
 from train_step import Turns, interval, my_turn, timed_run
 
+from hfpretrain import load_recipe
 from hfpretrain.data import batches
 from hfpretrain.engines import engine
 from hfpretrain.modeling import optim
-from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.training import setup as running
 
 Patch = Callable[[], AbstractContextManager[Any]]

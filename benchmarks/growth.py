@@ -277,11 +277,11 @@ def preparation(quick: bool) -> list[Curve]:
 
 def many_devices(quick: bool) -> list[Curve]:
     """Simulated by `hfpretrain.planning.network`, one micro-step a step, whether the engine's memory does or not."""
+    from hfpretrain import load_recipe
     from hfpretrain.modeling.build import build_model
     from hfpretrain.modeling.flops import model_flops_per_token
     from hfpretrain.modeling.initialization import decoder_layers
     from hfpretrain.planning import devices, memory, network, plan
-    from hfpretrain.recipe.schema import load_recipe
 
     recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "llama-7b-fineweb.yaml")
     config = plan.model_config(recipe)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hfpretrain.recipe.schema import load_recipe
+from hfpretrain import load_recipe
 from hfpretrain.train import train
 from hfpretrain.training.setup import Run
 

@@ -34,8 +34,8 @@ os.environ.update(launch.sleeping_threads())  # for the bare loop as for ours, b
 import numpy as np
 import torch
 
+from hfpretrain import load_recipe
 from hfpretrain.engines import engine
-from hfpretrain.recipe.schema import load_recipe
 from hfpretrain.training.setup import Run
 
 LIMIT = 0.03

@@ -19,7 +19,8 @@ from typing import Any
 from hfpretrain import __version__
 from hfpretrain.engines import launch
 from hfpretrain.recipe import redaction
-from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError, dump_recipe, json_schema
+from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError
+from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
 
@@ -410,7 +411,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
 def _verify_prepared(run: Path) -> dict[str, Any]:
     """Verify every file of the prepared data that a run was trained on, or say that they are not on this machine."""
-    from hfpretrain.data.prepared import of_run, verify
+    from hfpretrain.data.prepared import find_prepared, verify
     from hfpretrain.training.report import DATA
 
     if not (run / DATA).exists():
@@ -422,7 +423,7 @@ def _verify_prepared(run: Path) -> dict[str, Any]:
         message = f"does not say which data the run was trained on: {error}"
         raise RecipeError(Problem(str(run / DATA), message)) from error
     roots = [load_recipe(run / "recipe.yaml").prepared_dir, run.parent / "prepared"]
-    path = of_run(roots, name, checksum)
+    path = find_prepared(roots, name, checksum)
     if path is None:
         return {"prepared_data": f"not verified, because they are not in {roots[0]}"}
     return {"prepared_data": str(path)} | {f"prepared_{key}": value for key, value in verify(path).items()}
@@ -520,7 +521,7 @@ def _repair(run: Path) -> None:
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.publishing.push import push
+    from hfpretrain.publishing.publisher import push
 
     _repair(Path(args.run))
     if not push(Path(args.run), args.repo_id, args.private, args.state):
@@ -539,7 +540,7 @@ def _card(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _schema(_: argparse.Namespace, __: list[str]) -> None:
-    print(json.dumps(json_schema(), indent=1))
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
 
 
 if __name__ == "__main__":

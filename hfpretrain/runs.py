@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain.evaluation.validation import domains
-from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.yaml import read_recipe
 from hfpretrain.training import report, run_folder
 from hfpretrain.training.history import History
 
@@ -31,7 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "environment.json").exists():
         environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     try:
-        recipe = load_recipe(path / "recipe.yaml")
+        recipe = read_recipe(path / "recipe.yaml")
         steps = recipe.training.num_steps
         model = recipe.model.pretrained or (recipe.model.config or {}).get("model_type")
     except RecipeError:  # of another version

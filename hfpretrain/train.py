@@ -28,7 +28,7 @@ from hfpretrain.modeling import build as modeling
 from hfpretrain.planning import table
 from hfpretrain.planning.plan import Settled
 from hfpretrain.publishing import card
-from hfpretrain.publishing.process import Publishing
+from hfpretrain.publishing.publisher import Publisher
 from hfpretrain.recipe import redaction
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import Recipe, RecipeError
@@ -57,7 +57,7 @@ def train(recipe: Recipe) -> Path | None:
     with watchdog.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
         launch.require_first_run()
         launch.end_with_launcher()
-        run = Run(recipe, watch, stops, Publishing)
+        run = Run(recipe, watch, stops, Publisher)
         with _explained(run):
             run.build()
             _rehearse(run)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, hfpretrain, write_recipe
 
-from hfpretrain.recipe.schema import json_schema
+from hfpretrain.recipe.schema import Recipe
 
 
 def test_check_prints_the_resolved_recipe_and_what_follows(folder):
@@ -75,7 +75,7 @@ def test_wrong_arguments_get_one_message_and_code_2(arguments, fragment):
 
 
 def test_schema_is_printed():
-    assert json.loads(hfpretrain("schema").stdout) == json_schema()
+    assert json.loads(hfpretrain("schema").stdout) == Recipe.model_json_schema()
 
 
 def test_help_loads_nothing_heavy():

@@ -12,8 +12,9 @@ from conftest import ROOT, environment
 from hub_server import HubServer
 from test_ladder import LAW, finish
 
+from hfpretrain import load_recipe
 from hfpretrain.ladder.rungs import Ladder
-from hfpretrain.recipe.schema import accumulation_steps, load_recipe
+from hfpretrain.recipe.schema import accumulation_steps
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from hfpretrain import files, prepare
+from hfpretrain import files, load_recipe, prepare
 from hfpretrain.cli import main as main_of_cli
-from hfpretrain.recipe.schema import RecipeError, dump_recipe, load_recipe
+from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.train import main
 from hfpretrain.training import run_folder
 from hfpretrain.training.metrics_file import read_metrics

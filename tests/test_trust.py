@@ -1,7 +1,6 @@
 """What is loaded is not run, and what is secret is not written."""
 
 import ast
-import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from conftest import ROOT, environment, recipe_mapping, rows, small_text, train,
 
 from hfpretrain import cli, files, load_recipe
 from hfpretrain.data import corpus, streaming
-from hfpretrain.data.remote_copy import Mirror
+from hfpretrain.data.remote_copy import RemoteCopy
 from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
 from hfpretrain.evaluation import score, token_perplexity
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
@@ -30,7 +29,7 @@ from hfpretrain.ladder import subruns
 from hfpretrain.ladder.rungs import Ladder
 from hfpretrain.modeling import build as modeling
 from hfpretrain.publishing import card_text
-from hfpretrain.publishing.publisher import HopelessError, Publisher
+from hfpretrain.publishing.publisher import Failed, Pushed, Pusher
 from hfpretrain.recipe.redaction import is_redacted, redact, without_folders
 from hfpretrain.recipe.schema import (
     EvaluationSection,
@@ -40,8 +39,8 @@ from hfpretrain.recipe.schema import (
     RecipeError,
     SourceSection,
     TokenizerSection,
-    parse_yaml,
 )
+from hfpretrain.recipe.yaml import parse_yaml
 
 LLAMA = {
     "vocab_size": 320,
@@ -302,7 +301,7 @@ def test_names_that_lead_out_of_a_folder_are_not_followed(tmp_path):
         (folder / "manifest.json").write_text(json.dumps({"files": entry}))
         assert "outside of the folder" in files.damage(folder)
         with pytest.raises(RecipeError, match="outside of the folder"):
-            Mirror(there.as_uri()).pull(folder, entry)
+            RemoteCopy(there.as_uri()).pull(folder, entry)
         (folder / "SHA256SUMS").unlink(missing_ok=True)
         lines = f"{'0' * 64}  {name}\n"
         (folder / "SHA256SUMS").write_text(f"# the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
@@ -474,6 +473,9 @@ def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
     class Repo:
         pushed = None
 
+        def open(self):
+            return "user/a"
+
         def revision(self, *_):
             return None
 
@@ -481,12 +483,16 @@ def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
             self.pushed = content
             return "commit"
 
+    finish = threading.Event()
+    finish.set()
     for push_state in (True, False):
         repo = Repo()
-        publisher = Publisher(tmp_path, HubSection(repo_id="user/a", push_state=push_state), repo, print)
-        with pytest.raises(HopelessError, match="secret") if push_state else contextlib.nullcontext():
-            publisher._push_step(place)
-        assert repo.pushed == (None if push_state else {"config.json": place / "model" / "config.json"})
+        pusher = Pusher(tmp_path, HubSection(repo_id="user/a", push_state=push_state), repo)
+        *_, last = pusher.follow(finish)
+        if push_state:
+            assert isinstance(last, Failed) and "secret" in last.reason and repo.pushed is None
+        else:
+            assert isinstance(last, Pushed) and repo.pushed == {"config.json": place / "model" / "config.json"}
 
 
 def test_a_card_names_no_folder_of_the_machine(secret_run):

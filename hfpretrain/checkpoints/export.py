@@ -14,7 +14,9 @@ from hfpretrain import files
 from hfpretrain.checkpoints import resume, saver, verify
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
-from hfpretrain.recipe.schema import RecipeError, load_recipe, missing_path
+from hfpretrain.recipe.addresses import missing_path
+from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.yaml import read_recipe
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
@@ -82,7 +84,7 @@ def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> dict[str, tor
     configs = run / CONFIG_FOLDER
     if not configs.is_dir():
         raise RecipeError.at(str(configs), "is missing: it holds the config and the tokenizer of the checkpoint")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = read_recipe(run / "recipe.yaml")
     config = AutoConfig.from_pretrained(configs, trust_remote_code=recipe.model.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(configs, trust_remote_code=recipe.tokenizer.trust_remote_code)
     weights = pieces.load_whole(checkpoint, ("model", "buffers"))
@@ -113,7 +115,7 @@ def export_to(given: Path, folder: Path, describe: Callable[[Path, Path, int], N
     try:
         weights = write_checkpoint(run, checkpoint, work)
         describe(run, work, step)
-        trust_remote_code = load_recipe(run / "recipe.yaml").model.trust_remote_code
+        trust_remote_code = read_recipe(run / "recipe.yaml").model.trust_remote_code
         number = verify.compare_weights(work, weights, trust_remote_code)
         if folder.is_dir():
             folder.rmdir()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hfpretrain.checkpoints import export, resume, saver
-from hfpretrain.recipe.schema import RecipeError, missing_path, repo_id_problem
+from hfpretrain.recipe.addresses import missing_path, repo_id_problem
+from hfpretrain.recipe.schema import RecipeError
 
 
 class Source(NamedTuple):

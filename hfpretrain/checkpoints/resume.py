@@ -12,18 +12,10 @@ from hfpretrain import files
 from hfpretrain.checkpoints import saver
 from hfpretrain.data.tokenizer import document_prefix, load_tokenizer
 from hfpretrain.engines import pieces
-from hfpretrain.recipe.hub import trouble
-from hfpretrain.recipe.schema import (
-    MAY_DIFFER,
-    Problem,
-    Recipe,
-    RecipeError,
-    TokenizerSection,
-    differences,
-    dump_recipe,
-    hub_address,
-    load_recipe,
-)
+from hfpretrain.recipe.addresses import hub_address
+from hfpretrain.recipe.hub import explain
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, TokenizerSection
+from hfpretrain.recipe.yaml import MAY_DIFFER, differences, dump_recipe, read_recipe
 
 _KEY = "checkpoint.resume_from"
 logger = logging.getLogger(__name__)
@@ -123,7 +115,7 @@ def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[
     except Exception as error:  # a file that somebody else wrote may raise anything
         raise RecipeError.at(_KEY, f"{given} is not read: {' '.join(str(error).split()):.300}") from error
     try:
-        begun = load_recipe(state / "recipe.yaml")
+        begun = read_recipe(state / "recipe.yaml")
     except RecipeError as error:
         raise RecipeError.at(_KEY, f"{given} does not tell its recipe: {error}") from error
     if changed := changes(recipe, begun):
@@ -160,7 +152,7 @@ def _download(repo_id: str, revision: str, folder: Path) -> Path:
     try:
         snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=f"{saver.STATE}/*")
     except Exception as error:  # its HTTP library raises classes of its own
-        raise RecipeError.at(_KEY, f"{where} can't be read: {trouble(error).text}") from error
+        raise RecipeError.at(_KEY, f"{where} can't be read: {explain(error).text}") from error
     if not (folder / saver.STATE).is_dir():
         advice = "push with `hub.push_state: true`, or go on from its weights alone by `model.pretrained`"
         raise RecipeError.at(_KEY, f"{where} holds no state; {advice}")

@@ -21,7 +21,7 @@ from hfpretrain.data.prepared import (
     VALIDATION,
     PreparedData,
     RowWriter,
-    digests,
+    document_hashes,
     features,
     is_validation,
     part_account,
@@ -32,7 +32,7 @@ from hfpretrain.data.prepared import (
 from hfpretrain.recipe.schema import DataSection, RecipeError
 
 
-def join(
+def assemble(
     work: Path,
     path: Path,
     parts: list[str],
@@ -70,7 +70,7 @@ def join(
         "tokenizer_sha256": files.sha256(work / "tokenizer" / "tokenizer.json"),
         "sources": sources,
         "splits": splits,
-        "hygiene": _hygiene(work, accounts, splits, (eos_token_id, *prefix), num_workers),
+        "hygiene": _duplicates_and_overlap(work, accounts, splits, (eos_token_id, *prefix), num_workers),
         **extra,
     }
     return PreparedData(path, files.seal(work, path, content, known))
@@ -193,7 +193,7 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
             )
 
 
-def _hygiene(
+def _duplicates_and_overlap(
     work: Path, accounts: dict[str, Any], splits: dict[str, Any], frame: tuple[int, ...], num_workers: int
 ) -> dict[str, Any]:
     """Exact duplicates among the documents of train and of validation, and n-grams of validation found in train."""
@@ -203,7 +203,9 @@ def _hygiene(
         tables = [work / "documents" / f"{name}-{key}.parquet" for name in names for key in accounts]
         tables = [table for table in tables if table.exists()]
         total = sum(splits[name]["documents"] for name in names)
-        result[f"{kind}_duplicates"] = total - duplicates.num_distinct(functools.partial(map, digests, tables), total)
+        result[f"{kind}_duplicates"] = total - duplicates.count_distinct(
+            functools.partial(map, document_hashes, tables), total
+        )
     if held_out:
         looked_for, trained_on = (
             itertools.chain.from_iterable(token_chunks(work / name, splits[name]) for name in names)

@@ -31,7 +31,7 @@ from hfpretrain.recipe.schema import (
 )
 
 _PATIENCE_SECONDS = 5.0
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class Blocks:
@@ -149,7 +149,7 @@ class StepData:
     documents_dropped: int = 0
 
 
-def by_source(sources: np.ndarray, counted: np.ndarray, num_sources: int) -> np.ndarray:
+def count_by_source(sources: np.ndarray, counted: np.ndarray, num_sources: int) -> np.ndarray:
     """How many places of sequences, bool (n, block_size), are counted for each source, int64 (n,)."""
     return np.bincount(sources, weights=counted.sum(axis=1), minlength=num_sources).astype(np.int64)
 
@@ -193,7 +193,8 @@ class TrainingData:
         streams, rows, seams = self._sequences(positions)
         valid = np.ones(rows.shape, bool) if self._padded_with is None else ~padding(rows, self._padded_with)
         tokens, documents = (
-            by_source(streams, counted & valid, len(self._streams)) for counted in (valid, rows == self._eos_token_id)
+            count_by_source(streams, counted & valid, len(self._streams))
+            for counted in (valid, rows == self._eos_token_id)
         )
         return StepData(self._collated(rows, seams), sequence_checksum(rows, positions), tokens, documents)
 
@@ -295,13 +296,13 @@ class Prefetcher:
         self._thread.join(_PATIENCE_SECONDS)
 
 
-def in_thread(work: Callable[[], Item], must_stop: Callable[[], bool]) -> Item | None:
+def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | None:
     """Run `work` in a thread, and return or raise what it does; None if it does not end within a few seconds after
     `must_stop` returns true.
 
     This is for reads that may block in a call which no signal interrupts.
     """
-    done: queue.Queue[Item | BaseException] = queue.Queue()
+    done: queue.Queue[T | BaseException] = queue.Queue()
 
     def run() -> None:
         try:
@@ -313,8 +314,8 @@ def in_thread(work: Callable[[], Item], must_stop: Callable[[], bool]) -> Item |
     return _take(done, must_stop)
 
 
-def _take(items: queue.Queue[Item | BaseException], must_stop: Callable[[], bool]) -> Item | None:
-    """The next item, raised where it is an error; None as of `in_thread`."""
+def _take(items: queue.Queue[T | BaseException], must_stop: Callable[[], bool]) -> T | None:
+    """The next item, raised where it is an error; None as of `run_in_thread`."""
     asked: float | None = None
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Raw text in: every source as documents with the place each came from, and the split into training and validation."""
+"""Read the documents of every source, with the place each came from, and divide them into training and validation."""
 
 from __future__ import annotations
 
@@ -10,28 +10,20 @@ import itertools
 import json
 import lzma
 import os
-import re
-import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hfpretrain import files
 from hfpretrain.data import source_files
 from hfpretrain.data.source_files import expand
 from hfpretrain.recipe.redaction import is_redacted, redact
-from hfpretrain.recipe.schema import FILE_FORMATS, DataSection, RecipeError, SourceSection
+from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 _GROUP_BYTES = 2**26
-# Keys under which fsspec's file systems report what differs between two versions of a file.
-_VERSION_KEYS = (
-    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
-    *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
-)
 _SAMPLE_BY = "say what one document is: `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
 # Of columns in a message: the first line of a file that is no table may be a whole document.
 _NAMES, _NAME_CHARS = 12, 60
@@ -39,7 +31,7 @@ _document_counts: dict[tuple[Any, ...], int] = {}
 
 
 class Document(NamedTuple):
-    """A text and where it came from, or a place where one should have been and the `problem` with it."""
+    """A text and where it came from; or, with a `problem`, the place of a text that can't be used."""
 
     text: str
     origin: str
@@ -47,30 +39,31 @@ class Document(NamedTuple):
     row: int
     """Line of a text or JSON file, row of another, from 1."""
     num_bytes: int = 0
-    """Of the text in UTF-8."""
+    """Bytes of the text in UTF-8."""
     digest: bytes = b""
-    """16 bytes that are equal for equal texts."""
+    """Hash of the text: 16 bytes."""
     problem: tuple[str, str] | None = None
-    """Short reason, by which it is counted, and the sentence for the user."""
+    """A short reason, under which the document is counted, and a sentence for the user."""
 
 
 class Piece(NamedTuple):
-    """What is read in one go: a file, or a shard of a dataset."""
+    """A unit of reading: a file, or a shard of a dataset."""
 
     origin: str
     size: int | None
+    """In bytes, as stored; None if unknown."""
     kind: str = ""
     """Format of a file, one of `FILE_FORMATS`."""
     start: int = 0
-    """First document to read, counted from 0, where a split is a slice such as `train[:10%]`."""
+    """First document to read, counted from 0; not 0 only if the split is a slice such as `train[:10%]`."""
     stop: int | None = None
-    """The document after the last to read; None: all."""
+    """End of the documents to read, exclusive; None: all."""
 
 
 class Reader:
-    """A source opened: its pieces, in their order, and the documents of each.
+    """An open source: its pieces in order, and the documents of each.
 
-    `key` is the recipe's path of the source, for errors. Raises `RecipeError` where a file is missing or the source
+    `key`: where the source stands in the recipe, for messages. Raises `RecipeError` if a file is missing or the source
     can't be opened, and at a document with a problem unless `on_bad_document` is "skip".
     """
 
@@ -80,7 +73,7 @@ class Reader:
         self._dataset: Any = None
         self._raw: Any = None
         self._done_bytes = 0
-        _require_openable(source, key)
+        require_openable(source, key)
         if source.path == PYTHON_STDLIB:
             self.pieces = [Piece(PYTHON_STDLIB, None)]
         elif (pieces := self._file_pieces()) is not None:
@@ -92,7 +85,7 @@ class Reader:
 
     @property
     def num_bytes(self) -> int | None:
-        """Size of all files as they lie there, compressed or not; None where unknown."""
+        """Size of all files as stored, compressed or not; None if unknown."""
         sizes = [piece.size for piece in self.pieces]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
@@ -105,11 +98,11 @@ class Reader:
             return self._done_bytes
 
     def skip(self, pieces: Iterable[int]) -> None:
-        """Count pieces as read."""
+        """Count these pieces as read, without reading them."""
         self._done_bytes += sum(self.pieces[index].size or 0 for index in pieces)
 
     def text_size(self, index: int) -> int | None:
-        """Approximate bytes of a file without compression, of parquet those of the text column; None if unknown."""
+        """About how many bytes of text a piece has, uncompressed; of parquet in the text column. None if unknown."""
         piece = self.pieces[index]
         if piece.size is None or not piece.kind:
             return None
@@ -119,7 +112,7 @@ class Reader:
         return size * (piece.stop - piece.start) // self._num_documents(piece._replace(start=0, stop=None))
 
     def groups(self) -> list[range]:
-        """Pieces put together into runs of at least 64 MiB (the last may be less), one each where sizes are unknown."""
+        """Neighboring pieces in groups of at least 64 MiB (the last may be smaller); alone if sizes are unknown."""
         groups, start, size = [], 0, 0
         for index, piece in enumerate(self.pieces):
             size += _GROUP_BYTES if piece.size is None else piece.size
@@ -131,11 +124,14 @@ class Reader:
         return groups
 
     def read(self, pieces: Iterable[int] | None = None) -> Iterator[Document]:
-        """The documents of some pieces (default: all) in order, empty ones and, where skipped, bad ones included."""
+        """The documents of some pieces (default: all) in order, including empty ones.
+
+        With `on_bad_document: skip` also those with a problem, so that they can be counted.
+        """
         for index in range(len(self.pieces)) if pieces is None else pieces:
             piece = self.pieces[index]
             origin = redact(piece.origin)
-            for document in self._piece(index, piece):
+            for document in self._read_piece(index, piece):
                 if document.problem is not None and not self._skip:
                     where = f"{document.origin}:{document.row}"
                     raise RecipeError.at(self.key, f"{where}: {document.problem[1]}")
@@ -143,7 +139,7 @@ class Reader:
             self._raw = None
             self._done_bytes += piece.size or 0
 
-    def _piece(self, index: int, piece: Piece) -> Iterator[Document]:
+    def _read_piece(self, index: int, piece: Piece) -> Iterator[Document]:
         if self.source.path == PYTHON_STDLIB:
             yield from _python_stdlib()
         elif self._dataset is not None:
@@ -166,7 +162,7 @@ class Reader:
         return self._guarded(read(piece.origin), piece.origin)
 
     def _file_pieces(self) -> list[Piece] | None:
-        """The files of the split, or the parts of them; None where `datasets` reads the source."""
+        """The files of the split, or the parts of them in a slice; None if `datasets` reads the source."""
         splits = source_files.find_splits(self.source, self.key)
         if splits is None:
             return None
@@ -179,7 +175,7 @@ class Reader:
         return found[self.source.split] if self._streamed else self._sliced(found)
 
     def _sliced(self, files: dict[str, list[Piece]]) -> list[Piece]:
-        """The parts of files that make up a split such as `train[:10%]`, by the numbers of their documents."""
+        """The parts of files that make up a slice such as `train[:10%]`, which counts documents."""
         from datasets import ReadInstruction
 
         split, key = self.source.split, f"{self.key}.split"
@@ -201,7 +197,7 @@ class Reader:
         return pieces
 
     def _num_documents(self, piece: Piece) -> int:
-        """Number of documents in a file, including empty and bad ones. The file is read once for this."""
+        """Number of documents in a file, including empty and bad ones. Reads the file once."""
         version = os.stat(piece.origin).st_mtime_ns if "://" not in piece.origin else None
         known = (piece, version, self.source.sample_by, self.source.text_column)
         if known not in _document_counts:
@@ -214,7 +210,7 @@ class Reader:
         return "[" not in self.source.split and "+" not in self.source.split
 
     def _load(self) -> Any:
-        """The `datasets` object; streamed, so that nothing is copied, unless the split is a slice."""
+        """The `datasets` object. It is streamed, so that nothing is copied, unless the split is a slice."""
         import datasets
 
         source = self.source
@@ -238,12 +234,11 @@ class Reader:
         return dataset
 
     def _cannot_read(self, what: str, error: BaseException) -> RecipeError:
-        if isinstance(error, StopIteration):  # what looking for the columns of a file without rows ends in
+        if isinstance(error, StopIteration):  # `datasets` raises it for a file without rows, whose columns it looks for
             return RecipeError.at(self.key, f"the corpus is empty: {what} has no rows")
         while error.__cause__ is not None:
             error = error.__cause__
-        line = (str(error).splitlines() or [""])[0]
-        return RecipeError.at(self.key, f"cannot read {what}: {type(error).__name__}: {line:.300}")
+        return RecipeError.at(self.key, f"cannot read {what}: {type(error).__name__}: {first_line(error)}")
 
     def _rows(self, dataset: Any, origin: str) -> Iterator[Document]:
         column, row = self.source.text_column, 0
@@ -262,9 +257,9 @@ class Reader:
                 yield _document(value, origin, row)
 
     def _guarded(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
-        """A file that breaks off is a bad document, of which nobody knows how many it would have been.
+        """The documents, and one bad document at the end if the file itself is cut off or broken.
 
-        Not so a disk or a network that fails: what was not read must not be counted as if it were not there.
+        A disk or network that fails is an error instead: its documents exist, and must not be counted as bad.
         """
         row = 0
         try:
@@ -279,11 +274,11 @@ class Reader:
             broken |= isinstance(error, (EOFError, lzma.LZMAError, json.JSONDecodeError))
             if not broken and type(error).__name__ != "ArrowInvalid":  # of a parquet file
                 raise self._cannot_read(origin, error) from error
-            line = (str(error).splitlines() or [""])[0]
-            yield Document("", origin, row + 1, problem=("truncated_file", f"cannot be read further: {line:.300}"))
+            problem = ("truncated_file", f"cannot be read further: {first_line(error)}")
+            yield Document("", origin, row + 1, problem=problem)
 
     def _open(self, origin: str, kind: str) -> Any:
-        """Open a file's decompressed bytes. Raises `RecipeError` if the first are those of another kind of file."""
+        """Open a file's decompressed bytes. Raises `RecipeError` if they begin like another kind of file."""
         suffix = source_files.codec_suffix(origin)
         self._raw = _open_file(origin)
         source_files.require_data(origin, _head(self._raw), self.key, suffix, kind)
@@ -303,7 +298,7 @@ class Reader:
         yield from self._json_array(origin) if start[:1] == b"[" else self._json_lines(origin)
 
     def _json_array(self, origin: str) -> Iterator[Document]:
-        """One array of objects, which has to be read whole."""
+        """One array of objects; it has to be read whole."""
         with self._open(origin, "json") as file:
             values = json.loads(file.read())
         return (self._object(value, origin, row) for row, value in enumerate(values, 1))
@@ -329,7 +324,7 @@ class Reader:
                     yield _document(value, origin, row)
 
     def _csv(self, origin: str) -> Iterator[Document]:
-        """Every field is text, also one that looks like a number; a row has as many as the header."""
+        """Every field is text, even if it looks like a number. A row must have as many fields as the header."""
         csv.field_size_limit(2**31 - 1)
         column = self.source.text_column
         with io.TextIOWrapper(self._open(origin, "csv"), "utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -354,7 +349,7 @@ class Reader:
                     yield Document("", origin, rows.line_num, problem=("broken_csv", what))
 
     def _json_lines(self, origin: str) -> Iterator[Document]:
-        """One object a line. By hand, since `datasets` can name neither file nor line of a broken one, nor skip it."""
+        """One object on each line. Not by `datasets`, which can neither name nor skip a broken line (5.2)."""
         with self._open(origin, "json") as file:
             start = list(itertools.islice(file, 10))
             lines = [line for line in start if line.strip()]
@@ -375,8 +370,8 @@ class Reader:
                 yield self._object(value, origin, row)
 
     def _text(self, origin: str) -> Iterator[Document]:
-        """Lines, paragraphs (blank lines between) or the whole file; line ends of any kind are a newline."""
-        # Bytes that are no UTF-8 become lone surrogates, which `_document` finds: so their line is known.
+        """Lines, paragraphs between blank lines, or the whole file. Line ends of any kind become a newline."""
+        # Bytes that are not UTF-8 become lone surrogates, which `_document` finds and reports with their line.
         with io.TextIOWrapper(self._open(origin, "text"), encoding="utf-8-sig", errors="surrogateescape") as file:
             if self.source.sample_by == "line":
                 for row, line in enumerate(file, 1):
@@ -396,7 +391,7 @@ class Reader:
 
 
 def _document(value: Any, origin: str, row: int) -> Document:
-    """A document with what is wrong with its text, if anything is."""
+    """The document of a text, with its problem if the text can't be used."""
     if not isinstance(value, str):
         reason = "null_text" if value is None else "not_text"
         return Document("", origin, row, problem=(reason, f"{value!r:.100} where text is expected"))
@@ -427,7 +422,7 @@ def _no_column(column: str, columns: Iterable[str], csv: str = "") -> str:
 
 
 def _is_cut_object(first: bytes, second: bytes) -> bool:
-    """Whether the first two lines of a file of JSON objects are parts of one."""
+    """Whether the first two lines of a JSON file are parts of one object."""
     line = first.strip().removeprefix(b"\xef\xbb\xbf")
     if not line.startswith(b"{") or second.lstrip().startswith(b"{"):
         return False
@@ -436,13 +431,13 @@ def _is_cut_object(first: bytes, second: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     except ValueError as error:
-        # JSON that is incomplete at the end of a line, outside of a string, continues in the next line.
+        # If parsing failed at the end of the line, the object goes on in the next one.
         return bool(second.strip()) and getattr(error, "pos", 0) >= len(line.decode())
     return False
 
 
 def _open_file(origin: str) -> Any:
-    """Open a file's stored bytes. Local names are not given to fsspec, which gives `::` and `*` a meaning."""
+    """Open a file's stored bytes. Local names are not given to fsspec, since it interprets `::` and `*`."""
     if "://" not in origin:
         return open(origin, "rb")  # closed by who reads it
     import fsspec
@@ -453,7 +448,7 @@ def _open_file(origin: str) -> Any:
 
 
 def _decompressed(file: Any, suffix: str) -> Any:
-    """By Arrow's decompressors, because that of zstandard is silent at a truncated file."""
+    """Decompress with Arrow, because zstandard's own reader does not report a truncated file."""
     import pyarrow as pa
 
     if suffix == ".xz":
@@ -463,7 +458,7 @@ def _decompressed(file: Any, suffix: str) -> Any:
 
 
 def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | None:
-    """As `Reader.text_size`; for a compressed file extrapolated from its first `sample_bytes` of text."""
+    """`Reader.text_size` of a whole file; estimated from `sample_bytes` of text if the file is compressed."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -480,7 +475,7 @@ def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | No
             file = _decompressed(raw, suffix)
             size = len(file.read(sample_bytes))
             return size if not file.read(1) else size * (piece.size or 0) // raw.tell()
-        except (OSError, EOFError, lzma.LZMAError, pa.ArrowInvalid):  # reported, with its place, when the text is read
+        except (OSError, EOFError, lzma.LZMAError, pa.ArrowInvalid):  # a broken file is reported when its text is read
             return None
 
 
@@ -500,48 +495,16 @@ def _size(origin: str) -> int | None:
     return size
 
 
-def identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
-    """A value that changes when the source's text does, but not with the folders that hold its files.
-
-    For a file: its name without folders, size and digest. For a URL: the version that its server reports. For a Hub
-    dataset: the commit, in offline mode that of the local cache. `key` is the source's path in the recipe. Raises
-    `RecipeError` if none of these can be found, since a change of the text would go unnoticed.
-    """
-    _require_openable(source, key)
-    if source.path == PYTHON_STDLIB:
-        return [[PYTHON_STDLIB, sys.version]]
-    kind = source.path if source.path in FILE_FORMATS or source_files.is_packaged(source.path) else "folder"
-    splits = source_files.find_splits(source, key)
-    if splits is not None:
-        found = {split: _versions([file.origin for file in found], key) for split, found in splits.items()}
-        return [kind, *(found["train"] if list(found) == ["train"] else map(list, found.items()))]
-    if source_files.is_folder(source) or source_files.is_packaged(source.path):
-        return [kind, *_datasets_versions(source, key)]
-    within = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
-    urls = [name for pattern in source.patterns if "://" in pattern for name, _ in expand(source, pattern, key)]
-    return [{"dataset": source.path, "commit": _commit(source, key), **within}, *_versions(urls, key)]
-
-
-def _require_openable(source: SourceSection, key: str) -> None:
+def require_openable(source: SourceSection, key: str) -> None:
+    """Raises `RecipeError` if a secret in the source's address was replaced by ***."""
     hidden = [name for name in (source.path, source.data_dir or "", *source.patterns) if is_redacted(name)]
     if hidden:
-        message = f"{hidden[0]} has *** in place of its secret, as in every recipe that a run writes"
+        message = f"{hidden[0]} has *** instead of its secret, as in all recipes that a run writes"
         raise RecipeError.at(key, f"{message}; use the recipe that the run was started with")
 
 
-def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
-    """Versions of the files of each split that `datasets` finds, and of those that tell it how to read a folder."""
-    config = _builder(source, key).config
-    found = [[str(split), *_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
-    if not found:
-        message = f"{source.path} names no data files, so a change would go unnoticed; name them in data_files"
-        raise RecipeError.at(key, message)
-    settings = [Path(source.path, name) for name in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
-    return [*found, *_versions([str(path) for path in settings if path.is_file()], key)]
-
-
 def _patterns(source: SourceSection, key: str) -> list[str]:
-    """`data_files` as `datasets` reads them. Names of files on this machine are escaped, so that none is a pattern."""
+    """`data_files` for `datasets`. Names of local files are escaped, so that none is taken for a pattern."""
     if not source_files.is_folder(source) and not source_files.is_packaged(source.path):
         return list(source.patterns)
     names: list[str] = []
@@ -553,7 +516,8 @@ def _patterns(source: SourceSection, key: str) -> list[str]:
     return names
 
 
-def _builder(source: SourceSection, key: str) -> Any:
+def load_builder(source: SourceSection, key: str) -> Any:
+    """The builder by which `datasets` reads a source. Raises `RecipeError` if it can't be opened."""
     import datasets
 
     keywords = {
@@ -565,99 +529,16 @@ def _builder(source: SourceSection, key: str) -> Any:
     try:
         return datasets.load_dataset_builder(source.path, **keywords)
     except Exception as error:  # what a file system raises may be anything
-        raise RecipeError.at(key, f"cannot open {source.path}: {type(error).__name__}: {_line(error)}") from error
+        raise RecipeError.at(key, f"cannot open {source.path}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _commit(source: SourceSection, key: str) -> str:
-    """The commit that a Hub dataset's revision is at; in offline mode the one that `datasets` has in its cache."""
-    import datasets
-    from huggingface_hub import HfApi
-
-    if not datasets.config.HF_HUB_OFFLINE:
-        try:
-            return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
-        except Exception as error:  # of the Hub or of the network
-            advice = "to use the local cache, set HF_HUB_OFFLINE=1"
-            message = f"cannot ask the Hub for {source.path}: {type(error).__name__}: {_line(error)}; {advice}"
-            raise RecipeError.at(key, message) from error
-    commit = str(_builder(source, key).hash)
-    if source.revision is not None and re.fullmatch("[0-9a-f]{40}", source.revision) and source.revision != commit:
-        message = f"the local cache has {source.path} at {commit}; unset HF_HUB_OFFLINE to read {source.revision}"
-        raise RecipeError.at(f"{key}.revision", message)
-    return commit
-
-
-def at_commits(data: DataSection, identities: Sequence[Any], validation: Sequence[Any]) -> DataSection:
-    """`data` whose Hub datasets are read at the commits of `identity`, also after a push to their revision.
-
-    Raises `RecipeError` if that is not what this machine's cache has in offline mode.
-    """
-    import datasets
-
-    def at_commit(source: SourceSection, identity: Any, key: str) -> SourceSection:
-        if not identity or not isinstance(identity[0], dict) or "commit" not in identity[0]:
-            return source
-        commit = identity[0]["commit"]
-        if not datasets.config.HF_HUB_OFFLINE:
-            return source.model_copy(update={"revision": commit})
-        if (own := _commit(source, key)) != commit:
-            message = f"the local cache has {source.path} at {own}, the data are of {commit}"
-            raise RecipeError.at(key, f"{message}; give all machines the same cache, or unset HF_HUB_OFFLINE")
-        return source
-
-    def all_at(key: str, sources: Sequence[SourceSection], known: Sequence[Any]) -> tuple[SourceSection, ...]:
-        numbered = enumerate(zip(sources, known, strict=True))
-        return tuple(at_commit(*pair, f"data.{key}.{number}") for number, pair in numbered)
-
-    sources = all_at("sources", data.sources, identities)
-    held_out = all_at("validation_sources", data.validation_sources, validation)
-    return data.model_copy(update={"sources": sources, "validation_sources": held_out})
-
-
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters."""
     return f"{(str(error).splitlines() or [''])[0]:.300}"
 
 
-def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
-    """Name, size and what else tells two versions of a file apart: the digest of a local one."""
-    local = {name: Path(_local(name)) for name in names if "://" not in _local(name)}
-    try:
-        known = dict(zip(local, files.digests(list(local.values())), strict=True))
-    except OSError as error:
-        message = f"cannot read {error.filename}: {error.strerror or error}"
-        raise RecipeError.at(f"{key}.data_files", message) from error
-    return [
-        [local[name].name, *known[name]] if name in local else [redact(name), *_remote_version(name, key)]
-        for name in names
-    ]
-
-
-def _local(name: str) -> str:
-    return name.removeprefix("file://")
-
-
-def _remote_version(url: str, key: str) -> list[Any]:
-    if re.match(r"hf://[^:]*@[0-9a-f]{40}/", url):
-        return []  # the name holds the commit
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        info = filesystem.info(path)
-    except Exception as error:  # what a remote file system raises may be anything
-        message = f"cannot read {url}: {type(error).__name__}: {_line(error)}"
-        raise RecipeError.at(f"{key}.data_files", message) from error
-    found = [str(info[name]) for name in _VERSION_KEYS if info.get(name) is not None]
-    if not found:
-        message = (
-            f"the server of {url} sends neither ETag nor Last-Modified, so a change of the file would go unnoticed"
-        )
-        raise RecipeError.at(f"{key}.data_files", f"{message}; copy the file to this machine")
-    return [str(info.get("size")), *found]
-
-
 class Splitter:
-    """Which part of a document is trained on and which is held out.
+    """Divides each document of a training source into text to train on and text that is held out.
 
     `held_out`: digests of the documents of `data.validation_sources`, which are never trained on.
     """
@@ -666,7 +547,7 @@ class Splitter:
         self._fraction, self._by, self._held_out = data.validation_fraction, data.validation_by, held_out
 
     def __call__(self, document: Document) -> list[tuple[str, str]]:
-        """(`train` or `validation` or the reason why it is dropped, text) of a training source's document."""
+        """Pairs (split, text), where split is `train`, `validation`, or the reason why the document is dropped."""
         text = document.text
         if document.problem is not None:
             return [(document.problem[0], text)]
@@ -677,7 +558,7 @@ class Splitter:
         if not self._fraction:
             return [("train", text)]
         if self._by == "document":
-            # The hash as a number in [0, 1): a document keeps its side whatever else is in the corpus.
+            # The hash as a number in [0, 1): a document keeps its split when other documents are added or removed.
             drawn = int.from_bytes(document.digest[:8], "big") < self._fraction * 2**64
             return [("validation" if drawn else "train", text)]
         cut = int(len(text) * (1 - self._fraction))
@@ -696,12 +577,12 @@ def _validation_sources(data: DataSection) -> Iterator[tuple[int, Document]]:
 
 
 def training_documents(data: DataSection) -> Iterator[str]:
-    """Only the text that is trained on, for training a tokenizer."""
+    """The text that is trained on, and no held-out text: for training a tokenizer."""
     return _of_split(data, "train")
 
 
 def validation_documents(data: DataSection) -> Iterator[tuple[str, str]]:
-    """Only the text that is held out, each with the name of its split."""
+    """Pairs (name of the validation split, text) of all held-out text."""
     if data.validation_sources:
         found = _validation_sources(data)
         return ((data.validation_split(number), document.text) for number, document in found if document.text)
@@ -718,20 +599,13 @@ def _of_split(data: DataSection, wanted: str) -> Iterator[str]:
 
 
 def _python_stdlib() -> Iterator[Document]:
-    """Source of the standard library's modules, sorted by path; left out are tests, tables of character sets, and
-    packages installed beside it."""
+    """Source code of the standard library's modules, sorted by path.
+
+    Leaves out tests, tables of character sets, and installed packages.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {
-        "test",
-        "tests",
-        "idle_test",
-        "encodings",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "lib2to3",
-        "turtledemo",
-    }
+    left_out = {"test", "tests", "idle_test", "encodings", "lib2to3", "turtledemo"}
+    left_out |= {"site-packages", "dist-packages", "__pycache__"}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if left_out.isdisjoint(name.parts):
@@ -739,6 +613,6 @@ def _python_stdlib() -> Iterator[Document]:
                 with tokenize.open(path) as file:
                     text = file.read()
             except (SyntaxError, UnicodeDecodeError):
-                continue  # Python itself could not read the module in its declared encoding
+                continue  # Python itself can't read this module in its declared encoding
             if "\0" not in text:
                 yield _document(text, f"{PYTHON_STDLIB}/{name.as_posix()}", 1)

@@ -17,7 +17,7 @@ _FACTOR = 0x9E3779B97F4A7C15
 _INVERSE = pow(_FACTOR, -1, 2**64)
 
 
-def num_distinct(read: Callable[[], Iterable[np.ndarray]], total: int) -> int:
+def count_distinct(read: Callable[[], Iterable[np.ndarray]], total: int) -> int:
     """Distinct values among `total` hashes, uint64 (n,) each; `read` is called once for each 2^23 of them, so that
     memory does not grow with their number."""
     buckets = max(1, -(-total // _BUCKET))

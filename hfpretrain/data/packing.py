@@ -10,7 +10,6 @@ block; `joining.join` makes blocks of all leftovers, and what is left of those s
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 import os
 from array import array
@@ -26,39 +25,12 @@ import numpy as np
 from hfpretrain import files
 from hfpretrain.data import prepared
 from hfpretrain.data.prepared import READ_COUNTS, SAMPLE_CHARS, RowWriter, is_validation, write_table
-from hfpretrain.recipe.schema import DataSection, TokenizerSection
+from hfpretrain.recipe.schema import DataSection
 
 PART_CHARS = 2**26
 PART_DOCUMENTS = 2**18
 _BATCH_CHARS, _BATCH_DOCUMENTS = 2**16, 1000
 _BEST_FIT_TOKENS = 2**21
-
-
-def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any], has_prefix: bool = False) -> str:
-    """Name of the prepared folder: a hash of all that decides its content.
-
-    `identities` is what the sources and the tokenizer were at the time (content of files, commit on the Hub), so that
-    the names which a recipe has for them don't matter. `has_prefix`: whether documents begin with what calling the
-    tokenizer adds before a text, which older versions left out. A changed source, tokenizer or block size gives another
-    name, so nothing stale is ever used.
-    """
-    content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
-    for source in (*content["sources"], *content["validation_sources"]):
-        for name in ("path", "data_files", "data_dir", "revision"):
-            del source[name]
-        if source["special_tokens"] == "text":  # as in versions that had no such key
-            del source["special_tokens"]
-    for source in content["sources"]:
-        # The weight itself acts in the dataloader; whether there are weights decides the streams on disk.
-        source["weight"] = source["weight"] is not None
-        del source["max_epochs"]
-    # No document is a chat, a pretrained tokenizer is one of the identities, and `has_prefix` is what `add_bos` does.
-    made_by = tokenizer.model_dump(
-        mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos", "max_unknown"}
-    )
-    framed = ["document prefix"] if has_prefix else []
-    text = json.dumps([prepared.FORMAT, content, made_by, identities, *framed], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Encoder(Protocol):

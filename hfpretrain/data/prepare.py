@@ -21,10 +21,11 @@ from hfpretrain import __version__, files
 from hfpretrain.data import assemble, corpus, duplicates, packing, tokenizer
 from hfpretrain.data.corpus import Document, Reader, Splitter
 from hfpretrain.data.encode import Encoder, require_special_tokens, token_bytes, token_dtype, unknown_id
+from hfpretrain.data.identity import fingerprint, source_identity, tokenizer_identity
 from hfpretrain.data.packing import Batch, Item
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
-from hfpretrain.data.remote_copy import Mirror
-from hfpretrain.data.shards import Share, Shares
+from hfpretrain.data.remote_copy import RemoteCopy
+from hfpretrain.data.shards import Shard, ShardRegistry
 from hfpretrain.data.summary import require_known
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.redaction import redacted
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 # Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
 _TOKENIZER_MARK = "tokenizer/tokenizer_config.json"
-_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 _GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def prepared_path(recipe: Recipe) -> Path:
     identities = [*sources, *validation, of_tokenizer]
 
     def path(has_prefix: bool) -> Path:
-        return recipe.prepared_dir / packing.fingerprint(recipe.data, recipe.tokenizer, identities, has_prefix)
+        return recipe.prepared_dir / fingerprint(recipe.data, recipe.tokenizer, identities, has_prefix)
 
     return path(_has_prefix(recipe.tokenizer, path))
 
@@ -79,37 +79,12 @@ def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool
 
 def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
     """What the sources, the validation sources and the tokenizer are now."""
-    sources = [corpus.identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
+    sources = [source_identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
     validation = [
-        corpus.identity(source, f"data.validation_sources.{n}")
+        source_identity(source, f"data.validation_sources.{n}")
         for n, source in enumerate(recipe.data.validation_sources)
     ]
-    return sources, validation, _tokenizer_identity(recipe.tokenizer)
-
-
-def _tokenizer_identity(section: TokenizerSection) -> list[Any]:
-    """Name and content of a pretrained tokenizer's files; of one on the Hub those of its revision, or in offline mode
-    of the local cache. Of a tokenizer that is trained nothing: the text decides it."""
-    if section.pretrained is None:
-        return []
-    folder = Path(section.pretrained)
-    if not folder.is_dir():
-        import huggingface_hub
-
-        patterns = [f"*{suffix}" for suffix in _TOKENIZER_SUFFIXES]
-        try:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    section.pretrained, revision=section.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-                )
-            )
-        except Exception as error:  # of the Hub, of the network, or of a name that is neither folder nor id
-            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
-            advice = "" if huggingface_hub.is_offline_mode() else "; with HF_HUB_OFFLINE=1 the local cache is used"
-            where = f"cannot read {section.pretrained!r}, which is no folder here, from the Hub"
-            raise RecipeError.at("tokenizer.pretrained", f"{where}: {message}{advice}") from error
-    found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_TOKENIZER_SUFFIXES) and file.is_file()]
-    return [[file.name, files.sha256(file)] for file in found]
+    return sources, validation, tokenizer_identity(recipe.tokenizer)
 
 
 def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
@@ -125,9 +100,9 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
             if prepared is None:
                 if (path / files.MANIFEST).exists():
                     return open_verified(path)
-                _look_at_shares(recipe, path)
+                _check_shards(recipe, path)
                 prepared = _Preparation(recipe, path, num_workers or num_cores()).all()
-                _shares(recipe).remove(path.name)
+                _shard_registry(recipe).remove(path.name)
                 require_known(prepared, recipe.tokenizer.max_unknown)
                 return prepared
     prepared = open_verified(path)
@@ -145,17 +120,17 @@ def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> P
 
 
 def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | None = None) -> Path:
-    """Share `index` (from 0) of `count` machines that prepare one corpus in one folder; `prepare` then joins them."""
+    """Shard `index` (from 0) of `count` machines that prepare one corpus in one folder; `prepare` then joins them."""
     path = prepared_path(recipe)
     with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
         if (PreparedData.open(path) or _pull(recipe.data.prepared_dir, path)) is None:
-            _shares(recipe).add(Share(path.name, _made_from(recipe), index, count))
+            _shard_registry(recipe).add(Shard(path.name, _made_from(recipe), index, count))
             _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
     return path
 
 
-def _shares(recipe: Recipe) -> Shares:
-    return Shares(recipe.data, recipe.tokenizer, recipe.prepared_dir)
+def _shard_registry(recipe: Recipe) -> ShardRegistry:
+    return ShardRegistry(recipe.data, recipe.tokenizer, recipe.prepared_dir)
 
 
 def _made_from(recipe: Recipe) -> dict[str, Any]:
@@ -171,11 +146,11 @@ def _made_from(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _look_at_shares(recipe: Recipe, path: Path) -> None:
+def _check_shards(recipe: Recipe, path: Path) -> None:
     """Log which shares of other machines are not used. Raises `RecipeError` for a share of this folder that other
     versions of the libraries made."""
-    ours = Share(path.name, json.loads(json.dumps(_made_from(recipe))))
-    others = _shares(recipe).others(ours)
+    ours = Shard(path.name, json.loads(json.dumps(_made_from(recipe))))
+    others = _shard_registry(recipe).others(ours)
     for other in others:
         differing = [problem for problem in other.differences(ours) if problem.path != "--shard"]
         if differing and other.folder == path.name:
@@ -190,9 +165,9 @@ def _look_at_shares(recipe: Recipe, path: Path) -> None:
         logger.warning("share(s) %s were never started; their parts are prepared here", names)
 
 
-def _mirror(prepared_dir: str | None, path: Path) -> Mirror | None:
+def _mirror(prepared_dir: str | None, path: Path) -> RemoteCopy | None:
     given = prepared_dir or ""
-    return Mirror(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
+    return RemoteCopy(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
 
 
 def _pull(prepared_dir: str | None, path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData | None:
@@ -312,7 +287,7 @@ class _Preparation:
             self._push_missing(self.mirror, there)
         self.vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, self.tokenizer)
 
-    def _push_missing(self, mirror: Mirror, there: set[str]) -> None:
+    def _push_missing(self, mirror: RemoteCopy, there: set[str]) -> None:
         """What an earlier call here had finished and not, or not wholly, pushed."""
         if _TOKENIZER_MARK not in there:
             names = {f"tokenizer/{file.name}" for file in (self.work / "tokenizer").iterdir()}
@@ -349,7 +324,7 @@ class _Preparation:
         dtype = token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
         prefix = tokenizer.document_prefix(self.tokenizer)
-        prepared = assemble.join(
+        prepared = assemble.assemble(
             self.work,
             self.path,
             parts,

@@ -123,7 +123,7 @@ def is_validation(split: str) -> bool:
     return split.partition("-")[0] == VALIDATION
 
 
-def of_run(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
+def find_prepared(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
     """The prepared folder that a run was trained on, below one of `roots`; None if it is in none of them.
 
     `name`: its name, which runs of older versions don't tell. Raises `RecipeError` if the folder of that name is not
@@ -252,7 +252,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> dict[str, np.nda
     return {name: table.column(name).to_numpy() for name in table.column_names}
 
 
-def digests(table: Path) -> np.ndarray:
+def document_hashes(table: Path) -> np.ndarray:
     """The hash of each document of a table, uint64 (n,), once also for those in pieces."""
     columns = read_table(table, ["offset", "digest"])
     return columns["digest"][columns["offset"] == 0].astype(np.uint64)

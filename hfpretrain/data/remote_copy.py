@@ -10,7 +10,7 @@ from hfpretrain import files
 from hfpretrain.recipe.schema import RecipeError
 
 
-class Mirror:
+class RemoteCopy:
     """`url` holds what several machines have each made of one folder; what is there is never changed.
 
     A folder is complete with its manifest, which is written last. Raises `RecipeError` where the file system's package

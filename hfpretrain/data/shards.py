@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import files
-from hfpretrain.data.remote_copy import Mirror
+from hfpretrain.data.remote_copy import RemoteCopy
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, TokenizerSection
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """One machine's part of a preparation."""
 
     folder: str
@@ -32,7 +32,7 @@ class Share:
     def __str__(self) -> str:
         return f"share {self.index + 1}/{self.count} of {self.host}"
 
-    def differences(self, other: Share) -> Iterator[Problem]:
+    def differences(self, other: Shard) -> Iterator[Problem]:
         """In what the two differ of what they are made from."""
         if self.count != other.count:
             yield Problem("--shard", f"{self.count} shares here, {other.count} there; use the same number for all")
@@ -49,7 +49,7 @@ def _first_difference(one: Any, other: Any) -> str:
     return f"{one}"
 
 
-class Shares:
+class ShardRegistry:
     """What the shares of a recipe's preparation were made from, in a folder beside the prepared ones.
 
     It is named after what the recipe says, so that machines which have the same recipe find each other also where
@@ -64,16 +64,16 @@ class Shares:
         key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
         self._folder = prepared_dir / f"shares-{key}"
         url = data.prepared_dir or ""
-        self._mirror = Mirror(f"{url.rstrip('/')}/{self._folder.name}") if "://" in url else None
+        self._mirror = RemoteCopy(f"{url.rstrip('/')}/{self._folder.name}") if "://" in url else None
 
-    def others(self, ours: Share) -> list[Share]:
+    def others(self, ours: Shard) -> list[Shard]:
         """The shares of unfinished preparations but this one."""
         if self._mirror is not None:
             self._mirror.pull(self._folder, self._mirror.names())
         found = []
         for path in sorted(self._folder.glob("*-of-*.json")):
             try:
-                share = Share(**json.loads(path.read_text(encoding="utf-8")))
+                share = Shard(**json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):  # of another version, or being removed
                 continue
             is_other = (share.index, share.count) != (ours.index, ours.count)
@@ -81,10 +81,10 @@ class Shares:
                 found.append(share)
         return found
 
-    def add(self, share: Share) -> None:
+    def add(self, share: Shard) -> None:
         """Note that this machine does a share. Raises `RecipeError` if others were made from something else."""
         name = f"{share.index + 1}-of-{share.count}.json"
-        share = Share(share.folder, json.loads(json.dumps(share.made_from)), share.index, share.count, platform.node())
+        share = Shard(share.folder, json.loads(json.dumps(share.made_from)), share.index, share.count, platform.node())
         self._folder.mkdir(parents=True, exist_ok=True)
         files.write_whole(self._folder / name, json.dumps(asdict(share), indent=1))
         # First written and then compared: of two that begin at once, one at least sees the other.

@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from hfpretrain.recipe.schema import FILE_FORMATS, IS_LFS_POINTER, LFS_POINTER, RecipeError, SourceSection
+from hfpretrain.recipe.addresses import IS_LFS_POINTER, LFS_POINTER
+from hfpretrain.recipe.schema import FILE_FORMATS, RecipeError, SourceSection
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}

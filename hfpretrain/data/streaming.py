@@ -1,8 +1,8 @@
-"""Training straight from the sources: documents tokenized and packed on the fly, without prepared training text.
+"""Training straight from the sources: documents are tokenized and packed on the fly, without prepared training text.
 
-Files of about the same size are dealt out to groups, and each group is one endless stream of blocks; other files are
-one group. Which group a sequence of a step comes from depends on its position alone, so the text of a step is the same
-for any number of processes; a process reads the groups that its sequences come from.
+Files of about the same size are divided into groups, and each group is one endless stream of blocks. Files whose sizes
+differ more make one group. The group of a sequence depends only on the sequence's position in the step, so a step has
+the same text on any number of processes. A process reads only the groups that its sequences come from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hfpretrain.data.batches import StepData, by_source, collate
+from hfpretrain.data.batches import StepData, collate, count_by_source
 from hfpretrain.data.corpus import Reader, Splitter
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.ledger import sequence_checksum
@@ -26,24 +26,31 @@ from hfpretrain.data.order import TrainingOrder
 from hfpretrain.recipe.schema import DataSection, RecipeError
 
 _BATCH_CHARS = 2**16
-# Largest ratio of sizes of files that are read side by side: the smallest is seen that much more often than the
-# largest. A source with `max_epochs` ends when its first file has run out.
+# Largest ratio of the sizes of files that are read side by side: the smallest file is seen that much more often than
+# the largest. With `max_epochs` the run ends when the first file has run out, so less is allowed there.
 _MAX_RATIO, _MAX_RATIO_CAPPED = 2.0, 1.05
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class GroupState:
-    """Where a group stands: documents of a piece that are tokenized, and their tokens not yet in a block."""
+    """How far a group has been read."""
 
     epoch: int = 0
+    """How often all files of the group have been read."""
     piece: int = 0
+    """Index of the file that is being read."""
     document: int = 0
+    """Documents of that file that are tokenized."""
     pending: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Tokens that are not yet in a block: int64 (n,)."""
 
 
 class _Group:
-    """The blocks of some pieces, given as (reader, number), over and over; `is_alone`: they are all of the stream."""
+    """Blocks of some files, which are read again and again; `max_epochs` limits how often.
+
+    `pieces`: (reader, number of the reader's piece). `is_alone`: the stream has no other group.
+    """
 
     def __init__(
         self,
@@ -60,10 +67,10 @@ class _Group:
         self._pieces, self._splitter, self._encode = pieces, splitter, encode
         self._block_size, self._max_epochs, self._at = block_size, max_epochs, replace(state)
         self._texts = self._batches()
-        self._max_unknown, self._looked_at = max_unknown, False
+        self._max_unknown, self._is_checked = max_unknown, False
         self.dropped = 0
 
-    def _what(self) -> str:
+    def _describe_end(self) -> str:
         if self._is_alone:
             return "all of it was"
         files = [reader.pieces[piece].origin for reader, piece in self._pieces]
@@ -71,11 +78,11 @@ class _Group:
         return f"{', '.join(files[:3])}{more}, the first to end of several groups of files read side by side, were"
 
     def state(self) -> GroupState:
-        """What `__init__` takes to go on from here."""
+        """Where the group stands; `__init__` takes it to go on from here."""
         return replace(self._at)
 
     def copy(self) -> _Group:
-        """Another that goes on from here, without end."""
+        """A group that goes on from here, without a limit of epochs."""
         return _Group(
             self._pieces,
             self._splitter,
@@ -94,17 +101,21 @@ class _Group:
             reader, texts = next(self._texts)
             encode = self._encode.for_source(reader.source.special_tokens)
             ids = encode(texts)
-            if not self._looked_at:
-                self._look(reader, encode, texts, ids)
+            if not self._is_checked:
+                self._check_first_texts(reader, encode, texts, ids)
             parts += ids
             size += sum(map(len, ids))
         stream = np.concatenate(parts).astype(np.int64)
         self._at.pending = stream[end:].copy()
         return stream[:end].reshape(count, self._block_size)
 
-    def _look(self, reader: Reader, encode: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
-        """Report once what of the group's first texts the tokenizer does not know, leaves out or reads as text."""
-        self._looked_at = True
+    def _check_first_texts(self, reader: Reader, encode: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
+        """Look once at the group's first texts.
+
+        Logs special tokens that are read as text. Raises `RecipeError` if the tokenizer does not know, or leaves out,
+        more than `max_unknown` of them.
+        """
+        self._is_checked = True
         characters, lost, _ = (sum(some) for some in zip(*map(encode.lost_characters, texts), strict=True))
         unknown = sum(map(encode.count_unknown, ids)) / max(1, sum(map(len, ids)))
         for share, what in (
@@ -119,7 +130,7 @@ class _Group:
             logger.info("%s: names of special tokens in the text are read as ordinary text: %s", reader.key, listed)
 
     def _batches(self) -> Iterator[tuple[Reader, list[str]]]:
-        """Texts in batches, each of one source; the position is always that behind the batch given last."""
+        """Texts in batches, each of one source. `self._at` is always the place after the batch that came last."""
         at = self._at
         any_text = at.document > 0 or at.piece > 0
         while True:
@@ -151,63 +162,67 @@ class _Group:
             at.epoch, at.piece, at.document = at.epoch + 1, 0, 0
             if self._max_epochs is not None and at.epoch >= self._max_epochs:
                 raise RecipeError.at(
-                    f"{key}.max_epochs", f"the source has run out: {self._what()} seen {at.epoch} time(s)"
+                    f"{key}.max_epochs", f"the source has run out: {self._describe_end()} seen {at.epoch} time(s)"
                 )
 
 
-class Deal(NamedTuple):
-    """How the pieces of one stream are dealt out: to how many groups, and which pieces."""
+class Grouping(NamedTuple):
+    """How the files of one stream are divided into groups."""
 
     num_groups: int
     pieces: list[tuple[int, int]]
-    """(source, number of the piece) in their order; one in `num_groups` is of the same group."""
+    """(source, number of the piece) in their order. Piece i belongs to group i modulo `num_groups`."""
 
 
-def deal(data: DataSection, held_out: frozenset[bytes], sequences_per_step: int) -> list[Deal]:
-    """How each stream is dealt out. It depends on the files alone, and reads little of them.
+def group_files(data: DataSection, held_out: frozenset[bytes], sequences_per_step: int) -> list[Grouping]:
+    """How the files of each stream are divided into groups. Depends only on the files, and reads little of them.
 
-    Pieces of about the same size make several groups, which are read side by side. Others make one group, since some
-    would be seen much more often than others. If a group had no text, all pieces without text are left out and logged.
+    Files of about the same size make several groups, which are read side by side. Files of other sizes make one group,
+    since the text of a small file would otherwise be seen much more often than that of a large one. If a group would
+    have no text to train on, all files without such text are left out, with a log line.
+
+    `held_out`: digests of the validation documents. A mixture has one stream for each source, otherwise all sources are
+    one stream.
     """
     splitter = Splitter(data, held_out)
     readers = _readers(data)
-    dealt = []
+    groupings = []
     for sources in [[number] for number in range(len(readers))] if data.weights else [list(range(len(readers)))]:
         pieces = [(number, index) for number in sources for index in range(len(readers[number].pieces))]
-        # In a mixture the place of a stream's sequences changes from step to step, so that all read all.
+        # In a mixture a stream's sequences stand elsewhere in each step, so every process reads every stream.
         if data.weights:
-            dealt.append(Deal(1, pieces))
+            groupings.append(Grouping(1, pieces))
             continue
         is_capped = any(data.sources[number].max_epochs for number in sources)
-        dealt.append(
+        groupings.append(
             _deal(readers, pieces, splitter, sequences_per_step, _MAX_RATIO_CAPPED if is_capped else _MAX_RATIO)
         )
-    return dealt
+    return groupings
 
 
 def _deal(
     readers: list[Reader], pieces: list[tuple[int, int]], splitter: Splitter, sequences: int, max_ratio: float
-) -> Deal:
+) -> Grouping:
     num_groups = math.gcd(len(pieces), sequences) if len(pieces) > 1 else 1
     if num_groups > 1:
         with ThreadPoolExecutor(8) as pool:  # a request each where they are remote
             sizes = list(pool.map(lambda piece: readers[piece[0]].text_size(piece[1]), pieces))
         num_groups = num_groups if _alike(sizes, max_ratio) else 1
     if num_groups == 1:
-        return Deal(1, pieces)
+        return Grouping(1, pieces)
 
     def has_text(piece: tuple[int, int]) -> bool:
         reader, index = readers[piece[0]], piece[1]
         return any(split == "train" for document in reader.read([index]) for split, _ in splitter(document))
 
     if all(any(map(has_text, pieces[group::num_groups])) for group in range(num_groups)):
-        return Deal(num_groups, pieces)
+        return Grouping(num_groups, pieces)
     kept = [piece for piece in pieces if has_text(piece)]
     empty = [readers[number].pieces[index].origin for number, index in pieces if (number, index) not in kept]
     logger.info("not read, because they hold no training text: %s", ", ".join(empty))
     if not kept:
-        return Deal(1, pieces)
-    return Deal(math.gcd(len(kept), sequences), kept)
+        return Grouping(1, pieces)
+    return Grouping(math.gcd(len(kept), sequences), kept)
 
 
 def _readers(data: DataSection) -> list[Reader]:
@@ -217,7 +232,7 @@ def _readers(data: DataSection) -> list[Reader]:
 
 
 def _alike(sizes: list[int | None], max_ratio: float) -> bool:
-    """Whether pieces can be groups of their own without one's text being seen much more often than another's.
+    """Whether files are so alike in size that each group's text would be seen about equally often.
 
     The shards of a Hub dataset, whose sizes are not known, are taken to be alike.
     """
@@ -226,11 +241,11 @@ def _alike(sizes: list[int | None], max_ratio: float) -> bool:
 
 
 class StreamingData:
-    """The micro-batches of this process, step after step from `first_step` on.
+    """The micro-batches of this process, step after step from data step `first_step` on.
 
-    `states`: those of all groups after the step before, by (stream, group); none at the first step of a run.
-    `held_out`: digests of the validation documents. `max_unknown`: as of `TokenizerSection`. `dealt`: as `deal` found
-    it, for all processes alike. The other arguments as of `dataloader.TrainingData`.
+    `states`: where all groups stand after the step before, by (stream, group); empty at the start of a run.
+    `held_out`: digests of the validation documents. `max_unknown`: as in `TokenizerSection`. `groupings`: the result of
+    `group_files`, equal on all processes; None: found here. The other arguments are those of `TrainingData`.
     """
 
     def __init__(
@@ -248,7 +263,7 @@ class StreamingData:
         eos_token_id: int,
         document_masking: bool,
         max_unknown: float = 1.0,
-        dealt: list[Deal] | None = None,
+        groupings: list[Grouping] | None = None,
     ):
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
@@ -257,10 +272,10 @@ class StreamingData:
         self._per_step = per_process * num_processes
         self._mine = range(process_index * per_process, (process_index + 1) * per_process)
         readers = _readers(data)
-        dealt = deal(data, held_out, self._per_step) if dealt is None else dealt
-        dealt = _as_begun(dealt, [len(reader.pieces) for reader in readers], states)
-        streams = [[(readers[number], index) for number, index in one.pieces] for one in dealt]
-        self._num_groups = [one.num_groups for one in dealt]
+        groupings = group_files(data, held_out, self._per_step) if groupings is None else groupings
+        groupings = _as_at_start(groupings, [len(reader.pieces) for reader in readers], states)
+        streams = [[(readers[number], index) for number, index in one.pieces] for one in groupings]
+        self._num_groups = [one.num_groups for one in groupings]
         caps = [source.max_epochs for source in data.sources]
         stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
         if not stages:  # all sources are one stream
@@ -281,7 +296,7 @@ class StreamingData:
         self._example: dict[str, torch.Tensor] | None = None
 
     def step(self, step: int) -> StepData:
-        """What this process has of step `step`, which comes after the last asked for; those between are left out."""
+        """This process's share of data step `step`, which must come after the last one; those between are skipped."""
         assert step >= self._next, "a stream has no random access"
         while self._next < step:
             self.step(self._next)
@@ -304,13 +319,16 @@ class StreamingData:
             batches=self._collated(stacked),
             checksum=sequence_checksum(stacked, positions),
             tokens=np.bincount(streams, minlength=len(before)) * stacked.shape[1],
-            documents=by_source(streams, stacked == self._eos_token_id, len(before)),
+            documents=count_by_source(streams, stacked == self._eos_token_id, len(before)),
             state={key: made.state() for key, made in self._groups.items()},
             documents_dropped=self._dropped(),
         )
 
     def _dropped(self) -> int:
-        """Documents that are not trained on, since the last step; of shared groups the first process counts."""
+        """Documents read since the last step and not trained on.
+
+        Several processes may read one group. Only the first of them counts.
+        """
         dropped = 0
         for (stream, group), made in self._groups.items():
             if group * (self._per_step // self._num_groups[stream]) in self._mine:
@@ -327,26 +345,28 @@ class StreamingData:
         ]
 
     def example(self) -> dict[str, torch.Tensor]:
-        """A batch of one sequence, which stays to be trained on; the same at each call."""
+        """A batch of one sequence, the same at each call. The sequence is still trained on later."""
         if self._example is None:
             group = next(iter(self._groups.values()))
             self._example = self._collated(group.copy().blocks(1))[0]
         return self._example
 
 
-def _as_begun(dealt: list[Deal], num_pieces: list[int], states: dict[tuple[int, int], GroupState]) -> list[Deal]:
-    """The deal with which a run has begun whose groups stand at `states`.
+def _as_at_start(
+    groupings: list[Grouping], num_pieces: list[int], states: dict[tuple[int, int], GroupState]
+) -> list[Grouping]:
+    """The groupings that a resumed run started with, of which `states` are part.
 
-    Earlier versions dealt by the files' size on the disk and left no piece out.
+    Earlier versions compared the files' sizes on the disk and left no file out.
     """
-    begun = []
-    for stream, one in enumerate(dealt):
+    at_start = []
+    for stream, one in enumerate(groupings):
         num_groups = max((group + 1 for number, group in states if number == stream), default=one.num_groups)
         if num_groups != one.num_groups:
             every = [(number, index) for number, count in enumerate(num_pieces) for index in range(count)]
-            one = Deal(num_groups, every)
-        begun.append(one)
-    return begun
+            one = Grouping(num_groups, every)
+        at_start.append(one)
+    return at_start
 
 
 def load_states(checkpoint: Path) -> tuple[dict[tuple[int, int], GroupState], int]:

@@ -28,7 +28,7 @@ def summary(prepared: PreparedData) -> str:
         if special := source.get("special_tokens"):
             listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
             lines.append(f"  special tokens source {number}: {listed} in its text")
-    lines += [f"  tokenizer      {text}" for text in notes(prepared)]
+    lines += [f"  tokenizer      {text}" for text in preparation_notes(prepared)]
     found = manifest["hygiene"]
     if found["train_duplicates"]:
         lines.append(f"  duplicates     {found['train_duplicates']:,} training documents repeat the text of another")
@@ -41,7 +41,7 @@ def summary(prepared: PreparedData) -> str:
     return "\n".join(lines)
 
 
-def notes(prepared: PreparedData) -> list[str]:
+def preparation_notes(prepared: PreparedData) -> list[str]:
     """A sentence for each way in which tokenizing changed the text, or the recipe's wish, that one should know of."""
     found = []
     asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]

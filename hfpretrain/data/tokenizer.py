@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection, missing_path, not_loaded
+from hfpretrain.recipe.addresses import missing_path, not_loaded
+from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,7 +96,7 @@ def _own_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tup
     return (), ()
 
 
-def say_framing(tokenizer: PreTrainedTokenizerFast) -> str:
+def describe_framing(tokenizer: PreTrainedTokenizerFast) -> str:
     """One line that tells with which tokens a document begins and ends."""
     prefix = document_prefix(tokenizer)
     begin = f"begin with {tokenizer.decode(list(prefix))}, which calling the tokenizer adds to a text, and "

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-from hfpretrain.recipe.schema import Problem, RecipeError, unknown_key
+from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.schema import Problem, RecipeError
 
 # Dimensions of accelerate's ParallelismConfig: those that see different sequences, then those that share them.
 _DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")

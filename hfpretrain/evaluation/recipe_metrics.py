@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpretrain.recipe.addresses import repo_id_problem
 from hfpretrain.recipe.labels import IGNORE_INDEX
-from hfpretrain.recipe.schema import EvaluationSection, Problem, RecipeError, repo_id_problem
+from hfpretrain.recipe.schema import EvaluationSection, Problem, RecipeError
 
 if TYPE_CHECKING:
     import torch

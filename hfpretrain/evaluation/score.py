@@ -19,6 +19,7 @@ from hfpretrain.evaluation import lm_eval_tasks
 from hfpretrain.evaluation import sums as evaluation
 from hfpretrain.modeling.build import isolates_documents
 from hfpretrain.modeling.loss import use_chunked_loss
+from hfpretrain.recipe.addresses import not_loaded
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import (
     DataSection,
@@ -28,7 +29,6 @@ from hfpretrain.recipe.schema import (
     RecipeError,
     SourceSection,
     TokenizerSection,
-    not_loaded,
 )
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from hfpretrain.ladder import laws
 from hfpretrain.ladder.family import Family, Member
 from hfpretrain.modeling.build import config_problems
 from hfpretrain.recipe.redaction import secrets_of
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, dump_recipe, load_recipe
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
+from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 from hfpretrain.training import run_folder
 from hfpretrain.training.history import History
 
@@ -144,7 +145,7 @@ class Ladder:
         for rung in self.rungs:
             run_folder.refuse_other_run(rung.recipe)
             if (rung.run / "recipe.yaml").exists():
-                before = load_recipe(rung.run / "recipe.yaml").training.num_steps
+                before = read_recipe(rung.run / "recipe.yaml").training.num_steps
                 if before != rung.recipe.training.num_steps:
                     raise RecipeError.at(
                         "--output",
@@ -152,7 +153,7 @@ class Ladder:
                         "schedule would not be a whole one; choose another folder",
                     )
             files.write_whole(rung.path, dump_recipe(rung.recipe))
-            load_recipe(rung.path, checks=[config_problems])
+            read_recipe(rung.path, checks=[config_problems])
 
     def table(self) -> str:
         """What will be trained, a line for each rung."""

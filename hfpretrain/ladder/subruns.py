@@ -12,7 +12,8 @@ from pathlib import Path
 
 from hfpretrain.recipe import shipped
 from hfpretrain.recipe.redaction import SECRETS
-from hfpretrain.recipe.schema import RecipeError, parse_yaml
+from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.yaml import parse_yaml
 
 
 class Process(subprocess.Popen[bytes]):

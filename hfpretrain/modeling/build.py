@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hfpretrain.modeling.initialization import CONTEXT_KEYS, decoder_layers
-from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError, missing_path, not_loaded, unknown_key
+from hfpretrain.recipe.addresses import missing_path, not_loaded
+from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel

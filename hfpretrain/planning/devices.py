@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hfpretrain.recipe.schema import RecipeError, unknown_key
+from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.schema import RecipeError
 
 _GIB = 2**30
 

@@ -14,8 +14,9 @@ from hfpretrain.engines import launch
 from hfpretrain.modeling import optim
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.planning import devices
+from hfpretrain.recipe.keys import unknown_key
 from hfpretrain.recipe.machine import num_cores
-from hfpretrain.recipe.schema import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps, unknown_key
+from hfpretrain.recipe.schema import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

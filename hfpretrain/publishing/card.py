@@ -10,8 +10,10 @@ from typing import Any
 from hfpretrain import files
 from hfpretrain.planning import table
 from hfpretrain.publishing import card_text
+from hfpretrain.recipe.addresses import repo_id_problem
 from hfpretrain.recipe.redaction import redact, without_folders
-from hfpretrain.recipe.schema import Recipe, RecipeError, dump_mapping, load_recipe, repo_id_problem
+from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.recipe.yaml import dump_mapping, read_recipe
 from hfpretrain.training import report
 from hfpretrain.training.history import History
 from hfpretrain.training.metrics_file import iterate_metrics
@@ -33,7 +35,7 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
     Raises `RecipeError` where `run` is no run.
     """
     try:
-        recipe = load_recipe(run / "recipe.yaml")
+        recipe = read_recipe(run / "recipe.yaml")
         where, data = (json.loads((run / name).read_text("utf-8")) for name in ("environment.json", report.DATA))
     except (OSError, ValueError) as error:
         raise RecipeError.at(str(run), f"is no run folder of this version of hfpretrain: {error}") from error

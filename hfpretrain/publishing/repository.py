@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import files
-from hfpretrain.recipe.hub import HopelessError
+from hfpretrain.recipe.hub import NotPushableError
 
 
 class Repo:
-    """A model repo, made with the first call that needs it. Methods raise what huggingface_hub raises: `trouble`."""
+    """A model repo, created by the first call that needs it.
+
+    Methods raise the errors of huggingface_hub; `recipe.hub.explain` says what they mean.
+    """
 
     def __init__(self, repo_id: str, private: bool):
         from huggingface_hub import HfApi
@@ -37,7 +40,7 @@ class Repo:
     def revision(self, name: str, title: str, file: str) -> str | None:
         """The commit of a pushed revision with this title, None if it is not there, or not whole.
 
-        Raises `HopelessError` if what is there is something else, or has no `file`: it must never be replaced.
+        Raises `NotPushableError` if what is there is something else, or has no `file`: it must never be replaced.
         """
         tags, branches = self._refs()
         if name in tags or name in branches:
@@ -49,7 +52,7 @@ class Repo:
             elif name in tags and not self._api.file_exists(self.open(), file, revision=commit):
                 wrong = f"{name} without {file}"
             if wrong is not None:
-                raise HopelessError(f"{self.open()} has {wrong}; push to a repo of its own")
+                raise NotPushableError(f"{self.open()} has {wrong}; push to a repo of its own")
             return commit if name in tags else None
         return None
 
@@ -83,18 +86,18 @@ class Repo:
 
     def push_main(self, folder: Path) -> str:
         """Upload the files of a folder that `main` lacks, and delete those of an earlier export that are not in it;
-        returns the newest commit. Raises `HopelessError` if a file of the export is damaged."""
+        returns the newest commit. Raises `NotPushableError` if a file of the export is damaged."""
         from safetensors import SafetensorError, safe_open
 
         repo_id = self.open()
         if (reason := files.sums_damage(folder)) is not None:
-            raise HopelessError(reason)
+            raise NotPushableError(reason)
         for path in folder.glob("*.safetensors"):
             try:
                 with safe_open(path, framework="np"):
                     pass
             except SafetensorError as error:
-                raise HopelessError(f"{path} is damaged: {error}") from error
+                raise NotPushableError(f"{path} is damaged: {error}") from error
         old = [glob.escape(name) for name in self._exported() if not (folder / name).is_file()]
         keywords: dict[str, Any] = {"delete_patterns": old, "ignore_patterns": [f"*{files.INCOMPLETE}"]}
         return str(

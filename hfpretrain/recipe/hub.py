@@ -1,4 +1,4 @@
-"""What every request to the Hub shares: how long it may wait, and what its errors mean."""
+"""What all requests to the Hub share: how long they may wait, and what their errors mean."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import RecipeError
 
 TIMEOUT_SECONDS = 60
-"""For so long a connection may say nothing; huggingface_hub itself would wait for ever."""
+"""A connection fails after so long without an answer; huggingface_hub itself would wait for ever."""
 
 
-class HopelessError(Exception):
-    """What can't be pushed whenever it is tried."""
+class NotPushableError(Exception):
+    """Something that can't be pushed, however often it is tried."""
 
 
-class Trouble(NamedTuple):
-    """Why something was not done."""
+class Failure(NamedTuple):
+    """Why a request to the Hub failed."""
 
     text: str
     retry_after: int | None
@@ -27,9 +27,11 @@ class Trouble(NamedTuple):
     """Whether trying again is of no use."""
 
 
-def bound_waiting() -> None:
-    """From now on this process's requests fail after `TIMEOUT_SECONDS` of silence, and log no addresses: those of
-    storage are signed."""
+def limit_waiting() -> None:
+    """From now on this process's requests to the Hub fail after `TIMEOUT_SECONDS` without an answer.
+
+    huggingface_hub also stops logging, since the addresses of its storage are signed.
+    """
     import huggingface_hub
     from huggingface_hub.utils import _http
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -44,8 +46,11 @@ def bound_waiting() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def trouble(error: Exception) -> Trouble:
-    """What to say of an error, and whether and when to try again. No signed address and no token is in it."""
+def explain(error: Exception) -> Failure:
+    """What to say about an error of a request, and whether and when to try again.
+
+    The text holds no token and no signed address.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", redact(" ".join(str(error).split())))[:300]
@@ -56,6 +61,6 @@ def trouble(error: Exception) -> Trouble:
         message = error.server_message or response.reason_phrase
         where = f"{response.request.method} {response.request.url.path}"
         text = f"{response.status_code} {' '.join(message.split()):.200} ({where}){advice}"
-        return Trouble(text, int(wait) if wait.isdigit() else None, False)
-    final = isinstance(error, (HopelessError, RecipeError, HFValidationError, OfflineModeIsEnabled))
-    return Trouble(text if final else f"{type(error).__name__}: {text}", None, final)
+        return Failure(text, int(wait) if wait.isdigit() else None, False)
+    final = isinstance(error, (NotPushableError, RecipeError, HFValidationError, OfflineModeIsEnabled))
+    return Failure(text if final else f"{type(error).__name__}: {text}", None, final)

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hfpretrain.recipe.hub import trouble
-from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection, missing_path
+from hfpretrain.recipe.addresses import missing_path
+from hfpretrain.recipe.hub import explain
+from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.training.report import ENVIRONMENT
 
 RECORD = "hub_commits"
@@ -97,5 +98,5 @@ def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
         return HfApi().model_info(repo_id, revision=revision, timeout=60).sha
     except Exception as error:  # what its HTTP library raises may be anything
         at = f"@{revision}" if revision else ""
-        message = f"cannot ask the Hub for {repo_id}{at}, which is no folder here: {trouble(error).text}"
+        message = f"cannot ask the Hub for {repo_id}{at}, which is no folder here: {explain(error).text}"
         raise RecipeError.at(key, f"{message}; with HF_HUB_OFFLINE=1 the local cache is used") from error

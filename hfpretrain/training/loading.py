@@ -7,8 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hfpretrain.evaluation.recipe_metrics import trust_problems
-from hfpretrain.recipe import schema, shipped
+from hfpretrain.recipe import shipped
 from hfpretrain.recipe.schema import Recipe
+from hfpretrain.recipe.yaml import read_recipe
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -24,4 +25,4 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         from hfpretrain.modeling.build import config_problems
 
         checks += [config_problems, chat_template_problems]
-    return schema.load_recipe(shipped.find(path, "recipe"), overrides, checks)
+    return read_recipe(shipped.find(path, "recipe"), overrides, checks)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfpretrain.checkpoints.resume import changes
 from hfpretrain.data import corpus
-from hfpretrain.recipe.hub import trouble
+from hfpretrain.recipe.addresses import hub_address, missing_path, not_loaded
+from hfpretrain.recipe.hub import explain
 from hfpretrain.recipe.schema import (
     FILE_FORMATS,
     Problem,
@@ -27,11 +28,8 @@ from hfpretrain.recipe.schema import (
     SourceSection,
     TokenizerSection,
     accumulation_steps,
-    hub_address,
-    load_recipe,
-    missing_path,
-    not_loaded,
 )
+from hfpretrain.recipe.yaml import read_recipe
 from hfpretrain.training.run_folder import refuse_other_run
 
 if TYPE_CHECKING:
@@ -263,7 +261,7 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
     except Exception as error:  # what its HTTP library raises may be anything
         at = f"@{revision}" if revision else ""
         yield Problem(
-            key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {trouble(error).text}"
+            key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {explain(error).text}"
         )
         return
     names = {sibling.rfilename for sibling in info.siblings or ()}
@@ -307,7 +305,7 @@ def _resume_from(recipe: Recipe) -> Iterator[Problem]:
     else:
         files = (Path(given) / "recipe.yaml", Path(given).absolute().parent.parent / "recipe.yaml")
         of_run = next((file for file in files if file.is_file()), None)
-        if of_run is not None and (changed := changes(recipe, load_recipe(of_run))):
+        if of_run is not None and (changed := changes(recipe, read_recipe(of_run))):
             yield Problem(key, f"{given} is of another recipe")
             yield from changed
 

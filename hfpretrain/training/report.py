@@ -13,11 +13,11 @@ from hfpretrain import __version__, files
 from hfpretrain.checkpoints import export
 from hfpretrain.data.batches import epochs_text
 from hfpretrain.data.summary import summary
-from hfpretrain.data.tokenizer import document_prefix, document_start, say_framing
+from hfpretrain.data.tokenizer import describe_framing, document_prefix, document_start
 from hfpretrain.engines import engine
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.redaction import redacted, without_folders
-from hfpretrain.recipe.schema import dump_recipe
+from hfpretrain.recipe.yaml import dump_recipe
 
 LIBRARIES = ("hfpretrain", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 _OTHERS = ("evaluate", "deepspeed", "torchao", "schedulefree")
@@ -154,7 +154,7 @@ def describe(run: Any) -> None:
         "num_training_sources": len(manifest["source_identities"]),
         "document_start": run.tokenizer.decode(document_start(run.tokenizer)),
         "tokenizer_begins_documents": bool(document_prefix(run.tokenizer)),
-        "framing": say_framing(run.tokenizer),
+        "framing": describe_framing(run.tokenizer),
     }
     for name, content in ((DATA, json.dumps(redacted(data), indent=1)), ("recipe.yaml", dump_recipe(run.recipe))):
         files.write_whole(folder / name, content)

@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain.checkpoints.resume import changes
-from hfpretrain.recipe.schema import (
-    Problem,
-    Recipe,
-    RecipeError,
-    load_recipe,
-)
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
+from hfpretrain.recipe.yaml import read_recipe
 
 
 def refuse_other_run(recipe: Recipe) -> None:
@@ -28,7 +24,7 @@ def refuse_other_run(recipe: Recipe) -> None:
     except OSError as error:
         raise RecipeError.at("output_dir", f"{recipe.output_dir} can't be used: {error.strerror}") from error
     try:
-        begun = load_recipe(path)
+        begun = read_recipe(path)
     except RecipeError as error:
         raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
     changed = [problem for problem in changes(recipe, begun) if not _was_so(problem, recipe, path.parent)]

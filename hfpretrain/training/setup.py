@@ -10,9 +10,8 @@ import math
 import os
 import platform
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,24 +21,24 @@ import torch
 from hfpretrain import files
 from hfpretrain.checkpoints import export, resume, saver
 from hfpretrain.data.batches import (
-    Item,
     Prefetcher,
     StepData,
+    T,
     TrainingData,
     epochs,
     epochs_text,
-    in_thread,
+    run_in_thread,
     training_data,
 )
-from hfpretrain.data.corpus import at_commits, held_out_digests
+from hfpretrain.data.corpus import held_out_digests
 from hfpretrain.data.encode import Encoder, token_bytes, token_dtype
+from hfpretrain.data.identity import at_commits
 from hfpretrain.data.ledger import LEDGER, Consumption
-from hfpretrain.data.order import data_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.data.streaming import Deal, StreamingData, deal, load_states, save_states
-from hfpretrain.data.summary import notes
-from hfpretrain.data.tokenizer import say_framing, set_chat_template
+from hfpretrain.data.streaming import Grouping, StreamingData, group_files, load_states, save_states
+from hfpretrain.data.summary import preparation_notes
+from hfpretrain.data.tokenizer import describe_framing, set_chat_template
 from hfpretrain.engines import distributed, engine, launch
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling import build as modeling
@@ -48,23 +47,15 @@ from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.loss import examine_loss, use_chunked_loss
 from hfpretrain.planning import devices, plan
 from hfpretrain.recipe.redaction import redacted
-from hfpretrain.recipe.schema import (
-    MAY_DIFFER,
-    HubSection,
-    Recipe,
-    RecipeError,
-    accumulation_steps,
-    differences,
-    dump_recipe,
-    flatten,
-    load_recipe,
-)
+from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, accumulation_steps
+from hfpretrain.recipe.yaml import MAY_DIFFER, differences, dump_recipe, flatten, read_recipe
 from hfpretrain.training import commits, incident, preflight, report, run_folder, vocabulary, watchdog
 from hfpretrain.training.clock import Clock
 from hfpretrain.training.peak_memory import PeakMemory
 from hfpretrain.training.profiler import Profiler
 from hfpretrain.training.records import Records
 from hfpretrain.training.stability import Stability
+from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
 
 # Keys that may differ between two starts of a run and change nothing in a step.
@@ -90,7 +81,7 @@ class NotSavedError(RuntimeError):
 
 
 class Publisher(Protocol):
-    """Pushes a run to the Hub while it trains, as `publishing.process.Publishing` does."""
+    """Pushes a run to the Hub while it trains, as `publishing.publisher.Publisher` does."""
 
     def start(self) -> None:
         """Begin to push what waits."""
@@ -113,36 +104,6 @@ class Publisher(Protocol):
 
 class Stopping(Exception):  # noqa: N818 - not an error
     """All ranks have agreed to stop here."""
-
-
-@dataclass
-class TrainState:
-    """Where a run stands."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    window_loss: float = 0.0
-    """Losses summed since the last log line."""
-    window_steps: int = 0
-    evaluated: bool = False
-    """Whether all that is due was evaluated of the weights as they are."""
-    evaluation_loss: float | None = None
-    """Of the weights as they are."""
-    losses: list[float] = field(default_factory=list)
-    """As of `Stability.losses`."""
-    num_events: int = 0
-    """Steps so far that were not stable."""
-    skipped: list[list[int]] = field(default_factory=list)
-    """From optimizer step [0] on, data are taken from [1] steps further on: what rollbacks have left out."""
-    segments: list[dict[str, Any]] = field(default_factory=list)
-    """What the steps were done under, as of `report.extend`."""
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
-    """What trackers know the run by."""
-
-    def data_step(self, step: int) -> int:
-        """Index of the data step that optimizer step `step` trains on, both counted from 0."""
-        return data_step(step, self.skipped)
 
 
 class Run:
@@ -170,7 +131,7 @@ class Run:
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
         )
         engine.require_optimizer(recipe.optimizer.name, engine.engine_name(self.accelerator))
-        self._meet_the_others()
+        self._check_ranks_agree()
         self._votes = distributed.Votes(distributed.control_group(self.accelerator, training.timeout_seconds))
         self._saving_group = distributed.control_group(self.accelerator, training.timeout_seconds)
         self.publishing = make_publisher(self.output_dir, recipe.hub if self.is_main else HubSection())
@@ -197,10 +158,10 @@ class Run:
         self.prepared = self._prepare(recipe)
         self.tokenizer = load_prepared_tokenizer(self.prepared, recipe.tokenizer.trust_remote_code)
         set_chat_template(self.tokenizer, recipe.tokenizer)
-        logger.info(say_framing(self.tokenizer))
+        logger.info(describe_framing(self.tokenizer))
         if self.is_main and recipe.tokenizer.pretrained is None:
             said = vocabulary.require_related(recipe.model, recipe.tokenizer, self.tokenizer)
-        for text in (*notes(self.prepared), *said):
+        for text in (*preparation_notes(self.prepared), *said):
             self._note(text)
         manifest = self.prepared.manifest
         vocab_size = manifest["vocab_size"]
@@ -314,9 +275,9 @@ class Run:
         steps = range(self.state.step, self.recipe.training.num_steps)
         data, data_step = self.data, self.state.data_step
         pin_memory = self.accelerator.device.type == "cuda"
-        self.coming = Prefetcher(lambda step: data.step(data_step(step)), steps, pin_memory=pin_memory)
+        self.prefetcher = Prefetcher(lambda step: data.step(data_step(step)), steps, pin_memory=pin_memory)
 
-    def _meet_the_others(self) -> None:
+    def _check_ranks_agree(self) -> None:
         """Begin to watch over the other ranks, if they run the same as this one."""
         facts = {
             "python": platform.python_version(),
@@ -389,19 +350,21 @@ class Run:
         data = self.read(lambda: at_commits(recipe.data, *identities))
         recipe = recipe.model_copy(update={"data": data})
         held_out = self.read(lambda: held_out_digests(data))
-        dealt = self.watch.from_main(
+        groupings = self.watch.from_main(
             "look at the files to stream",
-            lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: deal(data, held_out, sequences))],
+            lambda: [[one.num_groups, one.pieces] for one in self.read(lambda: group_files(data, held_out, sequences))],
         )
-        keywords["dealt"] = [Deal(groups, [(number, index) for number, index in pieces]) for groups, pieces in dealt]
+        keywords["groupings"] = [
+            Grouping(groups, [(number, index) for number, index in pieces]) for groups, pieces in groupings
+        ]
         encode = Encoder(self.tokenizer, token_dtype(manifest["vocab_size"]))
         states, first_step = ({}, 0) if self._checkpoint is None else load_states(self._checkpoint)
         keywords |= {"first_step": first_step, "states": states, "max_unknown": recipe.tokenizer.max_unknown}
         return self.read(lambda: StreamingData(recipe.data, encode, held_out, **keywords))
 
-    def read(self, work: Callable[[], Item]) -> Item:
+    def read(self, work: Callable[[], T]) -> T:
         """What `work` reads. Raises `StoppedEarlyError` if this process must stop and a source doesn't answer."""
-        result = in_thread(work, self.stops.due)
+        result = run_in_thread(work, self.stops.due)
         if result is None:
             raise StoppedEarlyError(self.stops.reason)
         return result
@@ -412,7 +375,7 @@ class Run:
         Of several processes the others wait for this one in the middle of a step, where nothing can be saved: then it
         raises `StoppedEarlyError`, and the watch ends the others.
         """
-        data = self.coming.next(self.stops.due)
+        data = self.prefetcher.next(self.stops.due)
         if data is not None:
             return data
         if self.accelerator.num_processes > 1:
@@ -496,7 +459,7 @@ class Run:
         if (moved := report.moved(before, now, state.step)) is not None:
             yield moved
         try:
-            recipe = load_recipe(path / "recipe.yaml")
+            recipe = read_recipe(path / "recipe.yaml")
         except RecipeError:  # of an older version; the recipe in the run's folder was compared with this one
             return
         section, lr = self.recipe.scheduler, self.recipe.optimizer.lr
@@ -740,7 +703,7 @@ class Run:
         """End what works beside training."""
         self.profiler.close()
         self.records.close()
-        self.coming.close()
+        self.prefetcher.close()
         self._votes.wait()
 
     def unstable(self, problem: str, step_data: StepData, loss: float, grad_norm: float) -> bool:
@@ -775,7 +738,7 @@ class Run:
     def _roll_back(self) -> None:
         """Return to the newest checkpoint and leave out what was consumed since."""
         num_events, bad = self.state.num_events, self.state.data_step(self.state.step)
-        self.coming.close()
+        self.prefetcher.close()
         if isinstance(self.data, StreamingData):
             self.data = self._open_data()
         self.saved_step = self._resume()

@@ -12,7 +12,7 @@ from hfpretrain.data.batches import (
     TrainingData,
     collate,
     document_positions,
-    in_thread,
+    run_in_thread,
 )
 from hfpretrain.data.ledger import Ledger
 from hfpretrain.data.order import Permutation, TrainingOrder, epoch_shifts
@@ -190,12 +190,12 @@ def test_a_reader_that_is_blocked_holds_up_no_stop(monkeypatch):
     coming = Prefetcher(lambda step: answer.wait(60), range(9), pin_memory=False)
     assert coming.next(lambda: True) is None
     coming.close()
-    assert in_thread(lambda: answer.wait(60), lambda: True) is None
+    assert run_in_thread(lambda: answer.wait(60), lambda: True) is None
     assert time.monotonic() - start < 10
     answer.set()
-    assert in_thread(lambda: 5, lambda: True) == 5
+    assert run_in_thread(lambda: 5, lambda: True) == 5
     with pytest.raises(ZeroDivisionError):
-        in_thread(lambda: 1 / 0, lambda: False)
+        run_in_thread(lambda: 1 / 0, lambda: False)
 
 
 def shifting(num_processes=1, process_index=0):

@@ -12,7 +12,8 @@ import zstandard
 from conftest import small_text, write_jsonl
 
 from hfpretrain import files
-from hfpretrain.data import corpus
+from hfpretrain.data import corpus, identity
+from hfpretrain.data.identity import source_identity
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 TEXTS = ["first document", "zweites\nDokument", "第三", ""]
@@ -145,17 +146,17 @@ def test_identity_is_the_content_of_files_wherever_they_are(tmp_path):
     (tmp_path / "a").mkdir()
     path = write_jsonl(tmp_path / "a" / "x.jsonl", ["one", "two"])
     source = SourceSection(path="json", data_files=str(path))
-    before = corpus.identity(source)
+    before = source_identity(source)
     os.utime(path)
-    assert corpus.identity(source) == before
+    assert source_identity(source) == before
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert corpus.identity(SourceSection(path="json", data_dir=str(tmp_path / "b"))) == before
+    assert source_identity(SourceSection(path="json", data_dir=str(tmp_path / "b"))) == before
     stat = path.stat()
     path.write_text(path.read_text().replace("two", "TWO"))  # the same size and, below, the same time
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert corpus.identity(source) != before
+    assert source_identity(source) != before
     path.rename(tmp_path / "a" / "x.jsonl.gz")  # other bytes would be read of it
-    assert corpus.identity(SourceSection(path="json", data_files=str(tmp_path / "a" / "x.jsonl.gz"))) != before
+    assert source_identity(SourceSection(path="json", data_files=str(tmp_path / "a" / "x.jsonl.gz"))) != before
 
 
 def test_files_that_have_not_changed_are_not_read_again(tmp_path, monkeypatch):
@@ -188,10 +189,10 @@ def test_what_datasets_reads_has_an_identity(tmp_path, kind):
         "data_dir": SourceSection(path=str(tmp_path / "repo"), data_dir="sub"),
         "slice": SourceSection(path="json", data_files=str(tmp_path / "repo/sub/*"), split="train[:50%]"),
     }[kind]
-    before = corpus.identity(source)
-    assert corpus.identity(source) == before and "before 0" in next(corpus.Reader(source).read()).text
+    before = source_identity(source)
+    assert source_identity(source) == before and "before 0" in next(corpus.Reader(source).read()).text
     write("behind")
-    assert corpus.identity(source) != before
+    assert source_identity(source) != before
 
 
 def test_what_has_no_identity_is_refused(tmp_path, monkeypatch):
@@ -202,14 +203,14 @@ def test_what_has_no_identity_is_refused(tmp_path, monkeypatch):
         SourceSection(path="iceberg"),
     ):
         with pytest.raises(RecipeError, match=r"data\.sources"):
-            corpus.identity(source)
+            source_identity(source)
     memory = fsspec.filesystem("memory")
     memory.pipe("/versions/a.jsonl", b"{}")
     url = SourceSection(path="json", data_files="memory://versions/a.jsonl")
-    assert corpus.identity(url)
-    monkeypatch.setattr(corpus, "_VERSION_KEYS", ())
+    assert source_identity(url)
+    monkeypatch.setattr(identity, "_VERSION_KEYS", ())
     with pytest.raises(RecipeError, match="sends neither ETag"):
-        corpus.identity(url)
+        source_identity(url)
 
 
 def test_an_error_of_the_hub_is_no_revision(monkeypatch):
@@ -223,24 +224,24 @@ def test_an_error_of_the_hub_is_no_revision(monkeypatch):
     monkeypatch.setattr(HfApi, "dataset_info", down)
     for revision in (None, "main", "0" * 40):
         with pytest.raises(RecipeError, match=r"the Hub is down.*HF_HUB_OFFLINE=1"):
-            corpus.identity(SourceSection(path="user/data", revision=revision))
+            source_identity(SourceSection(path="user/data", revision=revision))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="1" * 40))
-    (found,) = corpus.identity(SourceSection(path="user/data"))
+    (found,) = source_identity(SourceSection(path="user/data"))
     assert found["commit"] == "1" * 40
-    assert corpus.identity(SourceSection(path="user/data", revision="1" * 40)) == [found]
+    assert source_identity(SourceSection(path="user/data", revision="1" * 40)) == [found]
     with pytest.raises(RecipeError, match="the local cache has user/data at 1111"):
-        corpus.identity(SourceSection(path="user/data", revision="0" * 40))
+        source_identity(SourceSection(path="user/data", revision="0" * 40))
 
 
 def test_data_dir_may_be_a_url_and_its_changes_are_noticed(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x"])
     for patterns in (None, "*.jsonl"):
         source = SourceSection(path="json", data_dir=f"file://{tmp_path}", data_files=patterns)
-        before = corpus.identity(source)
+        before = source_identity(source)
         assert before and [d.text for d in corpus.Reader(source).read()] == ["x"]
         write_jsonl(tmp_path / "a.jsonl", ["x", "y" * len(before)])
-        assert corpus.identity(source) != before
+        assert source_identity(source) != before
         write_jsonl(tmp_path / "a.jsonl", ["x"])
 
 
@@ -573,7 +574,7 @@ def test_a_folder_named_like_a_format_does_not_shadow_it(tmp_path, monkeypatch, 
     )
     for source in sources:
         assert read(**source, sample_by="document") == ["x"]
-        assert corpus.identity(SourceSection(**source, sample_by="document"))
+        assert source_identity(SourceSection(**source, sample_by="document"))
     (tmp_path / "saved").mkdir()
     for part in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
         (tmp_path / "saved" / part).write_text("{}")

@@ -74,7 +74,7 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(folder, small_p
         f"{SMALL}; import sys, time; close = p._Part.close\n"
         "def slow(self, last):\n    time.sleep(0.03); close(self, last)\n"
         "p._Part.close = slow\n"
-        "from hfpretrain.data.prepare import prepare; from hfpretrain.recipe.schema import load_recipe\n"
+        "from hfpretrain.data.prepare import prepare; from hfpretrain import load_recipe\n"
         "prepare(load_recipe(sys.argv[1]))"
     )
     path, work = prepared_path(interrupted), prepared_path(interrupted).with_suffix(files.INCOMPLETE)
@@ -112,7 +112,7 @@ def test_ten_kills_at_random_moments(folder, small_parts):
         f"{SMALL}; import sys, time; entries = p.files.entries\n"
         "def slow(folder, paths):\n    time.sleep(0.2); return entries(folder, paths)\n"
         "p.files.entries = slow\n"
-        "from hfpretrain.data.prepare import prepare; from hfpretrain.recipe.schema import load_recipe\n"
+        "from hfpretrain.data.prepare import prepare; from hfpretrain import load_recipe\n"
         "prepare(load_recipe(sys.argv[1]))"
     )
     path = str(write_recipe(folder, **changes))

@@ -12,7 +12,7 @@ from hfpretrain.data import prepared
 from hfpretrain.data.encode import Encoder, token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path
 from hfpretrain.data.streaming import StreamingData
-from hfpretrain.data.summary import notes, summary
+from hfpretrain.data.summary import preparation_notes, summary
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.evaluation.score import recipe_texts
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
@@ -52,7 +52,7 @@ def test_a_source_says_whether_special_tokens_in_its_text_are_tokens(folder, cho
     assert load_prepared_tokenizer(made).decode(ids[: ids.index(own.eos_token_id)]) == CODE
     counted = dict.fromkeys(sorted([*MARKS, "<|endoftext|>"]), 60)
     assert made.manifest["sources"][0]["special_tokens"] == counted and "60 <fim_middle>" in summary(made)
-    told = " ".join(notes(made))
+    told = " ".join(preparation_notes(made))
     assert [token in told for token in MARKS] == [chosen != "tokens" and token not in as_tokens for token in MARKS]
     prepared.verify(made.path)
     entry = made.manifest["splits"]["train-0"]
@@ -127,7 +127,7 @@ def test_a_closed_vocabulary_is_asked_nothing_but_the_text(folder, names):
     write_jsonl(folder / "corpus.jsonl", [" ".join(MOVES)] * 50)
     made = prepare(recipe(folder, data__validation_fraction=0.0))
     assert stream(made, "train-0") == [*range(1, 11), own.eos_token_id] * 50
-    assert not notes(made)
+    assert not preparation_notes(made)
     write_jsonl(folder / "corpus.jsonl", [*[" ".join(MOVES)] * 50, "e4 Qh5"])
     with pytest.raises(RecipeError, match=r"tokenizer: .*e4 Qh5"):
         prepare(recipe(folder, data__validation_fraction=0.0))
@@ -168,7 +168,7 @@ def test_text_that_a_tokenizer_leaves_out_or_replaces_is_told(folder):
             tokenizer={"pretrained": str(folder / "tokenizer"), "max_unknown": 0.02},
         )
     )
-    told = " ".join(notes(made))
+    told = " ".join(preparation_notes(made))
     assert "leaves out 0.66% of its characters" in told and "the tokenizer's normalizer replaces" in told
     write_jsonl(folder / "corpus.jsonl", ["Abc xyz"] * 50)
     with pytest.raises(RecipeError, match=r"the tokenizer leaves out 50.00% of its characters"):

@@ -9,7 +9,7 @@ from conftest import hfpretrain, small_text, write_recipe
 from hfpretrain import load_recipe
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import prepare, prepared_path
-from hfpretrain.data.summary import notes
+from hfpretrain.data.summary import preparation_notes
 from hfpretrain.data.tokenizer import (
     END_OF_TEXT,
     _without_long_words,
@@ -19,7 +19,8 @@ from hfpretrain.data.tokenizer import (
     train_tokenizer,
 )
 from hfpretrain.planning.plan import model_config
-from hfpretrain.recipe.schema import RecipeError, TokenizerSection, dump_recipe
+from hfpretrain.recipe.schema import RecipeError, TokenizerSection
+from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training.run_folder import refuse_other_run
 
 BPE = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
@@ -157,7 +158,9 @@ def test_a_vocabulary_smaller_than_asked_is_told_and_counted_where_it_is_known(f
     assert "# parameters       at most 2," in before
     made = prepare(load_recipe(path))
     size = made.manifest["tokenizer_size"]
-    assert notes(made) == [f"the text gives a vocabulary of {size:,} tokens, not the 32,000 of tokenizer.vocab_size"]
+    assert preparation_notes(made) == [
+        f"the text gives a vocabulary of {size:,} tokens, not the 32,000 of tokenizer.vocab_size"
+    ]
     assert model_config(load_recipe(path)).vocab_size == made.manifest["vocab_size"] < 2000
     after = hfpretrain("check", str(path)).stdout
     assert "# parameters       at most" not in after and "# parameters       51," in after

@@ -7,12 +7,13 @@ import torch
 from conftest import hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from tiny_models import LLAMA, build
 
+from hfpretrain import load_recipe
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare
 from hfpretrain.evaluation.sums import DOCUMENTS, loss_sums
 from hfpretrain.evaluation.validation import ValidationSets
 from hfpretrain.recipe.labels import IGNORE_INDEX
-from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain.recipe.schema import RecipeError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from hfpretrain.ladder.laws import Law
 from hfpretrain.ladder.report import ladder
 from hfpretrain.ladder.rungs import Ladder, parse_size
 from hfpretrain.planning import plan
-from hfpretrain.recipe.schema import Recipe, RecipeError, dump_recipe
+from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.recipe.yaml import dump_recipe
 
 SIZES, RATIOS = (6_000, 12_000, 20_000, 32_000), (0.5, 1.0, 2.0)
 LAW = Law(1.7, (20.0, 30.0), (0.35, 0.3))

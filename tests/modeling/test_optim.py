@@ -6,6 +6,7 @@ from conftest import ROOT, recipe_mapping, write_recipe
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfpretrain import load_recipe
 from hfpretrain.engines import engine, pieces
 from hfpretrain.modeling.optim import (
     average,
@@ -19,7 +20,7 @@ from hfpretrain.modeling.optim import (
     set_step,
     undecayed_matrices,
 )
-from hfpretrain.recipe.schema import OptimizerSection, RecipeError, SchedulerSection, load_recipe
+from hfpretrain.recipe.schema import OptimizerSection, RecipeError, SchedulerSection
 
 NAMES = ["adamw", "muon", "adafactor"]
 LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}

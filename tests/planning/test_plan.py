@@ -9,11 +9,12 @@ from conftest import ROOT, environment, hfpretrain, train, write_recipe
 from PIL import Image
 from transformers import AutoConfig
 
+from hfpretrain import load_recipe
 from hfpretrain.modeling import build as modeling
 from hfpretrain.planning import memory, network
 from hfpretrain.planning.plan import make_plan
 from hfpretrain.planning.table import seconds_per_step, table
-from hfpretrain.recipe.schema import ModelSection, RecipeError, load_recipe
+from hfpretrain.recipe.schema import ModelSection, RecipeError
 
 SEVEN_B = ROOT / "recipes" / "llama-7b-fineweb.yaml"
 SIZES = {

@@ -19,10 +19,10 @@ from hub_server import TOKEN, HubError, HubServer, Repo
 from hub_trials import FAULTS, always, first
 from huggingface_hub import ModelCard
 
-from hfpretrain import files
+from hfpretrain import files, load_recipe
 from hfpretrain.publishing import card as run_card
 from hfpretrain.publishing import card_text, outbox
-from hfpretrain.recipe import schema
+from hfpretrain.recipe.schema import RecipeError
 
 BIN = Path(sys.executable).parent
 STEPS = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
@@ -206,7 +206,7 @@ def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
 PUSHES = """
 import sys
 from pathlib import Path
-from hfpretrain.publishing.push import push
+from hfpretrain.publishing.publisher import push
 from hfpretrain.recipe.schema import RecipeError
 for line in sys.stdin:
     try:
@@ -312,7 +312,8 @@ class Attack:
 # Tries `checkpoint.resume_from` with one revision after the other.
 FETCHES = """
 import sys
-from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain import load_recipe
+from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.checkpoints.resume import fetch_start
 for name in sys.argv[2:]:
     changes = ["--optimizer.lr=0.1"] if name == "step-00000004" else []
@@ -422,10 +423,10 @@ def test_what_cannot_be_pushed_is_said_without_a_traceback(world):
     assert missing.returncode == 2 and "no run with checkpoints" in missing.stderr
     refused = world.push(world.folder / "run", "not a name!")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "not a name!" in refused.stderr
-    with pytest.raises(schema.RecipeError, match="hub: `repo_id`: 'a--b' is no name of a repo"):
-        schema.load_recipe(world.recipe(), ["--hub.repo_id=a--b"])
-    with pytest.raises(schema.RecipeError, match="is not of the form hub://USER/NAME@step-00001000"):
-        schema.load_recipe(world.recipe(), ["--checkpoint.resume_from=hub://user/tiny"])
+    with pytest.raises(RecipeError, match="hub: `repo_id`: 'a--b' is no name of a repo"):
+        load_recipe(world.recipe(), ["--hub.repo_id=a--b"])
+    with pytest.raises(RecipeError, match="is not of the form hub://USER/NAME@step-00001000"):
+        load_recipe(world.recipe(), ["--checkpoint.resume_from=hub://user/tiny"])
 
 
 def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):

@@ -8,36 +8,28 @@ import pytest
 import yaml
 from conftest import ROOT, environment, recipe_mapping, write_recipe
 
-import hfpretrain.recipe.schema as recipe_module
 from hfpretrain.modeling.build import config_problems
-from hfpretrain.recipe.schema import (
-    Recipe,
-    RecipeError,
-    accumulation_steps,
-    differences,
-    dump_recipe,
-    json_schema,
-    load_recipe,
-    missing_path,
-    parse_yaml,
-)
+from hfpretrain.recipe import keys
+from hfpretrain.recipe.addresses import missing_path
+from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
+from hfpretrain.recipe.yaml import differences, dump_recipe, parse_yaml, read_recipe
 
 
 def problems(path, *overrides):
     with pytest.raises(RecipeError) as error:
-        load_recipe(path, overrides, checks=[config_problems])
+        read_recipe(path, overrides, checks=[config_problems])
     return {problem.path: problem.message for problem in error.value.problems}
 
 
 def test_dump_reads_back_as_the_same_recipe(folder):
-    recipe = load_recipe(write_recipe(folder))
+    recipe = read_recipe(write_recipe(folder))
     (folder / "again.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(folder / "again.yaml") == recipe
+    assert read_recipe(folder / "again.yaml") == recipe
 
 
 def test_overrides_are_written_before_the_one_validation(folder):
     path = write_recipe(folder)
-    recipe = load_recipe(
+    recipe = read_recipe(
         path, ["--training.max_steps=20", "--data.sources.0.text_column=body", "--model.config.hidden_size=64"]
     )
     assert recipe.training.num_steps == 20
@@ -81,10 +73,10 @@ def test_a_key_of_other_scripts_or_another_section_gets_its_counterpart(folder, 
 
 
 def test_every_counterpart_is_a_key():
-    for name, place in recipe_module._COUNTERPARTS.items():
+    for name, place in keys.COUNTERPARTS.items():
         for key in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", place):
-            assert key in set(recipe_module._paths(Recipe)) or key.startswith("model.config."), (name, key)
-        assert name not in set(recipe_module._paths(Recipe))
+            assert key in set(keys.paths(Recipe)) or key.startswith("model.config."), (name, key)
+        assert name not in set(keys.paths(Recipe))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +179,7 @@ def test_cross_checks_name_path_and_fix(folder, changes, path, fragment):
 def test_a_file_that_is_no_recipe_is_told_as_such(tmp_path, content, message):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(RecipeError, match=re.escape(message)):
-        load_recipe(tmp_path / "recipe.yaml")
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_path_that_is_not_there_is_no_id_of_the_hub(tmp_path, monkeypatch):
@@ -214,8 +206,8 @@ def test_accumulation_is_derived_and_an_impossible_division_lists_the_possible()
 
 
 def test_differences_are_shown_key_by_key(folder):
-    ours = load_recipe(write_recipe(folder))
-    theirs = load_recipe(write_recipe(folder, optimizer__lr=1e-3, training__max_steps=9))
+    ours = read_recipe(write_recipe(folder))
+    theirs = read_recipe(write_recipe(folder, optimizer__lr=1e-3, training__max_steps=9))
     assert {problem.path for problem in differences(ours, theirs)} == {"optimizer.lr", "training.max_steps"}
     assert [problem.path for problem in differences(ours, theirs, ignore=("training",))] == ["optimizer.lr"]
 
@@ -235,7 +227,7 @@ def test_a_mutated_recipe_is_an_error_with_a_path_or_a_recipe(folder):
         path = folder / "mutated.yaml"
         path.write_text(yaml.safe_dump(mutated))
         try:
-            load_recipe(path, checks=[config_problems])
+            read_recipe(path, checks=[config_problems])
             outcomes["valid"] += 1
         except RecipeError as error:
             assert all(problem.path for problem in error.problems)
@@ -244,7 +236,7 @@ def test_a_mutated_recipe_is_an_error_with_a_path_or_a_recipe(folder):
 
 
 def test_schema_file_is_current():
-    assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == json_schema()
+    assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == Recipe.model_json_schema()
 
 
 def test_every_field_has_a_docstring():
@@ -260,7 +252,7 @@ def test_every_field_has_a_docstring():
 
 def test_recipe_needs_no_torch_and_no_hugging_face_library(folder):
     code = (
-        "import sys\nfrom hfpretrain.recipe.schema import load_recipe\nload_recipe(sys.argv[1])\n"
+        "import sys\nfrom hfpretrain.recipe.yaml import read_recipe\nread_recipe(sys.argv[1])\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'datasets', 'accelerate')])"
     )
     command = [sys.executable, "-c", code, str(write_recipe(folder))]

@@ -13,8 +13,8 @@ import small
 import stopping as proof
 from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
 
-from hfpretrain import files
-from hfpretrain.recipe.schema import RecipeError, load_recipe
+from hfpretrain import files, load_recipe
+from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.training.metrics_file import read_metrics as metrics_rows
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
 

@@ -1,0 +1,74 @@
+"""Names of the Hub and paths: which of the two a recipe's value is, and what to say when it does not load."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+IS_LFS_POINTER = "is a Git LFS pointer, not the file: get it with `git lfs pull`"
+
+
+# As `huggingface_hub.utils.validate_repo_id` has it.
+_REPO_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
+
+
+def repo_id_problem(repo_id: str) -> str | None:
+    """Why no repo of the Hub can have this name, None if one can."""
+    if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        return f"{repo_id!r} is no name of a repo; write USER/NAME with letters, digits, `-`, `_` and `.`"
+    return None
+
+
+_SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt", ".gguf", ".txt", ".yaml", ".yml")
+
+
+def missing_path(given: str) -> str | None:
+    """Why `given`, a folder or an id of the Hub, can be neither; None if it exists or may be an id."""
+    path = Path(given)
+    if path.exists():
+        return None
+    is_below_folder = path.parent != Path(".") and path.parent.is_dir()
+    if not (given.startswith((".", "/", "~")) or given.count("/") > 1 or path.suffix in _SUFFIXES or is_below_folder):
+        return None
+    if given.startswith("~"):
+        return f"there is no {given!r}: only the shell expands `~`; write the whole path"
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    return f"there is no file or folder {given!r}{hint}"
+
+
+def not_loaded(given: str, error: Exception) -> str:
+    """What to say of a folder or an id of the Hub that a library does not load."""
+    line = (str(error).splitlines() or [""])[0]
+    line = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
+    path = Path(given)
+    if (path / "train_state.json").is_file():
+        return f"{given!r} is a checkpoint of a run; export it first, `hfpretrain export {given} OUT`, and name OUT"
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
+        return f"{given!r} is a run; did you mean {path / 'model'}?"
+    if path.exists():
+        return f"cannot load {given!r}: {_absent_file(path) or line}"
+    return f"there is no folder {given!r}, and it does not load from the Hub either: {line}"
+
+
+def _absent_file(folder: Path) -> str | None:
+    """Which file of a folder is a broken link or a Git LFS pointer; None if none is."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_symlink() and not file.exists():
+            return f"{file} is a link to {file.readlink()}, which is missing"
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            return f"{file} {IS_LFS_POINTER}"
+    return None
+
+
+def hub_address(address: str) -> tuple[str, str] | None:
+    """Repo and revision of `hub://USER/NAME@REVISION`, None where it is no address of the Hub."""
+    if not address.startswith("hub://"):
+        return None
+    repo_id, _, revision = address.removeprefix("hub://").partition("@")
+    if repo_id_problem(repo_id) is not None or not revision:
+        raise ValueError(f"{address!r} is not of the form hub://USER/NAME@step-00001000")
+    return repo_id, revision

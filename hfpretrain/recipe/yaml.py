@@ -1,0 +1,264 @@
+"""A recipe as YAML: reading it, with overrides of single keys, writing it, and comparing two."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hfpretrain.recipe.keys import known_keys, place_of, unknown_key
+from hfpretrain.recipe.redaction import redacted
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, cross_problems
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars (`no` is a string, 3e-4 a number) without anchors, aliases, merges and duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed: write the value out, a recipe is read by people",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a string", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+        and tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # PyYAML's own constructor reads 010 as octal.
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises `RecipeError` with `origin`, line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
+        fix = "; indent with spaces, tabs are not allowed" if "'\\t'" in str(error.problem) else ""
+        raise RecipeError.at(place, f"{error.problem or error}{fix}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError.at(origin, f"not valid YAML: {error}") from None
+
+
+def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping of a recipe file with `--section.key=value` overrides written into it, not yet validated."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError.at(str(path), "no such recipe file") from None
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 text: {error.reason} {error.object[error.start]:#04x} at byte {error.start}"
+        raise RecipeError.at(str(path), message) from None
+    except OSError as error:
+        raise RecipeError.at(str(path), f"cannot be read: {error.strerror}") from None
+    mapping = parse_yaml(text, str(path))
+    if mapping is None:
+        raise RecipeError.at(str(path), "is empty; a recipe is a mapping of sections, see recipes/quickstart.yaml")
+    if not isinstance(mapping, dict):
+        raise RecipeError.at(str(path), "a recipe is a mapping of sections, see recipes/quickstart.yaml")
+    given = list(overrides)
+    for override, following in itertools.zip_longest(given, given[1:], fillvalue=""):
+        _apply_override(mapping, override, following)
+    return mapping
+
+
+def _apply_override(mapping: dict[str, Any], override: str, following: str) -> None:
+    """Write an override into a recipe's mapping. The error message for a malformed one uses the argument `following`
+    it."""
+    match = re.fullmatch(r"--([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
+    if match is None:
+        raise RecipeError.at(override, f"not an override; write {_as_override(override, following)}")
+    keys, node = match[1].split("."), typing.cast(Any, mapping)
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a list of {len(node)}; no entry {key!r}")
+            slot: Any = int(key)
+        elif isinstance(node, dict):
+            slot = key
+            if not last and node.get(key) is None:
+                node[key] = {}
+        else:
+            raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value, it has no key {key!r}")
+        if last:
+            # A glob is no alias: there are none in recipes.
+            node[slot] = match[2] if match[2].startswith("*") else parse_yaml(match[2], override)
+        else:
+            node = node[slot]
+
+
+def _as_override(argument: str, following: str) -> str:
+    """How an argument such as `--max_steps`, with the one behind it, is spelled as an override."""
+    name = argument.removeprefix("--")
+    if name == argument or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        return "--section.key=value"
+    place = name if "." in name else place_of(name) or name
+    key, _, value = place.partition(": ")
+    value = value or ("VALUE" if not following or following.startswith("--") else following)
+    return f"--{key}={value}" if re.fullmatch(r"[\w.]+", key) else f"{place}, as --section.key=value"
+
+
+def read_recipe(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    checks: Iterable[Callable[[dict[str, Any]], Iterable[Problem]]] = (),
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    `checks` get the raw mapping and give further problems (the model's check of `model.config` needs transformers,
+    which this module must not). Raises `RecipeError` with all problems at once.
+    """
+    mapping = read_mapping(path, overrides)
+    problems: list[Problem] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(mapping)
+        problems += [*_value_problems(mapping, recipe), *cross_problems(recipe)]
+    except ValidationError as error:
+        details = error.errors()
+        # A list whose only entry is wrong counts as empty for pydantic.
+        nested = {detail["loc"][:-1] for detail in details} | {
+            detail["loc"][:2] for detail in details if len(detail["loc"]) > 2
+        }
+        problems += [_problem(d) for d in details if not (d["type"] == "too_short" and d["loc"] in nested)]
+    for check in checks:
+        problems += check(mapping)
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
+    """Values that pydantic silently converts, and values that no run can use."""
+    taken = dict(flatten(recipe.model_dump(mode="json")))
+    for path, value in flatten(mapping):
+        if isinstance(value, bool) and not isinstance(taken.get(path, value), bool):
+            yield Problem(path, f"needs a number (got {str(value).lower()})")
+        elif isinstance(value, int) and abs(value) >= 2**53:
+            yield Problem(path, f"is too large; integers must be below 2**53 (got {value:.3e})")
+        elif isinstance(value, str) and "\0" in value:
+            yield Problem(path, f"holds a NUL character (got {value!r:.100})")
+        elif value == "" and not path.startswith(("evaluation.prompts.", "model.config.")):
+            yield Problem(path, "is an empty string; give a value, or leave the key out")
+
+
+def _problem(detail: Any) -> Problem:
+    """A pydantic error as a dotted path, the value and the fix."""
+    location = list(detail["loc"])
+    if detail["type"] != "extra_forbidden":  # pydantic appends the branch of a union to the path
+        location = [p for p in location if not re.fullmatch(r"bool|str|literal\[.*\]|tuple\[.*\]", str(p))]
+    path = ".".join(str(part) for part in location) or "recipe"
+    if detail["type"] == "extra_forbidden":
+        key, known = str(location[-1]), known_keys(location[:-1])
+        place = place_of(key)
+        return Problem(path, unknown_key(key, known) if place is None else f"unknown key; in a recipe it is {place}")
+    if detail["type"] == "missing":
+        return Problem(path, "is required")
+    message = detail["msg"].removeprefix("Value error, ")
+    value = detail["input"]
+    shown = "" if isinstance(value, (dict, list)) and detail["type"] == "value_error" else f" (got {value!r:.200})"
+    return Problem(path, message + shown)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with defaults, and with `***` for secrets in addresses. `read_recipe` reads it back
+    as the same recipe, except for the secrets."""
+    return dump_mapping(recipe.model_dump(mode="json"))
+
+
+def dump_mapping(mapping: dict[str, Any]) -> str:
+    """The same of a recipe's mapping."""
+    return yaml.safe_dump(redacted(mapping), sort_keys=False, allow_unicode=True)
+
+
+# What may differ when a run is taken up again: none of it changes which text is learned in which step.
+MAY_DIFFER = (
+    "output_dir",
+    "data.prepared_dir",
+    "model.attn_implementation",
+    "model.gradient_checkpointing",
+    "model.dtype",
+    "model.use_liger_kernel",
+    "tokenizer.chat_template",
+    "tokenizer.add_bos",  # what documents begin with is compared
+    "tokenizer.max_unknown",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.micro_batch_size",
+    "training.chunked_loss",
+    "training.compile",
+    "training.stop_after",
+    "training.timeout_seconds",
+    "stability",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "hub",
+)
+
+
+def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
+    """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections.
+
+    Secrets of addresses are left out: an address that is signed anew is the same.
+    """
+    flat_ours, flat_theirs = (dict(flatten(redacted(recipe.model_dump(mode="json")))) for recipe in (ours, theirs))
+    return [
+        Problem(path, f"is {flat_ours.get(path)!r} here, {flat_theirs.get(path)!r} there")
+        for path in sorted(flat_ours.keys() | flat_theirs.keys())
+        if flat_ours.get(path) != flat_theirs.get(path)
+        and not any(path == skipped or path.startswith(skipped + ".") for skipped in ignore)
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of nested mappings and lists."""
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
