@@ -226,7 +226,7 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
         return None, []
     from hfpretrain.data.batches import epochs, epochs_text
     from hfpretrain.modeling import optim
-    from hfpretrain.modeling.build import context_note
+    from hfpretrain.modeling.config import context_note
     from hfpretrain.planning import plan
     from hfpretrain.training import preflight
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size
-from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling.config import load_config, resolve_config, vocabulary_problem
 from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ def check(model: ModelSection, section: TokenizerSection, block_size: int, local
         return []
     if section.pretrained is None:
         if model.pretrained is not None:
-            rows = modeling.load_config(model).vocab_size
+            rows = load_config(model).vocab_size
             if section.vocab_size is not None and section.vocab_size > rows:
-                message = modeling.vocabulary_problem(rows, section.vocab_size, model).message
+                message = vocabulary_problem(rows, section.vocab_size, model).message
                 raise RecipeError.at("tokenizer.vocab_size", message)
         return []
     tokenizer = load_tokenizer(section)
     vocab_size = padded_vocab_size(section, tokenizer)
-    modeling.resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), block_size)
+    resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), block_size)
     return require_related(model, section, tokenizer)
 
 
