@@ -210,8 +210,8 @@ def context_case(kind: str, num_tokens: int) -> float:
     import torch
     from transformers import AutoConfig
 
-    from hfpretrain.modeling import loss
     from hfpretrain.modeling.build import build_model
+    from hfpretrain.modeling.checks import use_chunked_loss
     from hfpretrain.recipe.schema import ModelSection
 
     sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -219,7 +219,7 @@ def context_case(kind: str, num_tokens: int) -> float:
     keywords["max_position_embeddings"] = 2**15
     config = AutoConfig.for_model(**keywords, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = build_model(ModelSection(config=keywords), config, "cpu").train()
-    assert loss.use_chunked_loss(model, True)
+    assert use_chunked_loss(model, True)
 
     def micro_step(length: int) -> None:
         ids = torch.randint(4096, (1, length), generator=torch.Generator().manual_seed(0))
@@ -280,7 +280,7 @@ def many_devices(quick: bool) -> list[Curve]:
     from hfpretrain import load_recipe
     from hfpretrain.modeling.build import build_model
     from hfpretrain.modeling.flops import model_flops_per_token
-    from hfpretrain.modeling.initialization import decoder_layers
+    from hfpretrain.modeling.structure import decoder_layers
     from hfpretrain.planning import devices, memory, network, plan
 
     recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "llama-7b-fineweb.yaml")

@@ -27,8 +27,8 @@ def worker(output: Path) -> None:
     from transformers import AutoConfig
 
     from hfpretrain.engines import distributed, engine
-    from hfpretrain.modeling import build as modeling
     from hfpretrain.modeling import initialization
+    from hfpretrain.modeling.build import build_model
     from hfpretrain.recipe.schema import ModelSection
     from hfpretrain.training.peak_memory import PeakMemory
 
@@ -36,7 +36,7 @@ def worker(output: Path) -> None:
     config = AutoConfig.for_model(**CONFIG)
     memory = PeakMemory()
     with engine.plain_initialisation():
-        model = modeling.build_model(ModelSection(config=CONFIG), config)
+        model = build_model(ModelSection(config=CONFIG), config)
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     weights = initialization.InitialWeights(model, 0)
 

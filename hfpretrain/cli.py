@@ -227,7 +227,7 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     from hfpretrain.data.batches import epochs, epochs_text
     from hfpretrain.data.summary import require_known
     from hfpretrain.modeling import optim
-    from hfpretrain.modeling.build import context_note
+    from hfpretrain.modeling.config import context_note
     from hfpretrain.planning import plan
     from hfpretrain.training import preflight
 

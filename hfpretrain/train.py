@@ -24,7 +24,7 @@ from hfpretrain import files
 from hfpretrain.checkpoints import export, verify
 from hfpretrain.engines import distributed, engine
 from hfpretrain.evaluation.evaluator import is_due
-from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
 from hfpretrain.planning.plan import Settled
 from hfpretrain.publishing import card
@@ -80,7 +80,7 @@ def _explained(run: Run) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if (found := modeling.compile_error(error)) is not None:
+        if (found := compile_error(error)) is not None:
             raise found from None
         if not engine.is_out_of_memory(error):
             raise

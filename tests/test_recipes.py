@@ -8,7 +8,7 @@ from conftest import ROOT, rows, small_text, train
 from transformers import AutoConfig
 
 from hfpretrain import load_recipe
-from hfpretrain.modeling.build import parameters_of_config
+from hfpretrain.modeling.structure import parameters_of_config
 from hfpretrain.recipe.schema import accumulation_steps
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -27,7 +27,8 @@ from hfpretrain.evaluation import score, token_perplexity
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
 from hfpretrain.ladder import subruns
 from hfpretrain.ladder.rungs import Ladder
-from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling.build import build_model
+from hfpretrain.modeling.config import load_config
 from hfpretrain.publishing import card_text
 from hfpretrain.publishing.publisher import Failed, Pushed, Pusher
 from hfpretrain.recipe.redaction import is_redacted, redact, without_folders
@@ -169,8 +170,8 @@ def test_code_beside_a_model_or_tokenizer_is_not_run(plain, tmp_path, marker):
     folder = str(with_code(plain, tmp_path / "own", marker))
     section = ModelSection(pretrained=folder)
     for call in (
-        lambda: modeling.load_config(section),
-        lambda: modeling.build_model(section, transformers.LlamaConfig()),
+        lambda: load_config(section),
+        lambda: build_model(section, transformers.LlamaConfig()),
         lambda: load_tokenizer(TokenizerSection(pretrained=folder)),
         lambda: score._load(folder),
     ):
@@ -200,7 +201,7 @@ def test_pickled_weights_and_adapters_run_nothing(plain, tmp_path, marker):
     for path in (tmp_path / "pickled", adapter):
         section = ModelSection(pretrained=str(path))
         with pytest.raises(RecipeError):
-            modeling.build_model(section, modeling.load_config(section))
+            build_model(section, load_config(section))
         with pytest.raises(RecipeError):
             score._load(str(path))
 

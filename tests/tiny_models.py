@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig
 
-from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling.build import build_model
 from hfpretrain.recipe.schema import ModelSection
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
@@ -22,7 +22,7 @@ SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 
 def build(config, **section):
     torch.manual_seed(0)
-    model = modeling.build_model(ModelSection(config=config, **section), AutoConfig.for_model(**{**SPECIAL, **config}))
+    model = build_model(ModelSection(config=config, **section), AutoConfig.for_model(**{**SPECIAL, **config}))
     assert model.device.type == "meta"
     model.to_empty(device="cpu").init_weights()
     return model

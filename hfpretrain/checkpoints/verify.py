@@ -16,7 +16,7 @@ import torch
 from hfpretrain import files
 from hfpretrain.data.tokenizer import document_start
 from hfpretrain.engines import launch
-from hfpretrain.modeling.initialization import context_length
+from hfpretrain.modeling.config import context_length
 from hfpretrain.recipe.schema import RecipeError
 
 REFERENCE = "reference.safetensors"

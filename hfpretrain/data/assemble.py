@@ -1,4 +1,4 @@
-"""Finished parts to one prepared folder: leftovers, the manifest with its account by source, what stands twice."""
+"""Make one prepared folder of all finished parts: the tokens that parts have left over, the manifest, duplicates."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def assemble(
     extra: dict[str, Any],
     num_workers: int = 1,
 ) -> PreparedData:
-    """Make one prepared folder `path` of all finished `parts` (in their order) of `work`, without copying tokens.
+    """Make the prepared folder `path` of all `parts` in the folder `work`, in their order, without copying tokens.
 
-    Every document begins with the ids of `prefix` and ends with EOS. Every file is compared with the checksum in its
-    part's account first. `extra` goes into the manifest as it is.
-    Raises `RecipeError` for a corpus without text, one shorter than a block, and files that changed since.
+    `prefix`: ids with which every document begins. `extra`: further entries of the manifest. Every file is compared
+    with the checksum in its part's account first. Raises `RecipeError` if the corpus has no text or less than a block,
+    or if a file changed since it was written.
     """
     accounts = {key: account for key in parts if (account := part_account(work, key)) is not None}
     assert len(accounts) == len(parts), "a part is missing"
     if len({account["tokenizer_sha256"] for account in accounts.values()}) > 1:
         raise RecipeError.at("tokenizer", f"parts in {work} were made by different tokenizers; delete the folder")
-    known = _checked(work, accounts)
+    entries = _verified_entries(work, accounts)
     num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
     names = [f"train-{number}" for number in range(num_streams)]
     names += data.validation_splits
@@ -73,24 +73,27 @@ def assemble(
         "hygiene": _duplicates_and_overlap(work, accounts, splits, (eos_token_id, *prefix), num_workers),
         **extra,
     }
-    return PreparedData(path, files.seal(work, path, content, known))
+    return PreparedData(path, files.seal(work, path, content, entries))
 
 
-def _checked(work: Path, accounts: dict[str, Any]) -> dict[str, Any]:
-    """The entries of all files of the parts. A part one of whose files is another is forgotten, and an error."""
+def _verified_entries(work: Path, accounts: dict[str, Any]) -> dict[str, Any]:
+    """The manifest entries of all files of the parts.
+
+    Raises `RecipeError` if a file changed, after deleting its part's account, so that the part is made again.
+    """
     known: dict[str, Any] = {}
     for key, account in accounts.items():
         for name, entry in account["files"].items():
             file = work / name
             if not file.is_file() or file.stat().st_size != entry["size"] or files.sha256(file) != entry["sha256"]:
                 (work / "parts" / f"{key}.json").unlink()
-                raise RecipeError.at(str(file), "is not what was written; run again, and its part is made anew")
+                raise RecipeError.at(str(file), "is not what was written; run again, and its part is made again")
         known |= account["files"]
     return known
 
 
 def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:
-    """What was read, dropped and kept of each source; the validation sources together as the last."""
+    """Counts of what was read, dropped and kept of each source; all validation sources together are the last entry."""
     sources: list[dict[str, Any]] = []
     for number in [*range(num_sources), None]:
         mine = [account for key, account in accounts.items() if part_source(key) == number]
@@ -106,7 +109,7 @@ def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any
         entry["special_tokens"] = dict(sorted(special.items()))
         entry["unknown"] = sum(account.get("unknown", 0) for account in mine)
         samples = [account["sample"] for account in mine if "sample" in account]
-        # Parts without a sample are those that lose nothing.
+        # A part without a sample has lost nothing.
         of_others = sum(min(SAMPLE_CHARS, a["bytes_read"]) for a in mine if "sample" not in a)
         characters = of_others + sum(sample["characters"] for sample in samples)
         for name in ("lost", "replaced"):
@@ -122,7 +125,10 @@ def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any
 def _join_split(
     work: Path, split: str, accounts: dict[str, Any], block_size: int, dtype: np.dtype[Any]
 ) -> dict[str, Any]:
-    """Blocks of what the parts have left over, the files that make the folder one of `datasets`, and the account."""
+    """Finish one split: blocks of the tokens that its parts have left over, and the files that `datasets` needs.
+
+    Returns the manifest's entry of the split.
+    """
     from datasets import DatasetInfo
 
     entries = {key: account["splits"][split] for key, account in accounts.items() if split in account["splits"]}
@@ -196,7 +202,7 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
 def _duplicates_and_overlap(
     work: Path, accounts: dict[str, Any], splits: dict[str, Any], frame: tuple[int, ...], num_workers: int
 ) -> dict[str, Any]:
-    """Exact duplicates among the documents of train and of validation, and n-grams of validation found in train."""
+    """Number of exact duplicates in train and in validation, and n-grams of validation that also occur in train."""
     result: dict[str, Any] = {}
     train, held_out = ([name for name in splits if is_validation(name) == wanted] for wanted in (False, True))
     for kind, names in (("train", train), (VALIDATION, held_out)):

@@ -30,7 +30,7 @@ from hfpretrain.recipe.schema import (
     accumulation_steps,
 )
 
-_PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 5.0
 T = TypeVar("T")
 
 
@@ -293,7 +293,7 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread. If it is waiting for a disk or a server, it ends with the process."""
         self._stopped.set()
-        self._thread.join(_PATIENCE_SECONDS)
+        self._thread.join(PATIENCE_SECONDS)
 
 
 def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | None:
@@ -323,7 +323,7 @@ def _take(items: queue.Queue[T | BaseException], must_stop: Callable[[], bool]) 
         except queue.Empty:
             if must_stop():
                 asked = asked or time.monotonic()
-                if time.monotonic() - asked >= _PATIENCE_SECONDS:
+                if time.monotonic() - asked >= PATIENCE_SECONDS:
                     return None
             continue
         if isinstance(item, BaseException):

@@ -23,7 +23,7 @@ from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
-_GROUP_BYTES = 2**26
+GROUP_BYTES = 2**26
 _SAMPLE_BY = "say what one document is: `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
 # Of columns in a message: the first line of a file that is no table may be a whole document.
 _NAMES, _NAME_CHARS = 12, 60
@@ -115,8 +115,8 @@ class Reader:
         """Neighboring pieces in groups of at least 64 MiB (the last may be smaller); alone if sizes are unknown."""
         groups, start, size = [], 0, 0
         for index, piece in enumerate(self.pieces):
-            size += _GROUP_BYTES if piece.size is None else piece.size
-            if size >= _GROUP_BYTES:
+            size += GROUP_BYTES if piece.size is None else piece.size
+            if size >= GROUP_BYTES:
                 groups.append(range(start, index + 1))
                 start, size = index + 1, 0
         if start < len(self.pieces):

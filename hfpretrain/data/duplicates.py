@@ -1,4 +1,4 @@
-"""What is twice in a corpus: exact duplicates by hashes, and n-grams of the validation text that stand in train."""
+"""Find text that a corpus has twice: exact duplicates by hash, and n-grams of validation that also occur in train."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import numpy as np
 
 _BUCKET = 2**23
 _MAX_NGRAMS = 2**22
-_CHUNK = 2**15  # whose arrays stay in a core's cache
+_CHUNK = 2**15  # tokens whose arrays fit into a core's cache
 # An odd factor and its inverse modulo 2^64.
 _FACTOR = 0x9E3779B97F4A7C15
 _INVERSE = pow(_FACTOR, -1, 2**64)
 
 
 def count_distinct(read: Callable[[], Iterable[np.ndarray]], total: int) -> int:
-    """Distinct values among `total` hashes, uint64 (n,) each; `read` is called once for each 2^23 of them, so that
-    memory does not grow with their number."""
+    """Number of distinct values among `total` hashes.
+
+    `read`: gives all hashes as arrays uint64 (n,). It is called once for each 2^23 of them, and a call looks only at
+    the values of one bucket, so that memory does not grow with their number.
+    """
     buckets = max(1, -(-total // _BUCKET))
     count = 0
     for bucket in range(buckets):
@@ -29,7 +32,7 @@ def count_distinct(read: Callable[[], Iterable[np.ndarray]], total: int) -> int:
 
 
 def first_occurrences(hashes: np.ndarray) -> np.ndarray:
-    """Which of `hashes`, uint64 (n,), stand in no place before: bool (n,)."""
+    """Which of `hashes`, uint64 (n,), have not occurred before: bool (n,)."""
     first = np.zeros(len(hashes), dtype=bool)
     buckets = max(1, -(-len(hashes) // _BUCKET))
     for bucket in range(buckets):
@@ -49,18 +52,17 @@ def ngram_overlap(
     n: int = 13,
     num_workers: int = 1,
 ) -> dict[str, Any]:
-    """How many distinct n-grams of token ids of the validation text stand somewhere in the training text.
+    """How many distinct n-grams of the validation text's token ids occur anywhere in the training text.
 
-    Both are chunks (m,) of streams of documents; n-grams that hold a token of `frame`, with which documents begin and
-    end, do not count.
-    `num_workers` threads look at the chunks of train.
-    13 as in GPT-3 (Brown et al. 2020, appendix C). Above 4 M n-grams, those with the smallest hashes are looked for.
+    `validation`, `train`: the tokens of all documents, in chunks (m,). `frame`: ids that begin and end documents;
+    n-grams with one of them are left out. `num_workers` threads read the chunks of train. n = 13 as in GPT-3 (Brown et
+    al. 2020, appendix C). Of more than 4 M n-grams those with the smallest hashes are looked for.
     """
     hashes = Ngrams(frame, n)
     wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(_overlapping(validation, n - 1))]))
     distinct = len(wanted)
     wanted = wanted[:_MAX_NGRAMS]
-    # A table of the upper bits tells at once that most n-grams of train are not wanted.
+    # Most n-grams of train are not wanted. A table of the hashes' upper bits rules them out quickly.
     shift = np.uint64(64 - max(16, (16 * len(wanted)).bit_length()))
     table = np.zeros(2 ** int(64 - shift), dtype=bool)
     table[wanted >> shift] = True
@@ -88,7 +90,7 @@ def ngram_overlap(
 
 
 def _overlapping(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Chunks that begin with the last `size` elements before them."""
+    """The chunks, each preceded by the last `size` elements before it."""
     before = np.zeros(0, dtype=np.int64)
     for chunk in chunks:
         joined = np.concatenate([before, chunk])
@@ -97,7 +99,7 @@ def _overlapping(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray
 
 
 class Ngrams:
-    """64-bit hashes of all n-grams, by differences of one running sum instead of n products a token."""
+    """64-bit hashes of all n-grams, as differences of one running sum instead of n products for each token."""
 
     def __init__(self, frame: tuple[int, ...], n: int):
         self._frame, self._n = frame, n
@@ -105,7 +107,7 @@ class Ngrams:
         self._powers, self._inverses = (np.cumprod(ones * np.uint64(factor)) for factor in (_FACTOR, _INVERSE))
 
     def __call__(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Chunks of ids (m,) to hashes uint64 (at most m - n + 1,)."""
+        """The hashes of each chunk of ids (m,): uint64, at most (m - n + 1,)."""
         for chunk in chunks:
             for start in range(0, len(chunk), _CHUNK - self._n):
                 yield self._hashes(chunk[start : start + _CHUNK])

@@ -18,7 +18,7 @@ from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSe
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-_LONG_CHARS = 2**18
+LONG_CHARS = 2**18
 _CROSSES_LINE = re.compile(r"[\nĊ][A-Za-z]")
 _PIECE_CHARS, _LINE_START = 2000, re.compile(r"(?<=\S\n)(?=[A-Za-z])")
 
@@ -58,12 +58,12 @@ class Encoder:
         encoding of a long text, many times its size, never lies in memory whole.
         """
         prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
-        short = [text if len(text) <= 2 * _LONG_CHARS else "" for text in texts]
+        short = [text if len(text) <= 2 * LONG_CHARS else "" for text in texts]
         pieces = [list(_lines(text)) if self._cuts_at_lines else [text] for text in short]
         ids = iter(self._ids([piece for some in pieces for piece in some]))
         return [
             np.concatenate(
-                [prefix, *(next(ids) for _ in some), *(self._long(text) if len(text) > 2 * _LONG_CHARS else ()), eos]
+                [prefix, *(next(ids) for _ in some), *(self._long(text) if len(text) > 2 * LONG_CHARS else ()), eos]
             )
             for text, some in zip(texts, pieces, strict=True)
         ]
@@ -177,13 +177,13 @@ class Encoder:
         return ids
 
     def _long(self, text: str) -> Iterator[np.ndarray]:
-        start, near = 0, _LONG_CHARS
-        while near + _LONG_CHARS < len(text):
+        start, near = 0, LONG_CHARS
+        while near + LONG_CHARS < len(text):
             cut = self._cut(text, near)
             if cut is not None:
                 yield from self._ids([text[start:cut]])
                 start = cut
-            near = (cut or near) + _LONG_CHARS
+            near = (cut or near) + LONG_CHARS
         yield from self._ids([text[start:]])
 
     def _cut(self, text: str, near: int, context: int = 512, reach: int = 8192) -> int | None:

@@ -1,10 +1,9 @@
-"""Documents to fixed blocks of token ids on disk, with the manifest that accounts for every document and token.
+"""Tokenize documents and cut them into blocks of fixed size on disk, accounting for every document and token.
 
-Documents are tokenized without special tokens. Each begins with what calling the tokenizer adds before a text (for many
-BOS) and ends with one EOS. The corpus is worked through in parts,
-whose bounds depend on the text alone: a part is packed by itself and sealed by its own account in `parts/`, so that
-preparation can stop anywhere, and several machines can each do some parts. What a part has left over is less than one
-block; `joining.join` makes blocks of all leftovers, and what is left of those stands in the manifest.
+A document begins with what calling the tokenizer adds before a text (often BOS) and ends with one EOS. The corpus is
+divided into parts, whose bounds depend only on the text. Each part is packed alone and is done when its account is in
+`parts/`, so preparation can stop anywhere, and several machines can do different parts. The tokens that are left at the
+end of a part make less than one block; `assemble.assemble` makes blocks of those of all parts.
 """
 
 from __future__ import annotations
@@ -18,47 +17,30 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hfpretrain import files
 from hfpretrain.data import prepared
+from hfpretrain.data.encode import Encoder
 from hfpretrain.data.prepared import READ_COUNTS, SAMPLE_CHARS, RowWriter, is_validation, write_table
 from hfpretrain.recipe.schema import DataSection
 
 PART_CHARS = 2**26
 PART_DOCUMENTS = 2**18
-_BATCH_CHARS, _BATCH_DOCUMENTS = 2**16, 1000
+BATCH_CHARS, BATCH_DOCUMENTS = 2**16, 1000
 _BEST_FIT_TOKENS = 2**21
 
 
-class Encoder(Protocol):
-    """What `tokenizer.Encoder` is."""
-
-    dtype: np.dtype[Any]
-    eos_token_id: int
-    prefix: tuple[int, ...]
-    tokenizer_sha256: str
-
-    def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """The prefix, token ids of each text, and EOS: (n,) of `dtype`."""
-
-    def count_special(self, texts: Iterable[str]) -> Counter[str]:
-        """How often texts spell each special token."""
-
-    def lost_characters(self, text: str) -> tuple[int, int, int]:
-        """Characters of a text, those of them that no token stands for, those that are replaced."""
-
-
-class Item(NamedTuple):
-    """A document, or its part for one split."""
+class SplitText(NamedTuple):
+    """A document, or the part of it that belongs to one split."""
 
     split: str
     text: str
     num_bytes: int
     digest: int
-    """64 bits that are equal for equal texts."""
+    """Hash of the document's text: 64 bits."""
     origin: str
     row: int
     is_whole: bool = True
@@ -66,11 +48,11 @@ class Item(NamedTuple):
 
 
 @dataclass
-class Batch:
-    """Some documents of one part in their order, and what was read to find them."""
+class TextBatch:
+    """Texts that are tokenized together, in their order and all of one part, and counts of what was read for them."""
 
     part: str
-    items: list[Item] = field(default_factory=list)
+    items: list[SplitText] = field(default_factory=list)
     documents_read: int = 0
     documents_kept: int = 0
     bytes_read: int = 0
@@ -82,35 +64,35 @@ class Batch:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to tokenize it."""
-        return self.chars >= _BATCH_CHARS or len(self.items) >= _BATCH_DOCUMENTS
+        """Whether the batch has enough text to be tokenized."""
+        return self.chars >= BATCH_CHARS or len(self.items) >= BATCH_DOCUMENTS
 
 
 def pack(
     work: Path,
-    batches: Iterable[Batch],
+    batches: Iterable[TextBatch],
     encoder: Callable[[str], Encoder],
     bytes_of_token: np.ndarray,
     unknown_id: int | None,
     data: DataSection,
     num_workers: int,
-    progress: Callable[[Batch, int], None] = lambda batch, tokens: None,
+    progress: Callable[[TextBatch, int], None] = lambda batch, tokens: None,
 ) -> None:
     """Tokenize `batches` on `num_workers` threads and write their parts into the folder `work`.
 
-    `encoder`: of a part, by its key. `bytes_of_token`: int64 (vocabulary,). `unknown_id`: the token that stands for
-    text which the tokenizer does not know. A part that is not finished leaves no account and is done again next time.
-    The bytes written depend on the documents alone. `progress` is called with each batch and its tokens.
+    `encoder`: gives the encoder of a part, by the part's key. `bytes_of_token`: int64 (vocabulary,). `unknown_id`: the
+    token for text that the tokenizer does not know. `progress`: called with each batch and its number of tokens. A part
+    that is not finished has no account and is done again next time. The bytes written depend only on the documents.
     """
     for folder in ("parts", "documents"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     part: _Part | None = None
 
-    def encode(batch: Batch) -> _Encoded:
+    def encode(batch: TextBatch) -> _Encoded:
         texts, encode_texts = [item.text for item in batch.items], encoder(batch.part)
         return _Encoded(encode_texts(texts), encode_texts.count_special(texts))
 
-    def write(batch: Batch, encoded: _Encoded) -> None:
+    def write(batch: TextBatch, encoded: _Encoded) -> None:
         nonlocal part
         part = part or _Part(work, batch.part, data, encoder(batch.part), unknown_id)
         part.add(batch, encoded, bytes_of_token)
@@ -119,12 +101,13 @@ def pack(
             part = None
         progress(batch, sum(map(len, encoded.ids)))
 
-    # tokenizers lets go of Python's lock; with one thread of it for each of ours none waits for the longest document.
+    # `tokenizers` releases the GIL, so our threads run in parallel. With threads of its own in each call, they would
+    # wait for the longest document of the batch.
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         with ThreadPoolExecutor(num_workers) as pool:
-            pending: deque[tuple[Batch, Future[_Encoded]]] = deque()
+            pending: deque[tuple[TextBatch, Future[_Encoded]]] = deque()
             try:
                 for batch in batches:
                     pending.append((batch, pool.submit(encode, batch)))
@@ -145,14 +128,14 @@ def pack(
 
 
 class _Encoded(NamedTuple):
-    """The documents of a batch as arrays of `Encoder`, and how often they spell each special token."""
+    """Token ids of each text of a batch, as `Encoder` gives them, and how often the texts spell each special token."""
 
     ids: list[np.ndarray]
     special: Counter[str]
 
 
 class _Part:
-    """One part being packed: a stream for each split, and the account."""
+    """Packs one part: writes the blocks of each split, and at the end the account."""
 
     def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder, unknown_id: int | None):
         self._work, self._key, self._data, self._encoder = work, key, data, encoder
@@ -164,14 +147,14 @@ class _Part:
         self._unknown_id, self._unknown = unknown_id, 0
         self._sample: Counter[str] = Counter()
 
-    def add(self, batch: Batch, encoded: _Encoded, bytes_of_token: np.ndarray) -> None:
+    def add(self, batch: TextBatch, encoded: _Encoded, bytes_of_token: np.ndarray) -> None:
         """Append the documents of a batch."""
         self._special.update(encoded.special)
         self._read.update({name: getattr(batch, name) for name in READ_COUNTS})
         self._dropped.update(batch.dropped)
         for item, ids in zip(batch.items, encoded.ids, strict=True):
-            self._look_for_lost(item.text)
-            if len(ids) == len(self._encoder.prefix) + 1:  # the tokenizer's normalizer has left nothing of the text
+            self._sample_lost_text(item.text)
+            if len(ids) == len(self._encoder.prefix) + 1:  # the normalizer has removed all of the text
                 self._read["bytes_dropped"] += item.num_bytes
                 if item.is_whole:
                     self._read["documents_kept"] -= 1
@@ -184,15 +167,15 @@ class _Part:
                 self._unknown += int((ids == self._unknown_id).sum())
             stream.token_bytes += int(bytes_of_token[ids].sum())
 
-    def _look_for_lost(self, text: str) -> None:
-        """Look at the first documents of a part for text that the tokenizer leaves out or replaces."""
+    def _sample_lost_text(self, text: str) -> None:
+        """Count characters that the tokenizer leaves out or replaces, in the first documents of the part."""
         if self._sample["looked_at"] < SAMPLE_CHARS:
             self._sample["looked_at"] += len(text)
             found = self._encoder.lost_characters(text[:SAMPLE_CHARS])
             self._sample.update(dict(zip(("characters", "lost", "replaced"), found, strict=True)))
 
     def _open(self, split: str) -> _Stream:
-        # Padding would make the validation depend on the packing of the training text.
+        # Validation is always `concat`, so that its loss does not depend on how the training text is packed.
         best_fit = self._data.packing == "best_fit" and not is_validation(split)
         kind = _BestFit if best_fit else _Stream
         stream = kind(self._work, split, self._key, self._data.block_size, self._encoder)
@@ -200,7 +183,7 @@ class _Part:
         return stream
 
     def close(self, ends_group: bool) -> None:
-        """Write what is whole, and last of all the account, which makes the part count."""
+        """Write the blocks that are left, then the account, with which the part is done."""
         splits = {name: stream.close() for name, stream in sorted(self._streams.items())}
         written = sorted(path for stream in self._streams.values() for path in stream.paths)
         account = {
@@ -209,7 +192,7 @@ class _Part:
             "splits": splits,
             "origins": list(self._origins),
             "ends_group": ends_group,
-            # What most text has none of stands here only where there is some.
+            # Most text has none of these, so they are written only if there are some.
             **({"special_tokens": dict(sorted(self._special.items()))} if self._special else {}),
             **({"unknown": self._unknown} if self._unknown else {}),
             **({"sample": dict(self._sample)} if self._sample["lost"] or self._sample["replaced"] else {}),
@@ -220,7 +203,7 @@ class _Part:
 
 
 class _Stream:
-    """Tokens of one split of one part being cut into rows: documents in a row, `concat`."""
+    """Cuts the tokens of one split of one part into rows of a block, one document after another (`concat`)."""
 
     def __init__(self, work: Path, split: str, key: str, block_size: int, encoder: Encoder):
         self._path = work / split / f"data-{key}.arrow"
@@ -237,10 +220,10 @@ class _Stream:
 
     @property
     def paths(self) -> list[Path]:
-        """The files of this stream."""
+        """The files that this stream writes."""
         return [self._path, self._table] if self.rows else [self._table]
 
-    def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
+    def add(self, ids: np.ndarray, item: SplitText, origin: int) -> None:
         """Append one document, prefix and separator included."""
         self._locate(self.tokens + self.separators + self.bos, 0, origin, item.row, item.digest)
         self._count(ids, item)
@@ -253,7 +236,7 @@ class _Stream:
             self._pending = [stream[rows * self._block_size :].copy()]
             self._num_pending = len(self._pending[0])
 
-    def _count(self, ids: np.ndarray, item: Item) -> None:
+    def _count(self, ids: np.ndarray, item: SplitText) -> None:
         self.documents += 1
         self.bytes += item.num_bytes
         self.tokens += len(ids) - 1 - self._prefix_size
@@ -265,8 +248,8 @@ class _Stream:
             self._columns[name].append(value)
         self.digests.append(digest)
 
-    def _rest(self) -> np.ndarray:
-        """What makes no whole row, after all that does is written."""
+    def _write_rows(self) -> np.ndarray:
+        """Write all whole rows; returns the tokens that are left."""
         stream = np.concatenate([np.zeros(0, self._dtype), *self._pending])
         whole = len(stream) // self._block_size * self._block_size
         if whole:
@@ -274,8 +257,8 @@ class _Stream:
         return stream[whole:]
 
     def close(self) -> dict[str, Any]:
-        """Write all that is left, and return the account."""
-        remainder = self._rest()
+        """Write all tokens that are left; returns the account of this split."""
+        remainder = self._write_rows()
         self._writer.close()
         table = {name: np.frombuffer(values, dtype=np.int64) for name, values in self._columns.items()}
         end = self.rows * self._block_size
@@ -305,16 +288,17 @@ class _Stream:
 
 
 class _BestFit(_Stream):
-    """No document shorter than a block is cut: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
+    """Cuts no document shorter than a block: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
 
-    A padded row ends in EOS repeated; a document is never empty, so all but the first of those are padding.
+    A row with room left is filled with EOS. No document is empty, so all EOS at its end but the first are padding.
     """
 
-    def add(self, ids: np.ndarray, item: Item, origin: int) -> None:
+    def add(self, ids: np.ndarray, item: SplitText, origin: int) -> None:
         """Append one document, prefix and separator included."""
         self._count(ids, item)
         size = self._block_size
-        if len(ids) % size == 1:  # the text fills its blocks, whose end separates; a lone EOS would look like padding
+        if len(ids) % size == 1:
+            # EOS alone in the next block would look like padding. The end of the block separates the documents instead.
             ids = ids[:-1]
             self.separators -= 1
         for start in range(0, len(ids), size):
@@ -359,6 +343,6 @@ class _BestFit(_Stream):
             self.rows += self._writer.write(rows.reshape(-1))
         self._pieces, self._num_pending = [], 0
 
-    def _rest(self) -> np.ndarray:
+    def _write_rows(self) -> np.ndarray:
         self._flush()
         return np.zeros(0, self._dtype)

@@ -1,4 +1,4 @@
-"""Corpus, tokenizer and packing put together: from a recipe to prepared data, once for each fingerprint."""
+"""Prepare the data of a recipe: read the sources, train or load the tokenizer, pack, assemble. Done once and reused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hfpretrain.data import assemble, corpus, duplicates, packing, tokenizer
 from hfpretrain.data.corpus import Document, Reader, Splitter
 from hfpretrain.data.encode import Encoder, require_special_tokens, token_bytes, token_dtype, unknown_id
 from hfpretrain.data.identity import fingerprint, source_identity, tokenizer_identity
-from hfpretrain.data.packing import Batch, Item
+from hfpretrain.data.packing import SplitText, TextBatch
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
 from hfpretrain.data.remote_copy import RemoteCopy
 from hfpretrain.data.shards import Shard, ShardRegistry
@@ -41,8 +41,8 @@ from hfpretrain.recipe.schema import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Every tokenizer has this file; it is pushed last, and with it the tokenizer is there.
-_TOKENIZER_MARK = "tokenizer/tokenizer_config.json"
+# Every tokenizer has this file. It is uploaded last, so where it is, the tokenizer is complete.
+_LAST_TOKENIZER_FILE = "tokenizer/tokenizer_config.json"
 _GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ logger = logging.getLogger(__name__)
 def prepared_path(recipe: Recipe) -> Path:
     """The folder of this recipe's prepared data, whether it exists or not.
 
-    Reads all local source files that changed since this machine last read them, and asks the Hub. So only the main
-    process of a run calls it.
+    Only the main process of a run calls it: it reads all local source files that changed since this machine last read
+    them, and asks the Hub.
     """
     sources, validation, of_tokenizer = _identities(recipe)
     identities = [*sources, *validation, of_tokenizer]
@@ -65,8 +65,8 @@ def prepared_path(recipe: Recipe) -> Path:
 def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
     """Whether documents begin with what calling the tokenizer adds before a text.
 
-    `path` gives the prepared folder for either answer. Where one was made with this section, its manifest has the
-    answer, and the tokenizer need not be loaded. Older versions added nothing and did not record it.
+    `path`: the prepared folder for either answer. If one was made with this section, its manifest has the answer, and
+    the tokenizer is not loaded. Older versions added nothing and recorded no answer.
     """
     if section.pretrained is None or section.add_bos is False:
         return False
@@ -78,7 +78,7 @@ def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool
 
 
 def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
-    """What the sources, the validation sources and the tokenizer are now."""
+    """Identities of the sources, of the validation sources, and of the tokenizer."""
     sources = [source_identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
     validation = [
         source_identity(source, f"data.validation_sources.{n}")
@@ -88,20 +88,21 @@ def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
-    """The recipe's prepared data: opened if they are there, made or finished otherwise.
+    """The recipe's prepared data: opened if they exist, otherwise made, or finished.
 
-    `num_workers` threads tokenize, by default one for each core; their number changes no byte. Stopped anywhere, the
-    next call goes on behind the last finished part. Raises `RecipeError` for what is wrong with the sources.
+    `num_workers` threads tokenize, by default one for each core; their number changes no byte of the result. If a call
+    is stopped anywhere, the next one goes on after the last finished part. Raises `RecipeError` if a source is missing,
+    has no text, or has a bad document.
     """
     path = prepared_path(recipe)
-    if PreparedData.open(path) is None:  # what is there may be read-only, so it is not locked
+    if PreparedData.open(path) is None:  # else no lock is needed, and the folder may be read-only
         with _locked(path, ".lock"):
-            prepared = PreparedData.open(path) or _pull(recipe.data.prepared_dir, path)
+            prepared = PreparedData.open(path) or _download(recipe.data.prepared_dir, path)
             if prepared is None:
                 if (path / files.MANIFEST).exists():
                     return open_verified(path)
                 _check_shards(recipe, path)
-                prepared = _Preparation(recipe, path, num_workers or num_cores()).all()
+                prepared = _Preparation(recipe, path, num_workers or num_cores()).finish()
                 _shard_registry(recipe).remove(path.name)
                 require_known(prepared, recipe.tokenizer.max_unknown)
                 return prepared
@@ -111,7 +112,7 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
 
 
 def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData:
-    """Prepared data whose files are as they were sealed; else `RecipeError` that names the file."""
+    """Open prepared data. Raises `RecipeError` that names the file if one is missing or has another checksum."""
     reason = files.damage_if_changed(path, file_read)
     prepared = PreparedData.open(path) if reason is None else None
     if prepared is None:
@@ -120,12 +121,16 @@ def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> P
 
 
 def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | None = None) -> Path:
-    """Shard `index` (from 0) of `count` machines that prepare one corpus in one folder; `prepare` then joins them."""
+    """Make shard `index`, counted from 0, of the `count` shards of one preparation; `prepare` then joins all shards.
+
+    Returns the prepared folder that the shard is part of. Raises `RecipeError` if another shard is made from other
+    sources, tokenizer or library versions.
+    """
     path = prepared_path(recipe)
     with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
-        if (PreparedData.open(path) or _pull(recipe.data.prepared_dir, path)) is None:
+        if (PreparedData.open(path) or _download(recipe.data.prepared_dir, path)) is None:
             _shard_registry(recipe).add(Shard(path.name, _made_from(recipe), index, count))
-            _Preparation(recipe, path, num_workers or num_cores()).parts(index, count)
+            _Preparation(recipe, path, num_workers or num_cores()).make_parts(index, count)
     return path
 
 
@@ -134,7 +139,7 @@ def _shard_registry(recipe: Recipe) -> ShardRegistry:
 
 
 def _made_from(recipe: Recipe) -> dict[str, Any]:
-    """All that decides what a share is, by the recipe's key or the library's name."""
+    """Everything that decides a shard's content, by the recipe's key or the library's name."""
     sources, validation, of_tokenizer = _identities(recipe)
     libraries = ("datasets", "pyarrow", "tokenizers", "transformers")
     return {
@@ -147,8 +152,10 @@ def _made_from(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_shards(recipe: Recipe, path: Path) -> None:
-    """Log which shares of other machines are not used. Raises `RecipeError` for a share of this folder that other
-    versions of the libraries made."""
+    """Log which other machines' shards are not used, and why.
+
+    Raises `RecipeError` if a shard of this folder was made with other versions of the libraries.
+    """
     ours = Shard(path.name, json.loads(json.dumps(_made_from(recipe))))
     others = _shard_registry(recipe).others(ours)
     for other in others:
@@ -157,33 +164,36 @@ def _check_shards(recipe: Recipe, path: Path) -> None:
             message = f"{other} was made by other library versions; delete {path}*"
             raise RecipeError([Problem("prepare", message), *differing])
         if differing:
-            logger.warning("%s is not used, it was made from other data: %s", other, differing[0])
+            logger.warning("%s is not used: it was made from other data: %s", other, differing[0])
     joined = [other for other in others if other.folder == path.name]
     missing = {n + 1 for n in range(max((other.count for other in joined), default=0))} - {s.index + 1 for s in joined}
     if missing:
         names = ", ".join(map(str, sorted(missing)))
-        logger.warning("share(s) %s were never started; their parts are prepared here", names)
+        logger.warning("shard(s) %s were never started; their parts are prepared here", names)
 
 
-def _mirror(prepared_dir: str | None, path: Path) -> RemoteCopy | None:
+def _remote_copy(prepared_dir: str | None, path: Path) -> RemoteCopy | None:
+    """The copy of the prepared folder `path` below `data.prepared_dir`, None if that is no URL."""
     given = prepared_dir or ""
     return RemoteCopy(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
 
 
-def _pull(prepared_dir: str | None, path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData | None:
-    """Prepared data that another machine has finished at the URL of `data.prepared_dir`, copied here and verified."""
-    mirror = _mirror(prepared_dir, path)
-    names = mirror.names() if mirror is not None else set()
-    if mirror is None or files.MANIFEST not in names:
+def _download(
+    prepared_dir: str | None, path: Path, file_read: Callable[[], None] = lambda: None
+) -> PreparedData | None:
+    """Copy the finished folder from the URL `prepared_dir` and verify it; None if it is not finished, or no URL."""
+    remote = _remote_copy(prepared_dir, path)
+    names = remote.list_files() if remote is not None else set()
+    if remote is None or files.MANIFEST not in names:
         return None
     work = path.with_name(path.name + files.INCOMPLETE)
-    logger.info("copying prepared data from %s", mirror.url)
-    mirror.pull(work, [files.MANIFEST])
-    mirror.pull(work, (files.manifest_of(work) or {}).get("files", {}), file_read)
+    logger.info("copying prepared data from %s", remote.url)
+    remote.download(work, [files.MANIFEST])
+    remote.download(work, (files.manifest_of(work) or {}).get("files", {}), file_read)
     reason = files.damage(work, file_read=file_read)
     if reason is not None:
         shutil.rmtree(work)
-        raise RecipeError.at("data.prepared_dir", f"what came from {mirror.url} is damaged: {reason}; run again")
+        raise RecipeError.at("data.prepared_dir", f"what came from {remote.url} is damaged: {reason}; run again")
     files.put_in_place(work, path)
     files.remember(path)
     return PreparedData.open(path)
@@ -210,7 +220,7 @@ def wait_for_prepared(
         time.sleep(poll_seconds)
         if is_url and first_here:
             with _locked(path, ".lock"):
-                _ = PreparedData.open(path) or _pull(prepared_dir, path, file_read)
+                _ = PreparedData.open(path) or _download(prepared_dir, path, file_read)
         elif not is_url and time.monotonic() - start > wait_seconds:
             place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
             advice = "put prepared_dir on a disk that all machines share, or make it a URL that all can reach"
@@ -224,7 +234,7 @@ def wait_for_prepared(
 
 
 def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer that made the blocks. Calling it adds what every document begins with."""
+    """The tokenizer of the prepared data. Calling it adds what every document begins with."""
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer", trust_remote_code=trust_remote_code)
@@ -234,7 +244,7 @@ def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = Fa
 
 @contextlib.contextmanager
 def _locked(path: Path, suffix: str) -> Iterator[None]:
-    """Alone at `path`, with errors of the disk as errors of the user."""
+    """Hold the lock of `path`. Turns errors of the disk into `RecipeError`."""
     from filelock import FileLock, Timeout
 
     try:
@@ -250,17 +260,17 @@ def _locked(path: Path, suffix: str) -> Iterator[None]:
         finally:
             lock.release()
     except OSError as error:
-        if error.errno is None:  # not the disk's
+        if error.errno is None:  # not an error of the disk
             raise
         raise RecipeError.at(
             "data.prepared_dir",
-            f"cannot write {error.filename or path}: {error.strerror or error}; what is finished stays, and the same "
+            f"cannot write {error.filename or path}: {error.strerror or error}; finished parts are kept, and the same "
             "command goes on from there",
         ) from error
 
 
 class _Preparation:
-    """One preparation: the tokenizer, the parts that are still to be done, the joining."""
+    """One preparation: makes the tokenizer and the parts that are not done yet, and assembles the folder."""
 
     def __init__(self, recipe: Recipe, path: Path, num_workers: int):
         import datasets
@@ -269,11 +279,11 @@ class _Preparation:
         self.recipe, self.data, self.path, self.num_workers = recipe, recipe.data, path, num_workers
         self.work = path.with_name(path.name + files.INCOMPLETE)
         self.work.mkdir(exist_ok=True)
-        self.mirror = _mirror(recipe.data.prepared_dir, path)
-        if self.mirror is not None:  # what other machines have done counts
-            there = self.mirror.names()
-            folders = ("tokenizer/", "parts/") if _TOKENIZER_MARK in there else ("parts/",)
-            self.mirror.pull(self.work, [name for name in there if name.startswith(folders)])
+        self.remote = _remote_copy(recipe.data.prepared_dir, path)
+        if self.remote is not None:  # take over what other machines have done
+            there = self.remote.list_files()
+            folders = ("tokenizer/", "parts/") if _LAST_TOKENIZER_FILE in there else ("parts/",)
+            self.remote.download(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
         policy = self.data.on_bad_document
         named = [(number, f"data.sources.{number}", source) for number, source in enumerate(self.data.sources)]
@@ -283,24 +293,24 @@ class _Preparation:
             for number, source in enumerate(self.data.validation_sources)
         ]
         self.tokenizer = self._tokenizer()
-        if self.mirror is not None:
-            self._push_missing(self.mirror, there)
+        if self.remote is not None:
+            self._upload_missing(self.remote, there)
         self.vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, self.tokenizer)
 
-    def _push_missing(self, mirror: RemoteCopy, there: set[str]) -> None:
-        """What an earlier call here had finished and not, or not wholly, pushed."""
-        if _TOKENIZER_MARK not in there:
+    def _upload_missing(self, remote: RemoteCopy, there: set[str]) -> None:
+        """Upload what an earlier call on this machine finished but did not upload completely."""
+        if _LAST_TOKENIZER_FILE not in there:
             names = {f"tokenizer/{file.name}" for file in (self.work / "tokenizer").iterdir()}
-            mirror.push(self.work, [*sorted(names - {_TOKENIZER_MARK}), _TOKENIZER_MARK])
+            remote.upload(self.work, [*sorted(names - {_LAST_TOKENIZER_FILE}), _LAST_TOKENIZER_FILE])
         for file in sorted((self.work / "parts").glob("*-*.json")):
             account = part_account(self.work, file.stem)
             if account is not None and "files" in account and f"parts/{file.name}" not in there:
-                mirror.push(self.work, [*account["files"], f"parts/{file.name}"])
+                remote.upload(self.work, [*account["files"], f"parts/{file.name}"])
 
-    def all(self) -> PreparedData:
-        """Do what is left to do, join, and seal."""
+    def finish(self) -> PreparedData:
+        """Make all parts that are not done and assemble the prepared folder."""
         sources, validation, of_tokenizer = _identities(self.recipe)
-        parts = self.parts(0, 1)
+        parts = self.make_parts(0, 1)
         if prepared_path(self.recipe) != self.path:
             raise RecipeError.at("data.sources", "a source changed while it was prepared; run again")
         extra = {
@@ -318,9 +328,9 @@ class _Preparation:
         shutil.rmtree(self.work / "scan", ignore_errors=True)
         for left in list(self.work.rglob("*" + files.INCOMPLETE)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        if self.mirror is not None:
+        if self.remote is not None:
             for part in parts:
-                self.mirror.pull(self.work, (part_account(self.work, part) or {})["files"])
+                self.remote.download(self.work, (part_account(self.work, part) or {})["files"])
         dtype = token_dtype(self.vocab_size)
         eos = self.tokenizer.eos_token_id
         prefix = tokenizer.document_prefix(self.tokenizer)
@@ -336,16 +346,16 @@ class _Preparation:
             self.num_workers,
         )
         files.remember(self.path)
-        if self.mirror is not None:
-            there = self.mirror.names()
-            self.mirror.push(self.path, (name for name in prepared.manifest["files"] if name not in there))
-            self.mirror.push(self.path, [files.MANIFEST])
+        if self.remote is not None:
+            there = self.remote.list_files()
+            self.remote.upload(self.path, (name for name in prepared.manifest["files"] if name not in there))
+            self.remote.upload(self.path, [files.MANIFEST])
         seconds = time.perf_counter() - self.start_seconds
         logger.info("prepared %s in %.1f s on %d thread(s)", self.path, seconds, self.num_workers)
         return prepared
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer in the work folder: what is begun with one is finished with it."""
+        """The tokenizer in the work folder, made if it is not there: one preparation uses one tokenizer to its end."""
         from transformers import AutoTokenizer
 
         folder = self.work / "tokenizer"
@@ -360,7 +370,7 @@ class _Preparation:
             try:
                 own.rename(folder)
                 return made
-            except OSError:  # another shard was first
+            except OSError:  # another shard on this disk was first
                 shutil.rmtree(own)
         section = self.recipe.tokenizer
         try:
@@ -371,24 +381,24 @@ class _Preparation:
                 "data", f"the tokenizer in {folder} does not load: {what}; delete {self.work}"
             ) from error
 
-    def parts(self, index: int, count: int) -> list[str]:
-        """Do all unfinished parts of share `index` of `count`; returns the keys of all parts if all are done."""
+    def make_parts(self, index: int, count: int) -> list[str]:
+        """Make the unfinished parts of shard `index` of `count`; returns the keys of all its parts, in their order."""
         jobs: list[tuple[int | None, int, Reader]] = [(None, *named) for named in enumerate(self.validation_readers)]
         jobs += [(number, 0, reader) for number, reader in self.readers if not self.data.streaming]
         groups = [(source, (nth, g), reader, pieces) for source, nth, reader in jobs for g, pieces in _groups(reader)]
         self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
-        self.drops = self._drops() if self.data.deduplicate else None
+        self.is_first = self._first_with_text() if self.data.deduplicate else None
         bytes_of_token = token_bytes(self.tokenizer, self.vocab_size)
         logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
         done: list[str] = []
         encoders, unknown = self._encoders(), unknown_id(self.tokenizer)
         with _Progress([reader for _, _, reader in jobs]) as progress:
 
-            def written(batch: Batch, tokens: int) -> None:
+            def written(batch: TextBatch, tokens: int) -> None:
                 progress.update(batch, tokens)
-                if self.mirror is not None and batch.ends_part:
+                if self.remote is not None and batch.ends_part:
                     account = part_account(self.work, batch.part) or {}
-                    self.mirror.push(self.work, [*account["files"], f"parts/{batch.part}.json"])
+                    self.remote.upload(self.work, [*account["files"], f"parts/{batch.part}.json"])
 
             batches = self._batches(groups, index, count, done)
             encoder = lambda part: encoders[_section(self.data, part).special_tokens]  # noqa: E731
@@ -396,15 +406,15 @@ class _Preparation:
         return done
 
     def _encoders(self) -> dict[Any, Encoder]:
-        """An encoder for each way in which sources read special tokens."""
+        """An encoder for each value of `special_tokens` that a source has."""
         first = Encoder(self.tokenizer, token_dtype(self.vocab_size))
         require_special_tokens(self.data, self.tokenizer)
         chosen = {source.special_tokens for source in (*self.data.sources, *self.data.validation_sources)}
         return {special_tokens: first.for_source(special_tokens) for special_tokens in chosen}
 
-    def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[Batch]:
-        """Batches of the parts of one share that have no account yet; appends the key of every part to `done`."""
-        # Whole groups are dealt out where there are enough of them, else the parts of each.
+    def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[TextBatch]:
+        """Batches of one shard's unfinished parts; appends the key of every part to `done`."""
+        # Shards take whole groups of files if there are enough of them, otherwise parts of each group.
         by_group = len(groups) >= count
         for number, (source, (nth, group), reader, pieces) in enumerate(groups):
             if by_group and number % count != index:
@@ -429,7 +439,7 @@ class _Preparation:
                 ordinal += 1
 
     def _finished_group(self, source: int | None, group: int) -> list[str]:
-        """The parts of a group if all are done, which spares reading it; else nothing."""
+        """The keys of a group's parts if all of them are done, so that the group need not be read; else empty."""
         keys: list[str] = []
         while True:
             keys.append(part_key(source, group, len(keys)))
@@ -441,20 +451,20 @@ class _Preparation:
 
     def _part(
         self, key: str, source: int | None, group: int, documents: Iterator[tuple[int, Document]]
-    ) -> Iterator[Batch]:
-        """The batches of one part. It ends after so many characters or documents, whatever they turn into."""
+    ) -> Iterator[TextBatch]:
+        """The batches of one part. Where it ends depends on the characters and documents read, not on what is kept."""
         chars = count = 0
-        batch = Batch(key)
-        drops = None if self.drops is None or source is None else self.drops[source, group]
+        batch = TextBatch(key)
+        is_first = None if self.is_first is None or source is None else self.is_first[source, group]
         held_out = self.data.validation_split(group // _GROUPS_PER_SOURCE) if source is None else ""
         for number, document in documents:
-            if drops is not None and document.text and not drops[number]:
-                routed = [("duplicate", "")]
+            if is_first is not None and document.text and not is_first[number]:
+                splits = [("duplicate", "")]
             else:
-                routed = [(held_out, document.text)] if source is None else self.splitter(document)
+                splits = [(held_out, document.text)] if source is None else self.splitter(document)
                 if source is None and not document.text:
-                    routed = [(document.problem[0] if document.problem else "empty", "")]
-            self._add(batch, document, routed, source)
+                    splits = [(document.problem[0] if document.problem else "empty", "")]
+            self._add(batch, document, splits, source)
             chars, count = chars + len(document.text), count + 1
             if chars >= packing.PART_CHARS or count >= packing.PART_DOCUMENTS:
                 batch.ends_part = True
@@ -462,30 +472,30 @@ class _Preparation:
                 return
             if batch.is_full:
                 yield batch
-                batch = Batch(key)
+                batch = TextBatch(key)
         batch.ends_part = batch.ends_group = True
         yield batch
 
-    def _add(self, batch: Batch, document: Document, routed: list[tuple[str, str]], source: int | None) -> None:
+    def _add(self, batch: TextBatch, document: Document, splits: list[tuple[str, str]], source: int | None) -> None:
         batch.documents_read += 1
         batch.bytes_read += document.num_bytes
         batch.chars += len(document.text)
-        if routed[0][0] != "train" and not is_validation(routed[0][0]):
-            batch.dropped[routed[0][0]] += 1
+        if splits[0][0] != "train" and not is_validation(splits[0][0]):
+            batch.dropped[splits[0][0]] += 1
             batch.bytes_dropped += document.num_bytes
             return
         batch.documents_kept += 1
         digest = int.from_bytes(document.digest[:8], "big")
-        for split, text in routed:
+        for split, text in splits:
             name = f"train-{source if self.data.weights else 0}" if split == "train" else split
             whole = len(text) == len(document.text)
             num_bytes = document.num_bytes if whole else len(text.encode())
-            batch.items.append(Item(name, text, num_bytes, digest, document.origin, document.row, whole))
+            batch.items.append(SplitText(name, text, num_bytes, digest, document.origin, document.row, whole))
 
-    def _drops(self) -> dict[tuple[int, int], np.ndarray]:
-        """For every group of the training sources, which of its documents are the first with their text.
+    def _first_with_text(self) -> dict[tuple[int, int], np.ndarray]:
+        """For every group of the training sources, which of its documents are the first with their text: bool (n,).
 
-        A pass over all text before the one that tokenizes; each group's hashes stay for the next start.
+        Reads all text once before it is tokenized. The hashes of each group are kept on disk for the next start.
         """
         (self.work / "scan").mkdir(exist_ok=True)
         found = {}
@@ -506,7 +516,7 @@ class _Preparation:
 
 
 def _section(data: DataSection, part: str) -> SourceSection:
-    """The source of a part."""
+    """The recipe's section of a part's source."""
     number = part_source(part)
     if number is not None:
         return data.sources[number]
@@ -518,10 +528,7 @@ def _groups(reader: Reader) -> list[tuple[int, range]]:
 
 
 class _Progress:
-    """A bar over the bytes of the files, where their sizes are known, with documents and tokens per second.
-
-    Where nobody watches a terminal, a line every minute.
-    """
+    """A progress bar in bytes of the files, with documents and tokens per second; a line a minute in a log file."""
 
     def __init__(self, readers: list[Reader]):
         from tqdm import tqdm
@@ -530,16 +537,16 @@ class _Progress:
         self._readers = readers
         self._start = time.perf_counter()
         self._documents = self._tokens = 0
-        watched = sys.stderr.isatty()
+        is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             desc="packing",
             total=None if None in sizes else sum(size or 0 for size in sizes),
             unit="B",
             unit_scale=True,
-            mininterval=0.2 if watched else 60,
-            delay=0 if watched else 60,
+            mininterval=0.2 if is_terminal else 60,
+            delay=0 if is_terminal else 60,
             leave=False,
-            dynamic_ncols=watched,
+            dynamic_ncols=is_terminal,
         )
 
     def __enter__(self) -> _Progress:
@@ -548,8 +555,8 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def update(self, batch: Batch, tokens: int) -> None:
-        """Count a batch that is written."""
+    def update(self, batch: TextBatch, tokens: int) -> None:
+        """Count a batch that has been written."""
         self._documents += batch.documents_read
         self._tokens += tokens
         rate = self._tokens / (time.perf_counter() - self._start)

@@ -1,4 +1,4 @@
-"""What prepared data are on disk: blocks, the documents they came from, accounts, and the check of all of it."""
+"""Read prepared data: blocks, the documents they came from, accounts of what was read, and a check of all of these."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = 3
 VALIDATION = "validation"
 ROWS_PER_BATCH = 512
 SAMPLE_CHARS = 2**16
-"""Of each part so many characters are looked at for what the tokenizer leaves out."""
+"""Characters of each part in which text that the tokenizer leaves out or replaces is counted."""
 READ_COUNTS = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
 
 
@@ -30,19 +30,19 @@ class PreparedData:
     manifest: dict[str, Any]
 
     def __repr__(self) -> str:
-        """Without the manifest, which tells of every part and is as long as the corpus is large."""
+        """Leaves out the manifest, which grows with the corpus."""
         splits = {name: f"{split['rows']} blocks" for name, split in self.manifest.get("splits", {}).items()}
         return f"PreparedData({str(self.path)!r}, block_size={self.manifest.get('block_size')}, {splits})"
 
     @classmethod
     def open(cls, path: Path) -> PreparedData | None:
-        """The folder if it is whole, else None."""
+        """The prepared data in a folder, None if it is not complete."""
         manifest = files.manifest_of(path)
         return None if manifest is None else cls(path, manifest)
 
     @property
     def document_prefix(self) -> list[int]:
-        """Ids with which every document begins; none in data of older versions."""
+        """Ids with which every document begins; empty in data of older versions."""
         return list(self.manifest.get("document_prefix", []))
 
     @property
@@ -63,7 +63,7 @@ class PreparedData:
         return [name for name in self.manifest["splits"] if is_validation(name)]
 
     def blocks(self, split: str) -> list[np.ndarray]:
-        """Rows of a split as zero-copy views of its memory-mapped batches: uint16 or uint32 (rows, block_size)."""
+        """Blocks of a split, as memory-mapped arrays: uint16 or uint32 (rows, block_size) each."""
         import datasets
 
         column = datasets.load_from_disk(str(self.path / split)).data.column("input_ids")
@@ -83,11 +83,11 @@ class PreparedData:
         return False
 
     def last_rows(self, split: str) -> np.ndarray:
-        """Rows of a split after which the text does not go on, since a part ends there: int64 (parts,)."""
+        """Rows after which the text does not go on in the next row, because a part ends there: int64 (parts,)."""
         return np.cumsum([rows for _, rows in self.manifest["splits"][split]["parts"]], dtype=np.int64) - 1
 
     def documents(self, split: str, row: int) -> list[tuple[str, int]]:
-        """(file, line or row) of every document that has tokens in row `row` of a split, in their order there."""
+        """(file, line or row) of every document with tokens in block `row` of a split, in their order."""
         parts = iter(self.manifest["splits"][split]["parts"])
         key, rows = next(parts)
         while row >= rows:
@@ -101,9 +101,9 @@ class PreparedData:
         return [(origins[table["origin"][i]], int(table["row"][i])) for i in range(first, end)]
 
     def document_starts(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where in the tokens of a split a document, or the rest of one, begins, and which it is: two int64 (pieces,).
+        """Where in the tokens of a split each document, or each later piece of one, begins, and the document's number.
 
-        Documents are numbered from 0 in their order.
+        Two arrays int64 (pieces,). Documents are numbered from 0 in their order.
         """
         starts, numbers = [], []
         known: dict[tuple[str, int], int] = {}
@@ -119,15 +119,15 @@ class PreparedData:
 
 
 def is_validation(split: str) -> bool:
-    """Whether a split is held out."""
+    """Whether the split of this name is held out from training."""
     return split.partition("-")[0] == VALIDATION
 
 
 def find_prepared(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
-    """The prepared folder that a run was trained on, below one of `roots`; None if it is in none of them.
+    """Find the prepared folder that a run was trained on, in one of `roots`; None if none of them has it.
 
-    `name`: its name, which runs of older versions don't tell. Raises `RecipeError` if the folder of that name is not
-    what the run was trained on.
+    `name`: its name, None if the run is of an older version, which did not record it. `checksum`: of the data that the
+    run was trained on. Raises `RecipeError` if the folder of that name has other data.
     """
     for root in roots:
         for path in [root / name] if name else sorted(root.glob("*")):
@@ -141,9 +141,9 @@ def find_prepared(roots: Iterable[Path], name: str | None, checksum: str) -> Pat
 
 
 def verify(path: Path) -> dict[str, int]:
-    """Check a prepared folder against its manifest: files, rows, separators and the conservation of every token.
+    """Check a prepared folder against its manifest: checksums, and that all documents and tokens add up.
 
-    Raises `RecipeError` that names what does not add up.
+    Returns the numbers of files and tokens. Raises `RecipeError` that names what does not add up.
     """
     reason = files.damage(path)
     if reason is not None:
@@ -199,7 +199,7 @@ def verify(path: Path) -> dict[str, int]:
 
 
 def part_account(work: Path, part: str) -> dict[str, Any] | None:
-    """The account of a part that is done, else None."""
+    """The account of a part, None if the part is not done."""
     try:
         account: dict[str, Any] = json.loads((work / "parts" / f"{part}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -208,12 +208,12 @@ def part_account(work: Path, part: str) -> dict[str, Any] | None:
 
 
 def part_key(source: int | None, group: int, ordinal: int) -> str:
-    """Name of a part: the source's number (None for the validation sources), the group of files, the part in it."""
+    """Name of part number `ordinal` of a group of files; `source`: number of the source, None for validation."""
     return f"{'v' if source is None else source}-{group:05d}-{ordinal:05d}"
 
 
 def part_source(key: str) -> int | None:
-    """The number of a part's source in `data.sources`; None for the validation sources."""
+    """Number of the source that a part belongs to, None for validation."""
     name = key.split("-")[0]
     return None if name == "v" else int(name)
 
@@ -226,7 +226,10 @@ def features(block_size: int, dtype: np.dtype[Any]) -> Any:
 
 
 def token_chunks(folder: Path, split: dict[str, Any]) -> Iterator[np.ndarray]:
-    """The tokens of a split, record batch by record batch, the remainder last; read, not mapped, to stay small."""
+    """The tokens of a split in chunks, the remainder last.
+
+    Reads the files instead of mapping them: pages of mapped files would count as memory of this process.
+    """
     import pyarrow as pa
 
     for key, _ in split["parts"]:
@@ -245,7 +248,7 @@ def write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> dict[str, np.ndarray]:
-    """The columns of a parquet file, by default all."""
+    """The columns of a parquet file (default: all), each (n,)."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path, columns=columns)
@@ -253,13 +256,13 @@ def read_table(path: Path, columns: list[str] | None = None) -> dict[str, np.nda
 
 
 def document_hashes(table: Path) -> np.ndarray:
-    """The hash of each document of a table, uint64 (n,), once also for those in pieces."""
+    """The hash of each document of a table: uint64 (n,), one for a document, even if it is cut into several pieces."""
     columns = read_table(table, ["offset", "digest"])
     return columns["digest"][columns["offset"] == 0].astype(np.uint64)
 
 
 class RowWriter:
-    """An arrow file of rows, made with the first of them, in batches of equal size but the last of a call."""
+    """Writes rows to an Arrow file, which it creates with the first row."""
 
     def __init__(self, path: Path, block_size: int, dtype: np.dtype[Any]):
         self._path, self._block_size = path, block_size
@@ -267,7 +270,7 @@ class RowWriter:
         self._schema = features(block_size, dtype).arrow_schema
 
     def write(self, flat: np.ndarray) -> int:
-        """Append ids (rows * block_size,); returns the number of rows."""
+        """Append ids (rows * block_size,) in record batches of equal size, but the last; returns the number of rows."""
         import pyarrow as pa
 
         if self._file is None:

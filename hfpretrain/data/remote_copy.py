@@ -1,4 +1,4 @@
-"""A folder on any fsspec file system as the common copy of a local one: for machines that share no disk."""
+"""A copy of a local folder at a URL, by which machines without a common disk share their work."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hfpretrain.recipe.schema import RecipeError
 
 
 class RemoteCopy:
-    """`url` holds what several machines have each made of one folder; what is there is never changed.
+    """A folder at `url`, on any file system of fsspec, to which several machines add files; no file is ever changed.
 
-    A folder is complete with its manifest, which is written last. Raises `RecipeError` where the file system's package
-    is missing.
+    The manifest is uploaded last, so a folder with a manifest is complete. Raises `RecipeError` if the Python package
+    for the file system is missing.
     """
 
     def __init__(self, url: str):
@@ -26,8 +26,8 @@ class RemoteCopy:
         except (ImportError, ValueError) as error:
             raise RecipeError.at("data.prepared_dir", f"cannot open {url}: {error}") from error
 
-    def names(self) -> set[str]:
-        """All files there, relative to the folder."""
+    def list_files(self) -> set[str]:
+        """Names of all files there, relative to the folder."""
         self._filesystem.invalidate_cache()
         root = self._root.rstrip("/") + "/"
         try:
@@ -35,15 +35,16 @@ class RemoteCopy:
         except FileNotFoundError:
             return set()
 
-    def pull(
+    def download(
         self,
         folder: Path,
         names: Collection[str] | Mapping[str, dict[str, Any]],
         file_read: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy those files into a local folder that are not there yet, each whole or not at all.
+        """Copy files that a local folder does not have yet into it. Each is copied whole or not at all.
 
-        With entries of a manifest as `names`, a file of another size is copied anew. `file_read` is called after each.
+        `names`: names, or a manifest's entries by name; with entries, a local file of another size is copied again.
+        `file_read`: called after each file.
         """
         for name in names:
             if files.is_outside(name):
@@ -58,8 +59,8 @@ class RemoteCopy:
                 temporary.replace(path)
             file_read()
 
-    def push(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy local files there, in the order given."""
+    def upload(self, folder: Path, names: Iterable[str]) -> None:
+        """Copy files of a local folder to the URL, in the order given."""
         for name in names:
             target = f"{self._root}/{name}"
             self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)

@@ -1,4 +1,4 @@
-"""What was prepared, in sentences: counts by split and source, and what the tokenizer did to the text."""
+"""Describe prepared data: counts by split and source, and what the tokenizer did to the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hfpretrain.recipe.schema import RecipeError
 
 
 def summary(prepared: PreparedData) -> str:
-    """What was prepared: a line for each split, what was dropped of each source, what stands twice."""
+    """Lines on each split, on what was dropped of each source, on the tokenizer, and on duplicates."""
     manifest = prepared.manifest
     lines = [f"prepared data    {prepared.path}"]
     for name, entry in manifest["splits"].items():
@@ -42,7 +42,7 @@ def summary(prepared: PreparedData) -> str:
 
 
 def preparation_notes(prepared: PreparedData) -> list[str]:
-    """A sentence for each way in which tokenizing changed the text, or the recipe's wish, that one should know of."""
+    """Sentences on what the user should know: text that the tokenizer changed, a vocabulary smaller than asked."""
     found = []
     asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
     if asked is not None and size < asked:
@@ -64,7 +64,7 @@ def preparation_notes(prepared: PreparedData) -> list[str]:
 
 
 def require_known(prepared: PreparedData, max_unknown: float) -> None:
-    """Raises `RecipeError` if the tokenizer loses a larger share of a source than `max_unknown`."""
+    """Raises `RecipeError` if the tokenizer does not know, or leaves out, more than `max_unknown` of a source."""
     for number, source in enumerate(prepared.manifest["sources"]):
         for share, what in _lost(source):
             if share > max_unknown:
@@ -75,7 +75,7 @@ def require_known(prepared: PreparedData, max_unknown: float) -> None:
 
 
 def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
-    """The shares of a source that the tokenizer does not know and leaves out, by the manifest, each with a sentence."""
+    """Pairs (share, sentence): how much of a source the tokenizer does not know, and how much it leaves out."""
     tokens = sum(source[kind]["tokens"] for kind in ("train", VALIDATION))
     unknown, lost = source.get("unknown", 0) / max(1, tokens), source.get("lost_share", 0.0)
     return [

@@ -17,8 +17,7 @@ from hfpretrain.data.encode import Encoder, token_bytes, unknown_id
 from hfpretrain.data.tokenizer import document_start, load_tokenizer
 from hfpretrain.evaluation import lm_eval_tasks
 from hfpretrain.evaluation import sums as evaluation
-from hfpretrain.modeling.build import isolates_documents
-from hfpretrain.modeling.loss import use_chunked_loss
+from hfpretrain.modeling.checks import isolates_documents, use_chunked_loss
 from hfpretrain.recipe.addresses import not_loaded
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import (

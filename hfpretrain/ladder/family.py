@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hfpretrain.modeling.build import Parameters, load_config
+from hfpretrain.modeling.config import load_config
+from hfpretrain.modeling.structure import Parameters
 from hfpretrain.planning.plan import model_config, parameters_of
 from hfpretrain.recipe.schema import Recipe, RecipeError
 

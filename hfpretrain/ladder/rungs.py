@@ -12,7 +12,7 @@ from hfpretrain import files
 from hfpretrain.data.prepare import prepare
 from hfpretrain.ladder import laws
 from hfpretrain.ladder.family import Family, Member
-from hfpretrain.modeling.build import config_problems
+from hfpretrain.modeling.config import config_problems
 from hfpretrain.recipe.redaction import secrets_of
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_recipe, read_recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from hfpretrain.modeling.build import Parameters
+from hfpretrain.modeling.structure import Parameters
 
 
 def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: int, block_size: int) -> float:

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from hfpretrain.modeling.structure import decoder_layers
 from hfpretrain.recipe.schema import Problem, RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names that many config classes give the longest context, through `attribute_map` or directly."""
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -190,18 +188,6 @@ def _constructed(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
 
 def _number(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """The longest context of a config by the names that classes give it; None where they set no limit."""
-    found = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
-    return next((number for number in found if isinstance(number, int) and number > 0), None)
-
-
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The stack of transformer blocks: the module list that holds the most parameters."""
-    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
 
 
 def residual_projections(model: PreTrainedModel) -> list[str]:

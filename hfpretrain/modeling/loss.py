@@ -6,18 +6,16 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, linear, pad
 
+from hfpretrain.modeling.structure import causal_lm
 from hfpretrain.recipe.labels import IGNORE_INDEX
-from hfpretrain.recipe.schema import RecipeError
 
 _MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; below it kernel launches cost more than memory
 _ROWS = 2**14
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models that add their output `aux_loss`
-_TOLERANCE = 2e-5  # nats; rounding of a loss of some 10 nats in float32 is a tenth of it
 
 
 def chunk_tokens(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
@@ -45,26 +43,7 @@ def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tens
 
 def is_chunked(model: Any) -> bool:
     """Whether `use_chunked_loss` holds for a model, wrapped by an engine or not; else labels materialise all logits."""
-    return hasattr(_causal_lm(model).get_output_embeddings(), "chunked_loss")
-
-
-def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float = 0.0) -> bool:
-    """Let a model that is called with labels compute its loss in chunks, if that is its loss; says whether.
-
-    Decided on the very model, as the engine prepared it, by its own loss on a small batch; all ranks must call it.
-    Afterwards `model(..., labels, num_items_in_batch)` gives the same `loss`, and `logits` only of a call without
-    labels. Raises `RecipeError` where `wanted` is true and the model's loss is another. `z_loss`: as of `head_loss`.
-    """
-    reason = None if wanted is False else _difference(model)
-    if reason and (wanted is True or z_loss):
-        key, fix = "chunked_loss", "set it to false or auto"
-        if z_loss:
-            key, fix = "z_loss", f"set it from {z_loss} to 0, and chunked_loss to auto, or take an engine other than tp"
-        raise RecipeError.at(f"training.{key}", f"{type(_causal_lm(model)).__name__} {reason}; {fix}")
-    if wanted is False or reason:
-        return False
-    install(_causal_lm(model), z_loss)
-    return True
+    return hasattr(causal_lm(model).get_output_embeddings(), "chunked_loss")
 
 
 @dataclass(frozen=True)
@@ -90,12 +69,12 @@ class StepLoss:
         if self.from_logits:
             inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
             outputs = model(**inputs, use_cache=False)
-            loss = _summed_loss(outputs.logits, batch) / num_items
+            loss = summed_loss(outputs.logits, batch) / num_items
         else:
             outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
             loss = outputs.loss
         if self.adds_own:
-            share = _summed_loss(outputs.logits, batch) / num_items
+            share = summed_loss(outputs.logits, batch) / num_items
             return share, share + (loss - share) / num_micro_batches
         auxiliary = getattr(outputs, "aux_loss", None) if self.coefficient else None
         if auxiliary is None:
@@ -119,56 +98,7 @@ class StepLoss:
         return None
 
 
-def examine_loss(model: Any) -> StepLoss:
-    """Compare the loss of a model's class with the next token's by its own logits, on the model as the engine prepared
-    it. All ranks must call it, after `use_chunked_loss`.
-
-    Two small batches, which differ only in labels and number of items, tell an added term from a different loss.
-    """
-    network = _causal_lm(model)
-    coefficient = next((getattr(network, name) for name in _COEFFICIENTS if hasattr(network, name)), 0.0)
-    first, second = (_class_adds(model, coefficient, shift) for shift in (0, 7))
-    # NaN is not within the tolerance either.
-    if first is None or second is None or not abs(first.unnamed - second.unnamed) <= _TOLERANCE:
-        return StepLoss(from_logits=True, coefficient=coefficient)
-    if abs(first.unnamed) > _TOLERANCE:
-        return StepLoss(adds_own=True)
-    return StepLoss(coefficient=coefficient if first.has_auxiliary else 0.0)
-
-
-@dataclass(frozen=True)
-class _Added:
-    unnamed: float
-    """The class's loss, less the next token's and the weighted `aux_loss`."""
-    has_auxiliary: bool
-
-
-def _class_adds(model: Any, coefficient: float, shift: int) -> _Added | None:
-    """What the class adds to the loss of a batch whose labels are the tokens `shift` places further on; None where it
-    can't be called as training calls it."""
-    network = _causal_lm(model)
-    device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(network.config.get_text_config().vocab_size, (2, 16), generator=draw).to(device)
-    labels = input_ids.roll(shift, 1)
-    labels[:, :: shift + 5] = IGNORE_INDEX
-    batch, num_items = {"input_ids": input_ids, "labels": labels}, torch.tensor(10 + shift)
-    training = model.training
-    model.eval()  # without dropout; in training Ulysses takes sequences of the length of blocks alone
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
-            added = float(outputs.loss) - float(_summed_loss(outputs.logits, batch) / num_items)
-            auxiliary = getattr(outputs, "aux_loss", None)
-            named = 0.0 if auxiliary is None else coefficient * float(auxiliary)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return None
-    finally:
-        model.train(training)
-    return _Added(added - named, auxiliary is not None)
-
-
-def _summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The next-token loss of a batch, float32 (), not divided. `logits` are what the model returned: where the loss is
     computed in its head, they are losses already."""
     targets = batch.get("shift_labels")
@@ -182,53 +112,12 @@ def _summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.
 
 def can_chunk(model: Any) -> bool:
     """Whether the loss can be computed in a model's output embedding, if the model does nothing behind it."""
-    return isinstance(_causal_lm(model).get_output_embeddings(), torch.nn.Linear)
-
-
-def _causal_lm(model: Any) -> Any:
-    from transformers import PreTrainedModel
-
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-
-
-def _difference(model: Any) -> str | None:
-    """Why the chunked loss is not that of the model; None where they are equal to rounding.
-
-    What a model does with logits behind its head (scaling, soft-capping) shows only in large ones, so the head's input
-    is magnified.
-    """
-    network = _causal_lm(model)
-    head = network.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        return f"has no linear output embedding ({type(head).__name__})"
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(head.out_features, (2, 16), generator=generator).to(next(model.parameters()).device)
-    labels = input_ids.clone()
-    labels[:, ::5] = IGNORE_INDEX
-
-    def loss() -> float:
-        return float(model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=10).loss)
-
-    magnify = head.register_forward_pre_hook(lambda _, args: (args[0] * 300, *args[1:]))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            whole = loss()
-            with _installed(network):
-                chunked = loss()
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        return f"computes its loss in its own way ({' '.join(str(error).split()):.100})"
-    finally:
-        magnify.remove()
-        model.train(training)
-    if not abs(whole - chunked) <= 1e-3 * abs(whole):
-        return "changes the logits behind its head, or has another loss than the next token's"
-    return None
+    return isinstance(causal_lm(model).get_output_embeddings(), torch.nn.Linear)
 
 
 @contextmanager
-def _installed(network: Any) -> Iterator[None]:
+def installed(network: Any) -> Iterator[None]:
+    """Within, the loss is computed as `install` says; afterwards as before."""
     undo = install(network)
     try:
         yield

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from hfpretrain.data.prepared import PreparedData
-    from hfpretrain.modeling.build import Parameters
+    from hfpretrain.modeling.structure import Parameters
     from hfpretrain.planning.memory import Engine, Memory, Pass, Shape
 
 DEFAULT_MFU = 0.4
@@ -100,7 +100,7 @@ class Plan:
 
 def model_config(recipe: Recipe) -> PretrainedConfig:
     """The model's config before the data are read. Raises `RecipeError` where the vocabulary is not known yet."""
-    from hfpretrain.modeling.build import load_config
+    from hfpretrain.modeling.config import load_config
 
     known = recipe.model.config is None or "vocab_size" in recipe.model.config
     return load_config(recipe.model) if known else load_config(recipe.model, vocab_size=_vocab_size(recipe))
@@ -139,12 +139,12 @@ def parameters(recipe: Recipe) -> Parameters:
 
 def disk_bytes(recipe: Recipe) -> int:
     """Bytes that a run's checkpoints, one of them being written, and its export take at most at one time."""
-    from hfpretrain.modeling import build as modeling
-    from hfpretrain.modeling.initialization import decoder_layers
+    from hfpretrain.modeling.build import build_model
+    from hfpretrain.modeling.structure import decoder_layers
     from hfpretrain.planning import memory as footprint
 
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
-    model = modeling.build_model(section, model_config(recipe))
+    model = build_model(section, model_config(recipe))
     shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
     checkpoint, export = footprint.disk(shape, recipe.model.dtype)
     return (recipe.checkpoint.keep_last + 1) * checkpoint + export
@@ -164,7 +164,7 @@ def prepared_data(recipe: Recipe) -> PreparedData | None:
 
 def parameters_of(config: PretrainedConfig) -> Parameters:
     """`model.parameters_of_config`, with what a config's values lead to as an error of the user."""
-    from hfpretrain.modeling.build import parameters_of_config
+    from hfpretrain.modeling.structure import parameters_of_config
 
     try:
         return parameters_of_config(config)
@@ -207,9 +207,10 @@ def make_plan(
     unknown engine or device and for a model that cannot be built.
     """
     from hfpretrain.data.encode import token_dtype
-    from hfpretrain.modeling import build as modeling
     from hfpretrain.modeling import loss
-    from hfpretrain.modeling.initialization import decoder_layers
+    from hfpretrain.modeling.build import build_model
+    from hfpretrain.modeling.structure import decoder_layers
+    from hfpretrain.modeling.trainable import freeze_outside_loss
     from hfpretrain.planning import memory as footprint
 
     if num_processes < 1:
@@ -238,10 +239,10 @@ def make_plan(
         section = section.model_copy(update={"attn_implementation": "auto"})
 
     def build() -> PreTrainedModel:
-        return modeling.build_model(section, config, device="cpu")
+        return build_model(section, config, device="cpu")
 
-    model = modeling.build_model(section, config)
-    modeling.freeze_outside_loss(model, block_size)
+    model = build_model(section, config)
+    freeze_outside_loss(model, block_size)
     shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
     chunks = training.chunked_loss is not False if settled.chunked_loss is None else settled.chunked_loss
     chunks = chunks and loss.can_chunk(model)

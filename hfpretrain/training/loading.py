@@ -22,7 +22,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     checks = [trust_problems]
     if find_spec("transformers") is not None:
         from hfpretrain.data.tokenizer import chat_template_problems
-        from hfpretrain.modeling.build import config_problems
+        from hfpretrain.modeling.config import config_problems
 
         checks += [config_problems, chat_template_problems]
     return read_recipe(shipped.find(path, "recipe"), overrides, checks)

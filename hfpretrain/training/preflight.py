@@ -115,22 +115,22 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
     where training would: predictions see later tokens, documents of a block see each other, or the loss can't be
     computed in chunks.
     """
-    from hfpretrain.modeling import build as modeling
-    from hfpretrain.modeling import loss
+    from hfpretrain.modeling import checks
+    from hfpretrain.modeling.structure import count_parameters
 
     training = recipe.training
     blueprint = _model(recipe, "meta")
-    if blueprint is None or modeling.count_parameters(blueprint).total > _TRIED_PARAMETERS:
+    if blueprint is None or count_parameters(blueprint).total > _TRIED_PARAMETERS:
         if training.document_masking is False:
             return []
         return ["whether the model can keep the documents of a block apart is tested when training starts"]
     model = _model(recipe, "cpu")
     assert model is not None
-    modeling.require_causal(model, recipe.model)
-    leak = None if training.document_masking is False else modeling.documents_leak(model, recipe.data.block_size)
+    checks.require_causal(model, recipe.model)
+    leak = None if training.document_masking is False else checks.documents_leak(model, recipe.data.block_size)
     packs = leak is not None and _packs_documents(recipe) if packs_documents is None else packs_documents
-    modeling.settle_masking(training.document_masking, leak, packs)
-    loss.use_chunked_loss(model, training.chunked_loss, training.z_loss)
+    checks.settle_masking(training.document_masking, leak, packs)
+    checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)
     if leak is None or packs_documents is not None:
         return []
     return [f"if a block holds several documents, training asks for training.document_masking: false, since {leak}"]
@@ -138,17 +138,18 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
 
 def _model(recipe: Recipe, device: str) -> PreTrainedModel | None:
     """The recipe's model, on the CPU with random weights; None of one with code of its own."""
-    from hfpretrain.modeling import build as modeling
+    from hfpretrain.modeling.build import build_model
+    from hfpretrain.modeling.config import load_config
 
     # Where the vocabulary follows a tokenizer that may not exist yet: it changes no name and nothing that is tried.
     ids = [n for key, n in (recipe.model.config or {}).items() if key.endswith("token_id") and isinstance(n, int)]
-    config = modeling.load_config(recipe.model, vocab_size=max(511, *ids, 0) + 1)
+    config = load_config(recipe.model, vocab_size=max(511, *ids, 0) + 1)
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
     if section.attn_implementation.startswith(("flash", "flex")):  # which may not run on this machine
         section = section.model_copy(update={"attn_implementation": "auto"})
-    return modeling.build_model(section, config, device=device)
+    return build_model(section, config, device=device)
 
 
 def _packs_documents(recipe: Recipe) -> bool:

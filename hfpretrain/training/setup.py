@@ -41,10 +41,20 @@ from hfpretrain.data.summary import preparation_notes
 from hfpretrain.data.tokenizer import describe_framing, set_chat_template
 from hfpretrain.engines import distributed, engine, launch
 from hfpretrain.evaluation.evaluator import Evaluator
-from hfpretrain.modeling import build as modeling
 from hfpretrain.modeling import initialization, optim
+from hfpretrain.modeling.build import apply_liger_kernel, build_model, compile_layers, compiles, import_code
+from hfpretrain.modeling.checks import (
+    documents_leak,
+    examine_loss,
+    require_causal,
+    routing_note,
+    settle_masking,
+    use_chunked_loss,
+)
+from hfpretrain.modeling.config import context_note, generation_config, load_config, resolve_config
 from hfpretrain.modeling.flops import model_flops_per_token
-from hfpretrain.modeling.loss import examine_loss, use_chunked_loss
+from hfpretrain.modeling.structure import count_parameters, has_experts
+from hfpretrain.modeling.trainable import freeze_outside_loss, train_padding_rows
 from hfpretrain.planning import devices, plan
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, accumulation_steps
@@ -148,9 +158,7 @@ class Run:
         training, watch = self.recipe.training, self.watch
         self.notes: list[str] = []
         self.pinned = recipe = self._at_commits()
-        launch.require_cuttable(
-            modeling.load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size
-        )
+        launch.require_cuttable(load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size)
         watch.from_main("check the model", lambda: self._check_model(recipe))
         said = watch.from_main(
             "check the vocabulary", lambda: vocabulary.check(recipe.model, recipe.tokenizer, recipe.data)
@@ -167,27 +175,27 @@ class Run:
         vocab_size = manifest["vocab_size"]
         self.stops.defer()
         watch.beat("build", 0)
-        config = modeling.resolve_config(
+        config = resolve_config(
             recipe.model, vocab_size, self.tokenizer, manifest["tokenizer_size"], recipe.data.block_size
         )
-        self._note(modeling.context_note(recipe.model, config, recipe.data.block_size))
-        self.generation_config = modeling.generation_config(recipe.model, self.tokenizer)
-        modeling.import_code(config)
+        self._note(context_note(recipe.model, config, recipe.data.block_size))
+        self.generation_config = generation_config(recipe.model, self.tokenizer)
+        import_code(config)
         if recipe.model.attn_implementation.startswith("flex") and self.accelerator.device.type == "cpu":
             raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
         self.peak_memory = PeakMemory()
         with engine.plain_initialisation():
-            model = modeling.build_model(recipe.model, config, seed=recipe.seed)
+            model = build_model(recipe.model, config, seed=recipe.seed)
         self.config, self.attn_implementation = model.config, model.config._attn_implementation
         if recipe.model.attn_implementation == "auto" and self.attn_implementation != "sdpa":
             logger.info("attention is %s: %s has no sdpa", self.attn_implementation, type(model).__name__)
         with engine.plain_initialisation():
-            self.untrained = modeling.freeze_outside_loss(model, recipe.data.block_size)
+            self.untrained = freeze_outside_loss(model, recipe.data.block_size)
         for line in str(self.untrained).splitlines():
             self._note(line)
-        for row in modeling.train_padding_rows(model):
+        for row in train_padding_rows(model):
             self._note(f"token {row} is padding in {config.model_type} and occurs in text, so its embedding is trained")
-        self.parameters, has_experts = modeling.count_parameters(model), modeling.has_experts(model)
+        self.parameters, with_experts = count_parameters(model), has_experts(model)
         decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
         self.undecayed = optim.undecayed_matrices(model, decayed)
         self.optimizer_groups = optim.named_groups(model, recipe.optimizer, decayed, hidden)
@@ -195,7 +203,7 @@ class Run:
         if recipe.model.pretrained is None:
             weights = initialization.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init, watch.unit_done)
         if recipe.model.use_liger_kernel:
-            modeling.apply_liger_kernel(model)
+            apply_liger_kernel(model)
 
         def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
             optimizer = optim.build_optimizer(model, recipe.optimizer, decayed, hidden)
@@ -218,26 +226,26 @@ class Run:
         )
         if engine.precision(self.accelerator) == "fp8":
             # Its layers scale by the largest value there is, so that every token changes every other a little.
-            probe = initialization.filled(modeling.build_model(recipe.model, config, seed=recipe.seed), weights).to(
+            probe = initialization.filled(build_model(recipe.model, config, seed=recipe.seed), weights).to(
                 self.accelerator.device
             )
-        modeling.require_causal(probe, recipe.model, half_precision=self.accelerator.mixed_precision != "no")
+        require_causal(probe, recipe.model, half_precision=self.accelerator.mixed_precision != "no")
         packs = watch.from_main(
             "look for blocks of several documents", lambda: recipe.data.streaming or self.prepared.packs_documents()
         )
         wanted = training.document_masking
-        leak = None if wanted is False else modeling.documents_leak(probe, recipe.data.block_size)
-        self.document_masking = modeling.settle_masking(wanted, leak, packs)
+        leak = None if wanted is False else documents_leak(probe, recipe.data.block_size)
+        self.document_masking = settle_masking(wanted, leak, packs)
         if packs and not self.document_masking:
             self._note("documents in a block are not masked from each other (training.document_masking)")
         self.chunked_loss = use_chunked_loss(self.model, training.chunked_loss, training.z_loss)
         self.step_loss = examine_loss(self.model)
         self._note(self.step_loss.note(type(network).__name__))
-        if has_experts and not self.step_loss.balances:
-            self._note(modeling.routing_note(network))
+        if with_experts and not self.step_loss.balances:
+            self._note(routing_note(network))
         num_micro_steps = training.num_steps * self.accumulation_steps
-        if modeling.compiles(training.compile, num_micro_steps, engine.can_compile(self.accelerator)):
-            modeling.compile_layers(network)
+        if compiles(training.compile, num_micro_steps, engine.can_compile(self.accelerator)):
+            compile_layers(network)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()

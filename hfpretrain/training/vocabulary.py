@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hfpretrain.data.encode import all_sources, require_special_tokens
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size, train_tokenizer
-from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling.config import load_config, resolve_config, vocabulary_problem
 from hfpretrain.recipe.schema import DataSection, ModelSection, Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ def check(model: ModelSection, section: TokenizerSection, data: DataSection, loc
         return []
     if section.pretrained is None:
         if model.pretrained is not None:
-            rows = modeling.load_config(model).vocab_size
+            rows = load_config(model).vocab_size
             if section.vocab_size is not None and section.vocab_size > rows:
-                message = modeling.vocabulary_problem(rows, section.vocab_size, model).message
+                message = vocabulary_problem(rows, section.vocab_size, model).message
                 raise RecipeError.at("tokenizer.vocab_size", message)
         return []
     tokenizer = load_tokenizer(section)
     vocab_size = padded_vocab_size(section, tokenizer)
-    modeling.resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), data.block_size)
+    resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), data.block_size)
     return require_related(model, section, tokenizer)
 
 

@@ -102,6 +102,6 @@ def test_a_section_takes_an_id_with_its_revision(run):
         ModelSection(pretrained="USER/NAME@a", revision="b")
     for given, message in ((checkpoint(run, 4), "hfpretrain export"), (run, f"did you mean {run / 'model'}")):
         with pytest.raises(RecipeError, match=message):
-            from hfpretrain.modeling.build import load_config
+            from hfpretrain.modeling.config import load_config
 
             load_config(ModelSection(pretrained=str(given)))

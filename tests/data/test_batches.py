@@ -184,7 +184,7 @@ def test_prefetched_steps_are_the_steps_and_errors_arrive():
 
 
 def test_a_reader_that_is_blocked_holds_up_no_stop(monkeypatch):
-    monkeypatch.setattr(batches, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.2)
     answer = threading.Event()
     start = time.monotonic()
     coming = Prefetcher(lambda step: answer.wait(60), range(9), pin_memory=False)

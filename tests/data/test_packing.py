@@ -72,7 +72,7 @@ def test_bytes_on_disk_do_not_depend_on_how_documents_arrive(folder, monkeypatch
     monkeypatch.setattr(prepared_format, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(packing, "PART_CHARS", 10_000)
     first = prepare(recipe(folder)).manifest["files"]
-    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 7)
     second = prepare(recipe(folder, data__prepared_dir=str(folder / "other")), num_workers=1).manifest["files"]
     assert sum(name.endswith(".arrow") for name in first) > 8 and first == second
 

@@ -27,14 +27,14 @@ from hfpretrain.recipe.schema import Recipe, RecipeError, TokenizerSection
 
 # Parts and batches as a large corpus has them, with a small one.
 SMALL = (
-    "import hfpretrain.data.packing as p; p.PART_CHARS = 20_000; p._BATCH_CHARS = 4_000; p.prepared.ROWS_PER_BATCH = 8"
+    "import hfpretrain.data.packing as p; p.PART_CHARS = 20_000; p.BATCH_CHARS = 4_000; p.prepared.ROWS_PER_BATCH = 8"
 )
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(packing, "PART_CHARS", 20_000)
-    monkeypatch.setattr(packing, "_BATCH_CHARS", 4_000)
+    monkeypatch.setattr(packing, "BATCH_CHARS", 4_000)
     monkeypatch.setattr(prepared, "ROWS_PER_BATCH", 8)
 
 
@@ -160,7 +160,7 @@ def test_shares_made_from_something_else_are_refused_at_once(folder, monkeypatch
     )
     monkeypatch.chdir(machines["a"])
     prepare_shard(shared, 0, 2)
-    with pytest.raises(RecipeError, match="3 shares here, 2 there"):
+    with pytest.raises(RecipeError, match="3 shards here, 2 there"):
         prepare_shard(shared, 1, 3)
     monkeypatch.chdir(machines["b"])
     prepare_module = importlib.import_module("hfpretrain.data.prepare")
@@ -174,7 +174,7 @@ def test_shares_made_from_something_else_are_refused_at_once(folder, monkeypatch
     with pytest.raises(RecipeError, match=r"data\.sources\.0: \['corpus\.jsonl'.* there"):
         prepare_shard(shared, 1, 2)
     prepare(shared)  # the text of this machine alone, which is said
-    assert "share 1/2" in caplog.text and "other data" in caplog.text
+    assert "shard 1/2" in caplog.text and "other data" in caplog.text
     (machines["b"] / "corpus.jsonl").write_text(text)
     path = prepare_shard(shared, 1, 2)
     assert prepare(shared).path == path and len(list(path.parent.glob("shares-*"))) == 0
@@ -183,7 +183,7 @@ def test_shares_made_from_something_else_are_refused_at_once(folder, monkeypatch
 def test_shares_of_many_files_are_whole_groups(folder, monkeypatch):
     from hfpretrain.data import corpus
 
-    monkeypatch.setattr(corpus, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
     texts = small_text(60)
     for number in range(6):
         write_jsonl(folder / f"part-{number}.jsonl", texts[10 * number : 10 * number + 10])
@@ -236,7 +236,7 @@ def test_what_a_kill_leaves_behind_does_not_stay(folder):
 
 
 def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
-    monkeypatch.setattr(encoding, "_LONG_CHARS", 2_000)
+    monkeypatch.setattr(encoding, "LONG_CHARS", 2_000)
     section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
     draw = random.Random(0)
     lines = [text.replace(" ", draw.choice([" ", "  ", "\n", "\n\n", "\t"]), 5) for text in small_text(300)]
@@ -255,7 +255,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
 def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
     from tokenizers import pre_tokenizers
 
-    monkeypatch.setattr(encoding, "_LONG_CHARS", 1_000)
+    monkeypatch.setattr(encoding, "LONG_CHARS", 1_000)
     trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
     # A space before every text, as many tokenizers have it, makes each piece another text.
     prefix = {"prefix": pre_tokenizers.ByteLevel(add_prefix_space=True), "metaspace": pre_tokenizers.Metaspace()}[how]

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
 from hfpretrain.engines import engine, pieces
-from hfpretrain.modeling import build as modeling
 from hfpretrain.modeling import initialization
+from hfpretrain.modeling.build import build_model
 from hfpretrain.publishing import outbox, publisher
 
 DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
@@ -346,7 +346,7 @@ def test_parameters_that_are_not_trained_stay_as_they_were(tmp_path, name, model
     names = {*said["frozen_by_class"], *said["outside_loss"]}
     first = load_recipe(recipe)
     config = AutoConfig.from_pretrained(run / "config")
-    drawn = dict(initialization.InitialWeights(modeling.build_model(first.model, config), first.seed))
+    drawn = dict(initialization.InitialWeights(build_model(first.model, config), first.seed))
     exported = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
     assert names and all(torch.equal(exported[key], drawn[key]) for key in names)
     before = rows(run, "loss")

@@ -4,17 +4,8 @@ from tiny_models import GPT2, LLAMA, MOE, SMALL, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfpretrain.modeling.build import apply_liger_kernel
-from hfpretrain.modeling.loss import (
-    StepLoss,
-    _fusible,
-    _in_place,
-    chunk_tokens,
-    examine_loss,
-    head_loss,
-    is_chunked,
-    token_losses,
-    use_chunked_loss,
-)
+from hfpretrain.modeling.checks import examine_loss, use_chunked_loss
+from hfpretrain.modeling.loss import StepLoss, _fusible, _in_place, chunk_tokens, head_loss, is_chunked, token_losses
 from hfpretrain.recipe.schema import RecipeError
 
 WITH_BIAS = {**LLAMA, "model_type": "phi"}

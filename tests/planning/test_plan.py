@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import AutoConfig
 
 from hfpretrain import load_recipe
-from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling.build import build_model
+from hfpretrain.modeling.structure import decoder_layers, parameters_of_config
 from hfpretrain.planning import memory, network
 from hfpretrain.planning.plan import make_plan
 from hfpretrain.planning.table import seconds_per_step, table
@@ -37,7 +38,7 @@ def config_of(keywords):
 
 def build(keywords, **section):
     section = ModelSection(config=keywords, **section)
-    return lambda: modeling.build_model(section, config_of(keywords), "cpu")
+    return lambda: build_model(section, config_of(keywords), "cpu")
 
 
 def simulate(keywords, precision="float32", accumulates=True, chunked_loss=False, **section):
@@ -116,15 +117,15 @@ def test_parts_of_a_pass():
 
 
 def test_parameters_active_for_a_token():
-    counts = modeling.parameters_of_config(config_of(MIXTRAL))
+    counts = parameters_of_config(config_of(MIXTRAL))
     experts = 3 * 8 * 3 * 64 * 128  # layers, experts, matrices
     assert counts.total - counts.active == experts * 6 // 8
-    dense = modeling.parameters_of_config(config_of(LLAMA))
+    dense = parameters_of_config(config_of(LLAMA))
     assert dense.active == dense.total and dense.active_non_embedding == dense.non_embedding
     deepseek = {"model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1,
                 "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "kv_lora_rank": 16,
                 "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, **SIZES}  # fmt: skip
-    counts = modeling.parameters_of_config(config_of(deepseek))
+    counts = parameters_of_config(config_of(deepseek))
     assert counts.total - counts.active == 2 * 3 * 64 * 32 * 6  # layers with experts, matrices, experts that rest
     qwen = make_plan(
         load_recipe(ROOT / "recipes" / "qwen3-moe.yaml"), engine="zero1", num_processes=4, device="A100-40GB"
@@ -152,13 +153,13 @@ def test_the_state_agrees_with_the_estimator_of_accelerate():
     recipe = load_recipe(SEVEN_B, changes)
     row = make_plan(recipe, engine="single", device="H100-80GB").engines[0]
     with torch.device("meta"):
-        model = modeling.build_model(recipe.model, config_of(recipe.model.config))
+        model = build_model(recipe.model, config_of(recipe.model.config))
     size, (largest_layer, _) = calculate_maximum_sizes(model)
     size -= sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     theirs = estimate_training_usage(size, "float32")
     assert row.memory.weights == theirs["model"] and row.memory.gradients == theirs["gradients"]
     assert row.memory.optimizer == theirs["optimizer"]
-    shape = memory.model_shape(model, modeling.decoder_layers(model), moments=0)
+    shape = memory.model_shape(model, decoder_layers(model), moments=0)
     assert shape.largest_layer * 4 == largest_layer
     # In 16 bits accelerate counts gradients in float32 and in 16 bits. Autocast turns each 16-bit gradient into float32
     # as soon as it is there, so ours has them once; torch's profiler agrees above.

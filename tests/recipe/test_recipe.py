@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, environment, recipe_mapping, write_recipe
 
-from hfpretrain.modeling.build import config_problems
+from hfpretrain.modeling.config import config_problems
 from hfpretrain.recipe import keys
 from hfpretrain.recipe.addresses import missing_path
 from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps

@@ -8,7 +8,7 @@ from conftest import hfpretrain, recipe_mapping, small_text, train, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hfpretrain.data.tokenizer import train_tokenizer
-from hfpretrain.modeling import build as modeling
+from hfpretrain.modeling.config import generation_config, resolve_config
 from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.training import vocabulary
 
@@ -77,10 +77,10 @@ def test_the_export_ends_where_its_documents_end_and_keeps_the_generation_config
 def test_a_generation_config_that_says_the_tokenizers_ids_stays_as_it_is(base):
     own = AutoTokenizer.from_pretrained(base / "base")
     section = ModelSection(pretrained=str(base / "base"))
-    found = modeling.generation_config(section, own)
+    found = generation_config(section, own)
     assert found.eos_token_id == [0, 321, 7] and found.temperature == 0.6
     (base / "base" / "generation_config.json").unlink()
-    assert modeling.generation_config(section, own) is None
+    assert generation_config(section, own) is None
 
 
 def test_an_eos_that_no_document_ends_with_is_refused(base):
@@ -88,10 +88,10 @@ def test_an_eos_that_no_document_ends_with_is_refused(base):
     for given, is_right in ((5, False), (0, True), ([0, 5], True)):
         section = ModelSection(config={"model_type": "llama", "eos_token_id": given})
         if is_right:
-            assert modeling.resolve_config(section, 384, tokenizer, 322, 32).eos_token_id == given
+            assert resolve_config(section, 384, tokenizer, 322, 32).eos_token_id == given
         else:
             with pytest.raises(RecipeError, match=r"model.config.eos_token_id: 5 is not the tokenizer's EOS, 0"):
-                modeling.resolve_config(section, 384, tokenizer, 322, 32)
+                resolve_config(section, 384, tokenizer, 322, 32)
 
 
 def refused(folder, key, message):

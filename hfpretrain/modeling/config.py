@@ -1,0 +1,314 @@
+"""A model's config: from the recipe's `model` section to a transformers config, checked."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpretrain.recipe.addresses import missing_path, not_loaded
+from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names that many config classes give the longest context, through `attribute_map` or directly."""
+
+
+def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
+    """Problems of `model.config` in a recipe's raw mapping: unknown keys, refused values, too short a context.
+
+    Needs transformers, not torch.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    section = mapping.get("model")
+    keywords = section.get("config") if isinstance(section, dict) else None
+    if not isinstance(keywords, dict) or "model_type" not in keywords:
+        return
+    model_type = str(keywords["model_type"])
+    if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        message = unknown_key(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).replace("unknown key", "no causal LM type")
+        yield Problem("model.config.model_type", f"{message} (got {model_type!r})")
+        return
+    known = known_config_keys(model_type)
+    unknown = [k for k in keywords if k != "model_type" and k not in known and not _is_read_by_model(model_type, k)]
+    for key in unknown:
+        yield Problem(f"model.config.{key}", _unknown_config_key(key, model_type, known))
+    try:
+        given = {key: value for key, value in keywords.items() if key not in unknown}
+        config = AutoConfig.for_model(**{**_special_ids(model_type), **given})
+    except Exception as error:  # a config class may raise anything; each says what it wants
+        yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
+        return
+    if (reason := _not_loadable(config)) is not None:
+        yield Problem("model.config.model_type", f"{reason}; use another model (got {model_type!r})")
+        return
+    data = mapping.get("data")
+    block_size = data.get("block_size") if isinstance(data, dict) else None
+    yield from context_problems(config, block_size)
+    tokenizer = mapping.get("tokenizer")
+    wanted = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
+    if isinstance(wanted, int) and isinstance(keywords.get("vocab_size"), int) and keywords["vocab_size"] < wanted:
+        yield vocabulary_problem(keywords["vocab_size"], wanted)
+
+
+def _not_loadable(config: PretrainedConfig) -> str | None:
+    """Why plain `AutoModelForCausalLM` could not load what a run of this config exports; None if it can.
+
+    Where a config has parts for images or sound, some classes build the text model alone. The export then has the
+    config of that part, of which `AutoModelForCausalLM` may know no class.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"transformers has no causal class for {config.model_type}, so AutoModelForCausalLM can't load it"
+    text_class: Any = config.sub_configs.get("text_config")
+    if text_class is None or text_class in MODEL_FOR_CAUSAL_LM_MAPPING or find_spec("torch") is None:
+        return None
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(model_class, "config_class", None) is not text_class:
+        return None
+    part = config.get_text_config().model_type
+    message = f"{model_class.__name__} would be exported with the config of its text model, {part}"
+    return f"{message}, which AutoModelForCausalLM can't load"
+
+
+def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Problem]:
+    """A problem if blocks are longer than the positions a model has."""
+    for key in CONTEXT_KEYS:
+        positions = getattr(config, key, None)
+        if isinstance(positions, int) and isinstance(block_size, int) and 0 < positions < block_size:
+            yield Problem("data.block_size", f"{block_size} is more than the model's {key} {positions}")
+            return
+
+
+def context_note(section: ModelSection, config: PretrainedConfig, block_size: int) -> str | None:
+    """A note on a new model that has its class's default context length, if blocks are shorter; else None."""
+    key = next((key for key in CONTEXT_KEYS if isinstance(getattr(config, key, None), int)), None)
+    if section.config is None or key is None or set(CONTEXT_KEYS) & set(section.config):
+        return None
+    positions = getattr(config, key)
+    if positions <= block_size:
+        return None
+    return (
+        f"the model has {key} {positions:,}, the default of {config.model_type}, but blocks have "
+        f"{block_size:,} tokens, so later positions are not trained. Set model.config.{key} to change it"
+    )
+
+
+def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSection | None = None) -> Problem:
+    """The problem of a tokenizer with ids that the model has no embedding for; `section` of the model, if known."""
+    if section is not None and section.pretrained is not None:
+        message = (
+            f"has {tokenizer_size} tokens, but {section.pretrained} has embeddings for {vocab_size}; use the model's "
+            f"own tokenizer, or add the rows first: `model.resize_token_embeddings({tokenizer_size})`, then "
+            "`model.save_pretrained(...)`"
+        )
+        return Problem("tokenizer.pretrained", message)
+    return Problem(
+        "model.config.vocab_size",
+        f"{vocab_size} is less than the tokenizer's {tokenizer_size} tokens; leave the key out and it follows the "
+        "tokenizer",
+    )
+
+
+def known_config_keys(model_type: str) -> set[str]:
+    """Keys that a config class reads: its fields, those of `PretrainedConfig`, and its attribute map's aliases."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    keys: set[str] = set()
+    with contextlib.suppress(StrictDataclassError):  # some classes refuse their own defaults
+        keys = {key for key in config_class().to_dict() if not key.startswith("_")}
+    for base in config_class.__mro__:
+        keys.update(key for key in getattr(base, "__annotations__", {}) if not key.startswith("_"))
+    keys |= set(config_class.attribute_map)
+    if "rope_parameters" in keys:
+        keys.add("rope_theta")  # transformers moves it there
+    return keys
+
+
+# Names of one thing that no config declares as aliases: those of GPT-2, OPT, T5, MPT and of Meta's own Llama.
+_SAME = (
+    ("hidden_size", "dim"),
+    ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
+    ("num_key_value_heads", "n_kv_heads"),
+    ("max_position_embeddings", "n_ctx"),
+    ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps"),
+    ("hidden_act", "activation_function", "hidden_activation"),
+    ("attention_dropout", "attn_pdrop"),
+)
+
+
+def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
+    """The message for a key that the config class lacks. If other classes have the key, it says this class's name."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    meant = Counter(name for names in _SAME if key in names for name in names)
+    for other in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        meant.update(name for name, alias in CONFIG_MAPPING[other].attribute_map.items() if alias == key)
+    own = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
+    found = next((own.get(name, name) for name, _ in meant.most_common() if name in known), None)
+    if found is not None:
+        return f"unknown key; {model_type} calls it `{found}`"
+    # Not those of every config, which say nothing of the model.
+    sizes = [name for name in getattr(CONFIG_MAPPING[model_type], "__annotations__", {}) if not name.startswith("_")]
+    return unknown_key(key, known) if difflib.get_close_matches(key, known, 1, 0.5) else unknown_key(key, sizes)
+
+
+def _is_read_by_model(model_type: str, key: str) -> bool:
+    """Whether the model's code reads a key that its config class does not declare, as some do with `head_dim`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = Path(sys.modules[CONFIG_MAPPING[model_type].__module__].__file__ or "")
+    code = path.with_name(path.name.replace("configuration_", "modeling_"))
+    return code.is_file() and re.search(rf'config(\.|, "){re.escape(key)}\b', code.read_text("utf-8")) is not None
+
+
+def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
+    """The config of a model; of a new one `defaults` stand where the section says nothing.
+
+    Raises `RecipeError` if `section.pretrained` has none, or if `AutoModelForCausalLM` could not load the export.
+    """
+    from transformers import AutoConfig
+
+    if section.config is not None:
+        special = _special_ids(str(section.config.get("model_type")), **defaults)
+        config = AutoConfig.for_model(**{**defaults, **special, **section.config})
+        if (reason := _not_loadable(config)) is not None:
+            raise RecipeError.at("model.config.model_type", f"{reason}; use another model")
+        return config
+    if problem := missing_path(section.pretrained or ""):
+        raise RecipeError.at("model.pretrained", problem)
+    try:
+        config = whole_config(section)
+    except Exception as error:  # a broken file may raise anything
+        raise RecipeError.at("model.pretrained", not_loaded(section.pretrained or "", error)) from error
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return config
+    # Of a checkpoint with parts for images or sound the text model alone is trained.
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        message = f"{section.pretrained} is a {config.model_type}, which has several text models"
+        raise RecipeError.at("model.pretrained", f"{message}; use a text-only checkpoint") from error
+    if (reason := _not_loadable(text)) is not None:
+        advice = "use a text-only checkpoint" if text is not config else "use another model"
+        message = f"{section.pretrained} is a {config.model_type}: {reason}; {advice}"
+        raise RecipeError.at("model.pretrained", message)
+    return text
+
+
+def whole_config(section: ModelSection) -> PretrainedConfig:
+    """The config of `section.pretrained` with all its parts, such as those for images."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+
+
+def _special_ids(model_type: str, **known: Any) -> dict[str, Any]:
+    """The special ids of a new model's config: those `known` of the tokenizer, else None.
+
+    A class's defaults may lie outside a small vocabulary, or be other tokens of the tokenizer. Where the class does not
+    accept None, EOS is used, which every tokenizer has; 0 as long as there is no tokenizer.
+    """
+    ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    substitute = ids["eos_token_id"] if ids["eos_token_id"] is not None else 0
+    return {k: substitute if v is None and not _takes_none(model_type, k) else v for k, v in ids.items()}
+
+
+def _takes_none(model_type: str, key: str) -> bool:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(model_type, **{key: None})
+    except (StrictDataclassError, TypeError, ValueError):
+        return False
+    return True
+
+
+def resolve_config(
+    section: ModelSection, vocab_size: int, tokenizer: Any, tokenizer_size: int, block_size: int
+) -> PretrainedConfig:
+    """The model's config. For a new model `vocab_size` and the special ids default to the tokenizer's.
+
+    Raises `RecipeError` for a tokenizer larger than the vocabulary and for blocks longer than the context.
+    """
+    config = load_config(
+        section,
+        vocab_size=vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    problems = [*context_problems(config, block_size), *_special_id_problems(section, tokenizer)]
+    if config.vocab_size < tokenizer_size:
+        problems.append(vocabulary_problem(config.vocab_size, tokenizer_size, section))
+    if problems:
+        raise RecipeError(problems)
+    if section.pretrained is not None:
+        agree_on_special_ids(config, tokenizer)
+    return config
+
+
+def _special_id_problems(section: ModelSection, tokenizer: Any) -> Iterator[Problem]:
+    """An EOS that `model.config` gives and the tokenizer does not put behind documents."""
+    given, own = (section.config or {}).get("eos_token_id"), tokenizer.eos_token_id
+    if given is not None and own not in (given if isinstance(given, list) else [given]):
+        message = f"{given} is not the tokenizer's EOS, {own}, with which documents end; leave the key out to use that"
+        yield Problem("model.config.eos_token_id", message)
+
+
+def agree_on_special_ids(config: Any, tokenizer: Any) -> None:
+    """Set the special ids of a checkpoint's config or generation config to those of the tokenizer it is trained with.
+
+    Of several EOS ids, as many generation configs have, those that are special tokens of the tokenizer are kept after
+    its own. BOS and padding ids are kept if the tokenizer has none.
+    """
+    own, given = tokenizer.eos_token_id, config.eos_token_id
+    ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if own not in ends:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {number for number, token in added.items() if token.special}
+        several = isinstance(given, (list, tuple)) or type(config).__name__ == "GenerationConfig"
+        kept = [number for number in ends if number in special] if several else []
+        config.eos_token_id = [own, *kept] if kept else own
+    for key in ("bos_token_id", "pad_token_id"):
+        if (number := getattr(tokenizer, key)) is not None:
+            setattr(config, key, number)
+
+
+def generation_config(section: ModelSection, tokenizer: Any) -> GenerationConfig | None:
+    """The generation config of `section.pretrained`, with the tokenizer's special ids; None where there is none."""
+    from transformers import GenerationConfig
+
+    if section.pretrained is None:
+        return None
+    try:
+        found = GenerationConfig.from_pretrained(section.pretrained, revision=section.revision)
+    except OSError:  # a checkpoint need not have one; the config's ids stand in
+        return None
+    agree_on_special_ids(found, tokenizer)
+    return found
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest context of a config by the names that classes give it; None where they set no limit."""
+    found = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
