@@ -360,7 +360,8 @@ def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, .
     """Texts, recipe and windows."""
     if (args.recipe is None) == (args.data is None):
         raise RecipeError.at("recipe", "give a recipe or --data FILE, one of the two")
-    from hfpretrain.evaluation.score import Windows, file_texts, recipe_texts
+    from hfpretrain.evaluation.score import Windows
+    from hfpretrain.evaluation.texts import file_texts, recipe_texts
 
     recipe = _load(args, overrides) if args.recipe else None
     texts = file_texts(args.data) if recipe is None else recipe_texts(recipe)
@@ -433,7 +434,7 @@ def _verify_downstream(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from hfpretrain.evaluation import downstream
-    from hfpretrain.evaluation.score import file_texts, recipe_texts
+    from hfpretrain.evaluation.texts import file_texts, recipe_texts
 
     path = Path(args.path)
     model = path / "model" if (path / "model" / "config.json").is_file() else path
@@ -493,7 +494,7 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
         raise RecipeError.at("--max-new-tokens, --top-k, --seed", "at least 1, at least 1, and from 0 to 2**32 - 1")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise RecipeError.at("--temperature", f"{args.temperature} is neither 0 nor between 0.01 and 100")
-    from hfpretrain.evaluation.score import stream_text
+    from hfpretrain.evaluation.prompts import stream_text
 
     stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
 

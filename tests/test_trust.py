@@ -23,7 +23,8 @@ from hfpretrain import cli, files, load_recipe
 from hfpretrain.data import corpus, streaming
 from hfpretrain.data.remote_copy import RemoteCopy
 from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
-from hfpretrain.evaluation import score, token_perplexity
+from hfpretrain.evaluation import token_perplexity
+from hfpretrain.evaluation.checkpoint import load_checkpoint
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
 from hfpretrain.ladder import subruns
 from hfpretrain.ladder.rungs import Ladder
@@ -173,7 +174,7 @@ def test_code_beside_a_model_or_tokenizer_is_not_run(plain, tmp_path, marker):
         lambda: load_config(section),
         lambda: build_model(section, transformers.LlamaConfig()),
         lambda: load_tokenizer(TokenizerSection(pretrained=folder)),
-        lambda: score._load(folder),
+        lambda: load_checkpoint(folder),
     ):
         with pytest.raises(RecipeError, match="custom code"):
             call()
@@ -203,7 +204,7 @@ def test_pickled_weights_and_adapters_run_nothing(plain, tmp_path, marker):
         with pytest.raises(RecipeError):
             build_model(section, load_config(section))
         with pytest.raises(RecipeError):
-            score._load(str(path))
+            load_checkpoint(str(path))
 
 
 def test_state_of_a_stream_runs_nothing(tmp_path, marker):

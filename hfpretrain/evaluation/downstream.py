@@ -15,7 +15,8 @@ import torch
 
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.tokenizer import load_tokenizer
-from hfpretrain.evaluation.score import Texts, Windows, evaluate_checkpoint
+from hfpretrain.evaluation.score import Windows, evaluate_checkpoint
+from hfpretrain.evaluation.texts import Texts
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import RecipeError, TokenizerSection
 

@@ -1,4 +1,4 @@
-"""Text from a model while it trains, under every engine: whole forward passes that all ranks make together."""
+"""Text that a model continues: while it trains, under every engine, and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from hfpretrain.data.tokenizer import document_start
+from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
+from hfpretrain.recipe.schema import RecipeError
 
 _MULTIPLE = 32
 
@@ -55,3 +59,27 @@ def continue_text(
         made.append(token)
     model.train(training)
     return made
+
+
+def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Print `prompt` and what `model` makes of it, token by token."""
+    from transformers import TextStreamer, set_seed
+
+    tokenizer, network = load_checkpoint(model)
+    set_seed(seed)
+    # As a document begins in training.
+    ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
+    require_embedded(network, max(ids))
+    context = getattr(network.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
+    if len(ids) >= context:
+        raise RecipeError.at("prompt", f"its {len(ids)} tokens leave no room in the model's context of {context}")
+    input_ids = torch.tensor([ids], device=network.device)
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    network.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=min(max_new_tokens, context - len(ids)),
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampled,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,31 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hfpretrain.checkpoints import locate
-from hfpretrain.data import corpus
 from hfpretrain.data.batches import collate
 from hfpretrain.data.encode import Encoder, token_bytes, unknown_id
-from hfpretrain.data.tokenizer import document_start, load_tokenizer
 from hfpretrain.evaluation import lm_eval_tasks
 from hfpretrain.evaluation import sums as evaluation
+from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
+from hfpretrain.evaluation.texts import Texts, checked_texts, recipe_texts
 from hfpretrain.modeling.checks import isolates_documents, use_chunked_loss
-from hfpretrain.recipe.addresses import not_loaded
 from hfpretrain.recipe.labels import IGNORE_INDEX
-from hfpretrain.recipe.schema import (
-    DataSection,
-    LmEvalSection,
-    Problem,
-    Recipe,
-    RecipeError,
-    SourceSection,
-    TokenizerSection,
-)
+from hfpretrain.recipe.schema import LmEvalSection, Recipe, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-Texts = dict[str, list[str]]
-"""Documents of each set of them, by its name."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ def evaluate_perplexity(
     if isinstance(texts, Recipe):
         documents = recipe_texts(texts)
     else:
-        documents = _checked(texts if isinstance(texts, Mapping) else {"": texts})
+        documents = checked_texts(texts if isinstance(texts, Mapping) else {"": texts})
     windows = Windows(block_size, stride, batch_size)
     if isinstance(model, (str, Path)):
         return evaluate_checkpoint(str(model), documents, recipe, windows)
@@ -94,24 +81,6 @@ def evaluate_perplexity(
         return _score_network(tokenizer, model, documents, recipe, windows).report
     finally:
         model.train(training)
-
-
-def _checked(texts: Mapping[str, Sequence[str]]) -> Texts:
-    """Documents by set, if they are: a string would be taken for a list of letters."""
-    checked: Texts = {}
-    for name, documents in texts.items():
-        path = f"texts.{name}" if name else "texts"
-        if isinstance(documents, str) or not isinstance(documents, Iterable):
-            raise RecipeError.at(path, f"is one {type(documents).__name__}; give a list of documents")
-        checked[name] = list(documents)
-        for number, text in enumerate(checked[name]):
-            if not isinstance(text, str):
-                raise RecipeError.at(f"{path}.{number}", f"is a {type(text).__name__}, not a text")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise RecipeError.at(f"{path}.{number}", f"is no valid Unicode: {error.reason}") from error
-    return checked
 
 
 def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
@@ -161,126 +130,15 @@ def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, win
 def evaluate_tasks(model: str, section: LmEvalSection, batch_size: int) -> dict[str, Any]:
     """lm-eval's results of `model` in float32: `results` by task, `n-samples`, `n-shot`, `versions`."""
     wanted = lm_eval_tasks.Tasks(section, "--tasks")
-    tokenizer, network = _load(model)
+    tokenizer, network = load_checkpoint(model)
     ours = lm_eval_tasks.shared_language_model(
         network, tokenizer, network.device, batch_size, lm_eval_tasks.Processes()
     )
     return wanted.run(ours)
 
 
-def recipe_texts(recipe: Recipe) -> Texts:
-    """The documents that a recipe holds out, by split."""
-    if not recipe.data.has_validation:
-        raise RecipeError.at("data", "the recipe holds no validation text out")
-    texts: Texts = {}
-    for source, split, text in _held_out(recipe.data):
-        texts.setdefault(split.removeprefix("validation-"), []).append(_Text(text).of(source))
-    return texts
-
-
-class _Text(str):
-    """A document that knows how its source reads special tokens."""
-
-    special_tokens: str | tuple[str, ...] = "text"
-
-    def of(self, source: SourceSection) -> _Text:
-        self.special_tokens = source.special_tokens
-        return self
-
-
-def _held_out(data: DataSection) -> Iterator[tuple[SourceSection, str, str]]:
-    """Source, split and text of the documents that are held out."""
-    key = "validation_sources" if data.validation_sources else "sources"
-    sources: tuple[SourceSection, ...] = getattr(data, key)
-    if len({source.special_tokens for source in sources}) == 1:
-        yield from ((sources[0], *found) for found in corpus.validation_documents(data))
-        return
-    for source in sources:  # one at a time, which changes nothing of what is held out
-        for split, text in corpus.validation_documents(data.model_copy(update={key: (source,)})):
-            yield source, split, text
-
-
-def file_texts(names: list[str]) -> Texts:
-    """The documents of files, each given as FILE or NAME=FILE: one in a .txt, those under `text` in a .jsonl."""
-    texts: Texts = {}
-    for given in names:
-        name, _, path = (
-            given.partition("=") if "=" in given and not Path(given).exists() else (Path(given).name, "", given)
-        )
-        if not Path(path).exists():
-            raise RecipeError.at("--data", f"no such file: {path}")
-        suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
-        if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
-            raise RecipeError.at("--data", f"{path} is neither a .txt nor a .jsonl file")
-        is_text = suffixes[-1] == ".txt"
-        source = SourceSection(
-            path="text" if is_text else "json", data_files=path, sample_by="document" if is_text else None
-        )
-        texts.setdefault(name, []).extend(d.text for d in corpus.Reader(source, "--data").read() if d.text)
-    return texts
-
-
-def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Print `prompt` and what `model` makes of it, token by token."""
-    from transformers import TextStreamer, set_seed
-
-    tokenizer, network = _load(model)
-    set_seed(seed)
-    # As a document begins in training.
-    ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
-    _require_embedded(network, max(ids))
-    context = getattr(network.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
-    if len(ids) >= context:
-        raise RecipeError.at("prompt", f"its {len(ids)} tokens leave no room in the model's context of {context}")
-    input_ids = torch.tensor([ids], device=network.device)
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    network.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(max_new_tokens, context - len(ids)),
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampled,
-    )
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    """Tokenizer and float32 network, on an accelerator if there is one."""
-    import transformers
-    from transformers import AutoModelForCausalLM
-
-    transformers.utils.logging.disable_progress_bar()
-    with locate.located(model) as source:
-        try:
-            tokenizer = load_tokenizer(TokenizerSection(pretrained=source.path, revision=source.revision))
-        except RecipeError as error:
-            raise RecipeError([Problem("model", problem.message) for problem in error.problems]) from error
-        try:
-            network, info = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                revision=source.revision,
-                dtype=torch.float32,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-        except Exception as error:  # a broken file may raise anything
-            raise RecipeError.at("model", not_loaded(source.path, error)) from error
-    if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of a {type(network).__name__}: {names}")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return tokenizer, network.eval().to(device)
-
-
-def _require_embedded(network: Any, largest_id: int) -> None:
-    rows = network.get_input_embeddings().num_embeddings
-    if largest_id >= rows:
-        message = f"gives id {largest_id} where the model has {rows} embeddings: they do not belong together"
-        raise RecipeError.at("tokenizer", message)
-
-
 def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
-    tokenizer, network = _load(model)
+    tokenizer, network = load_checkpoint(model)
     use_chunked_loss(network, "auto")
     return _score_network(tokenizer, network, texts, recipe, windows)
 
@@ -302,7 +160,7 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
     for name, some in {"": [ids for part in streams.values() for ids in part], **streams}.items():
         if sum(map(len, some)) < 2:
             raise RecipeError.at(f"data.{name}" if name else "data", "there is no text to evaluate on")
-    _require_embedded(network, max(int(ids.max()) for some in streams.values() for ids in some if len(ids)))
+    require_embedded(network, max(int(ids.max()) for some in streams.values() for ids in some if len(ids)))
     unknown = unknown_id(tokenizer)
     eos, has_prefix = tokenizer.eos_token_id, bool(encode.prefix)
     batches = _batches(streams, block_size, stride, windows.batch_size, eos, masking, has_prefix)
@@ -349,6 +207,20 @@ def _sizes(windows: Windows, recipe: Recipe | None, context: int) -> tuple[int, 
     return block_size, stride
 
 
+def sliding_windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Windows of `block_size` over `length` tokens that advance by `stride` <= block_size: (start, first scored).
+
+    Every token is scored in the first window that holds it, so with more context the smaller the stride. With
+    `stride == block_size` these are the blocks of training, whose first token has no context and no score.
+    """
+    end = 0
+    for start in range(0, max(1, length - block_size + stride), stride):
+        yield start, end
+        end = start + block_size
+        if end >= length:
+            return
+
+
 def _batches(
     streams: dict[str, list[np.ndarray]],
     block_size: int,
@@ -366,7 +238,7 @@ def _batches(
         ids = np.concatenate(documents)
         numbers = np.repeat(np.arange(before, before + len(documents)), [len(document) for document in documents])
         before += len(documents)
-        for start, first in evaluation.sliding_windows(len(ids), block_size, stride):
+        for start, first in sliding_windows(len(ids), block_size, stride):
             part = slice(start, start + block_size)
             missing = (0, block_size - len(ids[part]))
             scored = np.arange(start, start + block_size) >= first

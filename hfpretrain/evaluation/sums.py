@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,17 +134,3 @@ def loss_by_context(contexts: np.ndarray) -> dict[str, float]:
         for bucket, (nll, tokens) in enumerate(contexts)
         if tokens
     }
-
-
-def sliding_windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Windows of `block_size` over `length` tokens that advance by `stride` <= block_size: (start, first scored).
-
-    Every token is scored in the first window that holds it, so with more context the smaller the stride. With
-    `stride == block_size` these are the blocks of training, whose first token has no context and no score.
-    """
-    end = 0
-    for start in range(0, max(1, length - block_size + stride), stride):
-        yield start, end
-        end = start + block_size
-        if end >= length:
-            return

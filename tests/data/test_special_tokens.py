@@ -14,7 +14,7 @@ from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_p
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.data.summary import preparation_notes, summary
 from hfpretrain.data.tokenizer import train_tokenizer
-from hfpretrain.evaluation.score import recipe_texts
+from hfpretrain.evaluation.texts import recipe_texts
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.training import vocabulary
 

@@ -8,7 +8,8 @@ from tiny_models import LLAMA, build
 
 import hfpretrain.evaluation.token_perplexity
 from hfpretrain.evaluation import sums as evaluation
-from hfpretrain.evaluation.sums import DOCUMENTS, figures, loss_by_context, loss_sums, sliding_windows
+from hfpretrain.evaluation.score import sliding_windows
+from hfpretrain.evaluation.sums import DOCUMENTS, figures, loss_by_context, loss_sums
 
 TABLE = torch.arange(64) % 5
 TABLE[0] = 0

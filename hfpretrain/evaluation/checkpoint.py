@@ -1,0 +1,48 @@
+"""A checkpoint folder or Hub id with its tokenizer, loaded to be evaluated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hfpretrain.checkpoints import locate
+from hfpretrain.data.tokenizer import load_tokenizer
+from hfpretrain.recipe.addresses import not_loaded
+from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
+
+
+def load_checkpoint(model: str) -> tuple[Any, Any]:
+    """Tokenizer and float32 network, on an accelerator if there is one."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
+    with locate.located(model) as source:
+        try:
+            tokenizer = load_tokenizer(TokenizerSection(pretrained=source.path, revision=source.revision))
+        except RecipeError as error:
+            raise RecipeError([Problem("model", problem.message) for problem in error.problems]) from error
+        try:
+            network, info = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                revision=source.revision,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # a broken file may raise anything
+            raise RecipeError.at("model", not_loaded(source.path, error)) from error
+    if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of a {type(network).__name__}: {names}")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return tokenizer, network.eval().to(device)
+
+
+def require_embedded(network: Any, largest_id: int) -> None:
+    """Raise `RecipeError` if the model has no embedding for `largest_id`, an id that the tokenizer gives."""
+    rows = network.get_input_embeddings().num_embeddings
+    if largest_id >= rows:
+        message = f"gives id {largest_id} where the model has {rows} embeddings: they do not belong together"
+        raise RecipeError.at("tokenizer", message)

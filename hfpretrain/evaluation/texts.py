@@ -1,0 +1,82 @@
+"""The documents to score: of a list, of files, or those that a recipe holds out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from hfpretrain.data import corpus
+from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, SourceSection
+
+Texts = dict[str, list[str]]
+"""Documents of each set of them, by its name."""
+
+
+def checked_texts(texts: Mapping[str, Sequence[str]]) -> Texts:
+    """Documents by set, if they are: a string would be taken for a list of letters."""
+    checked: Texts = {}
+    for name, documents in texts.items():
+        path = f"texts.{name}" if name else "texts"
+        if isinstance(documents, str) or not isinstance(documents, Iterable):
+            raise RecipeError.at(path, f"is one {type(documents).__name__}; give a list of documents")
+        checked[name] = list(documents)
+        for number, text in enumerate(checked[name]):
+            if not isinstance(text, str):
+                raise RecipeError.at(f"{path}.{number}", f"is a {type(text).__name__}, not a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RecipeError.at(f"{path}.{number}", f"is no valid Unicode: {error.reason}") from error
+    return checked
+
+
+def recipe_texts(recipe: Recipe) -> Texts:
+    """The documents that a recipe holds out, by split."""
+    if not recipe.data.has_validation:
+        raise RecipeError.at("data", "the recipe holds no validation text out")
+    texts: Texts = {}
+    for source, split, text in _held_out(recipe.data):
+        texts.setdefault(split.removeprefix("validation-"), []).append(_Text(text).of(source))
+    return texts
+
+
+def file_texts(names: list[str]) -> Texts:
+    """The documents of files, each given as FILE or NAME=FILE: one in a .txt, those under `text` in a .jsonl."""
+    texts: Texts = {}
+    for given in names:
+        name, _, path = (
+            given.partition("=") if "=" in given and not Path(given).exists() else (Path(given).name, "", given)
+        )
+        if not Path(path).exists():
+            raise RecipeError.at("--data", f"no such file: {path}")
+        suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
+        if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
+            raise RecipeError.at("--data", f"{path} is neither a .txt nor a .jsonl file")
+        is_text = suffixes[-1] == ".txt"
+        source = SourceSection(
+            path="text" if is_text else "json", data_files=path, sample_by="document" if is_text else None
+        )
+        texts.setdefault(name, []).extend(d.text for d in corpus.Reader(source, "--data").read() if d.text)
+    return texts
+
+
+class _Text(str):
+    """A document that knows how its source reads special tokens."""
+
+    special_tokens: str | tuple[str, ...] = "text"
+
+    def of(self, source: SourceSection) -> _Text:
+        self.special_tokens = source.special_tokens
+        return self
+
+
+def _held_out(data: DataSection) -> Iterator[tuple[SourceSection, str, str]]:
+    """Source, split and text of the documents that are held out."""
+    key = "validation_sources" if data.validation_sources else "sources"
+    sources: tuple[SourceSection, ...] = getattr(data, key)
+    if len({source.special_tokens for source in sources}) == 1:
+        yield from ((sources[0], *found) for found in corpus.validation_documents(data))
+        return
+    for source in sources:  # one at a time, which changes nothing of what is held out
+        for split, text in corpus.validation_documents(data.model_copy(update={key: (source,)})):
+            yield source, split, text
