@@ -1,6 +1,6 @@
 """The most memory that a process needs until its model stands, beside the size of the model.
 
-    python benchmarks/initialisation.py [--engines single fsdp2 zero3]
+    python benchmarks/initialization.py [--engines single fsdp2 zero3]
 
 A llama of 0.37 billion float32 weights, drawn and sharded as a training does; `single` with one process, the others
 with two. Memory is that of `PeakMemory`, the largest of all processes. FSDP2 and ZeRO-3 keep a share of each
