@@ -1,7 +1,7 @@
-"""Global step to this rank's micro-batches: order, mixture, collation and document positions.
+"""Make each process's micro-batches of any step from prepared data: order, collation and document positions.
 
-Which sequence stands where is a pure function of (seed, position): nothing is stored, a resume costs nothing, and
-the number of processes only decides who computes a sequence, never which sequences a step has.
+The sequences of a step depend only on the seed and the step. The number of processes decides which process computes a
+sequence, never which sequences a step has.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ T = TypeVar("T")
 
 
 class Blocks:
-    """Rows of one or more arrays of shape (rows, block_size) under one index.
+    """The rows of several arrays (rows, block_size) under one index.
 
-    `last_rows`: int64 (parts,), those whose text does not go on in the next row; by default the last of all.
+    `last_rows`: rows whose text does not go on in the next row, int64 (parts,); by default only the last of all.
     """
 
     def __init__(self, chunks: Sequence[np.ndarray], last_rows: np.ndarray | None = None):
@@ -58,9 +58,10 @@ class Blocks:
         return result
 
     def shifted(self, rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that begin `shift` tokens later and end in the next row, that of the last row being the first.
+        """Rows by number, each beginning `shift` tokens later and ending in the next row; the first follows the last.
 
-        int64 (n,) to int64 (n, block_size), and int64 (n,): where in each another text begins without a separator.
+        int64 (n,) to int64 (n, block_size), and the seams, int64 (n,): where in a row another text begins without a
+        separator, 0 if nowhere.
         """
         if not shift:
             return self[rows], np.zeros(len(rows), dtype=np.int64)
@@ -76,25 +77,28 @@ def collate(
     seams: np.ndarray | None = None,
     begins_after: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Rows of token ids, int64 (n, block_size), as a batch: input_ids, labels and, where `eos_token_id` is given,
-    position_ids, all int64 (n, block_size).
+    """Make a batch of rows of token ids, int64 (n, block_size).
 
+    The batch has `input_ids`, `labels` and, if `eos_token_id` is given, `position_ids`: int64 (n, block_size).
+
+    `padded_with`: rows may end in this token repeated; all of those but the first get ignored labels.
+    `seams`: int64 (n,), where in each row another text begins without a separator, 0 for nowhere. The first token after
+    a seam gets an ignored label, so neither text predicts the other.
     `begins_after`: the id of EOS if documents begin with BOS. A document then begins after EOS, and the label of its
-    BOS is ignored, since the document before it says nothing about it. So the loss of a document equals that of plain
-    transformers on `tokenizer(text)` and EOS, and that of `DataCollatorWithFlattening`, where nothing predicts BOS
-    either. None: EOS itself opens the next document and predicts its first token.
-
-    `padded_with`: rows may end in this token repeated; all but the first of those get ignored labels. `seams`: int64
-    (n,), where in each row another text begins without a separator, 0 for nowhere; no text predicts the other.
+    BOS is ignored, since the document before it says nothing about it. So a document has the loss that plain
+    transformers has on `tokenizer(text)` and EOS, and that of `DataCollatorWithFlattening`, where nothing predicts BOS
+    either. None: the EOS of one document opens the next one and predicts its first token.
     """
     input_ids = torch.from_numpy(rows)
     batch = {"input_ids": input_ids, "labels": input_ids.clone()}
     if padded_with is not None:
         batch["labels"][torch.from_numpy(padding(rows, padded_with))] = IGNORE_INDEX
     if seams is not None:
-        batch["labels"][torch.arange(len(rows)), torch.from_numpy(seams)] = IGNORE_INDEX  # the first is never predicted
+        batch["labels"][torch.arange(len(rows)), torch.from_numpy(seams)] = (
+            IGNORE_INDEX  # a seam of 0 changes nothing: no first label counts
+        )
     if begins_after is not None:
-        batch["labels"][torch.from_numpy(_behind(rows, begins_after))] = IGNORE_INDEX
+        batch["labels"][torch.from_numpy(_comes_after(rows, begins_after))] = IGNORE_INDEX
     if eos_token_id is not None:
         positions = document_positions(rows, eos_token_id, seams, begins_after is not None)
         batch["position_ids"] = torch.from_numpy(positions)
@@ -102,31 +106,31 @@ def collate(
 
 
 def padding(rows: np.ndarray, token_id: int) -> np.ndarray:
-    """Where a row ends in `token_id` repeated, all but the first of those: bool (n, block_size)."""
+    """Which tokens are padding: of `token_id` repeated at a row's end all but the first; bool (n, block_size)."""
     trailing = np.logical_and.accumulate((rows == token_id)[:, ::-1], axis=1)[:, ::-1]
     return np.concatenate([np.zeros((len(rows), 1), bool), trailing[:, :-1] & trailing[:, 1:]], axis=1)
 
 
-def _behind(rows: np.ndarray, token_id: int) -> np.ndarray:
-    """Which positions come right after `token_id`: bool (n, block_size)."""
+def _comes_after(rows: np.ndarray, token_id: int) -> np.ndarray:
+    """Which tokens come right after a `token_id`: bool (n, block_size)."""
     return np.concatenate([np.zeros((len(rows), 1), bool), rows[:, :-1] == token_id], axis=1)
 
 
 def document_positions(
-    rows: np.ndarray, eos_token_id: int, seams: np.ndarray | None = None, behind: bool = False
+    rows: np.ndarray, eos_token_id: int, seams: np.ndarray | None = None, after_eos: bool = False
 ) -> np.ndarray:
-    """Positions that restart at every EOS, and at each row's seam as of `collate`: int64 (n, block_size).
+    """Position ids that restart at every EOS, and at each row's seam (see `collate`): int64 (n, block_size).
 
-    The separator opens the next document's segment: it is predicted from the document it ends, and the first token
-    after it is predicted from the separator alone. So no prediction sees another document, and none is lost. `behind`:
-    positions restart after EOS instead, for documents that begin with BOS.
+    EOS is predicted from the document that it ends, and as position 0 of the next document it alone predicts that
+    document's first token. So no prediction sees another document, and none is lost. `after_eos`: positions restart
+    after EOS instead, for documents that begin with BOS.
     """
-    begins = _behind(rows, eos_token_id) if behind else rows == eos_token_id
+    begins = _comes_after(rows, eos_token_id) if after_eos else rows == eos_token_id
     begins[:, 0] = True
     if seams is not None:
         begins[np.arange(len(rows)), seams] = True
     starts = np.flatnonzero(begins)
-    # A running sum of ones that falls back to 0 at every start.
+    # A running sum of ones that goes back to 0 at every start.
     steps = np.ones(rows.size, dtype=np.int64)
     steps[0] = 0
     steps[starts[1:]] = 1 - np.diff(starts)
@@ -135,30 +139,32 @@ def document_positions(
 
 @dataclass(frozen=True)
 class StepData:
-    """What one process has of one step."""
+    """One process's share of a step's data."""
 
     batches: list[dict[str, torch.Tensor]]
     checksum: int
-    """Sum modulo 2^64 of the hashes of its sequences; those of all processes add up to the step's."""
+    """Sum modulo 2^64 of the hashes of its sequences. The sum over all processes is the checksum of the step."""
     tokens: np.ndarray
-    """Tokens of each source, padding left out: int64 (sources,)."""
+    """Tokens of each source, without padding: int64 (sources,)."""
     documents: np.ndarray
-    """Of each source those that end in it, by their separators: int64 (sources,)."""
+    """Documents of each source that end in it, counted by EOS: int64 (sources,)."""
     state: Any = None
-    """Where the data stand after this step, if that is not a function of the step."""
+    """What a stream needs to go on after this step; None for prepared data."""
     documents_dropped: int = 0
+    """Documents of a stream that were read for it and not trained on."""
 
 
 def count_by_source(sources: np.ndarray, counted: np.ndarray, num_sources: int) -> np.ndarray:
-    """How many places of sequences, bool (n, block_size), are counted for each source, int64 (n,)."""
+    """Sum of `counted`, bool (n, block_size), for each source; `sources`: the source of each sequence, int64 (n,)."""
     return np.bincount(sources, weights=counted.sum(axis=1), minlength=num_sources).astype(np.int64)
 
 
 class TrainingData:
     """The micro-batches of this process for any step.
 
-    `stages` as of `TrainingOrder`; `padded_with` as of `collate`. `shift_blocks`: each epoch of a stream after the
-    first has its blocks begin at another place of the text. `documents_have_prefix`: documents begin with BOS.
+    `streams`: the blocks of each source, or of all sources together. `stages`: as in `TrainingOrder`. `padded_with`: as
+    in `collate`. `shift_blocks`: in each epoch after the first, blocks begin at other places of the text.
+    `documents_have_prefix`: documents begin with BOS.
     """
 
     def __init__(
@@ -187,7 +193,7 @@ class TrainingData:
         self._block_size = self._streams[0].block_size
 
     def step(self, step: int) -> StepData:
-        """What this process has of optimizer step `step`, counted from 0."""
+        """This process's share of data step `step`, counted from 0."""
         first = (step * self._num_processes + self._process_index) * self._per_process
         positions = np.arange(first, first + self._per_process)
         streams, rows, seams = self._sequences(positions)
@@ -198,16 +204,16 @@ class TrainingData:
         )
         return StepData(self._collated(rows, seams), sequence_checksum(rows, positions), tokens, documents)
 
-    def _places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Streams, rows and by how much the rows are shifted: three int64 (n,)."""
+    def _rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Streams, rows and shifts of the sequences at these positions of the run: three int64 (n,)."""
         streams, rows, epochs = self.order(positions)
         if not self._shift_blocks:
             return streams, rows, np.zeros_like(rows)
         return streams, rows, epoch_shifts(epochs, self._block_size)
 
     def _sequences(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Streams, tokens and, of shifted blocks, seams as of `collate`."""
-        streams, rows, shifts = self._places(positions)
+        """Streams int64 (n,), tokens int64 (n, block_size) and, if blocks are shifted, seams int64 (n,), else None."""
+        streams, rows, shifts = self._rows_at(positions)
         tokens = np.empty((len(positions), self._block_size), dtype=np.int64)
         seams = np.zeros_like(rows)
         for stream, shift in np.unique(np.stack([streams, shifts]), axis=1).T:
@@ -230,12 +236,12 @@ class TrainingData:
         ]
 
     def example(self) -> dict[str, torch.Tensor]:
-        """A batch of one sequence."""
+        """A batch of one sequence, the first of step 0."""
         return {name: tensor[:1] for name, tensor in self.step(0).batches[0].items()}
 
     def places(self, step: int) -> list[tuple[int, int, int]]:
-        """(stream, row, tokens by which it is shifted) of every sequence of a step, over all processes."""
-        streams, rows, shifts = self._places(self._positions(step))
+        """(stream, row, shift in tokens) of every sequence of a step, over all processes."""
+        streams, rows, shifts = self._rows_at(self._positions(step))
         return list(zip(streams.tolist(), rows.tolist(), shifts.tolist(), strict=True))
 
     def rows(self, step: int) -> np.ndarray:
@@ -253,9 +259,10 @@ class TrainingData:
 
 
 class Prefetcher:
-    """The coming steps, made by a thread while the current one is trained on.
+    """Makes the data of the next steps in a thread while the current step is trained.
 
-    A thread of this process: worker processes would copy every token through a pipe, five times slower than reading it.
+    A thread and not a process: a DataLoader's workers send every token through a pipe, which is five times slower than
+    reading it. `ahead`: how many steps may be ready.
     """
 
     def __init__(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool, ahead: int = 2):
@@ -275,7 +282,7 @@ class Prefetcher:
                 self._put(data)
                 if self._stopped.is_set():
                     return
-        except BaseException as error:  # raised where the step is asked for
+        except BaseException as error:  # raised by `next`
             self._put(error)
 
     def _put(self, item: StepData | BaseException) -> None:
@@ -287,35 +294,34 @@ class Prefetcher:
                 continue
 
     def next(self, must_stop: Callable[[], bool] = lambda: False) -> StepData | None:
-        """The next step's data, or None if they do not come within a few seconds after `must_stop` returns true."""
-        return _take(self._queue, must_stop)
+        """The next step's data, or None if they are not there a few seconds after `must_stop` begins to return true."""
+        return _wait_for_item(self._queue, must_stop)
 
     def close(self) -> None:
-        """End the thread. If it is waiting for a disk or a server, it ends with the process."""
+        """Stop the thread. One that waits for a disk or a server can't be stopped and ends with the process."""
         self._stopped.set()
         self._thread.join(PATIENCE_SECONDS)
 
 
 def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | None:
-    """Run `work` in a thread, and return or raise what it does; None if it does not end within a few seconds after
-    `must_stop` returns true.
+    """Run `work` in a thread and return its result; None if it takes a few seconds more after `must_stop` is true.
 
-    This is for reads that may block in a call which no signal interrupts.
+    For reads that may block in a call which no signal interrupts. Raises what `work` raises.
     """
     done: queue.Queue[T | BaseException] = queue.Queue()
 
     def run() -> None:
         try:
             done.put(work())
-        except BaseException as error:  # raised where the result is waited for
+        except BaseException as error:  # raised by `_wait_for_item`
             done.put(error)
 
     threading.Thread(target=run, daemon=True, name="read").start()
-    return _take(done, must_stop)
+    return _wait_for_item(done, must_stop)
 
 
-def _take(items: queue.Queue[T | BaseException], must_stop: Callable[[], bool]) -> T | None:
-    """The next item, raised where it is an error; None as of `run_in_thread`."""
+def _wait_for_item(items: queue.Queue[T | BaseException], must_stop: Callable[[], bool]) -> T | None:
+    """The next item, raised if it is an error; None as in `run_in_thread`."""
     asked: float | None = None
     while True:
         try:
@@ -394,15 +400,14 @@ def training_batches(
     start_step: int = 0,
     document_masking: bool = True,
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """For every optimizer step of a recipe from `start_step` on the micro-batches of one process: for your own loop.
+    """For your own training loop: the micro-batches of one process, step by step from `start_step` on.
 
-    The same sequences in the same step as `hfpretrain.train` on any number of processes. Of each micro-batch
-    `input_ids`, `labels` (not shifted, -100 at padding, at BOS where documents begin with it, and where a shifted block
-    goes on with another text) and, with
-    `document_masking`, `position_ids` that restart where a document begins: int64 (micro_batch_size, block_size).
-    Models that isolate packed documents by them do so without an attention mask and with `use_cache=False`; what does
-    not take them needs `document_masking=False`. Raises `RecipeError` if the step's sequences do not divide by
-    `micro_batch_size * num_processes`.
+    A step has the same sequences as in `hfpretrain.train`, on any number of processes. A micro-batch has `input_ids`,
+    `labels` and, with `document_masking`, `position_ids`: int64 (micro_batch_size, block_size). Labels are not shifted;
+    they are -100 at padding, at BOS if documents begin with it, and where a shifted block goes on with another text.
+    Position ids restart where a document begins. Models that isolate packed documents by them need no attention mask
+    and `use_cache=False`; other models need `document_masking=False`. Raises `RecipeError` if the sequences of a step
+    do not divide by `micro_batch_size * num_processes`.
     """
     training = recipe.training
     steps = accumulation_steps(

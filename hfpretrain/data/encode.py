@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 LONG_CHARS = 2**18
+"""Texts longer than twice this are encoded in pieces of about this size."""
+_PIECE_CHARS = 2000
+_LINE_START = re.compile(r"(?<=\S\n)(?=[A-Za-z])")
+# A line break inside a token, which a ByteLevel vocabulary spells as `Ċ`, followed by a letter.
 _CROSSES_LINE = re.compile(r"[\nĊ][A-Za-z]")
-_PIECE_CHARS, _LINE_START = 2000, re.compile(r"(?<=\S\n)(?=[A-Za-z])")
 
 
 class Encoder:
     """Encodes texts as arrays of token ids, each beginning with `document_prefix` and ending with EOS.
 
-    `special_tokens`: as of `recipe.SourceSection`.
+    `special_tokens`: which special tokens in a text are read as tokens, as in `SourceSection`.
     """
 
     def __init__(
@@ -35,55 +38,54 @@ class Encoder:
         self._tokenizer, self.dtype, self.eos_token_id = tokenizer, dtype, tokenizer.eos_token_id
         self.prefix = document_prefix(tokenizer)
         self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        # Ids that no text may make: it would forge where a document begins or ends.
+        # No text may be encoded to these ids: it would look as if a document ended or began there.
         others = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id, None}
-        self._guarded = sorted({tokenizer.eos_token_id, *self.prefix, *others})
-        self._guarded_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._guarded)
-        self._unguarded: Tokenizer | None = None
+        self._framing_ids = sorted({tokenizer.eos_token_id, *self.prefix, *others})
+        self._framing_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._framing_ids)
+        self._without_framing: Tokenizer | None = None
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         names = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         self._as_tokens = self._allowed(special_tokens, set(names))
         self._backend = _with_special(tokenizer.backend_tokenizer, self._as_tokens)
         own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
-        self._others: dict[str | tuple[str, ...], Encoder] = {own: self}
+        self._by_special_tokens: dict[str | tuple[str, ...], Encoder] = {own: self}
         self._unknown = [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
-        # A property of the tokenizer alone: what it were found to be on some text, another process might not find.
-        self._cuts_at_lines = self._try_lines()
+        # Tried on fixed sentences and not on the text, of which another process may see another part.
+        self._can_cut_at_lines = self._try_lines()
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """The prefix, the token ids of each text, and EOS: (n,) of `dtype`.
 
-        Texts are cut where that changes no token: into pieces that stay in a core's cache, and so that the
-        encoding of a long text, many times its size, never lies in memory whole.
+        Texts are encoded in pieces, cut only where that changes no token. Short pieces fit into a core's cache, and the
+        encoding of a long text, many times the text's size, is never in memory as a whole.
         """
         prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
-        short = [text if len(text) <= 2 * LONG_CHARS else "" for text in texts]
-        pieces = [list(_lines(text)) if self._cuts_at_lines else [text] for text in short]
-        ids = iter(self._ids([piece for some in pieces for piece in some]))
+        is_long = [len(text) > 2 * LONG_CHARS for text in texts]
+        short = ["" if long else text for text, long in zip(texts, is_long, strict=True)]
+        pieces = [list(_cut_at_lines(text)) if self._can_cut_at_lines else [text] for text in short]
+        ids = iter(self._encode_pieces([piece for some in pieces for piece in some]))
         return [
-            np.concatenate(
-                [prefix, *(next(ids) for _ in some), *(self._long(text) if len(text) > 2 * LONG_CHARS else ()), eos]
-            )
-            for text, some in zip(texts, pieces, strict=True)
+            np.concatenate([prefix, *(next(ids) for _ in some), *(self._encode_long(text) if long else ()), eos])
+            for text, long, some in zip(texts, is_long, pieces, strict=True)
         ]
 
     def for_source(self, special_tokens: str | tuple[str, ...]) -> Encoder:
-        """The encoder that reads special tokens as a source's `special_tokens` says.
+        """The encoder for a source's `special_tokens`.
 
-        Raises `RecipeError` if it names tokens that the tokenizer doesn't have, or that frame documents.
+        Raises `RecipeError` if it names tokens that the tokenizer doesn't have, or that begin or end documents.
         """
-        if special_tokens not in self._others:
-            self._others[special_tokens] = Encoder(self._tokenizer, self.dtype, special_tokens)
-        return self._others[special_tokens]
+        if special_tokens not in self._by_special_tokens:
+            self._by_special_tokens[special_tokens] = Encoder(self._tokenizer, self.dtype, special_tokens)
+        return self._by_special_tokens[special_tokens]
 
     def _allowed(self, special_tokens: str | Sequence[str], names: set[str]) -> set[str]:
-        """The special tokens that a text may hold."""
-        known = names - set(self._guarded_tokens)
+        """The special tokens that are read as tokens."""
+        known = names - set(self._framing_tokens)
         if isinstance(special_tokens, str):
             return known if special_tokens == "tokens" else set()
         if unknown := [name for name in special_tokens if name not in known]:
-            framing = set(unknown) & set(self._guarded_tokens)
+            framing = set(unknown) & set(self._framing_tokens)
             why = "separates documents and is always text" if framing else "is not a special token of the tokenizer"
             has = ", ".join(sorted(known)[:20]) or "none"
             message = f"{(sorted(framing) or unknown)[0]!r} {why}; possible are: {has}"
@@ -91,18 +93,20 @@ class Encoder:
         return set(special_tokens)
 
     def count_unknown(self, ids: np.ndarray) -> int:
-        """How many of ids (n,) stand for text that the tokenizer does not know."""
-        return sum(int((ids == number).sum()) for number in set(self._unknown) - set(self._guarded))
+        """Number of ids, of (n,), that stand for text which the tokenizer does not know."""
+        return sum(int((ids == number).sum()) for number in set(self._unknown) - set(self._framing_ids))
 
     def count_special(self, texts: Iterable[str]) -> Counter[str]:
-        """How often `texts` spell each special token of the tokenizer."""
+        """How often the texts contain the name of each special token."""
         if self._special is None:
             return Counter()
         return Counter(name for text in texts for name in self._special.findall(text))
 
     def lost_characters(self, text: str) -> tuple[int, int, int]:
-        """Characters of a text that are no space; of them those no token stands for, and those the tokenizer's
-        normalizer replaces by others, as capitals by small letters."""
+        """Three counts of a text's characters, without spaces.
+
+        All of them, those that no token stands for, and those that the normalizer replaces, as by lower case.
+        """
         characters = [not character.isspace() for character in text]
         lost = characters.copy()
         for start, end in self._backend.encode(text, add_special_tokens=False).offsets:
@@ -113,14 +117,14 @@ class Encoder:
         return sum(characters), sum(lost), sum(n for character, n in changed.items() if not character.isspace())
 
     def _try_lines(self) -> bool:
-        """Whether this tokenizer leaves every token as it was where a text is cut between a line break and a letter.
+        """Whether cutting a text between a line break and a letter leaves all its tokens as they were.
 
-        Some models cut no words first: no token of the vocabulary may hold such a place (`Ċ` is ByteLevel's line
-        break). Other rules, as a space put before every text, show in the probes.
+        It doesn't if a token contains such a place, or takes in the space around it. Other rules, such as a space added
+        before every text, are found by encoding sentences whole and cut.
         """
         if any(_CROSSES_LINE.search(token) for token in self._backend.get_vocab()):
             return False
-        # A token that takes in the space around it would lose what is cut away.
+        # Such a token takes in the space around it, which may be on the other side of the cut.
         if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
             return False
         lefts = (
@@ -142,59 +146,63 @@ class Encoder:
         probes = [(a + b, a, b) for a, b in pairs]
         try:
             whole, heads, tails = (self._encode(self._backend, list(texts)) for texts in zip(*probes, strict=True))
-        except RecipeError:  # a closed vocabulary, of which our sentences tell nothing
+        except RecipeError:  # a vocabulary of fixed words, which can't encode our sentences
             return False
         known = [n for n, ids in enumerate(whole) if not (np.isin(ids, self._unknown).any())]
         return len(known) > len(probes) // 4 and all(
             np.array_equal(whole[n], np.concatenate([heads[n], tails[n]])) for n in known
         )
 
-    def _ids(self, texts: list[str]) -> list[np.ndarray]:
+    def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         result = self._encode(self._backend, texts)
         for index, ids in enumerate(result):
-            if any((ids == number).any() for number in self._guarded):
-                result[index] = self._without_guarded(texts[index])
+            if any((ids == number).any() for number in self._framing_ids):
+                result[index] = self._encode_framing_as_text(texts[index])
         return result
 
     def _encode(self, backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
         try:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing narrower for text that a vocabulary lacks
+        except Exception as error:  # `tokenizers` raises nothing narrower for text that is not in the vocabulary
             text = next((text for text in texts if not _encodes(backend, text)), texts[0])
             message = f"cannot encode the text {text!r:.200}: {error}; use a tokenizer with an unknown token"
             raise RecipeError.at("tokenizer", message) from error
         return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
 
-    def _without_guarded(self, text: str) -> np.ndarray:
-        """Ids of a text that spells a guarded token, made as if the token were not in the vocabulary."""
-        if self._unguarded is None:
-            self._unguarded = _without_tokens(self._backend, self._guarded_tokens)
-        (ids,) = self._encode(self._unguarded, [text])
-        if (found := np.flatnonzero(np.isin(ids, self._guarded))).size:
-            token = self._guarded_tokens[self._guarded.index(int(ids[found[0]]))]
+    def _encode_framing_as_text(self, text: str) -> np.ndarray:
+        """Ids of a text that contains the name of a framing token, as if the vocabulary had no such token."""
+        if self._without_framing is None:
+            self._without_framing = _without_tokens(self._backend, self._framing_tokens)
+        (ids,) = self._encode(self._without_framing, [text])
+        if (found := np.flatnonzero(np.isin(ids, self._framing_ids))).size:
+            token = self._framing_tokens[self._framing_ids.index(int(ids[found[0]]))]
             message = f"turns the text {text!r:.200} into {token!r}, which separates documents; use another tokenizer"
             raise RecipeError.at("tokenizer", message)
         return ids
 
-    def _long(self, text: str) -> Iterator[np.ndarray]:
+    def _encode_long(self, text: str) -> Iterator[np.ndarray]:
+        """Ids of a long text, piece by piece."""
         start, near = 0, LONG_CHARS
         while near + LONG_CHARS < len(text):
-            cut = self._cut(text, near)
+            cut = self._find_cut(text, near)
             if cut is not None:
-                yield from self._ids([text[start:cut]])
+                yield from self._encode_pieces([text[start:cut]])
                 start = cut
             near = (cut or near) + LONG_CHARS
-        yield from self._ids([text[start:]])
+        yield from self._encode_pieces([text[start:]])
 
-    def _cut(self, text: str, near: int, context: int = 512, reach: int = 8192) -> int | None:
-        """A place behind `near`, before a word, where the tokens of both sides are those of the whole."""
+    def _find_cut(self, text: str, near: int, context: int = 512, reach: int = 8192) -> int | None:
+        """A place near and after `near` where the text can be cut; None if there is none within `reach` characters.
+
+        Found by encoding `context` characters on both sides whole and cut.
+        """
         tried = 0
         for place in range(near, min(near + reach, len(text) - context)):
             after_line = text[place - 1] == "\n" and text[place].isalnum()
             between_words = text[place] == " " and text[place - 1].isalnum() and text[place + 1].isalnum()
             if after_line or between_words:
                 left, right = text[place - context : place], text[place : place + context]
-                whole, first, second = self._ids([left + right, left, right])
+                whole, first, second = self._encode_pieces([left + right, left, right])
                 if np.array_equal(whole, np.concatenate([first, second])):
                     return place
                 if (tried := tried + 1) == 16:
@@ -203,11 +211,11 @@ class Encoder:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
-    """UTF-8 bytes of the text each token stands for: int64 (vocab_size,), 0 for EOS, BOS, padding and unused ids.
+    """UTF-8 bytes of the text that each token stands for: int64 (vocab_size,), 0 for EOS, BOS, padding and unused ids.
 
-    Other special tokens are where the text spells them (`SourceSection.special_tokens`). Exact for byte-level and
-    character tokenizers. For others (those that normalize text, or know not all of it) the packing records the ratio to
-    the true bytes, by which the evaluation corrects.
+    Other special tokens count the bytes of their name, since they occur only where a text has that name. Exact for
+    byte-level and character tokenizers. For those that normalize text, or do not know all of it, packing records the
+    ratio to the true bytes, and evaluation corrects by it.
     """
     from tokenizers import pre_tokenizers
 
@@ -228,12 +236,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
         else:
             sizes[index] = len(token.replace("▁", " ").encode())
     if (unknown := unknown_id(tokenizer)) is not None and unknown < vocab_size:
-        sizes[unknown] = 1  # it stands for text, whose loss counts
+        sizes[unknown] = 1  # it stands for some text, and its loss counts
     return sizes
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id that stands for text which the tokenizer does not know; None where there is none of its own."""
+    """The id for text that the tokenizer does not know; None if it has no id of its own for that."""
     unknown = tokenizer.unk_token_id
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) else unknown
 
@@ -243,8 +251,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def _lines(text: str) -> Iterator[str]:
-    """Pieces of about `_PIECE_CHARS`, cut between a line break and a letter."""
+def _cut_at_lines(text: str) -> Iterator[str]:
+    """The text in pieces of about `_PIECE_CHARS`, cut between a line break and a letter."""
     start = 0
     while (match := _LINE_START.search(text, start + _PIECE_CHARS)) is not None:
         yield text[start : match.start()]
@@ -255,13 +263,13 @@ def _lines(text: str) -> Iterator[str]:
 def _encodes(backend: Tokenizer, text: str) -> bool:
     try:
         backend.encode(text, add_special_tokens=False)
-    except Exception:  # as of `Encoder._encode`
+    except Exception:  # as in `Encoder._encode`
         return False
     return True
 
 
 def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
-    """The same tokenizer, whose model does not know `tokens`: their places have names that no text holds."""
+    """A copy of the tokenizer without `tokens`: they are renamed to what no text contains, so all ids stay."""
     from tokenizers import Tokenizer
 
     content = json.loads(backend.to_str())
@@ -283,14 +291,14 @@ def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
 
 
 def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
-    """The same tokenizer, which reads the special tokens in `allowed` as tokens and the others as ordinary text."""
+    """A copy of the tokenizer that reads the special tokens in `allowed` as tokens, all others as ordinary text."""
     from tokenizers import Tokenizer
 
     content = json.loads(backend.to_str())
     for added in content["added_tokens"]:
         added["special"] = added["special"] and added["content"] not in allowed
     made = Tokenizer.from_str(json.dumps(content))
-    # Also: a document that contains the text of EOS must not forge a document boundary.
+    # Read special tokens in a text as text: a document that contains the name of EOS must not end there.
     made.encode_special_tokens = True
     made.no_truncation()
     made.no_padding()

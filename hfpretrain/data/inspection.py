@@ -1,4 +1,4 @@
-"""What a step of a run has consumed: the documents and the decoded text of every sequence."""
+"""Show what a step of a run trained on: the documents and the decoded text of every sequence."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, step: 
 
 
 def _by_document(ids: np.ndarray, eos_token_id: int) -> list[np.ndarray]:
-    """Its cuts: a separator belongs to the document before."""
+    """Cut a sequence, int64 (n,), after every EOS."""
     return np.split(ids, np.flatnonzero(ids[:-1] == eos_token_id) + 1)

@@ -18,16 +18,16 @@ LEDGER = "ledger.npy"
 
 
 def sequence_checksum(rows: np.ndarray, positions: np.ndarray) -> int:
-    """Sum modulo 2^64 of XXH3 hashes of sequences, int64 (n, block_size), each keyed by its position in the run."""
+    """Sum modulo 2^64 of the XXH3 hashes of sequences, int64 (n, block_size); the seed is the position in the run."""
     narrow = rows.astype("<u4")
     hashes = (xxhash.xxh3_64_intdigest(row, seed=int(at)) for row, at in zip(narrow, positions, strict=True))
     return sum(hashes) % 2**64
 
 
 class Ledger:
-    """Which tokens a run has consumed: one checksum a step, and a hash that rolls over all of them.
+    """Proves which tokens a run has trained on: a checksum for each step, and a rolling hash over all of them.
 
-    Equal for any number of processes, since the checksum of a step is a sum over its sequences.
+    The checksum of a step is a sum over its sequences, so it is equal for any number of processes.
     """
 
     def __init__(self, checksums: Iterable[int] = ()):
@@ -37,7 +37,7 @@ class Ledger:
             self.append(int(checksum))
 
     def append(self, checksum: int) -> None:
-        """Note the next step."""
+        """Add the checksum of the next step."""
         self._checksums.append(checksum)
         self._rolling.update(checksum.to_bytes(8, "little"))
 
@@ -52,9 +52,10 @@ class Ledger:
         return self._rolling.copy().hexdigest()
 
     def mismatch(self, checksum_of: Callable[[int], int], tokens_per_step: int, max_tokens: int = 2**28) -> int | None:
-        """The first step whose tokens on disk are not those that were consumed, None if there is none.
+        """The first step whose data now have another checksum, by `checksum_of(step)`; None if there is none.
 
-        Looks at every step of a run of up to `max_tokens`, else at as many: the newest and others spread evenly.
+        Compares every step of a run of up to `max_tokens`. Of a longer run it compares steps of as many tokens: the
+        newest eight, and others spread evenly.
         """
         steps, affordable = len(self._checksums), max(16, max_tokens // tokens_per_step)
         chosen: Iterable[int] = range(steps)

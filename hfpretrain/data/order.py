@@ -1,4 +1,4 @@
-"""Which sequence stands where in a run: a pure function of (seed, position), so nothing is stored."""
+"""Decide which sequence is at which position of a run: a function of seed and position, so nothing has to be stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ _ROUND = 10_000
 
 
 class Permutation:
-    """A keyed bijection of range(size): a four-round Feistel network on the next even power of two, walked until the
-    value falls inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No memory, any size."""
+    """A random permutation of range(size) that depends on `key`, computed for single indices without memory.
+
+    A Feistel network of four rounds permutes the integers below the next power of four. It is applied again until the
+    value is below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
 
     def __init__(self, size: int, *key: int):
         self.size = size
@@ -43,11 +46,11 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class TrainingOrder:
-    """Position in the run to (stream, row).
+    """Maps the position of a sequence in the run to a stream and a row of it.
 
-    `stages`: (first position, weights of the streams), the first at 0; empty for a single stream. With weights the
-    streams are interleaved evenly in rounds of 10,000 sequences, so that every stream has its share to within 1e-4 at
-    any moment of a stage; each stream is shuffled anew in each of its own epochs.
+    `sizes`: rows of each stream. `stages`: (first position, weights of the streams), the first one at position 0; empty
+    for a single stream. Streams are interleaved evenly in rounds of 10,000 sequences, so that at any moment of a stage
+    each stream's share is its weight to within 1e-4. A stream is shuffled anew in each of its own epochs.
     """
 
     def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
@@ -55,7 +58,7 @@ class TrainingOrder:
         stages = stages or [(0, [1.0])]
         self._first = np.array([first for first, _ in stages])
         self._tables = [_interleaved(weights) for _, weights in stages]
-        # Sequences of each stream before each stage.
+        # For each stage, the sequences of each stream before it.
         self._base = [np.zeros(len(stages[0][1]), dtype=np.int64)]
         for stage in range(1, len(stages)):
             self._base.append(self._base[-1] + self._within(stage - 1, self._first[stage] - self._first[stage - 1]))
@@ -72,7 +75,7 @@ class TrainingOrder:
         return self._base[stage] + self._within(stage, position - self._first[stage])
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Streams at global sequence positions and how many of that stream came before: int64 (n,) to two (n,)."""
+        """Positions in the run to streams, and to how many sequences of that stream come before: int64 (n,) to two."""
         stages = np.searchsorted(self._first, positions, side="right") - 1
         streams, counts = np.empty_like(positions), np.empty_like(positions)
         for stage in np.unique(stages):
@@ -84,7 +87,7 @@ class TrainingOrder:
         return streams, counts
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Streams, rows and the streams' epochs at global sequence positions: int64 (n,) to three int64 (n,)."""
+        """Positions in the run, int64 (n,), to streams, rows and the streams' epochs: three int64 (n,)."""
         streams, counts = self.draw(positions)
         rows, all_epochs = np.empty_like(positions), np.empty_like(positions)
         for stream in np.unique(streams):
@@ -99,13 +102,16 @@ class TrainingOrder:
 
 
 def epoch_shifts(epochs: np.ndarray, block_size: int) -> np.ndarray:
-    """By how many tokens the blocks of epochs are shifted, int64 (n,) to int64 (n,): multiples of the golden section,
-    which lie as far apart for any number of epochs as places can; drawn ones would often nearly coincide."""
+    """By how many tokens blocks are shifted in each of these epochs: int64 (n,) to int64 (n,).
+
+    Multiples of the golden ratio modulo 1, which for any number of epochs are spread almost evenly. Random shifts would
+    often be nearly equal.
+    """
     return (epochs * ((5**0.5 - 1) / 2) % 1 * block_size).astype(np.int64)
 
 
 def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One round: the stream at each slot, how many of it came before in the round, and how many it has in all."""
+    """One round: the stream of each slot, how many of its slots come before, and the number of slots of each stream."""
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
     share = np.asarray(weights, dtype=np.float64) / sum(weights) * _ROUND

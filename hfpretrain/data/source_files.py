@@ -1,4 +1,4 @@
-"""Which files a source names, and what a file is by its name and its first bytes."""
+"""Find the files of a source, and tell a file's format from its name and its first bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SPLIT_WORDS = {
 }
 _SPLITS = {name: re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)") for name, words in _SPLIT_WORDS.items()}
 _SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}.*\.")
-# What stands beside data and is none: `datasets` leaves out the first ones, Spark and Hive those that begin with `_`.
+# Files beside data that are not data. `datasets` leaves out the first ones; Spark and Hive write those with `_`.
 _MARKERS = re.compile(
     r"(README\.md|config\.json|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip"
     r"|_(SUCCESS|metadata|common_metadata|committed_\w*|started_\w*)"
@@ -64,28 +64,28 @@ class SourceFile(NamedTuple):
 
 
 def is_packaged(path: str) -> bool:
-    """Whether a source's path is one of the file formats of `datasets`, which come before folders and Hub ids."""
+    """Whether a source's path names a file format of `datasets`; such a name comes before folders and Hub ids."""
     return path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}") is not None
 
 
 def is_folder(source: SourceSection) -> bool:
-    """Whether a source's path is a local folder, and not one of the names that come before."""
+    """Whether a source's path is a local folder, and not the name of a format."""
     return os.path.isdir(source.path) and source.path not in FILE_FORMATS and not is_packaged(source.path)
 
 
 def find_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]] | None:
-    """The files of each split that `split` names, as of `find`."""
+    """The files of each split that the source's `split` names; None if `datasets` finds and reads them."""
     names = [part.partition("[")[0].strip() for part in source.split.split("+")]
-    found = {name: find(source, key, name) for name in names}
+    found = {name: find_files(source, key, name) for name in names}
     known = {name: files for name, files in found.items() if files is not None}
     return known if len(known) == len(found) else None
 
 
-def find(source: SourceSection, key: str, split: str) -> list[SourceFile] | None:
-    """The files of a split, patterns in their order, sorted within each; None where `datasets` finds and reads them.
+def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] | None:
+    """The files of a split: patterns in their order, the files of each sorted. None if `datasets` finds and reads them.
 
-    Raises `RecipeError` where a pattern matches nothing, or something that can't be read, and where it isn't certain
-    which files belong to the split.
+    Raises `RecipeError` if a pattern matches nothing or something that can't be read, or if it isn't certain which
+    files belong to the split.
     """
     _require_readable(source, key)
     if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
@@ -100,7 +100,7 @@ def find(source: SourceSection, key: str, split: str) -> list[SourceFile] | None
             raise RecipeError.at(
                 where, f"no file matches {pattern if source.patterns else os.path.join(_below_name(source), pattern)}"
             )
-        for name, info in matches:  # a file named twice, in whatever spelling, is one file
+        for name, info in matches:  # a file that is named twice, even in other words, is read once
             found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
     named = _of_split(source, key, split, list(found.values()))
     if source.path in FILE_FORMATS:
@@ -134,22 +134,22 @@ def _require_readable(source: SourceSection, key: str) -> None:
 
 
 def format_of(name: str) -> str | None:
-    """Which of `FILE_FORMATS` a file is by its name; None if none of them."""
+    """The file's format by its name, one of `FILE_FORMATS`; None if it is none of them."""
     stem, suffix = os.path.splitext(name.lower())
     return _FORMATS.get(os.path.splitext(stem)[1] if suffix in CODECS else suffix)
 
 
 def codec_suffix(origin: str) -> str:
-    """The suffix, in lower case, that says how a file is compressed; empty where it isn't."""
+    """The suffix of a file's compression, in lower case; empty if it is not compressed."""
     path = re.split("[?#]", origin)[0] if origin.startswith(("http://", "https://")) else origin
     suffix = os.path.splitext(path)[1].lower()
     return suffix if suffix in CODECS else ""
 
 
 def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str = "") -> None:
-    """Raises `RecipeError` if a file's first bytes tell that it isn't what its name or its source says.
+    """Raises `RecipeError` if a file's first bytes show that it isn't what its name or its source says.
 
-    `suffix`: of the compression that the bytes still have. `kind`: the format that they are in without it.
+    `suffix`: of the compression that the bytes still have. `kind`: the format of the decompressed file.
     """
     for magic, what in _MAGIC:
         is_expected = magic == _CODEC_MAGIC.get(suffix) or (kind == "parquet" and magic.startswith(b"PAR1"))
@@ -167,10 +167,9 @@ def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str
 
 
 def expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names of the files of a pattern, sorted, and what their file system says of them.
+    """The files that a pattern matches, sorted, each with its size and times as the file system reports them.
 
-    A name that exists is that file, whatever characters it has. Raises `RecipeError` for what matches and can't be
-    read.
+    If there is a file of exactly this name, the pattern is that file. Raises `RecipeError` if a match can't be read.
     """
     if _is_remote(source, pattern):
         return _expand_remote(source, pattern, key)
@@ -206,9 +205,9 @@ def _expand_remote(source: SourceSection, pattern: str, key: str) -> list[tuple[
 
 
 def _matches(folder: str, parts: list[str], key: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """As `glob.glob(recursive=True)` below a folder, but what can't be read is an error and what exists is no pattern.
+    """Like `glob.glob(recursive=True)`, but a folder that can't be read is an error, and a name that exists no pattern.
 
-    `above`: the folders that `**` has passed, by device and inode, to find links that lead back.
+    `above`: folders that `**` has passed, as (device, inode), to find links that lead back to them.
     """
     part, rest = parts[0], parts[1:]
     path = os.path.join(folder, part)
@@ -244,7 +243,7 @@ def _matches(folder: str, parts: list[str], key: str, above: tuple[tuple[int, in
 
 
 def _names(folder: str, pattern: str, key: str) -> list[str]:
-    """Names in a folder that match; hidden ones only if the pattern is hidden, too."""
+    """Names in a folder that match; hidden ones only if the pattern begins with a dot."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -255,7 +254,7 @@ def _names(folder: str, pattern: str, key: str) -> list[str]:
 
 
 def _is_folder(path: str, key: str) -> bool:
-    """Whether a path is a folder; an error where it is a link that leads nowhere."""
+    """Whether a path is a folder. Raises `RecipeError` if it is a broken link."""
     return os.path.lexists(path) and stat.S_ISDIR(_status(path, key).st_mode)
 
 
@@ -268,10 +267,10 @@ def _status(path: str | Path, key: str) -> os.stat_result:
 
 
 def _stat(path: Path, key: str) -> os.stat_result:
-    """Size and times of a file; an error for what is no file."""
+    """Size and times of a file. Raises `RecipeError` if it is a pipe or a device."""
     found = _status(path, key)
     if not stat.S_ISREG(found.st_mode):
-        raise RecipeError.at(key, f"{path} is a pipe or a device, and data are read more than once: write a file")
+        raise RecipeError.at(key, f"{path} is a pipe or a device, but data are read more than once: write a file")
     return found
 
 
@@ -290,7 +289,7 @@ def _below_name(source: SourceSection) -> str:
 
 
 def below(folder: str, name: str) -> str:
-    """A file's path below a folder: local, or of a URL whose spelling the file system may have changed."""
+    """A file's path relative to a folder, which may be a URL that the file system spells differently."""
     if "://" not in name:
         return Path(os.path.relpath(name, folder)).as_posix()
     last = folder.rstrip("/").rpartition("/")[2]
@@ -300,7 +299,7 @@ def below(folder: str, name: str) -> str:
 def _without_markers(
     source: SourceSection, matches: list[tuple[str, dict[str, Any]]]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Leave out files that accompany data and are none, with one log line."""
+    """Leave out files that stand beside data and are not data, with one log line."""
     root = _below_name(source)
     names = {name: PurePath(below(root, name)) for name, _ in matches}
     saved = {path.parent for path in names.values() if path.name == "dataset_info.json"}  # by `Dataset.save_to_disk`
@@ -313,7 +312,7 @@ def _without_markers(
     }
     if left_out:
         more = " and more" if len(left_out) > 5 else ""
-        _say_once(f"not read, by their names no data: {', '.join(sorted(left_out)[:5])}{more}")
+        _say_once(f"not read, since their names are not those of data: {', '.join(sorted(left_out)[:5])}{more}")
     return [(name, info) for name, info in matches if name not in left_out]
 
 
@@ -323,7 +322,7 @@ def _say_once(message: str) -> None:
 
 
 def _has_configurations(source: SourceSection) -> bool:
-    """Whether a folder's README.md says which files make its splits, as that of a dataset on the Hub may."""
+    """Whether a folder's README.md defines its splits, as it may in a dataset of the Hub."""
     try:
         text = Path(source.path, "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -334,7 +333,7 @@ def _has_configurations(source: SourceSection) -> bool:
 def _of_split(
     source: SourceSection, key: str, split: str, files: list[tuple[str, int | None]]
 ) -> list[tuple[str, int | None]]:
-    """Those files that belong to a split: all for `train` where they are named or no name tells of splits."""
+    """The files that belong to a split. All of them are `train` if they are named, or if no name has a split's word."""
     if split == "all":
         return files
     if source.patterns:
@@ -345,7 +344,7 @@ def _of_split(
     splits = _by_split((name for name, _ in files), root)
     advice = "name the files to train on in data_files" if split == "train" else "name the files in data_files"
     if source.path in FILE_FORMATS and split == "train":
-        # `datasets` would leave these out by their names; to train on them unasked would be worse than to ask.
+        # `datasets` would leave these files out by their names. We don't guess whether to train on them.
         other = next((name for name, found in splits.items() if found - {"train"}), None)
         if other is not None:
             raise RecipeError.at(f"{key}.data_dir", f"holds another split's file {other}; {advice}")
@@ -366,7 +365,7 @@ def _of_split(
 
 
 def _by_split(names: Iterable[str], root: str) -> dict[str, set[str]]:
-    """The splits that each file belongs to by its path below `root`, as `datasets` names them."""
+    """The splits that each file belongs to by its path below `root`, by the rules of `datasets`."""
     paths = {name: below(root, name) for name in names}
     shards = {name: match[1] for name, path in paths.items() if (match := _SHARD.match(path))}
     if shards:

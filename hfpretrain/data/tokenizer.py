@@ -1,4 +1,4 @@
-"""Load a fast tokenizer, train one on an iterator of documents, encode with it."""
+"""Load a fast tokenizer or train one, and find what it adds before and after a text."""
 
 from __future__ import annotations
 
@@ -49,46 +49,46 @@ def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
 def document_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """The ids with which every document begins: what calling the tokenizer adds before a text, such as Llama's BOS.
 
-    Empty if it adds nothing, or EOS, which already stands between documents.
+    Empty if it adds nothing, or EOS, since EOS stands between documents anyway.
     """
-    prefix, _ = _own_frame(tokenizer)
+    prefix, _ = _added_ids(tokenizer)
     return () if tokenizer.eos_token_id in prefix else prefix
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids before the text of a document in training: `document_prefix`, or EOS if that is empty."""
+    """The ids before a document's text in training: `document_prefix`, or the EOS of the document before it."""
     return list(document_prefix(tokenizer)) or [tokenizer.eos_token_id]
 
 
 def set_add_bos(tokenizer: PreTrainedTokenizerFast, add_bos: bool, add_eos: bool | None = None) -> None:
-    """Set whether calling the tokenizer adds BOS before a text, and EOS after it (`add_eos` None: as before).
+    """Set whether calling the tokenizer adds BOS before a text, and EOS after it (None: as it does now).
 
     Raises `RecipeError` if the tokenizer has no BOS to add.
     """
-    prefix, suffix = _own_frame(tokenizer)
+    prefix, suffix = _added_ids(tokenizer)
     has_eos = tokenizer.eos_token_id in suffix
     wanted = has_eos if add_eos is None else add_eos
-    is_eos = tokenizer.bos_token_id == tokenizer.eos_token_id  # then it stands before every document in any case
+    is_eos = tokenizer.bos_token_id == tokenizer.eos_token_id  # it stands before every document anyway
     if (add_bos == bool(prefix) or is_eos) and wanted == has_eos:
         return
     if add_bos and tokenizer.bos_token_id is None:
         message = f"{tokenizer.name_or_path!r} has no BOS token; leave the key out"
         raise RecipeError.at("tokenizer.add_bos", message)
-    # Also where they are written: from there a loaded tokenizer takes them.
+    # Also in `init_kwargs`, which is saved, and from which a loaded tokenizer takes them.
     for name, value in (("add_eos_token", wanted), ("add_bos_token", bool(prefix) if is_eos else add_bos)):
         tokenizer.init_kwargs[name] = value
         setattr(tokenizer, name, value)
 
 
-def _own_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that calling the tokenizer adds before and after a text."""
+def _added_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that calling the tokenizer adds before a text, and after it."""
     backend = tokenizer.backend_tokenizer
     special = set(tokenizer.all_special_tokens)
-    # A closed vocabulary may know nothing but its own tokens.
+    # A vocabulary of fixed words may not know the letter.
     for text in ("a", *(token for token in tokenizer.get_vocab() if token not in special)):
         try:
             ids, whole = (backend.encode(text, add_special_tokens=wanted).ids for wanted in (False, True))
-        except Exception:  # the library raises nothing narrower for a word that a vocabulary lacks
+        except Exception:  # `tokenizers` raises nothing narrower for a word that is not in the vocabulary
             continue
         starts = [n for n in range(len(whole) - len(ids) + 1) if ids and whole[n : n + len(ids)] == ids]
         if starts:
@@ -97,16 +97,16 @@ def _own_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tup
 
 
 def describe_framing(tokenizer: PreTrainedTokenizerFast) -> str:
-    """One line that tells with which tokens a document begins and ends."""
+    """One line that says with which tokens a document begins and ends."""
     prefix = document_prefix(tokenizer)
     begin = f"begin with {tokenizer.decode(list(prefix))}, which calling the tokenizer adds to a text, and "
     return f"documents {begin if prefix else ''}end with {tokenizer.eos_token}"
 
 
 def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A new tokenizer with one special token that both begins and ends a document, and one for padding.
+    """Train a tokenizer. It has one special token for both BOS and EOS, and one for padding.
 
-    Deterministic: the same documents in the same order give the same vocabulary.
+    The same documents in the same order give the same vocabulary.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -119,7 +119,7 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
         backend.decoder = decoders.ByteLevel()
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         trainer = trainers.BpeTrainer(
-            vocab_size=section.vocab_size or 0,  # given: the section checks it
+            vocab_size=section.vocab_size or 0,  # never 0: the section requires it
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -144,7 +144,7 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
 
 
 def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
-    """Train in a thread, since the library blocks signals: so the main thread can be stopped, and logs progress."""
+    """Train in a thread, so that the main thread can be interrupted and logs progress; `tokenizers` blocks signals."""
     read = [0, 0]
     stopped = threading.Event()
 
@@ -153,17 +153,17 @@ def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
             if stopped.is_set():
                 return
             read[0], read[1] = read[0] + 1, read[1] + len(text)
-            yield from _without_long_words(text)
+            yield from split_long_words(text)
 
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
             backend.train_from_iterator(_batched(texts()), trainer)
-        except BaseException as error:  # raised where training was asked for
+        except BaseException as error:  # raised again in the main thread
             failed.append(error)
 
-    # A daemon: what is stopped while it computes must keep no process alive.
+    # A daemon, so that a training that was interrupted does not keep the process alive.
     worker = threading.Thread(target=work, daemon=True, name="tokenizer")
     worker.start()
     start = told = time.monotonic()
@@ -176,17 +176,17 @@ def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
                 logger.info("training the tokenizer: %s, %.0f s", done, told - start)
     except BaseException:
         stopped.set()
-        worker.join(2)  # while it reads it ends by itself
+        worker.join(2)  # it ends at the next text; while it merges it can't be stopped
         raise
     if failed:
         raise failed[0]
 
 
-def _without_long_words(text: str) -> Iterator[str]:
-    """The text cut where a word, which no token crosses, would be longer than 256 characters.
+def split_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, so that no run of letters, digits or signs is longer than 256 characters.
 
-    To the trainer, text without spaces is one word, and each merge takes time by the length of the words that have it:
-    hours for megabytes. Only the trainer's input is cut; encoding has no such limit.
+    The trainer takes text without spaces for one word, and the time of a merge grows with the length of the words that
+    contain it: hours for megabytes. Only the trainer's input is cut; encoding has no such limit.
     """
     start = 0
     for match in _LONG_WORD.finditer(text):
@@ -202,8 +202,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, section: TokenizerSect
 
 
 def chat_template_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
-    """What is wrong with `tokenizer.chat_template` of a recipe's raw mapping: a file that is not there, or Jinja that
-    does not turn a question and its answer into text that holds both."""
+    """What is wrong with `tokenizer.chat_template` in a recipe's mapping.
+
+    Either its file can't be read, or it does not turn a question and an answer into text that contains both.
+    """
     section = mapping.get("tokenizer")
     given = section.get("chat_template") if isinstance(section, dict) else None
     if not isinstance(given, str):

@@ -150,7 +150,7 @@ def test_bos_in_a_text_begins_no_document(framed):
 def test_positions_restart_at_bos_whose_label_is_ignored():
     bos, eos = 1, 0
     ids = np.array([[5, eos, bos, 7, eos, bos, 8, 9]])
-    assert document_positions(ids, eos, behind=True).tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
+    assert document_positions(ids, eos, after_eos=True).tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
     batch = collate(ids, eos, begins_after=eos)
     assert batch["labels"].tolist() == [[5, eos, IGNORE_INDEX, 7, eos, IGNORE_INDEX, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]

@@ -247,7 +247,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
         whole = trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
         encoded = encode([text, "short", text[:5000]])
         assert encoded[0].tolist() == [*whole, trained.eos_token_id]
-        assert len(list(encode._long(text))) > 10
+        assert len(list(encode._encode_long(text))) > 10
         assert encoded[2].tolist()[:-1] == trained.backend_tokenizer.encode(text[:5000], add_special_tokens=False).ids
 
 
@@ -261,7 +261,7 @@ def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
     prefix = {"prefix": pre_tokenizers.ByteLevel(add_prefix_space=True), "metaspace": pre_tokenizers.Metaspace()}[how]
     trained.backend_tokenizer.pre_tokenizer = prefix
     encode = encoding.Encoder(trained, np.dtype(np.uint16))
-    assert not encode._cuts_at_lines
+    assert not encode._can_cut_at_lines
     encode(["short"])
     for text in ("\n".join(small_text(100)), "\n".join(small_text(20))[:1900]):
         assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -271,7 +271,7 @@ def test_a_vocabulary_with_tokens_across_lines_is_not_cut_there():
     from tokenizers import AddedToken
 
     trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
-    assert encoding.Encoder(trained, np.dtype(np.uint16))._cuts_at_lines
+    assert encoding.Encoder(trained, np.dtype(np.uint16))._can_cut_at_lines
     trained.add_tokens([AddedToken("light\nwater")])
     encode = encoding.Encoder(trained, np.dtype(np.uint16))
     text = "light\nwater " * 1000

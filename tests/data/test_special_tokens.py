@@ -177,7 +177,7 @@ def test_text_that_a_tokenizer_leaves_out_or_replaces_is_told(folder):
 
 def test_a_token_that_takes_in_the_space_around_it_is_not_cut_from_it():
     made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
-    assert Encoder(made, np.dtype(np.int64))._cuts_at_lines
+    assert Encoder(made, np.dtype(np.int64))._can_cut_at_lines
     made.add_tokens([AddedToken("mark", lstrip=True)])
     text = "the river runs\nmark over the stone\n" * 400
     (ids,) = Encoder(made, np.dtype(np.int64))([text])

@@ -12,10 +12,10 @@ from hfpretrain.data.prepare import prepare, prepared_path
 from hfpretrain.data.summary import preparation_notes
 from hfpretrain.data.tokenizer import (
     END_OF_TEXT,
-    _without_long_words,
     chat_template_problems,
     load_tokenizer,
     padded_vocab_size,
+    split_long_words,
     train_tokenizer,
 )
 from hfpretrain.planning.plan import model_config
@@ -113,11 +113,11 @@ def test_a_chat_template_asks_for_no_new_preparation_or_run(folder):
 
 
 def test_words_without_end_are_cut_for_the_trainer_alone():
-    assert list(_without_long_words("ordinary text, 42 words\n" * 50)) == ["ordinary text, 42 words\n" * 50]
+    assert list(split_long_words("ordinary text, 42 words\n" * 50)) == ["ordinary text, 42 words\n" * 50]
     draw = random.Random(0)
     bases = "".join(draw.choices("ACGT", k=300_000))
-    assert "".join(_without_long_words(bases)) == bases
-    assert max(map(len, _without_long_words(bases))) <= 256
+    assert "".join(split_long_words(bases)) == bases
+    assert max(map(len, split_long_words(bases))) <= 256
     start = time.monotonic()
     tokenizer = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=1000), [bases])
     assert len(tokenizer) == 1000 and time.monotonic() - start < 60
