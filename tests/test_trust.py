@@ -30,7 +30,7 @@ from hfpretrain.ladder import subruns
 from hfpretrain.ladder.rungs import Ladder
 from hfpretrain.modeling.build import build_model
 from hfpretrain.modeling.config import load_config
-from hfpretrain.publishing import card_text
+from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import Failed, Pushed, Pusher
 from hfpretrain.recipe.redaction import is_redacted, redact, without_folders
 from hfpretrain.recipe.schema import (
@@ -242,7 +242,7 @@ def test_yaml_makes_no_objects(tmp_path, marker):
     text = f"a: !!python/object/apply:builtins.open [{marker}, w]"
     with pytest.raises(RecipeError):
         parse_yaml(text, "a recipe")
-    assert card_text.update(f"---\n{text}\n---\nwords", "---\nb: 1\n---\n").endswith("words\n")
+    assert card.update(f"---\n{text}\n---\nwords", "---\nb: 1\n---\n").endswith("words\n")
 
 
 def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(folder, tmp_path, monkeypatch):

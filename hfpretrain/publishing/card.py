@@ -1,15 +1,26 @@
-"""The model card of a run folder, by what stands in it."""
+"""The model card: what a run folder tells about the model, as Hub metadata and text that a person may add to.
+
+Generated text stands in blocks between two markers. Everything outside of them is a person's and is kept.
+
+<!-- hfpretrain: generated results, edits in here are lost -->
+...
+<!-- hfpretrain: end -->
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from hfpretrain import files
 from hfpretrain.planning import table
-from hfpretrain.publishing import card_text
 from hfpretrain.recipe.addresses import repo_id_problem
 from hfpretrain.recipe.redaction import redact, without_folders
 from hfpretrain.recipe.schema import Recipe, RecipeError
@@ -19,7 +30,16 @@ from hfpretrain.training.history import History
 from hfpretrain.training.metrics_file import iterate_metrics
 from hfpretrain.training.plot import plot_loss
 
-_EMISSIONS = "emissions.csv"  # as codecarbon names it
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, RepoCard
+
+_JSON_FILES = (report.ENVIRONMENT, report.DATA)
+_EMISSIONS = "emissions.csv"  # the file that codecarbon writes
+_BEGIN, _END = "<!-- hfpretrain: generated {}, edits in here are lost -->", "<!-- hfpretrain: end -->"
+_BLOCK = re.compile(r"<!-- hfpretrain: generated (\S+?),? [^>]*-->\n(.*?)<!-- hfpretrain: end -->\n?", re.DOTALL)
+_NO_METADATA = "---\n\n---\n"
+_LISTS = ("datasets", "language", "tags")
+_FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4}  # to the number of digits in the table
 _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({arguments})
@@ -28,85 +48,247 @@ _LIMITS = """A base model: it continues text, it does not follow instructions, a
 holds, errors and prejudices included."""
 
 
-def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | None = None) -> None:
-    """The card and the loss plot of a run folder into `model`, an exported folder, by what stands in the run folder.
+@dataclass(frozen=True)
+class _Records:
+    """What a run folder tells about the run, up to a step."""
 
-    `step`: of a checkpoint, if it is not the end of the run. What a person has written into a card that is there stays.
-    Raises `RecipeError` where `run` is no run.
+    run: Path
+    recipe: Recipe
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    history: History
+
+    @classmethod
+    def read(cls, run: Path, step: int | None) -> _Records:
+        """Read a run folder, raising `RecipeError` where it is none."""
+        try:
+            recipe = read_recipe(run / "recipe.yaml")
+            environment, data = (json.loads((run / name).read_text("utf-8")) for name in _JSON_FILES)
+        except (OSError, ValueError) as error:
+            raise RecipeError.at(str(run), f"is no run folder of this version of hfpretrain: {error}") from error
+        return cls(run, recipe, environment, data, History.read(run / "metrics.jsonl", step))
+
+    def evaluations(self) -> list[tuple[int, dict[str, dict[str, Any]]]]:
+        """Step and figures by validation set of the first and the last evaluation; those of all text under ""."""
+        found = []
+        for row in self.history.evaluations:
+            by_domain: dict[str, dict[str, Any]] = {"": {}}
+            for key, value in row.items():
+                if key.startswith("eval/"):
+                    domain, _, figure = key.removeprefix("eval/").rpartition("/")
+                    by_domain.setdefault(domain, {})[figure] = value
+            found.append((row["step"], {name: part for name, part in by_domain.items() if "loss" in part}))
+        return found
+
+    def tasks(self) -> list[tuple[str, str, float, float | None]]:
+        """Task, metric, value and standard error of the last evaluation on downstream tasks."""
+        values = {
+            key.removeprefix("tasks/"): value
+            for key, value in self.history.tasks.items()
+            if key.startswith("tasks/") and isinstance(value, (int, float))
+        }
+        return [
+            (*key.rpartition("/")[::2], value, values.get(f"{key}_stderr"))
+            for key, value in values.items()
+            if not key.endswith("_stderr")
+        ]
+
+    def emissions(self) -> dict[str, Any] | None:
+        """Emissions that codecarbon measured, in grams of CO2, as the Hub reads them; None if nothing was measured."""
+        try:
+            with (self.run / _EMISSIONS).open(encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            grams = sum(1000 * float(row["emissions"]) for row in rows)
+        except (OSError, KeyError, ValueError):
+            return None
+        region = ", ".join(dict.fromkeys(row["country_name"] for row in rows if row.get("country_name")))
+        return {"emissions": round(grams, 3), "source": "codecarbon", "training_type": "pre-training"} | (
+            {"geographical_location": region} if region else {}
+        )
+
+
+def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | None = None) -> None:
+    """Write the card and the loss plot of a run folder into `model`, an exported folder.
+
+    `step`: that of the checkpoint, None at the end of the run. Text that a person wrote into an existing card is kept.
+    Raises `RecipeError` if `run` is not a run folder.
     """
-    try:
-        recipe = read_recipe(run / "recipe.yaml")
-        where, data = (json.loads((run / name).read_text("utf-8")) for name in ("environment.json", report.DATA))
-    except (OSError, ValueError) as error:
-        raise RecipeError.at(str(run), f"is no run folder of this version of hfpretrain: {error}") from error
-    history = History.read(run / "metrics.jsonl", step)
-    name = repo_id or recipe.hub.repo_id
+    records = _Records.read(run, step)
+    name = repo_id or records.recipe.hub.repo_id
     title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
-    plot_loss(history, model / "loss.png", title)
-    if (model / files.SUMS).is_file():  # which exports of older versions do not have
+    plot_loss(records.history, model / "loss.png", title)
+    if (model / files.SUMS).is_file():  # exports of older versions have none
         try:
             files.add_sums(model, [model / "loss.png"])
         except ValueError as error:
             raise RecipeError.at(str(model), str(error)) from error
-    blocks = _blocks(run, recipe, where, data, history, name, title, step)
-    text = card_text.write(_metadata(run, recipe, history, title), blocks)
+    text = _card(_metadata(records, title), _blocks(records, name, title, step))
     path = model / "README.md"
     try:
-        files.write_whole(path, card_text.update(path.read_text("utf-8"), text) if path.exists() else text)
+        files.write_whole(path, update(path.read_text("utf-8"), text) if path.exists() else text)
     except UnicodeDecodeError as error:
         raise RecipeError.at(str(path), "is not UTF-8; move it away, and a new card is written") from error
 
 
 def keep_edits(path: Path, remote: str | None) -> None:
-    """Copy what a person has written into the card on the Hub to the card at `path`.
+    """Copy what a person wrote into the card on the Hub, `remote`, to the card at `path`.
 
-    If both were edited, the one here is used, and the Hub's is kept beside it as `README.hub.md`.
+    If both were edited, the card at `path` stays, and that of the Hub is written beside it as `README.hub.md`.
     """
-    ours = path.read_text(encoding="utf-8")
+    local = path.read_text(encoding="utf-8")
     if remote is None:
         return
-    if not card_text.edits(ours):
-        files.write_whole(path, card_text.update(remote, ours))
-    elif card_text.edits(remote) not in card_text.edits(ours):
+    if not edits(local):
+        files.write_whole(path, update(remote, local))
+    elif edits(remote) not in edits(local):
         files.write_whole(path.with_name("README.hub.md"), remote)
 
 
 def describe_export(run: Path, folder: Path, step: int, repo_id: str | None = None) -> None:
-    """Put the card and the figures of a step into `folder`, the exported model of that step."""
+    """Write the card and `metrics.json`, the figures of a step, into `folder`, the exported model of that step."""
     write_card(run, folder, step, repo_id)
-    (folder / "metrics.json").write_text(json.dumps(figures(run, step), indent=1), encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(_figures_at(run, step), indent=1), encoding="utf-8")
     files.add_sums(folder, [folder / "metrics.json"])
 
 
-def figures(run: Path, step: int | None = None) -> dict[str, Any]:
-    """The newest figures of each kind that were measured up to a step."""
-    return History.read(run / "metrics.jsonl", step).figures
-
-
 def figures_text(run: Path, step: int) -> str:
-    """The same as lines, for a commit's message."""
-    found = {key: value for key, value in figures(run, step).items() if isinstance(value, (int, float))}
+    """The newest figures measured up to a step, one a line, for the message of a commit."""
+    found = {key: value for key, value in _figures_at(run, step).items() if isinstance(value, (int, float))}
     return "\n".join(
         f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}" for key, value in found.items()
     )
 
 
-def _evaluations(history: History) -> list[tuple[int, dict[str, dict[str, Any]]]]:
-    """Step and figures by domain of the first and the last evaluation, those of all text under the empty name."""
-    found = []
-    for row in history.evaluations:
-        by_domain: dict[str, dict[str, Any]] = {"": {}}
-        for key, value in row.items():
-            if key.startswith("eval/"):
-                domain, _, figure = key.removeprefix("eval/").rpartition("/")
-                by_domain.setdefault(domain, {})[figure] = value
-        found.append((row["step"], {name: part for name, part in by_domain.items() if "loss" in part}))
-    return found
+def _figures_at(run: Path, step: int) -> dict[str, Any]:
+    return History.read(run / "metrics.jsonl", step).figures
 
 
-def _tasks(history: History) -> dict[str, float]:
-    found = {k.removeprefix("tasks/"): value for k, value in history.tasks.items() if k.startswith("tasks/")}
-    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+def update(old: str, new: str) -> str:
+    """The card `new` with a person's edits of `old`.
+
+    Text outside of the blocks, the order of the blocks and their removal are kept. Metadata are merged: a key of both
+    has the value of `new`, but lists are joined, and results of other models stay.
+    """
+    card, generated = _parse(old), _parse(new)
+    blocks: dict[str, str] = dict(_BLOCK.findall(generated.text))
+    if _BLOCK.search(card.text):
+        card.text = _BLOCK.sub(lambda block: _block(block[1], blocks.get(block[1]) or block[2]), card.text)
+    elif card.text.strip():  # a person wrote all of it
+        card.text = card.text.rstrip("\n") + "\n" + generated.text
+    else:
+        card.text = generated.text
+    for key, value in _merged(card.data.to_dict(), generated.data.to_dict()).items():
+        card.data[key] = value
+    return str(card)
+
+
+def edits(card: str) -> str:
+    """The text of a card outside of the generated blocks, which a person has written."""
+    return _BLOCK.sub("", _parse(card).text).strip()
+
+
+def _parse(text: str) -> RepoCard:
+    """A card as metadata, `data`, and `text`.
+
+    Not a `ModelCard`: that merges the `model-index` entries of several models into one and raises for those that lack a
+    key (huggingface_hub 2.4). Metadata that a person has made unreadable stay as text.
+    """
+    from huggingface_hub import RepoCard
+
+    try:
+        return RepoCard(text if text.lstrip().startswith("---") else _NO_METADATA + text)
+    except (yaml.YAMLError, ValueError, TypeError):
+        return RepoCard(_NO_METADATA + text)
+
+
+def _merged(edited: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a generated card with what a person has added to an older one."""
+    merged = {**edited, **generated}
+    for key in _LISTS:
+        both = [*_listed(generated.get(key)), *_listed(edited.get(key))]
+        if both:
+            merged[key] = list(dict.fromkeys(both))
+    names = {entry.get("name") for entry in generated.get("model-index") or ()}
+    others = [entry for entry in edited.get("model-index") or () if entry.get("name") not in names]
+    if others:
+        merged["model-index"] = [*(generated.get("model-index") or ()), *others]
+    return merged
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _card(metadata: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
+    """A new card with each of `blocks` between its markers."""
+    card = _parse("")
+    for key, value in metadata.items():
+        card.data[key] = value
+    card.text = "".join(f"\n{_block(name, text)}" for name, text in blocks.items())
+    return str(card)
+
+
+def _block(name: str, text: str) -> str:
+    return f"{_BEGIN.format(name)}\n{text.strip().replace('<!--', '<! --')}\n{_END}\n"
+
+
+def _metadata(records: _Records, title: str) -> dict[str, Any]:
+    """What the Hub reads from a card, with the results as `model-index`."""
+    from huggingface_hub import ModelCardData
+
+    section, datasets = records.recipe.hub, _hub_datasets(records.recipe)
+    data = ModelCardData(
+        license=section.license,
+        language=list(section.language) or None,
+        datasets=datasets or None,
+        base_model=_base_model(records.recipe),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hfpretrain", *section.tags],
+        model_name=title,
+        eval_results=[*_validation_results(records, datasets), *_task_results(records)] or None,
+        co2_eq_emissions=records.emissions(),
+    )
+    return dict(data.to_dict())
+
+
+# Results are `EvalResult`, not the newer `EvalResultEntry`: the Hub takes the latter only for datasets registered as
+# benchmarks, with a task of that dataset's eval.yaml (https://huggingface.co/docs/hub/eval-results). The held-out text
+# of a run is no benchmark, and lm-eval's tasks have other names.
+
+
+def _validation_results(records: _Records, datasets: Sequence[str]) -> Iterable[EvalResult]:
+    """Figures of the last evaluation on each validation set."""
+    from huggingface_hub import EvalResult
+
+    *_, (_, by_domain) = records.evaluations() or [(0, {})]
+    for domain, figures in by_domain.items():
+        for metric in (name for name in _FIGURES if name in figures):
+            interval = figures.get(f"{metric}_interval")
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=datasets[0] if datasets else "text",
+                dataset_name=f"held-out text{f' ({domain})' if domain else ''}",
+                dataset_config=domain or None,  # tells several sets of one dataset apart
+                dataset_split="validation",
+                metric_type=metric,
+                metric_value=round(figures[metric], 4),
+                metric_args={"interval_95": [round(end, 4) for end in interval]} if interval else None,
+            )
+
+
+def _task_results(records: _Records) -> Iterable[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    for task, metric, value, error in records.tasks():
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=f"{task} (lm-evaluation-harness)",
+            metric_type=metric,
+            metric_value=round(value, 4),
+            metric_args=None if error is None else {"stderr": round(error, 4)},
+        )
 
 
 def _hub_datasets(recipe: Recipe) -> list[str]:
@@ -116,90 +298,73 @@ def _hub_datasets(recipe: Recipe) -> list[str]:
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """Of the Hub, which a folder is not."""
+    """The pretrained model, if it is one of the Hub."""
     pretrained = recipe.model.pretrained
     is_of_hub = pretrained is not None and repo_id_problem(pretrained) is None and not Path(pretrained).exists()
     return pretrained if is_of_hub else None
 
 
-def _emissions(run: Path) -> dict[str, Any] | None:
-    """What codecarbon has left in the run folder, in grams of CO2; None where nothing was measured."""
-    try:
-        with (run / _EMISSIONS).open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        grams = sum(1000 * float(row["emissions"]) for row in rows)
-    except (OSError, KeyError, ValueError):
-        return None
-    region = ", ".join(dict.fromkeys(row["country_name"] for row in rows if row.get("country_name")))
-    return {"emissions": round(grams, 3), "source": "codecarbon", "training_type": "pre-training"} | (
-        {"geographical_location": region} if region else {}
-    )
-
-
-def _metadata(run: Path, recipe: Recipe, history: History, title: str) -> dict[str, Any]:
-    evaluations, section = _evaluations(history), recipe.hub
-    return card_text.metadata(
-        name=title,
-        license=section.license,
-        language=section.language,
-        datasets=_hub_datasets(recipe),
-        base_model=_base_model(recipe),
-        tags=section.tags,
-        validation=evaluations[-1][1] if evaluations else {},
-        tasks=_tasks(history),
-        emissions=_emissions(run),
-    )
-
-
-def _blocks(
-    run: Path,
-    recipe: Recipe,
-    where: dict[str, Any],
-    data: dict[str, Any],
-    history: History,
-    name: str | None,
-    title: str,
-    step: int | None,
-) -> dict[str, str]:
-    exported = history.exported
-    labels = [(f"step {at:,}", by_domain) for at, by_domain in _evaluations(history)]
-    kind = without_folders(recipe.model.pretrained) or (recipe.model.config or {})["model_type"]
-    origin = f"{kind}, trained further" if recipe.model.pretrained else f"{kind}, trained from scratch"
-    tokens = history.tokens
-    steps = recipe.training.num_steps
-    summary = (
-        f"# {title}\n\nA causal language model ({origin}, {where['num_parameters']:,} parameters, {tokens:,} tokens), "
-        "pretrained with hfpretrain."
-    )
-    if step is not None:
-        summary += f" This is the checkpoint of step {step:,} of {steps:,}."
-    elif name is not None and recipe.hub.repo_id is not None and recipe.checkpoint.every_steps:
-        summary += " Each checkpoint of the training is a revision of this repo, named by its step."
-    arguments = json.dumps(name or title) + ("" if step is None else f', revision="step-{step:08d}"')
-    use = card_text.fenced(_USE.format(arguments=arguments), "python")
-    use += f"\n\n{_framing(data)}"
-    limits = "".join([_LIMITS, *(f" {text[0].upper()}{text[1:]}." for text in where.get("notes", ()))])
-    if exported:
-        limits += (
-            f" The export was loaded in a fresh process and gave a loss of {exported['export/loss_export']:.6f} on a "
-            f"stored batch; the training process {exported['export/loss_training']:.6f}."
-        )
+def _blocks(records: _Records, name: str | None, title: str, step: int | None) -> dict[str, str]:
+    """The generated text by block. `name`: of the repo, where there is one."""
     blocks = {
-        "summary": summary,
-        "results": f"## Results\n\n{card_text.validation_table(labels)}\n\n{card_text.tasks_table(_tasks(history))}",
+        "summary": _summary(records, name, title, step),
+        "results": f"## Results\n\n{_validation_table(records)}\n\n{_tasks_table(records)}",
         "loss": "![Training and validation loss](loss.png)",
-        "use": f"## Use\n\n{use}",
-        "samples": _samples(run, exported, step),
-        "data": f"## Data\n\n{_sources(data)}\n\n{card_text.fenced(data['account'])}",
-        "training": f"## Training\n\n{card_text.listed(_training(run, recipe, where, history))}",
-        "reproduce": _reproduce(recipe, where),
-        "limits": f"## Limits\n\n{limits}",
+        "use": _use(records.data, name or title, step),
+        "samples": _samples(records, step),
+        "data": f"## Data\n\n{_sources(records.data)}\n\n{_fenced(records.data['account'])}",
+        "training": f"## Training\n\n{_training(records)}",
+        "reproduce": _reproduce(records.recipe, records.environment),
+        "limits": _limits(records),
     }
     return {key: redact(text) for key, text in blocks.items() if text}
 
 
+def _summary(records: _Records, name: str | None, title: str, step: int | None) -> str:
+    recipe = records.recipe
+    kind = without_folders(recipe.model.pretrained) or (recipe.model.config or {})["model_type"]
+    origin = f"{kind}, trained further" if recipe.model.pretrained else f"{kind}, trained from scratch"
+    size = f"{records.environment['num_parameters']:,} parameters, {records.history.tokens:,} tokens"
+    text = f"# {title}\n\nA causal language model ({origin}, {size}), pretrained with hfpretrain."
+    if step is not None:
+        text += f" This is the checkpoint of step {step:,} of {recipe.training.num_steps:,}."
+    elif name is not None and recipe.hub.repo_id is not None and recipe.checkpoint.every_steps:
+        text += " Each checkpoint of the training is a revision of this repo, named by its step."
+    return text
+
+
+def _validation_table(records: _Records) -> str:
+    lines = ["| validation | loss | perplexity | bits per byte |", "|---|---|---|---|"]
+    for step, by_domain in records.evaluations():
+        for domain, figures in by_domain.items():
+            cells = " | ".join(_figure(figures, metric, digits) for metric, digits in _FIGURES.items())
+            lines.append(f"| step {step:,}{f', {domain}' if domain else ''} | {cells} |")
+    caption = "In brackets 95 % intervals, drawn over documents."
+    return "\n".join([*lines, "", caption]) if len(lines) > 2 else "No validation text was held out."
+
+
+def _figure(figures: Mapping[str, Any], metric: str, digits: int) -> str:
+    if not isinstance(value := figures.get(metric), (int, float)):
+        return str(value or "")
+    interval = figures.get(f"{metric}_interval")
+    low_high = f" ({interval[0]:,.{digits}f} to {interval[1]:,.{digits}f})" if interval else ""
+    return f"{value:,.{digits}f}{low_high}"
+
+
+def _tasks_table(records: _Records) -> str:
+    lines = ["| task | metric | value | standard error |", "|---|---|---|---|"]
+    for task, metric, value, error in records.tasks():
+        lines.append(f"| {task} | {metric} | {value:.4f} | {'' if error is None else f'{error:.4f}'} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _use(data: dict[str, Any], name: str, step: int | None) -> str:
+    arguments = json.dumps(name) + ("" if step is None else f', revision="step-{step:08d}"')
+    return f"## Use\n\n{_fenced(_USE.format(arguments=arguments), 'python')}\n\n{_framing(data)}"
+
+
 def _framing(data: dict[str, Any]) -> str:
-    """How a prompt begins as a document did in training."""
+    """How to begin a prompt so that it looks like a document in training."""
     if data.get("tokenizer_begins_documents"):
         return (
             f"The tokenizer puts `{data['document_start']}` before a text, as it stood before every document in "
@@ -208,19 +373,21 @@ def _framing(data: dict[str, Any]) -> str:
     return f"Begin a prompt with `{data['document_start']}` to start a document; the tokenizer does not add it."
 
 
-def _samples(run: Path, exported: dict[str, Any], step: int | None) -> str:
+def _samples(records: _Records, step: int | None) -> str:
+    """The texts generated at the last evaluation, and that of the export."""
     newest: list[dict[str, Any]] = []
-    for sample in iterate_metrics(run / "samples.jsonl"):
+    for sample in iterate_metrics(records.run / "samples.jsonl"):
         if step is None or sample["step"] <= step:
             newest = [*(newest if newest and newest[0]["step"] == sample["step"] else []), sample]
     parts = [
-        f"{how} from {sample['prompt']!r}, at step {sample['step']:,}:\n\n{card_text.fenced(sample[kind])}"
+        f"{how} from {sample['prompt']!r}, at step {sample['step']:,}:\n\n{_fenced(sample[kind])}"
         for sample in newest
         for kind, how in (("greedy", "Greedily"), ("drawn", "Drawn"))
     ]
+    exported = records.history.exported
     if exported and exported["export/sample"] is not None:
         how = "Drawn with top-k 50 at temperature 0.8, seed 0, from an empty prompt:"
-        parts.append(f"{how}\n\n{card_text.fenced(exported['export/sample'])}")
+        parts.append(f"{how}\n\n{_fenced(exported['export/sample'])}")
     return "\n\n".join(["## Samples", *parts]) if parts else ""
 
 
@@ -233,7 +400,7 @@ def _sources(data: dict[str, Any]) -> str:
         details += [
             f"{key} `{source[key]}`" for key in ("domain", "name", "split", "data_files", "weight") if source.get(key)
         ]
-        # Else name, size and content of each file. Older versions have the revision alone.
+        # A Hub dataset has its commit, in older versions alone; files have name, size and checksum each.
         if isinstance(identity[0], dict):
             details.append(f"revision `{identity[0]['commit']}`")
         elif len(identity) == 1 and isinstance(identity[0], str):
@@ -242,31 +409,32 @@ def _sources(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training(run: Path, recipe: Recipe, where: dict[str, Any], history: History) -> dict[str, Any]:
-    last = history.logged
-    tokens_per_step, segments = recipe.training.tokens_per_step, report.segments_of(where, last.get("step", 0))
+def _training(records: _Records) -> str:
+    """Facts of the training as a list; those that are not known are left out."""
+    recipe, environment, history = records.recipe, records.environment, records.history
+    last, tokens_per_step = history.logged, recipe.training.tokens_per_step
+    segments = report.segments_of(environment, last.get("step", 0))
     places, hardware, speeds, hours = report.places(segments), [], [], 0.0
     for place, first, end in places:
         steps = f"steps {first:,} to {end:,}: " if len(places) > 1 else ""
         hardware.append(f"{steps}{place}")
         seconds = table.seconds_per_step(history.speeds(), tokens_per_step, first - 1, end)
         if seconds is None:
-            continue  # trained in another folder, whose figures are there
+            continue  # trained in another folder, whose metrics.jsonl has the figures
         speed = f"{steps}{tokens_per_step / seconds:,.0f} tokens/s"
         if last.get("mfu") and end == last["step"]:
             mfu = last["mfu"] / last["tokens_per_second"] * tokens_per_step / seconds
-            speed = f"{speed}, MFU {mfu:.3f} ({where['peak_flops_are']})"
+            speed = f"{speed}, MFU {mfu:.3f} ({environment['peak_flops_are']})"
         speeds.append(speed)
         hours += (end + 1 - first) * seconds / 3600
     precisions = dict.fromkeys("float32" if part["precision"] == "no" else part["precision"] for part in segments)
     dtype = history.exported.get("export/dtype", recipe.model.dtype)
-    emissions = _emissions(run)
-    return {
-        "parameters": f"{where['num_parameters']:,} ({where['num_non_embedding_parameters']:,} without embeddings)",
-        "tokens": f"{last['tokens']:,} in {last['step']:,} steps of {recipe.training.tokens_per_step:,}"
-        if last
-        else None,
-        "epochs, by source": ", ".join(f"{number:.2f}" for number in where.get("epochs") or ()) or None,
+    without_embeddings = f"{environment['num_non_embedding_parameters']:,} without embeddings"
+    emissions = records.emissions()
+    facts = {
+        "parameters": f"{environment['num_parameters']:,} ({without_embeddings})",
+        "tokens": f"{last['tokens']:,} in {last['step']:,} steps of {tokens_per_step:,}" if last else None,
+        "epochs, by source": ", ".join(f"{number:.2f}" for number in environment.get("epochs") or ()),
         "compute": f"{last['flops']:.3g} FLOP" if last else None,
         "hardware": "; ".join(hardware),
         "throughput": "; ".join(speeds),
@@ -275,33 +443,42 @@ def _training(run: Path, recipe: Recipe, where: dict[str, Any], history: History
         "emissions": f"{emissions['emissions']:,} g CO2 (codecarbon)" if emissions else None,
         "precision": ", then ".join(precisions),
         "weights": f"{dtype}, {'as training kept them' if dtype == 'float32' else 'rounded from float32'}",
-        "attention across documents": "no" if where["document_masking"] else "yes",
+        "attention across documents": "no" if environment["document_masking"] else "yes",
     }
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
 
 
-def _reproduce(recipe: Recipe, where: dict[str, Any]) -> str:
-    engine, number, versions = where["engine"], where["num_processes"], where["versions"]
-    # A local version as torch's `+cpu` is of no package registry.
+def _reproduce(recipe: Recipe, environment: dict[str, Any]) -> str:
+    engine, number, versions = environment["engine"], environment["num_processes"], environment["versions"]
+    # Package registries have no local versions such as torch's `+cpu`.
     pins = [f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "hfpretrain"]
+    commit = f", commit {environment['commit']}" if environment["commit"] else ""
     commands = [
-        f"# hfpretrain {versions['hfpretrain']}" + (f", commit {where['commit']}" if where["commit"] else ""),
-        f"pip install {' '.join(pins)}  # Python {where['python']}",
+        f"# hfpretrain {versions['hfpretrain']}{commit}",
+        f"pip install {' '.join(pins)}  # Python {environment['python']}",
         f"accelerate launch --config_file accelerate_configs/{engine}.yaml --num_processes {number} "
         "-m hfpretrain.train recipe.yaml",
     ]
     mapping = recipe.model_dump(mode="json")
     public = without_folders(mapping, texts=("prompts",))
     cut = "" if public == mapping else ", in which folders of the machine are left out"
-    text = "\n".join(
-        [
-            "## Reproduce",
-            "",
-            f"With the recipe below as `recipe.yaml`{cut}:",
-            "",
-            card_text.fenced("\n".join(commands), "sh"),
-        ]
-    )
-    details = (
-        f"<details><summary>recipe.yaml</summary>\n\n{card_text.fenced(dump_mapping(public), 'yaml')}\n\n</details>"
-    )
-    return f"{text}\n\n{details}"
+    intro = f"## Reproduce\n\nWith the recipe below as `recipe.yaml`{cut}:"
+    details = f"<details><summary>recipe.yaml</summary>\n\n{_fenced(dump_mapping(public), 'yaml')}\n\n</details>"
+    return "\n\n".join([intro, _fenced("\n".join(commands), "sh"), details])
+
+
+def _limits(records: _Records) -> str:
+    notes = (f" {text[0].upper()}{text[1:]}." for text in records.environment.get("notes", ()))
+    text = "## Limits\n\n" + _LIMITS + "".join(notes)
+    if exported := records.history.exported:
+        text += (
+            f" The export was loaded in a fresh process and gave a loss of {exported['export/loss_export']:.6f} on a "
+            f"stored batch; the training process {exported['export/loss_training']:.6f}."
+        )
+    return text
+
+
+def _fenced(text: str, kind: str = "text") -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}{kind}\n{text.rstrip()}\n{fence}"

@@ -1,4 +1,4 @@
-"""Everything that touches the Hub, with the real client against a server on localhost."""
+"""Publishing to the Hub and reading from it, with the real client against a server on localhost."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,13 +17,12 @@ from conftest import ROOT, rows, small_text, write_jsonl, write_recipe
 from hub_server import TOKEN, HubError, HubServer, Repo
 from hub_trials import FAULTS, always, first
 from huggingface_hub import ModelCard
+from warm import WarmProcess
 
 from hfpretrain import files, load_recipe
-from hfpretrain.publishing import card as run_card
-from hfpretrain.publishing import card_text, outbox
+from hfpretrain.publishing import card, outbox
 from hfpretrain.recipe.schema import RecipeError
 
-BIN = Path(sys.executable).parent
 STEPS = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
 # Logits of revisions, as anyone would load them, and of the weights in the run's own checkpoints.
 LOGITS = """
@@ -44,25 +42,23 @@ for revision in revisions:
 
 
 class World:
-    """A Hub with a dataset, and a run trained on it that pushed its checkpoints."""
+    """A Hub with a dataset, a run that pushed its checkpoints there, and a process that runs commands with that Hub."""
 
-    def __init__(self, hub, folder):
-        self.hub, self.folder = hub, folder
-        self.env = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-    def run(self, *command, **env):
-        return subprocess.run(
-            list(map(str, command)), env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
+    def __init__(self, hub, folder, warm):
+        self.hub, self.folder, self.warm = hub, folder, warm
+        self.env = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}
 
     def recipe(self, **changes):
         return write_recipe(self.folder, checkpoint__every_steps=2, **changes)
 
-    def train(self, *arguments, **env):
-        return self.run(sys.executable, "-m", "hfpretrain.train", *arguments, **env)
+    def train(self, *arguments):
+        return self.warm.run("hfpretrain.train", *arguments)
+
+    def cli(self, *arguments):
+        return self.warm.run("hfpretrain.cli", *arguments)
 
     def push(self, *arguments):
-        return self.run(BIN / "hfpretrain", "push", *arguments)
+        return self.cli("push", *arguments)
 
     @property
     def repo(self):
@@ -73,11 +69,12 @@ class World:
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     write_jsonl(folder / "corpus.jsonl", small_text(200))
-    with HubServer() as hub:
-        world = World(hub, folder)
-        uploaded = world.run(BIN / "hf", "upload", "user/data", folder / "corpus.jsonl", "--repo-type", "dataset")
-        assert uploaded.returncode == 0, uploaded.stderr
-        # A token of no use at the start: the run says so, goes on, and pushes once it is good.
+    data = Repo("user/data", private=False)
+    data.commit("main", "data", {"corpus.jsonl": (folder / "corpus.jsonl").read_bytes()})
+    with HubServer() as hub, WarmProcess(hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}) as warm:
+        hub.repos["datasets/user/data"] = data
+        world = World(hub, folder, warm)
+        # The token is refused at first: the run says so, goes on, and pushes once it is accepted.
         hub.fault = first(1, lambda: HubError(401, "Invalid username or password."), "repos/create")
         path = world.recipe(
             hub={"repo_id": "user/tiny", "push_state": True, "license": "apache-2.0"},
@@ -119,7 +116,7 @@ def test_a_refusal_is_told_and_the_token_stands_nowhere(world):
 
 
 def test_revisions_load_with_the_logits_of_their_checkpoints(world):
-    result = world.run(sys.executable, "-c", LOGITS, "user/tiny", world.folder / "run", *STEPS[:3])
+    result = world.warm.run("-c", LOGITS, "user/tiny", world.folder / "run", *STEPS[:3])
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     assert [line[0] for line in lines] == STEPS[:3] and all(float(line[1]) == 0 for line in lines)
@@ -202,59 +199,36 @@ def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
     assert "models/user/empty" not in world.hub.repos
 
 
-# Pushes a run to one repo after the other, each named on a line of stdin.
-PUSHES = """
-import sys
-from pathlib import Path
-from hfpretrain.publishing.publisher import push
-from hfpretrain.recipe.schema import RecipeError
-for line in sys.stdin:
-    try:
-        print(f"{push(Path(sys.argv[1]), line.strip(), False, False)}", flush=True)
-    except RecipeError as error:
-        print(f"error {error}", flush=True)
-"""
+# Faults that take huggingface_hub or `Pusher` several seconds of waiting each are proofs; the rest is their short form.
+QUICK = ("403", "answer to a commit lost, once", "answer to a tag lost, once")
 
 
-def test_faults_lose_nothing(world):
-    """Refused for good, a push says so; else it gets there: one commit, one tag, the same bytes."""
-    run = world.folder / "faulty"
-    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "checkpoints"))
-    waiting = world.folder / "run" / "checkpoints" / STEPS[0]
-    command = [sys.executable, "-c", PUSHES, str(run)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": world.env}
-    with subprocess.Popen(command, **pipes) as pushes:
-        for number, name in enumerate(FAULTS):
-            if name in ("none", "401", "slow: 1 s a request"):
-                continue
-            (run / "checkpoints").mkdir(exist_ok=True)
-            if not (run / "checkpoints" / STEPS[0]).exists():
-                shutil.copytree(waiting, run / "checkpoints" / STEPS[0])
-            world.hub.lfs.clear()  # what is there already is not uploaded again
-            world.hub.fault = FAULTS[name]()
-            pushes.stdin.write(f"user/f{number}\n")
-            pushes.stdin.flush()
-            said = _result(pushes)
-            world.hub.fault = None
-            if name == "403":
-                assert said.startswith(
-                    f"error user/f{number}: the Hub does not take it: 403 You have read access only."
-                )
-                continue
-            assert said == "True\n", (name, said)
-            repo = world.hub.repos[f"models/user/f{number}"]
-            assert list(repo.tags) == [STEPS[0]] and repo.branches[STEPS[0]] == repo.tags[STEPS[0]], name
-            assert len(repo.history(STEPS[0])) == 2, name  # also where the answer to a commit was lost
-            for revision in (STEPS[0], "main"):
-                weights = repo.at(revision).files["model.safetensors"]
-                assert weights == world.repo.at(revision).files["model.safetensors"], name
-
-
-def _result(pushes):
-    line = "..."
-    while line and not line.startswith(("True", "False", "error")):
-        line = pushes.stdout.readline()
-    return line
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in FAULTS
+        if name not in ("none", "401", "slow: 1 s a request")
+    ],
+)
+def test_a_push_through_a_fault_ends_with_one_commit_one_tag_and_the_same_bytes(world, tmp_path, fault):
+    run, repo_id = tmp_path / "run", f"user/fault-{list(FAULTS).index(fault)}"
+    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", *STEPS[1:]))
+    world.hub.lfs.clear()  # what is there already is not uploaded again
+    world.hub.fault = FAULTS[fault]()
+    result = world.push(run, repo_id)
+    world.hub.fault = None
+    if fault == "403":
+        assert result.returncode == 2 and "You have read access only" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    repo = world.hub.repos[f"models/{repo_id}"]
+    assert list(repo.tags) == [STEPS[0]] and repo.branches[STEPS[0]] == repo.tags[STEPS[0]]
+    assert len(repo.history(STEPS[0])) == 2, "a commit whose answer was lost is not made again"
+    for revision in (STEPS[0], "main"):
+        assert repo.at(revision).files["model.safetensors"] == world.repo.at(revision).files["model.safetensors"], (
+            revision
+        )
 
 
 def test_uploads_that_hang_and_then_no_hub_at_all(world):
@@ -341,7 +315,7 @@ def test_a_state_that_is_not_right_is_refused_before_anything_of_it_is_used(worl
         world.repo.commit(name, name, content)
     path = world.recipe(output_dir=str(world.folder / "fresh"))
     names = ["weights", "index", "stateless", "escaping", STEPS[1], "nowhere"]
-    result = world.run(sys.executable, "-c", FETCHES, path, *names)
+    result = world.warm.run("-c", FETCHES, path, *names)
     assert result.returncode == 0, result.stderr
     told = dict(line.split(" ", 1) for line in result.stdout.splitlines())
     assert "__0_0.distcp has another checksum than when it was sealed; run again to read it anew" in told["weights"]
@@ -392,7 +366,8 @@ def test_a_push_while_two_ranks_start_gives_both_the_same_commit_and_a_resume_ke
     )
     hub.requests.clear()
     hub.fault = push_after_the_first_question
-    result = world.run(*small.command(path, engine="ddp", processes=2))
+    command = small.command(path, engine="ddp", processes=2)
+    result = world.warm.run("accelerate.commands.launch", *command[3:])
     hub.fault = None
     assert result.returncode == 0, result.stderr
     assert len(base.commits) == 2
@@ -411,9 +386,7 @@ def test_a_push_while_two_ranks_start_gives_both_the_same_commit_and_a_resume_ke
 
 
 def test_a_hub_model_is_evaluated(world):
-    result = world.run(
-        BIN / "hfpretrain", "evaluate", "user/tiny", "--data", world.folder / "corpus.jsonl", "--block-size", 32
-    )
+    result = world.cli("evaluate", "user/tiny", "--data", world.folder / "corpus.jsonl", "--block-size", 32)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["documents"] == 200
 
@@ -452,7 +425,7 @@ def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):
     begin = "<!-- hfpretrain: generated data,"
     edited = edited.replace(begin, f"Do **not** use it for poems.\n\n{begin}").replace("## Data", "## Dated")
     path.write_text(edited + "\nThe end.\n")
-    result = world.run(BIN / "hfpretrain", "card", run)
+    result = world.cli("card", run)
     assert result.returncode == 0, result.stderr
     after = ModelCard(path.read_text())
     assert "Do **not** use it for poems." in after.text and "\nThe end.\n" in after.text
@@ -466,10 +439,10 @@ def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):
     # The Hub's own card is edited by people as well.
     world.repo.commit("main", "edit", {**world.repo.at("main").files, "README.md": path.read_bytes()})
     path.write_text(text)
-    run_card.keep_edits(path, world.repo.at("main").files["README.md"].decode())
+    card.keep_edits(path, world.repo.at("main").files["README.md"].decode())
     assert "Do **not** use it for poems." in path.read_text() and "mine: 1" in path.read_text()
     # Where both were edited, neither is lost.
-    run_card.keep_edits(path, text + "Words on the Hub.\n")
+    card.keep_edits(path, text + "Words on the Hub.\n")
     assert "Do **not** use it for poems." in path.read_text()
     kept = path.with_name("README.hub.md")
     assert kept.read_text().endswith("Words on the Hub.\n")
@@ -500,15 +473,3 @@ def test_main_gets_the_checksums_and_loses_only_what_an_export_put_there(world):
     (copy / "config.json").write_text("{}")
     damaged = world.push(copy, "user/kept")
     assert damaged.returncode == 2 and "config.json has another checksum" in damaged.stderr
-
-
-def test_a_card_that_is_all_a_persons_stays_above_the_generated_one():
-    new = card_text.write(
-        {"license": None, "tags": ["hfpretrain"]}, {"summary": "# run", "samples": card_text.fenced("```")}
-    )
-    assert "license" not in new and "````text\n```\n````" in new
-    assert card_text.update("---\ntags: [a]\n---\n# Mine\n", new).endswith(
-        "tags:\n- hfpretrain\n- a\n---\n# Mine\n" + new.partition("\n---\n")[2]
-    )
-    assert card_text.update(new, new) == new and not card_text.edits(new)
-    assert card_text.validation_table([]) == "No validation text was held out." and card_text.tasks_table({}) == ""
