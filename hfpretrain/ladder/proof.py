@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from hfpretrain.engines.start import launch_command
 from hfpretrain.ladder import subruns
 from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.training.metrics_file import read_metrics
@@ -31,7 +32,7 @@ def verify_resume(
     shipped, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
     differs, a loss or rate by more than 1e-5, or a gradient norm by more than 1e-4.
     """
-    command = subruns.command(engine, num_processes) + arguments + _short(recipe, steps)
+    command = launch_command(engine, num_processes) + arguments + _short(recipe, steps)
     parent = Path(recipe.output_dir).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=parent) as folder:

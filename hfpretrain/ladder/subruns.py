@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from hfpretrain.recipe import shipped
 from hfpretrain.recipe.redaction import SECRETS
 from hfpretrain.recipe.schema import RecipeError
-from hfpretrain.recipe.yaml import parse_yaml
 
 
 class Process(subprocess.Popen[bytes]):
@@ -25,31 +22,6 @@ class Process(subprocess.Popen[bytes]):
         env = {**os.environ, SECRETS: json.dumps(list(secrets))} if secrets else None
         self.messages = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         super().__init__(command, stdout=subprocess.DEVNULL, stderr=self.messages, env=env)
-
-
-def command(engine: str | None, num_processes: int | None) -> list[str]:
-    """What starts a training; recipe and overrides follow.
-
-    `engine`: an accelerate file or the name of one that is shipped, None for `python -m hfpretrain.train`.
-    Raises `RecipeError` where there is no such file.
-    """
-    if engine is None:
-        return [sys.executable, "-m", "hfpretrain.train"]
-    count = [] if num_processes is None else ["--num_processes", str(num_processes)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-    return [*launcher, "--config_file", str(_file(engine)), *count, "-m", "hfpretrain.train"]
-
-
-def process_count(engine: str | None, num_processes: int | None) -> int:
-    """Processes that `command` starts: those asked for, else its file's. Raises `RecipeError` as `command` does."""
-    if engine is None or num_processes is not None:
-        return num_processes or 1
-    path = _file(engine)
-    return int(parse_yaml(path.read_text(encoding="utf-8"), str(path)).get("num_processes") or 1)
-
-
-def _file(engine: str) -> Path:
-    return shipped.find(engine, "engine", path="--engine")
 
 
 def finish(process: Process, run: Path) -> None:
