@@ -24,7 +24,7 @@ from train_step import Turns, interval, my_turn, timed_run
 
 from hfpretrain import load_recipe
 from hfpretrain.data import batches
-from hfpretrain.engines import engine
+from hfpretrain.engines.base import Engine
 from hfpretrain.modeling import optim
 from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.training import setup as running
@@ -56,7 +56,7 @@ def _clipping_one_by_one() -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _reducing_every_time() -> Iterator[None]:
-    with mock.patch.object(engine, "accumulate", lambda accelerator, _: accelerator.accumulate()):
+    with mock.patch.object(Engine, "accumulate", lambda engine: engine.accelerator.accumulate()):
         yield
 
 

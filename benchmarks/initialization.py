@@ -26,16 +26,16 @@ def worker(output: Path) -> None:
     import torch
     from transformers import AutoConfig
 
-    from hfpretrain.engines import distributed, engine
+    from hfpretrain.engines import choose
     from hfpretrain.modeling import initialization
     from hfpretrain.modeling.build import build_model
     from hfpretrain.recipe.schema import ModelSection
     from hfpretrain.training.peak_memory import PeakMemory
 
-    accelerator = engine.build_accelerator("no", [], str(output.parent), 600)
+    engine = choose.build_engine("no", [], str(output.parent), 600)
     config = AutoConfig.for_model(**CONFIG)
     memory = PeakMemory()
-    with engine.plain_initialisation():
+    with engine.plain_initialization():
         model = build_model(ModelSection(config=CONFIG), config)
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     weights = initialization.InitialWeights(model, 0)
@@ -46,13 +46,11 @@ def worker(output: Path) -> None:
         peaks.append(memory.peak())
         return torch.optim.AdamW(model.parameters())
 
-    prepared, _ = engine.prepare(
-        accelerator, model, weights, build_optimizer, micro_batch_size=1, accumulation_steps=1, max_grad_norm=1.0
-    )
-    peak = distributed.largest(accelerator, peaks[0])
-    if accelerator.is_main_process:
+    engine.prepare(model, weights, build_optimizer, micro_batch_size=1, accumulation_steps=1, max_grad_norm=1.0)
+    peak = engine.largest(peaks[0])
+    if engine.accelerator.is_main_process:
         output.write_text(json.dumps({"peak": peak, "size": size}))
-    engine.finish(accelerator, prepared)
+    engine.finish()
 
 
 def main() -> None:

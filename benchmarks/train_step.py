@@ -35,7 +35,6 @@ import numpy as np
 import torch
 
 from hfpretrain import load_recipe
-from hfpretrain.engines import engine
 from hfpretrain.training.setup import Run
 
 LIMIT = 0.03
@@ -72,7 +71,7 @@ def timed_run(
         nonlocal begun, used
         consume(run, data, loss)
         found["hfpretrain"].append(seconds_now() - begun)
-        used = [engine.to_device(run.accelerator, batch) for batch in data.batches]
+        used = [run.engine.to_device(batch) for batch in data.batches]
         first = len(found["hfpretrain"]) % max(1, len(others))  # who comes after whom changes, and with it the caches
         for name, peer in [*others.items()][first:] + [*others.items()][:first]:
             begun = seconds_now()
@@ -82,7 +81,7 @@ def timed_run(
 
     def finish(run: Run) -> None:  # without the export
         run.close()
-        engine.finish(run.accelerator, run.model)
+        run.engine.finish()
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         changes = {"output_dir": Path(folder) / "run", "training.max_steps": steps, "logging.trackers": "[]"}
@@ -100,14 +99,14 @@ def timed_run(
 
 def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
     """As the engine computes."""
-    kind, _, dtype = engine.forward_precision(run.accelerator).partition(" ")
-    device = run.accelerator.device.type
+    kind, _, dtype = run.engine.forward_precision.partition(" ")
+    device = run.engine.device.type
     return torch.autocast(device, getattr(torch, dtype)) if kind == "autocast" else contextlib.nullcontext()
 
 
 def bare_loop(run: Run) -> Peer:
     """What every training script of PyTorch does."""
-    model, optimizer, context = engine.unwrap(run.model), run.optimizer.optimizer, autocast(run)
+    model, optimizer, context = run.engine.unwrapped_model, run.optimizer.optimizer, autocast(run)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     max_norm = run.recipe.training.max_grad_norm or 1e9
 
@@ -131,7 +130,7 @@ def nanogpt(run: Run, folder: Path) -> Peer:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    config, section, device = run.config, run.recipe.optimizer, run.accelerator.device.type
+    config, section, device = run.config, run.recipe.optimizer, run.engine.device.type
     sizes = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     network = module.GPT(
         module.GPTConfig(**sizes, block_size=run.recipe.data.block_size, dropout=config.resid_pdrop, bias=True)
@@ -161,7 +160,7 @@ def litgpt(run: Run, folder: Path) -> Peer:
     from litgpt.utils import chunked_cross_entropy
 
     config, section = run.config, run.recipe.optimizer
-    bf16 = engine.precision(run.accelerator) == "bf16"
+    bf16 = run.engine.precision == "bf16"
     fabric = Fabric(devices=1, precision="bf16-mixed" if bf16 else "32-true", accelerator="auto")
     with fabric.init_module(empty_init=False):
         network = GPT(
@@ -256,7 +255,7 @@ def trainer(run: Run, steps: int) -> Peer:
             facts = (
                 run.config,
                 steps,
-                engine.precision(run.accelerator) == "bf16",
+                run.engine.precision == "bf16",
                 run.recipe.training.compile is True,
             )
             cpu = [{key: value.cpu() for key, value in batch.items()} for batch in batches]

@@ -22,7 +22,7 @@ import transformers
 
 from hfpretrain import files
 from hfpretrain.checkpoints import export, verify
-from hfpretrain.engines import distributed, engine
+from hfpretrain.engines.base import is_out_of_memory
 from hfpretrain.evaluation.evaluator import is_due
 from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
@@ -82,18 +82,19 @@ def _explained(run: Run) -> Iterator[None]:
     except RuntimeError as error:
         if (found := compile_error(error)) is not None:
             raise found from None
-        if not engine.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        accelerator = run.accelerator
-        message = table.out_of_memory(
-            run.pinned,
-            engine.engine_name(accelerator),
-            accelerator.num_processes,
-            Settled(getattr(run, "config", None), engine.precision(accelerator)),
-            engine.device_name(accelerator),
-            str(error).partition("\n")[0],
-        )
+        engine = run.engine
+        with engine.plain_initialization():
+            message = table.out_of_memory(
+                run.pinned,
+                engine.name,
+                engine.num_processes,
+                Settled(getattr(run, "config", None), engine.precision),
+                engine.device_name,
+                str(error).partition("\n")[0],
+            )
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 
@@ -101,19 +102,19 @@ def _rehearse(run: Run) -> None:
     """A step on one sequence repeated, which changes nothing: what does not compile or fit shows at the start."""
     run.watch.beat("rehearse", 0)
     size = run.recipe.training.micro_batch_size
-    batch = engine.to_device(run.accelerator, {k: v.repeat(size, 1) for k, v in run.read(run.data.example).items()})
-    batch = engine.split_sequences(run.accelerator, batch)
-    with engine.rehearsal(run.accelerator, run.model, run.optimizer):
+    batch = run.engine.to_device({k: v.repeat(size, 1) for k, v in run.read(run.data.example).items()})
+    batch = run.engine.split_sequences(batch)
+    with run.engine.rehearsal():
         num_items = torch.tensor(batch["labels"].numel())
         _, objective = run.step_loss(run.model, batch, num_items, 1)
-        engine.backward(run.accelerator, run.model, objective * 0.0)
-        engine.clip_gradients(run.accelerator, run.model, run.recipe.training.max_grad_norm)
-        engine.update(run.accelerator, run.model, run.optimizer)
+        run.engine.backward(objective * 0.0)
+        run.engine.clip_gradients()
+        run.engine.update()
 
 
 def _fit(run: Run) -> None:
-    recipe, accelerator, model, optimizer = run.recipe, run.accelerator, run.model, run.optimizer
-    training, num_steps = recipe.training, recipe.training.num_steps
+    recipe, engine, model = run.recipe, run.engine, run.model
+    num_steps = recipe.training.num_steps
     while True:
         state = run.state
         if not state.evaluated:
@@ -129,28 +130,28 @@ def _fit(run: Run) -> None:
         step_data = run.next_step_data()
         run.clock.mark("data")
         run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
-        batches = [engine.to_device(accelerator, batch) for batch in step_data.batches]
-        num_items = distributed.total(accelerator, sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in batches))
-        loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for number, batch in enumerate(engine.split_sequences(accelerator, batch) for batch in batches):
+        batches = [engine.to_device(batch) for batch in step_data.batches]
+        num_items = engine.total(sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in batches))
+        loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for number, batch in enumerate(engine.split_sequences(batch) for batch in batches):
             run.watch.beat("train", state.step)
             run.stop_if_asked()
             run.seed(number)
-            with engine.accumulate(accelerator, model):
+            with engine.accumulate():
                 share, objective = run.step_loss(model, batch, num_items, len(batches) * run.data_size)
-                engine.backward(accelerator, model, objective)
+                engine.backward(objective)
                 loss += share.detach()
-        grad_norm = engine.clip_gradients(accelerator, model, training.max_grad_norm)
-        loss = distributed.sum_losses(accelerator, loss)
+        grad_norm = engine.clip_gradients()
+        loss = engine.total_loss(loss)
         # The one time in a step that the host waits for the device, before the weights are touched.
         numbers = (loss.item(), grad_norm.item())
         run.clock.mark("forward_backward")
         # Where gradients are scaled, some overflow: those steps are left out and their norm says nothing.
-        is_scaled = accelerator.mixed_precision == "fp16"
+        is_scaled = engine.precision == "fp16"
         problem = run.stability.problem(numbers[0], 0.0 if is_scaled else numbers[1])
         lr = run.scheduler.get_last_lr()
         if problem is None:
-            engine.update(accelerator, model, optimizer)
+            engine.update()
         elif run.unstable(problem, step_data, *numbers):
             continue
         run.scheduler.step()
@@ -162,17 +163,17 @@ def _fit(run: Run) -> None:
 
 def _finish(run: Run) -> Path:
     """Export, compare the export with the training process, write the card and the summary."""
-    model_path, main = run.output_dir / "model", run.is_main
+    engine, model_path, main = run.engine, run.output_dir / "model", run.is_main
     reference = run.output_dir / verify.REFERENCE
     run.watch.beat("export", run.state.step)
     run.close()
-    peak_memory = distributed.largest(run.accelerator, run.peak_memory.peak())
-    batch = engine.to_device(run.accelerator, run.read(run.data.example))
-    with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
-        verify.write_reference(run.model, batch, engine.forward_precision(run.accelerator), reference if main else None)
-        state_dict = engine.full_state_dict(run.accelerator, run.model)
+    peak_memory = engine.largest(run.peak_memory.peak())
+    batch = engine.to_device(run.read(run.data.example))
+    with engine.evaluated_weights():
+        verify.write_reference(run.model, batch, engine.forward_precision, reference if main else None)
+        state_dict = engine.full_state_dict()
         if main:
-            with engine.plain_initialisation():
+            with engine.plain_initialization():
                 export.write(
                     run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype, run.generation_config
                 )
@@ -191,32 +192,27 @@ def _finish(run: Run) -> Path:
         print(run_summary(run, report), flush=True)
         run.records.note_console(run.state.step)
     run.records.finish()
-    engine.finish(run.accelerator, run.model)
+    engine.finish()
     return model_path
 
 
 def _cost_report(run: Run, peak_memory: int) -> str:
     """What the run took beside what its plan says; `peak_memory`: bytes, the largest of all processes."""
-    accelerator = run.accelerator
+    engine = run.engine
     # Only the steps of this process: earlier ones may have run under another engine.
     tokens_per_step = run.recipe.training.tokens_per_step
     seconds = table.seconds_per_step(run.records.history().speeds(), tokens_per_step, run.first_step)
     memory_is = f"{run.peak_memory.meaning}; the largest of all processes"
     settled = Settled(
         run.config,
-        engine.precision(accelerator),
+        engine.precision,
         run.document_masking,
         run.chunked_loss,
-        run.peak_flops if accelerator.device.type == "cpu" else None,
+        run.peak_flops if engine.device.type == "cpu" else None,
     )
-    return table.report(
-        run.pinned,
-        engine.engine_name(accelerator),
-        accelerator.num_processes,
-        settled,
-        table.Measured(peak_memory, memory_is, seconds),
-        run.output_dir,
-    )
+    measured = table.Measured(peak_memory, memory_is, seconds)
+    with engine.plain_initialization():  # the main process alone can't build under ZeRO-3, where all must take part
+        return table.report(run.pinned, engine.name, engine.num_processes, settled, measured, run.output_dir)
 
 
 def _trusts_code(recipe: Recipe) -> bool:

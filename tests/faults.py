@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hfpretrain.data import batches, streaming
-from hfpretrain.engines import engine
+from hfpretrain.engines.base import Engine
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.training import watchdog
 
@@ -46,23 +46,20 @@ def spoil(data_class):
 if kind in ("gradient", "loss", "jump") and LAST:
     spoil(batches.TrainingData)
     spoil(streaming.StreamingData)
-    split, backward, loss_of = engine.split_sequences, engine.backward, StepLoss.__call__
+    backward, loss_of = Engine.backward, StepLoss.__call__
 
-    def split_sequences(accelerator, batch):
+    def spoiled_backward(self, loss):
+        backward(self, loss * float("nan") if now["bad"] and kind == "gradient" else loss)
+
+    def spoiled_loss(self, model, batch, *arguments):
         now["bad"] = any(torch.equal(row, batch["input_ids"][0]) for row in bad_rows)
-        return split(accelerator, batch)
-
-    def spoiled_backward(accelerator, model, loss):
-        backward(accelerator, model, loss * float("nan") if now["bad"] and kind == "gradient" else loss)
-
-    def spoiled_loss(*arguments):
-        loss, objective = loss_of(*arguments)
+        loss, objective = loss_of(self, model, batch, *arguments)
         extra = {"loss": float("nan"), "jump": 50.0}.get(kind, 0.0) if now["bad"] else 0.0
         return loss + extra, objective
 
-    engine.split_sequences, engine.backward, StepLoss.__call__ = split_sequences, spoiled_backward, spoiled_loss
+    Engine.backward, StepLoss.__call__ = spoiled_backward, spoiled_loss
 
-beat, from_main, finish = watchdog.Watch.beat, watchdog.Watch.from_main, engine.finish
+beat, from_main, finish = watchdog.Watch.beat, watchdog.Watch.from_main, Engine.finish
 
 
 def strike(phase):
@@ -80,12 +77,12 @@ def told_from_main(self, task, work):
     return from_main(self, task, work)
 
 
-def told_finish(*arguments):
+def told_finish(self):
     strike("end")
-    finish(*arguments)
+    finish(self)
 
 
-watchdog.Watch.from_main, engine.finish = told_from_main, told_finish
+watchdog.Watch.from_main, Engine.finish = told_from_main, told_finish
 if kind == "units":
     unit_done = watchdog.Watch.unit_done
     watchdog.Watch.unit_done = lambda self: (unit_done(self), time.sleep(float(place)))

@@ -57,10 +57,12 @@ def test_no_module_shadows_a_library_it_wraps():
     assert libraries.isdisjoint(path.stem for path in (ROOT / "hfpretrain").glob("*.py"))
 
 
-def test_the_kind_of_engine_is_asked_in_the_engines_room_alone():
+def test_the_kind_of_engine_is_asked_where_its_class_is_chosen():
     for path in MODULES:
-        if path.parent.name != "engines":
-            text = path.read_text()
+        place, text = path.relative_to(ROOT / "hfpretrain").as_posix(), path.read_text()
+        if place != "engines/choose.py":
+            assert ".distributed_type ==" not in text and "parallelism_config and" not in text, path
+        if not place.startswith("engines/"):
             assert "DistributedType" not in text and "deepspeed_plugin" not in text, path
 
 

@@ -1,21 +1,337 @@
-"""What DeepSpeed needs to train by a recipe: its config, its compiler, the weights that were drawn."""
+"""DeepSpeed's ZeRO: the optimizer's state (stage 1), gradients (2) and weights (3) sharded over processes."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
+from hfpretrain.engines.base import BuildOptimizer, Engine
 from hfpretrain.engines.pieces import Fragments, Piece, boxes
+from hfpretrain.modeling import initialization
+from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.schema import RecipeError
 
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, in elements: deepspeed/runtime/zero/config.py."""
+
+# Name and shape of each parameter, the flat tensor that this process's part of it is in, where in that and where in the
+# flattened parameter the part begins, and its number of elements.
+_Place = tuple[str, tuple[int, ...], torch.Tensor, int, int, int]
+
+
+class DeepSpeed(Engine):
+    """ZeRO 1 and 2: each process holds all weights, and its part of the rest."""
+
+    names: ClassVar[tuple[str, ...]] = ("zero1", "zero2")
+    shards = True
+    casts_weights = True
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        # DeepSpeed has no float32 weights of frozen parameters beside those in 16 bits, and the export must not be
+        # rounded.
+        self._frozen: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
+        """As of `Engine`. Raises `RecipeError` if DeepSpeed can't start here."""
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # It calls collectives by names that torch 2.13 has changed.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        if not torch.accelerator.is_available():
+            require_compiler()
+            for handler in keywords["kwargs_handlers"]:
+                if isinstance(handler, InitProcessGroupKwargs):
+                    handler.backend = "gloo"
+        return Accelerator(**keywords)
+
+    @classmethod
+    def optimizer_problem(cls, optimizer: str) -> str | None:
+        """All but adamw have one."""
+        if optimizer == "adamw":
+            return None
+        reason = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that"
+        return f"{reason}; take another engine, or adamw"
+
+    @property
+    def _name(self) -> str:
+        return next(name for name in self.names if name.startswith(f"zero{self._plugin.zero_stage}"))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state or the weights stay in the host's memory."""
+        config = self._plugin.hf_ds_config
+        devices = (config.get_value(f"zero_optimization.offload_{part}.device") for part in ("optimizer", "param"))
+        return any(device not in (None, "none") for device in devices)
+
+    @property
+    def _plugin(self) -> Any:
+        return self.accelerator.state.deepspeed_plugin
+
+    # Building a model.
+
+    @contextlib.contextmanager
+    def plain_initialization(self) -> Iterator[None]:
+        """As of `Engine`.
+
+        In a ZeRO-3 job transformers builds under `zero.Init`, with other weights for the same seed than everywhere
+        else, and all processes must take part.
+        """
+        module: Any = sys.modules.get("transformers.integrations.deepspeed")
+        saved = getattr(module, "_hf_deepspeed_config_weak_ref", None)
+        if saved is None:
+            yield
+            return
+        module._hf_deepspeed_config_weak_ref = None
+        try:
+            yield
+        finally:
+            module._hf_deepspeed_config_weak_ref = saved
+
+    def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
+        config = self._plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps
+        # Anything less explicit makes DeepSpeed clip at 1.0.
+        config["gradient_clipping"] = self.max_grad_norm or 0.0
+        # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and wants a compiler.
+        config["zero_force_ds_cpu_optimizer"] = False
+        # By default the smallest model has a gigabyte of it.
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_parameters))
+
+    def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
+        names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        if weights is None:
+            self._frozen = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if n in names}
+        else:
+            self._fill(model, self._keeping(names, weights))
+
+    def _keeping(self, names: set[str], weights: Weights) -> Weights:
+        """All `weights`; copies of those of `names` stay in `_frozen`."""
+        for name, value in weights:
+            if name in names:
+                self._frozen[name] = value.detach().float().clone()
+            yield name, value
+
+    def _fill(self, model: torch.nn.Module, weights: Weights) -> None:
+        initialization.filled(model, weights)
+
+    def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
+        super()._wrap(model, build_optimizer, weights)
+        assert self.model.gradient_clipping() == (self.max_grad_norm or 0.0)
+        assert self.model.gradient_accumulation_steps() == self.accelerator.gradient_accumulation_steps
+        if weights is not None and self.accelerator.mixed_precision != "no":
+            self._set_masters(weights)
+
+    def _set_masters(self, weights: Weights) -> None:
+        """DeepSpeed copies its float32 weights from those in 16 bits; here they get the values that were drawn."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameters = dict(self.model.module.named_parameters())
+        for name, value in weights:
+            if name in parameters and parameters[name].requires_grad:
+                safe_set_full_fp32_param(parameters[name], value.to(self.model.device))
+
+    # A step.
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # accelerate would make DeepSpeed update the weights in the same call.
+        self.model.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+        self.model.backward(loss)
+
+    def clip_gradients(self) -> torch.Tensor:
+        """As of `Engine`; DeepSpeed scales them down in `update`."""
+        from deepspeed.runtime.utils import is_invalid_grad_norm
+
+        norm = self._scaled_norm()
+        invalid = is_invalid_grad_norm(norm)
+        return torch.as_tensor(math.nan if invalid else norm / self.model.optimizer.loss_scale)
+
+    def _scaled_norm(self) -> Any:
+        self.model.optimizer._wait_for_offload_copies()
+        return self.model.optimizer.scaled_global_norm()
+
+    def update(self) -> None:
+        """As of `Engine`."""
+        self.model.step()
+
+    def drop_gradients(self) -> None:
+        """As of `Engine`. DeepSpeed does so itself where their norm is not finite, so that is what it is told."""
+        optimizer, invalid = self.model.optimizer, torch.tensor(-1.0, device=self.model.device)
+        optimizer.check_grad_overflow = True  # without which it would update in bf16
+        optimizer.scaled_global_norm = lambda: invalid
+        self.model.step()
+        del optimizer.scaled_global_norm
+        assert optimizer.overflow
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        if not parameter.requires_grad:
+            return parameter.grad
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient: torch.Tensor | None = safe_get_full_grad(parameter)
+        return gradient
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """As of `Engine`."""
+        with super().rehearsal():
+            yield
+        self.model.micro_steps = self.model.global_steps = self.model.global_samples = 0
+
+    def _forget_moments(self, states: Any, parameter: torch.Tensor) -> None:
+        if "step" in states[parameter]:
+            states[parameter]["step"].zero_()  # DeepSpeed holds on to the moments themselves
+        else:
+            super()._forget_moments(states, parameter)
+
+    # Weights and state.
+
+    def _full_parameter(self, name: str, parameter: Any) -> torch.Tensor:
+        if not parameter.requires_grad:
+            return self._frozen[name]
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole: torch.Tensor = safe_get_full_fp32_param(parameter).detach()
+        return whole
+
+    def _weights_and_moments(self) -> dict[str, Any]:
+        """The float32 weights and the optimizer's state, in the pieces that this process has of each parameter. Both
+        are parts of flat tensors, of which it holds one or more; frozen weights, which are in none, it holds whole."""
+        states = self.model.optimizer.optimizer.state
+        found: dict[str, Any] = {"model": dict(self._frozen), "optimizer": {}}
+        for name, shape, flat, start, first, numel in self._places():
+
+            def pieces(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
+                return list(boxes(shape, first, tensor.detach().narrow(0, start, numel))) if numel else []
+
+            found["model"][name] = Fragments(shape, pieces(flat))
+            found["optimizer"][name] = {
+                key: Fragments(shape, pieces(value)) if value.shape == flat.shape else value
+                for key, value in states[flat].items()
+            }
+        return found
+
+    def _trained(self) -> Iterator[tuple[str, Any]]:
+        parameters = self.model.module.named_parameters()
+        return ((name, parameter) for name, parameter in parameters if parameter.requires_grad)
+
+    def _places(self) -> Iterable[_Place]:
+        optimizer = self.model.optimizer
+        flats = {
+            id(parameter): flat
+            for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+            for parameter in group
+        }
+        for name, parameter in self._trained():
+            mapping = parameter._hp_mapping
+            flat = flats[id(parameter)]
+            if mapping is None:  # all of it is another process's
+                yield name, tuple(parameter.shape), flat, 0, 0, 0
+            else:
+                inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield name, tuple(parameter.shape), flat, inner.start, outer.start, outer.numel
+
+    def _weights_loaded(self) -> None:
+        parameters: dict[str, Any] = dict(self.model.module.named_parameters())
+        for name, value in self._frozen.items():
+            self._set_frozen(parameters[name], value)
+        self._copy_masters_to_weights()
+
+    def _set_frozen(self, parameter: Any, value: torch.Tensor) -> None:
+        parameter.data.copy_(value)
+
+    def _copy_masters_to_weights(self) -> None:
+        """The weights that DeepSpeed computes with, from its float32 ones, as after a step."""
+        self.model.optimizer.update_lp_params()
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """As of `Engine`."""
+        scaler = getattr(self.model.optimizer, "loss_scaler", None)
+        if scaler is None or not scaler.dynamic:
+            return None
+        good_steps = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return {"scale": float(scaler.cur_scale), "_growth_tracker": good_steps, "hysteresis": scaler.cur_hysteresis}
+
+    def load_scaler(self, state: dict[str, Any]) -> None:
+        """As of `Engine`."""
+        scaler = self.model.optimizer.loss_scaler
+        scaler.cur_scale = state["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = int(state["_growth_tracker"]), -1
+        scaler.cur_hysteresis = state.get("hysteresis", scaler.cur_hysteresis)
+
+
+class ZeRO3(DeepSpeed):
+    """ZeRO 3: each process holds its part of the weights too."""
+
+    names = ("zero3",)
+
+    def _fill(self, model: torch.nn.Module, weights: Weights) -> None:
+        """Partition each parameter as DeepSpeed does, but one at a time as it gets its values."""
+        import deepspeed
+
+        precision = self.accelerator.mixed_precision
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        config = dict(self._plugin.deepspeed_config)
+        config.pop("train_batch_size", None)  # accelerate's "auto"
+        first: Any = None
+        for value in initialization.assigned(model, weights):
+            if not isinstance(value, torch.nn.Parameter):
+                continue
+            value.data = value.data.to(dtype)
+            if first is None:
+                holder = torch.nn.ParameterList([value])
+                deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
+                first = value
+            else:
+                first.convert_to_zero_parameters(param_list=[value])
+
+    def _scaled_norm(self) -> Any:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return combine_grad_norm_groups(self.model.optimizer._get_norm_groups())
+
+    def drop_gradients(self) -> None:
+        """As of `DeepSpeed`."""
+        optimizer, invalid = self.model.optimizer, torch.tensor(-1.0, device=self.model.device)
+        optimizer._get_norm_groups = lambda: [invalid]
+        self.model.step()
+        del optimizer._get_norm_groups
+        assert optimizer.overflow
+
+    def _places(self) -> Iterable[_Place]:
+        optimizer = self.model.optimizer
+        for name, parameter in self._trained():
+            group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            first = size * torch.distributed.get_rank(parameter.ds_process_group)
+            numel = max(0, min(size, parameter.ds_numel - first))  # the last ones are padded
+            yield name, tuple(parameter.ds_shape), optimizer.fp32_partitioned_groups_flat[group], start, first, numel
+
+    def _set_frozen(self, parameter: Any, value: torch.Tensor) -> None:
+        part = parameter.ds_tensor  # of this process; the last ones are padded
+        first = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+        mine = value.flatten()[first : first + part.numel()]
+        part[: mine.numel()].copy_(mine)
+
+    def _copy_masters_to_weights(self) -> None:
+        optimizer = self.model.optimizer
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
 
 
 def require_compiler() -> None:
@@ -39,187 +355,3 @@ def require_compiler() -> None:
             f"DeepSpeed on CPUs compiles an operator when it first starts, and there is no C++ compiler {compiler!r}: "
             "install g++ (`apt-get install g++`), set CXX to one, or take accelerate_configs/ddp.yaml or fsdp2.yaml",
         )
-
-
-def configure(
-    config: dict[str, Any],
-    *,
-    micro_batch_size: int,
-    accumulation_steps: int,
-    max_grad_norm: float | None,
-    num_parameters: int,
-) -> None:
-    """Put what the recipe owns into a DeepSpeed config, and what DeepSpeed's defaults get wrong."""
-    config["train_micro_batch_size_per_gpu"] = micro_batch_size
-    config["gradient_accumulation_steps"] = accumulation_steps
-    # Anything less explicit makes DeepSpeed clip at 1.0.
-    config["gradient_clipping"] = max_grad_norm or 0.0
-    # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and wants a compiler.
-    config["zero_force_ds_cpu_optimizer"] = False
-    # By default the smallest model has a gigabyte of it.
-    config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_parameters))
-
-
-def partition(config: dict[str, Any], values: Iterable[torch.Tensor], mixed_precision: str) -> None:
-    """Stage 3's partition of each parameter, made as DeepSpeed makes them, but of one at a time."""
-    import deepspeed
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
-    config = {key: value for key, value in config.items() if key != "train_batch_size"}  # accelerate's "auto"
-    first: Any = None
-    for value in values:
-        if not isinstance(value, torch.nn.Parameter):
-            continue
-        value.data = value.data.to(dtype)
-        if first is None:
-            holder = torch.nn.ParameterList([value])
-            deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
-            first = value
-        else:
-            first.convert_to_zero_parameters(param_list=[value])
-
-
-def keep(
-    weights: Iterable[tuple[str, torch.Tensor]], names: set[str], into: dict[str, torch.Tensor]
-) -> Iterable[tuple[str, torch.Tensor]]:
-    """All `weights`; a copy of each of `names` also goes `into` a dictionary.
-
-    DeepSpeed has no float32 weights of frozen parameters beside those in 16 bits, and the export must not be rounded.
-    """
-    for name, value in weights:
-        if name in names:
-            into[name] = value.detach().float().clone()
-        yield name, value
-
-
-def set_masters(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """DeepSpeed copies its float32 weights from those in 16 bits; here they get the values that were drawn."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    parameters = dict(model.module.named_parameters())
-    for name, value in weights:
-        if name in parameters and parameters[name].requires_grad:
-            safe_set_full_fp32_param(parameters[name], value.to(model.device))
-
-
-def state(model: Any) -> dict[str, Any]:
-    """`engine.state` of a DeepSpeed engine: its float32 weights and its optimizer's state, in the pieces that this
-    process has of each parameter. Both are parts of flat tensors, of which it holds one or more; frozen weights, which
-    are in none, it holds whole."""
-    optimizer = model.optimizer
-    states = optimizer.optimizer.state
-    found: dict[str, Any] = {"model": dict(model.frozen_weights), "optimizer": {}}
-    places = _places_stage3 if hasattr(optimizer, "fp32_partitioned_groups_flat") else _places
-    for name, shape, flat, start, first, numel in places(model.module, optimizer):
-
-        def pieces(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
-            return list(boxes(shape, first, tensor.detach().narrow(0, start, numel))) if numel else []
-
-        found["model"][name] = Fragments(shape, pieces(flat))
-        found["optimizer"][name] = {
-            key: Fragments(shape, pieces(value)) if value.shape == flat.shape else value
-            for key, value in states[flat].items()
-        }
-    return found
-
-
-# Name and shape of each parameter, the flat tensor that this process's part of it is in, where in that and where in the
-# flattened parameter the part begins, and its number of elements.
-_Place = tuple[str, tuple[int, ...], torch.Tensor, int, int, int]
-
-
-def _places(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]:
-    flats = {
-        id(parameter): flat
-        for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
-        for parameter in group
-    }
-    for name, parameter in _trained(network):
-        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-        flat = flats[id(parameter)]
-        if mapping is None:  # all of it is another process's
-            yield name, tuple(parameter.shape), flat, 0, 0, 0
-        else:
-            inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
-            yield name, tuple(parameter.shape), flat, inner.start, outer.start, outer.numel
-
-
-def _trained(network: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
-
-
-def _places_stage3(network: torch.nn.Module, optimizer: Any) -> Iterable[_Place]:
-    for name, parameter in _trained(network):
-        p: Any = parameter
-        group, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
-        first = size * torch.distributed.get_rank(p.ds_process_group)
-        numel = max(0, min(size, p.ds_numel - first))  # the last ones are padded
-        yield name, tuple(p.ds_shape), optimizer.fp32_partitioned_groups_flat[group], start, first, numel
-
-
-def copy_masters_to_weights(model: Any) -> None:
-    """The weights that DeepSpeed computes with, from its float32 ones, as after a step, and from the frozen ones."""
-    optimizer = model.optimizer
-    parameters: dict[str, Any] = dict(model.module.named_parameters())
-    for name, value in model.frozen_weights.items():
-        parameter = parameters[name]
-        if hasattr(parameter, "ds_tensor"):  # of stage 3: this process's part of it, the last ones are padded
-            part = parameter.ds_tensor
-            first = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-            mine = value.flatten()[first : first + part.numel()]
-            part[: mine.numel()].copy_(mine)
-        else:
-            parameter.data.copy_(value)
-    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer.update_lp_params()
-        return
-    optimizer.checkpoint_event_prologue()
-    for group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    optimizer.checkpoint_event_epilogue()
-
-
-def scaler_state(model: Any) -> dict[str, Any] | None:
-    """Where the dynamic loss scale of fp16 stands, by the names of torch's `GradScaler`, so that another engine can go
-    on from it; None where the engine has none."""
-    scaler = getattr(model.optimizer, "loss_scaler", None)
-    if scaler is None or not scaler.dynamic:
-        return None
-    good_steps = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
-    return {"scale": float(scaler.cur_scale), "_growth_tracker": good_steps, "hysteresis": scaler.cur_hysteresis}
-
-
-def load_scaler(model: Any, state: dict[str, Any]) -> None:
-    """Put the loss scale where `state`, as of `scaler_state` or of a `GradScaler`, says."""
-    scaler = model.optimizer.loss_scaler
-    scaler.cur_scale = state["scale"]
-    scaler.cur_iter, scaler.last_overflow_iter = int(state["_growth_tracker"]), -1
-    scaler.cur_hysteresis = state.get("hysteresis", scaler.cur_hysteresis)
-
-
-def gradient_norm(model: Any) -> torch.Tensor:
-    """Norm of all gradients, float32 (); NaN if any of them is not finite."""
-    from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
-
-    optimizer = model.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
-    else:
-        optimizer._wait_for_offload_copies()
-        norm = optimizer.scaled_global_norm()
-    return torch.as_tensor(math.nan if is_invalid_grad_norm(norm) else norm / optimizer.loss_scale)
-
-
-def drop_gradients(model: Any) -> None:
-    """Forget the gradients. DeepSpeed does so itself where their norm is not finite, so that is what it is told."""
-    optimizer, invalid = model.optimizer, torch.tensor(-1.0, device=model.device)
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer._get_norm_groups = lambda: [invalid]
-        model.step()
-        del optimizer._get_norm_groups
-    else:
-        optimizer.check_grad_overflow = True  # without which it would update in bf16
-        optimizer.scaled_global_norm = lambda: invalid
-        model.step()
-        del optimizer.scaled_global_norm
-    assert optimizer.overflow

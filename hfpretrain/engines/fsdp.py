@@ -1,17 +1,121 @@
-"""What torch's FSDP2 needs to train by a recipe: its precision, and the weights that were drawn."""
+"""torch's FSDP2: weights, gradients and the optimizer's state sharded over processes, gathered layer by layer."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
+from hfpretrain.engines.base import BuildOptimizer, Engine
+from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.schema import RecipeError
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+WHOLE_TENSORS_ONLY = {
+    "adafactor": "torch's Adafactor does not work on sharded matrices (2.13)",
+    "adamw_8bit": "torchao quantizes blocks of what a process holds, so that shards would train otherwise",
+}
+
+
+def problem_with_shards(optimizer: str) -> str | None:
+    """Why an optimizer can't train matrices that are sharded, with the fix; None if it can."""
+    reason = WHOLE_TENSORS_ONLY.get(optimizer)
+    return None if reason is None else f"{reason}; take single or ddp, or adamw or muon"
+
+
+class FSDP2(Engine):
+    """Sharded over all processes."""
+
+    names = ("fsdp2",)
+    shards = True
+    casts_weights = True
+
+    @classmethod
+    def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
+        """As of `Engine`, with the plugin that the launcher's file describes."""
+        plugin = build_plugin(precision)
+        if torch.accelerator.is_available():
+            return super().build_accelerator({**keywords, "fsdp_plugin": plugin}, precision)
+        accelerator = super().build_accelerator(keywords, precision)
+        _use_on_cpu(accelerator, plugin)
+        return accelerator
+
+    @classmethod
+    def optimizer_problem(cls, optimizer: str) -> str | None:
+        """As of `problem_with_shards`."""
+        return problem_with_shards(optimizer)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights and optimizer stay in the host's memory."""
+        return offloads(self.accelerator.state.fsdp_plugin)
+
+    @property
+    def can_compile(self) -> bool:
+        """Yes without offloading."""
+        return self.name == "fsdp2"
+
+    def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
+        require_layers(self.accelerator.state.fsdp_plugin, model)
+
+    def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
+        if weights is not None:
+            shard(self.accelerator, model, weights)
+
+    def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
+        optimizer = build_optimizer(model)
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if weights is not None:
+            # accelerate 1.15 finds parameters again by their address, which empty shards have in common.
+            for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = parameters
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """One micro-step. Gradients are reduced in each: else every process would hold whole float32 gradients in
+        between."""
+        return self.accelerator.accumulate()
+
+    def full_parameters(self) -> Any:
+        """As of `Engine`."""
+        self._weights_changed()
+        return super().full_parameters()
+
+    def _weights_changed(self) -> None:
+        for module in self.unwrapped_model.modules():
+            if hasattr(module, "reshard"):  # some stay gathered, in 16 bits, after a forward pass
+                module.reshard()
+
+
+class HSDP(FSDP2):
+    """Sharded within groups of processes, each of which holds a copy."""
+
+    names = ("hsdp",)
+
+    def _copy(self) -> tuple[int, int]:
+        return (
+            self.accelerator.torch_device_mesh["dp_replicate"].get_local_rank(),
+            self.accelerator.parallelism_config.dp_replicate_size,
+        )
+
+
+def _use_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
+    # accelerate 1.15 knows FSDP on accelerators only and would silently train with DDP here; torch's FSDP2 runs on
+    # gloo as well.
+    from accelerate.state import PartialState
+    from torch._C._distributed_c10d import HashStore
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    if offloads(plugin):
+        plugin.cpu_offload.pin_memory = False  # torch pins memory for an accelerator only
 
 
 def build_plugin(precision: str) -> Any:

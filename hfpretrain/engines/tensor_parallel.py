@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfpretrain.engines.base import Engine
+from hfpretrain.engines.fsdp import problem_with_shards
+from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.schema import RecipeError
 
 if TYPE_CHECKING:
@@ -14,6 +17,34 @@ if TYPE_CHECKING:
 
 # Of a module whose processes hold the gradients of their own heads only.
 _PARTIAL = "replicated_with_grad_allreduce"
+
+
+class TensorParallel(Engine):
+    """Every matrix cut across all processes, which work on the same sequences."""
+
+    names = ("tp",)
+    shards = True
+
+    @classmethod
+    def precision_problem(cls, precision: str) -> str | None:
+        """No fp16."""
+        if precision == "fp16":
+            return "with tensor parallelism processes would skip different steps in fp16; take bf16"
+        return None
+
+    @classmethod
+    def optimizer_problem(cls, optimizer: str) -> str | None:
+        """As of FSDP2."""
+        return problem_with_shards(optimizer)
+
+    @property
+    def num_sharing(self) -> int:
+        """All processes."""
+        return int(self.accelerator.parallelism_config.tp_size)
+
+    def _place(self, model: Any, weights: Weights | None) -> None:
+        super()._place(model, weights)
+        cut(model, self.accelerator.torch_device_mesh["tp"], self.device)
 
 
 def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:

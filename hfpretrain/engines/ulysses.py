@@ -6,11 +6,46 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfpretrain.engines.deepspeed import ZeRO3
+from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Ulysses(ZeRO3):
+    """ZeRO-3, with each sequence cut across processes."""
+
+    names = ("zero3_ulysses",)
+
+    @property
+    def num_sharing(self) -> int:
+        """Number of parts of a sequence."""
+        return int(self.accelerator.parallelism_config.sp_size)
+
+    @property
+    def dropout_index(self) -> int:
+        """Another on each process, since each has other tokens."""
+        return self.process_index
+
+    @property
+    def _averaged_over(self) -> int:
+        return self.num_processes
+
+    def _place(self, model: Any, weights: Weights | None) -> None:
+        super()._place(model, weights)
+        self.accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
+        mask_documents(model)
+
+    def split_sequences(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As of `split`."""
+        return split(batch, self.process_index % self.num_sharing, self.num_sharing)
+
+    def total_loss(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(value, "sum")
 
 
 def mask_documents(model: PreTrainedModel) -> None:

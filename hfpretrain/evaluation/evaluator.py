@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 from hfpretrain.data.tokenizer import document_start
-from hfpretrain.engines import distributed, engine
 from hfpretrain.evaluation import lm_eval_tasks, prompts
 from hfpretrain.evaluation import sums as evaluation
 from hfpretrain.evaluation.recipe_metrics import MetricFolders, trust_problems
@@ -46,7 +45,7 @@ class Evaluator:
         )
         if not (validates or runs_tasks):
             return
-        with engine.evaluated_weights(run.accelerator, run.model, run.optimizer):
+        with run.engine.evaluated_weights():
             if validates and run.recipe.data.has_validation:
                 self._validate()
                 state.evaluated = True
@@ -69,9 +68,7 @@ class Evaluator:
             document_masking=run.document_masking,
         )
         sums = evaluation.loss_sums(run.model, self._watched(batches), run.token_bytes, self._sets.num_documents)
-        documents, contexts = (
-            distributed.total(run.accelerator, part).cpu().numpy() for part in (sums.documents, sums.contexts)
-        )
+        documents, contexts = (run.engine.total(part).cpu().numpy() for part in (sums.documents, sums.contexts))
         nll, tokens, *_ = documents.sum(axis=0)
         run.state.evaluation_loss = float(nll / tokens)
         if not run.is_main:  # intervals are drawn once
@@ -96,8 +93,8 @@ class Evaluator:
         for batch in batches:
             self._pause()
             if self._metrics.wanted:
-                ours = evaluation.predictions(run.model, batch, run.accelerator.device)
-                self._metrics.add(*(distributed.gather_shares(run.accelerator, part) for part in ours))
+                ours = evaluation.predictions(run.model, batch, run.engine.device)
+                self._metrics.add(*(run.engine.gather(part) for part in ours))
             yield batch
 
     def _pause(self) -> None:
@@ -110,7 +107,7 @@ class Evaluator:
         keywords: dict[str, Any] = {
             "context": run.recipe.data.block_size,
             "eos_token_id": eos,
-            "device": run.accelerator.device,
+            "device": run.engine.device,
             "agree": broadcast,
         }
         samples = []
@@ -138,9 +135,9 @@ class Evaluator:
                 any_computes=self._any_computes,
             )
             self._language_model = lm_eval_tasks.shared_language_model(
-                engine.unwrap(run.model),
+                run.engine.unwrapped_model,
                 run.tokenizer,
-                run.accelerator.device,
+                run.engine.device,
                 run.recipe.training.micro_batch_size,
                 processes,
             )
@@ -156,7 +153,7 @@ class Evaluator:
 
     def _any_computes(self, computes: bool) -> bool:
         self._pause()
-        return bool(distributed.largest(self._run.accelerator, int(computes)))
+        return bool(self._run.engine.largest(int(computes)))
 
     def _record(self, row: dict[str, Any]) -> None:
         self._run.records.row({"step": self._run.state.step, "tokens": self._run.state.tokens, **row})

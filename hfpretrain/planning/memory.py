@@ -272,7 +272,7 @@ def model_shape(model: PreTrainedModel, layers: Any, moments: int) -> Shape:
 
 
 def forward_precision(engine: Engine, mixed_precision: str) -> str:
-    """`engine.forward_precision` before there is an accelerator."""
+    """`Engine.forward_precision` before there is an accelerator."""
     dtype = {"bf16": "bfloat16", "fp8": "bfloat16", "fp16": "float16"}.get(mixed_precision)
     if dtype is None:
         return "float32"

@@ -369,7 +369,7 @@ class _Rows:
 
     def _require(self, engine: Engine, number: int) -> None:
         """Raises `RecipeError` where a run would be refused."""
-        from hfpretrain.engines.engine import require_optimizer
+        from hfpretrain.engines.choose import require_optimizer
 
         require_optimizer(self.recipe.optimizer.name, engine.name)
         if self.recipe.training.z_loss and engine.cuts == "tensors":

@@ -140,15 +140,11 @@ def report(
     recipe: Recipe, engine_name: str, num_processes: int, settled: Settled, measured: Measured, folder: Path
 ) -> str:
     """Compare what a finished run measured with its plan, keep both as `plan.json` in `folder`, return them as text."""
-    from hfpretrain.engines import engine
-
     # An engine of several processes may have made forward a collective (Ulysses), which the main process alone would
     # wait in for ever. With `mfu` given, no step is timed.
     mfu = None if num_processes == 1 else DEFAULT_MFU
     try:
-        # One process alone may not build under ZeRO-3, where building is a collective.
-        with engine.plain_initialisation():
-            plan = make_plan(recipe, engine=engine_name, num_processes=num_processes, mfu=mfu, settled=settled)
+        plan = make_plan(recipe, engine=engine_name, num_processes=num_processes, mfu=mfu, settled=settled)
     except RecipeError as error:  # a run that has ended well must not fail because its plan can't be made
         return f"no plan of this run: {error}"
     found = compare(plan, measured)
@@ -163,18 +159,15 @@ def out_of_memory(
 
     `message`: the error's own text.
     """
-    from hfpretrain.engines import engine
-
     # With `mfu` given, no step is timed, for which there is no memory here.
     keywords: dict[str, Any] = {"num_processes": num_processes, "mfu": DEFAULT_MFU, "settled": settled}
-    with engine.plain_initialisation():
-        plan = make_plan(recipe, **keywords)
-        peaks = {row.engine: row.memory.peak for row in plan.engines if row.memory is not None}
-        changes = [(f"accelerate_configs/{other}.yaml", peak) for other, peak in peaks.items()]
-        for text, changed in _smaller(recipe):
-            (row,) = make_plan(changed, engine=engine_name, **keywords).engines
-            if row.memory is not None:
-                changes.append((text, row.memory.peak))
+    plan = make_plan(recipe, **keywords)
+    peaks = {row.engine: row.memory.peak for row in plan.engines if row.memory is not None}
+    changes = [(f"accelerate_configs/{other}.yaml", peak) for other, peak in peaks.items()]
+    for text, changed in _smaller(recipe):
+        (row,) = make_plan(changed, engine=engine_name, **keywords).engines
+        if row.memory is not None:
+            changes.append((text, row.memory.peak))
     now = peaks.get(engine_name)
     helpful = sorted((change for change in changes if now is None or change[1] < now), key=lambda change: change[1])
     size = f"{recipe.training.micro_batch_size} sequences of {recipe.data.block_size} tokens"

@@ -11,18 +11,17 @@ from accelerate.utils import gather_object
 from hfpretrain import files
 from hfpretrain.data.batches import StepData, TrainingData
 from hfpretrain.data.inspection import sequences
-from hfpretrain.engines import distributed, engine
 
 
 def write(run: Any, problem: str, policy: str, step_data: StepData, loss: float, grad_norm: float) -> Path:
     """Write `incidents/step-XXXXXXXX.json` into the run folder. All ranks must call it, before the gradients go."""
-    norms = engine.gradient_norms(run.accelerator, run.model)
+    norms = run.engine.gradient_norms()
     data_step = run.state.data_step(run.state.step)
     if isinstance(run.data, TrainingData):
         texts: list[Any] = list(sequences(run.prepared, run.data, run.tokenizer, data_step)) if run.is_main else []
     else:
         ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
-        ours = ids if distributed.counts_its_data(run.accelerator) else []
+        ours = ids if run.engine.counts_its_data else []
         gathered = gather_object(ours)
         texts = [{"text": run.tokenizer.decode(row)} for row in gathered] if run.is_main else []
     path = run.output_dir / "incidents" / f"step-{run.state.step + 1:08d}.json"

@@ -14,7 +14,6 @@ from hfpretrain.checkpoints import export
 from hfpretrain.data.batches import epochs_text
 from hfpretrain.data.summary import summary
 from hfpretrain.data.tokenizer import describe_framing, document_prefix, document_start
-from hfpretrain.engines import engine
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.redaction import redacted, without_folders
 from hfpretrain.recipe.yaml import dump_recipe
@@ -28,13 +27,13 @@ ENVIRONMENT = "environment.json"
 def environment(run: Any) -> dict[str, Any]:
     """What the run runs on; no environment variables, no secrets."""
     return {
-        "engine": engine.engine_name(run.accelerator),
-        "num_processes": run.accelerator.num_processes,
-        "device": engine.device_name(run.accelerator),
-        "mixed_precision": engine.precision(run.accelerator),
+        "engine": run.engine.name,
+        "num_processes": run.engine.num_processes,
+        "device": run.engine.device_name,
+        "mixed_precision": run.engine.precision,
         "peak_flops": run.peak_flops,
         "peak_flops_are": "a matrix product on all cores, measured"
-        if run.accelerator.device.type == "cpu"
+        if run.engine.device.type == "cpu"
         else "of data sheets",
         "attn_implementation": run.attn_implementation,
         "document_masking": run.document_masking,
@@ -59,10 +58,10 @@ def environment(run: Any) -> dict[str, Any]:
 def setting(run: Any) -> dict[str, Any]:
     """The settings of a step that may change when a run goes on elsewhere."""
     return {
-        "engine": engine.engine_name(run.accelerator),
-        "num_processes": run.accelerator.num_processes,
-        "device": engine.device_name(run.accelerator),
-        "precision": engine.precision(run.accelerator),
+        "engine": run.engine.name,
+        "num_processes": run.engine.num_processes,
+        "device": run.engine.device_name,
+        "precision": run.engine.precision,
         "attn_implementation": run.attn_implementation,
         "document_masking": run.document_masking,
         "num_steps": run.recipe.training.num_steps,

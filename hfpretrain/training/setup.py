@@ -39,7 +39,7 @@ from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import Grouping, StreamingData, group_files, load_states, save_states
 from hfpretrain.data.summary import preparation_notes
 from hfpretrain.data.tokenizer import describe_framing, set_chat_template
-from hfpretrain.engines import distributed, engine, launch
+from hfpretrain.engines import choose, distributed, launch
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling import initialization, optim
 from hfpretrain.modeling.build import apply_liger_kernel, build_model, compile_layers, compiles, import_code
@@ -137,18 +137,19 @@ class Run:
         if self.is_main:
             export.repair(self.output_dir)
         training = recipe.training
-        self.accelerator = engine.build_accelerator(
+        self.engine = choose.build_engine(
             training.mixed_precision, list(recipe.logging.trackers), str(self.output_dir), training.timeout_seconds
         )
-        engine.require_optimizer(recipe.optimizer.name, engine.engine_name(self.accelerator))
+        choose.require_optimizer(recipe.optimizer.name, self.engine.name)
         self._check_ranks_agree()
-        self._votes = distributed.Votes(distributed.control_group(self.accelerator, training.timeout_seconds))
-        self._saving_group = distributed.control_group(self.accelerator, training.timeout_seconds)
+        num_processes = self.engine.num_processes
+        self._votes = distributed.Votes(distributed.control_group(num_processes, training.timeout_seconds))
+        self._saving_group = distributed.control_group(num_processes, training.timeout_seconds)
         self.publishing = make_publisher(self.output_dir, recipe.hub if self.is_main else HubSection())
         self.saver = saver.Saver(
             self.output_dir / "checkpoints", recipe.checkpoint, self._saving_group, self.publishing.keep
         )
-        self.data_index, self.data_size = distributed.data_parallel(self.accelerator)
+        self.data_index, self.data_size = self.engine.data_index, self.engine.data_size
         self.accumulation_steps = accumulation_steps(
             training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, self.data_size
         )
@@ -181,15 +182,15 @@ class Run:
         self._note(context_note(recipe.model, config, recipe.data.block_size))
         self.generation_config = generation_config(recipe.model, self.tokenizer)
         import_code(config)
-        if recipe.model.attn_implementation.startswith("flex") and self.accelerator.device.type == "cpu":
+        if recipe.model.attn_implementation.startswith("flex") and self.engine.device.type == "cpu":
             raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
         self.peak_memory = PeakMemory()
-        with engine.plain_initialisation():
+        with self.engine.plain_initialization():
             model = build_model(recipe.model, config, seed=recipe.seed)
         self.config, self.attn_implementation = model.config, model.config._attn_implementation
         if recipe.model.attn_implementation == "auto" and self.attn_implementation != "sdpa":
             logger.info("attention is %s: %s has no sdpa", self.attn_implementation, type(model).__name__)
-        with engine.plain_initialisation():
+        with self.engine.plain_initialization():
             self.untrained = freeze_outside_loss(model, recipe.data.block_size)
         for line in str(self.untrained).splitlines():
             self._note(line)
@@ -210,8 +211,7 @@ class Run:
             self.scheduler = optim.build_scheduler(optimizer, recipe.scheduler, training.num_steps)
             return optimizer
 
-        self.model, self.optimizer = engine.prepare(
-            self.accelerator,
+        self.engine.prepare(
             model,
             weights,
             build_optimizer,
@@ -220,16 +220,17 @@ class Run:
             max_grad_norm=training.max_grad_norm,
             all_get_gradients=self.untrained.is_known,
         )
-        network = probe = engine.unwrap(self.model)
+        self.model, self.optimizer = self.engine.model, self.engine.optimizer
+        network = probe = self.engine.unwrapped_model
         self.initial_weights = initialization.check(
-            engine.full_parameters(self.accelerator, self.model), weights.rule() if weights else None, watch.unit_done
+            self.engine.full_parameters(), weights.rule() if weights else None, watch.unit_done
         )
-        if engine.precision(self.accelerator) == "fp8":
+        if self.engine.precision == "fp8":
             # Its layers scale by the largest value there is, so that every token changes every other a little.
             probe = initialization.filled(build_model(recipe.model, config, seed=recipe.seed), weights).to(
-                self.accelerator.device
+                self.engine.device
             )
-        require_causal(probe, recipe.model, half_precision=self.accelerator.mixed_precision != "no")
+        require_causal(probe, recipe.model, half_precision=self.engine.accelerator.mixed_precision != "no")
         packs = watch.from_main(
             "look for blocks of several documents", lambda: recipe.data.streaming or self.prepared.packs_documents()
         )
@@ -244,9 +245,9 @@ class Run:
         if with_experts and not self.step_loss.balances:
             self._note(routing_note(network))
         num_micro_steps = training.num_steps * self.accumulation_steps
-        if compiles(training.compile, num_micro_steps, engine.can_compile(self.accelerator)):
+        if compiles(training.compile, num_micro_steps, self.engine.can_compile):
             compile_layers(network)
-        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.accelerator.device)
+        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer, config.vocab_size)).to(self.engine.device)
         self.state = TrainState()
         self._checkpoint = self._newest_checkpoint()
         self.data = self._open_data()
@@ -261,7 +262,7 @@ class Run:
     def _check_model(self, recipe: Recipe) -> None:
         """What is wrong with the model of a new run is said before text is read for hours."""
         if not any((self.output_dir / "checkpoints").glob("step-*")):
-            with engine.plain_initialisation():
+            with self.engine.plain_initialization():
                 preflight.require_model(recipe)
 
     def resume(self) -> None:
@@ -282,7 +283,7 @@ class Run:
     def _start_data(self) -> None:
         steps = range(self.state.step, self.recipe.training.num_steps)
         data, data_step = self.data, self.state.data_step
-        pin_memory = self.accelerator.device.type == "cuda"
+        pin_memory = self.engine.device.type == "cuda"
         self.prefetcher = Prefetcher(lambda step: data.step(data_step(step)), steps, pin_memory=pin_memory)
 
     def _check_ranks_agree(self) -> None:
@@ -290,12 +291,12 @@ class Run:
         facts = {
             "python": platform.python_version(),
             **{name: report.version_of(name) for name in (*report.LIBRARIES, "deepspeed")},
-            "engine": engine.engine_name(self.accelerator),
-            "precision": engine.precision(self.accelerator),
+            "engine": self.engine.name,
+            "precision": self.engine.precision,
             **dict(flatten(redacted(self.recipe.model_dump(mode="json")))),
         }
-        num_ranks, timeout_seconds = self.accelerator.num_processes, self.recipe.training.timeout_seconds
-        self.watch.start(self.accelerator.process_index, num_ranks, timeout_seconds, facts)
+        num_ranks, timeout_seconds = self.engine.num_processes, self.recipe.training.timeout_seconds
+        self.watch.start(self.engine.process_index, num_ranks, timeout_seconds, facts)
 
     def _at_commits(self) -> Recipe:
         """The recipe with the commits of the Hub that the main process found, from which all processes load."""
@@ -336,7 +337,7 @@ class Run:
         if name is None:
             return None
         if not (folder / name / files.MANIFEST).is_file():
-            place = f"rank {self.accelerator.process_index} on {platform.node()}"
+            place = f"rank {self.engine.process_index} on {platform.node()}"
             message = f"{place} does not see {folder / name}; put output_dir on a disk that all machines share"
             raise RecipeError.at("output_dir", message)
         return folder / name
@@ -386,7 +387,7 @@ class Run:
         data = self.prefetcher.next(self.stops.due)
         if data is not None:
             return data
-        if self.accelerator.num_processes > 1:
+        if self.engine.num_processes > 1:
             raise StoppedEarlyError(f"{self.stops.reason} while a source did not answer")
         raise Stopping
 
@@ -429,9 +430,9 @@ class Run:
             self.state.segments = [{**settings, "first_step": 1, "last_step": self.state.step}]
         self._check_ledger(path, digest)
         start = time.perf_counter()
-        is_whole = engine.load_state(self.accelerator, self.model, self.optimizer, path, self._saving_group)
+        is_whole = self.engine.load_state(path, self._saving_group)
         optim.set_step(self.scheduler, self.state.step)
-        now = engine.precision(self.accelerator)
+        now = self.engine.precision
         if precision not in (None, now):
             self._passed_over.append(f"training goes on in {now}; up to step {self.state.step} it was in {precision}")
             logger.warning(self._passed_over[-1])
@@ -528,9 +529,11 @@ class Run:
         self.records.step_done()
 
     def _start_records(self) -> None:
-        self.clock = Clock(self.accelerator.device)
+        self.clock = Clock(self.engine.device)
         self.peak_flops = self._peak_flops()
-        self.profiler = Profiler(self.accelerator, self.recipe.logging.profile_steps, self.output_dir / "profile")
+        self.profiler = Profiler(
+            self.engine.accelerator, self.recipe.logging.profile_steps, self.output_dir / "profile"
+        )
         self.flops_per_token = model_flops_per_token(self.config, self.parameters, self.recipe.data.block_size)
         if self.is_main:
             report.describe(self)
@@ -546,7 +549,7 @@ class Run:
             "wandb": {"id": self.state.run_id, "resume": "allow"},
             "trackio": {"name": self.state.run_id, "resume": "allow"},
         }
-        accelerator = self.accelerator
+        accelerator = self.engine.accelerator
         accelerator.log_with, accelerator.trackers = [name], []
         try:
             accelerator.init_trackers(self.recipe.logging.project_name, config=flat, init_kwargs=keywords)
@@ -557,9 +560,9 @@ class Run:
 
     def _peak_flops(self) -> float | None:
         """FLOP/s of all devices together: of accelerators by their data sheets, of a CPU a measured matrix product."""
-        precision, number = engine.precision(self.accelerator), self.accelerator.num_processes
-        if self.accelerator.device.type != "cpu":
-            peak = devices.peak_flops(engine.device_name(self.accelerator), precision)
+        precision, number = self.engine.precision, self.engine.num_processes
+        if self.engine.device.type != "cpu":
+            peak = devices.peak_flops(self.engine.device_name, precision)
             return peak and peak * number
         hosts = max(1, number // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return plan.cpu_flops(precision) * hosts if self.is_main else None
@@ -582,7 +585,7 @@ class Run:
             "lr": lr[0],
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_device": tokens_per_second / self.accelerator.num_processes,
+            "tokens_per_second_per_device": tokens_per_second / self.engine.num_processes,
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
             "flops": self.flops_per_token * state.tokens,
             **{f"seconds/{part}": value for part, value in seconds.items()},
@@ -605,13 +608,13 @@ class Run:
         per_step = self.data_size * self.accumulation_steps
         place = self.state.step * per_step + self.data_index * self.accumulation_steps + micro_step
         parts = [self.recipe.seed, place * self.recipe.training.micro_batch_size]
-        parts.append(distributed.dropout_index(self.accelerator))
+        parts.append(self.engine.dropout_index)
         number = int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
-        engine.seed(self.accelerator, number)
+        self.engine.seed(number)
 
     def _sum_over_processes(self, rows: list[list[int]]) -> list[list[int]]:
-        table = torch.tensor(rows, dtype=torch.int64, device=self.accelerator.device)
-        summed: list[list[int]] = distributed.total(self.accelerator, table).tolist()
+        table = torch.tensor(rows, dtype=torch.int64, device=self.engine.device)
+        summed: list[list[int]] = self.engine.total(table).tolist()
         return summed
 
     def save(self, in_background: bool) -> None:
@@ -621,14 +624,14 @@ class Run:
         self.state.losses = self.stability.losses
         state = {
             **asdict(self.state),
-            "engine": engine.engine_name(self.accelerator),
-            "num_processes": self.accelerator.num_processes,
-            "precision": engine.precision(self.accelerator),
+            "engine": self.engine.name,
+            "num_processes": self.engine.num_processes,
+            "precision": self.engine.precision,
             "data": self._data_identity(),
             "undecayed": self.undecayed,
             **self.consumption.state(),
         }
-        tensors = engine.state_to_save(self.accelerator, self.model, self.optimizer)
+        tensors = self.engine.state_to_save()
         self.saver.save(state, tensors, self._writers(), in_background)
         self.saved_step = self.state.step
 
@@ -640,7 +643,7 @@ class Run:
             writers[LEDGER] = lambda path: np.save(path, checksums)
             recipe = dump_recipe(self.recipe).encode()
             writers["recipe.yaml"] = lambda path: path.write_bytes(recipe)
-        if isinstance(self.data, StreamingData) and distributed.counts_its_data(self.accelerator):
+        if isinstance(self.data, StreamingData) and self.engine.counts_its_data:
             states, next_step = self.data_state, self.state.data_step(self.state.step - 1) + 1
             writers[f"data-{self.data_index}.pt"] = lambda path: save_states(states, next_step, path)
         return writers
@@ -705,7 +708,7 @@ class Run:
         self.records.say(f"{text}. {_GOES_ON.capitalize()}")
         self.records.note_console(self.state.step)
         self.records.finish()
-        engine.finish(self.accelerator, self.model)
+        self.engine.finish()
 
     def close(self) -> None:
         """End what works beside training."""
@@ -730,7 +733,7 @@ class Run:
                 self.records.event(state.step, reason)
             policy = "stop" if self._checkpoint is None else policy
         path = incident.write(self, problem, policy, step_data, loss, grad_norm)
-        engine.drop_gradients(self.accelerator, self.model, self.optimizer)
+        self.engine.drop_gradients()
         self.records.event(self.state.step, f"{problem}: {policy}", incident=str(path))
         if policy == "stop":
             raise TrainingDivergedError(

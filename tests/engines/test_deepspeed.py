@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hfpretrain.engines import deepspeed, engine
+from hfpretrain.engines import choose, deepspeed
 from hfpretrain.recipe.schema import RecipeError
 
 
@@ -16,6 +16,6 @@ def test_deepspeed_on_a_cpu_says_which_tool_it_misses(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(RecipeError, match=r"no C\+\+ compiler 'c\+\+': install g\+\+"):
-        engine.build_accelerator("no", [], str(tmp_path), 60)
+        choose.build_engine("no", [], str(tmp_path), 60)
     (tmp_path / "extensions" / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
     deepspeed.require_compiler()

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
-from hfpretrain.engines import engine, pieces
+from hfpretrain.engines import pieces
+from hfpretrain.engines.local import Single
 from hfpretrain.modeling import initialization
 from hfpretrain.modeling.build import build_model
 from hfpretrain.publishing import outbox, publisher
@@ -149,26 +150,28 @@ GRADIENTS = """
 import sys
 import torch
 from transformers import AutoConfig
-from hfpretrain import engine, initialisation, model
+from hfpretrain.engines import choose
+from hfpretrain.modeling.build import build_model
+from hfpretrain.modeling.initialization import InitialWeights
 from hfpretrain.recipe.schema import ModelSection
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 config = AutoConfig.for_model("llama", vocab_size=64, **sizes)
 def main():
-    accelerator = engine.build_accelerator("no", [], ".", 60)
-    built = model.build_model(ModelSection(config={"model_type": "llama"}), config)
-    weights = initialisation.InitialWeights(built, 0)
+    engine = choose.build_engine("no", [], ".", 60)
+    built = build_model(ModelSection(config={"model_type": "llama"}), config)
+    weights = InitialWeights(built, 0)
     sections = {"micro_batch_size": 1, "accumulation_steps": 2, "max_grad_norm": 1.0}
-    built, _ = engine.prepare(accelerator, built, weights, lambda m: torch.optim.AdamW(m.parameters()), **sections)
+    engine.prepare(built, weights, lambda m: torch.optim.AdamW(m.parameters()), **sections)
     ids = torch.zeros((1, 8), dtype=torch.int64)
     for _ in range(1 if sys.argv[1] == "fsdp2" else 2):
-        with engine.accumulate(accelerator, built):
-            accelerator.backward(built(input_ids=ids, labels=ids).loss)
-    parameter = engine.unwrap(built).lm_head.weight
+        with engine.accumulate():
+            engine.backward(engine.model(input_ids=ids, labels=ids).loss)
+    parameter = engine.unwrapped_model.lm_head.weight
     gradient = parameter.grad.to_local() if sys.argv[1] == "fsdp2" else parameter.grad
-    if accelerator.is_main_process:
+    if engine.process_index == 0:
         print("numbers", gradient.numel(), gradient.untyped_storage().nbytes() // 4)
-    engine.finish(accelerator, built)
-    assert not hasattr(built, "reducer"), "it would end the process group and may never return"
+    engine.finish()
+    assert not hasattr(engine.model, "reducer"), "it would end the process group and may never return"
 main()
 """
 
@@ -278,12 +281,13 @@ def test_a_rehearsed_step_leaves_no_trace():
     optimizer = torch.optim.AdamW(layers.parameters(), lr=0.1, weight_decay=0.1)
     accelerator = Accelerator(cpu=True)
     try:
-        layers, prepared = accelerator.prepare(layers, optimizer)
+        engine = Single(accelerator)
+        engine.model, engine.optimizer = layers, prepared = accelerator.prepare(layers, optimizer)
         for trained in (False, True):
             before = [p.detach().clone() for p in layers.parameters()]
             steps = {id(p): state["step"].item() for p, state in optimizer.state.items()}
             random = torch.get_rng_state()
-            with engine.rehearsal(accelerator, layers, prepared):
+            with engine.rehearsal():
                 accelerator.backward(layers(torch.ones(2, 8)).sum() * 0.0)
                 prepared.step()
                 prepared.zero_grad()

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from conftest import environment, rows, write_recipe
 
-from hfpretrain.engines import deepspeed as zero
-from hfpretrain.engines import engine, pieces, precision
+from hfpretrain.engines import pieces, precision
+from hfpretrain.engines.deepspeed import DeepSpeed
+from hfpretrain.engines.local import Single
 from hfpretrain.recipe.schema import RecipeError
 
 
@@ -85,6 +85,14 @@ def test_a_run_goes_on_where_auto_means_another_precision(folder):
     assert "up to step 4 it was in bf16" in (folder / "run" / "metrics.jsonl").read_text()
 
 
+def engine(kind, model, optimizer, scaler=None):
+    """An engine of a class, as far as one process can have it without accelerate."""
+    device = torch.device("cpu")
+    made = kind(SimpleNamespace(scaler=scaler, num_processes=1, process_index=0, device=device))
+    made.model, made.optimizer = model, SimpleNamespace(optimizer=optimizer)
+    return made
+
+
 def trained(scale):
     """A model after a step in fp16 as an engine holds it, with a loss scale of `scale`; None: in another precision."""
     torch.manual_seed(0)
@@ -98,19 +106,18 @@ def trained(scale):
     else:
         scaler.step(optimizer)
         scaler.update()
-    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, scaler=scaler)
-    return accelerator, model, SimpleNamespace(optimizer=optimizer)
+    return engine(Single, model, optimizer, scaler)
 
 
 @pytest.mark.parametrize(("saved", "now", "expected", "is_whole"), [
     (1024.0, 8.0, 1024.0, True), (None, 8.0, 8.0, False), (1024.0, None, None, True), (None, None, None, True),
 ])  # fmt: skip
 def test_the_loss_scale_is_resumed_if_the_checkpoint_has_one(tmp_path, saved, now, expected, is_whole):
-    pieces.save(engine.state(*trained(saved)), tmp_path)
-    accelerator, model, optimizer = trained(now)
-    assert engine.load_state(accelerator, model, optimizer, tmp_path, None) is is_whole
+    pieces.save(trained(saved).state(), tmp_path)
+    resumed = trained(now)
+    assert resumed.load_state(tmp_path, None) is is_whole
     if now is not None:
-        state = accelerator.scaler.state_dict()
+        state = resumed.scaler_state()
         assert (state["scale"], state["_growth_tracker"]) == (expected, 1)
 
 
@@ -127,40 +134,35 @@ def deepspeed(scale, steps=0):
     scaler = DynamicLossScaler(scale, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
     for _ in range(steps):
         scaler.update_scale(False)
-    return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+    return engine(DeepSpeed, SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler)), None)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 6])
 def test_deepspeeds_loss_scale_goes_on_where_it_stood(tmp_path, alone, steps):
     first, second = deepspeed(64.0, steps), deepspeed(2.0, 2)
-    pieces.save({"scaler": zero.scaler_state(first)}, tmp_path)
+    pieces.save({"scaler": first.scaler_state()}, tmp_path)
     asked = {"scaler": dict.fromkeys(pieces.names_in(tmp_path, "scaler"))}
-    zero.load_scaler(second, pieces.load(asked, tmp_path)["scaler"])
+    second.load_scaler(pieces.load(asked, tmp_path)["scaler"])
     for overflow in (False, False, True, True, False, False, False, False, False):
-        assert zero.scaler_state(second) == zero.scaler_state(first)
-        for engine_ in (first, second):
-            engine_.optimizer.loss_scaler.update_scale(overflow)
+        assert second.scaler_state() == first.scaler_state()
+        for one in (first, second):
+            one.model.optimizer.loss_scaler.update_scale(overflow)
 
 
 def test_a_rehearsal_leaves_deepspeeds_loss_scale_as_it_was(alone):
-    model = deepspeed(64.0, 3)
-    model.micro_steps = model.global_steps = model.global_samples = 0
-    parameter = torch.nn.Parameter(torch.ones(2))
-    raw = torch.optim.AdamW([parameter])
-    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, scaler=None, device=torch.device("cpu"))
-    before = zero.scaler_state(model)
-    with engine.rehearsal(accelerator, model, SimpleNamespace(optimizer=raw)):
-        model.optimizer.loss_scaler.update_scale(False)
-        model.optimizer.loss_scaler.update_scale(True)
-    assert zero.scaler_state(model) == before
+    rehearsed = deepspeed(64.0, 3)
+    rehearsed.optimizer.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    before = rehearsed.scaler_state()
+    with rehearsed.rehearsal():
+        rehearsed.model.optimizer.loss_scaler.update_scale(False)
+        rehearsed.model.optimizer.loss_scaler.update_scale(True)
+    assert rehearsed.scaler_state() == before
 
 
 def test_deepspeed_goes_on_from_the_loss_scale_of_another_engine(tmp_path):
-    pieces.save(engine.state(*trained(1024.0)), tmp_path)
-    model = deepspeed(2.0)
-    asked = {
-        key: value for key, value in zero.scaler_state(model).items() if key in pieces.names_in(tmp_path, "scaler")
-    }
-    zero.load_scaler(model, pieces.load({"scaler": asked}, tmp_path)["scaler"])
-    found = zero.scaler_state(model)
+    pieces.save(trained(1024.0).state(), tmp_path)
+    resumed = deepspeed(2.0)
+    asked = {key: value for key, value in resumed.scaler_state().items() if key in pieces.names_in(tmp_path, "scaler")}
+    resumed.load_scaler(pieces.load({"scaler": asked}, tmp_path)["scaler"])
+    found = resumed.scaler_state()
     assert (found["scale"], found["_growth_tracker"]) == (1024.0, 1)

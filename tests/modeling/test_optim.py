@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
-from hfpretrain.engines import engine, pieces
+from hfpretrain.engines import pieces
+from hfpretrain.engines.local import Single
 from hfpretrain.modeling.optim import (
     average,
     build_optimizer,
@@ -160,8 +161,9 @@ def accelerated(name):
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    return accelerator, *accelerator.prepare(*build(name, lr=1e-2))
+    engine = Single(Accelerator(cpu=True))
+    engine.model, engine.optimizer = engine.accelerator.prepare(*build(name, lr=1e-2))
+    return engine
 
 
 @pytest.mark.parametrize("name", NAMES_OF_LIBRARIES)
@@ -170,19 +172,19 @@ def test_optimizers_of_libraries_learn_and_resume_exactly_after_a_rehearsal(tmp_
     whole = train(model, optimizer, range(20))
     assert whole[-1] < 0.6 * whole[0]
     stopped = accelerated(name)
-    assert train(*stopped[1:], range(10)) == whole[:10]
-    state = engine.state_to_save(*stopped)
-    pieces.save(state, tmp_path / "checkpoint")
-    _, model, optimizer = resumed = accelerated(name)
+    assert train(stopped.model, stopped.optimizer, range(10)) == whole[:10]
+    pieces.save(stopped.state_to_save(), tmp_path / "checkpoint")
+    resumed = accelerated(name)
+    model, optimizer = resumed.model, resumed.optimizer
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with engine.rehearsal(*resumed):
+    with resumed.rehearsal():
         (model(torch.ones(1, 4, dtype=torch.int64)).logits.sum() * 0.0).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert not optimizer.state and all(map(torch.equal, before, model.parameters()))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
     assert train(model, optimizer, range(1)) == whole[:1]  # as if nothing had been
-    engine.load_state(*resumed, tmp_path / "checkpoint", None)
+    resumed.load_state(tmp_path / "checkpoint", None)
     assert train(model, optimizer, range(10, 20)) == whole[10:]
 
 
@@ -201,7 +203,8 @@ def test_a_rate_that_is_scheduled_reaches_optimizers_of_libraries(name):
 
 @pytest.mark.parametrize("name", NAMES_OF_LIBRARIES[1:])
 def test_schedule_free_evaluates_the_average_and_trains_on_as_if_it_had_not(name):
-    accelerator, model, optimizer = accelerated(name)
+    engine = accelerated(name)
+    model, optimizer = engine.model, engine.optimizer
     z = [parameter.detach().clone() for parameter in model.parameters()]
     x, y = [p.clone() for p in z], None
     for step in range(5):  # the average of z over steps of one rate, by its definition
@@ -209,7 +212,7 @@ def test_schedule_free_evaluates_the_average_and_trains_on_as_if_it_had_not(name
         z = [optimizer.state[p]["z"].clone() for p in model.parameters()]
         x = [mean.lerp(new, 1 / (step + 1)) for mean, new in zip(x, z, strict=True)]
         y = [parameter.detach().clone() for parameter in model.parameters()]
-        with engine.evaluated_weights(accelerator, model, optimizer):
+        with engine.evaluated_weights():
             found = [parameter.detach().clone() for parameter in model.parameters()]
         for theirs, ours in zip(found, x, strict=True):
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)

@@ -1,0 +1,426 @@
+"""The interface of all engines: `Engine`, which behaves as plain PyTorch does in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from torch.nn.parallel import DistributedDataParallel
+
+from hfpretrain.engines import launch, pieces
+from hfpretrain.modeling import initialization
+from hfpretrain.modeling.initialization import Weights
+
+BuildOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
+
+
+class Engine:
+    """One way to train a model, on one process or on many.
+
+    `choose.build_engine` makes the engine that the launcher's file asks for, `prepare` gives it a model and an
+    optimizer. A subclass overrides what differs in its way. Every process has one, and calls its methods alike.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    """All values that `name` can have, without the ending `_offload`."""
+    shards: ClassVar[bool] = False
+    """Whether a process holds only a part of the weights or of the optimizer's state."""
+    casts_weights: ClassVar[bool] = False
+    """Whether the forward pass computes with weights cast to 16 bits, not under autocast."""
+
+    model: Any
+    """What `accelerator.prepare` returned: call this for a forward pass."""
+    optimizer: Any
+    """What `accelerator.prepare` returned; its `optimizer` is the one that was built."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.num_processes, self.process_index = accelerator.num_processes, accelerator.process_index
+        self.device: torch.device = accelerator.device
+        self.max_grad_norm: float | None = None
+
+    # What the engine is.
+
+    @classmethod
+    def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
+        """An accelerator of this kind that computes in `precision`, from `keywords` of `Accelerator`."""
+        if torch.accelerator.is_available():
+            return Accelerator(**keywords)
+        if max(launch.parallelism().values()) == 1:
+            return Accelerator(**keywords, cpu=True)
+        # accelerate 1.15 refuses a ParallelismConfig on CPU processes; the device mesh is all that its code then uses.
+        accelerator = Accelerator(**keywords, cpu=True, parallelism_config=ParallelismConfig(1, 1, 1, 1, sp_size=1))
+        config = ParallelismConfig()
+        accelerator.state.parallelism_config = config
+        accelerator.state.device_mesh = config.get_device_mesh("cpu")
+        return accelerator
+
+    @classmethod
+    def precision_problem(cls, precision: str) -> str | None:
+        """Why this engine can't train in a precision, with the fix; None if it can."""
+        return None
+
+    @classmethod
+    def optimizer_problem(cls, optimizer: str) -> str | None:
+        """Why an optimizer of the recipes can't train under this engine, with the fix; None if it can."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """What records and plans call this engine: one of `names`, with the ending `_offload` if it offloads."""
+        return f"{self._name}_offload" if self.offloads else self._name
+
+    @property
+    def _name(self) -> str:
+        (name,) = self.names
+        return name
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state, or more, stays in the host's memory."""
+        return False
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether layers may be compiled unasked: where that was seen to train the same (tests/test_train.py)."""
+        return False
+
+    @property
+    def precision(self) -> str:
+        """`no` (float32), `tf32`, `bf16`, `fp16` or `fp8`."""
+        is_tf32 = self.accelerator.mixed_precision == "no" and torch.get_float32_matmul_precision() == "high"
+        return "tf32" if is_tf32 else self.accelerator.mixed_precision
+
+    @property
+    def forward_precision(self) -> str:
+        """How a forward pass computes: `float32`, `tf32`, `autocast DTYPE` (float32 weights), `cast DTYPE`, or
+        `fp8 DTYPE` (linear layers in 8 bits, the rest autocast)."""
+        name = self.precision
+        if name in ("no", "tf32"):
+            return name.replace("no", "float32")
+        dtype = "float16" if name == "fp16" else "bfloat16"
+        return f"{'fp8' if name == 'fp8' else 'cast' if self.casts_weights else 'autocast'} {dtype}"
+
+    @property
+    def device_name(self) -> str:
+        """The device's trade name; of a CPU also the number of threads that torch uses."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        if self.device.type != "cpu":
+            return self.device.type
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return f"{capabilities.get('cpu_name') or 'CPU'} ({torch.get_num_threads()} threads)"
+
+    # The share of the data that a process has.
+
+    @property
+    def num_sharing(self) -> int:
+        """Number of processes that work on the same sequences (tensor and sequence parallelism). Their ranks are
+        neighbors."""
+        return 1
+
+    @property
+    def data_index(self) -> int:
+        """Which share of a step's sequences this process has, from 0 to `data_size` - 1."""
+        return self.process_index // self.num_sharing
+
+    @property
+    def data_size(self) -> int:
+        """Number of shares into which a step's sequences are divided."""
+        return self.num_processes // self.num_sharing
+
+    @property
+    def counts_its_data(self) -> bool:
+        """Whether this process is the first of those that work on its sequences: one of them counts and saves."""
+        return self.process_index % self.num_sharing == 0
+
+    @property
+    def dropout_index(self) -> int:
+        """What the seed of dropout adds on this process: equal where processes compute the same activations."""
+        return self.data_index
+
+    def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch on this process's device, copied without waiting where the device allows."""
+        if self.device.type == "cuda":
+            return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def split_sequences(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This process's part of a training batch, where the engine cuts sequences; else the batch."""
+        return batch
+
+    def seed(self, number: int) -> None:
+        """As `torch.manual_seed`, which takes a millisecond to note its caller for devices not in use yet."""
+        torch.default_generator.manual_seed(number)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).manual_seed(number)
+
+    # Sums over processes.
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensors of all shares of the data one after another, by `data_index`."""
+        parts = self.accelerator.gather(value.contiguous()).view(self.num_processes, *value.shape)
+        return parts[:: self.num_sharing].flatten(0, 1)
+
+    def total(self, value: Any) -> torch.Tensor:
+        """A tensor summed over all shares of the data; processes that work on the same sequences count once."""
+        return self.accelerator.reduce(value.clone() if self.counts_its_data else torch.zeros_like(value), "sum")
+
+    def total_loss(self, value: torch.Tensor) -> torch.Tensor:
+        """As `total`, of a loss that each process computed from its part of a sequence, where sequences are cut."""
+        return self.total(value)
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' numbers."""
+        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
+
+    # Building a model.
+
+    @contextlib.contextmanager
+    def plain_initialization(self) -> Iterator[None]:
+        """Within, transformers builds a model as it does without an engine."""
+        yield
+
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        weights: Weights | None,
+        build_optimizer: BuildOptimizer,
+        *,
+        micro_batch_size: int,
+        accumulation_steps: int,
+        max_grad_norm: float | None,
+        all_get_gradients: bool = True,
+    ) -> None:
+        """Make `self.model` and `self.optimizer`, ready to train.
+
+        `weights`: the values of a model on the meta device, as of `initialization.InitialWeights`; None where it has
+        its values. An engine that shards keeps its share of each as it comes, so that no process ever holds the model.
+        `all_get_gradients`: whether every parameter that is not frozen gets a gradient in each micro-step.
+        """
+        self.accelerator.gradient_accumulation_steps = accumulation_steps
+        self.max_grad_norm = max_grad_norm
+        self._configure(model, micro_batch_size, all_get_gradients)
+        self._place(model, weights)
+        self._wrap(model, build_optimizer, weights)
+
+    def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
+        """Tell the library below what it must know before `accelerator.prepare`."""
+
+    def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
+        """Give the model its values, and cut it where that happens before `accelerator.prepare`."""
+        if weights is not None:
+            initialization.filled(model, weights)
+
+    def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
+        """Have accelerate prepare the model and a new optimizer."""
+        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model))
+
+    @property
+    def unwrapped_model(self) -> Any:
+        """The model of transformers inside `model`. accelerate's own `unwrap_model` loads DeepSpeed in any case."""
+        return getattr(self.model, "module", self.model)
+
+    # A step.
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """One micro-step; the last of a step reduces the gradients over processes."""
+        return self.accelerator.accumulate(self.model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-step's gradients to those of the step.
+
+        Undoes the averages that engines take over processes and micro-steps: `loss` already is divided by the global
+        number of tokens, so its gradients must be summed.
+        """
+        self._backward(loss * (self._averaged_over * self.accelerator.gradient_accumulation_steps))
+
+    @property
+    def _averaged_over(self) -> int:
+        """Number of processes over which the engine averages gradients."""
+        return self.data_size
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Scale the gradients down to `max_grad_norm`, now or in `update`. Returns their norm before, float32 (); it is
+        not finite if any of them is not."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
+        assert norm is not None
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def update(self) -> None:
+        """An optimizer step with the gradients there are."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients; weights and optimizer stay as they are."""
+        self.optimizer.zero_grad()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of each parameter's gradient by its name, before `update`."""
+        norms = {}
+        for name, parameter in self.unwrapped_model.named_parameters():
+            if (gradient := self._gradient(parameter)) is not None:
+                norm = torch.linalg.vector_norm(gradient.detach().float())
+                norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norms
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        return parameter.grad
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What is trained inside leaves no trace, as long as its gradients are zero: rates are 0, and afterwards random
+        states, step counters and the loss scale are what they were. One micro-step inside is a whole optimizer step."""
+        raw = self.optimizer.optimizer
+        rates = [group["lr"] for group in raw.param_groups]
+        states = getattr(raw, "optimizer", raw).state  # DeepSpeed wraps the optimizer once more
+        steps = {parameter: state["step"].clone() for parameter, state in states.items() if "step" in state}
+        scaler = self.scaler_state()
+        devices = [self.device] if self.device.type != "cpu" else []
+        for group in raw.param_groups:
+            group["lr"] = 0.0
+        with torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"):
+            yield
+        for group, lr in zip(raw.param_groups, rates, strict=True):
+            group["lr"] = lr
+        for parameter in list(states):
+            if parameter in steps:
+                states[parameter]["step"].copy_(steps[parameter])
+            else:
+                self._forget_moments(states, parameter)
+        if scaler is not None:
+            self.load_scaler(scaler)
+
+    def _forget_moments(self, states: Any, parameter: torch.Tensor) -> None:
+        """Undo the making of an optimizer's state, whose moments are zero."""
+        del states[parameter]
+
+    # Weights and state.
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter by name, whole and in float32, one at a time; all ranks must go through to the end.
+
+        Where the engine computes with weights in 16 bits, these are the float32 ones that it keeps beside them.
+        """
+        for name, parameter in self.unwrapped_model.named_parameters():
+            yield name, self._full_parameter(name, parameter)
+
+    def _full_parameter(self, name: str, parameter: Any) -> torch.Tensor:
+        return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """All weights on the CPU of the main process, whole and in float32; empty on the others."""
+        main, state = self.accelerator.is_main_process, {}
+        for name, tensor in self.full_parameters():
+            if main:
+                state[name] = tensor.float().cpu()
+        network = self.unwrapped_model
+        persistent = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
+        return {**state, **{name: network.get_buffer(name).cpu() for name in persistent}} if main else {}
+
+    @contextlib.contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Within, the model's weights are those to evaluate and to export. They differ from those that are trained
+        where the optimizer averages them; training goes on as if nothing had been."""
+        averaged = getattr(self.optimizer.optimizer, "averaged", None)
+        if averaged is None:
+            yield
+            return
+        try:
+            with averaged():
+                self._weights_changed()
+                yield
+        finally:
+            self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        """Drop what a forward pass has kept of the weights."""
+
+    def state(self) -> dict[str, Any]:
+        """What a run goes on from, in the same form under every engine: `model` and `optimizer`, by parameter name.
+
+        Its tensors share the memory of the model and the optimizer; of those that are cut each process has its pieces.
+        """
+        found = self._weights_and_moments()
+        network = self.unwrapped_model
+        kept = network.state_dict().keys()
+        buffers = [name for name, _ in network.named_buffers() if name in kept]
+        found["buffers"] = {name: network.get_buffer(name) for name in buffers}
+        scaler = self.scaler_state()
+        return found if scaler is None else {**found, "scaler": scaler}
+
+    def _weights_and_moments(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        names = [name for name, _ in self.unwrapped_model.named_parameters()]  # each tied one once
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer.optimizer)
+        states: Any = optimizer_state["state"]
+        return {
+            "model": {name: pieces.in_pieces(model_state[name]) for name in names},
+            "optimizer": {
+                name: {key: pieces.in_pieces(value) for key, value in states[name].items()}
+                for name in names
+                if name in states
+            },
+        }
+
+    def state_to_save(self) -> dict[str, Any]:
+        """Of `state` what this process writes: where several have the same, each a part of it."""
+        return pieces.share(self.state(), *self._copy())
+
+    def _copy(self) -> tuple[int, int]:
+        """Which copy of the state this process holds, and how many copies there are."""
+        return 0, 1
+
+    def load_state(self, path: Path, group: Any) -> bool:
+        """Load a saved `state`, of any engine, number of processes and precision.
+
+        `group`: a process group of all processes, for the CPU; None for a process alone. Returns False if the
+        checkpoint has no loss scale for fp16, which then starts anew.
+        """
+        asked = self.state()
+        scaler = asked.pop("scaler", None)
+        saved = pieces.names_in(path, "scaler")
+        if scaler is not None and saved:
+            asked["scaler"] = {key: value for key, value in scaler.items() if key in saved}
+        loaded = pieces.load(asked, path, group)
+        self._weights_loaded()
+        if scaler is not None and saved:
+            self.load_scaler({**scaler, **loaded["scaler"]})
+        return scaler is None or bool(saved)
+
+    def _weights_loaded(self) -> None:
+        """Bring what the engine derives from the weights of `state` up to date."""
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """State of fp16's dynamic loss scale, in the form of torch's `GradScaler`; None in other precisions."""
+        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+
+    def load_scaler(self, state: dict[str, Any]) -> None:
+        """Put the loss scale where `state`, as of any engine's `scaler_state`, says."""
+        self.accelerator.scaler.load_state_dict(state)
+
+    def finish(self) -> None:
+        """End trackers and process group; the barrier keeps ZeRO-3 ranks from aborting while another still sends."""
+        self.accelerator.wait_for_everyone()
+        for module in self.model.modules():
+            if isinstance(module, DistributedDataParallel):
+                # The last to hold the process group, these would wait for gloo's threads while keeping the interpreter
+                # from them, on a busy machine for ever (https://github.com/pytorch/pytorch/issues/56297, open).
+                del module.reducer, module.logger
+        self.accelerator.end_training()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,128 @@
+"""Which engine a run has: the one place that asks what the launcher's file and accelerate say."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+
+from hfpretrain.engines import launch
+from hfpretrain.engines import precision as precisions
+from hfpretrain.engines.base import Engine
+from hfpretrain.engines.deepspeed import DeepSpeed, ZeRO3
+from hfpretrain.engines.fsdp import FSDP2, HSDP
+from hfpretrain.engines.local import DDP, Single
+from hfpretrain.engines.tensor_parallel import TensorParallel
+from hfpretrain.engines.ulysses import Ulysses
+from hfpretrain.recipe.machine import num_cores
+from hfpretrain.recipe.schema import MixedPrecision, RecipeError
+
+ENGINES: tuple[type[Engine], ...] = (Single, DDP, TensorParallel, FSDP2, HSDP, DeepSpeed, ZeRO3, Ulysses)
+
+
+def build_engine(
+    mixed_precision: MixedPrecision, trackers: list[str], project_dir: str, timeout_seconds: int
+) -> Engine:
+    """The engine that `accelerate launch` names in the environment, on GPUs or on CPU processes.
+
+    Raises `RecipeError` if fewer processes started than the launcher was asked for, or for what can't run here.
+    """
+    kind = _kind_launched()
+    precision = precisions.resolve(mixed_precision, launch.mixed_precision(), sharded=kind.shards)
+    if (problem := kind.precision_problem(precision)) is not None:
+        raise RecipeError.at("training.mixed_precision", problem)
+    _require_trackers(trackers)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if precision == "fp8":
+        # Weights would be of a class whose values nothing can read, for a gathering that only FSDP2 has.
+        os.environ["ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"] = "false"
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu or launch.offloads():
+        _use_all_cores()
+    if on_cpu:
+        _set_up_cpu()
+    if not launch.has_group():
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision, in the same process
+    keywords: dict[str, Any] = {
+        "mixed_precision": "no" if precision == "tf32" else precision,
+        "log_with": trackers or None,
+        "project_dir": project_dir,
+        "kwargs_handlers": [
+            # A minute more than `watchdog.Watch` gives, which can say what this time-out cannot: who is missing.
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds + 60), init_method=launch.init_method()),
+            # Else every gradient is held twice, once in DDP's buckets.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    }
+    accelerator = kind.build_accelerator(keywords, precision)
+    launch.require_asked_processes(accelerator.num_processes)
+    return engine_class(accelerator)(accelerator)
+
+
+def _kind_launched() -> type[Engine]:
+    """The class that builds the accelerator."""
+    if launch.uses_deepspeed():
+        return DeepSpeed
+    if launch.uses_fsdp():
+        return FSDP2
+    return TensorParallel if launch.parallelism()["tp"] > 1 else DDP
+
+
+def engine_class(accelerator: Accelerator) -> type[Engine]:
+    """The class for what accelerate has set up."""
+    config, state = accelerator.parallelism_config, accelerator.state
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if config and config.sp_enabled:
+            return Ulysses
+        return ZeRO3 if state.deepspeed_plugin.zero_stage == 3 else DeepSpeed
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return HSDP if config and config.dp_replicate_enabled else FSDP2
+    if config and config.tp_enabled:
+        return TensorParallel
+    return Single if accelerator.distributed_type == DistributedType.NO else DDP
+
+
+def require_optimizer(optimizer: str, engine: str) -> None:
+    """Raises `RecipeError` where an optimizer of the recipes can't train under the engine of this name, or would train
+    otherwise."""
+    kind = next(kind for kind in ENGINES if engine.removesuffix("_offload") in kind.names)
+    if (problem := kind.optimizer_problem(optimizer)) is not None:
+        raise RecipeError.at("optimizer.name", f"{optimizer} under {engine}: {problem}")
+
+
+def _require_trackers(trackers: list[str]) -> None:
+    # accelerate only warns of a tracker without its package, and the run would leave no trace there.
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RecipeError.at(
+                "logging.trackers", f"no tracker {name!r}; there are {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in available:
+            raise RecipeError.at("logging.trackers", f"the package of {name!r} is not installed")
+
+
+def _use_all_cores() -> None:
+    # The launcher sets one thread for a process unless told otherwise; idle cores help nobody.
+    torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _set_up_cpu() -> None:
+    # Without a word DeepSpeed looks for an accelerator and warns that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if sys.platform == "linux":
+        # glibc returns large blocks to the kernel at every free, and each activation is faulted in anew: a quarter of
+        # a step. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h keep them.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30)
+            libc.mallopt(-1, 2**31 - 1)
