@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from hfpretrain import files
-from hfpretrain.engines.start import launch_command, process_count
 from hfpretrain.ladder import laws as scaling
 from hfpretrain.ladder import subruns
 from hfpretrain.ladder.rungs import Ladder, Rung
@@ -29,12 +28,13 @@ def ladder(
 ) -> Iterator[str]:
     """Train the rungs that are not finished, fit, check, predict: lines that tell of it.
 
-    `engine`, `num_processes`: as of `launch_command`; `compute`: FLOPs for which the best size is asked, by default
+    `engine`, `num_processes`: as of `subruns.command`; `compute`: FLOPs for which the best size is asked, by default
     the recipe's. Leaves `ladder.json`, `ladder.png` and the rungs' runs in `folder`; the same call goes on where the
     last one ended. Raises `RecipeError` for what is wrong with the input, and with a rung's message where one fails.
     """
-    start = launch_command(engine, num_processes)
-    made = Ladder(recipe, sizes, ratios, process_count(engine, num_processes), folder)
+    scaling.require_scipy()
+    start = subruns.command(engine, num_processes)
+    made = Ladder(recipe, sizes, ratios, subruns.process_count(engine, num_processes), folder)
     made.write()
     yield made.table()
     if made.epochs is not None and made.epochs > 1:
@@ -46,7 +46,7 @@ def ladder(
     for number, rung in enumerate(made.rungs, 1):
         known = rung.read()
         if not known:
-            subruns.finish(subruns.Process([*start, str(rung.path)], rung.secrets), rung.run)
+            subruns.finish(subruns.Process([*start, str(rung.path)]), rung.run)
             if not rung.read():
                 raise RecipeError.at(str(rung.run), "the run ended without its last evaluation; start again to resume")
         done += rung.flops

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 
 from hfpretrain.ladder import laws
 from hfpretrain.ladder.laws import Law
@@ -26,48 +25,38 @@ def test_a_known_law_is_found_again(law, points):
     assert found.exponents == pytest.approx(law.exponents, rel=1e-4)
 
 
-def test_lbfgs_goes_no_lower():
-    """The optimizer of the papers, from the same starts, on losses that no law fits exactly."""
-    y = np.log(losses(CHINCHILLA, POINTS)) + np.random.default_rng(1).normal(0, 3e-3, len(POINTS))
-    x = np.log(POINTS) - np.log(POINTS).mean(axis=0)
-    starts = laws._starts(2, np.exp(y.min()))
-    ours = laws._minimise(starts, x, y[None])[1].min()
-    wanted = torch.from_numpy(y)
+@pytest.mark.parametrize("noise", [3e-3, 0.1])
+def test_no_other_constants_come_nearer(noise):
+    """A hundred thousand laws around the fitted one, on losses that no law fits exactly."""
+    measured = losses(CHINCHILLA, POINTS) * np.exp(np.random.default_rng(1).normal(0, noise, len(POINTS)))
 
-    def objective(constants):
-        terms = constants[1:3] - constants[3:].exp() * torch.from_numpy(x)
-        predicted = torch.logsumexp(torch.cat([constants[:1].expand(len(x), 1), terms], dim=1), dim=1)
-        return torch.nn.functional.huber_loss(predicted / 1e-3, wanted / 1e-3, reduction="sum")  # over delta squared
+    def objective(logs):  # of many laws at once: ln of E, A, B, alpha, beta in the last dimension
+        e, a, b, alpha, beta = np.exp(logs)[..., None].swapaxes(0, -2)
+        n, d = np.log(POINTS).T
+        size = np.abs(np.log(e + a * np.exp(-alpha * n) + b * np.exp(-beta * d)) - np.log(measured)) / 1e-3
+        return np.where(size < 1, size**2 / 2, size - 0.5).sum(axis=-1)
 
-    found = []
-    for start in torch.from_numpy(starts[::6]):
-        constants = start.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([constants], max_iter=300, line_search_fn="strong_wolfe")
-
-        def closure(constants=constants, optimizer=optimizer):
-            optimizer.zero_grad()
-            value = objective(constants)
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        found.append(objective(constants).item() * 1e-6)
-    assert ours == pytest.approx(min(found), rel=1e-5)
+    law = laws.fit(POINTS, measured, num_samples=0).law
+    best = np.log([law.irreducible, *law.coefficients, *law.exponents])
+    generator = np.random.default_rng(0)
+    for spread in (1e-3, 1e-2, 1e-1):
+        others = objective(best + generator.normal(0, spread, (30_000, 5)))
+        assert others.min() >= objective(best[None]) * (1 - 1e-6)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     at = (2.4e6, 4.8e7)
     held = {"law": 0, "run": 0}
-    rounds = 20
+    rounds = 12
     for number in range(rounds):
         generator = np.random.default_rng(number)
         noisy = losses(CHINCHILLA, POINTS) * np.exp(generator.normal(0, 3e-3, len(POINTS)))
-        fit = laws.fit(POINTS, noisy, num_samples=50)
+        fit = laws.fit(POINTS, noisy, num_samples=40)
         measured = CHINCHILLA.loss(*at) * np.exp(generator.normal(0, 3e-3))
         for kind, value in (("law", CHINCHILLA.loss(*at)), ("run", measured)):
             low, high = fit.loss_interval(*at, of_a_run=kind == "run")
             held[kind] += low <= value <= high
-    assert all(count >= 16 for count in held.values()), held  # 19 expected
+    assert all(count >= 9 for count in held.values()), held  # 11.4 expected
 
 
 def test_the_optimum_is_the_least_loss_for_the_compute():
