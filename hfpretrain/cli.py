@@ -465,7 +465,7 @@ def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.ladder.report import ladder
+    from hfpretrain.ladder.run import run_ladder
     from hfpretrain.ladder.rungs import parse_size
 
     for name, value in (("--compute", args.compute), ("--num-processes", args.num_processes)):
@@ -477,7 +477,7 @@ def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
             signal.signal(number, signal.default_int_handler)  # the training of a rung must not outlive the ladder
-    for line in ladder(recipe, sizes, args.ratios, args.engine, args.num_processes, args.compute, folder):
+    for line in run_ladder(recipe, sizes, args.ratios, args.engine, args.num_processes, args.compute, folder):
         print(line, flush=True)
 
 

@@ -13,9 +13,10 @@ from hfpretrain.modeling.structure import Parameters
 from hfpretrain.planning.plan import model_config, parameters_of
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
-# What config classes call the number of key and value heads, and what is proportional to the width.
+# What config classes call the number of key and value heads, and the sizes that are proportional to the width.
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _WIDTHS = re.compile(r"(intermediate_size|ffn_hidden_size|ffn_dim|n_inner|word_embed_proj_dim|[qk]v?_lora_rank)$")
+# A size asked for may be this factor away from the nearest member.
 _FARTHEST = 1.5
 
 
@@ -28,24 +29,24 @@ class Member:
 
 
 class Family:
-    """Models of a recipe's `model.config` with any number of its attention heads.
+    """The models that a recipe's `model.config` gives with other numbers of attention heads.
 
-    Width and layers are in proportion to the heads, so the aspect width / layers and the size of a head stay; so do,
-    as nearly as whole numbers allow, the shares of key and value heads and of the feed-forward and low-rank widths
-    in the width. `initializer_range` goes by 1 / sqrt(width), which is a variance of 1 / fan-in (Yang et al. 2022,
-    "Tensor Programs V", table 3): that of a wide model leaves a narrow one on a plateau for most of a short run. All
-    else is the recipe's: vocabulary, context, number of experts and how many of them a token meets.
-    Keys are found through the config class's `attribute_map`, so any model type works that has the three.
+    Width and layers grow in proportion to the heads, so width / layers and the size of a head stay the same. The ratios
+    of key and value heads to heads, and of the feed-forward and low-rank widths to the width, stay as close as whole
+    numbers allow. `initializer_range` goes by 1 / sqrt(width), which is a variance of 1 / fan-in (Yang et al. 2022,
+    "Tensor Programs V", table 3): with the value of a wide model, a narrow one stays on a plateau for most of a short
+    run. All else is the recipe's: vocabulary, context, number of experts and how many of them a token meets. Keys are
+    found through the config class's `attribute_map`, so any model type with heads, layers and a width works.
 
-    Raises `RecipeError` for a model type without heads, layers and width, for keys that hold a value for each layer,
-    and where the vocabulary is not known because the data are not prepared.
+    Raises `RecipeError` for a model type without them, for keys that hold a value for each layer, and where the
+    vocabulary is not known because the data are not prepared.
     """
 
     def __init__(self, recipe: Recipe):
         assert recipe.model.config is not None
         self._section, self._given = recipe.model, recipe.model.config
-        self._whole = model_config(recipe)
-        self._names = getattr(type(self._whole), "attribute_map", {})
+        self._target_config = model_config(recipe)
+        self._names = getattr(type(self._target_config), "attribute_map", {})
         shape = [self._value(key) for key in ("num_attention_heads", "num_hidden_layers", "hidden_size")]
         if None in shape:
             raise RecipeError.at(
@@ -60,11 +61,12 @@ class Family:
                 f"model.config.{by_layer[0]}", "holds a value for each layer, and other sizes have other layers"
             )
         self._members: list[Member] = []
-        self._coming = self._grow()
-        self.whole = Member(self._given, parameters_of(self._whole))
+        self._more_members = self._generate()
+        self.target = Member(self._given, parameters_of(self._target_config))
+        """The recipe's own model."""
 
     def _value(self, key: str) -> int | None:
-        value = getattr(self._whole, self._names.get(key, key), None)
+        value = getattr(self._target_config, self._names.get(key, key), None)
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
     def shape(self, config: dict[str, Any]) -> tuple[int, int]:
@@ -73,13 +75,13 @@ class Family:
         return layers, width
 
     def nearest(self, size: int) -> Member:
-        """The member whose total parameters come nearest to `size` by their ratio.
+        """The member whose total parameters are nearest to `size` by their ratio.
 
-        Raises `RecipeError` where that is more than half as many again, or as few.
+        Raises `RecipeError` where that ratio is over 1.5.
         """
-        # Twice as large and none that comes is nearer.
+        # Members come by size: after one that is twice as large, none is nearer.
         while not self._members or self._members[-1].parameters.total < 2 * size:
-            self._members.append(next(self._coming))
+            self._members.append(next(self._more_members))
         near = sorted(self._members, key=lambda member: abs(math.log(member.parameters.total / size)))
         if abs(math.log(near[0].parameters.total / size)) > math.log(_FARTHEST):
             possible = ", ".join(f"{count:,}" for count in sorted({m.parameters.total for m in near[:4]}))
@@ -90,8 +92,8 @@ class Family:
             )
         return near[0]
 
-    def _grow(self) -> Iterator[Member]:
-        """Members by growing number of heads, then of layers."""
+    def _generate(self) -> Iterator[Member]:
+        """All members, by number of heads and then of layers."""
         heads = 0
         while True:
             heads += 1
@@ -101,7 +103,7 @@ class Family:
             for number in sorted({max(1, math.floor(layers)), math.ceil(layers)}):
                 keywords = self._config(heads, number)
                 section = self._section.model_copy(update={"config": keywords})
-                yield Member(keywords, parameters_of(load_config(section, vocab_size=self._whole.vocab_size)))
+                yield Member(keywords, parameters_of(load_config(section, vocab_size=self._target_config.vocab_size)))
 
     def _config(self, heads: int, layers: int) -> dict[str, Any]:
         scaled: dict[str, Any] = {
@@ -109,7 +111,7 @@ class Family:
             "num_hidden_layers": layers,
             "hidden_size": self._width * heads // self._heads,
         }
-        for key in self._whole.to_dict():
+        for key in self._target_config.to_dict():
             value = self._value(key)
             if value is None:
                 continue
@@ -118,10 +120,10 @@ class Family:
                 divisors = (number for number in range(heads, 0, -1) if heads % number == 0)
                 scaled[key] = min(divisors, key=lambda number: abs(math.log(number / wanted)))
             elif _WIDTHS.search(key):
-                # Where the share is no whole number, a multiple of 8: matrix kernels want it.
-                whole, rest = divmod(value * heads, self._heads)
-                scaled[key] = max(1, round((whole + rest / self._heads) / 8)) * 8 if rest else whole
-        deviation = getattr(self._whole, self._names.get("initializer_range", "initializer_range"), None)
+                # Where the ratio gives no whole number, take a multiple of 8, which suits matrix kernels.
+                quotient, rest = divmod(value * heads, self._heads)
+                scaled[key] = max(1, round((quotient + rest / self._heads) / 8)) * 8 if rest else quotient
+        deviation = getattr(self._target_config, self._names.get("initializer_range", "initializer_range"), None)
         if isinstance(deviation, float):
             scaled["initializer_range"] = float(f"{deviation * math.sqrt(self._heads / heads):.4g}")
         scaled = {self._names.get(key, key): value for key, value in scaled.items()}

@@ -1,4 +1,4 @@
-"""The proof that a recipe's runs survive: a short version of it uninterrupted, and again with kills, compared."""
+"""Proves that a recipe resumes: trains a short version of it uninterrupted, and again with kills, and compares."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ _COMPARED = ("loss", "grad_norm", "lr", "ledger", "eval/loss")
 def verify_resume(
     recipe: Recipe, arguments: list[str], engine: str | None, num_processes: int | None, steps: int, kills: int
 ) -> Iterator[str]:
-    """Lines that tell what was done and compared.
+    """Kill a short version of a recipe `kills` times at random moments, and yield lines on what was compared.
 
-    `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one that is
-    shipped, None for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if a ledger
-    differs, a loss or rate by more than 1e-5, or a gradient norm by more than 1e-4.
+    `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of one that is shipped, None
+    for `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if the killed run differs from the
+    uninterrupted one: in a ledger's checksum, by more than 1e-5 in a loss or learning rate, by more than 1e-4 in a
+    gradient norm (all relative).
     """
     command = launch_command(engine, num_processes) + arguments + _short(recipe, steps)
     parent = Path(recipe.output_dir).parent
@@ -53,7 +54,7 @@ def verify_resume(
 
 
 def _short(recipe: Recipe, steps: int) -> list[str]:
-    """Overrides that make a run short and its every step seen."""
+    """Overrides that make a run short, log each of its steps and leave the world alone."""
     values = {
         "data.prepared_dir": recipe.data.prepared_dir or recipe.prepared_dir,
         "training.max_tokens": "null",
@@ -71,7 +72,10 @@ def _short(recipe: Recipe, steps: int) -> list[str]:
 
 
 def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) -> Iterator[str]:
-    """Start a run again and again until it ends, killed at random moments up to `kills` times: a line for each."""
+    """Start a run until it ends, and kill it at a random moment up to `kills` times; yields a line for each kill.
+
+    `seconds`: what the uninterrupted run took.
+    """
     for _ in range(kills):
         process = subruns.Process(command)
         try:
@@ -88,7 +92,7 @@ def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) 
 
 
 def _kill(process: subruns.Process) -> None:
-    """SIGKILL to a process and all that it started, at the same moment."""
+    """SIGKILL a process and all that it started, together."""
     tree = [psutil.Process(process.pid)]
     tree += tree[0].children(recursive=True)
     for one in tree:

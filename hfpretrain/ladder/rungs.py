@@ -39,18 +39,23 @@ def parse_size(text: str) -> int:
 
 @dataclass
 class Rung:
-    """One run of a ladder. `asked` and `parameters` are total parameters, `flops` the whole run's 6 N D with N those
-    that a token meets, `ratio` its tokens per parameter in those of the recipe."""
+    """One run of a ladder."""
 
     name: str
     asked: int
+    """Total parameters that were asked for."""
     parameters: int
+    """Total parameters of the model that is nearest to it."""
     ratio: float
+    """Its tokens per parameter over the recipe's."""
     tokens: int
     flops: float
+    """6 N D of the whole run, N being the parameters that a token meets."""
     held_out: bool
+    """Whether the first fit leaves it out, to be checked against it."""
     recipe: Recipe = field(repr=False)
     path: Path
+    """Of its recipe."""
     loss: float | None = None
     bits_per_byte: float | None = None
 
@@ -75,11 +80,12 @@ class Rung:
 
 
 class Ladder:
-    """The rungs of a recipe in `folder`, by growing compute, as recipes of their own; nothing is trained yet.
+    """The recipes of a ladder's rungs, sorted by compute. They train nothing until they are run.
 
-    `sizes`: total parameters, since with the embeddings left out the exponents of small models are not those of large
-    ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling Laws"). Every size is trained on the recipe's
-    tokens per parameter times each of `ratios`. The largest is held out of the first fit. Raises `RecipeError`.
+    `recipe`: the large run that the ladder is for. `sizes`: total parameters; counted without embeddings, small models
+    would have other exponents than large ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling Laws").
+    Each size is trained on the recipe's tokens per parameter times each of `ratios`. The largest is held out of the
+    first fit. `folder` is where the rungs' recipes and runs go. Raises `RecipeError`.
     """
 
     def __init__(self, recipe: Recipe, sizes: Sequence[int], ratios: Sequence[float], num_processes: int, folder: Path):
@@ -99,13 +105,13 @@ class Ladder:
             )
         if not ratios or any(not 0 < ratio < math.inf for ratio in ratios):
             raise RecipeError.at("--ratios", f"{list(ratios)} must be positive numbers")
-        # The rungs' own folders are elsewhere, the data are not.
+        # The rungs have output folders of their own, but share the recipe's prepared data.
         shared = recipe.data.model_copy(update={"prepared_dir": str(recipe.prepared_dir)})
         self.prepared = prepare(recipe)
         self.family = Family(recipe)
-        self.parameters = self.family.whole.parameters
+        self.parameters = self.family.target.parameters
         self.tokens = recipe.training.num_steps * recipe.training.tokens_per_step
-        self.flops = _flops(self.family.whole, self.tokens)
+        self.flops = _flops(self.family.target, self.tokens)
         members = [self.family.nearest(size) for size in sizes]
         self.rungs: list[Rung] = []
         problems: list[Problem] = []
@@ -141,7 +147,7 @@ class Ladder:
         return Rung(name, size, total, ratio, trained, _flops(member, trained), False, made, path)
 
     def write(self) -> None:
-        """Each rung's recipe, for any launcher. Raises `RecipeError` where the folder holds other rungs."""
+        """Write each rung's recipe, for any launcher. Raises `RecipeError` where the folder holds other rungs."""
         for rung in self.rungs:
             run_folder.refuse_other_run(rung.recipe)
             if (rung.run / "recipe.yaml").exists():
@@ -156,7 +162,7 @@ class Ladder:
             read_recipe(rung.path, checks=[config_problems])
 
     def table(self) -> str:
-        """What will be trained, a line for each rung."""
+        """What will be trained, for people: a line for each rung."""
         columns = ("rung", "asked", "parameters", "layers", "width", "tokens", "steps", "tokens/step", "lr", "FLOPs")
         lines: list[tuple[str, ...]] = [columns]
         for rung in self.rungs:
@@ -169,7 +175,7 @@ class Ladder:
 
     @property
     def epochs(self) -> float | None:
-        """How often the recipe sees its training text; None for streams and mixtures, where no one number tells it."""
+        """Times that the recipe sees its training text; None for streams and mixtures, which have no such number."""
         if self.recipe.data.weights:
             return None
         splits = [self.prepared.manifest["splits"][name] for name in self.prepared.train_splits]
@@ -182,9 +188,10 @@ def _flops(member: Member, tokens: float) -> float:
 
 
 def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: int) -> dict[str, Any]:
-    """The recipe at `share` of its compute and for `tokens` tokens, with the model yet to be changed.
+    """The recipe for `tokens` tokens, as a mapping whose model and output folder are still the recipe's.
 
-    Batch and peak rate by `BATCH_EXPONENT` and `LR_EXPONENT`; warm-up, decay and stages keep their part of the run.
+    `share`: the rung's compute over the recipe's. It sets batch and peak learning rate by `BATCH_EXPONENT` and
+    `LR_EXPONENT`. Warm-up, decay and stages keep their share of the run.
     """
     training, block_size = recipe.training, recipe.data.block_size
     sequences, micro_batch_size = _batch(
@@ -208,28 +215,30 @@ def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: in
     for key, value in scheduler["scheduler_specific_kwargs"].items():
         if isinstance(value, int) and (key.endswith("_steps") or key == "timescale"):
             scheduler["scheduler_specific_kwargs"][key] = _steps(value, part)
-        elif isinstance(value, (int, float)) and key in ("min_lr", "lr_end"):  # a rate, not a share of the peak
+        elif isinstance(value, (int, float)) and key in ("min_lr", "lr_end"):  # learning rates, not shares of the peak
             scheduler["scheduler_specific_kwargs"][key] = value * lr_factor
     whole = training.num_steps * training.tokens_per_step
     for stage in mapping["data"]["stages"]:
         stage["from_tokens"] = max(1, int(stage["from_tokens"] * num_steps * tokens_per_step / whole))
-    # Only the last loss counts; an interrupted rung loses a quarter at most.
+    # The laws use only the last loss. A rung that is interrupted repeats a quarter at most.
     mapping["evaluation"] = {}
     mapping["checkpoint"] |= {"every_steps": max(1, num_steps // 4), "keep_last": 1, "keep_every": None}
-    mapping["hub"]["repo_id"] = None  # a rung is nothing to publish
+    mapping["hub"]["repo_id"] = None  # rungs are not published
     mapping["checkpoint"]["resume_from"] = None
     mapping["logging"] |= {"every_steps": max(1, num_steps // 50), "trackers": [], "profile_steps": None}
     return mapping
 
 
 def _steps(number: int, part: float) -> int:
-    """Steps of a phase in a shorter run; one that was there is not left out."""
+    """Steps of a phase in a shorter run; at least one, if the phase had any."""
     return max(min(number, 1), int(number * part))
 
 
 def _batch(sequences: float, micro_batch_size: int, num_processes: int) -> tuple[int, int]:
-    """Whole sequences of a step, within a tenth where that is possible, and the largest micro-batch up to the given
-    one that divides each process's share."""
+    """Sequences of a step and the micro-batch of a process, near `sequences` and up to `micro_batch_size`.
+
+    The largest micro-batch is taken with which the step has within a tenth as many sequences as wanted.
+    """
     for micro in range(micro_batch_size, 0, -1):
         number = max(1, round(sequences / (micro * num_processes))) * micro * num_processes
         if abs(number / sequences - 1) <= 0.1:

@@ -11,7 +11,7 @@ def test_a_run_killed_at_random_moments_is_the_one_that_was_not(folder):
     assert list(folder.glob("verify-resume-*")) == []
 
 
-def test_what_does_not_run_is_an_error(folder):
+def test_a_run_that_fails_is_an_error(folder):
     recipe = write_recipe(folder)
     result = hfpretrain("verify-resume", str(recipe), "--engine", "nowhere")
     assert result.returncode == 2 and "no such engine file" in result.stderr
