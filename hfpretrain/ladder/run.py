@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hfpretrain.engines.start import launch_command, process_count
 from hfpretrain.ladder import laws, subruns
 from hfpretrain.ladder.report import Report
 from hfpretrain.ladder.rungs import Ladder
@@ -22,14 +23,14 @@ def run_ladder(
 ) -> Iterator[str]:
     """Train the rungs that are not finished, fit the laws, and yield lines for people.
 
-    `sizes`, `ratios`: as of `Ladder`; `engine`, `num_processes`: as of `subruns.command`; `compute`: FLOPs to find the
+    `sizes`, `ratios`: as of `Ladder`; `engine`, `num_processes`: as of `launch_command`; `compute`: FLOPs to find the
     best size for, by default the recipe's. Leaves `ladder.json`, `ladder.png` and the rungs' runs in `folder`; the same
     call goes on where the last one ended. Raises `RecipeError` for what is wrong with the input, and with the rung's
     own message where a rung fails.
     """
     laws.require_scipy()
-    start = subruns.command(engine, num_processes)
-    ladder = Ladder(recipe, sizes, ratios, subruns.process_count(engine, num_processes), folder)
+    start = launch_command(engine, num_processes)
+    ladder = Ladder(recipe, sizes, ratios, process_count(engine, num_processes), folder)
     ladder.write()
     yield ladder.table()
     if ladder.epochs is not None and ladder.epochs > 1:
@@ -41,7 +42,7 @@ def run_ladder(
     for number, rung in enumerate(ladder.rungs, 1):
         was_finished = rung.read()
         if not was_finished:
-            subruns.finish(subruns.Process([*start, str(rung.path)]), rung.run)
+            subruns.finish(subruns.Process([*start, str(rung.path)], rung.secrets), rung.run)
             if not rung.read():
                 raise RecipeError.at(str(rung.run), "the run ended without its last evaluation; start again to resume")
         done += rung.flops
