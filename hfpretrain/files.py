@@ -1,6 +1,6 @@
-"""Sealed folders: written under a temporary name, fsynced, given a manifest of checksums, then renamed.
+"""Sealed folders: written under a temporary name, given a manifest of checksums, fsynced, then renamed.
 
-A folder without its manifest is not whole. Prepared data and checkpoints both rest on this. An existing folder is first
+A folder without a manifest is incomplete. Prepared data and checkpoints both rest on this. An existing folder is first
 renamed, and deleted once the new one is in its place. Files in it that hfpretrain did not write move to the new one.
 """
 
@@ -51,15 +51,19 @@ logger = logging.getLogger(__name__)
 
 def sha256(path: Path) -> str:
     """Hexadecimal checksum of a file's content."""
-    digest = hashlib.sha256()
+    return _hexdigest(path, hashlib.sha256())
+
+
+def _hexdigest(path: Path, digest: Any) -> str:
+    """`hashlib.file_digest`, which Python 3.10 does not have."""
     with path.open("rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and checksum of files by their name below `folder`; they are on the disk when this returns."""
+    """Size and checksum of files by their name below `folder`. Fsyncs each file."""
     found = {}
     for path in paths:
         found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -68,9 +72,9 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: it is there whole or not at all, even if several processes write it at once.
+    """Write a file atomically: readers see the old content or the new one, even if several processes write at once.
 
-    A new file gets its permissions from the umask; one that is replaced keeps its own.
+    A new file gets its permissions from the umask; a file that is replaced keeps its permissions.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{INCOMPLETE}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -98,7 +102,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def work_folder(path: Path) -> Path:
-    """An empty folder beside `path` to write into before `seal` or `put_in_place`."""
+    """Create an empty folder beside `path`, to write into before `seal` or `put_in_place`."""
     path = path.resolve()
     work = path.with_name(path.name + INCOMPLETE)
     shutil.rmtree(work, ignore_errors=True)
@@ -107,11 +111,11 @@ def work_folder(path: Path) -> Path:
 
 
 def put_in_place(work: Path, path: Path, ours: Collection[str] = ()) -> None:
-    """Rename the finished folder `work` to `path`, in place of a folder that is there.
+    """Rename the finished folder `work` to `path` and remove the folder that was there.
 
-    Files of the old folder that are ours are deleted, and all others move into the new one. A file is ours if the old
-    folder's manifest or `ours` names it; in an export it must also have its checksum still. At each moment there is a
-    whole folder, at `path` or under the name from which `restore` goes on.
+    Files of the old folder that hfpretrain wrote are deleted; all others move into the new one. A file is ours if the
+    old folder's manifest or `ours` names it; in an export its checksum must match, too. At any moment one complete
+    folder exists: at `path`, or under the name from which `restore` goes on.
     """
     path = path.resolve()
     restore(path, ours)
@@ -123,7 +127,7 @@ def put_in_place(work: Path, path: Path, ours: Collection[str] = ()) -> None:
 
 
 def restore(path: Path, ours: Collection[str] = ()) -> None:
-    """Finish a `put_in_place` that was killed: put the old folder back, or delete it if the new one is in place."""
+    """Finish a `put_in_place` that was killed: move the old folder back, or delete it if the new one is at `path`."""
     path = path.resolve()
     aside = _aside(path)
     if not aside.is_dir():
@@ -137,9 +141,9 @@ def restore(path: Path, ours: Collection[str] = ()) -> None:
 
 
 def discard(path: Path, ours: Collection[str] = ()) -> None:
-    """Delete a folder of ours. Files in it that are not ours move into a folder beside it, named `kept-...`."""
+    """Delete a folder. Files in it that hfpretrain did not write move into a folder beside it, named `kept-...`."""
     _carry(path, path.with_name(f"kept-{path.name}"), _own(path) | set(ours))
-    # Renamed first: a kill in between leaves nothing that looks like a damaged folder.
+    # Rename it first: if the process is killed now, nothing is left that looks like a damaged folder.
     left = path.with_name(f"{path.name}.removed{INCOMPLETE}")
     shutil.rmtree(left, ignore_errors=True)
     path.rename(left)
@@ -147,7 +151,7 @@ def discard(path: Path, ours: Collection[str] = ()) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files of killed calls of `write_whole`. No process may be writing into `folder`."""
+    """Delete temporary files of `write_whole` calls that were killed. No process may be writing into `folder`."""
     for left in folder.glob(f".*{INCOMPLETE}"):
         if left.is_file():
             left.unlink()
@@ -160,7 +164,7 @@ def _aside(path: Path) -> Path:
 def _own(folder: Path, new: Path | None = None) -> set[str]:
     """Names of the files below `folder` that hfpretrain wrote and nobody changed since.
 
-    Without a manifest or checksums: the names that `new` has too, and those that earlier versions wrote.
+    Without a manifest or checksums, those are the names that `new` also has and the names that earlier versions used.
     """
     own: set[str] = set()
     told = False
@@ -185,12 +189,12 @@ def _own(folder: Path, new: Path | None = None) -> set[str]:
 
 
 def _is_same(path: Path, checksum: str) -> bool:
-    """Whether a file has this checksum; true if that is empty, which means unknown."""
+    """Whether a file has this checksum; True for the empty checksum, which means unknown."""
     return not checksum or (path.is_file() and sha256(path) == checksum)
 
 
 def _carry(old: Path, new: Path, own: set[str], below: str = "") -> None:
-    """Move everything but `own` from `old` into `new`, which is made where it is needed; nothing is overwritten."""
+    """Move everything but `own` from `old` into `new`, overwriting nothing; `new` is created if there is something."""
     for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
         name, target = f"{below}{entry.name}", new / entry.name
         is_folder = entry.is_dir(follow_symlinks=False)
@@ -211,7 +215,7 @@ def _carry(old: Path, new: Path, own: set[str], below: str = "") -> None:
 def seal(
     work: Path, path: Path, content: dict[str, Any], known: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Complete `work`: manifest of `content` and every file's size and checksum, then rename to `path`.
+    """Add a manifest of `content` and of every file's size and checksum to `work`, then rename it to `path`.
 
     `known`: entries of files that are checked and on the disk already.
     """
@@ -229,13 +233,13 @@ def seal(
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
-    """Checksum of what a manifest says, whatever its layout."""
+    """Checksum of a manifest's values, whatever their order and the white space."""
     content = {key: value for key, value in manifest.items() if key != _MANIFEST_SHA256}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of a sealed folder; None where there is none, it is unreadable, or not what was sealed.
+    """The manifest of a sealed folder; None if it is missing, unreadable or was changed.
 
     Manifests of older versions have no checksum of their own.
     """
@@ -254,14 +258,14 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
 
 
 def damage(path: Path, checksums: bool = True, file_read: Callable[[], None] = lambda: None) -> str | None:
-    """Why a sealed folder can't be trusted, naming the file; None if every file is as it was sealed.
+    """Compare a sealed folder with its manifest; returns what is wrong with the first bad file, None if all match.
 
     Without `checksums` only presence and size are looked at. `file_read` is called after each file.
     """
     manifest = manifest_of(path)
     if manifest is None:
         return f"{path / MANIFEST} is missing or unreadable"
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
 
         def look(name: str, entry: dict[str, Any]) -> str | None:
             reason = _file_damage(path, name, entry, checksums)
@@ -273,7 +277,7 @@ def damage(path: Path, checksums: bool = True, file_read: Callable[[], None] = l
 
 
 def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) -> str | None:
-    """Like `damage`, but a folder that this machine has verified and whose files did not change since is not read.
+    """`damage`, except that a folder is not read again if this machine has verified it and no file has changed since.
 
     Whether a file has changed is decided by its size, inode, and times of modification and status change. What was
     verified is remembered in the user's cache folder, so that read-only prepared data can be used.
@@ -281,7 +285,7 @@ def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) 
     from filelock import FileLock
 
     record = _record(path)
-    with FileLock(f"{record}.lock"):  # of several processes on this machine one reads the files
+    with FileLock(f"{record}.lock"):  # one process on this machine reads the files, the others wait for its result
         before = _signature(path)
         if before is not None and _is_recorded(record, before):
             return None
@@ -296,14 +300,14 @@ def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) 
 
 
 def remember(path: Path) -> None:
-    """Record that a folder was just sealed or verified, so that `damage_if_changed` need not read it."""
+    """Record that a folder was sealed or verified just now, so that `damage_if_changed` need not read it."""
     signature = _signature(path)
     if signature is not None:
         _write_record(_record(path), path, signature)
 
 
 def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
-    """Size and checksum of the content of files, all of which is read.
+    """Size and xxh3-128 checksum of files.
 
     A file that this machine has read before isn't read again, unless its size, inode or one of its times has changed.
     """
@@ -315,7 +319,7 @@ def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
     new = [(path, stat) for path, stat in before if known.get(str(path), [None])[0] != stat]
     start = time.perf_counter()
     with ThreadPoolExecutor() as pool:
-        read = list(pool.map(lambda item: _xxh3(item[0]), new))
+        read = list(pool.map(lambda item: _hexdigest(item[0], xxhash.xxh3_128()), new))
     known |= {str(path): [stat, digest] for (path, stat), digest in zip(new, read, strict=True)}
     if new:
         size, seconds = sum(stat[0] for _, stat in new), time.perf_counter() - start
@@ -333,14 +337,6 @@ def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
 def _stat_signature(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_128()  # at the disk's speed
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _record(path: Path) -> Path:
@@ -390,8 +386,7 @@ def _is_of_gone_folder(record: Path) -> bool:
 
 
 def _cache_folder() -> Path:
-    """Where it is remembered which folders were verified: the user's cache or, if that can't be written, a temporary
-    folder of the user."""
+    """The folder of the records: in the user's cache, or a temporary folder if the cache is read-only."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     user_id = os.getuid() if hasattr(os, "getuid") else os.getlogin()
     for folder in (user / "hfpretrain" / "verified", Path(tempfile.gettempdir(), f"hfpretrain-{user_id}")):
@@ -403,7 +398,7 @@ def _cache_folder() -> Path:
 
 
 def _signature(path: Path) -> str | None:
-    """What changes when the manifest or one of its files does; None where one is missing."""
+    """A digest of the manifest and of each file's size, inode and times; None if a file is missing."""
     digest = hashlib.sha256()
     try:
         text = (path / MANIFEST).read_bytes()
@@ -430,18 +425,20 @@ def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool
 
 
 def add_sums(folder: Path, paths: Iterable[Path]) -> None:
-    """Note the checksums of files of an export in its `SHA256SUMS`; they are on the disk when this returns."""
+    """Add the checksums of files to the `SHA256SUMS` of an export. Fsyncs each file."""
     known = sums_of(folder) or {}
     found = {name: entry["sha256"] for name, entry in entries(folder, paths).items()}
     lines = "".join(f"{checksum}  {name}\n" for name, checksum in sorted({**known, **found}.items()))
     own = hashlib.sha256(lines.encode()).hexdigest()
-    # A comment for sha256sum, which does not check whether its own list is damaged.
+    # sha256sum takes the first line as a comment; it does not notice a damaged list itself.
     write_whole(folder / SUMS, f"# the lines below: {own}\n{lines}")
 
 
 def sums_of(folder: Path) -> dict[str, str] | None:
-    """Checksums by name that an export's `SHA256SUMS` has, None where there is none. Raises `ValueError` if it is
-    damaged."""
+    """The checksums of an export's `SHA256SUMS` by file name; None if there is no such file.
+
+    Raises `ValueError` if it is damaged.
+    """
     path = folder / SUMS
     if not path.is_file():
         return None
@@ -454,7 +451,7 @@ def sums_of(folder: Path) -> dict[str, str] | None:
 
 
 def sums_damage(folder: Path) -> str | None:
-    """Why an export can't be trusted, naming the file, which may be `SHA256SUMS` itself; None if all are as written.
+    """Compare an export with its `SHA256SUMS`; returns what is wrong with the first bad file, None if all match.
 
     The card is not in the list, since a person may edit it. Other files that the list does not name are not ours.
     """
@@ -477,22 +474,22 @@ def _sum_damage(folder: Path, name: str, checksum: str) -> str | None:
 
 
 def is_outside(name: str) -> bool:
-    """Whether a name that somebody else gives to a file leads out of the folder it is to stand in."""
+    """Whether a file name that somebody else wrote leads out of its folder."""
     return Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
 
 
 def steps(folder: Path) -> list[Path]:
-    """Sealed folders that are named after a step, newest first."""
+    """The folders named `step-XXXXXXXX`, the newest step first."""
     return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step that such a folder is named after."""
+    """The step of a folder named `step-XXXXXXXX`."""
     return int(path.name.removeprefix("step-"))
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """What a disk that takes no more says in `error` or in what caused it; None if it is none of that.
+    """The operating system's message if `error`, or its cause, is a disk that refuses to be written; else None.
 
     safetensors and Arrow put the number of the system's error into their own; torch's CheckpointException holds those
     of all ranks.

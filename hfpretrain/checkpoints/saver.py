@@ -1,4 +1,4 @@
-"""Full state: save beside training, rotate, find the newest that verifies."""
+"""Saving checkpoints while training goes on, and deleting old ones."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ from hfpretrain.recipe.schema import CheckpointSection
 
 TRAIN_STATE = "train_state.json"
 STATE = "state"
-"""Folder of a pushed revision, and of a place in the outbox, that has the files of a checkpoint."""
+"""Folder with the files of a checkpoint, in a revision on the Hub and in the outbox."""
 _EVALUATION_LOSS = "evaluation_loss"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went; `error` is None where the checkpoint is sealed."""
+    """How a save went."""
 
     step: int
     error: str | None
+    """Why there is no checkpoint; None if it was saved."""
     stall_seconds: float
-    """For so long training stood still: waiting for the save before, and copying the state."""
+    """Time that training stood still, waiting for the previous save and copying the state."""
     waited_seconds: float
-    """The part of it that was waiting for the save before."""
+    """Part of `stall_seconds`: the wait for the previous save."""
     seconds: float
-    """From the beginning until all is on the disk."""
+    """Time from the start until everything is on the disk."""
     bytes: int
 
 
 class Saver:
-    """Writes checkpoints into `folder` while training goes on. All ranks must call its methods alike.
+    """Writes checkpoints into `folder` while training goes on. All ranks must call the same methods.
 
-    `group`: a process group for its thread alone, None for a process alone. `sealed`: called by the main process with
-    each new checkpoint, before older ones go.
+    `group`: a process group that only this saver uses, since it works in a thread; None if there is one process.
+    `sealed`: called on the main process with each new checkpoint, before old ones are deleted.
     """
 
     def __init__(
@@ -64,10 +65,10 @@ class Saver:
         writers: Mapping[str, Callable[[Path], object]],
         in_background: bool,
     ) -> None:
-        """Begin to write `step-XXXXXXXX`: `state` as of `engine.state`, and files by name as `writers` write them.
+        """Write the checkpoint `step-XXXXXXXX`: `train_state`, the tensors of `state`, a file for each of `writers`.
 
-        In the background it is a copy that is written, and this returns when that is made. A save that is still being
-        written is waited for first.
+        `state`: as `engine.state` gives it. With `in_background`, a copy of the state is written in a thread, and this
+        returns once the copy is made. Waits first for the previous save.
         """
         start = time.perf_counter()
         self.wait()
@@ -81,7 +82,7 @@ class Saver:
         def work() -> None:
             try:
                 error, size = self._write(train_state, state, writers)
-            except Exception as raised:  # another rank is gone, and with it the group
+            except Exception as raised:  # another rank has died, so the group fails
                 error, size = _reason(raised, self._folder), 0
             seconds = time.perf_counter() - start
             standstill = stall if in_background else seconds
@@ -93,13 +94,13 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was begun is written."""
+        """Wait until the save that was started is written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def done(self) -> list[Saved]:
-        """The saves that have ended since the last call, in each process on its own."""
+        """The saves that have ended since the last call on this process; other ranks may see them later."""
         done, self._done = self._done, []
         return done
 
@@ -111,7 +112,7 @@ class Saver:
         written: dict[str, Any] = {}
 
         def make_folder() -> None:
-            if self._folder.is_symlink():  # where it leads must be there: it may be a disk that is not mounted
+            if self._folder.is_symlink():  # its target must exist: it may be a disk that is not mounted
                 self._folder.resolve(strict=True)
             files.work_folder(path)
 
@@ -131,7 +132,7 @@ class Saver:
                 if self._sealed is not None:
                     self._sealed(path)
                 _remove_old(self._folder, self._section)
-            except OSError as error:  # the new one is sealed all the same
+            except OSError as error:  # the new checkpoint is complete all the same
                 logger.warning("older checkpoints can't be removed: %s", error)
 
         main = self._rank == 0
@@ -147,14 +148,15 @@ class Saver:
             try:
                 if ours:
                     step()
-            # An error of any kind must reach all ranks, which wait for this one; torch's is no `Exception`.
+            # Any error must reach the other ranks, which wait for this one, also one that is no `Exception`, as torch's
+            # `CheckpointException` is.
             except BaseException as raised:
                 error = _reason(raised, self._folder)
             answers = self._exchange((error, dict(written)))
             self._gathered = [entries for _, entries in answers]
             error = next((error for error, _ in answers if error is not None), None)
             if error is not None:
-                if main:  # its room may be what is missing
+                if main:  # the disk may be full
                     shutil.rmtree(work, ignore_errors=True)
                 return error, 0
         return None, written.get("size", 0)
@@ -169,9 +171,9 @@ class Saver:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """What an operating system said, from however deep below, or else the error and how much room there is."""
+    """The operating system's message in an error or its causes; else the error itself and the free space."""
     text = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-    with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+    with contextlib.suppress(OSError):  # the folder itself may be missing
         text += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
     return files.refusal(error) or text
 
@@ -191,7 +193,7 @@ def _remove_old(folder: Path, section: CheckpointSection) -> None:
 
 
 def train_state(path: Path) -> dict[str, Any]:
-    """The counters stored in a checkpoint."""
+    """The content of a checkpoint's `train_state.json`: counters, seeds and what the run was trained on."""
     state: dict[str, Any] = json.loads((path / TRAIN_STATE).read_text(encoding="utf-8"))
     return state
 

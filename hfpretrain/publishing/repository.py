@@ -1,6 +1,6 @@
-"""The Hub: what a repo has, one immutable revision a checkpoint, the export on `main`, a state to go on from.
+"""A model repo on the Hub: one revision for each checkpoint, which never changes, and the export on `main`.
 
-The token is huggingface_hub's own business: it is read there at each request, and nothing here touches it.
+huggingface_hub finds the token by itself at each request; nothing here reads it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ class Repo:
         self._repo_id: str | None = None
 
     def open(self) -> str:
-        """Make the repo where there is none; its full name."""
+        """Create the repo if it does not exist, and return its full name."""
         if self._repo_id is None:
             self._repo_id = self._api.create_repo(self._asked, private=self._private, exist_ok=True).repo_id
         return self._repo_id
 
     def tags(self) -> set[str]:
-        """Names of the revisions that are whole."""
+        """Names of the complete revisions: a revision gets its tag last."""
         return set(self._refs()[0])
 
     def revision(self, name: str, title: str, file: str) -> str | None:
-        """The commit of a pushed revision with this title, None if it is not there, or not whole.
+        """The commit of the revision `name`, None if it is missing or incomplete.
 
-        Raises `NotPushableError` if what is there is something else, or has no `file`: it must never be replaced.
+        Raises `NotPushableError` if its commit has another title or lacks `file`: a revision is never replaced.
         """
         tags, branches = self._refs()
         if name in tags or name in branches:
             commit = tags.get(name) or branches[name]
             (newest, *older) = self._api.list_repo_commits(self.open(), revision=commit)
             wrong = None
-            if newest.title != title and (name in tags or older):  # else a branch that is still as it was made
+            if newest.title != title and (name in tags or older):  # without older commits it is a new branch
                 wrong = f"another {name} ({newest.title!r})"
             elif name in tags and not self._api.file_exists(self.open(), file, revision=commit):
                 wrong = f"{name} without {file}"
@@ -57,11 +57,11 @@ class Repo:
         return None
 
     def push_revision(self, name: str, title: str, description: str, files: Mapping[str, Path]) -> str:
-        """One commit on a branch `name` that holds `files` by their path in the repo, and a tag `name` on that commit.
+        """Push `files`, by their path in the repo, as one commit on a branch `name` with a tag `name`.
 
-        Stopped anywhere and called again, it does what is missing. The branch begins at the repo's first commit, so
-        that nothing of `main` is in it. Branch and tag are of one name, as the commit they point to is the same:
-        git, and `from_pretrained` with it, may take either. Returns the commit.
+        If it was stopped anywhere, another call does what is missing. The branch begins at the repo's first commit, so
+        it has no files of `main`. Branch and tag point to the same commit, so it does not matter which of them
+        `from_pretrained(revision=name)` takes. Returns the commit.
         """
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import HfHubHTTPError
@@ -79,14 +79,17 @@ class Repo:
         try:
             self._api.create_tag(repo_id, tag=name, revision=commit, tag_message=title)
         except HfHubHTTPError as error:
-            # It may be there by an answer that was lost; if not, the branch has the name for itself alone.
+            # 409: the name exists. An earlier request may have made the tag although its answer was lost; a server may
+            # also count the branch of the same name.
             if error.response.status_code != 409 or self._refs()[0].get(name, commit) != commit:
                 raise
         return commit
 
     def push_main(self, folder: Path) -> str:
-        """Upload the files of a folder that `main` lacks, and delete those of an earlier export that are not in it;
-        returns the newest commit. Raises `NotPushableError` if a file of the export is damaged."""
+        """Upload an exported folder to `main`, and delete the files of an earlier export that it does not have.
+
+        Returns the newest commit. Raises `NotPushableError` if a file of the export is damaged.
+        """
         from safetensors import SafetensorError, safe_open
 
         repo_id = self.open()
@@ -105,7 +108,7 @@ class Repo:
         )
 
     def _exported(self) -> list[str]:
-        """Files on `main` that an export put there, by its list of checksums; else the weights at the top."""
+        """Files of an earlier export on `main`: those in its list of checksums, or else the weights."""
         names = self._api.list_repo_files(self.open())
         if files.SUMS in names:
             path = Path(self._api.hf_hub_download(self.open(), files.SUMS, force_download=True))
@@ -116,7 +119,7 @@ class Repo:
         return [name for name in names if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
 
     def card(self) -> str | None:
-        """The card on `main`, None where there is none."""
+        """The text of the card on `main`, None if there is no card."""
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
