@@ -13,7 +13,10 @@ from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
 
 
 def load_checkpoint(model: str) -> tuple[Any, Any]:
-    """Tokenizer and float32 network, on an accelerator if there is one."""
+    """Tokenizer and model of a folder or Hub id, the model in float32, on an accelerator if there is one.
+
+    Raises `RecipeError` if it can't be loaded or lacks weights.
+    """
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -44,5 +47,5 @@ def require_embedded(network: Any, largest_id: int) -> None:
     """Raise `RecipeError` if the model has no embedding for `largest_id`, an id that the tokenizer gives."""
     rows = network.get_input_embeddings().num_embeddings
     if largest_id >= rows:
-        message = f"gives id {largest_id} where the model has {rows} embeddings: they do not belong together"
+        message = f"gives id {largest_id} where the model has {rows} embeddings: they don't belong together"
         raise RecipeError.at("tokenizer", message)

@@ -1,4 +1,4 @@
-"""Downstream tasks by lm-eval, on a model in memory that all processes of any engine run together."""
+"""lm-eval's tasks, run on a model in memory by all processes of any engine."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ import torch
 from tqdm import tqdm
 
 from hfpretrain.data.tokenizer import document_prefix, document_start, set_add_bos
+from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.schema import LmEvalSection, RecipeError
 
-_RESAMPLES = 1000
+_NUM_RESAMPLES = 1000
 
 
-def _same(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How processes share the requests; by default there is one process. All must call each of these alike."""
+    """How processes share lm-eval's requests; by default there is one. All must make the same calls."""
 
     index: int = 0
     size: int = 1
-    """This process's share of the requests, and how many shares there are."""
-    broadcast: Callable[[Any], Any] = _same
-    """The main process's object on all."""
-    gather: Callable[[list[Any]], list[Any]] = _same
-    """The lists of all processes as one."""
-    any_computes: Callable[[bool], bool] = _same
-    """Whether any process gave True."""
+    """Which share of the requests this process takes, of how many."""
+    broadcast: Callable[[Any], Any] = _unchanged
+    """Returns the main process's object on all processes."""
+    gather: Callable[[list[Any]], list[Any]] = _unchanged
+    """Returns the lists of all processes as one."""
+    any_computes: Callable[[bool], bool] = _unchanged
+    """Whether any process passed True."""
 
 
 class Tasks:
-    """The tasks of `evaluation.lm_eval`, with their data: loaded once, so that a run needs no network later.
+    """The tasks of `evaluation.lm_eval` with their data, loaded at the start so that a run needs no network later.
 
-    Only the main process has them. Raises `RecipeError` for a name lm-eval does not know, or data that do not load;
-    `key` is where the user named them.
+    Only the main process loads them. `key`: where the user named the tasks. Raises `RecipeError` for a name that
+    lm-eval does not know, and for data that can't be loaded.
     """
 
     def __init__(self, section: LmEvalSection, key: str, is_main: bool = True):
@@ -57,7 +58,7 @@ class Tasks:
         import lm_eval.api.task
         from lm_eval.tasks import TaskManager
 
-        lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # a bar of its own would break the run's
+        lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # its bar would garble the run's
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if section.include_path is not None and not Path(section.include_path).is_dir():
             raise RecipeError.at(key, f"there is no folder {section.include_path} to include tasks from")
@@ -74,12 +75,12 @@ class Tasks:
                 raise RecipeError.at(key, f"{name!r} is no task of lm-eval{where}{hint}")
         try:
             self._loaded = manager.load(names)
-        except Exception as error:  # a task is a script, its data may be anywhere
+        except Exception as error:  # a task may run any code
             message = f"{', '.join(names)}: not all of these load: {' '.join(str(error).split()):.300}"
             raise RecipeError.at(key, message) from error
         for task in self._loaded["tasks"].values():
             shots = section.num_fewshot
-            # As lm_eval.simple_evaluate: a task that says 0 means it.
+            # As in lm_eval.simple_evaluate: a task with `num_fewshot: 0` keeps it.
             if shots is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=shots)
             elif task.get_config("num_fewshot") is None:
@@ -87,11 +88,13 @@ class Tasks:
             task.set_fewshot_seed(seed=1234)
 
     def run(self, language_model: Any) -> dict[str, Any]:
-        """lm-eval's own results: `results`, `n-samples`, `n-shot`, ... On the main process alone, while the others
-        `serve`."""
+        """Run the tasks and return lm-eval's own results: `results`, `n-samples`, `n-shot`, `versions`.
+
+        Only the main process calls it, while the others call `serve` of the language model.
+        """
         from lm_eval.evaluator import evaluate
 
-        # It would fork a process for each core from one that holds accelerators and threads.
+        # lm-eval would fork a process for each core from this one, which has accelerators and threads.
         os.environ["DISABLE_MULTIPROC"] = "1"
         try:
             with language_model.working():
@@ -99,7 +102,7 @@ class Tasks:
                     language_model,
                     self._loaded,
                     limit=self._limit,
-                    bootstrap_iters=_RESAMPLES,
+                    bootstrap_iters=_NUM_RESAMPLES,
                     log_samples=False,
                 )
         finally:
@@ -108,8 +111,10 @@ class Tasks:
 
 
 def figures(results: dict[str, Any]) -> dict[str, float]:
-    """`TASK/METRIC` and `TASK/METRIC_stderr` of every number in lm-eval's `results`; of other filters than `none`
-    `TASK/METRIC/FILTER`."""
+    """Every number in lm-eval's `results`, as `TASK/METRIC` and `TASK/METRIC_stderr`.
+
+    Filters other than `none` are named: `TASK/METRIC/FILTER`.
+    """
     found = {}
     for task, values in results.items():
         for name, value in values.items():
@@ -122,11 +127,11 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
 def shared_language_model(
     model: Any, tokenizer: Any, device: torch.device, batch_size: int, processes: Processes
 ) -> Any:
-    """lm-eval's `HFLM` around `model`, a causal LM as transformers has it, whose requests all processes share.
+    """lm-eval's `HFLM` around `model`, a causal LM of transformers, that shares its requests between all processes.
 
-    The main process gives it to `Tasks.run`; the others call its `serve` meanwhile. Under engines that shard, a forward
-    pass needs every process. So all make their passes in rounds, and whoever has no more requests goes on with passes
-    over a single token until none has.
+    The main process passes it to `Tasks.run`, and meanwhile the others call its `serve`. Under engines that shard, a
+    forward pass needs every process. So passes are made in rounds, and a process without requests left takes part with
+    passes over a single token until all are done.
     """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -134,7 +139,8 @@ def shared_language_model(
     add_bos_token = bool(document_prefix(tokenizer)) or None
 
     class Network:
-        """What HFLM asks of a model; it would set up a real one anew, tying weights that an engine has cut."""
+        """Has what HFLM reads of a model. HFLM would tie the weights of a real one again, which an engine may have
+        sharded."""
 
         def __init__(self) -> None:
             self.device, self.config = device, model.config
@@ -143,7 +149,7 @@ def shared_language_model(
             return model(input_ids=input_ids, use_cache=False)
 
         def generate(self, **keywords: Any) -> torch.Tensor:
-            # It would have all processes of a sharded model generate at once; the rounds see to what they need.
+            # With synced_gpus all processes would have to generate at once; the rounds make sure of what is needed.
             return model.generate(**keywords, synced_gpus=False)
 
     class SharedLanguageModel(HFLM):
@@ -151,7 +157,7 @@ def shared_language_model(
             # HFLM gives the tokenizer a padding token.
             own = copy.deepcopy(tokenizer)
             start = document_start(own)
-            # A request is the beginning of a document: EOS at its end, as some tokenizers put it, would end it.
+            # Some tokenizers append EOS, which would end the document that the request begins.
             set_add_bos(own, bool(add_bos_token), add_eos=False)
             keywords: dict[str, Any] = {"prefix_token_id": start[-1], "add_bos_token": add_bos_token}
             super().__init__(pretrained=Network(), tokenizer=own, backend="causal", batch_size=batch_size, **keywords)
@@ -165,7 +171,7 @@ def shared_language_model(
                 processes.broadcast(None)
 
         def serve(self) -> None:
-            """Compute for the main process until it has its results."""
+            """Answer requests of the main process until it has its results."""
             with self._evaluating():
                 while (job := processes.broadcast(None)) is not None:
                     self._compute(*job)
@@ -182,7 +188,7 @@ def shared_language_model(
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> Any:
-            # `loglikelihood_rolling` has a bar in any case.
+            # `loglikelihood_rolling` doesn't pass `disable_tqdm` on.
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
         def _all(self, kind: str, requests: list[Any]) -> list[Any]:
@@ -190,7 +196,7 @@ def shared_language_model(
 
         def _compute(self, kind: str, arguments: list[Any]) -> list[Any]:
             ours = range(processes.index, len(arguments), processes.size)
-            # lm-eval puts the prefix before such a text itself; with a second one it would score the first.
+            # For a rolling likelihood lm-eval adds the prefix itself; with a second one it would score the first.
             self.add_bos_token = False if kind == "loglikelihood_rolling" else add_bos_token
             requests = [Instance(request_type=kind, doc={}, arguments=arguments[at], idx=0) for at in ours]
             answers = getattr(super(), kind)(requests, disable_tqdm=True) if requests else []
@@ -204,17 +210,14 @@ def shared_language_model(
 
         @contextlib.contextmanager
         def _evaluating(self) -> Iterator[None]:
-            """Every forward pass is a round of all processes; nothing is compiled for lengths that come once."""
-            training = model.training
-            model.eval()
-            # Before the hooks in which an engine gathers its weights: the order is the same for idle processes.
+            """Every forward pass is a round of all processes. Nothing is compiled, since most lengths occur once."""
+            # It runs before the hooks in which an engine gathers weights, so that all processes agree on a pass first.
             hook = model.register_forward_pre_hook(self._round, prepend=True)
             try:
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     yield
             finally:
                 hook.remove()
-                model.train(training)
 
         def _round(self, *_: Any) -> None:
             if not self._idle:

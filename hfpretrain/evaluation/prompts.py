@@ -10,6 +10,7 @@ import torch
 
 from hfpretrain.data.tokenizer import document_start
 from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
+from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.schema import RecipeError
 
 _MULTIPLE = 32
@@ -29,45 +30,43 @@ def continue_text(
     top_k: int = 50,
     seed: int = 0,
 ) -> list[int]:
-    """Up to `num_tokens` ids that follow `input_ids`, until EOS: greedy at temperature 0, else drawn with `seed`.
+    """Continue `input_ids` by up to `num_tokens` ids, until EOS: greedily at temperature 0, else sampled with `seed`.
 
-    Every token is a whole forward pass without a cache, since only that all engines can do; of more than `context`
-    tokens the last are seen. The input is padded at its end, where a causal model does not look, to a multiple of 32:
-    otherwise kernels keep memory for each length they meet (64 lengths took 140 MiB on a CPU, for a model of 5 million
-    parameters in bf16) and take twice the time. All ranks must call it; `agree` gives each the main process's choice,
-    int64 (1,).
+    Every token takes a forward pass over the last `context` tokens without a cache, which works under every engine. The
+    input is padded at its end to a multiple of 32; a causal model's earlier logits don't change. Without padding,
+    kernels keep memory for each new length (64 lengths took 140 MiB on a CPU, for a model of 5 million parameters in
+    bf16) and take twice the time. All ranks must call it. `agree` returns the main process's choice, int64 (1,), on
+    every rank.
     """
     generator = torch.Generator().manual_seed(seed)
     keywords = inspect.signature(getattr(model, "module", model).forward).parameters
     last = {"logits_to_keep": _MULTIPLE} if "logits_to_keep" in keywords else {}
-    training = model.training
-    model.eval()
-    made: list[int] = []
-    while len(made) < num_tokens:
-        seen = [*input_ids, *made][-context:]
-        padding = min(-len(seen) % _MULTIPLE, context - len(seen))
-        ids = torch.tensor([[*seen, *seen[-1:] * padding]], device=device)
-        logits = model(input_ids=ids, use_cache=False, **last).logits[0, -1 - padding].float().cpu()
-        if temperature:
-            kept, places = (logits / temperature).topk(min(top_k, len(logits)))
-            choice = places[torch.multinomial(kept.softmax(-1), 1, generator=generator)]
-        else:
-            choice = logits.argmax()[None]
-        token = int(agree(choice.to(device)))
-        if token == eos_token_id:
-            break
-        made.append(token)
-    model.train(training)
-    return made
+    new_ids: list[int] = []
+    with eval_mode(model):
+        while len(new_ids) < num_tokens:
+            seen = [*input_ids, *new_ids][-context:]
+            padding = min(-len(seen) % _MULTIPLE, context - len(seen))
+            ids = torch.tensor([[*seen, *seen[-1:] * padding]], device=device)
+            logits = model(input_ids=ids, use_cache=False, **last).logits[0, -1 - padding].float().cpu()
+            if temperature:
+                kept, places = (logits / temperature).topk(min(top_k, len(logits)))
+                choice = places[torch.multinomial(kept.softmax(-1), 1, generator=generator)]
+            else:
+                choice = logits.argmax()[None]
+            token = int(agree(choice.to(device)))
+            if token == eos_token_id:
+                break
+            new_ids.append(token)
+    return new_ids
 
 
 def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Print `prompt` and what `model` makes of it, token by token."""
+    """Print `prompt` and the text that `model` continues it with, token by token."""
     from transformers import TextStreamer, set_seed
 
     tokenizer, network = load_checkpoint(model)
     set_seed(seed)
-    # As a document begins in training.
+    # A prompt begins like a document in training.
     ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
     require_embedded(network, max(ids))
     context = getattr(network.config, "max_position_embeddings", None) or len(ids) + max_new_tokens

@@ -1,7 +1,8 @@
-"""Score any checkpoint folder or Hub id on a recipe's validation text or on files; two of them on the same."""
+"""Perplexity, bits per byte and lm-eval's tasks of any causal LM; comparing two checkpoints on the same text."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hfpretrain.data.batches import collate
 from hfpretrain.data.encode import Encoder, token_bytes, unknown_id
-from hfpretrain.evaluation import lm_eval_tasks
-from hfpretrain.evaluation import sums as evaluation
+from hfpretrain.evaluation import lm_eval_tasks, sums
 from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
 from hfpretrain.evaluation.texts import Texts, checked_texts, recipe_texts
 from hfpretrain.modeling.checks import isolates_documents, use_chunked_loss
-from hfpretrain.recipe.labels import IGNORE_INDEX
+from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.schema import LmEvalSection, Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -26,21 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Windows:
-    """How text is cut for a model; None: the recipe's block size or the model's context, and no overlap."""
+    """How text is cut into windows for a model."""
 
     block_size: int | None = None
+    """Tokens of a window; None: the recipe's block size, or else the model's context up to 1,024."""
     stride: int | None = None
+    """Tokens by which a window advances; None: the block size, so that windows don't overlap."""
     batch_size: int = 8
     document_masking: bool | None = None
-    """Attention ends at document boundaries; None: as the recipe says, else where the model isolates."""
+    """Whether attention ends at document boundaries; None: as the recipe says, else if the model can do it."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model scored on documents, in their order."""
+    """What `evaluate_checkpoint` reports, and the sums of each document behind it."""
 
     documents: np.ndarray
-    """As of `evaluation.Sums`, bytes being those of the text."""
+    """As in `sums.Sums`, but with the bytes of the text itself."""
     report: dict[str, Any]
 
 
@@ -55,11 +56,11 @@ def evaluate_perplexity(
 ) -> dict[str, Any]:
     """Loss (nats per token), perplexity and bits per byte of a model on whole documents, with 95 % intervals.
 
-    `model`: a folder, a Hub id, or a causal LM in memory with its fast `tokenizer`, where it is and in its dtype.
-    `texts`: documents; several sets of them by name, for figures of each beside those of all; or a recipe, for the
-    text it holds out. `block_size` and `stride` in tokens, by default the recipe's block size or the model's context up
-    to 1,024, and no overlap. The report is that of `hfpretrain evaluate`. Raises `RecipeError` where there is nothing
-    to score or the model does not load.
+    `model`: a folder, a Hub id, or a causal LM in memory with its fast `tokenizer`; it stays on its device and in its
+    dtype. `texts`: a list of documents; a mapping from names to lists, for figures of each and of all; or a recipe, for
+    its validation text. `block_size` and `stride` in tokens, by default the recipe's block size or the model's context
+    up to 1,024, and no overlap. The report is that of `hfpretrain evaluate`. Raises `RecipeError` if there is nothing
+    to score or the model can't be loaded.
     """
     recipe = texts if isinstance(texts, Recipe) else None
     if isinstance(texts, str):
@@ -75,48 +76,46 @@ def evaluate_perplexity(
         raise RecipeError.at("tokenizer", "a model in memory needs its tokenizer")
     if tokenizer.eos_token_id is None:
         raise RecipeError.at("tokenizer", "has no EOS token, which ends a document")
-    training = model.training
-    model.eval()  # dropout would look like documents that see each other
-    try:
+    with eval_mode(model):  # with dropout, documents would seem to affect each other
         return _score_network(tokenizer, model, documents, recipe, windows).report
-    finally:
-        model.train(training)
 
 
 def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte of `model` on all `texts`, and on each set where there are several.
+    """Loss, perplexity and bits per byte of `model` on all `texts`, and on each set if there are several.
 
-    The documents of a set are joined as in training, before each what the tokenizer's own call puts before a text and
-    after it one EOS, so that longer ones than the context go on in the next window. `stride` < `block_size` slides the
-    window: every token has at least `block_size - stride` tokens of context where the document has them. Attention ends
-    at document boundaries where the model isolates and the recipe does not forbid it; the result says so.
+    The documents of a set are joined as in training: each begins with the tokens that calling the tokenizer adds, and
+    ends with EOS. A document longer than a window continues in the next one. With a `stride` less than the
+    `block_size`, every token sees at least `block_size - stride` tokens of its document, if there are so many. The
+    report's `document_masking` says whether attention ended at document boundaries.
     """
     return _score(model, texts, recipe, windows).report
 
 
 def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
-    """Both models on the same documents, and the paired difference of their bits per byte, which do not depend on the
-    tokenizers: a - b with its 95 % interval over documents, and the share of documents on which a has fewer bits (of
-    equal ones half)."""
+    """Score both models on the same documents, and compare their bits per byte, which don't depend on the tokenizers.
+
+    The result has the difference a - b with its 95 % interval over documents, and `wins_of_a`: the share of documents
+    on which a has fewer bits, half of those with equal ones included.
+    """
     scores = [_score(model, texts, recipe, windows) for model in (a, b)]
     for model, score in zip((a, b), scores, strict=True):
         if score.report["unknown_tokens"]:
             message = (
                 f"{score.report['unknown_tokens']} tokens of {model} stand for text that its tokenizer does not know"
             )
-            raise RecipeError.at("data", f"{message}: bits per byte would say nothing")
+            raise RecipeError.at("data", f"{message}, so bits per byte can't be compared")
     bits = np.concatenate([score.documents[:, 2:] for score in scores], axis=1)  # nll and bytes of a, then of b
     bits = bits[(bits[:, 1] > 0) & (bits[:, 3] > 0)]
     if not len(bits):
         raise RecipeError.at("data", "there is no document that both models score")
 
-    def difference(sums: np.ndarray) -> Any:
-        return (sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]) / np.log(2)
+    def difference(rows: np.ndarray) -> Any:
+        return (rows[..., 0] / rows[..., 1] - rows[..., 2] / rows[..., 3]) / np.log(2)
 
     by_document = difference(bits)
     interval = None
     if len(bits) > 1:
-        interval = evaluation.percentiles(difference(evaluation.resampled(bits)))
+        interval = sums.percentiles(difference(sums.resampled(bits)))
     return {
         "a": {"model": a, **scores[0].report},
         "b": {"model": b, **scores[1].report},
@@ -128,13 +127,13 @@ def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, win
 
 
 def evaluate_tasks(model: str, section: LmEvalSection, batch_size: int) -> dict[str, Any]:
-    """lm-eval's results of `model` in float32: `results` by task, `n-samples`, `n-shot`, `versions`."""
-    wanted = lm_eval_tasks.Tasks(section, "--tasks")
+    """Run lm-eval's tasks on `model` in float32: `results` by task, `n-samples`, `n-shot`, `versions`."""
+    tasks = lm_eval_tasks.Tasks(section, "--tasks")
     tokenizer, network = load_checkpoint(model)
-    ours = lm_eval_tasks.shared_language_model(
+    language_model = lm_eval_tasks.shared_language_model(
         network, tokenizer, network.device, batch_size, lm_eval_tasks.Processes()
     )
-    return wanted.run(ours)
+    return tasks.run(language_model)
 
 
 def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
@@ -164,18 +163,17 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
     unknown = unknown_id(tokenizer)
     eos, has_prefix = tokenizer.eos_token_id, bool(encode.prefix)
     batches = _batches(streams, block_size, stride, windows.batch_size, eos, masking, has_prefix)
-    sums = evaluation.loss_sums(network, batches, torch.from_numpy(table).to(device), num_documents)
-    documents = sums.documents.cpu().numpy()
+    found = sums.loss_sums(network, batches, torch.from_numpy(table).to(device), num_documents)
+    documents = found.documents.cpu().numpy()
     num_bytes = np.array([len(t.encode("utf-8", "surrogatepass")) for some in texts.values() for t in some])
     spelled = np.array([table[ids].sum() for some in streams.values() for ids in some])
     documents[:, 3] *= num_bytes / np.maximum(1, spelled)  # tokenizers that normalize spell other bytes than the text's
-    report = evaluation.figures(documents)
+    report = sums.figures(documents)
     if not np.isfinite(report["loss"]):
         raise RecipeError.at("model", f"its loss is no number: {report['loss']}")
     if len(texts) > 1:
         ends = np.cumsum([len(some) for some in streams.values()])[:-1]
-        for name, part in zip(streams, np.split(documents, ends), strict=True):
-            report |= {f"{name}/{key}": value for key, value in evaluation.figures(part).items()}
+        report |= sums.figures_of_sets(dict(zip(streams, np.split(documents, ends), strict=True)))
     context = f"blocks of {block_size} tokens" if stride == block_size else f"{block_size} tokens, sliding by {stride}"
     return Score(
         documents,
@@ -187,7 +185,7 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
             "stride": stride,
             "context": f"{context}; a longer document goes on in the next",
             "document_masking": masking,
-            "loss_by_context": evaluation.loss_by_context(sums.contexts.cpu().numpy()),
+            "loss_by_context": sums.loss_by_context(found.contexts.cpu().numpy()),
         },
     )
 
@@ -208,10 +206,10 @@ def _sizes(windows: Windows, recipe: Recipe | None, context: int) -> tuple[int, 
 
 
 def sliding_windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Windows of `block_size` over `length` tokens that advance by `stride` <= block_size: (start, first scored).
+    """Windows of `block_size` tokens over `length` tokens, which advance by `stride`: (start, first scored position).
 
-    Every token is scored in the first window that holds it, so with more context the smaller the stride. With
-    `stride == block_size` these are the blocks of training, whose first token has no context and no score.
+    Every token is scored in the first window that contains it, so a smaller stride gives it more context. With
+    `stride == block_size` these are the blocks of training, whose first token has no context and is not scored.
     """
     end = 0
     for start in range(0, max(1, length - block_size + stride), stride):
@@ -230,33 +228,28 @@ def _batches(
     masking: bool,
     has_prefix: bool,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    before = 0
-    for documents in streams.values():
-        if not documents:
-            continue
+    """Batches of windows over the token ids of each set's documents, laid end to end."""
+    document_end, begins_after = eos_token_id if masking else None, eos_token_id if has_prefix else None
+    windows = _windows(streams, block_size, stride, eos_token_id)
+    while rows := list(itertools.islice(windows, batch_size)):
+        ids, numbers, scored = (np.stack(part) for part in zip(*rows, strict=True))
+        yield sums.scored_batch(ids, numbers, scored, eos_token_id=document_end, begins_after=begins_after)
+
+
+def _windows(
+    streams: dict[str, list[np.ndarray]], block_size: int, stride: int, padding: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Token ids, document numbers and whether a token is scored, each (block_size,), of every window."""
+    num_before = 0
+    for documents in filter(None, streams.values()):
         ids = np.concatenate(documents)
-        numbers = np.repeat(np.arange(before, before + len(documents)), [len(document) for document in documents])
-        before += len(documents)
+        numbers = np.repeat(
+            np.arange(num_before, num_before + len(documents)), [len(document) for document in documents]
+        )
+        num_before += len(documents)
         for start, first in sliding_windows(len(ids), block_size, stride):
             part = slice(start, start + block_size)
             missing = (0, block_size - len(ids[part]))
             scored = np.arange(start, start + block_size) >= first
             scored[len(ids[part]) :] = False
-            rows.append(
-                (np.pad(ids[part], missing, constant_values=eos_token_id), np.pad(numbers[part], missing), scored)
-            )
-            if len(rows) == batch_size:
-                yield _batch(rows, eos_token_id if masking else None, eos_token_id if has_prefix else None)
-                rows = []
-    if rows:
-        yield _batch(rows, eos_token_id if masking else None, eos_token_id if has_prefix else None)
-
-
-def _batch(
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], eos_token_id: int | None, begins_after: int | None
-) -> dict[str, torch.Tensor]:
-    ids, numbers, scored = (np.stack(part) for part in zip(*rows, strict=True))
-    batch = collate(ids, eos_token_id, begins_after=begins_after)
-    batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
-    return {**batch, evaluation.DOCUMENTS: torch.from_numpy(numbers)}
+            yield np.pad(ids[part], missing, constant_values=padding), np.pad(numbers[part], missing), scored

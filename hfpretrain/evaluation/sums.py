@@ -1,24 +1,25 @@
-"""Token-weighted loss, perplexity and bits per byte: sums over tokens by document, divided once."""
+"""Loss, perplexity and bits per byte: sums over tokens for each document, divided once at the end."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from hfpretrain.evaluation.token_perplexity import TokenPerplexity
+from hfpretrain.data.batches import collate
 from hfpretrain.modeling.loss import token_losses
+from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.labels import IGNORE_INDEX
 
 DOCUMENTS = "documents"
-"""Key of a batch: int64 (batch, length), the number of the document that each label is of."""
+"""Key of a batch: the number of each label's document, int64 (batch, length)."""
 _INTERVAL = 0.95
-_RESAMPLES = 1000
-_MAX_UNITS = 20_000
+_NUM_RESAMPLES = 1000
+_MAX_GROUPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -26,25 +27,39 @@ class Sums:
     """Sums over scored labels, float64. Those of several processes may be added."""
 
     documents: torch.Tensor
-    """(documents, 4): nll in nats, tokens, the nll of tokens that are text, bytes that those spell."""
+    """(documents, 4): nll in nats, tokens, the nll of the tokens that are text, the UTF-8 bytes of those tokens."""
     contexts: torch.Tensor
-    """(buckets, 2): nll and tokens of predictions from 2^bucket to 2^(bucket + 1) - 1 tokens."""
+    """(buckets, 2): nll and tokens of the predictions that see from 2^bucket to 2^(bucket + 1) - 1 tokens."""
+
+
+def scored_batch(
+    ids: np.ndarray, documents: np.ndarray, scored: np.ndarray, *, eos_token_id: int | None, begins_after: int | None
+) -> dict[str, torch.Tensor]:
+    """A batch for `loss_sums`, of token ids, the number of each token's document, and whether a token is scored.
+
+    The three have the shape (batch, length). `eos_token_id` and `begins_after` as of `batches.collate`.
+    """
+    batch = collate(ids, eos_token_id, begins_after=begins_after)
+    batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
+    return {**batch, DOCUMENTS: torch.from_numpy(documents)}
+
+
+def _model_inputs(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DOCUMENTS)}
 
 
 @torch.no_grad()
 def predictions(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest token at each place but the first, and the label there: two int64 (batch, length - 1).
+    """The most likely token at each position but the first, and the label there: two int64 (batch, length - 1).
 
-    One row at a time: no more logits than a sequence's are in memory.
+    The model is called with one row at a time, so that only one row's logits are in memory.
     """
-    training = model.training
-    model.eval()
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DOCUMENTS)}
-    rows = [
-        model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}, use_cache=False).logits.argmax(-1)
-        for row in range(len(batch["labels"]))
-    ]
-    model.train(training)
+    inputs = _model_inputs(batch, device)
+    with eval_mode(model):
+        rows = [
+            model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}, use_cache=False).logits.argmax(-1)
+            for row in range(len(batch["labels"]))
+        ]
     return torch.cat(rows)[:, :-1], batch["labels"].to(device)[:, 1:]
 
 
@@ -54,70 +69,82 @@ def loss_sums(
 ) -> Sums:
     """Sums over all labels that are not -100, on the device of `token_bytes`.
 
-    `batches` as of `dataloader.collate`, with `DOCUMENTS`; `token_bytes`: int64 (vocabulary,), 0 for special tokens. A
-    label is scored with the logits of the position before it, in float32, which are never whole where the model's loss
-    is chunked.
+    `batches` as of `scored_batch`; `token_bytes`: int64 (vocabulary,), 0 for special tokens. The logits are never all
+    in memory if the model computes its loss in chunks.
     """
     device = token_bytes.device
     documents = torch.zeros(num_documents, 4, dtype=torch.float64, device=device)
     contexts = torch.zeros(64, 2, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    for batch in batches:
-        others = ("labels", DOCUMENTS)
-        inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in others}
-        labels = batch["labels"].to(device)
-        nll, labels = token_losses(model, inputs, labels).double(), labels[:, 1:]
-        valid = labels != IGNORE_INDEX
-        nll, labels = nll[valid], labels[valid]
-        ones, num_bytes = torch.ones_like(nll), token_bytes[labels]
-        rows = torch.stack([nll, ones, nll * (num_bytes > 0), num_bytes.double()], dim=1)
-        documents.index_add_(0, batch[DOCUMENTS].to(device)[:, 1:][valid], rows)
-        seen = inputs.get("position_ids")
-        if seen is None:
-            seen = torch.arange(valid.shape[1] + 1, device=device).expand(len(valid), -1)
-        bucket = (seen[:, :-1][valid] + 1).double().log2().long()
-        contexts.index_add_(0, bucket, rows[:, :2])
-    model.train(training)
+    with eval_mode(model):
+        for batch in batches:
+            inputs = _model_inputs(batch, device)
+            labels = batch["labels"].to(device)
+            nll, labels = token_losses(model, inputs, labels).double(), labels[:, 1:]
+            valid = labels != IGNORE_INDEX
+            nll, labels = nll[valid], labels[valid]
+            ones, num_bytes = torch.ones_like(nll), token_bytes[labels]
+            rows = torch.stack([nll, ones, nll * (num_bytes > 0), num_bytes.double()], dim=1)
+            documents.index_add_(0, batch[DOCUMENTS].to(device)[:, 1:][valid], rows)
+            positions = inputs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(valid.shape[1] + 1, device=device).expand(len(valid), -1)
+            bucket = (positions[:, :-1][valid] + 1).double().log2().long()
+            contexts.index_add_(0, bucket, rows[:, :2])
     return Sums(documents, contexts)
 
 
-def figures(documents: np.ndarray) -> dict[str, Any]:
-    """Loss (nats per token), perplexity, bits_per_byte, tokens and documents, float64 (documents, 4) as of `Sums`.
+def perplexity_figures(nll: float, tokens: int, content_nll: float, num_bytes: float) -> dict[str, float]:
+    """`loss` in nats per token, `perplexity` and `bits_per_byte`, of sums over tokens.
 
-    With them the intervals that hold 95 % of what the figures would be over other documents of the same kind: the
-    bootstrap's percentiles (Efron and Tibshirani 1993, chapter 13), None of a single document.
+    `content_nll` is the part of `nll` of the tokens that are text, `num_bytes` their UTF-8 bytes.
+    """
+    loss = nll / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": content_nll / (num_bytes * math.log(2)) if num_bytes else math.nan,
+    }
+
+
+def figures(documents: np.ndarray) -> dict[str, Any]:
+    """Loss (nats per token), perplexity, bits_per_byte, tokens and documents, of float64 (documents, 4) as of `Sums`.
+
+    Each of the first three comes with its 95 % interval over other documents of the same kind: percentiles of the
+    bootstrap (Efron and Tibshirani 1993, chapter 13); None if there is one document only.
     """
     nll, tokens, content_nll, num_bytes = documents.sum(axis=0).tolist()
-    result = TokenPerplexity(keep_in_memory=True).compute(
-        nll=[nll], tokens=[int(tokens)], content_nll=[content_nll], bytes=[num_bytes]
-    )
     scored = documents[documents[:, 1] > 0]
+    result: dict[str, Any] = perplexity_figures(nll, int(tokens), content_nll, num_bytes)
     result |= {"tokens": int(tokens), "documents": len(scored)}
-    low_high: dict[str, Any] = {"loss": None, "perplexity": None, "bits_per_byte": None}
+    intervals: dict[str, Any] = {"loss": None, "perplexity": None, "bits_per_byte": None}
     if len(scored) > 1:
         totals = resampled(scored)
         losses = percentiles(totals[:, 0] / totals[:, 1])
-        low_high |= {"loss": losses, "perplexity": [math.exp(min(loss, 700.0)) for loss in losses]}
+        intervals |= {"loss": losses, "perplexity": [math.exp(min(loss, 700.0)) for loss in losses]}
         if num_bytes:
             totals = totals[totals[:, 3] > 0]
-            low_high["bits_per_byte"] = percentiles(totals[:, 2] / totals[:, 3] / math.log(2))
-    return result | {f"{name}_interval": bounds for name, bounds in low_high.items()}
+            intervals["bits_per_byte"] = percentiles(totals[:, 2] / totals[:, 3] / math.log(2))
+    return result | {f"{name}_interval": bounds for name, bounds in intervals.items()}
+
+
+def figures_of_sets(sets: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """`figures` of each set of documents, their keys preceded by `NAME/`."""
+    return {f"{name}/{key}": value for name, documents in sets.items() for key, value in figures(documents).items()}
 
 
 def resampled(documents: np.ndarray, seed: int = 0) -> np.ndarray:
     """Sums over documents drawn with replacement, 1,000 times: float64 (documents, n) to (1000, n).
 
-    Of more than 20,000 documents groups are drawn, each of documents taken at random.
+    More than 20,000 documents are first put at random into 20,000 groups, and groups are drawn.
     """
     draw = np.random.default_rng(seed)
-    if len(documents) > _MAX_UNITS:
-        grouped = np.zeros((_MAX_UNITS, documents.shape[1]))
-        np.add.at(grouped, draw.permutation(len(documents)) % _MAX_UNITS, documents)
+    if len(documents) > _MAX_GROUPS:
+        grouped = np.zeros((_MAX_GROUPS, documents.shape[1]))
+        np.add.at(grouped, draw.permutation(len(documents)) % _MAX_GROUPS, documents)
         documents = grouped
     share = np.full(len(documents), 1 / len(documents))
     return np.concatenate(
-        [draw.multinomial(len(documents), share, size=50) @ documents for _ in range(_RESAMPLES // 50)]
+        [draw.multinomial(len(documents), share, size=50) @ documents for _ in range(_NUM_RESAMPLES // 50)]
     )
 
 
@@ -128,7 +155,7 @@ def percentiles(values: np.ndarray) -> list[float]:
 
 
 def loss_by_context(contexts: np.ndarray) -> dict[str, float]:
-    """Loss by how many tokens the prediction is made from, in powers of two: `1`, `2-3`, `4-7`, ..."""
+    """Loss by the number of tokens that a prediction sees, in powers of two: `1`, `2-3`, `4-7`, ..."""
     return {
         f"{2**bucket}-{2 ** (bucket + 1) - 1}" if bucket else "1": float(nll / tokens)
         for bucket, (nll, tokens) in enumerate(contexts)

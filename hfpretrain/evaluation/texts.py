@@ -9,11 +9,11 @@ from hfpretrain.data import corpus
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, SourceSection
 
 Texts = dict[str, list[str]]
-"""Documents of each set of them, by its name."""
+"""The documents of each set, by its name."""
 
 
 def checked_texts(texts: Mapping[str, Sequence[str]]) -> Texts:
-    """Documents by set, if they are: a string would be taken for a list of letters."""
+    """The documents of each set as lists. Raises `RecipeError` for anything that is not a list of valid strings."""
     checked: Texts = {}
     for name, documents in texts.items():
         path = f"texts.{name}" if name else "texts"
@@ -31,7 +31,7 @@ def checked_texts(texts: Mapping[str, Sequence[str]]) -> Texts:
 
 
 def recipe_texts(recipe: Recipe) -> Texts:
-    """The documents that a recipe holds out, by split."""
+    """The documents of a recipe's validation sets, by domain."""
     if not recipe.data.has_validation:
         raise RecipeError.at("data", "the recipe holds no validation text out")
     texts: Texts = {}
@@ -41,7 +41,7 @@ def recipe_texts(recipe: Recipe) -> Texts:
 
 
 def file_texts(names: list[str]) -> Texts:
-    """The documents of files, each given as FILE or NAME=FILE: one in a .txt, those under `text` in a .jsonl."""
+    """The documents of files given as FILE or NAME=FILE: a .txt is one document, a .jsonl has them under `text`."""
     texts: Texts = {}
     for given in names:
         name, _, path = (
@@ -61,7 +61,7 @@ def file_texts(names: list[str]) -> Texts:
 
 
 class _Text(str):
-    """A document that knows how its source reads special tokens."""
+    """A document with its source's `special_tokens`, which says how text that spells special tokens is read."""
 
     special_tokens: str | tuple[str, ...] = "text"
 
@@ -71,12 +71,12 @@ class _Text(str):
 
 
 def _held_out(data: DataSection) -> Iterator[tuple[SourceSection, str, str]]:
-    """Source, split and text of the documents that are held out."""
+    """Source, split and text of the validation documents."""
     key = "validation_sources" if data.validation_sources else "sources"
     sources: tuple[SourceSection, ...] = getattr(data, key)
     if len({source.special_tokens for source in sources}) == 1:
         yield from ((sources[0], *found) for found in corpus.validation_documents(data))
         return
-    for source in sources:  # one at a time, which changes nothing of what is held out
+    for source in sources:  # which documents are held out does not depend on the other sources
         for split, text in corpus.validation_documents(data.model_copy(update={key: (source,)})):
             yield source, split, text

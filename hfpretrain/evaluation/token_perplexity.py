@@ -1,12 +1,14 @@
-"""Perplexity and bits per byte from summed token losses, as an `evaluate` metric.
+"""Perplexity and bits per byte from summed token losses, as a metric of `evaluate`.
 
-Self-contained, so that anyone can load it: `evaluate.load(hfpretrain.evaluation.token_perplexity.__file__)`.
+Load it with `evaluate.load(hfpretrain.evaluation.token_perplexity.__file__)`.
 """
 
 import math
 
 import datasets
 import evaluate
+
+from hfpretrain.evaluation.sums import perplexity_figures
 
 _DESCRIPTION = (
     "Token-weighted loss, perplexity and bits per byte of a language model. Unlike the Hub's `perplexity`, which "
@@ -26,7 +28,7 @@ Returns:
 
 
 class TokenPerplexity(evaluate.Metric):
-    """See `_INPUTS`. Sums come in, so that no mean of means can go wrong; reduce over processes before."""
+    """Divides sums over tokens; add those of several processes before. For inputs and outputs see `_INPUTS`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -46,9 +48,4 @@ class TokenPerplexity(evaluate.Metric):
     def _compute(
         self, nll: list[float], tokens: list[int], content_nll: list[float], bytes: list[float]
     ) -> dict[str, float]:
-        loss = math.fsum(nll) / sum(tokens)
-        return {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "bits_per_byte": math.fsum(content_nll) / (math.fsum(bytes) * math.log(2)) if sum(bytes) else math.nan,
-        }
+        return perplexity_figures(math.fsum(nll), sum(tokens), math.fsum(content_nll), math.fsum(bytes))

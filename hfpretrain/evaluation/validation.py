@@ -1,4 +1,4 @@
-"""The prepared validation sets: batches of all of them in one pass, and the figures of each."""
+"""The validation sets of a prepared folder: batches of all sets in one pass, and the figures of each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfpretrain.data.batches import Blocks, collate
+from hfpretrain.data.batches import Blocks
 from hfpretrain.data.prepared import VALIDATION, PreparedData
 from hfpretrain.evaluation import sums
-from hfpretrain.recipe.labels import IGNORE_INDEX
 
 
 class ValidationSets:
-    """All validation sets of a prepared folder. Their documents are numbered through, set by set."""
+    """All validation sets of a prepared folder. Documents have consecutive numbers across the sets."""
 
     def __init__(self, prepared: PreparedData):
         manifest = prepared.manifest
@@ -26,27 +25,28 @@ class ValidationSets:
         self.names = prepared.validation_splits
         self._sets: list[tuple[Blocks, list[int], np.ndarray, np.ndarray]] = []
         self._ends = [0]
-        # Where a tokenizer normalizes, tokens spell other bytes than the text has.
-        self._bytes_of_spelled: list[float] = []
+        # Bytes of the text divided by those of its tokens: they differ if the tokenizer normalizes text.
+        self._bytes_ratios: list[float] = []
         for name in self.names:
             entry = manifest["splits"][name]
             starts, numbers = prepared.document_starts(name)
             self._sets.append((Blocks(prepared.blocks(name)), entry["remainder_ids"], starts, numbers + self._ends[-1]))
             self._ends.append(self._ends[-1] + (int(numbers.max()) + 1 if len(numbers) else 0))
-            self._bytes_of_spelled.append(entry["bytes"] / max(1, entry["token_bytes"]))
+            self._bytes_ratios.append(entry["bytes"] / max(1, entry["token_bytes"]))
 
     @property
     def num_documents(self) -> int:
-        """Of all sets."""
+        """Number of documents in all sets."""
         return self._ends[-1]
 
     def batches(
         self, *, batch_size: int, process_index: int, num_processes: int, document_masking: bool
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share of all rows, each set's remainder as a row padded with ignored labels.
+        """This process's share of the batches over all sets, as of `sums.scored_batch`.
 
-        All processes get the same number of batches (sharded engines need every rank in every forward pass); where rows
-        run out, batches are filled with rows whose labels are ignored.
+        The tokens that don't fill a set's last block are a row padded with ignored labels. All processes get the same
+        number of batches, since sharded engines need every rank in every forward pass. The last batches are filled with
+        rows whose labels are ignored.
         """
         ends = list(itertools.accumulate(len(blocks) + bool(remainder) for blocks, remainder, *_ in self._sets))
         num_rows = ends[-1] if ends else 0
@@ -64,26 +64,25 @@ class ValidationSets:
                 ids[slot, : len(tokens)], valid[slot, : len(tokens)] = tokens, True
                 documents[slot, : len(tokens)] = numbers[np.searchsorted(starts, place, side="right") - 1]
             eos_token_id = self._eos_token_id if document_masking else None
-            batch = collate(ids, eos_token_id, begins_after=self._begins_after)
-            batch["labels"][torch.from_numpy(~valid)] = IGNORE_INDEX
-            yield {**batch, sums.DOCUMENTS: torch.from_numpy(documents)}
+            begins_after = self._begins_after
+            yield sums.scored_batch(ids, documents, valid, eos_token_id=eos_token_id, begins_after=begins_after)
 
     def figures(self, documents: np.ndarray) -> dict[str, Any]:
-        """Figures of all sets together, and of each by `DOMAIN/name`: `documents` as of `evaluation.Sums`."""
+        """Figures of all sets together, and of each domain as `DOMAIN/...`. `documents` as of `sums.Sums`."""
         tables = []
-        for number, factor in enumerate(self._bytes_of_spelled):
+        for number, ratio in enumerate(self._bytes_ratios):
             table = documents[self._ends[number] : self._ends[number + 1]].copy()
-            table[:, 3] *= factor
+            table[:, 3] *= ratio
             tables.append(table)
-        found = sums.figures(np.concatenate(tables))
-        for name, table in zip(self.names, tables, strict=True):
-            if name != VALIDATION:
-                domain = name.removeprefix(f"{VALIDATION}-")
-                found |= {f"{domain}/{key}": value for key, value in sums.figures(table).items()}
-        return found
+        by_domain = {
+            name.removeprefix(f"{VALIDATION}-"): table
+            for name, table in zip(self.names, tables, strict=True)
+            if name != VALIDATION
+        }
+        return sums.figures(np.concatenate(tables)) | sums.figures_of_sets(by_domain)
 
 
 def domains(row: dict[str, Any]) -> list[str]:
-    """Names of the validation sets of which an evaluation has figures beside those of all text."""
+    """Names of the domains that a row of metrics has figures of."""
     names = (key[len("eval/") : -len("/bits_per_byte")] for key in row if key.endswith("/bits_per_byte"))
     return [name for name in names if f"eval/{name}/loss" in row]

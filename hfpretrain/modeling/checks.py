@@ -11,50 +11,51 @@ import torch
 
 from hfpretrain.modeling.build import model_error
 from hfpretrain.modeling.loss import StepLoss, install, installed, summed_loss
-from hfpretrain.modeling.structure import causal_lm
+from hfpretrain.modeling.structure import causal_lm, eval_mode
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import ModelSection, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models that add their output `aux_loss`
-_TOLERANCE = 2e-5  # nats; rounding of a loss of some 10 nats in float32 is a tenth of it
+_TOLERANCE = 2e-5  # nats; float32 rounds a loss of about 10 nats to a tenth of it
 
 
 @contextlib.contextmanager
-def _steady_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation in which a token's result does not depend on which experts the others get: elsewhere that decides the
-    order of sums, and in 16 bits a last digit then decides another expert."""
-    training, implementation = model.training, model.config._experts_implementation
-    model.eval()
+def _comparable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode in which a token's output does not depend on the experts of other tokens.
+
+    Other implementations of experts add in an order that depends on them, and in 16 bits a difference in the last digit
+    can change which expert is chosen.
+    """
+    implementation = model.config._experts_implementation
     model.set_experts_implementation("batched_mm")
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         model.set_experts_implementation(implementation)
-        model.train(training)
 
 
 def require_causal(
     model: PreTrainedModel, section: ModelSection, half_precision: bool = False, length: int = 8
 ) -> None:
-    """Raises `RecipeError` if a later token changes an earlier prediction: encoders are built as causal LMs, too, and
-    would learn to copy. All ranks must call it.
+    """Raise `RecipeError` if a later token changes an earlier prediction. All ranks must call it.
 
-    The tolerance is for experts outside of transformers' own, whose sums change order with the tokens they get;
-    `half_precision`: in 16 bits.
+    transformers builds some encoders as causal LMs, and they would learn to copy their input. `half_precision`: whether
+    the model computes in 16 bits. The tolerance is for models with their own code for experts, where the order of sums
+    depends on the other tokens.
     """
     input_ids = torch.arange(length)[None].to(next(model.parameters()).device) % model.config.vocab_size
     perturbed = input_ids.clone()
     perturbed[:, length // 2 :] = (perturbed[:, length // 2 :] + 1) % model.config.vocab_size
-    with torch.no_grad(), _steady_experts(model):
+    with torch.no_grad(), _comparable_experts(model):
         try:
             first, second = (
                 model(input_ids=ids, use_cache=False).logits[:, : length // 2].float() for ids in (input_ids, perturbed)
             )
-        except Exception as error:  # the code of any model
+        except Exception as error:  # a model's code may raise anything
             raise model_error(error, section) from error
     rtol, atol = (2e-2, 1e-2 * first.std().item()) if half_precision else (1e-3, 1e-4)
     if not torch.allclose(first, second, rtol, atol):
@@ -65,15 +66,15 @@ def require_causal(
 
 
 def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
-    """Whether nothing `documents_leak` looks for is found. All ranks must call it."""
+    """Whether packed documents don't affect each other, as `documents_leak` tests it. All ranks must call it."""
     return documents_leak(model, block_size) is None
 
 
 def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
-    """How packed documents affect each other in this very model although positions restart; None if they don't.
+    """How packed documents affect each other although their positions restart; None if they don't.
 
-    Perturbs every token of the first of two documents in a row, then the positions of the first document and of the
-    other row up to the last one in a block, and requires exactly no change in the logits of the second. All ranks must
+    A row of two documents is given to the model. Other tokens in the first document must not change the logits of the
+    second at all, nor must positions up to the end of a block in the first document or in another row. All ranks must
     call it.
     """
     length = max(4, min(16, block_size, getattr(model.config, "max_position_embeddings", 16) or 16))
@@ -81,12 +82,12 @@ def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    # Two rows, since some implementations hold for a batch of one only.
+    # Two rows, since some attention implementations isolate documents only in a batch of one.
     input_ids = torch.randint(vocabulary, (2, length), generator=generator).to(device)
     perturbed = input_ids.clone()
     perturbed[:, :half] = (perturbed[:, :half] + 1) % vocabulary
     positions = torch.cat([torch.arange(half), torch.arange(length - half)]).repeat(2, 1).to(device)
-    # Frequencies may depend on the largest position there is (rope_type dynamic and longrope): few tokens show it.
+    # Rotary frequencies may depend on the largest position (rope_type dynamic and longrope).
     long_row, long_document = positions.clone(), positions.clone()
     long_row[1] = torch.arange(length)
     long_row[1, -1] = long_document[0, half - 1] = max(length, block_size) - 1
@@ -94,7 +95,7 @@ def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
     def logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, half:]
 
-    with torch.no_grad(), _steady_experts(model):
+    with torch.no_grad(), _comparable_experts(model):
         try:
             first, second = logits(input_ids, positions), logits(perturbed, positions)
             third, fourth = (logits(input_ids, changed)[0] for changed in (long_row, long_document))
@@ -109,8 +110,10 @@ def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
 
 
 def settle_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
-    """Whether documents are masked from each other. `leak` is what `documents_leak` found. Raises `RecipeError`
-    if the model can't do what the recipe says, or if `auto` would have to train without a mask."""
+    """Whether attention ends at document boundaries, given the recipe's wish and what `documents_leak` returned.
+
+    Raises `RecipeError` if the model can't do what the recipe says, or if `auto` would have to train without a mask.
+    """
     if wanted is False or leak is None:
         return wanted is not False
     if wanted == "auto" and not packs_documents:
@@ -123,7 +126,7 @@ def settle_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_docum
 
 
 def routing_note(model: PreTrainedModel) -> str:
-    """A note on a model with experts that is trained on the next token's loss alone."""
+    """A note on a model with experts that trains without a loss that balances them."""
     text = f"{type(model).__name__} trains without a balancing loss, so its router may come to use few of its experts"
     if getattr(model.config, "output_router_logits", None) is False:
         text += ". Set model.config.output_router_logits: true to add one"
@@ -133,13 +136,14 @@ def routing_note(model: PreTrainedModel) -> str:
 
 
 def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float = 0.0) -> bool:
-    """Let a model that is called with labels compute its loss in chunks, if that is its loss; says whether.
+    """Make a model that is called with labels compute its loss in chunks; returns whether it does.
 
-    Decided on the very model, as the engine prepared it, by its own loss on a small batch; all ranks must call it.
-    Afterwards `model(..., labels, num_items_in_batch)` gives the same `loss`, and `logits` only of a call without
-    labels. Raises `RecipeError` where `wanted` is true and the model's loss is another. `z_loss`: as of `head_loss`.
+    It does if the result is the same: the model, as the engine prepared it, is called with a small batch both ways.
+    Afterwards `model(..., labels, num_items_in_batch)` returns the same `loss`, and `logits` only without labels.
+    `z_loss` as in `loss.head_loss`. All ranks must call it. Raises `RecipeError` if `wanted` is true or there is a
+    `z_loss`, and the model can't.
     """
-    reason = None if wanted is False else _difference(model)
+    reason = None if wanted is False else _chunking_problem(model)
     if reason and (wanted is True or z_loss):
         key, fix = "chunked_loss", "set it to false or auto"
         if z_loss:
@@ -152,15 +156,16 @@ def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float =
 
 
 def examine_loss(model: Any) -> StepLoss:
-    """Compare the loss of a model's class with the next token's by its own logits, on the model as the engine prepared
-    it. All ranks must call it, after `use_chunked_loss`.
+    """Find out how to compute the next-token loss with a model's class, as the engine prepared the model.
 
-    Two small batches, which differ only in labels and number of items, tell an added term from a different loss.
+    The loss that the class returns is compared with the one computed from its logits, for two small batches that differ
+    in labels and number of items. If the difference is the same for both, the class adds a term that does not depend on
+    the labels; if not, it computes another loss. All ranks must call it, after `use_chunked_loss`.
     """
     network = causal_lm(model)
     coefficient = next((getattr(network, name) for name in _COEFFICIENTS if hasattr(network, name)), 0.0)
-    first, second = (_class_adds(model, coefficient, shift) for shift in (0, 7))
-    # NaN is not within the tolerance either.
+    first, second = (_added_by_class(model, coefficient, shift) for shift in (0, 7))
+    # `not <=` and not `>`, so that NaN counts as a difference.
     if first is None or second is None or not abs(first.unnamed - second.unnamed) <= _TOLERANCE:
         return StepLoss(from_logits=True, coefficient=coefficient)
     if abs(first.unnamed) > _TOLERANCE:
@@ -170,59 +175,45 @@ def examine_loss(model: Any) -> StepLoss:
 
 @dataclass(frozen=True)
 class _Added:
+    """What a class adds to the next-token loss."""
+
     unnamed: float
-    """The class's loss, less the next token's and the weighted `aux_loss`."""
+    """Difference of the two losses, less the weighted output `aux_loss`."""
     has_auxiliary: bool
 
 
-def _class_adds(model: Any, coefficient: float, shift: int) -> _Added | None:
-    """What the class adds to the loss of a batch whose labels are the tokens `shift` places further on; None where it
-    can't be called as training calls it."""
-    network = causal_lm(model)
-    device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(network.config.get_text_config().vocab_size, (2, 16), generator=draw).to(device)
-    labels = input_ids.roll(shift, 1)
-    labels[:, :: shift + 5] = IGNORE_INDEX
-    batch, num_items = {"input_ids": input_ids, "labels": labels}, torch.tensor(10 + shift)
-    training = model.training
-    model.eval()  # without dropout; in training Ulysses takes sequences of the length of blocks alone
+def _added_by_class(model: Any, coefficient: float, shift: int) -> _Added | None:
+    """Compare both losses for a batch whose labels are shifted by `shift`; None if the class can't be called so."""
+    batch = _sample_batch(model, shift=shift, ignore_every=shift + 5)
+    num_items = torch.tensor(10 + shift)
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with _quiet_eval(model):
             outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
             added = float(outputs.loss) - float(summed_loss(outputs.logits, batch) / num_items)
             auxiliary = getattr(outputs, "aux_loss", None)
             named = 0.0 if auxiliary is None else coefficient * float(auxiliary)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
-    finally:
-        model.train(training)
     return _Added(added - named, auxiliary is not None)
 
 
-def _difference(model: Any) -> str | None:
-    """Why the chunked loss is not that of the model; None where they are equal to rounding.
+def _chunking_problem(model: Any) -> str | None:
+    """Why the chunked loss is not the model's own; None if they are equal up to rounding.
 
-    What a model does with logits behind its head (scaling, soft-capping) shows only in large ones, so the head's input
-    is magnified.
+    The input of the output embedding is multiplied, since scaling and soft-capping show only in large logits.
     """
     network = causal_lm(model)
     head = network.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return f"has no linear output embedding ({type(head).__name__})"
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(head.out_features, (2, 16), generator=generator).to(next(model.parameters()).device)
-    labels = input_ids.clone()
-    labels[:, ::5] = IGNORE_INDEX
+    batch = _sample_batch(model)
 
     def loss() -> float:
-        return float(model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=10).loss)
+        return float(model(**batch, use_cache=False, num_items_in_batch=10).loss)
 
     magnify = head.register_forward_pre_hook(lambda _, args: (args[0] * 300, *args[1:]))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with _quiet_eval(model):
             whole = loss()
             with installed(network):
                 chunked = loss()
@@ -230,7 +221,26 @@ def _difference(model: Any) -> str | None:
         return f"computes its loss in its own way ({' '.join(str(error).split()):.100})"
     finally:
         magnify.remove()
-        model.train(training)
     if not abs(whole - chunked) <= 1e-3 * abs(whole):
         return "changes the logits behind its head, or has another loss than the next token's"
     return None
+
+
+@contextlib.contextmanager
+def _quiet_eval(model: Any) -> Iterator[None]:
+    """Eval mode without gradients and without compiling.
+
+    Eval mode turns off dropout; and in training mode Ulysses takes sequences of the block size only.
+    """
+    with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _sample_batch(model: Any, shift: int = 0, ignore_every: int = 5) -> dict[str, torch.Tensor]:
+    """Two rows of 16 random tokens, and as labels the tokens `shift` positions before, some of them ignored."""
+    vocab_size = causal_lm(model).config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(vocab_size, (2, 16), generator=draw).to(next(model.parameters()).device)
+    labels = input_ids.roll(shift, 1)
+    labels[:, ::ignore_every] = IGNORE_INDEX
+    return {"input_ids": input_ids, "labels": labels}

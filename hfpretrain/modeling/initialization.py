@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from hfpretrain.modeling.structure import decoder_layers
+from hfpretrain.modeling.structure import decoder_layers, run_on_meta
 from hfpretrain.recipe.schema import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -207,9 +207,13 @@ def residual_projections(model: PreTrainedModel) -> list[str]:
     sublayers = [child for layer in decoder_layers(model) for child in layer.children() if _matrices(child)]
     for module in (module for sublayer in sublayers for module in sublayer.modules()):
         module.register_forward_hook(remember)
-    model.set_attn_implementation("eager")  # the only one that runs on every device
-    model.set_experts_implementation("batched_mm")  # the only one that asks no tensor for its values
-    _forward_without_values(model)
+    try:
+        with torch.no_grad():
+            run_on_meta(model, length=2)
+    except Exception as error:  # a model's code may raise anything
+        reason = " ".join(str(error).split())
+        message = f"{type(model).__name__} does not run on the meta device, so set it to false: {reason:.300}"
+        raise RecipeError.at("model.depth_scaled_init", message) from error
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
     for sublayer in sublayers:
@@ -221,23 +225,6 @@ def residual_projections(model: PreTrainedModel) -> list[str]:
         if writers:
             found.append(names[id(_own_matrices(writers[-1])[-1])])
     return found
-
-
-def _forward_without_values(model: PreTrainedModel) -> None:
-    """A forward pass of two tokens on the meta device."""
-    input_ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    # Where masks are made in common, one of four dimensions is taken as it is, and no value is looked at; older
-    # models know no such mask.
-    reasons = []
-    for mask in (torch.zeros(1, 1, 2, 2, device="meta"), None):
-        try:
-            with torch.no_grad():
-                model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-            return
-        except Exception as error:  # each model fails in its own way
-            reasons.append(" ".join(str(error).split()))
-    message = f"{type(model).__name__} does not run on the meta device, turn it off: {reasons[0]:.300}"
-    raise RecipeError.at("model.depth_scaled_init", message)
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:

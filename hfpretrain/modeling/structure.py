@@ -1,7 +1,9 @@
-"""What a model is made of: its decoder layers, its experts, and how many parameters it has."""
+"""What a model is made of: its decoder layers, its experts, its parameters; and ways to call it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +12,58 @@ import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Names that config classes give the number of experts and how many of them a token meets.
+# Names that config classes give to the number of experts, and to how many of them process a token.
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 
 
 def causal_lm(model: Any) -> Any:
-    """The transformers model inside whatever an engine wrapped around it."""
+    """The transformers model inside the wrapper of an engine."""
     from transformers import PreTrainedModel
 
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
+@contextlib.contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a model into eval mode, and afterwards back into the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def run_on_meta(model: PreTrainedModel, length: int, use: Callable[[Any], None] = lambda outputs: None) -> None:
+    """Call a model on the meta device with one sequence of `length` tokens, and `use` with its outputs.
+
+    Sets the model's attention and experts to implementations that run there. Raises what the model's code raises if it
+    has to read a tensor's values.
+    """
+    model.set_attn_implementation("eager")  # the only one that runs on every device
+    model.set_experts_implementation("batched_mm")  # the only one that reads no tensor's values
+    input_ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
+    try:
+        # The mask functions of transformers return a 4D mask as it is. Without one they would read its values.
+        mask = torch.zeros(1, 1, length, length, device="meta")
+        use(model(input_ids=input_ids, attention_mask=mask, use_cache=False))
+    except Exception as error:  # classes that make their own masks don't take 4D ones
+        try:
+            use(model(input_ids=input_ids, use_cache=False))
+        except Exception:
+            raise error from None
+
+
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The stack of transformer blocks: the module list that holds the most parameters."""
+    """The model's transformer blocks: the `ModuleList` with the most parameters."""
     stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a model, tied ones once; `active` are those that one token meets, which differs with experts."""
+    """Numbers of parameters, tied ones counted once. `active`: without the experts that a token is not routed to."""
 
     total: int
     non_embedding: int
@@ -39,10 +72,9 @@ class Parameters:
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
-    """Parameters of a model, in total, without the input and output embeddings, and active for one token.
+    """Count a model's parameters: in total, without the input and output embeddings, and active for one token.
 
-    Experts are found by structure: modules that hold one matrix for each expert stacked along the first dimension, or
-    lists with one module for each.
+    Experts are a 3D tensor with one matrix for each expert, or a `ModuleList` with one module for each.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -53,7 +85,7 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 
 
 def _idle_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the experts that the router does not choose for a token."""
+    """Number of parameters in the experts that a token is not routed to."""
     config = model.config.get_text_config()
     num_experts, chosen = (
         next((n for n in (getattr(config, key, None) for key in keys) if isinstance(n, int) and n > 0), None)
@@ -73,7 +105,7 @@ def _idle_parameters(model: PreTrainedModel) -> int:
 
 
 def parameters_of_config(config: PretrainedConfig) -> Parameters:
-    """`count_parameters` of the model a config describes, built on the meta device: no memory, seconds at any size."""
+    """Count the parameters of the model that a config describes, built on the meta device without memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -81,10 +113,10 @@ def parameters_of_config(config: PretrainedConfig) -> Parameters:
 
 
 def has_experts(model: PreTrainedModel) -> bool:
-    """Whether a router chooses among experts; to be asked before an engine shards the model.
+    """Whether the model has a router that chooses among experts. Call it before an engine shards the model.
 
-    Found by structure: in a layer, one matrix for each expert stacked in a tensor, or a list with one module for each,
-    beside a matrix that gives each expert a number.
+    A layer with experts has a 3D tensor with one matrix for each, or a `ModuleList` with one module for each, and a
+    router: a matrix of the shape (experts, hidden size) or its transpose.
     """
     hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)
     for layer in decoder_layers(model):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hfpretrain.modeling.structure import run_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def train_padding_rows(model: PreTrainedModel) -> list[int]:
-    """Let the embeddings of padding tokens that occur in the text be trained; returns the ids of these tokens.
+    """Train the embedding of the padding token if it is also BOS or EOS; returns the ids of such tokens.
 
-    torch makes no gradient for the row of `padding_idx`. Where a tokenizer's padding is its EOS, which ends every
-    document, the model would never learn that embedding. Nothing is padded here.
+    torch gives no gradient to the row `padding_idx` of an embedding. Many tokenizers pad with EOS, which ends every
+    document, and the model would never learn its embedding. Packed blocks contain no padding.
     """
     config = model.config.get_text_config()
     found = set()
@@ -32,14 +34,13 @@ def train_padding_rows(model: PreTrainedModel) -> list[int]:
 
 
 def freeze_outside_loss(model: PreTrainedModel, length: int) -> Untrained:
-    """Freeze the parameters that no gradient of the next token's loss reaches, and tell which they are.
+    """Freeze the parameters that the next-token loss does not depend on, and return which they are.
 
-    In some classes the loss of text does not depend on all parameters: examples are an indexer that only chooses, the
-    tower of another modality, and attention to an encoder that is not there. Every engine must leave these parameters
-    unchanged: ZeRO would decay them, and DDP would wait for their gradients.
+    Examples are DeepSeek's indexer, which only selects tokens, a vision tower, and cross-attention without an encoder.
+    All engines must leave them unchanged: ZeRO would decay them, and DDP would wait for their gradients.
 
-    Found on the meta device by a backward pass of one sequence of `length` tokens. A parameter that gets no gradient
-    while another of its kind does (the same name with other numbers) may get one from another batch and is trained.
+    They are found by a backward pass on the meta device over one sequence of `length` tokens. A parameter without a
+    gradient is still trained if the same parameter of another layer has one: another batch may reach it.
     """
     own = sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     with_gradient = _names_with_gradient(model, length)
@@ -58,15 +59,15 @@ def freeze_outside_loss(model: PreTrainedModel, length: int) -> Untrained:
 
 @dataclass(frozen=True)
 class Untrained:
-    """Names of the parameters that a run does not train: those that the class itself freezes, and those outside of the
-    loss; `is_known`: whether all others get a gradient from every batch."""
+    """Names of the parameters that a run does not train."""
 
     frozen_by_class: list[str]
     outside_loss: list[str]
     is_known: bool
+    """Whether all other parameters get a gradient from every batch."""
 
     def __str__(self) -> str:
-        """A line for each reason, none where everything is trained."""
+        """One line for each reason; empty if all parameters are trained."""
         reasons = (("frozen by the model's class", self.frozen_by_class), ("outside of the loss", self.outside_loss))
         lines = []
         for reason, names in reasons:
@@ -78,28 +79,24 @@ class Untrained:
 
 
 def kind_of(name: str) -> str:
-    """A parameter's name with `*` for its numbers, so that those of all layers are one kind."""
+    """A parameter's name with `*` for its numbers, which is the same in all layers."""
     return re.sub(r"\b\d+\b", "*", name)
 
 
 def _names_with_gradient(model: PreTrainedModel, length: int) -> set[str] | None:
-    """Names of the parameters that the loss has a gradient for; None where the class has no pass on the meta device."""
+    """Names of the parameters that get a gradient of the loss; None if the model can't run on the meta device."""
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
     twin.train()
-    input_ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    # Where masks are made in common, one of four dimensions is taken as it is, and no value is looked at; older
-    # models know no such mask.
-    for mask in (torch.zeros(1, 1, length, length, device="meta"), None):
-        try:
-            twin.set_attn_implementation("eager")  # the only one that runs on every device
-            twin.set_experts_implementation("batched_mm")  # the only one that asks no tensor for its values
-            outputs = twin(input_ids=input_ids, attention_mask=mask, use_cache=False)
-            objective = outputs.logits.float().sum()
-            if getattr(outputs, "aux_loss", None) is not None:
-                objective = objective + outputs.aux_loss
-            objective.backward()
-        except Exception:  # each class fails in its own way; the caller is told that nothing is known
-            continue
-        return {name for name, parameter in twin.named_parameters() if parameter.grad is not None}
-    return None
+
+    def backward(outputs: Any) -> None:
+        total = outputs.logits.float().sum()
+        if getattr(outputs, "aux_loss", None) is not None:
+            total = total + outputs.aux_loss
+        total.backward()
+
+    try:
+        run_on_meta(twin, length, backward)
+    except Exception:  # a model's code may raise anything; the caller says that nothing is known
+        return None
+    return {name for name, parameter in twin.named_parameters() if parameter.grad is not None}

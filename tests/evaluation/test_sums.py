@@ -71,7 +71,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 def test_many_documents_are_drawn_in_groups(monkeypatch):
     documents = corpus(5000, 0)
     width = np.ptp(figures(documents)["loss_interval"])
-    monkeypatch.setattr(evaluation, "_MAX_UNITS", 1000)
+    monkeypatch.setattr(evaluation, "_MAX_GROUPS", 1000)
     assert np.ptp(figures(documents)["loss_interval"]) == pytest.approx(width, rel=0.15)
 
 
