@@ -1,18 +1,20 @@
-"""A disk that fills or takes nothing more, with a limit of the system's on files and a small file system of memory."""
+"""Disks that are full or read-only, and kills while folders are replaced.
+
+A full disk is a limit of the operating system on the size of a file, or a small file system in memory.
+"""
 
 import contextlib
 import itertools
 import json
 import os
-import resource
 import shutil
 import stat
 import subprocess
-import sys
 
 import pytest
 import small
-from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
+from conftest import environment, rows, small_text, write_jsonl, write_recipe
+from warm import WarmProcess
 
 from hfpretrain import files
 from hfpretrain.checkpoints import export, resume, saver
@@ -20,37 +22,40 @@ from hfpretrain.publishing import outbox
 from hfpretrain.recipe.schema import CheckpointSection
 
 
-def limited(command, size):
-    """Run with files of at most `size` bytes; Python ignores the signal, so that a write raises."""
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
+@pytest.fixture(scope="module")
+def warm():
+    with WarmProcess(environment()) as process:
+        yield process
 
 
 def checkpoints(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-@pytest.fixture
-def half_done(folder):
-    """A run with a sealed checkpoint at step 3."""
-    recipe = write_recipe(
-        folder, training__max_steps=3, scheduler__name="constant_with_warmup", checkpoint__every_steps=3
-    )
-    result = train(recipe)
+@pytest.fixture(scope="module")
+def finished(warm, tmp_path_factory):
+    """The recipe and the folder of a run of 3 steps with a checkpoint at the last."""
+    folder = tmp_path_factory.mktemp("disk")
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    changes = {"scheduler__name": "constant_with_warmup", "checkpoint__every_steps": 3}
+    recipe = write_recipe(folder, training__max_steps=3, **changes)
+    result = warm.run("hfpretrain.train", recipe)
     assert result.returncode == 0, result.stderr
     return recipe, folder / "run"
 
 
-def test_training_goes_on_where_a_checkpoint_cannot_be_written(half_done):
-    recipe, run = half_done
+@pytest.fixture
+def half_done(finished, tmp_path):
+    """A copy of that run, and the command that goes on with it."""
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "run")
+    return ["hfpretrain.train", recipe, f"--output_dir={tmp_path / 'run'}"], tmp_path / "run"
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(warm, half_done):
+    command, run = half_done
     before = (run / "checkpoints" / "step-00000003" / "manifest.json").read_bytes()
-    result = limited(["hfpretrain.train", recipe, "--training.max_steps=12"], 300_000)
+    result = warm.run(*command, "--training.max_steps=12", max_file_size=300_000)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for step in (6, 9):
         assert f"the checkpoint of step {step} is not saved: File too large" in result.stderr
@@ -59,22 +64,22 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(half_done):
     assert list(rows(run, "loss")) == list(range(1, 13)) and len(rows(run, "event")) == 3
     assert checkpoints(run) == ["step-00000003"] and files.damage(run / "checkpoints" / "step-00000003") is None
     assert (run / "checkpoints" / "step-00000003" / "manifest.json").read_bytes() == before
-    result = train(recipe, "--training.max_steps=12")
+    result = warm.run(*command, "--training.max_steps=12")
     assert result.returncode == 0 and "step-00000003" in result.stderr, result.stderr
     assert checkpoints(run) == ["step-00000009", "step-00000012"]
 
 
-def test_an_export_that_does_not_fit_stops_and_is_made_later(half_done):
-    recipe, run = half_done
+def test_an_export_that_does_not_fit_stops_and_is_made_later(warm, half_done):
+    command, run = half_done
     weights = (run / "model" / "model.safetensors").stat().st_size
     shutil.rmtree(run / "model")
-    result = limited(["hfpretrain.train", recipe], weights - 1000)
+    result = warm.run(*command, max_file_size=weights - 1000)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "stopped: File too large" in result.stderr and "the same command goes on from there" in result.stderr
-    assert train(recipe).returncode == 0 and (run / "model" / "model.safetensors").exists()
+    assert warm.run(*command).returncode == 0 and (run / "model" / "model.safetensors").exists()
 
 
-def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
+def test_lines_wait_in_memory_where_the_log_takes_no_more(warm, tmp_path):
     code = (
         "import resource, sys, logging; from pathlib import Path\n"
         "from hfpretrain.training.metrics_file import MetricsFile\n"
@@ -88,13 +93,13 @@ def test_lines_wait_in_memory_where_the_log_takes_no_more(tmp_path):
         "file.write(row)\n"
     )
     path = tmp_path / "metrics.jsonl"
-    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
+    result = warm.run("-c", code, path)
     assert result.returncode == 0, result.stderr
     assert len(path.read_text().splitlines()) == 11
     assert result.stderr.count("can't be written, its lines wait in memory: File too large") == 1
 
 
-def test_a_rollback_takes_lines_back_where_the_disk_is_full(tmp_path):
+def test_a_rollback_takes_lines_back_where_the_disk_is_full(warm, tmp_path):
     code = (
         "import resource, sys; from pathlib import Path; from hfpretrain.training.metrics_file import MetricsFile\n"
         "file = MetricsFile(Path(sys.argv[1]), None)\n"
@@ -103,7 +108,7 @@ def test_a_rollback_takes_lines_back_where_the_disk_is_full(tmp_path):
         "file.drop_after(2)\n"
     )
     path = tmp_path / "metrics.jsonl"
-    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
+    result = warm.run("-c", code, path)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert len(path.read_text().splitlines()) == 3 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -119,13 +124,13 @@ def test_a_hub_that_is_down_stops_only_what_needs_it(folder):
         assert result.returncode == 2 and "user/" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_preparation_stops_with_a_message_and_goes_on(folder):
+def test_preparation_stops_with_a_message_and_goes_on(warm, folder):
     write_jsonl(folder / "corpus.jsonl", small_text(4000))
     recipe = write_recipe(folder)
-    result = limited(["hfpretrain.cli", "prepare", recipe], 200_000)
+    result = warm.run("hfpretrain.cli", "prepare", recipe, max_file_size=200_000)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "cannot write" in result.stderr and "File too large" in result.stderr
-    result = limited(["hfpretrain.cli", "prepare", recipe], 100_000_000)
+    result = warm.run("hfpretrain.cli", "prepare", recipe)
     assert result.returncode == 0, result.stderr
 
 
@@ -141,28 +146,31 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk(folder, small_disk):
+@pytest.mark.slow  # the limit on a file's size is its short form
+def test_a_full_disk(warm, folder, small_disk):
     recipe = write_recipe(folder, training__max_steps=12, checkpoint__every_steps=2, checkpoint__keep_last=100)
     prepared = f"--data.prepared_dir={folder / 'prepared'}"
-    result = train(recipe, f"--output_dir={small_disk / 'run'}", prepared)
+    result = warm.run("hfpretrain.train", recipe, f"--output_dir={small_disk / 'run'}", prepared)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "is not saved: No space left on device" in result.stderr and "training goes on" in result.stderr
     found = checkpoints(small_disk / "run")
     assert found[0] == "step-00000002" and all("incomplete" not in name for name in found)
     assert all(files.damage(small_disk / "run" / "checkpoints" / name) is None for name in found)
     # Room is made by keeping less.
-    result = train(recipe, f"--output_dir={small_disk / 'run'}", prepared, "--checkpoint.keep_last=1")
+    keep_less = "--checkpoint.keep_last=1"
+    result = warm.run("hfpretrain.train", recipe, f"--output_dir={small_disk / 'run'}", prepared, keep_less)
     assert result.returncode in (0, 1) and "Traceback" not in result.stderr, result.stderr
 
 
-def test_a_folder_that_becomes_read_only(half_done, tmp_path):
-    recipe, run = half_done
+@pytest.mark.slow  # the limit on a file's size is its short form
+def test_a_folder_that_becomes_read_only(warm, half_done):
+    command, run = half_done
     command = ["mount", "--bind", str(run / "checkpoints"), str(run / "checkpoints")]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a read-only mount needs root and the right to mount")
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(run / "checkpoints")], check=True)
-        result = train(recipe, "--training.max_steps=8")
+        result = warm.run(*command, "--training.max_steps=8")
     finally:
         subprocess.run(["umount", str(run / "checkpoints")], check=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -172,11 +180,11 @@ def test_a_folder_that_becomes_read_only(half_done, tmp_path):
 
 
 class Killed(BaseException):
-    pass
+    """Stands for the end of the process."""
 
 
 def killed_at(monkeypatch, number):
-    """From now on the call with this number that renames or deletes something does not come back."""
+    """From now on the call with this number that renames or deletes something raises `Killed`."""
     calls = itertools.count()
 
     def mortal(real):
@@ -193,7 +201,7 @@ def killed_at(monkeypatch, number):
 
 
 def export_folder(path, weights):
-    """What `export.write` does with the folder, without a model."""
+    """Write an export as `export.write` does, but without a model."""
     work = files.work_folder(path)
     (work / "model.safetensors").write_text(weights)
     (work / "config.json").write_text("{}")

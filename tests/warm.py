@@ -4,7 +4,8 @@
         result = warm.run("hfpretrain.cli", "push", run, "user/tiny")
 
 Most of what a short command takes is importing. `conftest.train` forks as well, but huggingface_hub reads its
-environment when it is imported, so commands that shall see another Hub need another process to fork from.
+environment when it is imported, so commands that shall see another Hub need another process to fork from. A training
+verifies its export in the same process here, since another interpreter would take longer than the training.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def _run(module: str, arguments: list[str], output: str, max_file_size: int | No
     signal.alarm(timeout)
     if max_file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+    from hfpretrain.checkpoints import verify
+
+    verify.verify_in_fresh_process = lambda run, trust_remote_code=False, _=None: verify.verify_export(
+        run / "model", run / verify.REFERENCE, trust_remote_code
+    )
     if module == "-c":
         sys.argv = ["-c", *arguments[1:]]
         exec(compile(arguments[0], "<code>", "exec"), {"__name__": "__main__"})
