@@ -27,7 +27,7 @@ from hfpretrain.data import batches
 from hfpretrain.engines.base import Engine
 from hfpretrain.modeling import optim
 from hfpretrain.recipe.schema import RecipeError
-from hfpretrain.training import setup as running
+from hfpretrain.training import feed
 
 Patch = Callable[[], AbstractContextManager[Any]]
 
@@ -71,7 +71,7 @@ ROWS: dict[str, tuple[list[str], Patch | None, list[str]]] = {
     "documents masked": (["--training.document_masking=false"], None, ["--training.document_masking=true"]),
     "compiled layers": (["--training.compile=false"], None, ["--training.compile=true"]),
     "chunked loss": (["--training.chunked_loss=false"], None, ["--training.chunked_loss=true"]),
-    "prefetch": ([], lambda: mock.patch.object(running, "Prefetcher", Unhurried), []),
+    "prefetch": ([], lambda: mock.patch.object(feed, "Prefetcher", Unhurried), []),
     "foreach clipping": ([], _clipping_one_by_one, []),
 }
 if GPU:

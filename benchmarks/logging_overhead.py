@@ -15,29 +15,29 @@ import numpy as np
 
 from hfpretrain import load_recipe
 from hfpretrain.train import train
-from hfpretrain.training.setup import Run
+from hfpretrain.training.step_log import StepLog
 
 
 def block_seconds(recipe: str | Path, steps: int, every: int) -> np.ndarray:
     """Seconds of neighbouring blocks of `every` steps, with logging and without: float64 (pairs, 2)."""
     ends: list[float] = []
-    log = Run.log
+    write = StepLog.write
 
-    def log_every_other(run: Run, loss: float, grad_norm: float, lr: list[float]) -> None:
+    def write_every_other(log: StepLog, grad_norm: float, lr: list[float]) -> None:
         if len(ends) % 2:
-            log(run, loss, grad_norm, lr)
+            write(log, grad_norm, lr)
         else:
-            run.state.window_loss, run.state.window_steps = 0.0, 0
+            log._state.window_loss, log._state.window_steps = 0.0, 0
         ends.append(time.perf_counter())
 
-    Run.log = log_every_other  # type: ignore[method-assign]
+    StepLog.write = write_every_other  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             changes = {"output_dir": Path(folder) / "run", "training.max_steps": steps, "logging.every_steps": every}
             changes |= {"evaluation.every_steps": "null", "scheduler.num_warmup_steps": 1}
             train(load_recipe(recipe, [f"--{key}={value}" for key, value in changes.items()]))
     finally:
-        Run.log = log  # type: ignore[method-assign]
+        StepLog.write = write  # type: ignore[method-assign]
     blocks = np.diff(ends)
     return blocks[: len(blocks) // 2 * 2].reshape(-1, 2)
 

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 from hfpretrain import load_recipe
-from hfpretrain.training.setup import Run
+from hfpretrain.training.setup import Setup
+from hfpretrain.training.state import TrainState
 
 LIMIT = 0.03
 training = importlib.import_module("hfpretrain.train")  # the package's `train` is the function
@@ -51,27 +52,27 @@ def seconds_now() -> float:
 
 
 def timed_run(
-    recipe: str | Path, steps: int, overrides: list[str], peers: Callable[[Run], dict[str, Peer]] = lambda _: {}
-) -> tuple[dict[str, np.ndarray], Run, Batches]:
+    recipe: str | Path, steps: int, overrides: list[str], peers: Callable[[Setup], dict[str, Peer]] = lambda _: {}
+) -> tuple[dict[str, np.ndarray], Setup, Batches]:
     """Train a recipe, and after each step let every peer do its own on the same batches: seconds of each step by name,
     float64 (steps - 3,), of hfpretrain's as "hfpretrain"; the run and the last batches."""
     found: dict[str, list[float]] = {"hfpretrain": []}
-    consume, start = Run.consume, Run.resume
-    begun, others, used, runs = 0.0, {}, [], []
+    advance, fit = TrainState.advance, training.fit
+    begun, others, used, setups = 0.0, {}, [], []
 
-    def resume(run: Run) -> None:
+    def timed_fit(setup: Setup, *arguments: Any, **keywords: Any) -> None:
         nonlocal begun, others
-        start(run)
-        runs.append(run)
-        others = peers(run)
+        setups.append(setup)
+        others = peers(setup)
         found.update({name: [] for name in others})
         begun = seconds_now()
+        fit(setup, *arguments, **keywords)
 
-    def timed(run: Run, data: Any, loss: float) -> None:
+    def timed_advance(state: TrainState, data: Any, *arguments: Any) -> None:
         nonlocal begun, used
-        consume(run, data, loss)
+        advance(state, data, *arguments)
         found["hfpretrain"].append(seconds_now() - begun)
-        used = [run.engine.to_device(batch) for batch in data.batches]
+        used = [setups[0].engine.to_device(batch) for batch in data.batches]
         first = len(found["hfpretrain"]) % max(1, len(others))  # who comes after whom changes, and with it the caches
         for name, peer in [*others.items()][first:] + [*others.items()][:first]:
             begun = seconds_now()
@@ -79,9 +80,9 @@ def timed_run(
             found[name].append(seconds_now() - begun)
         begun = seconds_now()
 
-    def finish(run: Run) -> None:  # without the export
-        run.close()
-        run.engine.finish()
+    def finish(setup: Setup, *_: Any) -> Path:  # without the export
+        setup.engine.finish()
+        return setup.output_dir
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         changes = {"output_dir": Path(folder) / "run", "training.max_steps": steps, "logging.trackers": "[]"}
@@ -89,26 +90,26 @@ def timed_run(
         changes |= {"scheduler.num_warmup_steps": 1, "training.max_tokens": "null"}
         arguments = [f"--{key}={value}" for key, value in changes.items()]
         with (
-            mock.patch.object(Run, "consume", timed),
-            mock.patch.object(Run, "resume", resume),
+            mock.patch.object(TrainState, "advance", timed_advance),
+            mock.patch.object(training, "fit", timed_fit),
             mock.patch.object(training, "_finish", finish),
         ):
             training.train(load_recipe(recipe, [*arguments, *overrides]))
-    return {name: np.array(seconds[3:]) for name, seconds in found.items()}, runs[0], used
+    return {name: np.array(seconds[3:]) for name, seconds in found.items()}, setups[0], used
 
 
-def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
+def autocast(setup: Setup) -> contextlib.AbstractContextManager[Any]:
     """As the engine computes."""
-    kind, _, dtype = run.engine.forward_precision.partition(" ")
-    device = run.engine.device.type
+    kind, _, dtype = setup.engine.forward_precision.partition(" ")
+    device = setup.engine.device.type
     return torch.autocast(device, getattr(torch, dtype)) if kind == "autocast" else contextlib.nullcontext()
 
 
-def bare_loop(run: Run) -> Peer:
+def bare_loop(setup: Setup) -> Peer:
     """What every training script of PyTorch does."""
-    model, optimizer, context = run.engine.unwrapped_model, run.optimizer.optimizer, autocast(run)
+    model, optimizer, context = setup.engine.unwrapped_model, setup.engine.optimizer.optimizer, autocast(setup)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    max_norm = run.recipe.training.max_grad_norm or 1e9
+    max_norm = setup.recipe.training.max_grad_norm or 1e9
 
     def step(batches: Batches) -> None:
         for batch in batches:
@@ -123,20 +124,20 @@ def bare_loop(run: Run) -> Peer:
     return step
 
 
-def nanogpt(run: Run, folder: Path) -> Peer:
+def nanogpt(setup: Setup, folder: Path) -> Peer:
     """nanoGPT's model with the sizes of a gpt2 recipe and the loop of its train.py."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    config, section, device = run.config, run.recipe.optimizer, run.engine.device.type
+    config, section, device = setup.config, setup.recipe.optimizer, setup.engine.device.type
     sizes = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     network = module.GPT(
-        module.GPTConfig(**sizes, block_size=run.recipe.data.block_size, dropout=config.resid_pdrop, bias=True)
+        module.GPTConfig(**sizes, block_size=setup.recipe.data.block_size, dropout=config.resid_pdrop, bias=True)
     ).to(device)
     optimizer = network.configure_optimizers(section.weight_decay, section.lr, section.betas, device)
-    network, context = torch.compile(network), autocast(run)
+    network, context = torch.compile(network), autocast(setup)
 
     def step(batches: Batches) -> None:
         for batch in batches:
@@ -144,14 +145,14 @@ def nanogpt(run: Run, folder: Path) -> Peer:
                 _, loss = network(batch["input_ids"], batch["labels"])
                 loss = loss / len(batches)
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), run.recipe.training.max_grad_norm or 1e9)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), setup.recipe.training.max_grad_norm or 1e9)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def litgpt(run: Run, folder: Path) -> Peer:
+def litgpt(setup: Setup, folder: Path) -> Peer:
     """litgpt's model with the sizes of a llama recipe, compiled, and the loop of its pretrain.py with Fabric."""
     sys.path.append(str(folder))
     from lightning import Fabric
@@ -159,13 +160,13 @@ def litgpt(run: Run, folder: Path) -> Peer:
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    config, section = run.config, run.recipe.optimizer
-    bf16 = run.engine.precision == "bf16"
+    config, section = setup.config, setup.recipe.optimizer
+    bf16 = setup.engine.precision == "bf16"
     fabric = Fabric(devices=1, precision="bf16-mixed" if bf16 else "32-true", accelerator="auto")
     with fabric.init_module(empty_init=False):
         network = GPT(
             Config(
-                block_size=run.recipe.data.block_size,
+                block_size=setup.recipe.data.block_size,
                 padded_vocab_size=config.vocab_size,
                 n_layer=config.num_hidden_layers,
                 n_head=config.num_attention_heads,
@@ -183,7 +184,7 @@ def litgpt(run: Run, folder: Path) -> Peer:
         )
     if config.tie_word_embeddings:
         network.transformer.wte.weight = network.lm_head.weight
-    network = fabric.setup(torch.compile(network) if run.recipe.training.compile is True else network)
+    network = fabric.setup(torch.compile(network) if setup.recipe.training.compile is True else network)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=section.lr, betas=section.betas, weight_decay=section.weight_decay, fused=True
     )
@@ -194,7 +195,7 @@ def litgpt(run: Run, folder: Path) -> Peer:
             with fabric.no_backward_sync(network, enabled=number < len(batches) - 1):
                 loss = chunked_cross_entropy(network(batch["input_ids"][:, :-1]), batch["labels"][:, 1:].contiguous())
                 fabric.backward(loss / len(batches))
-        fabric.clip_gradients(network, optimizer, max_norm=run.recipe.training.max_grad_norm or 1e9)
+        fabric.clip_gradients(network, optimizer, max_norm=setup.recipe.training.max_grad_norm or 1e9)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -242,10 +243,10 @@ def my_turn() -> bool:
     return bool(sys.stdin.readline())
 
 
-def trainer(run: Run, steps: int) -> Peer:
+def trainer(setup: Setup, steps: int) -> Peer:
     """`transformers.Trainer` on a new model of the run's config, in a process of its own: accelerate's state is one for
     a process."""
-    folder = run.output_dir / "trainer"
+    folder = setup.output_dir / "trainer"
     process: Turns | None = None
 
     def step(batches: Batches) -> None:
@@ -253,13 +254,13 @@ def trainer(run: Run, steps: int) -> Peer:
         if process is None:
             folder.mkdir()
             facts = (
-                run.config,
+                setup.config,
                 steps,
-                run.engine.precision == "bf16",
-                run.recipe.training.compile is True,
+                setup.engine.precision == "bf16",
+                setup.recipe.training.compile is True,
             )
             cpu = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
-            torch.save((*facts, run.recipe.training.max_grad_norm, cpu), folder / "facts.pt")
+            torch.save((*facts, setup.recipe.training.max_grad_norm, cpu), folder / "facts.pt")
             process = Turns([sys.executable, __file__, "--trainer-of", str(folder)])
             process.hear()
         process.step()
@@ -328,23 +329,23 @@ def main() -> int:
     if args.trainer_of:
         return trainer_process(args.trainer_of)
 
-    def peers(run: Run) -> dict[str, Peer]:
-        found = {"bare loop": bare_loop(run)}
+    def peers(setup: Setup) -> dict[str, Peer]:
+        found = {"bare loop": bare_loop(setup)}
         if not (args.check or args.no_trainer):
-            found["Trainer"] = trainer(run, args.steps)
+            found["Trainer"] = trainer(setup, args.steps)
         if args.nanogpt:
-            found["nanoGPT"] = nanogpt(run, args.nanogpt)
+            found["nanoGPT"] = nanogpt(setup, args.nanogpt)
         if args.litgpt:
-            found["litgpt"] = litgpt(run, args.litgpt)
+            found["litgpt"] = litgpt(setup, args.litgpt)
         return found
 
     found: dict[str, list[np.ndarray]] = {}
     for _ in range(args.rounds):
-        seconds, run, _ = timed_run(args.recipe, args.steps, overrides, peers)
+        seconds, setup, _ = timed_run(args.recipe, args.steps, overrides, peers)
         for name, values in seconds.items():
             found.setdefault(name, []).append(values)
-        facts = run.flops_per_token, run.peak_flops, run.recipe.training.tokens_per_step
-        del run
+        facts = setup.flops_per_token, setup.peak_flops, setup.recipe.training.tokens_per_step
+        del setup
         gc.collect()
     ours = np.concatenate(found["hfpretrain"])
     print("| step | seconds, median | tokens/s | MFU | hfpretrain is, median (95 % interval) |\n|---|---|---|---|---|")

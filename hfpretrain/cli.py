@@ -413,7 +413,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 def _verify_prepared(run: Path) -> dict[str, Any]:
     """Verify every file of the prepared data that a run was trained on, or say that they are not on this machine."""
     from hfpretrain.data.prepared import find_prepared, verify
-    from hfpretrain.training.report import DATA
+    from hfpretrain.training.run_folder import DATA
 
     if not (run / DATA).exists():
         return {}

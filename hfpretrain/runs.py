@@ -9,7 +9,7 @@ from typing import Any
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import read_recipe
-from hfpretrain.training import report, run_folder
+from hfpretrain.training import run_folder, segments
 from hfpretrain.training.history import History
 
 _COLUMNS = ("run", "model", "engine", "parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", "state")
@@ -38,7 +38,7 @@ def describe(path: Path) -> dict[str, Any]:
     except RecipeError:  # of another version
         steps, model = None, None
     step = history.step
-    segments = report.segments_of(environment, max(step, 1)) if environment else []
+    parts = segments.segments_of(environment, max(step, 1)) if environment else []
     if run_folder.is_in_use(path):
         state = "running"
     elif history.exported:  # a run that goes on forgets it
@@ -48,7 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "run": path,
         "model": model,
-        "engine": ", ".join(dict.fromkeys(f"{part['engine']} x{part['num_processes']}" for part in segments)),
+        "engine": ", ".join(dict.fromkeys(f"{part['engine']} x{part['num_processes']}" for part in parts)),
         "parameters": environment.get("num_parameters"),
         "tokens": history.tokens,
         "loss": evaluated.get("eval/loss"),

@@ -1,42 +1,59 @@
-"""The loop: `python -m hfpretrain.train RECIPE`."""
+"""The entry of a training: `python -m hfpretrain.train RECIPE`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfpretrain.engines import launch
 
-os.environ.update(launch.sleeping_threads())  # which torch's OpenMP reads when it is loaded
+os.environ.update(launch.sleeping_threads())  # torch's OpenMP reads them when torch is imported
 
 import torch
 import transformers
 
 from hfpretrain import files
 from hfpretrain.checkpoints import export, verify
-from hfpretrain.engines.base import is_out_of_memory
-from hfpretrain.evaluation.evaluator import is_due
+from hfpretrain.data.ledger import Consumption
+from hfpretrain.engines import distributed
+from hfpretrain.engines.base import Engine, is_out_of_memory
+from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
 from hfpretrain.planning.plan import Settled
 from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import Publisher
 from hfpretrain.recipe import redaction
-from hfpretrain.recipe.labels import IGNORE_INDEX
-from hfpretrain.recipe.schema import Recipe, RecipeError
-from hfpretrain.training import console, watchdog
+from hfpretrain.recipe.redaction import redacted
+from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError
+from hfpretrain.recipe.yaml import flatten
+from hfpretrain.training import console, report, run_folder
+from hfpretrain.training.feed import Feed
 from hfpretrain.training.loading import load_recipe
-from hfpretrain.training.report import run_summary
-from hfpretrain.training.setup import NotSavedError, Run, Stopping, TrainingDivergedError
-from hfpretrain.training.stopping import StoppedEarlyError, Stops
+from hfpretrain.training.loop import fit, rehearse
+from hfpretrain.training.profiler import Profiler
+from hfpretrain.training.publisher import record_news
+from hfpretrain.training.records import Records, start_tracker
+from hfpretrain.training.restore import newest_checkpoint, restore
+from hfpretrain.training.saving import GOES_ON, NotSavedError, RunSaver
+from hfpretrain.training.setup import Setup, check_launch, set_up, start_engine
+from hfpretrain.training.stability import Stability, TrainingDivergedError
+from hfpretrain.training.state import TrainState
+from hfpretrain.training.step_log import StepLog
+from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops, StopVote
+from hfpretrain.training.watchdog import Watch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 STOPPED = 75
 """Exit code of a run that stopped early with everything saved: EX_TEMPFAIL of sysexits.h."""
@@ -45,38 +62,220 @@ STOPPED = 75
 def train(recipe: Recipe) -> Path | None:
     """Run a recipe to its end, from wherever its output folder stands.
 
-    Started by plain Python this is one process, which may call it again; under `accelerate launch` every process must
-    call it, once. Returns the folder of the exported model, or None if the run was stopped before its end, with
-    everything saved. Raises `RecipeError` for what is wrong with the recipe, the launcher or the machine,
-    `TrainingDivergedError` where `stability.policy` says to stop, `NotSavedError` if the last checkpoint could not be
-    written.
+    In a process that plain Python started it may be called again. Under `accelerate launch` every process must call it,
+    once. Returns the folder of the exported model, or None if the run was stopped before its end, with everything
+    saved. Raises `RecipeError` for what is wrong with the recipe, the launcher or the machine, `TrainingDivergedError`
+    where `stability.policy` says to stop, `NotSavedError` if the last checkpoint could not be written.
 
     From then on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
     """
     console.keep_from_failing("stdout", "stderr")
-    with watchdog.Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    with Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
         launch.require_first_run()
         launch.end_with_launcher()
-        run = Run(recipe, watch, stops, Publisher)
-        with _explained(run):
-            run.build()
-            _rehearse(run)
-            run.resume()
-            try:
-                _fit(run)
-            except Stopping:
-                run.stop()
-                return None
-            path = _finish(run)
-            watch.leave()
-            run.publish()
-            return path
+        check_launch(recipe)
+        with run_folder.claimed(recipe, is_main):
+            engine = start_engine(recipe, watch)
+            timeout_seconds = recipe.training.timeout_seconds
+            vote = StopVote(stops, distributed.control_group(engine.num_processes, timeout_seconds))
+            saving_group = distributed.control_group(engine.num_processes, timeout_seconds)
+            with _explained(recipe, engine):
+                setup = set_up(recipe, engine, watch, stops.defer)
+            with _explained(setup.pinned, engine, setup.config):
+                return _run(setup, saving_group, watch, stops, vote)
+
+
+def _run(setup: Setup, saving_group: Any, watch: Watch, stops: Stops, vote: StopVote) -> Path | None:
+    """Resume, train, and end the run. Returns as `train` does."""
+    recipe, output_dir, is_main = setup.recipe, setup.output_dir, setup.is_main
+    newest = newest_checkpoint(output_dir, setup.engine.process_index, watch)
+    feed = Feed(setup, newest.path, watch, stops)
+    watch.beat("rehearse", 0)
+    rehearse(setup, feed.example())
+
+    state, changes = TrainState(Consumption(len(feed.data.order.sizes))), []
+    if newest.path is not None:
+        changes = restore(setup, state, newest.path, feed.data, saving_group, watch)
+        state.evaluated = state.evaluated and newest.has_records  # else another run's folder has the evaluation
+    first_step = state.step
+    feed.start(state)
+    publisher = Publisher(output_dir, recipe.hub if is_main else HubSection())
+    if is_main:
+        report.describe(setup, state)
+        publisher.start()
+    saved_step = None if newest.path is None else first_step
+    records = Records(output_dir, _trackers(setup, state.run_id), is_main, recipe.training.num_steps, saved_step)
+    for text in (*setup.notes, *newest.passed_over, *changes):
+        records.event(first_step, text)
+    saver = RunSaver(
+        setup,
+        state,
+        saving_group,
+        publisher=publisher,
+        records=records,
+        stops=stops,
+        watch=watch,
+        saved_step=saved_step,
+    )
+    evaluator = Evaluator(
+        recipe.evaluation,
+        engine=setup.engine,
+        prepared=setup.prepared,
+        tokenizer=setup.tokenizer,
+        token_bytes=setup.token_bytes,
+        validates=recipe.data.has_validation,
+        document_masking=setup.document_masking,
+        micro_batch_size=recipe.training.micro_batch_size,
+        block_size=recipe.data.block_size,
+        num_steps=recipe.training.num_steps,
+        records=records,
+        beat=lambda: watch.beat("evaluate", state.step),
+        stop_if_asked=vote.stop_if_asked,
+    )
+    stability = Stability(setup, state, saving_group, feed=feed, saver=saver, records=records, watch=watch)
+    profiler = Profiler(setup.engine.accelerator, recipe.logging.profile_steps, output_dir / "profile")
+
+    def close() -> None:
+        """End what works beside the loop."""
+        profiler.close()
+        records.close()
+        feed.close()
+        vote.close()
+
+    try:
+        fit(
+            setup,
+            state,
+            records,
+            feed=feed,
+            evaluator=evaluator,
+            saver=saver,
+            stability=stability,
+            log=StepLog(setup, state, records),
+            profiler=profiler,
+            watch=watch,
+            stop_if_asked=vote.stop_if_asked,
+        )
+    except Stopping:
+        _save_and_stop(setup, state, first_step, saver, publisher, records, stops, close)
+        return None
+    watch.beat("export", state.step)
+    close()
+    model_path = _finish(setup, state, first_step, feed.example(), records, watch)
+    watch.leave()
+    publisher.finish(stops.due)
+    record_news(publisher, records, state.step)
+    if (text := publisher.table()) != "":
+        print("", text, sep="\n", flush=True)
+    return model_path
+
+
+def _save_and_stop(
+    setup: Setup,
+    state: TrainState,
+    first_step: int,
+    saver: RunSaver,
+    publisher: Publisher,
+    records: Records,
+    stops: Stops,
+    close: Callable[[], None],
+) -> None:
+    """Save where the run stands, for the same command to go on from, and end the process group. All ranks must call it.
+
+    Raises `RecipeError` if the time of `training.stop_after` was over before the first step, `NotSavedError` if the
+    checkpoint could not be written.
+    """
+    start = time.perf_counter()
+    saver.wait()
+    given = setup.recipe.training.stop_after
+    if stops.reason == "training.stop_after" and state.step == first_step:
+        used = (setup.recipe.training.stop_after_seconds or 0) - (stops.seconds_left() or 0)
+        message = f"{given} were over before the first step, {used:.0f} s after the start"
+        raise RecipeError.at("training.stop_after", f"{message}; give more, or it never gets anywhere")
+    if state.step not in (0, saver.saved_step):
+        saver.save(in_background=False)
+    saver.record(is_last=True)
+    publisher.close()
+    record_news(publisher, records, state.step)
+    left = stops.seconds_left()
+    text = f"stopped by {stops.reason or 'another rank'} at step {state.step}"
+    text += f"; saving took {time.perf_counter() - start:.1f} s"
+    text += "" if left is None else f", {left:.0f} s before the end of training.stop_after"
+    records.event(state.step, text)
+    close()
+    records.say(f"{text}. {GOES_ON.capitalize()}")
+    records.note_console(state.step)
+    records.finish()
+    setup.engine.finish()
+
+
+def _finish(
+    setup: Setup,
+    state: TrainState,
+    first_step: int,
+    example: dict[str, torch.Tensor],
+    records: Records,
+    watch: Watch,
+) -> Path:
+    """Export the model, compare the export with the training process, write the card and print the summary.
+
+    `example`: the batch to compare on. All ranks must call it. Returns the folder of the export.
+    """
+    engine, recipe, output_dir = setup.engine, setup.recipe, setup.output_dir
+    model_path, reference = output_dir / "model", output_dir / verify.REFERENCE
+    peak_memory = engine.largest(setup.peak_memory.peak())
+    with engine.evaluated_weights():
+        batch = engine.to_device(example)
+        verify.write_reference(engine.model, batch, engine.forward_precision, reference if setup.is_main else None)
+        state_dict = engine.full_state_dict()
+        if setup.is_main:
+            with engine.plain_initialization():
+                export.write(
+                    setup.config, state_dict, setup.tokenizer, model_path, recipe.model.dtype, setup.generation_config
+                )
+
+    def verify_export() -> dict[str, Any]:
+        trusts_code = recipe.model.trust_remote_code or recipe.tokenizer.trust_remote_code
+        return verify.verify_in_fresh_process(output_dir, trusts_code, watch.unit_done)
+
+    verified = watch.from_main("verify the export", verify_export)
+    if setup.is_main:
+        exported = {f"export/{key}": value for key, value in verified.items()}
+        records.row({"step": state.step, "tokens": state.tokens, **exported})
+        records.plot()
+        card.write_card(output_dir, model_path)
+        if state.step > first_step:  # else nothing was trained, and nothing was measured
+            print("", _plan_and_measured(setup, first_step, peak_memory, records), sep="\n", flush=True)
+        print(report.run_summary(setup, state, records.history(), verified), flush=True)
+        records.note_console(state.step)
+    records.finish()
+    engine.finish()
+    return model_path
+
+
+def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records: Records) -> str:
+    """What the run took beside what its plan says; `peak_memory`: bytes, the largest of all processes."""
+    # Only the steps of this process: earlier ones may have run under another engine.
+    tokens_per_step = setup.recipe.training.tokens_per_step
+    seconds = table.seconds_per_step(records.history().speeds(), tokens_per_step, first_step)
+    measured = table.Measured(peak_memory, f"{setup.peak_memory.meaning}; the largest of all processes", seconds)
+    engine = setup.engine
+    settled = Settled(
+        setup.config,
+        engine.precision,
+        setup.document_masking,
+        setup.chunked_loss,
+        setup.peak_flops if engine.device.type == "cpu" else None,
+    )
+    with engine.plain_initialization():  # the main process alone can't build under ZeRO-3, where all must take part
+        return table.report(setup.pinned, engine.name, engine.num_processes, settled, measured, setup.output_dir)
 
 
 @contextlib.contextmanager
-def _explained(run: Run) -> Iterator[None]:
-    """Turns running out of memory into a `RecipeError` with the plan of the run and what would help, and layers that
-    don't compile into another."""
+def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None = None) -> Iterator[None]:
+    """Turn running out of memory into a `RecipeError` with the plan of the run and what would help most, and layers
+    that don't compile into one that says so. `config`: of the model, if it is known already."""
     try:
         yield
     except RuntimeError as error:
@@ -85,138 +284,21 @@ def _explained(run: Run) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        engine = run.engine
+        settled = Settled(config, engine.precision)
+        text = str(error).partition("\n")[0]
         with engine.plain_initialization():
-            message = table.out_of_memory(
-                run.pinned,
-                engine.name,
-                engine.num_processes,
-                Settled(getattr(run, "config", None), engine.precision),
-                engine.device_name,
-                str(error).partition("\n")[0],
-            )
+            message = table.out_of_memory(recipe, engine.name, engine.num_processes, settled, engine.device_name, text)
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 
-def _rehearse(run: Run) -> None:
-    """A step on one sequence repeated, which changes nothing: what does not compile or fit shows at the start."""
-    run.watch.beat("rehearse", 0)
-    size = run.recipe.training.micro_batch_size
-    batch = run.engine.to_device({k: v.repeat(size, 1) for k, v in run.read(run.data.example).items()})
-    batch = run.engine.split_sequences(batch)
-    with run.engine.rehearsal():
-        num_items = torch.tensor(batch["labels"].numel())
-        _, objective = run.step_loss(run.model, batch, num_items, 1)
-        run.engine.backward(objective * 0.0)
-        run.engine.clip_gradients()
-        run.engine.update()
-
-
-def _fit(run: Run) -> None:
-    recipe, engine, model = run.recipe, run.engine, run.model
-    num_steps = recipe.training.num_steps
-    while True:
-        state = run.state
-        if not state.evaluated:
-            run.evaluator.evaluate()
-        if state.step not in (0, run.saved_step) and is_due(state.step, recipe.checkpoint.every_steps, num_steps):
-            run.save(in_background=recipe.checkpoint.async_save and state.step < num_steps)
-        run.note_saves(last=state.step >= num_steps)
-        run.clock.mark("save")
-        if state.step >= num_steps:
-            break
-        run.profiler.at(state.step)
-        run.watch.beat("data", state.step)
-        step_data = run.next_step_data()
-        run.clock.mark("data")
-        run.watch.beat("train", state.step)  # whoever still is at its data is whom the others wait for
-        batches = [engine.to_device(batch) for batch in step_data.batches]
-        num_items = engine.total(sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in batches))
-        loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for number, batch in enumerate(engine.split_sequences(batch) for batch in batches):
-            run.watch.beat("train", state.step)
-            run.stop_if_asked()
-            run.seed(number)
-            with engine.accumulate():
-                share, objective = run.step_loss(model, batch, num_items, len(batches) * run.data_size)
-                engine.backward(objective)
-                loss += share.detach()
-        grad_norm = engine.clip_gradients()
-        loss = engine.total_loss(loss)
-        # The one time in a step that the host waits for the device, before the weights are touched.
-        numbers = (loss.item(), grad_norm.item())
-        run.clock.mark("forward_backward")
-        # Where gradients are scaled, some overflow: those steps are left out and their norm says nothing.
-        is_scaled = engine.precision == "fp16"
-        problem = run.stability.problem(numbers[0], 0.0 if is_scaled else numbers[1])
-        lr = run.scheduler.get_last_lr()
-        if problem is None:
-            engine.update()
-        elif run.unstable(problem, step_data, *numbers):
-            continue
-        run.scheduler.step()
-        run.clock.mark("optimizer")
-        run.consume(step_data, numbers[0])
-        if state.step % recipe.logging.every_steps == 0 or state.step == num_steps:
-            run.log(state.window_loss / state.window_steps, numbers[1], lr)
-
-
-def _finish(run: Run) -> Path:
-    """Export, compare the export with the training process, write the card and the summary."""
-    engine, model_path, main = run.engine, run.output_dir / "model", run.is_main
-    reference = run.output_dir / verify.REFERENCE
-    run.watch.beat("export", run.state.step)
-    run.close()
-    peak_memory = engine.largest(run.peak_memory.peak())
-    batch = engine.to_device(run.read(run.data.example))
-    with engine.evaluated_weights():
-        verify.write_reference(run.model, batch, engine.forward_precision, reference if main else None)
-        state_dict = engine.full_state_dict()
-        if main:
-            with engine.plain_initialization():
-                export.write(
-                    run.config, state_dict, run.tokenizer, model_path, run.recipe.model.dtype, run.generation_config
-                )
-
-    def verify_export() -> dict[str, Any]:
-        return verify.verify_in_fresh_process(run.output_dir, _trusts_code(run.recipe), run.watch.unit_done)
-
-    report = run.watch.from_main("verify the export", verify_export)
-    if main:
-        exported = {f"export/{key}": value for key, value in report.items()}
-        run.records.row({"step": run.state.step, "tokens": run.state.tokens, **exported})
-        run.records.plot()
-        card.write_card(run.output_dir, model_path)
-        if run.state.step > run.first_step:  # else what is measured is no training
-            print("", _cost_report(run, peak_memory), sep="\n", flush=True)
-        print(run_summary(run, report), flush=True)
-        run.records.note_console(run.state.step)
-    run.records.finish()
-    engine.finish()
-    return model_path
-
-
-def _cost_report(run: Run, peak_memory: int) -> str:
-    """What the run took beside what its plan says; `peak_memory`: bytes, the largest of all processes."""
-    engine = run.engine
-    # Only the steps of this process: earlier ones may have run under another engine.
-    tokens_per_step = run.recipe.training.tokens_per_step
-    seconds = table.seconds_per_step(run.records.history().speeds(), tokens_per_step, run.first_step)
-    memory_is = f"{run.peak_memory.meaning}; the largest of all processes"
-    settled = Settled(
-        run.config,
-        engine.precision,
-        run.document_masking,
-        run.chunked_loss,
-        run.peak_flops if engine.device.type == "cpu" else None,
-    )
-    measured = table.Measured(peak_memory, memory_is, seconds)
-    with engine.plain_initialization():  # the main process alone can't build under ZeRO-3, where all must take part
-        return table.report(run.pinned, engine.name, engine.num_processes, settled, measured, run.output_dir)
-
-
-def _trusts_code(recipe: Recipe) -> bool:
-    return recipe.model.trust_remote_code or recipe.tokenizer.trust_remote_code
+def _trackers(setup: Setup, run_id: str) -> dict[str, Any]:
+    """A function that starts each tracker of the recipe, by its name."""
+    config = {key: str(value) for key, value in flatten(redacted(setup.recipe.model_dump(mode="json")))}
+    section, accelerator = setup.recipe.logging, setup.engine.accelerator
+    return {
+        name: functools.partial(start_tracker, accelerator, name, section.project_name, config, run_id)
+        for name in section.trackers
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,8 @@ os.environ.update(environment())
 # Most of what a short run takes is importing. This server has imported all of it and computed nothing; a process forked
 # from it is as one that `python -m` has started.
 _processes = multiprocessing.get_context("forkserver")
-_modules = ("hfpretrain.train", "hfpretrain.cli", "accelerate.commands.launch")
+# Not `hfpretrain.train`: a script that imports the function of that name would get the module.
+_modules = ("hfpretrain.training.loop", "hfpretrain.publishing.card", "hfpretrain.cli", "accelerate.commands.launch")
 _processes.set_forkserver_preload([*_modules, "torch.distributed.run", "evaluate", "matplotlib.backends.backend_agg"])
 
 

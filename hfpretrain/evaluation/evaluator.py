@@ -2,158 +2,208 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
+from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.tokenizer import document_start
-from hfpretrain.evaluation import lm_eval_tasks, prompts
-from hfpretrain.evaluation import sums as evaluation
+from hfpretrain.engines.base import Engine
+from hfpretrain.evaluation import lm_eval_tasks, prompts, sums
 from hfpretrain.evaluation.recipe_metrics import MetricFolders, trust_problems
 from hfpretrain.evaluation.validation import ValidationSets, domains
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import EvaluationSection, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:
-    """Whether what is done every so many steps, and at the end, is to be done after `step`."""
+    """Whether `step` is the last one, or one of those after which something is done every `every_steps` steps."""
     return step == num_steps or (every_steps is not None and step % every_steps == 0)
 
 
-class Evaluator:
-    """The evaluations of `run`. All ranks must have one and call it alike."""
+class Recorder(Protocol):
+    """Where an evaluator writes its results, as `training.records.Records` does."""
 
-    def __init__(self, run: Any):
-        self._run, self._section = run, run.recipe.evaluation
-        self._sets = ValidationSets(run.prepared)
-        if problems := list(trust_problems({"evaluation": self._section.model_dump()})):
-            raise RecipeError(problems)  # a recipe that was not read from a file
-        self._metrics = MetricFolders(self._section, run.is_main)
+    def row(self, row: dict[str, Any]) -> None:
+        """Write a row into `metrics.jsonl` and the trackers."""
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Write the continuations of prompts."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+
+    def plot(self) -> None:
+        """Draw the loss plot again."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found that a training run needs to know."""
+
+    loss: float | None
+    """Mean loss over all validation tokens; None if only prompts or tasks were due."""
+
+
+class Evaluator:
+    """Runs the evaluations of a recipe on the weights as they are. All ranks must have one and call it alike.
+
+    `validates`: whether the recipe has validation data. `beat` is called to show progress; `stop_if_asked` where all
+    ranks are at the same place, and may raise.
+    """
+
+    def __init__(
+        self,
+        section: EvaluationSection,
+        *,
+        engine: Engine,
+        prepared: PreparedData,
+        tokenizer: PreTrainedTokenizerFast,
+        token_bytes: torch.Tensor,
+        validates: bool,
+        document_masking: bool,
+        micro_batch_size: int,
+        block_size: int,
+        num_steps: int,
+        records: Recorder,
+        beat: Callable[[], None],
+        stop_if_asked: Callable[[], None],
+    ):
+        self._section, self._engine, self._records = section, engine, records
+        self._tokenizer, self._token_bytes, self._eos_token_id = (
+            tokenizer,
+            token_bytes,
+            prepared.manifest["eos_token_id"],
+        )
+        self._validates, self._document_masking = validates, document_masking
+        self._micro_batch_size, self._block_size, self._num_steps = micro_batch_size, block_size, num_steps
+        self._beat, self._stop_if_asked = beat, stop_if_asked
+        self._is_main = engine.process_index == 0
+        self._sets = ValidationSets(prepared)
+        if problems := list(trust_problems({"evaluation": section.model_dump()})):
+            raise RecipeError(problems)  # for a recipe that was not read from a file
+        self._metrics = MetricFolders(section, self._is_main)
         self._tasks: lm_eval_tasks.Tasks | None = None
         self._language_model: Any = None
-        if self._section.lm_eval is not None:
-            self._tasks = lm_eval_tasks.Tasks(self._section.lm_eval, "evaluation.lm_eval.tasks", run.is_main)
+        if section.lm_eval is not None:
+            self._tasks = lm_eval_tasks.Tasks(section.lm_eval, "evaluation.lm_eval.tasks", self._is_main)
 
-    def evaluate(self) -> None:
-        """All that is due of the weights as they are, by the recipe and the step."""
-        run, state, section = self._run, self._run.state, self._section
-        num_steps = run.recipe.training.num_steps
-        validates = state.step == 0 or is_due(state.step, section.every_steps, num_steps)
+    def evaluate(self, step: int, tokens: int) -> Evaluation | None:
+        """Run and record all evaluations that are due after `step` steps and `tokens` tokens; None if none are."""
+        section = self._section
+        validates = step == 0 or is_due(step, section.every_steps, self._num_steps)
+        samples = validates and bool(section.prompts)
+        validates = validates and self._validates
         runs_tasks = (
-            section.lm_eval is not None and state.step and is_due(state.step, section.lm_eval.every_steps, num_steps)
+            section.lm_eval is not None and step > 0 and is_due(step, section.lm_eval.every_steps, self._num_steps)
         )
-        if not (validates or runs_tasks):
-            return
-        with run.engine.evaluated_weights():
-            if validates and run.recipe.data.has_validation:
-                self._validate()
-                state.evaluated = True
-            if validates and section.prompts:
-                self._sample()
-                state.evaluated = True
+        if not (validates or samples or runs_tasks):
+            return None
+        loss = None
+        with self._engine.evaluated_weights():
+            if validates:
+                loss = self._validate(step, tokens)
+            if samples:
+                self._sample(step)
             if runs_tasks and self._tasks is not None:
-                self._run_tasks(self._tasks)
-                state.evaluated = True
-        if state.evaluated:
-            run.clock.mark("evaluate")
+                self._run_tasks(self._tasks, step, tokens)
+        return Evaluation(loss)
 
-    def _validate(self) -> None:
+    def _validate(self, step: int, tokens: int) -> float:
         """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""
-        run = self._run
+        engine, records = self._engine, self._records
         batches = self._sets.batches(
-            batch_size=run.recipe.training.micro_batch_size,
-            process_index=run.data_index,
-            num_processes=run.data_size,
-            document_masking=run.document_masking,
+            batch_size=self._micro_batch_size,
+            process_index=engine.data_index,
+            num_processes=engine.data_size,
+            document_masking=self._document_masking,
         )
-        sums = evaluation.loss_sums(run.model, self._watched(batches), run.token_bytes, self._sets.num_documents)
-        documents, contexts = (run.engine.total(part).cpu().numpy() for part in (sums.documents, sums.contexts))
-        nll, tokens, *_ = documents.sum(axis=0)
-        run.state.evaluation_loss = float(nll / tokens)
-        if not run.is_main:  # intervals are drawn once
-            return
+        found = sums.loss_sums(engine.model, self._observed(batches), self._token_bytes, self._sets.num_documents)
+        documents, contexts = (engine.total(part).cpu().numpy() for part in (found.documents, found.contexts))
+        nll, count, *_ = documents.sum(axis=0)
+        loss = float(nll / count)
+        if not self._is_main:  # the confidence intervals are drawn once
+            return loss
         figures = self._sets.figures(documents) | self._metrics.compute()
-        figures["loss_by_context"] = evaluation.loss_by_context(contexts)
+        figures["loss_by_context"] = sums.loss_by_context(contexts)
         row = {f"eval/{name}": value for name, value in figures.items()}
-        self._record(row)
-        run.records.say(
-            f"step {run.state.step}: validation loss {figures['loss']:.4f}, perplexity "
+        records.row({"step": step, "tokens": tokens, **row})
+        records.say(
+            f"step {step}: validation loss {figures['loss']:.4f}, perplexity "
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
         for name in domains(row):  # one set may get worse while the total improves
-            run.records.say(
+            records.say(
                 f"  {name}: loss {figures[f'{name}/loss']:.4f}, perplexity {figures[f'{name}/perplexity']:.2f}, "
                 f"bits per byte {figures[f'{name}/bits_per_byte']:.4f}"
             )
-        run.records.plot()
+        records.plot()
+        return loss
 
-    def _watched(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        run = self._run
+    def _observed(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches, each added to the recipe's metrics on the way."""
         for batch in batches:
             self._pause()
             if self._metrics.wanted:
-                ours = evaluation.predictions(run.model, batch, run.engine.device)
-                self._metrics.add(*(run.engine.gather(part) for part in ours))
+                ours = sums.predictions(self._engine.model, batch, self._engine.device)
+                self._metrics.add(*(self._engine.gather(part) for part in ours))
             yield batch
 
     def _pause(self) -> None:
-        """A moment at which all ranks are at the same place."""
-        self._run.watch.beat("evaluate", self._run.state.step)
-        self._run.stop_if_asked()
+        self._beat()
+        self._stop_if_asked()
 
-    def _sample(self) -> None:
-        run, section, eos = self._run, self._section, self._run.prepared.manifest["eos_token_id"]
+    def _sample(self, step: int) -> None:
+        engine, section, tokenizer = self._engine, self._section, self._tokenizer
         keywords: dict[str, Any] = {
-            "context": run.recipe.data.block_size,
-            "eos_token_id": eos,
-            "device": run.engine.device,
+            "context": self._block_size,
+            "eos_token_id": self._eos_token_id,
+            "device": engine.device,
             "agree": broadcast,
         }
         samples = []
         for prompt in section.prompts:
-            # As a document begins in training.
-            ids = [*document_start(run.tokenizer), *run.tokenizer.encode(prompt, add_special_tokens=False)]
+            # The prompt begins like a document in training.
+            ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
             sample = {"prompt": prompt}
             for kind, temperature in (("greedy", 0.0), ("drawn", section.temperature)):
-                run.watch.beat("evaluate", run.state.step)
+                self._beat()
                 drawing: dict[str, Any] = {"temperature": temperature, "top_k": section.top_k}
-                with torch.compiler.set_stance("force_eager"):  # every length comes once
-                    made = prompts.continue_text(run.model, ids, section.sample_tokens, **keywords, **drawing)
-                sample[kind] = str(run.tokenizer.decode(made))
+                with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+                    made = prompts.continue_text(engine.model, ids, section.sample_tokens, **keywords, **drawing)
+                sample[kind] = str(tokenizer.decode(made))
             samples.append(sample)
-        run.records.samples(run.state.step, samples)
+        self._records.samples(step, samples)
 
-    def _run_tasks(self, wanted: lm_eval_tasks.Tasks) -> None:
-        run = self._run
+    def _run_tasks(self, tasks: lm_eval_tasks.Tasks, step: int, tokens: int) -> None:
+        engine = self._engine
         if self._language_model is None:
             processes = lm_eval_tasks.Processes(
-                run.data_index,
-                run.data_size,
+                engine.data_index,
+                engine.data_size,
                 broadcast=lambda job: broadcast_object_list([job])[0],
                 gather=gather_object,
                 any_computes=self._any_computes,
             )
             self._language_model = lm_eval_tasks.shared_language_model(
-                run.engine.unwrapped_model,
-                run.tokenizer,
-                run.engine.device,
-                run.recipe.training.micro_batch_size,
-                processes,
+                engine.unwrapped_model, self._tokenizer, engine.device, self._micro_batch_size, processes
             )
-        if not run.is_main:
+        if not self._is_main:
             self._language_model.serve()
             return
-        figures = lm_eval_tasks.figures(wanted.run(self._language_model)["results"])
-        self._record({f"tasks/{name}": value for name, value in figures.items()})
+        figures = lm_eval_tasks.figures(tasks.run(self._language_model)["results"])
+        row = {f"tasks/{name}": value for name, value in figures.items()}
+        self._records.row({"step": step, "tokens": tokens, **row})
         for name, value in figures.items():
             if not name.endswith("_stderr"):
                 error = figures.get(f"{name}_stderr")
-                run.records.say(f"  {name} {value:.4f}" + ("" if error is None else f" +- {error:.4f}"))
+                self._records.say(f"  {name} {value:.4f}" + ("" if error is None else f" +- {error:.4f}"))
 
     def _any_computes(self, computes: bool) -> bool:
         self._pause()
-        return bool(self._run.engine.largest(int(computes)))
-
-    def _record(self, row: dict[str, Any]) -> None:
-        self._run.records.row({"step": self._run.state.step, "tokens": self._run.state.tokens, **row})
+        return bool(self._engine.largest(int(computes)))

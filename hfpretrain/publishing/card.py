@@ -25,7 +25,7 @@ from hfpretrain.recipe.addresses import repo_id_problem
 from hfpretrain.recipe.redaction import redact, without_folders
 from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_mapping, read_recipe
-from hfpretrain.training import report
+from hfpretrain.training import run_folder, segments
 from hfpretrain.training.history import History
 from hfpretrain.training.metrics_file import iterate_metrics
 from hfpretrain.training.plot import plot_loss
@@ -33,7 +33,7 @@ from hfpretrain.training.plot import plot_loss
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, RepoCard
 
-_JSON_FILES = (report.ENVIRONMENT, report.DATA)
+_JSON_FILES = (run_folder.ENVIRONMENT, run_folder.DATA)
 _EMISSIONS = "emissions.csv"  # the file that codecarbon writes
 _BEGIN, _END = "<!-- hfpretrain: generated {}, edits in here are lost -->", "<!-- hfpretrain: end -->"
 _BLOCK = re.compile(r"<!-- hfpretrain: generated (\S+?),? [^>]*-->\n(.*?)<!-- hfpretrain: end -->\n?", re.DOTALL)
@@ -413,8 +413,8 @@ def _training(records: _Records) -> str:
     """Facts of the training as a list; those that are not known are left out."""
     recipe, environment, history = records.recipe, records.environment, records.history
     last, tokens_per_step = history.logged, recipe.training.tokens_per_step
-    segments = report.segments_of(environment, last.get("step", 0))
-    places, hardware, speeds, hours = report.places(segments), [], [], 0.0
+    parts = segments.segments_of(environment, last.get("step", 0))
+    places, hardware, speeds, hours = segments.places(parts), [], [], 0.0
     for place, first, end in places:
         steps = f"steps {first:,} to {end:,}: " if len(places) > 1 else ""
         hardware.append(f"{steps}{place}")
@@ -427,7 +427,7 @@ def _training(records: _Records) -> str:
             speed = f"{speed}, MFU {mfu:.3f} ({environment['peak_flops_are']})"
         speeds.append(speed)
         hours += (end + 1 - first) * seconds / 3600
-    precisions = dict.fromkeys("float32" if part["precision"] == "no" else part["precision"] for part in segments)
+    precisions = dict.fromkeys("float32" if part["precision"] == "no" else part["precision"] for part in parts)
     dtype = history.exported.get("export/dtype", recipe.model.dtype)
     without_embeddings = f"{environment['num_non_embedding_parameters']:,} without embeddings"
     emissions = records.emissions()

@@ -12,7 +12,7 @@ from pathlib import Path
 from hfpretrain.recipe.addresses import missing_path
 from hfpretrain.recipe.hub import explain
 from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection
-from hfpretrain.training.report import ENVIRONMENT
+from hfpretrain.training.run_folder import ENVIRONMENT
 
 RECORD = "hub_commits"
 """Key of `environment.json` under which a run keeps what `find` returned."""

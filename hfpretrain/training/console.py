@@ -1,4 +1,4 @@
-"""Keep standard output and error from ending a training: what can no longer be written is dropped."""
+"""Keeps a closed or full standard output from ending a training: what can't be written is dropped."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import os
 import sys
 from typing import Any, TextIO
 
-# These errors may pass: a full disk may have room again. After any other error nobody reads the output.
+# Writing may work again after these errors, as on a full disk. After any other error nobody reads the output.
 _PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EINTR}
 lost: dict[str, str] = {}
 """The first error in writing to `stdout` and to `stderr`, by that name."""
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor whose writes never fail."""
+    """A file whose writes never raise."""
 
     def __init__(self, descriptor: int, label: str):
         super().__init__(descriptor, "w", closefd=False)
@@ -30,24 +30,24 @@ class _Descriptor(io.FileIO):
         except OSError as error:
             lost.setdefault(self._label, error.strerror or str(error))
             if error.errno not in _PASSING:
-                # For other writers to this descriptor: C libraries, and child processes, which a closed pipe ends.
+                # C libraries and child processes write there too, and a closed pipe would end them.
                 with contextlib.suppress(OSError):
                     _point_at_nothing(self.fileno())
             return memoryview(data).nbytes
 
 
 def keep_from_failing(*names: str) -> None:
-    """From now on no write to `sys.stdout` or `sys.stderr` (those in `names`) raises: not by `print`, logging, warnings
-    and progress bars, nor when the interpreter flushes them at its end.
+    """Make writes to `sys.stdout` and `sys.stderr` (those in `names`) never raise again in this process.
 
-    Their reader may be gone (`| head -1`, a closed terminal), or their disk may be full. `lost` then holds the error.
+    That holds for `print`, logging, warnings, progress bars and the interpreter's flush at its end. Writes fail when
+    the reader is gone (`| head -1`, a closed terminal) or a disk is full. The first error is kept in `lost`.
     """
     for name in names:
         old = getattr(sys, name)
         if old is not getattr(sys, f"__{name}__"):
             continue  # replaced by a notebook or a test
         if old is None:  # closed by `2>&-`
-            _set(name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+            _set(name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
         elif not isinstance(getattr(old.buffer, "raw", old.buffer), _Descriptor):
             with contextlib.suppress(OSError):
                 old.flush()
@@ -55,7 +55,7 @@ def keep_from_failing(*names: str) -> None:
             new = io.TextIOWrapper(
                 io.BufferedWriter(descriptor) if hasattr(old.buffer, "raw") else descriptor,  # `python -u` has none
                 old.encoding,
-                # A character that the terminal's encoding lacks must not end a training either.
+                # A character that is not in the terminal's encoding must not raise either.
                 "backslashreplace" if old.errors == "strict" else old.errors,
                 line_buffering=old.line_buffering or descriptor.isatty(),
                 write_through=old.write_through,
@@ -65,7 +65,7 @@ def keep_from_failing(*names: str) -> None:
 
 
 def drop_output() -> None:
-    """Flush standard output, or drop what can't be written: otherwise the interpreter fails at its end."""
+    """Flush standard output, and drop what can't be written, since the interpreter would fail at its end."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -84,7 +84,7 @@ def _set(name: str, stream: TextIO) -> None:
 
 
 def _redirect_logging(old: TextIO, new: TextIO) -> None:
-    """Handlers that libraries made when they were imported write to `new`."""
+    """Make the handlers that libraries created when they were imported write to `new`."""
     loggers = [logging.root, *(found for found in logging.root.manager.loggerDict.values())]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):

@@ -1,4 +1,4 @@
-"""What a step that must not update the weights leaves behind: its numbers, its text, its gradients by parameter."""
+"""The file that describes a step that must not update the weights."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from accelerate.utils import gather_object
 from hfpretrain import files
 from hfpretrain.data.batches import StepData, TrainingData
 from hfpretrain.data.inspection import sequences
+from hfpretrain.data.streaming import StreamingData
+from hfpretrain.training.records import Records
+from hfpretrain.training.setup import Setup
 
 
-def write(run: Any, problem: str, policy: str, step_data: StepData, loss: float, grad_norm: float) -> Path:
-    """Write `incidents/step-XXXXXXXX.json` into the run folder. All ranks must call it, before the gradients go."""
-    norms = run.engine.gradient_norms()
-    data_step = run.state.data_step(run.state.step)
-    if isinstance(run.data, TrainingData):
-        texts: list[Any] = list(sequences(run.prepared, run.data, run.tokenizer, data_step)) if run.is_main else []
-    else:
-        ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
-        ours = ids if run.engine.counts_its_data else []
-        gathered = gather_object(ours)
-        texts = [{"text": run.tokenizer.decode(row)} for row in gathered] if run.is_main else []
-    path = run.output_dir / "incidents" / f"step-{run.state.step + 1:08d}.json"
-    if path.exists():  # the same step once more, after a rollback
-        path = path.with_stem(f"{path.stem}-event-{run.state.num_events}")
-    content = {
-        "step": run.state.step + 1,
-        "problem": problem,
-        "policy": policy,
-        "loss": str(loss),
-        "grad_norm": str(grad_norm),
-        "data_step": data_step,
-        "sequences": texts,
-        "gradient_norms": {name: str(norm) for name, norm in norms.items()},
-    }
-    if run.is_main:
+def sequences_of(
+    setup: Setup, data: TrainingData | StreamingData, data_step: int, step_data: StepData
+) -> list[dict[str, Any]]:
+    """The text of every sequence of a step; for prepared data also where each document comes from.
+
+    `step_data`: this process's share of data step `data_step`. All ranks must call it; the main process gets the texts.
+    """
+    if isinstance(data, TrainingData):
+        return list(sequences(setup.prepared, data, setup.tokenizer, data_step)) if setup.is_main else []
+    ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
+    gathered = gather_object(ids if setup.engine.counts_its_data else [])
+    return [{"text": setup.tokenizer.decode(row)} for row in gathered] if setup.is_main else []
+
+
+def write(output_dir: Path, content: dict[str, Any], num_events: int, records: Records) -> Path:
+    """Write `incidents/step-XXXXXXXX.json` into the run folder on the main process, named after `content["step"]`.
+
+    `num_events` numbers the incidents of the run: it is added to the name if the step had one before a rollback.
+    Returns the path. A disk that takes no more is only told.
+    """
+    path = output_dir / "incidents" / f"step-{content['step']:08d}.json"
+    if path.exists():
+        path = path.with_stem(f"{path.stem}-event-{num_events}")
+    if records.is_main:
         try:
             path.parent.mkdir(exist_ok=True)
             files.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
         except OSError as error:
-            run.records.say(f"{path} can't be written: {error.strerror}")
+            records.say(f"{path} can't be written: {error.strerror}")
     return path

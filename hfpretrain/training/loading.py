@@ -1,4 +1,4 @@
-"""A recipe from a file or by its name, with every check that can be made before a run."""
+"""Reads a recipe, with every check that can be made before a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hfpretrain.recipe.yaml import read_recipe
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read and validate the recipe of a file, or one shipped with the package by its name (`quickstart`).
+    """Read and validate a recipe: the path of a file, or the name of a recipe shipped with the package (`quickstart`).
 
-    `overrides` are the `--section.key=value` of the command line. What transformers knows of a model's config or a
-    chat template is checked where it is installed. Raises `RecipeError` with all problems at once, also for code of
-    others that the recipe names but does not trust.
+    `overrides` are the `--section.key=value` of the command line. The model's config and the chat template are checked
+    if transformers is installed. Raises `RecipeError` with all problems at once, also for remote code that the recipe
+    names but does not trust.
     """
     checks = [trust_problems]
     if find_spec("transformers") is not None:

@@ -1,5 +1,4 @@
-"""Look before a run at what its recipe names outside of itself: files, folders, repos of the Hub, disks; and at its
-model without its weights.
+"""Checks, before a run, what its recipe names: files, folders, repos of the Hub, disks, and its model without weights.
 
 Nothing is tokenized, downloaded or written here. Only what looks at the model imports torch.
 """
@@ -35,7 +34,7 @@ from hfpretrain.training.run_folder import refuse_other_run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A text file that is one document, or a JSON array, is read whole for its first document: only where it is small.
+# The first document of a text file or of a JSON array needs the whole file, so only small files are read.
 _SMALL_BYTES = 2**24
 # A model of so many parameters is built with random weights in about a second.
 _TRIED_PARAMETERS = 2**27
@@ -44,7 +43,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 
 
 def world_problems(recipe: Recipe) -> list[Problem]:
-    """Everything that the recipe names and a run could not use, each with its key."""
+    """A problem, with its key, for everything that the recipe names and a run could not use."""
     data = recipe.data
     sections = (("data.sources", data.sources), ("data.validation_sources", data.validation_sources))
     named = [(f"{key}.{number}", source) for key, some in sections for number, source in enumerate(some)]
@@ -170,7 +169,7 @@ def _packs_documents(recipe: Recipe) -> bool:
 
 
 def _source(key: str, source: SourceSection, recipe: Recipe) -> Iterator[Problem]:
-    """Problems of a source: it is not there, can't be read, or its first document is bad."""
+    """Problems of a source: it does not exist, can't be read, or its first document is bad."""
     if source.path == corpus.PYTHON_STDLIB:
         return
     if source.path not in FILE_FORMATS and not Path(source.path).exists():
@@ -215,7 +214,7 @@ def _tokenizer(key: str, folder: Path) -> Iterator[Problem]:
 
 
 def _weights(key: str, folder: Path) -> Iterator[Problem]:
-    """A folder without config, without weights, with a part missing or one that breaks off."""
+    """Problems of a model's folder: no config, no weights, a missing or a damaged file of them."""
     if not (folder / "config.json").is_file():
         yield Problem(key, not_loaded(str(folder), OSError(f"{folder} has no config.json")))
         return
@@ -247,8 +246,8 @@ def _broken(key: str, path: Path) -> Iterator[Problem]:
 
 
 def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple[str, ...]) -> Iterator[Problem]:
-    """A repo of the Hub that is not there, is not for this user, or has none of the files `needed`; offline, one that
-    is not in the cache."""
+    """Problems of a repo on the Hub: it does not exist, this user may not read it, or it has none of the files
+    `needed`. Offline, one that is not in the cache."""
     from huggingface_hub import HfApi, constants
 
     cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "snapshots"
@@ -259,7 +258,7 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
         return
     try:
         info: Any = HfApi().repo_info(repo_id, revision=revision, repo_type=kind, timeout=20)
-    except Exception as error:  # what its HTTP library raises may be anything
+    except Exception as error:  # its HTTP library has exceptions of its own
         at = f"@{revision}" if revision else ""
         yield Problem(
             key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {explain(error).text}"
@@ -271,7 +270,7 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
 
 
 def _prepared_by_datasets(repo_id: str) -> bool:
-    """Whether `datasets` has it in a cache of its own."""
+    """Whether `datasets` has the repo in its own cache."""
     home = (
         os.environ.get("HF_DATASETS_CACHE")
         or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "datasets"
@@ -312,7 +311,7 @@ def _resume_from(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _folders(recipe: Recipe) -> Iterator[Problem]:
-    """Folders that can't be written to, or that another run has."""
+    """Problems of the output and prepared folders: they can't be written to, or have another recipe's run."""
     if Path(recipe.output_dir).is_dir():
         refuse_other_run(recipe)
     prepared = "data.prepared_dir" if recipe.data.prepared_dir else "output_dir"
@@ -325,5 +324,5 @@ def _folders(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder itself if it exists, else the nearest folder above it that does."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

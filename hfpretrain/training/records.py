@@ -1,4 +1,4 @@
-"""What a run tells while it goes: `metrics.jsonl`, trackers, the progress bar, the loss plot."""
+"""What a run records while it trains: `metrics.jsonl`, trackers, samples, the loss plot, the progress bar."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from hfpretrain import files
@@ -21,14 +22,14 @@ from hfpretrain.training.plot import plot_loss
 
 
 class _Tracker:
-    """One of accelerate's trackers, which may fail at any time. Its rows then wait, and it is retried less and less
-    often, so that training never spends much time on it.
+    """One of accelerate's trackers, which may fail at any time.
 
-    `start` makes the tracker; `tell` is called with messages for the user.
+    While it fails, its rows wait in memory, and it is retried less and less often, so that training spends little time
+    on it. `start` makes the tracker; `tell` is called with messages for the user.
     """
 
     _WAIT, _LONGEST_WAIT = 5.0, 600.0  # seconds after a failure; twice as many after each further one
-    _MANY = 3  # failures, after which it may be one row that is not taken
+    _MANY = 3  # failures, after which the next row is tried: the first may be one that the tracker never takes
     _MOST_ROWS = 10_000
 
     def __init__(self, name: str, start: Callable[[], Any], tell: Callable[[str], None]):
@@ -39,7 +40,7 @@ class _Tracker:
         self._deliver()
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """In the order of the calls, now or later."""
+        """Log a row now or later; rows keep the order of the calls."""
         self._num_lost += len(self._rows) == self._MOST_ROWS
         self._rows.append((values, step))
         if time.monotonic() >= self._retry_at:
@@ -66,7 +67,7 @@ class _Tracker:
             except Exception:
                 if self._failures < self._MANY or len(self._rows) == 1:
                     raise
-                self._send_row(1)  # if this is taken, the row before is what is wrong
+                self._send_row(1)  # if the tracker takes this row, the one before is what is wrong
                 self._rows.popleft()
                 self._num_lost += 1
             self._rows.popleft()
@@ -87,8 +88,8 @@ class _Tracker:
             self._tracker = None
 
     def finish(self) -> None:
-        """The last chance of what waits."""
-        for _ in range(2):  # the second time with a tracker made anew
+        """Send the rows that wait, or tell how many are lost, and end the tracker."""
+        for _ in range(2):  # the second time with a new tracker
             if self._failures:
                 self._failures = max(self._failures, self._MANY)
                 self._deliver()
@@ -102,11 +103,26 @@ class _Tracker:
             self._tell(f"{self._name} could not be closed: {type(error).__name__}: {error}")
 
 
-class Records:
-    """All ranks have them and call them alike; only the main process, `is_main`, writes.
+def start_tracker(accelerator: Accelerator, name: str, project: str, config: dict[str, str], run_id: str) -> Any:
+    """Start one of accelerate's trackers, and return it. A run that resumes under the same `run_id` goes on in it."""
+    keywords = {
+        "wandb": {"id": run_id, "resume": "allow"},
+        "trackio": {"name": run_id, "resume": "allow"},
+    }
+    accelerator.log_with, accelerator.trackers = [name], []
+    try:
+        accelerator.init_trackers(project, config=config, init_kwargs=keywords)
+        (tracker,) = accelerator.trackers
+    finally:
+        accelerator.trackers = []  # `Records` ends it, not `Accelerator.end_training`
+    return tracker
 
-    `trackers`: a function that starts each, by name. `step`: where the run goes on; an existing `metrics.jsonl` is kept
-    up to there, or emptied if it is None.
+
+class Records:
+    """Writes what happens in a run. Every rank has one and calls it alike; only the main process, `is_main`, writes.
+
+    `trackers`: for each tracker its name and a function that starts it. `step`: the step that the run goes on from: the
+    lines of an existing `metrics.jsonl` are kept up to there. None for a new run.
     """
 
     def __init__(
@@ -117,7 +133,7 @@ class Records:
         num_steps: int,
         step: int | None,
     ):
-        self._output_dir, self._is_main, self._num_steps = output_dir, is_main, num_steps
+        self._output_dir, self.is_main, self._num_steps = output_dir, is_main, num_steps
         self._file = MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
         self._first_step, self._lost = step, 0
         self._samples: MetricsFile | None = None
@@ -128,7 +144,7 @@ class Records:
         self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
 
     def row(self, row: dict[str, Any]) -> None:
-        """One object for `metrics.jsonl` and the trackers."""
+        """Write a row into `metrics.jsonl` and the trackers."""
         if self._file is not None:
             self._file.write(row)
             if self._history is not None:
@@ -137,7 +153,7 @@ class Records:
         self._track(values, row["step"])
 
     def history(self) -> History:
-        """What `metrics.jsonl` says, read once; of the main process."""
+        """The history of `metrics.jsonl`. Only the main process may ask for it."""
         if self._history is None:
             self._history = History.read(self._output_dir / "metrics.jsonl")
         return self._history
@@ -152,8 +168,8 @@ class Records:
         self.say(text)
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Continuations of prompts: into the log, the trackers and `samples.jsonl`."""
-        if not self._is_main:
+        """Write the continuations of prompts into `samples.jsonl`, the trackers and the console."""
+        if not self.is_main:
             return
         if self._samples is None:
             self._samples = MetricsFile(self._output_dir / "samples.jsonl", self._first_step)
@@ -165,21 +181,21 @@ class Records:
                 self.say(f"  {kind:<6} {sample['prompt']!r} -> {sample[kind]!r}")
 
     def event(self, step: int, text: str, **values: Any) -> None:
-        """A line in `metrics.jsonl` that no resume forgets."""
+        """Write a line into `metrics.jsonl` that a resume from an earlier step keeps."""
         if self._file is not None:
             self._file.write(redacted({"step": step, "event": text, **values}))
 
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        if self._is_main:
+        """Print a line above the progress bar."""
+        if self.is_main:
             tqdm.write(redact(text), file=sys.stderr)
 
     def step_done(self) -> None:
-        """The bar goes on."""
+        """Move the progress bar by one step."""
         self._progress.update()
 
     def training(self, row: dict[str, Any]) -> None:
-        """The row of a log step, which also stands beside the bar; without a terminal it is a line."""
+        """Write the row of a log step, and show it beside the progress bar, or as a line where there is no terminal."""
         self.row(row)
         self.note_console(row["step"])
         text = f"loss {row['loss']:.4f}"
@@ -190,14 +206,14 @@ class Records:
             self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
 
     def note_console(self, step: int) -> None:
-        """Record that the console takes no more output, and why."""
+        """Record why the console takes no more output, if it does not."""
         lost = list(console.lost.items())
         for name, reason in lost[self._lost :]:
             self.event(step, f"{name} takes no more output ({reason}); training goes on without it")
         self._lost = len(lost)
 
     def roll_back(self, step: int) -> None:
-        """The run stands at `step` again."""
+        """Forget the steps after `step`: the run was rolled back."""
         self._first_step, self._history = step, None
         for file in (self._file, self._samples):
             if file is not None:
@@ -206,8 +222,8 @@ class Records:
         self._progress.update(step)
 
     def plot(self) -> None:
-        """Refresh the loss plot."""
-        if not self._is_main:
+        """Draw the loss plot again."""
+        if not self.is_main:
             return
         try:
             plot_loss(self.history(), self._output_dir / "loss.png", self._output_dir.name)
@@ -215,10 +231,10 @@ class Records:
             self.say(f"the loss plot is not drawn: {files.refusal(error) or error}")
 
     def close(self) -> None:
-        """End the bar."""
+        """End the progress bar."""
         self._progress.close()
 
     def finish(self) -> None:
-        """End the trackers; nothing is recorded afterwards."""
+        """End the trackers. Nothing may be recorded afterwards."""
         for tracker in self._trackers:
             tracker.finish()

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hfpretrain.checkpoints import export
 from hfpretrain.checkpoints.resume import changes
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import read_recipe
 
+DATA = "data.json"
+"""File of a run that describes its data."""
+ENVIRONMENT = "environment.json"
+"""File of a run that says what it was trained on."""
+
+
+@contextlib.contextmanager
+def claimed(recipe: Recipe, is_main: bool) -> Iterator[None]:
+    """Keep the output folder for this run, as a context around all of it. Only the main process, `is_main`, locks it.
+
+    Raises `RecipeError` if the folder has another recipe's run, or if another run in it is alive.
+    """
+    if not is_main:
+        yield
+        return
+    refuse_other_run(recipe)
+    held = lock(Path(recipe.output_dir))
+    try:
+        export.repair(Path(recipe.output_dir))
+        yield
+    finally:
+        held.release()
+
 
 def refuse_other_run(recipe: Recipe) -> None:
-    """Raises `RecipeError` if the output folder is that of a recipe which differs in more than `MAY_DIFFER`."""
+    """Raise `RecipeError` if the output folder has the run of a recipe that differs in more than `MAY_DIFFER`."""
     path = Path(recipe.output_dir) / "recipe.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,12 +62,12 @@ def refuse_other_run(recipe: Recipe) -> None:
 
 
 def _was_so(problem: Problem, recipe: Recipe, run: Path) -> bool:
-    """Whether a changed key spells out what the run in the folder has done: runs that let documents see each other once
-    began with `document_masking: auto`."""
+    """Whether the recipe now only says what the run in the folder did: `document_masking: auto` once let documents see
+    each other, and the recipe may now say `false`."""
     if problem.path != "training.document_masking":
         return False
     try:
-        recorded = json.loads((run / "environment.json").read_text("utf-8"))["document_masking"]
+        recorded = json.loads((run / ENVIRONMENT).read_text("utf-8"))["document_masking"]
     except (OSError, ValueError, KeyError):
         return False
     return recorded == (recipe.training.document_masking is not False)
@@ -59,7 +85,8 @@ def is_in_use(output_dir: Path) -> bool:
 
 
 def lock(output_dir: Path) -> Any:
-    """A lock that a killed process gives back by itself: two runs in one folder would overwrite each other."""
+    """Lock a run folder, since two runs in it would overwrite each other's files. The system releases the lock of a
+    process that is killed. Raises `RecipeError` if another process has it."""
     from filelock import FileLock, Timeout
 
     held = FileLock(output_dir / ".lock")

@@ -1,44 +1,126 @@
-"""Steps that must not update the weights: a loss or gradient that is no number, a loss that jumps up."""
+"""Steps that must not update the weights: how they are found, and what is done with them."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
-from collections.abc import Iterable
+from typing import Any
 
+from hfpretrain.data.batches import StepData
 from hfpretrain.recipe.schema import StabilitySection
+from hfpretrain.training import incident
+from hfpretrain.training.feed import Feed
+from hfpretrain.training.records import Records
+from hfpretrain.training.restore import newest_checkpoint, restore
+from hfpretrain.training.saving import RunSaver
+from hfpretrain.training.setup import Setup
+from hfpretrain.training.state import TrainState
+from hfpretrain.training.watchdog import Watch
+
+
+class TrainingDivergedError(RuntimeError):
+    """A step must not update the weights, and the recipe says to stop, or it was one too many."""
+
+
+def find_problem(section: StabilitySection, losses: list[float], loss: float, grad_norm: float) -> str | None:
+    """What is wrong with a step, or None. All ranks get the same answer, since they have the same numbers.
+
+    `losses`: the losses of the last stable steps. If nothing is wrong, `loss` is added, and only the last
+    `section.spike_window` are kept; the list stays empty if the recipe does not look for jumps.
+    """
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the gradient's norm is {grad_norm}"
+    if section.spike_std is None:
+        losses.clear()
+        return None
+    del losses[: -section.spike_window]
+    if len(losses) == section.spike_window:
+        mean, deviation = statistics.fmean(losses), statistics.pstdev(losses)
+        if loss > mean + section.spike_std * deviation:
+            times = (loss - mean) / deviation if deviation else math.inf
+            return (
+                f"the loss {loss:.4f} is {times:.1f} standard deviations above the mean {mean:.4f} of the last "
+                f"{len(losses)} steps"
+            )
+        del losses[0]
+    losses.append(loss)
+    return None
 
 
 class Stability:
-    """Judges every step; equal on all ranks, since they judge the same numbers.
+    """Finds the steps that must not update the weights, and does with them what `stability.policy` says."""
 
-    `losses`: those of the last steps, from a checkpoint.
-    """
+    def __init__(
+        self,
+        setup: Setup,
+        state: TrainState,
+        saving_group: Any,
+        *,
+        feed: Feed,
+        saver: RunSaver,
+        records: Records,
+        watch: Watch,
+    ):
+        self._setup, self._state, self._saving_group = setup, state, saving_group
+        self._feed, self._saver, self._records, self._watch = feed, saver, records, watch
+        self._section = setup.recipe.stability
 
-    def __init__(self, section: StabilitySection, losses: Iterable[float] = ()):
-        self._section = section
-        self._losses = deque(losses, maxlen=section.spike_window)
+    def find_problem(self, loss: float, grad_norm: float) -> str | None:
+        """As the function of this name, for the step whose gradients are there."""
+        # In fp16 some gradients overflow under the loss scale. The scaler leaves those steps out by itself.
+        is_scaled = self._setup.engine.precision == "fp16"
+        return find_problem(self._section, self._state.losses, loss, 0.0 if is_scaled else grad_norm)
 
-    @property
-    def losses(self) -> list[float]:
-        """What a run that goes on from here has to know; empty where jumps are not looked for."""
-        return list(self._losses) if self._section.spike_std is not None else []
+    def handle(self, problem: str, step_data: StepData, loss: float, grad_norm: float) -> bool:
+        """Leave out a step that must not update the weights. All ranks must call it.
 
-    def problem(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, None if nothing is; its loss counts for the next ones if nothing is."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if not math.isfinite(grad_norm):
-            return f"the gradient's norm is {grad_norm}"
-        if self._section.spike_std is not None:
-            if len(self._losses) == self._losses.maxlen:
-                mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
-                if loss > mean + self._section.spike_std * deviation:
-                    times = (loss - mean) / deviation if deviation else math.inf
-                    return (
-                        f"the loss {loss:.4f} is {times:.1f} standard deviations above the mean {mean:.4f} of the last "
-                        f"{len(self._losses)} steps"
-                    )
-            self._losses.append(loss)
-        return None
+        Returns whether the run was rolled back, so that `state` is that of a checkpoint. Raises `TrainingDivergedError`
+        if the run must stop.
+        """
+        setup, state, records = self._setup, self._state, self._records
+        state.num_events += 1
+        policy = "stop" if state.num_events > self._section.max_events else self._section.policy
+        self._saver.wait()
+        newest = None
+        if policy == "rollback":
+            newest = newest_checkpoint(setup.output_dir, setup.engine.process_index, self._watch)
+            for reason in newest.passed_over:
+                records.event(state.step, reason)
+            policy = "stop" if newest.path is None else policy
+        path = incident.write(
+            setup.output_dir,
+            {
+                "step": state.step + 1,
+                "problem": problem,
+                "policy": policy,
+                "loss": str(loss),
+                "grad_norm": str(grad_norm),
+                "data_step": state.data_step(state.step),
+                "sequences": incident.sequences_of(setup, self._feed.data, state.data_step(state.step), step_data),
+                "gradient_norms": {name: str(norm) for name, norm in setup.engine.gradient_norms().items()},
+            },
+            state.num_events,
+            records,
+        )
+        setup.engine.drop_gradients()
+        records.event(state.step, f"{problem}: {policy}", incident=str(path))
+        if policy == "stop":
+            raise TrainingDivergedError(
+                f"{problem} at step {state.step + 1}, before it could change the weights; {path} tells more, "
+                f"checkpoints are from before. stability.policy may skip such steps; this was number "
+                f"{state.num_events} of stability.max_events {self._section.max_events}"
+            )
+        records.say(f"step {state.step + 1}: {problem}; {policy}, see {path}")
+        if newest is None or newest.path is None:
+            return False
+        # Go back to the checkpoint, and leave out the data of all steps since, the unstable one included.
+        num_events, bad_data_step = state.num_events, state.data_step(state.step)
+        self._feed.rewind(newest.path)
+        restore(setup, state, newest.path, self._feed.data, self._saving_group, self._watch)
+        self._saver.saved_step, state.num_events = state.step, num_events
+        state.skipped.append([state.step, bad_data_step + 1 - state.data_step(state.step)])
+        self._feed.start(state)
+        records.roll_back(state.step)
+        return True

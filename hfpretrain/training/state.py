@@ -2,42 +2,87 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from hfpretrain.data import order
+from hfpretrain.data.batches import StepData
+from hfpretrain.data.ledger import Consumption
+from hfpretrain.engines.base import Engine
+from hfpretrain.training import segments
 
 
 @dataclass
 class TrainState:
-    """What a run knows of the steps it has done. `train_state.json` of a checkpoint stores all of it."""
+    """What a run knows of the steps it has done. A checkpoint stores all of it, most in its `train_state.json`."""
 
+    consumption: Consumption
+    """The ledger, and the tokens and documents of each source."""
+    data_state: Any = None
+    """Where a stream stands after this step; None if the data are prepared."""
     step: int = 0
     """Number of optimizer steps done."""
     tokens: int = 0
-    """Number of tokens trained on, those of skipped steps included."""
+    """Number of tokens in these steps."""
     window_loss: float = 0.0
-    """Sum of the losses since the last log line."""
+    """Sum of the losses since the last log step."""
     window_steps: int = 0
-    """Number of steps since the last log line."""
+    """Number of steps since the last log step."""
     evaluated: bool = False
     """Whether the evaluations that are due after this step are done."""
     evaluation_loss: float | None = None
     """Validation loss after this step, if it was evaluated."""
     losses: list[float] = field(default_factory=list)
-    """Losses of the last stable steps, which tell whether a loss jumps up; see `Stability`."""
+    """Losses of the last stable steps, if the recipe looks for jumps; see `stability.find_problem`."""
     num_events: int = 0
     """Number of unstable steps so far."""
     skipped: list[list[int]] = field(default_factory=list)
-    """What rollbacks have left out: pairs of an optimizer step, counted from 0, and a number of data steps. From that
-    step on, data are taken that many steps further on."""
+    """Data that rollbacks have left out, as `order.data_step` takes them."""
     segments: list[dict[str, Any]] = field(default_factory=list)
-    """Ranges of steps and the settings they were trained under, as of `report.extend`."""
+    """Ranges of steps with the settings they were trained under, as of `segments.extend`."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """The run's name in trackers."""
 
     def data_step(self, step: int) -> int:
-        """Index of the data step that optimizer step `step` trains on, both counted from 0. They differ after a
-        rollback."""
+        """Index of the data step that optimizer step `step` trains on, both counted from 0; it differs after
+        rollbacks."""
         return order.data_step(step, self.skipped)
+
+    def advance(self, data: StepData, loss: float, tokens: int, setting: dict[str, Any]) -> None:
+        """Count a step that is done: its data on this process, its loss, its tokens on all processes, and the settings
+        it was trained under."""
+        self.consumption.add(data)
+        self.data_state = data.state
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.window_loss, self.window_steps = self.window_loss + loss, self.window_steps + 1
+        self.evaluated, self.evaluation_loss = False, None
+        segments.extend(self.segments, setting, self.step)
+
+    def gather(self, engine: Engine) -> None:
+        """Sum over all processes what each has consumed. All ranks must call it."""
+
+        def total(table: list[list[int]]) -> list[list[int]]:
+            return engine.total(torch.tensor(table, dtype=torch.int64, device=engine.device)).tolist()
+
+        self.consumption.gather(total)
+
+    def stored(self) -> dict[str, Any]:
+        """The entries for `train_state.json`, after `gather`."""
+        names = [entry.name for entry in fields(self) if entry.name not in ("consumption", "data_state")]
+        return copy.deepcopy({name: getattr(self, name) for name in names}) | self.consumption.state()
+
+    def restore(self, stored: dict[str, Any], checkpoint: Path) -> str:
+        """Become what `stored` says, which `stored` of another process returned.
+
+        Returns the digest that the checkpoint's ledger must have. Raises `KeyError` or `TypeError` if entries are
+        missing or unknown.
+        """
+        entries = dict(stored)
+        digest = self.consumption.restore(entries, checkpoint)
+        vars(self).update(vars(TrainState(self.consumption, **entries)))
+        return digest

@@ -6,8 +6,11 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import psutil
+
+from hfpretrain.engines.distributed import Votes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -15,15 +18,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 class StoppedEarlyError(BaseException):
     """A signal came while there was nothing to save.
 
-    No `Exception`: what runs when it comes, `logging` for one, may report those and go on.
+    It is not an `Exception`, since code that runs when the signal comes, such as `logging`, may catch those and go on.
     """
 
 
-class Stops:
-    """Takes the signals of this process, as a context around a run.
+class Stopping(Exception):  # noqa: N818 - not an error
+    """All ranks have agreed to stop here."""
 
-    Until `defer` a signal raises `StoppedEarlyError` where the main thread is; from then on it is only noted. A second
-    SIGINT ends the process at once. SIGHUP, which a closed terminal sends, is left alone where `nohup` has it ignored.
+
+class Stops:
+    """Handles the signals that ask this process to stop, as a context around a run.
+
+    Until `defer` is called, a signal raises `StoppedEarlyError` in the main thread. From then on it is only noted, and
+    `due` tells. A second SIGINT ends the process at once. SIGHUP, which a closed terminal sends, stays ignored under
+    `nohup`.
     """
 
     def __init__(self, stop_after_seconds: int | None):
@@ -32,7 +40,7 @@ class Stops:
         self._longest_save: float | None = None
         self._before: dict[signal.Signals, object] = {}
         self.reason: str | None = None
-        """Why the run must stop, None while it need not."""
+        """Why the run must stop; None if it need not."""
 
     def __enter__(self) -> Stops:
         if threading.current_thread() is threading.main_thread():
@@ -54,15 +62,15 @@ class Stops:
             raise StoppedEarlyError(self.reason)
 
     def defer(self) -> None:
-        """From now on there is something to save first."""
+        """Only note signals from now on: there may be something to save first."""
         self._deferred = True
 
     def note_save(self, seconds: float) -> None:
-        """How long a save took: the run stops twice the longest before its time is over."""
+        """Note how long a save took: the run stops when twice the longest save is left of its time."""
         self._longest_save = max(seconds, self._longest_save or 0.0)
 
     def seconds_left(self) -> float | None:
-        """Of the time the run was given, counted from the start of the process; None if it was given none."""
+        """Seconds left of `training.stop_after`, counted from the start of the process; None if it is not set."""
         return None if self._after is None else self._after - (time.time() - psutil.Process().create_time())
 
     def due(self) -> bool:
@@ -73,3 +81,22 @@ class Stops:
             if left <= margin:
                 self.reason = "training.stop_after"
         return self.reason is not None
+
+
+class StopVote:
+    """Stops all ranks at the same micro-step after one of them was asked to stop.
+
+    `group`: a process group for these votes alone, None for a process alone.
+    """
+
+    def __init__(self, stops: Stops, group: Any):
+        self._stops, self._votes = stops, Votes(group)
+
+    def stop_if_asked(self) -> None:
+        """Raise `Stopping` on all ranks if one of them was asked to stop. All ranks must call it alike."""
+        if self._votes.cast(self._stops.due()):
+            raise Stopping
+
+    def close(self) -> None:
+        """Wait for the last vote, which is under way."""
+        self._votes.wait()

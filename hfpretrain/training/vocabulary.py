@@ -1,4 +1,4 @@
-"""Whether a recipe's tokenizer and its model belong together, before any text is tokenized."""
+"""Checks that a recipe's tokenizer fits its model, before any text is tokenized."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LEAST_RELATED = 0.9
 
 
 def check(model: ModelSection, section: TokenizerSection, data: DataSection, local_only: bool = False) -> list[str]:
-    """What is to be said of a tokenizer that exists and the model that gets its ids, a sentence for each.
+    """Check a pretrained tokenizer against the model and the data. Returns a sentence for each smaller difference.
 
-    `local_only`: look at folders alone, not at the Hub. Raises `RecipeError` for ids without embeddings, special ids
-    that differ, a tokenizer whose ids are other words to the checkpoint that is trained further, and a source whose
-    `special_tokens` names what the tokenizer doesn't have.
+    `local_only`: read only local folders, not the Hub. Raises `RecipeError` if ids have no embedding, if special ids
+    differ, if most ids stand for other tokens than in the checkpoint that the run continues from, or if a source's
+    `special_tokens` names tokens that the tokenizer does not have.
     """
     if any(not isinstance(source.special_tokens, str) for _, source in all_sources(data)):
         if section.pretrained is None:
@@ -46,11 +46,13 @@ def check(model: ModelSection, section: TokenizerSection, data: DataSection, loc
 
 
 def require_related(model: ModelSection, section: TokenizerSection, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Compare `tokenizer`, which `section` names or had trained, with the checkpoint's own: ids that both have should
-    stand for the same tokens. Returns what is to be said; raises `RecipeError` where most don't."""
+    """Compare the run's tokenizer with that of the model's checkpoint, whose ids should stand for the same tokens.
+
+    Returns a sentence if some don't. Raises `RecipeError` if most don't.
+    """
     if model.pretrained is None or model.pretrained == section.pretrained:
         return []
-    # Code that comes with it is not what `tokenizer.trust_remote_code` trusts.
+    # `tokenizer.trust_remote_code` does not apply to the code of the model's repo.
     base = TokenizerSection(pretrained=model.pretrained, revision=model.revision)
     try:
         own = load_tokenizer(base).get_vocab()

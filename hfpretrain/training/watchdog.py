@@ -1,4 +1,4 @@
-"""What all ranks of a run must have in common, and the watch that ends it on all when one dies, hangs or is lost."""
+"""A check that all ranks run the same, and a watch that ends the run on all ranks when one of them fails or hangs."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ import torch.distributed as dist
 
 from hfpretrain.recipe.schema import Problem, RecipeError
 
-SILENCE_SECONDS = 30  # without a sign of life a rank counts as lost
-_HURRY = 4  # the same when a connection broke: somebody died just now
-_TELL_SECONDS = 30  # after so long a rank that waits for the main process says what for
-_GRACE = 3  # a rank that failed is left so long to its own launcher, which ends its neighbours and says more
+SILENCE_SECONDS = 30  # after so long without a new status a rank counts as lost
+_BROKEN_SILENCE_SECONDS = 4  # the same when a connection to a rank broke: some rank has just died
+_TELL_SECONDS = 30  # after so long a rank that waits for rank 0 prints what it waits for
+_GRACE_SECONDS = 3  # so long the launcher of a failed rank has to end the ranks beside it, since it can say more
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a rank says of itself once a second."""
+    """What a rank writes about itself once a second."""
 
     host: str
     pid: int = 0
     tick: int = 0
-    """Counts the seconds."""
+    """Number of statuses before this one."""
     count: int = 0
-    """Counts what its main thread has done; comparable between ranks, since all take the same branches."""
+    """Number of calls of `beat`. All ranks make the same calls, so this tells which of them is behind."""
     phase: str = "prepare"
     step: int = 0
     units: int = 0
-    """Counts what it has done alone, such as files read. This shows progress and is not compared between ranks."""
+    """Number of calls of `unit_done`. It shows that the rank works, and is not compared between ranks."""
     task: str = ""
-    """What it is doing alone."""
+    """What rank 0 does for all in `from_main`, if it is under way."""
     waits: bool = False
     """Whether it is waiting for rank 0 to do `task`."""
     end: str | None = None
-    """None while it runs, empty when it ended well, else its error."""
-    hurt: bool = False
+    """None while the rank runs, empty after it ended well, else its error."""
+    disconnected: bool = False
     """Whether a connection to another rank broke."""
 
 
 class Judge:
-    """Finds the rank that holds up the run, from the ranks' statuses looked at once a second.
+    """Finds the rank that holds up the run, from statuses that are looked at once a second.
 
-    Seconds are counted in looks: a process that was stopped for a while has not waited for anybody.
+    It counts looks, not seconds of a clock: a process that was itself suspended has not waited for any other rank.
     """
 
     def __init__(self, timeout_seconds: int):
@@ -64,11 +64,11 @@ class Judge:
         self._failed: dict[int, int] = {}
         self._idle = 0
 
-    def look(self, statuses: Mapping[int, Status], hurt: bool = False) -> tuple[str, list[int]] | None:
-        """What ends the run and which ranks are lost, None if nothing does.
+    def look(self, statuses: Mapping[int, Status], disconnected: bool = False) -> tuple[str, list[int]] | None:
+        """Why the run must end and which ranks are lost; None if it can go on.
 
-        `statuses`: those of all ranks or of rank 0 alone, of which nobody can say whether others wait for it; `hurt`:
-        that of this rank.
+        `statuses`: those of all ranks, or of rank 0 alone, which then can't be found to be behind the others.
+        `disconnected`: whether a connection of this rank broke.
         """
         live = {rank: status for rank, status in statuses.items() if status.end is None}
         for rank, status in live.items():
@@ -81,25 +81,25 @@ class Judge:
             rank not in self._last or (self._last[rank].count, self._last[rank].units) != (status.count, status.units)
             for rank, status in live.items()
         )
-        # Until the main process has prepared the data, which takes as long as it takes, the others wait for it.
+        # Before its first `beat` rank 0 prepares the data, which has no time limit, and the others wait.
         prepares = 0 in live and not live[0].count
         self._idle = 0 if moved or prepares else self._idle + 1
         self._last = dict(statuses)
-        if (found := self._lost(live, hurt)) is not None:
+        if (found := self._lost(live, disconnected)) is not None:
             return found
         text = self._broken(statuses) or (self._stalled(live) if len(statuses) > 1 else None)
         return None if text is None else (text, [])
 
-    def _lost(self, live: Mapping[int, Status], hurt: bool) -> tuple[str, list[int]] | None:
-        hurt = hurt or any(status.hurt for status in live.values())
-        limit = min(_HURRY, self._silence) if hurt else self._silence
+    def _lost(self, live: Mapping[int, Status], disconnected: bool) -> tuple[str, list[int]] | None:
+        disconnected = disconnected or any(status.disconnected for status in live.values())
+        limit = min(_BROKEN_SILENCE_SECONDS, self._silence) if disconnected else self._silence
         lost = [rank for rank in live if self._silent[rank] >= limit - 1]
         if not any(self._silent[rank] >= limit for rank in lost):
             return None
         return f"no sign of life for {limit} s from {_places(lost, live)}: killed, stopped, or the host is gone", lost
 
     def _broken(self, statuses: Mapping[int, Status]) -> str | None:
-        rank = next((rank for rank, looks in self._failed.items() if looks >= _GRACE), None)
+        rank = next((rank for rank, looks in self._failed.items() if looks >= _GRACE_SECONDS), None)
         return None if rank is None else f"{_places([rank], statuses)} failed: {statuses[rank].end}"
 
     def _stalled(self, live: Mapping[int, Status]) -> str | None:
@@ -127,16 +127,16 @@ def _places(ranks: Sequence[int], statuses: Mapping[int, Status], most: int = 8)
 
 
 class Watch:
-    """Watches over the other ranks, as a context around the whole work of this one; nothing to do for a rank alone.
+    """Watches the other ranks, as a context around all work of this one. For a single process it does nothing.
 
-    Every rank writes its status into the process group's store once a second. Rank 0 reads all of them, the others
-    rank 0's and its verdict, so that the store serves a number of requests linear in that of the ranks. Whoever finds
-    the run held up says so on stderr, and all ranks end with exit code 1.
+    Every rank writes its status into the process group's store once a second. Rank 0 reads the statuses of all ranks;
+    the others read that of rank 0, and its verdict, so that the store's load grows linearly with the number of ranks. A
+    rank that finds the run held up prints why, and all ranks end with exit code 1.
     """
 
     def __init__(self) -> None:
         self._rank, self._progress = 0, (0, "prepare", 0)
-        self._hurt, self._host = False, socket.gethostname()
+        self._disconnected, self._host = False, socket.gethostname()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._contacts, self._first = 0, Status("?")
@@ -147,18 +147,18 @@ class Watch:
         self._ticks: dict[int, int] | None = None
 
     def beat(self, phase: str, step: int) -> None:
-        """The main thread got on. All ranks must call it alike; costs less than a microsecond."""
+        """Note that the main thread is in `phase` of `step`. All ranks must call it alike; it is cheap."""
         self._progress = (self._progress[0] + 1, phase, step)
 
     def unit_done(self) -> None:
-        """Note progress in what this rank does alone, such as reading one of many files."""
+        """Note that this rank has done a part of a long task, such as reading one of many files."""
         self._units += 1
 
     def from_main(self, task: str, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 alone, and return its result, a JSON value, on all ranks; all raise its `RecipeError`.
+        """Run `work` on rank 0 alone, and return its result, a JSON value, on all ranks.
 
-        The others wait as long as it takes, even beyond the timeout of the process group. `task` describes the work in
-        messages. All ranks must call this in the same order.
+        If it raises a `RecipeError`, all ranks raise that. The others wait as long as it takes, even beyond the timeout
+        of the process group. `task` describes the work in messages. All ranks must call this in the same order.
         """
         if not self._threads:
             return work()
@@ -168,47 +168,47 @@ class Watch:
             try:
                 answer = {"value": work()}
             except RecipeError as error:
-                self._tell_all(key, {"problems": [asdict(problem) for problem in error.problems]})
+                self._answer_all(key, {"problems": [asdict(problem) for problem in error.problems]})
                 raise
-            self._words.set(key, json.dumps(answer))
+            self._answers.set(key, json.dumps(answer))
         else:
-            answer = self._hear(key)
+            answer = self._wait_for_answer(key)
         self._task, self._waits = "", False
         if "problems" in answer:
             raise RecipeError([Problem(**problem) for problem in answer["problems"]])
         return answer["value"]
 
-    def _tell_all(self, key: str, answer: dict[str, Any]) -> None:
-        """Rank 0's last words, which the others must have read before the store ends with its launcher."""
-        self._words.set(key, json.dumps(answer))
-        deadline = time.monotonic() + 2 * _GRACE
-        while time.monotonic() < deadline and int(self._words.add(f"{key}/heard", 0)) < len(self._ranks) - 1:
+    def _answer_all(self, key: str, answer: dict[str, Any]) -> None:
+        """Give all ranks the last answer of rank 0, and wait until they have read it, before the store may end."""
+        self._answers.set(key, json.dumps(answer))
+        deadline = time.monotonic() + 2 * _GRACE_SECONDS
+        while time.monotonic() < deadline and int(self._answers.add(f"{key}/heard", 0)) < len(self._ranks) - 1:
             time.sleep(0.1)
 
-    def _hear(self, key: str) -> Any:
+    def _wait_for_answer(self, key: str) -> Any:
         start, told = time.monotonic(), not self._speaks()
-        while not self._words.check([key]):
+        while not self._answers.check([key]):
             time.sleep(0.1)
             if not told and time.monotonic() - start > _TELL_SECONDS:
                 told = True
                 print(f"rank {self._rank} on {self._host} waits for {_places([0], {0: self._first})}", file=sys.stderr)
-        answer = json.loads(self._words.get(key))
-        self._words.add(f"{key}/heard", 1)
+        answer = json.loads(self._answers.get(key))
+        self._answers.add(f"{key}/heard", 1)
         return answer
 
     def start(self, rank: int, num_ranks: int, timeout_seconds: int, facts: Mapping[str, Any]) -> None:
-        """Compare `facts`, key to JSON value, with the other ranks' and begin to watch.
+        """Compare `facts`, JSON values by key, with those of the other ranks, and begin to watch them.
 
-        Raises `RecipeError` on all ranks if they differ between any. The process group must exist.
+        Raises `RecipeError` on all ranks if the facts differ. The process group must exist.
         """
         if num_ranks == 1:
             return
         from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-        # A connection of its own, so that the main thread never waits for this one's.
+        # Each thread has its own connection to the store, so that they never wait for each other.
         store: Any = _get_default_store()
         self._store: Store = PrefixStore("hfpretrain/", store.clone())
-        self._words: Store = PrefixStore("hfpretrain/", store.clone())  # the main thread's
+        self._answers: Store = PrefixStore("hfpretrain/", store.clone())  # for the main thread
         self._store.set_timeout(timedelta(seconds=timeout_seconds))
         self._rank, self._ranks = rank, range(num_ranks)
         self._silence = min(SILENCE_SECONDS, timeout_seconds)
@@ -217,19 +217,19 @@ class Watch:
             self._store.set("verdict", "")
         _require_agreement(self._store, rank, num_ranks, self._host, facts, timeout_seconds)
         self._judge = Judge(timeout_seconds)
-        for work in (self._watch, self._guard):
+        for work in (self._watch, self._watch_store):
             self._threads.append(threading.Thread(target=work, daemon=True, name=f"ranks{work.__name__}"))
             self._threads[-1].start()
 
     def leave(self) -> None:
-        """This rank has done its part; what it still does concerns no other."""
+        """Stop watching and being watched: what this rank still does concerns no other."""
         self.__exit__(None, None, None)
         self._threads = []
 
     def _write(self, tick: int, end: str | None = None) -> None:
         count, phase, step = self._progress
         own = (self._units, self._task, self._waits)
-        status = Status(self._host, os.getpid(), tick, count, phase, step, *own, end, self._hurt)
+        status = Status(self._host, os.getpid(), tick, count, phase, step, *own, end, self._disconnected)
         self._store.set(f"status/{self._rank}", json.dumps(asdict(status)))
 
     def _watch(self) -> None:
@@ -241,8 +241,8 @@ class Watch:
                 self._write(tick)
                 *values, verdict = self._store.multi_get(keys)
             except dist.DistError as error:
-                # The store ended, with the run or before it.
-                if not self._closed.wait(_GRACE):
+                # The store has ended, with the run or before it.
+                if not self._closed.wait(_GRACE_SECONDS):
                     self._end(f"{self._store_place()} is gone ({error})", speaks=self._speaks())
                 return
             self._contacts += 1
@@ -250,16 +250,16 @@ class Watch:
                 self._end(verdict.decode(), speaks=False)
             statuses = {rank: Status(**json.loads(value)) for rank, value in zip(others, values, strict=True)}
             self._first = statuses[0]
-            self._note_life(statuses)
-            found = self._judge.look(statuses, self._hurt)
+            self._note_new_statuses(statuses)
+            found = self._judge.look(statuses, self._disconnected)
             if found is not None and not self._closed.is_set():
                 text, lost = found
                 if self._rank == 0:
                     self._store.set("verdict", text)
                 self._end(text, speaks=self._rank == 0 or self._speaks(), lost=[statuses[rank] for rank in lost])
 
-    def _note_life(self, statuses: Mapping[int, Status]) -> None:
-        """Forget that this process did not run for a while once all others are heard of again."""
+    def _note_new_statuses(self, statuses: Mapping[int, Status]) -> None:
+        """Forget that this process was suspended, once all other ranks have written a new status since."""
         if self._paused:
             ticks = {rank: status.tick for rank, status in statuses.items() if status.end is None}
             if self._ticks is None:
@@ -267,12 +267,12 @@ class Watch:
             elif all(tick != self._ticks.get(rank) for rank, tick in ticks.items()):
                 self._paused = 0.0
 
-    def _guard(self) -> None:
-        """The store's host may be gone without a word, and then the other thread waits for an answer."""
+    def _watch_store(self) -> None:
+        """End this rank if the store does not answer, since `_watch` would wait for ever if its host is gone."""
         last, looks, before = 0, 0, time.monotonic()
         while not self._closed.wait(1):
             paused, before = time.monotonic() - before - 1, time.monotonic()
-            if paused > min(_HURRY, self._silence) - 1:
+            if paused > min(_BROKEN_SILENCE_SECONDS, self._silence) - 1:
                 self._paused, self._ticks = paused, None
             last, looks = self._contacts, looks + 1 if last == self._contacts else 0
             if looks > self._silence:
@@ -282,7 +282,7 @@ class Watch:
         return f"the launcher of {_places([0], {0: self._first})}"
 
     def _speaks(self) -> bool:
-        """Whether this rank speaks for its host where rank 0 does not."""
+        """Whether this rank prints messages for its host if rank 0 is not there to do it."""
         return os.environ.get("LOCAL_RANK", "0") == (
             "1" if self._rank < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "0"
         )
@@ -291,7 +291,7 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             return
         if self._paused:
-            # Nothing was heard since: the others have not waited for this rank.
+            # No other rank has written a status since this one was suspended, so they have ended.
             count, phase, step = self._progress
             place = _places([self._rank], {self._rank: Status(self._host, os.getpid(), 0, count, phase, step)})
             text = f"{place} was suspended for {self._paused:.0f} s, and the others have ended without it"
@@ -299,9 +299,9 @@ class Watch:
         if speaks:
             print(f"\nerror: the run ends on all ranks: {text}", file=sys.stderr, flush=True)
             for status in lost:
-                _kill_neighbour(status, self._host)
-        # Launchers end the neighbours of a rank that ends, and one of those may have to speak or to write first.
-        time.sleep(_GRACE - 1 if speaks else _GRACE)
+                _kill_local_rank(status, self._host)
+        # A launcher ends all its ranks when one of them ends, and another may have to print or to write first.
+        time.sleep(_GRACE_SECONDS - 1 if speaks else _GRACE_SECONDS)
         os._exit(1)
 
     def __enter__(self) -> Watch:
@@ -310,15 +310,15 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Say goodbye, or what went wrong."""
+        """Write the last status: that this rank ended well, or its error."""
         if not self._threads:
             return
-        if error is not None and _follows(error):
-            # Somebody else's end is the cause; the watch is about to find out whose.
-            self._hurt = True
-            time.sleep(_HURRY + 2 * _GRACE)
+        if error is not None and _is_disconnection(error):
+            # Another rank has ended, and broke the connection. The watch is about to find out which.
+            self._disconnected = True
+            time.sleep(_BROKEN_SILENCE_SECONDS + 2 * _GRACE_SECONDS)
         self._closed.set()
-        self._threads[0].join(_GRACE)
+        self._threads[0].join(_GRACE_SECONDS)
         if self._threads[0].is_alive():
             return
         try:
@@ -326,19 +326,19 @@ class Watch:
         except dist.DistError:
             return
         if error is not None and len(self._ranks) > int(os.environ.get("LOCAL_WORLD_SIZE", len(self._ranks))):
-            # With this process ends its launcher, and with that maybe the store, before other hosts have read it.
-            time.sleep(_GRACE)
+            # This process's launcher ends with it, maybe with the store, and other hosts must read this status before.
+            time.sleep(_GRACE_SECONDS)
 
 
-def _kill_neighbour(status: Status, host: str) -> None:
-    # The launcher waits 30 seconds for a stopped process to obey. Only a child of the same launcher is touched.
+def _kill_local_rank(status: Status, host: str) -> None:
+    # A launcher would wait 30 seconds for a suspended process to end. Only its own processes are killed.
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         if status.host == host and psutil.Process(status.pid).ppid() == os.getppid():
             os.kill(status.pid, signal.SIGKILL)
 
 
-def _follows(error: BaseException) -> bool:
-    """Whether an error is one of a connection to another rank; gloo raises plain RuntimeErrors."""
+def _is_disconnection(error: BaseException) -> bool:
+    """Whether an error comes from a broken connection to another rank. gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "ncclComm"))
     )

@@ -9,7 +9,7 @@ from conftest import rows, small_text, train, write_jsonl, write_recipe
 from safetensors.torch import load_file
 
 from hfpretrain.recipe.schema import StabilitySection
-from hfpretrain.training.stability import Stability
+from hfpretrain.training.stability import find_problem
 
 
 def events(run):
@@ -22,16 +22,18 @@ def weights(run):
 
 
 def test_what_is_no_number_and_what_jumps_is_found():
-    stability = Stability(StabilitySection(spike_std=4.0, spike_window=10))
-    assert stability.problem(math.nan, 1.0) == "the loss is nan"
-    assert stability.problem(1.0, math.inf) == "the gradient's norm is inf"
+    section, losses = StabilitySection(spike_std=4.0, spike_window=10), []
+    assert find_problem(section, losses, math.nan, 1.0) == "the loss is nan"
+    assert find_problem(section, losses, 1.0, math.inf) == "the gradient's norm is inf"
     for step in range(10):
-        assert stability.problem(5.0 + 0.1 * (step % 2), 1.0) is None
-    assert "standard deviations above the mean 5.0500 of the last 10 steps" in stability.problem(6.0, 1.0)
-    assert stability.problem(5.1, 1.0) is None and stability.problem(3.0, 1.0) is None
-    # A run that goes on judges as the one that was interrupted.
-    assert Stability(StabilitySection(spike_std=4.0, spike_window=10), stability.losses).losses == stability.losses
-    assert Stability(StabilitySection()).problem(1e9, 1.0) is None
+        assert find_problem(section, losses, 5.0 + 0.1 * (step % 2), 1.0) is None
+    assert "standard deviations above the mean 5.0500 of the last 10 steps" in find_problem(section, losses, 6.0, 1.0)
+    assert find_problem(section, losses, 5.1, 1.0) is None and find_problem(section, losses, 3.0, 1.0) is None
+    assert losses[-2:] == [5.1, 3.0] and len(losses) == 10  # the last stable steps
+    # A run that goes on with another window looks at the newest of them.
+    assert find_problem(StabilitySection(spike_std=4.0, spike_window=2), losses, 4.0, 1.0) is None
+    assert losses == [3.0, 4.0]
+    assert find_problem(StabilitySection(), losses, 1e9, 1.0) is None and losses == []
 
 
 @pytest.fixture(scope="module")

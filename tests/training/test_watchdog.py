@@ -10,7 +10,7 @@ import pytest
 import small
 from conftest import ROOT, environment, rows, train, write_recipe
 
-from hfpretrain.training import report
+from hfpretrain.training import versions
 from hfpretrain.training.watchdog import SILENCE_SECONDS, Judge, Status
 
 HOST = socket.gethostname()
@@ -199,13 +199,13 @@ def test_a_training_of_which_a_rank_hangs_ends(folder):
     assert "(training.timeout_seconds), the others wait for rank 1" in message and "(step 3, phase data)" in message
 
 
-def looks(judge, *statuses, hurt=False, times=1):
+def looks(judge, *statuses, disconnected=False, times=1):
     """The judge's last word after looking at the same ranks several times, all of them alive."""
     found = None
     for _ in range(times):
         looks.ticks += 1
         ranks = {n: replace(status, tick=status.tick or looks.ticks) for n, status in enumerate(statuses)}
-        found = judge.look(ranks, hurt)
+        found = judge.look(ranks, disconnected)
     return found and found[0]
 
 
@@ -224,8 +224,8 @@ def test_the_judge_names_who_is_silent():
     assert looks(judge, BUSY, silent, times=SILENCE_SECONDS) is None
     assert looks(judge, BUSY, BUSY, times=SILENCE_SECONDS) is None  # it was only slow
     judge = Judge(1800)
-    assert "rank 1 on b" in looks(judge, replace(BUSY, hurt=True), silent, times=5)  # a connection broke: sooner
-    assert "rank 1 on b" in looks(Judge(1800), BUSY, silent, hurt=True, times=5)
+    assert "rank 1 on b" in looks(judge, replace(BUSY, disconnected=True), silent, times=5)
+    assert "rank 1 on b" in looks(Judge(1800), BUSY, silent, disconnected=True, times=5)
 
 
 def test_the_judge_names_whom_the_others_wait_for():
@@ -285,5 +285,5 @@ def test_ranks_that_differ_do_not_begin(folder):
 def test_a_folder_that_is_no_package_has_no_version(tmp_path, monkeypatch):
     (tmp_path / "no_such_package").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert report.version_of("hfpretrain") and report.version_of("torch")
-    assert report.version_of("no_such_package") is None
+    assert versions.version_of("hfpretrain") and versions.version_of("torch")
+    assert versions.version_of("no_such_package") is None

@@ -1,0 +1,107 @@
+"""The data of each step, read ahead by a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfpretrain.data.batches import Prefetcher, StepData, T, TrainingData, run_in_thread, training_data
+from hfpretrain.data.corpus import held_out_digests
+from hfpretrain.data.encode import Encoder, token_dtype
+from hfpretrain.data.identity import at_commits
+from hfpretrain.data.streaming import Grouping, StreamingData, group_files, load_states
+from hfpretrain.training.setup import Setup
+from hfpretrain.training.state import TrainState
+from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops
+from hfpretrain.training.watchdog import Watch
+
+
+class Feed:
+    """Opens a run's data at a checkpoint, and gives the loop this process's share of one step after the other.
+
+    Reads happen in threads, so that a source that does not answer keeps no signal from stopping the run. `checkpoint`:
+    where a stream goes on; prepared data need none.
+    """
+
+    data: TrainingData | StreamingData
+
+    def __init__(self, setup: Setup, checkpoint: Path | None, watch: Watch, stops: Stops):
+        self._setup, self._watch, self._stops = setup, watch, stops
+        self._prefetcher: Prefetcher | None = None
+        self.data = self._open(checkpoint)
+
+    def _open(self, checkpoint: Path | None) -> TrainingData | StreamingData:
+        setup, recipe, manifest = self._setup, self._setup.recipe, self._setup.prepared.manifest
+        keywords: dict[str, Any] = {
+            "micro_batch_size": recipe.training.micro_batch_size,
+            "accumulation_steps": setup.accumulation_steps,
+            "process_index": setup.engine.data_index,
+            "num_processes": setup.engine.data_size,
+            "eos_token_id": manifest["eos_token_id"],
+            "document_masking": setup.document_masking,
+        }
+        if not recipe.data.streaming:
+            return training_data(recipe.data, recipe.training, recipe.seed, setup.prepared, **keywords)
+        sequences = recipe.training.tokens_per_step // recipe.data.block_size
+        # The recipe's sources at the commits that the data were identified by.
+        identities = (manifest["source_identities"], manifest["validation_identities"])
+        section = self._read(lambda: at_commits(recipe.data, *identities))
+        held_out = self._read(lambda: held_out_digests(section))
+        groupings = self._watch.from_main(
+            "look at the files to stream",
+            lambda: [
+                [one.num_groups, one.pieces] for one in self._read(lambda: group_files(section, held_out, sequences))
+            ],
+        )
+        keywords["groupings"] = [
+            Grouping(groups, [(number, index) for number, index in pieces]) for groups, pieces in groupings
+        ]
+        encode = Encoder(setup.tokenizer, token_dtype(manifest["vocab_size"]))
+        states, first_step = ({}, 0) if checkpoint is None else load_states(checkpoint)
+        keywords |= {"first_step": first_step, "states": states, "max_unknown": recipe.tokenizer.max_unknown}
+        return self._read(lambda: StreamingData(section, encode, held_out, **keywords))
+
+    def _read(self, work: Callable[[], T]) -> T:
+        """What `work` reads. Raises `StoppedEarlyError` if this process must stop and a source does not answer."""
+        result = run_in_thread(work, self._stops.due)
+        if result is None:
+            raise StoppedEarlyError(self._stops.reason)
+        return result
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """A batch of one sequence, on the CPU."""
+        return self._read(self.data.example)
+
+    def start(self, state: TrainState) -> None:
+        """Begin to read the steps that follow `state`."""
+        steps = range(state.step, self._setup.recipe.training.num_steps)
+        data, pin_memory = self.data, self._setup.engine.device.type == "cuda"
+        self._prefetcher = Prefetcher(lambda step: data.step(state.data_step(step)), steps, pin_memory=pin_memory)
+
+    def next(self) -> StepData:
+        """The data of the next step. Raises `Stopping` if this process must stop and a source does not answer.
+
+        With several processes it raises `StoppedEarlyError` then: the others are in the middle of a step and wait for
+        this one, so nothing can be saved, and the watch ends them.
+        """
+        assert self._prefetcher is not None
+        data = self._prefetcher.next(self._stops.due)
+        if data is not None:
+            return data
+        if self._setup.engine.num_processes > 1:
+            raise StoppedEarlyError(f"{self._stops.reason} while a source did not answer")
+        raise Stopping
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+    def rewind(self, checkpoint: Path) -> None:
+        """End the thread, and take a stream back to a checkpoint; `start` goes on from there."""
+        self.close()
+        if isinstance(self.data, StreamingData):
+            self.data = self._open(checkpoint)

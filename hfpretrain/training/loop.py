@@ -1,0 +1,130 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from hfpretrain.data.batches import StepData
+from hfpretrain.evaluation.evaluator import Evaluator, is_due
+from hfpretrain.recipe.labels import IGNORE_INDEX
+from hfpretrain.training.feed import Feed
+from hfpretrain.training.profiler import Profiler
+from hfpretrain.training.records import Records
+from hfpretrain.training.saving import RunSaver
+from hfpretrain.training.setup import Setup
+from hfpretrain.training.stability import Stability
+from hfpretrain.training.state import TrainState
+from hfpretrain.training.step_log import StepLog
+from hfpretrain.training.watchdog import Watch
+
+
+def fit(
+    setup: Setup,
+    state: TrainState,
+    records: Records,
+    *,
+    feed: Feed,
+    evaluator: Evaluator,
+    saver: RunSaver,
+    stability: Stability,
+    log: StepLog,
+    profiler: Profiler,
+    watch: Watch,
+    stop_if_asked: Callable[[], None],
+) -> None:
+    """Train from `state` to the last step. All ranks must call it.
+
+    `stop_if_asked` is called before each micro-step and may raise `Stopping`. Raises `TrainingDivergedError` as of
+    `Stability`, `NotSavedError` if the last checkpoint could not be written.
+    """
+    recipe, engine, clock = setup.recipe, setup.engine, log.clock
+    num_steps, tokens_per_step, setting = recipe.training.num_steps, recipe.training.tokens_per_step, setup.setting
+
+    def before_micro_step() -> None:
+        watch.beat("train", state.step)
+        stop_if_asked()
+
+    while True:
+        if not state.evaluated and (evaluation := evaluator.evaluate(state.step, state.tokens)) is not None:
+            state.evaluated, state.evaluation_loss = True, evaluation.loss
+            clock.mark("evaluate")
+        is_last = state.step >= num_steps
+        if state.step not in (0, saver.saved_step) and is_due(state.step, recipe.checkpoint.every_steps, num_steps):
+            saver.save(in_background=recipe.checkpoint.async_save and not is_last)
+        saver.record(is_last)
+        clock.mark("save")
+        if is_last:
+            return
+        profiler.at(state.step)
+        watch.beat("data", state.step)
+        step_data = feed.next()
+        clock.mark("data")
+        watch.beat("train", state.step)  # a rank that still waits for its data is behind the others
+        loss, grad_norm = compute_gradients(setup, state.step, step_data, before_micro_step)
+        clock.mark("forward_backward")
+        lr = setup.scheduler.get_last_lr()
+        problem = stability.find_problem(loss, grad_norm)
+        if problem is None:
+            engine.update()
+        elif stability.handle(problem, step_data, loss, grad_norm):
+            continue
+        setup.scheduler.step()
+        clock.mark("optimizer")
+        state.advance(step_data, loss, tokens_per_step, setting)
+        records.step_done()
+        if is_due(state.step, recipe.logging.every_steps, num_steps):
+            log.write(grad_norm, lr)
+
+
+def compute_gradients(
+    setup: Setup, step: int, step_data: StepData, before_micro_step: Callable[[], None]
+) -> tuple[float, float]:
+    """Compute the gradients of optimizer step `step`, counted from 0, and clip them.
+
+    Returns the loss, a mean over all label tokens of the step on all processes, and the norm of the gradients before
+    clipping, which is not finite if a gradient is not.
+    """
+    engine = setup.engine
+    batches = [engine.to_device(batch) for batch in step_data.batches]
+    num_items = engine.total(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches))
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for micro_step, batch in enumerate(map(engine.split_sequences, batches)):
+        before_micro_step()
+        seed_dropout(setup, step, micro_step)
+        with engine.accumulate():
+            loss, objective = setup.step_loss(engine.model, batch, num_items, len(batches) * engine.data_size)
+            engine.backward(objective)
+            total += loss.detach()
+    grad_norm = engine.clip_gradients()
+    total = engine.total_loss(total)
+    # The only time in a step that the host waits for the device, before the weights are changed.
+    return total.item(), grad_norm.item()
+
+
+def seed_dropout(setup: Setup, step: int, micro_step: int) -> None:
+    """Make dropout a function of the recipe's seed and the place of a micro-batch in the run.
+
+    A resume then has no random state to restore, and the number of processes does not change what is dropped.
+    """
+    engine = setup.engine
+    per_step = engine.data_size * setup.accumulation_steps
+    place = step * per_step + engine.data_index * setup.accumulation_steps + micro_step
+    parts = [setup.recipe.seed, place * setup.recipe.training.micro_batch_size, engine.dropout_index]
+    engine.seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()))
+
+
+def rehearse(setup: Setup, example: dict[str, torch.Tensor]) -> None:
+    """Do a step that changes nothing, on `example` repeated, so that a model that does not compile or fit fails now."""
+    engine = setup.engine
+    size = setup.recipe.training.micro_batch_size
+    batch = engine.to_device({name: tensor.repeat(size, 1) for name, tensor in example.items()})
+    batch = engine.split_sequences(batch)
+    with engine.rehearsal():
+        num_items = torch.tensor(batch["labels"].numel())
+        _, objective = setup.step_loss(engine.model, batch, num_items, 1)
+        engine.backward(objective * 0.0)
+        engine.clip_gradients()
+        engine.update()

@@ -1,0 +1,107 @@
+"""Saving the full state of a run while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfpretrain.checkpoints import saver
+from hfpretrain.data.ledger import LEDGER
+from hfpretrain.data.streaming import save_states
+from hfpretrain.recipe.yaml import dump_recipe
+from hfpretrain.training.publisher import Publisher, record_news
+from hfpretrain.training.records import Records
+from hfpretrain.training.setup import Setup
+from hfpretrain.training.state import TrainState
+from hfpretrain.training.stopping import Stops
+from hfpretrain.training.watchdog import Watch
+
+GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+class NotSavedError(RuntimeError):
+    """The last checkpoint of a run could not be written."""
+
+
+class RunSaver:
+    """Saves a run's full state, and records how the saves and the pushes to the Hub went.
+
+    `saved_step`: the step of the checkpoint that the run goes on from, None for a new run.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        state: TrainState,
+        saving_group: Any,
+        *,
+        publisher: Publisher,
+        records: Records,
+        stops: Stops,
+        watch: Watch,
+        saved_step: int | None,
+    ):
+        self._engine, self._state, self._output_dir = setup.engine, state, setup.output_dir
+        self._publisher, self._records, self._stops, self._watch = publisher, records, stops, watch
+        self._is_main, self._is_stream = setup.is_main, setup.recipe.data.streaming
+        self._recipe = dump_recipe(setup.recipe).encode()
+        self._facts = {
+            "engine": setup.engine.name,
+            "num_processes": setup.engine.num_processes,
+            "precision": setup.engine.precision,
+            "data": setup.data_identity,
+            "undecayed": setup.undecayed,
+        }
+        self._saver = saver.Saver(
+            setup.output_dir / "checkpoints", setup.recipe.checkpoint, saving_group, publisher.keep
+        )
+        self.saved_step = saved_step
+
+    def save(self, in_background: bool) -> None:
+        """Write a checkpoint of the state as it is. All ranks must call it."""
+        self._watch.beat("save", self._state.step)
+        self._state.gather(self._engine)
+        content = {**self._state.stored(), **self._facts}
+        self._saver.save(content, self._engine.state_to_save(), self._writers(), in_background)
+        self.saved_step = self._state.step
+
+    def _writers(self) -> dict[str, Callable[[Path], object]]:
+        """Functions that write the other files of a checkpoint that this process has, as things stand now."""
+        writers: dict[str, Callable[[Path], object]] = {}
+        if self._is_main:
+            checksums = self._state.consumption.ledger.checksums
+            writers[LEDGER] = lambda path: np.save(path, checksums)
+            writers["recipe.yaml"] = lambda path: path.write_bytes(self._recipe)
+        if self._is_stream and self._engine.counts_its_data:
+            states, next_step = self._state.data_state, self._state.data_step(self._state.step - 1) + 1
+            writers[f"data-{self._engine.data_index}.pt"] = lambda path: save_states(states, next_step, path)
+        return writers
+
+    def wait(self) -> None:
+        """Wait for the save under way to end, and record it."""
+        self._saver.wait()
+        self.record()
+
+    def record(self, is_last: bool = False) -> None:
+        """Record the saves and pushes that have ended since the last call.
+
+        After a failed save training goes on. Raises `NotSavedError` if `is_last`: it was the last save of the run.
+        """
+        record_news(self._publisher, self._records, self._state.step)
+        for saved in self._saver.done():
+            self._stops.note_save(saved.seconds)
+            if saved.error is None:
+                figures = {f"save/{k}": v for k, v in asdict(saved).items() if k not in ("step", "error")}
+                self._records.row({"step": saved.step, **figures})
+                continue
+            message = f"the checkpoint of step {saved.step} is not saved: {saved.error}"
+            self._records.event(self._state.step, message)
+            if saved.step == self.saved_step:
+                self.saved_step = None
+            if is_last:
+                raise NotSavedError(f"{message}. Make room or allow writing in {self._output_dir}; {GOES_ON}")
+            self._records.say(f"{message}; training goes on, older checkpoints are as they were")

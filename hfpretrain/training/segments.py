@@ -1,0 +1,50 @@
+"""Ranges of steps that were trained under one setting: engine, number of processes, device, precision and so on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def extend(segments: list[dict[str, Any]], setting: dict[str, Any], step: int) -> None:
+    """Record that `step` ran under `setting`: extend the last of `segments`, or begin another."""
+    if not segments or any(segments[-1].get(key) != value for key, value in setting.items()):
+        segments.append({**setting, "first_step": step})
+    segments[-1]["last_step"] = step
+
+
+def segments_of(environment: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """The settings of all steps up to `step`. An `environment.json` has those of the process that wrote it, and before
+    it in `segments`."""
+    found = [dict(part, last_step=min(part["last_step"], step)) for part in environment.get("segments", ())]
+    found = [part for part in found if part["first_step"] <= step]
+    done = found[-1]["last_step"] if found else 0
+    if step > done:
+        now = {**environment, "precision": environment["mixed_precision"], "first_step": done + 1, "last_step": step}
+        found.append(now)
+    return found
+
+
+def places(segments: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    """Where a run was trained: engine, processes and device as text, with the first and last step."""
+    found: list[tuple[str, int, int]] = []
+    for part in segments:
+        text, first = _place(part), part["first_step"]
+        if found and found[-1][0] == text:
+            first = found.pop()[1]
+        found.append((text, first, part["last_step"]))
+    return found
+
+
+def _place(part: dict[str, Any]) -> str:
+    count = "" if part["num_processes"] == 1 else f" x{part['num_processes']}"
+    return f"{part['engine']}{count}" + (f" on {part['device']}" if part.get("device") else "")
+
+
+def moved(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
+    """What to say of a run that goes on after `step` under another setting than before; None if it is the same."""
+    if before.get("document_masking", now["document_masking"]) != now["document_masking"]:
+        was, becomes = ("not masked", "masked") if now["document_masking"] else ("masked", "not masked")
+        return f"packed documents are {becomes} from each other from now on; up to step {step} they were {was}"
+    if all(before.get(name, now[name]) == now[name] for name in ("engine", "num_processes", "device")):
+        return None
+    return f"training goes on under {_place(now)}; up to step {step} it was under {_place(before)}"
