@@ -12,7 +12,7 @@ import zstandard
 from conftest import small_text, write_jsonl
 
 from hfpretrain import files
-from hfpretrain.data import corpus, identity
+from hfpretrain.data import corpus
 from hfpretrain.data.identity import source_identity
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
@@ -208,7 +208,7 @@ def test_what_has_no_identity_is_refused(tmp_path, monkeypatch):
     memory.pipe("/versions/a.jsonl", b"{}")
     url = SourceSection(path="json", data_files="memory://versions/a.jsonl")
     assert source_identity(url)
-    monkeypatch.setattr(identity, "_VERSION_KEYS", ())
+    monkeypatch.setattr(type(memory), "info", lambda self, path, **_: {"name": path, "type": "file", "size": 2})
     with pytest.raises(RecipeError, match="sends neither ETag"):
         source_identity(url)
 
@@ -302,15 +302,17 @@ def test_a_folder_with_other_splits_is_asked_about(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [PermissionError("expired"), FileNotFoundError("gone"), ConnectionError("reset")])
-def test_a_refused_read_is_no_truncated_file(tmp_path, monkeypatch, error):
-    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+def test_a_file_that_cannot_be_opened_is_not_skipped_as_a_bad_one(monkeypatch, error):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/refused/a.jsonl", b'{"text": "x"}')
 
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(corpus, "_open_file", refuse)
+    monkeypatch.setattr(type(memory), "_open", refuse)
+    source = SourceSection(path="json", data_files="memory://refused/a.jsonl")
     with pytest.raises(RecipeError, match="cannot read"):
-        list(corpus.Reader(SourceSection(path="json", data_files=str(path)), on_bad_document="skip").read())
+        list(corpus.Reader(source, on_bad_document="skip").read())
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.json"])

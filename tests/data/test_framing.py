@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import hfpretrain, recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
-from test_packing import stream
+from preparation import token_stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfpretrain import evaluate_perplexity, files, load_recipe, training_batches
@@ -60,7 +60,7 @@ def framed(folder):
 def test_blocks_hold_the_tokenizers_own_call_and_one_eos(folder, appends):
     own = with_bos(folder / "tokenizer", appends=appends)
     made = prepare(recipe(folder))
-    ids = stream(made, "train-0") + stream(made, "validation")
+    ids = token_stream(made, "train-0") + token_stream(made, "validation")
     documents = [document.tolist() for document in np.split(ids, np.flatnonzero(np.array(ids) == EOS) + 1)[:-1]]
     expected = [own(text)["input_ids"] + [EOS] * (not appends) for text in small_text(200)]
     assert sorted(documents) == sorted(expected) and expected[0][0] == BOS and expected[0].count(EOS) == 1
@@ -98,7 +98,7 @@ def test_add_bos_says_otherwise_and_the_tokenizer_does_so_when_it_is_loaded(fram
     ):
         section = {"pretrained": str(framed / folder), "add_bos": add_bos}
         made = prepare(recipe(framed, tokenizer=section))
-        ids = stream(made, "train-0")
+        ids = token_stream(made, "train-0")
         assert ids.count(BOS) == len(expected) * made.manifest["splits"]["train-0"]["documents"]
         loaded = load_prepared_tokenizer(made)
         loaded.save_pretrained(tmp_path / "saved")
@@ -142,7 +142,7 @@ def test_a_folder_of_a_version_that_put_nothing_before_documents_is_not_taken(fr
 def test_bos_in_a_text_begins_no_document(framed):
     write_jsonl(framed / "corpus.jsonl", [*small_text(100), "before <s> after" * 3])
     made = prepare(recipe(framed))
-    ids = stream(made, "train-0") + stream(made, "validation")
+    ids = token_stream(made, "train-0") + token_stream(made, "validation")
     assert ids.count(BOS) == 101
     assert "before <s> after" in load_prepared_tokenizer(made).decode(ids)
 

@@ -4,31 +4,22 @@ import shutil
 import datasets
 import numpy as np
 import pytest
-from conftest import recipe_mapping, small_text, write_jsonl
+from conftest import small_text, write_jsonl
+from preparation import recipe, token_stream
 
 from hfpretrain import files
 from hfpretrain.data import packing
 from hfpretrain.data import prepared as prepared_format
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.recipe.schema import Recipe, RecipeError
-
-
-def recipe(folder, **changes):
-    return Recipe.model_validate(recipe_mapping(folder, **changes))
-
-
-def stream(prepared, split):
-    rows = prepared.blocks(split)
-    flat = np.concatenate([row.reshape(-1) for row in rows]) if rows else np.zeros(0, int)
-    return np.concatenate([flat, prepared.manifest["splits"][split]["remainder_ids"]]).astype(int).tolist()
+from hfpretrain.recipe.schema import RecipeError
 
 
 def test_every_token_of_every_document_is_there_once_in_order(folder):
     prepared = prepare(recipe(folder))
     tokenizer = load_prepared_tokenizer(prepared)
-    text = tokenizer.decode(stream(prepared, "train-0")).split(tokenizer.eos_token)
-    text += tokenizer.decode(stream(prepared, "validation")).split(tokenizer.eos_token)
+    text = tokenizer.decode(token_stream(prepared, "train-0")).split(tokenizer.eos_token)
+    text += tokenizer.decode(token_stream(prepared, "validation")).split(tokenizer.eos_token)
     assert sorted(filter(None, text)) == sorted(small_text(200))
 
 
@@ -81,7 +72,7 @@ def test_the_text_of_a_special_token_forges_no_boundary(folder):
     write_jsonl(folder / "corpus.jsonl", [*small_text(100), "before <|endoftext|> after" * 3])
     prepared = prepare(recipe(folder))
     tokenizer = load_prepared_tokenizer(prepared)
-    ids = stream(prepared, "train-0") + stream(prepared, "validation")
+    ids = token_stream(prepared, "train-0") + token_stream(prepared, "validation")
     assert ids.count(tokenizer.eos_token_id) == 101
     assert "before <|endoftext|> after" in tokenizer.decode(ids)
 

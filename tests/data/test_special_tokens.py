@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import recipe_mapping, small_text, train, write_jsonl, write_recipe
-from test_packing import stream
+from preparation import token_stream
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +45,7 @@ def test_a_source_says_whether_special_tokens_in_its_text_are_tokens(folder, cho
     own = marked(folder / "tokenizer")
     write_jsonl(folder / "corpus.jsonl", [CODE] * 60)
     made = prepare(recipe(folder, data__sources=[source(folder, special_tokens=chosen)], data__validation_fraction=0.0))
-    ids = stream(made, "train-0")
+    ids = token_stream(made, "train-0")
     for token in MARKS:
         assert ids.count(own.convert_tokens_to_ids(token)) == (60 if token in as_tokens else 0)
     assert ids.count(own.eos_token_id) == 60, "a text ended its document"
@@ -99,7 +99,7 @@ def test_streams_and_evaluation_read_special_tokens_as_preparation_does(folder):
     made = prepare(recipe(folder, **changes))
     encode = Encoder(own, np.dtype(np.int64))
     ids = [encode.for_source(text.special_tokens)([text])[0] for text in texts]
-    assert sorted(np.concatenate(ids).tolist()) == sorted(stream(made, "validation"))  # in other blocks
+    assert sorted(np.concatenate(ids).tolist()) == sorted(token_stream(made, "validation"))  # in other blocks
     data = DataSection(sources=sources, block_size=32, streaming=True)
     sizes = {"first_step": 0, "states": {}, "micro_batch_size": 2, "accumulation_steps": 2}
     places = {"process_index": 0, "num_processes": 1, "eos_token_id": own.eos_token_id, "document_masking": False}
@@ -126,7 +126,7 @@ def test_a_closed_vocabulary_is_asked_nothing_but_the_text(folder, names):
     own = closed(folder / "tokenizer", ["<e>", *MOVES], names.get("unk_token"), **names)
     write_jsonl(folder / "corpus.jsonl", [" ".join(MOVES)] * 50)
     made = prepare(recipe(folder, data__validation_fraction=0.0))
-    assert stream(made, "train-0") == [*range(1, 11), own.eos_token_id] * 50
+    assert token_stream(made, "train-0") == [*range(1, 11), own.eos_token_id] * 50
     assert not preparation_notes(made)
     write_jsonl(folder / "corpus.jsonl", [*[" ".join(MOVES)] * 50, "e4 Qh5"])
     with pytest.raises(RecipeError, match=r"tokenizer: .*e4 Qh5"):
@@ -177,7 +177,6 @@ def test_text_that_a_tokenizer_leaves_out_or_replaces_is_told(folder):
 
 def test_a_token_that_takes_in_the_space_around_it_is_not_cut_from_it():
     made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
-    assert Encoder(made, np.dtype(np.int64))._can_cut_at_lines
     made.add_tokens([AddedToken("mark", lstrip=True)])
     text = "the river runs\nmark over the stone\n" * 400
     (ids,) = Encoder(made, np.dtype(np.int64))([text])

@@ -84,17 +84,35 @@ def test_a_step_has_the_same_sequences_on_any_number_of_processes(files, encode,
         assert abs(share[0] / share.sum() - 0.25) < 0.01
 
 
-def test_processes_read_only_the_files_of_their_sequences(files, encode):
-    ranks = [stream(section(files), encode, 4, index) for index in range(4)]
-    read = [{reader.pieces[n].origin for g in rank._groups.values() for reader, n in g._pieces} for rank in ranks]
-    assert all(len(pieces) == 2 for pieces in read) and len(set.union(*read)) == 8
+@pytest.fixture
+def files_read(monkeypatch):
+    """Names of the files that any reader was asked for."""
+    names, read = set(), corpus.Reader.read
+
+    def record(self, pieces=None):
+        pieces = list(range(len(self.pieces)) if pieces is None else pieces)
+        names.update(self.pieces[index].origin for index in pieces)
+        return read(self, pieces)
+
+    monkeypatch.setattr(corpus.Reader, "read", record)
+    return names
+
+
+def test_processes_read_only_the_files_of_their_sequences(files, encode, files_read):
+    ranks, read = [stream(section(files), encode, 4, index) for index in range(4)], []
+    for rank in ranks:
+        files_read.clear()  # to divide the files, each rank looks into all of them
+        rank.step(0)
+        read.append(set(files_read))
+    assert all(len(names) == 2 for names in read) and len(set.union(*read)) == 8
 
 
 def test_files_of_other_sizes_are_one_stream_and_an_empty_one_is_no_error(files, encode):
     write_jsonl(files / "0.jsonl", ["one word"])
     (files / "1.jsonl").write_text("")
     alone = stream(section(files), encode)
-    assert len(alone._groups) == 1
+    assert len(alone.step(0).state) == 1
+    alone = stream(section(files), encode)
     flat = torch.cat([tokens(alone.step(step)) for step in range(20)]).reshape(-1).numpy()
     whole = np.concatenate(encode(["one word", *TEXTS[100:]]))
     assert np.array_equal(flat[: len(whole)], whole[: len(flat)])
@@ -103,7 +121,7 @@ def test_files_of_other_sizes_are_one_stream_and_an_empty_one_is_no_error(files,
 def test_one_epoch_has_every_document_once(files, encode):
     data = section(files)
     alone, seen = stream(data, encode), []
-    while all(group._at.epoch == 0 for group in alone._groups.values()):
+    while not seen or all(group.epoch == 0 for group in seen[-1].state.values()):
         seen.append(alone.step(len(seen)))
     count = sum(int((tokens(step) == encode.eos_token_id).sum()) for step in seen[:-1])
     assert 0.8 * len(TEXTS) < count <= len(TEXTS)
@@ -161,16 +179,16 @@ def flat(data, steps):
     return torch.cat([tokens(data.step(step)) for step in range(steps)]).reshape(-1)
 
 
-def test_files_without_a_document_to_train_on_end_no_stream(files, encode, caplog):
+def test_files_without_a_document_to_train_on_are_left_out(files, encode, caplog, files_read):
     held_out = write_jsonl(files / "held_out.json", TEXTS[350:])  # all of 7.jsonl
     data = section(files, validation_sources=[{"path": "json", "data_files": str(held_out)}])
     digests = corpus.held_out_digests(data)
     with caplog.at_level("INFO", "hfpretrain"):
         alone = stream(data, encode, held_out=digests)
     assert "7.jsonl" in caplog.text and "0.jsonl" not in caplog.text
-    pieces = [reader.pieces[n].origin for group in alone._groups.values() for reader, n in group._pieces]
-    assert sorted(pieces) == [str(files / f"{n}.jsonl") for n in range(7)]
-    expected = [alone.step(step) for step in range(20)]
+    files_read.clear()
+    expected = [alone.step(step) for step in range(80)]  # more than an epoch
+    assert sorted(files_read) == [str(files / f"{n}.jsonl") for n in range(7)]
     ranks = [stream(data, encode, 2, index, held_out=digests) for index in range(2)]
     for step in range(20):
         parts = [tokens(rank.step(step)) for rank in ranks]
@@ -198,13 +216,12 @@ def test_files_are_alike_by_their_text_and_not_by_their_compressed_size(tmp_path
     source = {"path": "json", "data_files": str(tmp_path / "*.jsonl.gz")}
     data = section(tmp_path, sources=[source])
     alone = stream(data, encode)
-    assert len(alone._groups) == 1
     whole = np.concatenate(encode(list(corpus.training_documents(data))))
     found = flat(alone, -(-len(whole) // (16 * 32))).numpy()
     assert np.array_equal(found[: len(whole)], whole), "every document once before any comes again"
     # Begun by a version that looked at the size on the disk, it goes on as it was begun.
     begun = stream(data, encode, states={(0, 0): GroupState(), (0, 1): GroupState()})
-    assert len(begun._groups) == 2
+    assert len(begun.step(0).state) == 2
     reader = corpus.Reader(data.sources[0])
     assert [reader.text_size(index) for index in range(2)] == sizes
     pandas.DataFrame({"text": TEXTS, "id": range(len(TEXTS))}).to_parquet(tmp_path / "a.parquet")
@@ -216,7 +233,6 @@ def test_a_source_with_a_cap_ends_when_all_is_read(files, encode):
     write_jsonl(files / "0.jsonl", TEXTS[:35])
     source = {"path": "json", "data_files": str(files / "*.jsonl"), "max_epochs": 1}
     short = stream(section(files, sources=[source]), encode)
-    assert len(short._groups) == 1
     seen = []
     with pytest.raises(RecipeError, match=r"max_epochs: the source has run out: all of it was seen 1 time"):
         seen += (int((tokens(short.step(step)) == encode.eos_token_id).sum()) for step in itertools.count())
@@ -253,6 +269,14 @@ def hub_run(tmp_path_factory):
         )
 
 
+def test_a_hub_dataset_is_streamed(hub_run):
+    folder, recipe, env = hub_run
+    result = train(recipe, "--training.max_steps=3", f"--output_dir={folder / 'short'}", **env)
+    assert result.returncode == 0, result.stderr
+    assert rows(folder / "short", "ledger")[3]["source_tokens"] == [3 * 256]
+
+
+@pytest.mark.slow
 def test_a_hub_dataset_is_streamed_by_two_processes_and_resumed(hub_run):
     folder, recipe, env = hub_run
     result = train(recipe, **env)
