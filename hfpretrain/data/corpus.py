@@ -537,6 +537,21 @@ def first_line(error: BaseException) -> str:
     return f"{(str(error).splitlines() or [''])[0]:.300}"
 
 
+def training_readers(data: DataSection) -> list[Reader]:
+    """A reader of each training source. Raises `RecipeError` if one can't be opened."""
+    return [
+        Reader(source, f"data.sources.{number}", data.on_bad_document) for number, source in enumerate(data.sources)
+    ]
+
+
+def validation_readers(data: DataSection) -> list[Reader]:
+    """A reader of each of `data.validation_sources`. Raises `RecipeError` if one can't be opened."""
+    return [
+        Reader(source, f"data.validation_sources.{number}", data.on_bad_document)
+        for number, source in enumerate(data.validation_sources)
+    ]
+
+
 class Splitter:
     """Divides each document of a training source into text to train on and text that is held out.
 
@@ -571,8 +586,8 @@ def held_out_digests(data: DataSection) -> frozenset[bytes]:
 
 
 def _validation_sources(data: DataSection) -> Iterator[tuple[int, Document]]:
-    for number, source in enumerate(data.validation_sources):
-        for document in Reader(source, f"data.validation_sources.{number}", data.on_bad_document).read():
+    for number, reader in enumerate(validation_readers(data)):
+        for document in reader.read():
             yield number, document
 
 
@@ -591,8 +606,8 @@ def validation_documents(data: DataSection) -> Iterator[tuple[str, str]]:
 
 def _of_split(data: DataSection, wanted: str) -> Iterator[str]:
     splitter = Splitter(data, held_out_digests(data))
-    for number, source in enumerate(data.sources):
-        for document in Reader(source, f"data.sources.{number}", data.on_bad_document).read():
+    for reader in training_readers(data):
+        for document in reader.read():
             for split, text in splitter(document):
                 if split == wanted:
                     yield text

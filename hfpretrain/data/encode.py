@@ -18,6 +18,7 @@ from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSe
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
 LONG_CHARS = 2**18
 """Texts longer than twice this are encoded in pieces of about this size."""
 _PIECE_CHARS = 2000
@@ -306,8 +307,10 @@ def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
 
 
 def require_special_tokens(data: DataSection, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises `RecipeError` for sources whose `special_tokens` names tokens that the tokenizer doesn't have, or that
-    frame documents."""
+    """Raises `RecipeError` if a source's `special_tokens` names tokens that the tokenizer doesn't have.
+
+    Also for tokens that begin or end documents, which no text may contain.
+    """
     encoder, problems = Encoder(tokenizer, np.dtype(np.int64)), []
     for key, source in all_sources(data):
         try:
@@ -319,6 +322,6 @@ def require_special_tokens(data: DataSection, tokenizer: PreTrainedTokenizerFast
 
 
 def all_sources(data: DataSection) -> list[tuple[str, SourceSection]]:
-    """Every source with its key in the recipe."""
+    """Pairs (key in the recipe, section) of all training and validation sources."""
     sections = (("data.sources", data.sources), ("data.validation_sources", data.validation_sources))
     return [(f"{key}.{number}", source) for key, sources in sections for number, source in enumerate(sources)]

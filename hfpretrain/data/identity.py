@@ -78,9 +78,10 @@ def _commit(source: SourceSection, key: str) -> str:
 
 
 def at_commits(data: DataSection, identities: Sequence[Any], validation: Sequence[Any]) -> DataSection:
-    """`data` whose Hub datasets are read at the commits of `identity`, also after a push to their revision.
+    """Fix the Hub datasets of `data` to the commits of their identities, so that a later push changes nothing.
 
-    Raises `RecipeError` if that is not what this machine's cache has in offline mode.
+    `identities`, `validation`: of the sources and the validation sources, by `source_identity`. Raises `RecipeError` if
+    this machine is offline and its cache has another commit.
     """
     import datasets
 

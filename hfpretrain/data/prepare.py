@@ -285,13 +285,8 @@ class _Preparation:
             folders = ("tokenizer/", "parts/") if _LAST_TOKENIZER_FILE in there else ("parts/",)
             self.remote.download(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
-        policy = self.data.on_bad_document
-        named = [(number, f"data.sources.{number}", source) for number, source in enumerate(self.data.sources)]
-        self.readers = [(number, Reader(source, key, policy)) for number, key, source in named]
-        self.validation_readers = [
-            Reader(source, f"data.validation_sources.{number}", policy)
-            for number, source in enumerate(self.data.validation_sources)
-        ]
+        self.readers = corpus.training_readers(self.data)
+        self.validation_readers = corpus.validation_readers(self.data)
         self.tokenizer = self._tokenizer()
         if self.remote is not None:
             self._upload_missing(self.remote, there)
@@ -384,7 +379,7 @@ class _Preparation:
     def make_parts(self, index: int, count: int) -> list[str]:
         """Make the unfinished parts of shard `index` of `count`; returns the keys of all its parts, in their order."""
         jobs: list[tuple[int | None, int, Reader]] = [(None, *named) for named in enumerate(self.validation_readers)]
-        jobs += [(number, 0, reader) for number, reader in self.readers if not self.data.streaming]
+        jobs += [(number, 0, reader) for number, reader in enumerate(self.readers) if not self.data.streaming]
         groups = [(source, (nth, g), reader, pieces) for source, nth, reader in jobs for g, pieces in _groups(reader)]
         self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
         self.is_first = self._first_with_text() if self.data.deduplicate else None
@@ -500,7 +495,7 @@ class _Preparation:
         (self.work / "scan").mkdir(exist_ok=True)
         found = {}
         logger.info("looking for duplicates")
-        for number, reader in self.readers:
+        for number, reader in enumerate(self.readers):
             for group, pieces in _groups(reader):
                 path = self.work / "scan" / f"{number}-{group:05d}.npy"
                 if not path.exists():

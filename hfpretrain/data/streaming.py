@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hfpretrain.data.batches import StepData, collate, count_by_source
-from hfpretrain.data.corpus import Reader, Splitter
+from hfpretrain.data.corpus import Reader, Splitter, training_readers
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.ledger import sequence_checksum
 from hfpretrain.data.order import TrainingOrder
@@ -185,7 +185,7 @@ def group_files(data: DataSection, held_out: frozenset[bytes], sequences_per_ste
     one stream.
     """
     splitter = Splitter(data, held_out)
-    readers = _readers(data)
+    readers = training_readers(data)
     groupings = []
     for sources in [[number] for number in range(len(readers))] if data.weights else [list(range(len(readers)))]:
         pieces = [(number, index) for number in sources for index in range(len(readers[number].pieces))]
@@ -195,12 +195,12 @@ def group_files(data: DataSection, held_out: frozenset[bytes], sequences_per_ste
             continue
         is_capped = any(data.sources[number].max_epochs for number in sources)
         groupings.append(
-            _deal(readers, pieces, splitter, sequences_per_step, _MAX_RATIO_CAPPED if is_capped else _MAX_RATIO)
+            _group_stream(readers, pieces, splitter, sequences_per_step, _MAX_RATIO_CAPPED if is_capped else _MAX_RATIO)
         )
     return groupings
 
 
-def _deal(
+def _group_stream(
     readers: list[Reader], pieces: list[tuple[int, int]], splitter: Splitter, sequences: int, max_ratio: float
 ) -> Grouping:
     num_groups = math.gcd(len(pieces), sequences) if len(pieces) > 1 else 1
@@ -223,12 +223,6 @@ def _deal(
     if not kept:
         return Grouping(1, pieces)
     return Grouping(math.gcd(len(kept), sequences), kept)
-
-
-def _readers(data: DataSection) -> list[Reader]:
-    return [
-        Reader(source, f"data.sources.{number}", data.on_bad_document) for number, source in enumerate(data.sources)
-    ]
 
 
 def _alike(sizes: list[int | None], max_ratio: float) -> bool:
@@ -271,7 +265,7 @@ class StreamingData:
         per_process = micro_batch_size * accumulation_steps
         self._per_step = per_process * num_processes
         self._mine = range(process_index * per_process, (process_index + 1) * per_process)
-        readers = _readers(data)
+        readers = training_readers(data)
         groupings = group_files(data, held_out, self._per_step) if groupings is None else groupings
         groupings = _as_at_start(groupings, [len(reader.pieces) for reader in readers], states)
         streams = [[(readers[number], index) for number, index in one.pieces] for one in groupings]

@@ -13,7 +13,7 @@ from conftest import small_text, write_jsonl
 
 from hfpretrain import files
 from hfpretrain.data import corpus
-from hfpretrain.data.identity import source_identity
+from hfpretrain.data.identity import at_commits, source_identity
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 TEXTS = ["first document", "zweites\nDokument", "第三", ""]
@@ -504,12 +504,12 @@ def test_hub_datasets_are_read_at_the_commits_of_their_identities(monkeypatch):
     )
     known = [[{"dataset": "user/data", "commit": "a" * 40}], ["json", ["a.jsonl", 1, "b"]]]
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    read = corpus.at_commits(data, known, known[:1])
+    read = at_commits(data, known, known[:1])
     assert [source.revision for source in (*read.sources, *read.validation_sources)] == ["a" * 40, None, "a" * 40]
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(corpus, "_commit", lambda source, key: "b" * 40)
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="b" * 40))
     with pytest.raises(RecipeError, match=r"data.sources.0: the local cache has user/data at b+, the data are of a+"):
-        corpus.at_commits(data, known, known[:1])
+        at_commits(data, known, known[:1])
 
 
 @pytest.mark.parametrize(
