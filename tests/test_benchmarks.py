@@ -1,4 +1,4 @@
-"""Benchmarks that CI's `make overhead` does not start, at small size."""
+"""Benchmarks that `make proofs` does not start itself, at small size."""
 
 import subprocess
 import sys
