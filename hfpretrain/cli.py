@@ -1,4 +1,4 @@
-"""Console subcommands that need one process. Heavy imports stand inside the commands that need them."""
+"""The console command `hfpretrain`. Heavy imports stand inside the subcommands that need them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from hfpretrain import __version__
 from hfpretrain.engines import launch
 from hfpretrain.recipe import redaction
 from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError
-from hfpretrain.recipe.yaml import dump_recipe
+from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
 
-_MODEL = "exported folder, run, checkpoint, or ID[@REVISION] of the Hub"
-_OVERRIDES = "any number of --section.key=value may follow the recipe"
+_MODEL = "an exported folder, a run, a checkpoint, or ID[@REVISION] on the Hub"
+_EPILOG = """Any number of --section.key=value may follow RECIPE, which is a file or the name of a shipped one.
+`hfpretrain train -h` lists the keys, `hfpretrain train -h optimizer` those of one section."""
+_ENGINE = "accelerate config file, or the name of a shipped one such as ddp or fsdp2"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 the disk takes no more, 2 the input is wrong, 130 interrupted."""
+    """Returns the exit code: 0 done, 1 the disk is full or refuses access, 2 the input is wrong, 130 interrupted; of
+    `train` the exit code of the run."""
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     os.environ.update(launch.sleeping_threads())  # before torch is imported
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO)
     try:
-        args.command(args, overrides)
+        code = args.command(args, overrides)
         print(end="", flush=True)
     except RecipeError as error:
         print("error:", *error.problems, sep="\n  ", file=sys.stderr)
@@ -65,109 +68,160 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {text}; make room or allow access there", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
+
+
+class _RecipeHelp(argparse.Action):
+    """`-h` of `train`: its usage, then every key of a recipe; with a section's name that section alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, section: Any, __: Any = None) -> None:
+        from hfpretrain.recipe.help import describe
+
+        try:
+            text = describe(section or "")
+        except RecipeError as error:
+            parser.error(str(error))
+        try:
+            print(text if section else f"{parser.format_help()}\n{text}", flush=True)
+        except BrokenPipeError:  # the reader, for example `head`, has seen enough
+            console.drop_output()
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hfpretrain", description="Pretraining of causal language models.")
+    parser = argparse.ArgumentParser(
+        prog="hfpretrain",
+        description="Pretraining of causal language models with the Hugging Face stack.",
+        epilog=_EPILOG,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(name: str, function: Any, text: str, **keywords: Any) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **keywords)
         subparser.set_defaults(command=function)
         return subparser
 
-    check = command("check", _check, f"validate a recipe, print it resolved and what follows; {_OVERRIDES}")
-    check.add_argument("recipe")
-    check.add_argument("--engine", help="accelerate file, or the name of one that is shipped, to check the batch with")
-    check.add_argument("--num-processes", type=int, help="default: the engine's file's")
-    plan = command("plan", _plan, f"what a run will cost: memory by engine, FLOPs, time, disk; {_OVERRIDES}")
-    plan.add_argument("recipe")
-    plan.add_argument("--engine", help="this one alone; default: all side by side")
-    plan.add_argument("--num-processes", type=int, help="one for each device; default: 1")
+    train = command("train", _train, "train a recipe; the same command run again resumes", add_help=False)
+    train.add_argument("recipe", metavar="RECIPE")
+    train.add_argument("--engine", help=f"{_ENGINE}; default: single for one process, ddp for several")
+    number = "default: one for each GPU, or the number in the engine's file"
+    train.add_argument("--num-processes", type=int, help=number)
+    keys = "show this and the keys of a recipe, or the keys of one section, for example optimizer, and exit"
+    train.add_argument("-h", "--help", action=_RecipeHelp, nargs="?", metavar="SECTION", help=keys)
+    check = command("check", _check, "validate a recipe, print it with all defaults and what follows from it")
+    check.add_argument("recipe", metavar="RECIPE")
+    check.add_argument("--engine", help=f"also check the batch with this {_ENGINE}")
+    check.add_argument("--num-processes", type=int, help="with --engine; default: the number in its file")
+    plan = command("plan", _plan, "what a run will cost: memory under each engine, FLOPs, time, disk")
+    plan.add_argument("recipe", metavar="RECIPE")
+    plan.add_argument("--engine", help="plan for this engine alone; default: all side by side")
+    plan.add_argument("--num-processes", type=int, help="number of processes, one for each device; default: 1")
     plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
-    mfu = "assumed share of the device's peak FLOP/s; default: 0.4, or for a small model on this CPU measured"
+    mfu = "assumed share of the device's peak FLOP/s; default: 0.4; for a small model on this CPU it is measured"
     plan.add_argument("--mfu", type=float, help=mfu)
     plan.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOP/s")
-    many = "simulate communication on so many devices instead; default: 8 64 512 4096"
+    many = "simulate the communication of so many devices instead; default: 8 64 512 4096"
     plan.add_argument("--scaling", type=int, nargs="*", metavar="DEVICES", help=many)
     plan.add_argument("--devices-per-node", type=int, help="with --scaling; default: 8")
     plan.add_argument("--nvlink", type=float, help="with --scaling: GB/s a device sends within its node; default: 450")
     plan.add_argument("--infiniband", type=float, help="with --scaling: GB/s a device sends to others; default: 50")
     shared = "with --scaling: devices that share one copy of the model under hsdp; default: the number in its file"
     plan.add_argument("--shard-size", type=int, help=shared)
-    prepare = command("prepare", _prepare, f"make tokenizer and blocks; {_OVERRIDES}")
-    prepare.add_argument("recipe")
-    prepare.add_argument("--shard", metavar="I/N", help="do share I of N, as one of N machines; then once without")
+    prepare = command("prepare", _prepare, "train or load the tokenizer, and tokenize and pack the text")
+    prepare.add_argument("recipe", metavar="RECIPE")
+    share = "prepare share I of N on this machine; when all N are done, run the command once without --shard"
+    prepare.add_argument("--shard", metavar="I/N", help=share)
     prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one for each core")
-    data = command("data", _data, f"which documents a step of a run consumed, and their text; {_OVERRIDES}")
-    data.add_argument("recipe")
+    data = command("data", _data, "which documents a step of a run was trained on, and their text")
+    data.add_argument("recipe", metavar="RECIPE")
     data.add_argument("--step", type=int, required=True, help="optimizer step as in metrics.jsonl, from 1")
-    evaluate = command("evaluate", _evaluate, f"loss, perplexity and bits per byte of a checkpoint; {_OVERRIDES}")
-    evaluate.add_argument("model", help=_MODEL)
-    evaluate.add_argument("--tasks", help="tasks of lm-eval, separated by commas; alone, or beside a recipe or --data")
+    evaluate = command("evaluate", _evaluate, "loss, perplexity and bits per byte of a checkpoint")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
+    tasks = "tasks of lm-eval, separated by commas; alone, or in addition to a recipe or --data"
+    evaluate.add_argument("--tasks", help=tasks)
     evaluate.add_argument("--include-path", metavar="FOLDER", help="folder with your own task files, whose code is run")
     evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: what each task says")
-    evaluate.add_argument("--limit", type=int, help="only so many documents of each task")
-    compare = command("compare", _compare, f"two checkpoints on the same documents, by bits per byte; {_OVERRIDES}")
-    compare.add_argument("a", help=_MODEL)
-    compare.add_argument("b", help=f"{_MODEL}; maybe with another tokenizer")
+    evaluate.add_argument("--limit", type=int, help="number of documents of each task; default: all")
+    compare = command("compare", _compare, "two checkpoints on the same documents, by bits per byte")
+    compare.add_argument("a", metavar="MODEL_A", help=_MODEL)
+    compare.add_argument("b", metavar="MODEL_B", help="the same; its tokenizer may be another one")
     for scores in (evaluate, compare):
-        scores.add_argument("recipe", nargs="?", help="on this recipe's validation text")
-        files = "or on a text (.txt, one document) or JSON lines file (.jsonl, key `text`); may be given several times"
+        scores.add_argument("recipe", metavar="RECIPE", nargs="?", help="evaluate on this recipe's validation text")
+        files = "evaluate on a .txt file (one document) or .jsonl file (key `text`); may be given several times"
         scores.add_argument("--data", action="append", metavar="[NAME=]FILE", help=files)
         scores.add_argument("--block-size", type=int, help="context in tokens; default: the recipe's or the model's")
-        scores.add_argument("--stride", type=int, help="advance windows by so many tokens; default: the block size")
-        scores.add_argument("--batch-size", type=int, default=8)
-    verify = command("verify", _verify, "check a run, checkpoint or prepared folder: complete, unaltered, loadable")
-    verify.add_argument("path")
+        stride = "tokens from the start of one window to the start of the next; default: the block size"
+        scores.add_argument("--stride", type=int, help=stride)
+        scores.add_argument("--batch-size", type=int, default=8, help="windows in one forward pass; default: 8")
+    verify = command("verify", _verify, "check that a run, checkpoint or prepared folder is complete and unaltered")
+    verify.add_argument("path", metavar="PATH")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.add_argument("--trust-remote-code", action="store_true", help="run model code that lies in the export")
-    verify.add_argument("--downstream", action="store_true", help="compare first losses of fine-tuning with evaluation")
-    verify.add_argument("--data", metavar="FILE|RECIPE", help="its text; default: what the run's recipe holds out")
-    proof = command("verify-resume", _verify_resume, f"kill a short version of a recipe and compare; {_OVERRIDES}")
-    proof.add_argument("recipe")
-    proof.add_argument("--engine", help="accelerate file, or the name of one that is shipped; default: none")
-    proof.add_argument("--num-processes", type=int, help="default: the engine's file's")
+    verify.add_argument("--trust-remote-code", action="store_true", help="run the model code in the exported folder")
+    downstream = "compare the loss at the first step of fine-tuning (Trainer, TRL, PEFT) with the evaluated loss"
+    verify.add_argument("--downstream", action="store_true", help=downstream)
+    text = "text for --downstream; default: the validation text of the run's recipe"
+    verify.add_argument("--data", metavar="FILE|RECIPE", help=text)
+    proof = command("verify-resume", _verify_resume, "kill and resume a short version of a recipe; compare the losses")
+    proof.add_argument("recipe", metavar="RECIPE")
+    proof.add_argument("--engine", help=f"{_ENGINE}; default: one process without a launcher")
+    proof.add_argument("--num-processes", type=int, help="default: the number in the engine's file")
     proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
     proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
-    ladder = command("ladder", _ladder, f"small models of a recipe's family, and what they predict of it; {_OVERRIDES}")
-    ladder.add_argument("recipe")
-    sizes = "parameters in all, at least four, as 400k 2.5M 1B; the largest checks the fit of the others"
+    ladder = command("ladder", _ladder, "train small models of a recipe's family and predict the loss of the recipe's")
+    ladder.add_argument("recipe", metavar="RECIPE")
+    sizes = "number of parameters, at least four of them, as 400k 2.5M 1B; the largest checks the fit of the others"
     ladder.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help=sizes)
-    ratios = "tokens per parameter, in those of the recipe; several tell the best size; default: 1"
+    ratios = "tokens per parameter, as a multiple of the recipe's; several tell the best size; default: 1"
     ladder.add_argument("--ratios", nargs="+", type=float, default=[1.0], metavar="RATIO", help=ratios)
-    ladder.add_argument("--engine", help="accelerate file, or the name of one that is shipped; default: none")
-    ladder.add_argument("--num-processes", type=int, help="default: the engine's file's")
+    ladder.add_argument("--engine", help=f"{_ENGINE}; default: one process without a launcher")
+    ladder.add_argument("--num-processes", type=int, help="default: the number in the engine's file")
     ladder.add_argument("--compute", type=float, help="FLOPs to find the best size for; default: the recipe's")
-    ladder.add_argument("--output", help="folder of the rungs, the table and the plot; default: OUTPUT_DIR-ladder")
-    runs = command("runs", _runs, "one line for each run in a folder: what it is, its figures, where it stands")
-    runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
-    runs.add_argument("--plot", metavar="PNG", help="also draw the validation losses of all into one picture")
-    generate = command("generate", _generate, "continue a prompt, as the text comes")
-    generate.add_argument("model", help=_MODEL)
-    generate.add_argument("prompt", nargs="?", default="", help="default: begin a document")
-    generate.add_argument("--max-new-tokens", type=int, default=200)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    generate.add_argument("--top-k", type=int, default=50)
-    generate.add_argument("--seed", type=int, default=0)
-    export = command("export", _export, "a checkpoint of a run, of any engine, as a plain Hugging Face folder")
-    export.add_argument("checkpoint", help="runs/NAME/checkpoints/step-..., or a run: its newest checkpoint")
-    export.add_argument("out", help="folder to create")
-    path = command("path", _path, "where a recipe or accelerate file that comes with the package is")
-    path.add_argument("name", help="for example quickstart or ddp")
-    push = command("push", _push, "upload what a Hub repo lacks of a run: each checkpoint as a revision, the export")
-    push.add_argument("run", help="run folder, or an exported folder alone")
-    push.add_argument("repo_id", help="USER/NAME")
-    push.add_argument("--private", action="store_true", help="of a repo that does not exist yet")
-    push.add_argument("--state", action="store_true", help="also what `checkpoint.resume_from` goes on from")
-    card = command("card", _card, "write the model card of a run anew; what a person has written into it stays")
-    card.add_argument("run")
+    ladder.add_argument("--output", help="folder of the small runs, table and plot; default: OUTPUT_DIR-ladder")
+    runs = command("runs", _runs, "one line for each run in a folder: model, figures, state")
+    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default: runs")
+    runs.add_argument("--plot", metavar="PNG", help="also draw the validation losses of all runs into one picture")
+    generate = command("generate", _generate, "continue a prompt, and print the text while it is generated")
+    generate.add_argument("model", metavar="MODEL", help=_MODEL)
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="default: begin a document")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="default: 200")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token; default: 0.8")
+    generate.add_argument("--top-k", type=int, default=50, help="draw from so many of the likeliest; default: 50")
+    generate.add_argument("--seed", type=int, default=0, help="default: 0")
+    export = command("export", _export, "write a checkpoint of a run as a plain Hugging Face folder")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="runs/NAME/checkpoints/step-..., or a run: its newest")
+    export.add_argument("out", metavar="OUT", help="folder to create")
+    path = command("path", _path, "where a shipped recipe or accelerate config file is")
+    path.add_argument("name", metavar="NAME", help="for example quickstart or ddp")
+    push = command("push", _push, "upload checkpoints and export of a run that a Hub repo does not have yet")
+    push.add_argument("run", metavar="RUN", help="run folder, or an exported folder alone")
+    push.add_argument("repo_id", metavar="USER/NAME")
+    push.add_argument("--private", action="store_true", help="create the repo as a private one, if it does not exist")
+    push.add_argument("--state", action="store_true", help="also upload what `checkpoint.resume_from` needs")
+    card = command("card", _card, "write the model card of a run again; what a person has written into it stays")
+    card.add_argument("run", metavar="RUN")
     command("schema", _schema, "print the JSON schema of recipes, for editors")
     for subparser in commands.choices.values():
         subparser.set_defaults(flags=set(subparser._option_string_actions))
+        if any(action.dest == "recipe" for action in subparser._actions):
+            usage = subparser.format_usage().removeprefix("usage: ").rstrip()
+            subparser.usage = f"{usage} [--section.key=value ...]".replace("%", "%%")
     return parser
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    import shlex
+
+    from hfpretrain.engines import start
+    from hfpretrain.recipe import shipped
+
+    engine, num_processes = start.choose_engine(args.engine, args.num_processes)
+    read_recipe(shipped.find(args.recipe, "recipe"), overrides)  # a wrong key is told before any process starts
+    arguments = ["-m", "hfpretrain.train", args.recipe, *overrides]
+    file = shipped.find(engine, "engine", path="--engine")
+    shown = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(num_processes), *arguments]
+    print(f"starting {redaction.redact(shlex.join(shown))}", file=sys.stderr, flush=True)
+    return start.run_to_end([*start.launch_command(engine, num_processes), args.recipe, *overrides])
 
 
 def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:

@@ -26,6 +26,7 @@ from hfpretrain.checkpoints import export, verify
 from hfpretrain.data.ledger import Consumption
 from hfpretrain.engines import distributed
 from hfpretrain.engines.base import Engine, is_out_of_memory
+from hfpretrain.engines.start import EXIT_CODE_FILE
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
@@ -33,6 +34,7 @@ from hfpretrain.planning.plan import Settled
 from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import Publisher
 from hfpretrain.recipe import redaction
+from hfpretrain.recipe.help import describe
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError
 from hfpretrain.recipe.yaml import flatten
@@ -310,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.keep_from_failing("stdout", "stderr")
     rank = int(os.environ.get("RANK", "0"))
     code = _main(sys.argv[1:] if arguments is None else arguments, rank)
-    path = os.environ.get("HFPRETRAIN_EXIT_CODE_FILE")
+    path = os.environ.get(EXIT_CODE_FILE)
     if path and rank == 0:
         try:
             Path(path).write_text(f"{code}\n", encoding="utf-8")
@@ -325,8 +327,7 @@ def _main(arguments: list[str], rank: int) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     if not arguments or arguments[0].startswith("-"):
-        print("usage: accelerate launch -m hfpretrain.train RECIPE [--section.key=value ...]", file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+        return _help(arguments)
     try:
         path = train(_with_secrets(load_recipe(arguments[0], arguments[1:])))
     except RecipeError as error:
@@ -352,6 +353,20 @@ def _main(arguments: list[str], rank: int) -> int:
         _tell(f"stopped: {text}; {advice}")
         return 1
     return STOPPED if path is None else 0
+
+
+def _help(arguments: list[str]) -> int:
+    """Print the keys of a recipe, or of the section that follows `-h`; the usage alone where no recipe is given."""
+    usage = "usage: accelerate launch -m hfpretrain.train [-h [SECTION]] RECIPE [--section.key=value ...]"
+    if arguments[:1] not in (["-h"], ["--help"]):
+        print(usage, file=sys.stderr)
+        return 2
+    try:
+        print(usage, "", describe(*arguments[1:2]), sep="\n")
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _with_secrets(recipe: Recipe) -> Recipe:

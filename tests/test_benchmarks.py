@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import families
+import growth
 import pytest
 from conftest import ROOT, environment, write_recipe
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +54,18 @@ def test_families_beside_plain_transformers(tmp_path):
     assert found["emu3"].result == "refused"
     text = families.table(list(found.values()))
     assert "| equal | 4 |" in text and text.index("| bart |") < text.index("| llama |")
+
+
+def test_growth_measures_and_draws(tmp_path):
+    """Times are not looked at."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), "--quick", "--output", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    Image.open(tmp_path / "growth.png").verify()
+    rows = [line.split(" | ") for line in (tmp_path / "growth.md").read_text().splitlines()[2:]]
+    assert len(rows) == 10 and {len(row) for row in rows} == {6} and result.stdout.strip().count("\n") == 11
+    titles = {panel.title for name, panel in growth.PANELS.items() if name != "many"}
+    assert {row[0].strip("| ").partition(":")[0] for row in rows} == titles
+    exponents = {row[0].strip("| "): float(row[4]) for row in rows}
+    (whole,) = (value for name, value in exponents.items() if name.startswith("Loss") and name.endswith("whole"))
+    assert whole == pytest.approx(1, abs=0.3)  # memory, not time

@@ -23,6 +23,7 @@ from hfpretrain import cli, files, load_recipe
 from hfpretrain.data import corpus, streaming
 from hfpretrain.data.remote_copy import RemoteCopy
 from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, train_tokenizer
+from hfpretrain.engines.start import launch_command
 from hfpretrain.evaluation import token_perplexity
 from hfpretrain.evaluation.checkpoint import load_checkpoint
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
@@ -454,7 +455,7 @@ def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(se
     )
     made.write()
     (rung, *_) = made.rungs
-    subruns.finish(subruns.Process([*subruns.command(None, None), str(rung.path)], rung.secrets), rung.run)
+    subruns.finish(subruns.Process([*launch_command(None, None), str(rung.path)], rung.secrets), rung.run)
     assert rung.read()
     found = [path for path in (folder / "ladder").rglob("*") if path.is_file()]
     assert rung.path in found and [path for path in found if b"planted" in path.read_bytes()] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import os
@@ -16,7 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
+from hfpretrain.engines.start import end_with_parent
 from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.machine import has_gpu
 from hfpretrain.recipe.schema import Problem, RecipeError
 
 # Dimensions of accelerate's ParallelismConfig: those that see different sequences, then those that share them.
@@ -52,8 +53,7 @@ def end_with_launcher() -> None:
     parent = psutil.Process().parent()
     if sys.platform != "linux" or parent is None or _launch_arguments(parent.cmdline()) is None:
         return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     if os.getppid() != parent.pid:  # it ended in between
         signal.raise_signal(signal.SIGTERM)
 
@@ -67,8 +67,7 @@ def sleeping_threads() -> dict[str, str]:
     is an accelerator, whose host has little to compute.
     """
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
-    has_accelerator = any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd"))
-    return {} if chosen or has_accelerator else {"GOMP_SPINCOUNT": "1000"}
+    return {} if chosen or has_gpu() else {"GOMP_SPINCOUNT": "1000"}
 
 
 def environment_without_launcher() -> dict[str, str]:

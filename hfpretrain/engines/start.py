@@ -1,24 +1,76 @@
-"""Starting a training: the command for an engine, and waiting for what it starts."""
+"""Starting a training from another command: which engine, which command line, and waiting for the run's exit code."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
 
 from hfpretrain.recipe import shipped
+from hfpretrain.recipe.machine import has_gpu
+from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import parse_yaml
+
+EXIT_CODE_FILE = "HFPRETRAIN_EXIT_CODE_FILE"
+"""Environment variable with the path of a file into which the main process writes its exit code; launchers turn every
+code but 0 into 1."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals on which a training saves everything and ends."""
+
+
+def choose_engine(engine: str | None, num_processes: int | None) -> tuple[str, int]:
+    """Engine and number of processes: those that are given, or else what suits this machine.
+
+    The default engine is `single` for one process and `ddp` for several. The default number of processes is the number
+    of GPUs, and 1 on a machine without GPUs. An engine's file that says how many processes share what (`hsdp`, `tp`) or
+    that is not a shipped one keeps its own number, and so does every engine on a machine without GPUs.
+
+    Raises `RecipeError` for an unknown engine and for a file of several machines that does not say which one this is.
+    """
+    if num_processes is not None and num_processes < 1:
+        raise RecipeError.at("--num-processes", f"must be at least 1 (got {num_processes})")
+    if engine is None:
+        number = num_processes or max(1, _num_gpus())
+        return ("single" if number == 1 else "ddp"), number
+    settings = _settings(engine)
+    if int(settings.get("num_machines") or 1) > 1 and not {"machine_rank", "main_process_ip"} <= settings.keys():
+        raise RecipeError.at(
+            "--engine",
+            f"{engine} is for {settings['num_machines']} machines: run `accelerate launch --config_file "
+            f"{_file(engine)} --machine_rank RANK --main_process_ip IP -m hfpretrain.train RECIPE` on each of them, or "
+            "give a copy of the file that has `machine_rank` and `main_process_ip`",
+        )
+    if num_processes is not None:
+        return engine, num_processes
+    is_shipped = engine in shipped.names("engine") and not Path(engine).is_file()
+    takes_any_number = settings.get("distributed_type") != "NO" and "parallelism_config" not in settings
+    gpus = _num_gpus() if is_shipped and takes_any_number else 0
+    return engine, gpus or process_count(engine, None)
 
 
 def launch_command(engine: str | None, num_processes: int | None) -> list[str]:
-    """What starts a training; recipe and overrides follow.
+    """The command line of a training, to which recipe and overrides are appended.
 
-    `engine`: an accelerate file or the name of one that is shipped, None for `python -m hfpretrain.train`.
+    `engine`: an accelerate file or the name of a shipped one; None for `python -m hfpretrain.train` without a launcher.
     Raises `RecipeError` where there is no such file.
     """
     if engine is None:
         return [sys.executable, "-m", "hfpretrain.train"]
+    settings = _settings(engine)
+    # A free port, so that several runs fit on one machine. Several machines need one that all of them know.
+    is_free = "main_process_port" not in settings and int(settings.get("num_machines") or 1) == 1
+    port = ["--main_process_port", "0"] if is_free else []
     count = [] if num_processes is None else ["--num_processes", str(num_processes)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "-q", *port]
     return [*launcher, "--config_file", str(_file(engine)), *count, "-m", "hfpretrain.train"]
 
 
@@ -26,8 +78,111 @@ def process_count(engine: str | None, num_processes: int | None) -> int:
     """Number of processes that `launch_command` starts: `num_processes`, or the number in the engine's file."""
     if engine is None or num_processes is not None:
         return num_processes or 1
+    return int(_settings(engine).get("num_processes") or 1)
+
+
+def run_to_end(command: list[str]) -> int:
+    """Run a training started by `accelerate launch` and return the exit code of the training, not of the launcher.
+
+    `SIGNALS` that this process gets are sent to the ranks themselves: a launcher dies of some, and it kills ranks that
+    take more than 30 seconds to save. On Linux, when the launcher dies the ranks save and end before this returns, and
+    when this process dies the launcher dies too.
+
+    Without a code from the main process (it was killed, or it runs on another machine) the launcher's is returned, or
+    128 and the number of the signal that ended the training.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        code_file = Path(os.environ.get(EXIT_CODE_FILE) or Path(folder) / "exit-code")
+        code_file.write_text("", encoding="utf-8")  # not the code of a run before
+        received: list[int] = []
+        launcher: subprocess.Popen[bytes] | None = None
+
+        def pass_on(number: int, _: FrameType | None = None) -> None:
+            received.append(number)
+            if launcher is not None:
+                _send(number, launcher)
+
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            if before[number] != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                signal.signal(number, pass_on)
+        try:
+            _adopt_orphans()
+            # In a session of its own: a terminal's Ctrl-C would otherwise reach the ranks a second time.
+            launcher = subprocess.Popen(
+                command,
+                env={**os.environ, EXIT_CODE_FILE: str(code_file)},
+                start_new_session=True,
+                preexec_fn=lambda: end_with_parent(signal.SIGKILL),
+            )
+            for early in received[:]:  # that came before there was a launcher
+                _send(early, launcher)
+            launcher.wait()
+            psutil.wait_procs(_ranks(os.getpid()))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if code := code_file.read_text(encoding="utf-8").strip():
+            return int(code)
+        if received:
+            return 128 + received[-1]
+        return launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
+
+
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this process the signal `number` when the process that started it ends; on Linux only."""
+    _prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of the ranks when their launcher dies, to wait for them; on Linux only."""
+    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, prctl(2)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value)
+
+
+def _send(number: int, launcher: subprocess.Popen[bytes]) -> None:
+    """Send a signal to the ranks, or to the launcher while it has not started any."""
+    ranks = _ranks(launcher.pid if launcher.poll() is None else os.getpid())
+    if not ranks:
+        launcher.send_signal(number)
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def _ranks(parent: int) -> list[psutil.Process]:
+    """The training processes among the children of the process `parent`."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(parent).children():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                command = process.cmdline()
+                if "hfpretrain.train" in command and "accelerate.commands.launch" not in command:
+                    found.append(process)
+    return found
+
+
+def _num_gpus() -> int:
+    if not has_gpu():
+        return 0
+    import torch
+
+    return torch.accelerator.device_count()
+
+
+def _settings(engine: str) -> dict[str, Any]:
     path = _file(engine)
-    return int(parse_yaml(path.read_text(encoding="utf-8"), str(path)).get("num_processes") or 1)
+    try:
+        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError.at("--engine", f"{path} can't be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise RecipeError.at("--engine", f"{path} is not an accelerate config file: it has no keys")
+    return settings
 
 
 def _file(engine: str) -> Path:

@@ -1,4 +1,4 @@
-"""Accelerators by name: memory and peak FLOP/s as the vendors state them.
+"""Devices: memory and peak FLOP/s of accelerators as their vendors state them, and of this machine as measured.
 
 Sources, all dense (where a sheet prints only figures with sparsity, half of them). NVIDIA's data sheets "V100 Tensor
 Core GPU" (2020), "A100 Tensor Core GPU" (2022), "A10G" (2021), "L4 Tensor Core GPU" (2023), "L40S" (2023), "H100 Tensor
@@ -10,9 +10,15 @@ Core GPU" (2023; SXM, PCIe, NVL), "H200 Tensor Core GPU" (2024), "Blackwell HGX 
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 
+import psutil
+import torch
+
+from hfpretrain.engines.precision import has_bf16
 from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import RecipeError
 
 _GIB = 2**30
@@ -20,26 +26,29 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of accelerator: `memory` in bytes, `flops` of 16-bit and `float32_flops` of float32 matrix products in
-    FLOP/s (float32 without TF32, which torch leaves off), and whether 16 bits may be bf16."""
+    """One kind of device."""
 
     name: str
     words: tuple[str, ...]
-    """What must stand in the name that torch gives."""
+    """Words that the name which torch gives has for this kind."""
     memory: int
+    """Bytes."""
     flops: float
+    """FLOP/s of 16-bit matrix products."""
     float32_flops: float
+    """FLOP/s of float32 matrix products, without TF32, which torch leaves off."""
     bf16: bool = True
+    """Whether it computes in bf16."""
 
     def peak(self, mixed_precision: str) -> float:
-        """FLOP/s in a precision of `precision.resolve`. TF32 has half, FP8 twice the 16-bit figure on the sheets
-        of NVIDIA's devices that have it."""
+        """FLOP/s in a precision, as `Engine.precision`. On NVIDIA's data sheets TF32 has half and FP8 twice the 16-bit
+        figure."""
         if mixed_precision == "no":
             return self.float32_flops
         return self.flops * {"tf32": 0.5, "fp8": 2.0}.get(mixed_precision, 1.0)
 
 
-# The first whose words all stand in a name is meant: the more special before the general. A vendor's "80GB" are GiB.
+# `match` takes the first whose words are all in a name, so special ones stand before general ones. Vendors' GB are GiB.
 DEVICES = (
     Device("V100-32GB", ("v100", "32gb"), 32 * _GIB, 125e12, 15.7e12, bf16=False),
     Device("V100-16GB", ("v100",), 16 * _GIB, 125e12, 15.7e12, bf16=False),
@@ -66,7 +75,7 @@ def match(torch_name: str) -> Device | None:
 
 
 def named(name: str) -> Device:
-    """The device of a name in the table, or of torch's. Raises `RecipeError` with the nearest known."""
+    """The device with a name of the table or of torch. Raises `RecipeError` with the nearest known name."""
     found = next((device for device in DEVICES if device.name.lower() == name.lower()), None)
     if found is None and " " in name:
         found = match(name)
@@ -81,3 +90,63 @@ def peak_flops(torch_name: str, mixed_precision: str = "bf16") -> float | None:
     """Peak FLOP/s of the device that torch calls `torch_name`; None if it is not in the table."""
     device = match(torch_name)
     return device.peak(mixed_precision) if device is not None else None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a plan is made for."""
+
+    device: Device
+    on_cpu: bool
+    mixed_precision: str
+    """Never `auto`."""
+    peak_flops: float | None
+    """FLOP/s of one device, or of all cores of a CPU; None if not known."""
+    peak_is: str
+    """Where `peak_flops` comes from, for people."""
+
+
+def find_hardware(
+    name: str | None, num_processes: int, mixed_precision: str, cpu_peak_flops: float | None = None
+) -> Hardware:
+    """The device of a name, "cpu" or by default this machine's; `mixed_precision` may be `auto`.
+
+    `cpu_peak_flops`: what `cpu_flops` measured before. Processes on one CPU share its memory. Raises `RecipeError` for
+    an unknown name.
+    """
+    if (name or "").lower() == "cpu" or (name is None and not torch.accelerator.is_available()):
+        precision = ("bf16" if has_bf16() else "no") if mixed_precision == "auto" else mixed_precision
+        flops = cpu_peak_flops or cpu_flops(precision)
+        device = Device("cpu", (), psutil.virtual_memory().total // num_processes, flops, flops)
+        return Hardware(device, True, precision, flops, "measured, a matrix product on all cores")
+    if name is not None:
+        device = named(name)
+    else:
+        this = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
+        )
+        _, total = torch.accelerator.get_memory_info()
+        device = match(this) or Device(this, (), total, 0.0, 0.0, has_bf16())
+    precision = ("bf16" if device.bf16 else "no") if mixed_precision == "auto" else mixed_precision
+    peak = device.peak(precision)
+    return Hardware(device, False, precision, peak or None, "data sheet" if peak else "not in the table of devices")
+
+
+def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.1) -> float:
+    """FLOP/s of square matrix products of `size` in a precision, on all cores that this process may use.
+
+    The best of those within `min_seconds`: other programs can only make them slower.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_cores())
+    try:
+        left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        best = float("inf")
+        end = time.perf_counter() + min_seconds
+        while (start := time.perf_counter()) < end or best == float("inf"):
+            left @ right
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * size**3 / best

@@ -1,11 +1,9 @@
-"""What training holds in memory: a simulated pass for activations and logits, a table of engines for the state."""
+"""Memory of training: a simulated micro-step for activations and logits, a table of engines for the model state."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,88 +21,92 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Group = Literal["one", "all", "half"]
-Family = Literal["replica", "fsdp2", "deepspeed"]
+"""Processes that divide a part among them: none, all, or each of two equal halves apart."""
 # DeepSpeed's defaults, in elements: deepspeed/runtime/zero/config.py, `max_live_parameters`, `sub_group_size`.
 _MAX_LIVE, _SUB_GROUP = 1_000_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What an engine divides by which group of processes: "one" is not at all, "all" by every process, "half" within
-    each of two equal halves. `activations` divides what a pass holds."""
+class Sharding:
+    """How an engine divides the model state and the activations among its processes."""
 
     name: str
-    family: Family
+    """Of the engine, as `Engine.name`."""
+    family: Literal["replica", "fsdp2", "deepspeed"]
+    """Who holds the state: accelerate with plain PyTorch, FSDP2 or DeepSpeed."""
     weights: Group = "one"
     gradients: Group = "one"
     optimizer: Group = "one"
     activations: Group = "one"
     cuts: Literal["tensors", "sequences"] | None = None
-    """What all processes share of each sequence; with tensors cut the logits still are whole, and so is the loss."""
+    """What of each sequence's computation all processes divide. With "tensors" the logits and the loss stay whole."""
     keeps_gradients: bool = False
-    """The memory of whole gradients is there from the first step on, not only from backward to step."""
+    """Whether whole gradients have their memory from the first step on, not only from backward to update."""
     offload: bool = False
-    """Weights, gradients and optimizer stay in the host's memory; the device sees what it works on."""
+    """Whether weights, gradients and optimizer stay in the host's memory, and the device has only what it works on."""
     max_processes: int | None = None
 
     def divisor(self, group: Group, num_processes: int) -> int:
-        """Processes among which a part with this `group` is divided."""
+        """Number of processes that divide a part."""
         return {"one": 1, "all": num_processes, "half": max(1, num_processes // 2)}[group]
 
     @property
     def halves(self) -> bool:
-        """Whether processes form two equal groups."""
+        """Whether the processes form two equal groups."""
         return "half" in (self.weights, self.gradients, self.optimizer)
 
 
-ENGINES = (
-    Engine("single", "replica", max_processes=1),
-    Engine("ddp", "replica", keeps_gradients=True),
-    # Of activations only those inside a sub-layer are divided: an upper bound.
-    Engine("tp", "replica", "all", "all", "all", cuts="tensors"),
-    Engine("fsdp2", "fsdp2", "all", "all", "all"),
-    Engine("fsdp2_offload", "fsdp2", "all", "all", "all", offload=True),
-    Engine("hsdp", "fsdp2", "half", "half", "half"),
-    Engine("zero1", "deepspeed", optimizer="all"),
-    Engine("zero2", "deepspeed", gradients="all", optimizer="all"),
-    Engine("zero3", "deepspeed", "all", "all", "all"),
-    Engine("zero3_offload", "deepspeed", "all", "all", "all", offload=True),
-    Engine("zero3_ulysses", "deepspeed", "all", "all", "all", activations="all", cuts="sequences"),
+SHARDINGS = (
+    Sharding("single", "replica", max_processes=1),
+    Sharding("ddp", "replica", keeps_gradients=True),
+    # Only the activations inside a sub-layer are divided. They count as whole: an upper bound.
+    Sharding("tp", "replica", "all", "all", "all", cuts="tensors"),
+    Sharding("fsdp2", "fsdp2", "all", "all", "all"),
+    Sharding("fsdp2_offload", "fsdp2", "all", "all", "all", offload=True),
+    Sharding("hsdp", "fsdp2", "half", "half", "half"),
+    Sharding("zero1", "deepspeed", optimizer="all"),
+    Sharding("zero2", "deepspeed", gradients="all", optimizer="all"),
+    Sharding("zero3", "deepspeed", "all", "all", "all"),
+    Sharding("zero3_offload", "deepspeed", "all", "all", "all", offload=True),
+    Sharding("zero3_ulysses", "deepspeed", "all", "all", "all", activations="all", cuts="sequences"),
 )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that its memory depends on, in parameters; `buffers` in bytes."""
+    """The sizes of a model that its memory depends on, in parameters if not said otherwise."""
 
     total: int
     num_layers: int
     largest_layer: int
     tail: int
-    """Final norm and output embedding, which FSDP2 keeps gathered from the forward to the backward pass."""
+    """Output embedding, which FSDP2 keeps gathered from the forward to the backward pass."""
     buffers: int
+    """Bytes."""
     moments: int
-    """What the optimizer keeps of all parameters, in bytes."""
+    """Bytes of what the optimizer keeps for all parameters."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward and backward pass holds beyond weights and optimizer, in bytes. Each part is at its own largest;
-    `peak` is the largest sum at one moment with all gradients kept, `peak_without` with each given away once it is
-    there."""
+    """Bytes that a forward and backward pass needs beyond weights and optimizer.
+
+    Parts are at their own largest, which may be at different moments.
+    """
 
     activations: int
     logits: int
     casts: int
     """16-bit copies of float32 weights, which autocast keeps until the backward pass has used them."""
     peak: int
-    peak_without: int
+    """Largest sum of all parts and gradients at one moment."""
+    peak_without_gradients: int
+    """The same without gradients, as where an engine gives each one away when it is computed."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one process's device, each part at its own largest; `peak` is the largest sum at one moment, `host` what
-    offloading leaves in the host's memory and the copy of a checkpoint that is being written."""
+    """Bytes on one process's device. Parts are at their own largest, which may be at different moments."""
 
     weights: int
     gradients: int
@@ -113,27 +115,38 @@ class Memory:
     logits: int
     buffers: int
     peak: int
+    """Largest sum of all parts at one moment."""
     host: int = 0
+    """In the host's memory: what is offloaded, and the copy of a checkpoint that is being written."""
 
 
 @dataclass
 class _Tally:
+    """Bytes in use by kind, and their largest values so far."""
+
     now: dict[str, int] = field(default_factory=dict)
     largest: dict[str, int] = field(default_factory=dict)
     live: int = 0
     peak: int = 0
-    peak_without: int = 0
+    peak_without_gradients: int = 0
 
     def change(self, kind: str, size: int) -> None:
+        """Add `size` bytes of a kind; fewer than 0 when a tensor is freed."""
         self.now[kind] = self.now.get(kind, 0) + size
         self.live += size
         self.largest[kind] = max(self.largest.get(kind, 0), self.now[kind])
         self.peak = max(self.peak, self.live)
-        self.peak_without = max(self.peak_without, self.live - self.now.get("gradients", 0))
+        self.peak_without_gradients = max(self.peak_without_gradients, self.live - self.now.get("gradients", 0))
 
 
 class _Tracker(TorchDispatchMode):
-    """Adds up the storages that operations make, from their making until nothing refers to them."""
+    """Adds up the storages that operations allocate, each until nothing refers to it any more.
+
+    torch's own `torch.distributed._tools.mem_tracker.MemTracker` gives the same peak, which
+    tests/planning/test_memory.py checks. It can't give what the plan needs besides: logits and casts apart from
+    activations, each part's own maximum (its parts are those at the peak), and the peak without gradients. Nor does it
+    get through float32 experts, and of the quickstart it took 3.4 to 5.4 s a pass where this takes 0.9 to 1.5 s.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -143,7 +156,7 @@ class _Tracker(TorchDispatchMode):
         self._weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Count a tensor's storage as `kind`; one that is counted changes its kind."""
+        """Count a tensor's storage as `kind`, in place of the kind it may have had."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._weights:
@@ -160,7 +173,7 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
-            # Its shapes for float32 are those for bf16, but torch 2.13 declares bf16 alone.
+            # Shapes are the same in float32 and bf16, but torch 2.13 knows them for bf16 only.
             output = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
         else:
             output = func(*args, **(kwargs or {}))
@@ -188,18 +201,19 @@ def simulate(
     accumulates: bool,
     float32_outputs: bool,
 ) -> Pass:
-    """One micro-step of the model that `build` makes, as training holds it, with tensors that have no data.
+    """Memory of one micro-step of the model that `build` makes, by running it on tensors without data.
 
-    Works for any architecture, kernel and checkpointing, since it runs the model's own code and counts every storage
-    from its making to its end. `precision` as of `engine.forward_precision`; `accumulates`: the gradients of an earlier
-    micro-step are there; `float32_outputs`: the engine turns what the model returns into float32. Raises `RecipeError`
-    for a model whose shapes depend on its values.
+    This runs the model's own code, so it works for any architecture, attention kernel and gradient checkpointing.
+    `precision`: as `Engine.forward_precision`; `accumulates`: gradients of an earlier micro-step exist;
+    `float32_outputs`: the engine converts what the model returns to float32. Raises `RecipeError` for a model whose
+    shapes depend on the values of its tensors.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kind, _, bits = precision.partition(" ")
     dtype = getattr(torch, bits or "float32")
-    with FakeTensorMode(allow_non_fake_inputs=True), _plain_seed():
+    # Building draws weights, and a simulation must not change what is drawn after it.
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
         model = build().train()
         if kind == "cast":
             _cast(model, dtype)
@@ -228,7 +242,7 @@ def simulate(
                 del outputs
                 objective.backward()
         except Exception as error:  # any code of any model runs here
-            message = f"{type(model).__name__} cannot be simulated: {type(error).__name__}: {error}"
+            message = f"{type(model).__name__} can't be simulated: {type(error).__name__}: {error}"
             raise RecipeError.at("model.config", " ".join(message.split())[:300]) from error
         largest = tally.largest
         return Pass(
@@ -236,30 +250,20 @@ def simulate(
             logits=largest.get("logits", 0),
             casts=largest.get("casts", 0),
             peak=tally.peak,
-            peak_without=tally.peak_without,
+            peak_without_gradients=tally.peak_without_gradients,
         )
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    # Not `model.to`, which swaps tensors in place, and that fake ones do not allow.
+    # `model.to` swaps tensors in place, which fake tensors do not allow.
     cast = {parameter: torch.nn.Parameter(parameter.detach().to(dtype)) for parameter in model.parameters()}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, cast[parameter])
 
 
-@contextlib.contextmanager
-def _plain_seed() -> Iterator[None]:
-    # Building draws weights, and a simulation must not change what is drawn after it.
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def model_shape(model: PreTrainedModel, layers: Any, moments: int) -> Shape:
-    """The sizes of a model on any device, `layers` being its stack of blocks; `moments` as of `Shape`."""
+    """The sizes of a model, which may be on the meta device. `layers`: its decoder layers; `moments`: as in `Shape`."""
     output = model.get_output_embeddings()
     return Shape(
         total=sum(parameter.numel() for parameter in model.parameters()),
@@ -271,16 +275,16 @@ def model_shape(model: PreTrainedModel, layers: Any, moments: int) -> Shape:
     )
 
 
-def forward_precision(engine: Engine, mixed_precision: str) -> str:
-    """`Engine.forward_precision` before there is an accelerator."""
+def forward_precision(sharding: Sharding, mixed_precision: str) -> str:
+    """What `Engine.forward_precision` will be, without an accelerator."""
     dtype = {"bf16": "bfloat16", "fp8": "bfloat16", "fp16": "float16"}.get(mixed_precision)
     if dtype is None:
         return "float32"
-    return f"{'autocast' if engine.family == 'replica' else 'cast'} {dtype}"
+    return f"{'autocast' if sharding.family == 'replica' else 'cast'} {dtype}"
 
 
-def memory(
-    engine: Engine,
+def process_memory(
+    sharding: Sharding,
     shape: Shape,
     num_processes: int,
     mixed_precision: str,
@@ -290,30 +294,32 @@ def memory(
     on_cpu: bool,
     saves_beside: bool,
 ) -> Memory:
-    """What one process of an engine holds, `held` being its simulated pass.
+    """Memory of one process of an engine.
 
-    How the engines hold it: torch's DDP keeps buckets, in which the gradients are; if micro-steps accumulate
-    (`accumulates`), they are held apart until the last. FSDP2 shards float32 weights, gradients and moments, and
-    gathers a layer in 16 bits. DeepSpeed holds 16-bit weights and gradients and float32 masters; in stages 1 and 2 it
-    also copies its share of the weights when they are float32 already. Of its reduction bucket a CPU gives only what is
-    written to. A checkpoint that is written beside training (`saves_beside`) is a copy of this process's share of the
-    state in the host's memory.
+    `held`: its simulated pass; `accumulates`: a step has several micro-steps; `saves_beside`: checkpoints are written
+    while training goes on, from a copy of this process's share of the state in the host's memory.
+
+    torch's DDP keeps buckets that hold the gradients; with several micro-steps, gradients are apart from them until the
+    last. FSDP2 shards float32 weights, gradients and moments, and gathers a layer in 16 bits. DeepSpeed has 16-bit
+    weights and gradients, and float32 copies of the weights ("masters"); stages 1 and 2 copy a process's share even
+    where weights are float32. DeepSpeed allocates its reduction bucket at once, and a CPU provides the part of it that
+    is written to.
     """
     total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
     weights_by, gradients_by, optimizer_by, activations_by = (
-        engine.divisor(group, num_processes)
-        for group in (engine.weights, engine.gradients, engine.optimizer, engine.activations)
+        sharding.divisor(group, num_processes)
+        for group in (sharding.weights, sharding.gradients, sharding.optimizer, sharding.activations)
     )
     buffers, at_step, bucket = shape.buffers, 0, 0
-    if engine.family == "deepspeed":
+    if sharding.family == "deepspeed":
         weights, gradients = bits * total // weights_by, bits * total // gradients_by
-        masters = 0 if bits == 4 and engine.weights == "all" else 4
+        masters = 0 if bits == 4 and sharding.weights == "all" else 4
         optimizer = (masters * total + shape.moments) // optimizer_by
         bucket = bits * min(REDUCE_BUCKET, total)
         share = total // optimizer_by
-        # The optimizer reads float32 gradients, which are made of the 16-bit ones for the step.
-        at_step = 4 * (min(share, _SUB_GROUP) if engine.weights == "all" else share)
-        if engine.weights == "all":
+        # For the update, 16-bit gradients are converted to float32.
+        at_step = 4 * (min(share, _SUB_GROUP) if sharding.weights == "all" else share)
+        if sharding.weights == "all":
             buffers += bits * min(total, _MAX_LIVE)
     else:
         weights, gradients, optimizer = (
@@ -321,21 +327,21 @@ def memory(
             4 * total // gradients_by,
             shape.moments // optimizer_by,
         )
-        if engine.keeps_gradients and accumulates:
+        if sharding.keeps_gradients and accumulates:
             buffers += 4 * total
-        if engine.family == "fsdp2":
-            # Of a layer: gathered weights, the next one's on their way, gradients, and their float32 sum's input.
+        if sharding.family == "fsdp2":
+            # Of a layer: gathered weights, those of the next one, gradients, and their float32 copy that is summed.
             buffers += shape.tail * bits + shape.largest_layer * (3 * bits + 4)
-    if engine.gradients == "one" and not engine.keeps_gradients:
+    if sharding.gradients == "one" and not sharding.keeps_gradients:
         in_pass = held.peak // activations_by + (0 if on_cpu else bucket)
     elif on_cpu:
-        # The bucket fills while activations go.
-        in_pass = gradients + max(held.peak_without // activations_by, bucket)
+        # The bucket fills while activations are freed.
+        in_pass = gradients + max(held.peak_without_gradients // activations_by, bucket)
     else:
-        in_pass = gradients + held.peak_without // activations_by + bucket
-    in_step = gradients + at_step + (bucket if engine.weights == "all" else 0)  # stage 3 keeps it
+        in_pass = gradients + held.peak_without_gradients // activations_by + bucket
+    in_step = gradients + at_step + (bucket if sharding.weights == "all" else 0)  # stage 3 keeps its bucket
     host, copy = 0, (4 * total + shape.moments) // num_processes if saves_beside else 0
-    if engine.offload and not on_cpu:  # there the device's memory is the host's
+    if sharding.offload and not on_cpu:  # there the device's memory is the host's
         host, at_step = weights + gradients + at_step + optimizer, 0
         weights = optimizer = 0
         in_pass, in_step = in_pass - gradients, 0
@@ -356,7 +362,7 @@ def memory(
     )
 
 
-def disk(shape: Shape, dtype: str) -> tuple[int, int]:
-    """Bytes of one checkpoint, the same under every engine: float32 weights and what the optimizer keeps; and of the
-    weights exported in `dtype`."""
+def files_bytes(shape: Shape, dtype: str) -> tuple[int, int]:
+    """Bytes of one checkpoint (float32 weights and what the optimizer keeps, under every engine), and of the weights
+    exported in `dtype`."""
     return 4 * shape.total + shape.moments, (4 if dtype == "float32" else 2) * shape.total

@@ -1,20 +1,20 @@
-"""A simulated scaling table: what each engine sends in a step, how long that takes, and what is left of the throughput.
+"""A simulated scaling table: what each engine sends in a step, how long that takes, and what throughput remains.
 
-Nothing here is measured. Sent by a device of n in rings, of S bytes: 2 (n - 1) / n S in an all-reduce, half of it in an
-all-gather or a reduce-scatter (Patarasu and Yuan 2009). By engine, of Psi parameters, as the code here runs them:
+Nothing here is measured. Of S bytes, each of n devices in a ring sends 2 (n - 1) / n S in an all-reduce, and half of
+that in an all-gather or a reduce-scatter (Patarasu and Yuan 2009). For Psi parameters the engines of this package send:
 
 - `ddp`: float32 gradients all-reduced once a step, in buckets of 25 MiB.
-- `fsdp2`: in every micro-step (`engine.accumulate`) weights gathered for the forward and the backward pass (the tail
-  once), in 16 bits if the precision is, and float32 gradients scattered (`fsdp.build_plugin`): ZeRO's 3 Psi.
+- `fsdp2`: in every micro-step, weights gathered for the forward and for the backward pass (the output embedding once),
+  in 16 bits if the precision is, and float32 gradients reduce-scattered: ZeRO's 3 Psi.
 - `hsdp`: the same inside a group, and in every micro-step an all-reduce of a shard's float32 gradients across groups.
-- `zero1`, `zero2`: gradients in the weights' precision, once a step and in every micro-step, and the new weights
-  gathered. DeepSpeed all-reduces whole buckets (`use_multi_rank_bucket_allreduce`): 3 Psi, where ZeRO's paper
-  (Rajbhandari et al. 2020, section 7) scatters and has 2.
-- `zero3`: 3 Psi of that section in every micro-step, all in the weights' precision.
+- `zero1`, `zero2`: gradients in the weights' precision (`zero1` once a step, `zero2` in every micro-step), and the new
+  weights gathered once a step. DeepSpeed all-reduces whole buckets (`use_multi_rank_bucket_allreduce`), which makes
+  3 Psi; ZeRO's paper (Rajbhandari et al. 2020, section 7) reduce-scatters them, which makes 2 Psi.
+- `zero3`: the paper's 3 Psi in every micro-step, all in the weights' precision.
 
-Time is bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): in every ring as many hops as
-steps, or an all-reduce in a tree where that is faster. A ring for each network adapter, one adapter for each device: of
-a group with k devices in a node, 1 / k of what a device sends leaves by its adapter.
+Time is bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): a ring has as many hops as
+steps, and an all-reduce uses a tree where that is faster. Each device has a network adapter and a ring of its own, so
+where a group has k devices in a node, 1 / k of what a device sends leaves the node.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hfpretrain.engines.deepspeed import REDUCE_BUCKET
-from hfpretrain.planning import memory as footprint
+from hfpretrain.planning.memory import Shape
 from hfpretrain.planning.plan import DEFAULT_MFU, Plan, make_plan
 from hfpretrain.recipe import shipped
 from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
@@ -45,25 +45,31 @@ _DDP_BUCKET, _PREFETCH_BUCKET = 25 * 2**20, 50_000_000
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of `devices_per_node`; bytes/s that one device sends inside its node and to others. The defaults are of
-    NVIDIA's DGX H100 data sheet: 900 GB/s of NVLink, of which half sends, and 400 Gbit/s of InfiniBand."""
+    """A cluster of equal nodes. The defaults are those of NVIDIA's DGX H100 data sheet."""
 
     devices_per_node: int = 8
     nvlink: float = 450e9
+    """Bytes/s that a device sends inside its node: half of the sheet's 900 GB/s, which count both directions."""
     infiniband: float = 50e9
+    """Bytes/s that a device sends to other nodes."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Tensors of `num_bytes` in all, exchanged in `calls` pieces, `times` a step, by groups of `size` devices whose
-    ranks are `stride` apart; `ways` is 2 for an all-reduce, 1 for an all-gather or a reduce-scatter."""
+    """Collectives of one kind in a step."""
 
     ways: int
+    """2 for an all-reduce, 1 for an all-gather or a reduce-scatter."""
     num_bytes: float
+    """Of all tensors together."""
     size: int
+    """Devices of a group."""
     calls: int = 1
+    """Collectives into which the tensors are divided."""
     times: int = 1
+    """How often a step exchanges the tensors."""
     stride: int = 1
+    """Distance between the ranks of a group."""
 
     @property
     def sent(self) -> float:
@@ -71,7 +77,7 @@ class Exchange:
         return self.times * self.ways * (self.size - 1) / self.size * self.num_bytes
 
     def seconds(self, cluster: Cluster) -> float:
-        """Seconds of a step in which a device does this alone."""
+        """Seconds that it takes of a step, if nothing else happens meanwhile."""
         inside = min(self.size, max(1, cluster.devices_per_node // self.stride))
         nodes = math.ceil(self.size / inside)
         speeds = ([cluster.nvlink] if inside > 1 else []) + ([cluster.infiniband * inside] if nodes > 1 else [])
@@ -82,16 +88,19 @@ class Exchange:
 
 
 def exchanges(
-    engine: str, shape: footprint.Shape, num_devices: int, micro_steps: int, mixed_precision: str, shard_size: int
+    engine: str, shape: Shape, num_devices: int, micro_steps: int, mixed_precision: str, shard_size: int
 ) -> list[Exchange]:
-    """What an engine of `ENGINES` exchanges in a step of `micro_steps`; `shard_size` is `hsdp`'s."""
+    """What an engine of `ENGINES` exchanges in a step of `micro_steps`.
+
+    `shard_size`: devices that share one copy of the model under `hsdp`.
+    """
     total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
     every = {"size": num_devices, "times": micro_steps}
     buckets = math.ceil(total / min(REDUCE_BUCKET, total))
     if engine == "ddp":
         return [Exchange(2, 4 * total, num_devices, math.ceil(4 * total / _DDP_BUCKET))]
     if engine in ("fsdp2", "hsdp"):
-        units = shape.num_layers + 2  # and the input embedding, and the tail
+        units = shape.num_layers + 2  # layers, input embedding and output embedding
         if engine == "hsdp":
             every["size"] = shard_size
         found = [
@@ -114,21 +123,23 @@ def exchanges(
 
 @dataclass(frozen=True)
 class ScalingRow:
-    """One engine on `num_devices`, simulated. Bytes that a device sends in a step and seconds of a step: what computing
-    takes alone, what communication takes alone, and both, with none of it hidden and with all that can be."""
+    """One step of one engine on `num_devices`, simulated."""
 
     engine: str
     num_devices: int
     micro_steps: int = 0
     sent_bytes: float = 0.0
+    """Bytes that a device sends."""
     compute_seconds: float = 0.0
+    """Seconds of computing alone."""
     communication_seconds: float = 0.0
+    """Seconds of communication alone."""
     reason: str | None = None
-    """Why there is no row."""
+    """Why nothing was simulated."""
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """A step's without and with full overlap."""
+        """Seconds of the step without overlap, and with all of the shorter part hidden behind the other."""
         return (
             self.compute_seconds + self.communication_seconds,
             max(self.compute_seconds, self.communication_seconds),
@@ -145,10 +156,10 @@ def scaling(
     cluster: Cluster | None = None,
     shard_size: int | None = None,
 ) -> tuple[Plan, list[ScalingRow]]:
-    """The recipe as it is on `numbers` of devices, by engine; and the plan of the first.
+    """Simulate the recipe on each of `numbers` of devices under every engine or one; also returns the first one's plan.
 
-    `shard_size`: devices that share a copy under `hsdp`, by default what its shipped file says. Raises `RecipeError` as
-    `make_plan` does, and for a device without a known peak.
+    `shard_size`: devices that share one copy of the model under `hsdp`, by default what its shipped file says. Raises
+    `RecipeError` as `make_plan` does, and for a device without a known peak.
     """
     cluster = cluster or Cluster()
     if shard_size is None:
@@ -162,7 +173,7 @@ def scaling(
     plans = [make_plan(recipe, num_processes=n, device=device, mfu=mfu, passes=passes) for n in numbers]
     if plans[0].device == "cpu" or plans[0].peak_flops is None:
         raise RecipeError.at("--device", f"the peak of {plans[0].device} tells nothing of many; name an accelerator")
-    # A group's share of the state is that of all devices where there are two groups of that size.
+    # Under hsdp a device's share of the state depends on the size of a group only, so two groups stand for any number.
     halves = make_plan(recipe, num_processes=2 * shard_size, device=device, mfu=mfu, engine="hsdp", passes=passes)
     names = [name for name in ENGINES if engine in (None, name)]
     return plans[0], [row for plan in plans for row in _rows(recipe, plan, halves, names, cluster, shard_size)]
@@ -192,7 +203,7 @@ def _rows(
 
 
 def table(plan: Plan, rows: list[ScalingRow], cluster: Cluster) -> str:
-    """The rows for people, 120 columns wide."""
+    """The rows as a table for people, 120 columns wide."""
     inside, outside, node = cluster.nvlink / 1e9, cluster.infiniband / 1e9, cluster.devices_per_node
     lines = [
         f"simulated scaling of {plan.name}, not measured: {plan.tokens_per_step:,} tokens a step on {plan.device}",

@@ -1,41 +1,49 @@
-"""The bill of a run before it starts: parameters, FLOPs, memory by part and engine, time, disk."""
+"""The plan of a run before it starts: parameters, FLOPs, memory by part and engine, time, disk."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from hfpretrain.data.encode import token_dtype
+from hfpretrain.data.prepare import prepared_path
+from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.source_files import is_folder
+from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size
 from hfpretrain.engines import launch
-from hfpretrain.modeling import optim
+from hfpretrain.engines.choose import require_optimizer
+from hfpretrain.modeling import loss, optim
+from hfpretrain.modeling.build import build_model
+from hfpretrain.modeling.config import load_config
 from hfpretrain.modeling.flops import model_flops_per_token
-from hfpretrain.planning import devices
+from hfpretrain.modeling.structure import Parameters, decoder_layers, parameters_of_config
+from hfpretrain.modeling.trainable import freeze_outside_loss
+from hfpretrain.planning import devices, memory
+from hfpretrain.planning.memory import Memory, Pass, Shape, Sharding
 from hfpretrain.recipe.keys import unknown_key
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from hfpretrain.data.prepared import PreparedData
-    from hfpretrain.modeling.structure import Parameters
-    from hfpretrain.planning.memory import Engine, Memory, Pass, Shape
-
 DEFAULT_MFU = 0.4
-# On a CPU the step of a model is timed up to this size, and if a micro-step would take so long at the default MFU.
+"""Share of the peak FLOP/s that a run is assumed to reach (model FLOPs utilization)."""
+# On a CPU a step is timed if the model has at most so many parameters and a micro-step takes at most so many seconds at
+# the default MFU.
 _TIMED_PARAMETERS, _TIMED_SECONDS = 2**26, 2.0
 
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine at the plan's number of processes: memory of a process in bytes, disk of one checkpoint and of the
-    export in bytes; `reason` where it cannot be."""
+    """One engine: memory of a process, and bytes of one checkpoint and of the export on disk."""
 
     engine: str
     num_processes: int
@@ -44,6 +52,7 @@ class EngineRow:
     checkpoint_bytes: int | None = None
     export_bytes: int | None = None
     reason: str | None = None
+    """Why the engine can't run this."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost. Bytes, seconds and FLOP/s; `peak_flops` of one device, None where it is not known."""
+    """What a run will cost. Sizes in bytes, times in seconds, if not said otherwise."""
 
     name: str
     model_type: str
@@ -80,38 +89,35 @@ class Plan:
     device: str
     device_memory: int
     usable: float
-    """Share of the device's memory that a peak may take. The rest is a driver's context, communication buffers and a
-    fragmented allocator; on a CPU freed blocks that the C library keeps: resident memory was measured at up to 1.5
-    times what is in use."""
+    """Share of the device's memory that a peak may take. The rest is for the driver's context, communication buffers
+    and fragmentation. On a CPU it is for freed blocks that the C library keeps: resident memory was measured at up to
+    1.5 times the memory in use."""
     peak_flops: float | None
+    """FLOP/s of one device, or of all cores of a CPU; None if not known."""
     peak_is: str
+    """Where `peak_flops` comes from, for people."""
     mfu: float
     mfu_is: str
-    """Whether it is assumed or was measured on this machine."""
+    """Whether `mfu` is assumed or was measured on this machine, for people."""
     seconds_per_step: float | None
     hours: float | None
     device_hours: float | None
     prepared_bytes: int
     prepared_is: str
+    """Where `prepared_bytes` comes from, for people."""
     keep_last: int
     engines: tuple[EngineRow, ...]
     notes: tuple[str, ...]
 
 
 def model_config(recipe: Recipe) -> PretrainedConfig:
-    """The model's config before the data are read. Raises `RecipeError` where the vocabulary is not known yet."""
-    from hfpretrain.modeling.config import load_config
-
+    """The model's config, without reading the data. Raises `RecipeError` where the vocabulary is not known yet."""
     known = recipe.model.config is None or "vocab_size" in recipe.model.config
     return load_config(recipe.model) if known else load_config(recipe.model, vocab_size=_vocab_size(recipe))
 
 
 def _vocab_size(recipe: Recipe) -> int:
     """The vocabulary that the tokenizer will give, from the recipe or from prepared data."""
-    from hfpretrain.data.prepare import prepared_path
-    from hfpretrain.data.prepared import PreparedData
-    from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size
-
     section = recipe.tokenizer
     prepared = prepared_data(recipe)
     if prepared is None and section.vocab_size is not None:
@@ -127,34 +133,27 @@ def _vocab_size(recipe: Recipe) -> int:
 
 
 def vocabulary_is_a_bound(recipe: Recipe) -> bool:
-    """Whether the model may turn out smaller: its tokenizer is not trained yet, and the text may give fewer tokens."""
+    """Whether the model may get smaller: its tokenizer is not trained yet, and the text may give fewer tokens."""
     follows = recipe.model.config is not None and "vocab_size" not in recipe.model.config
     return follows and recipe.tokenizer.vocab_size is not None and prepared_data(recipe) is None
 
 
 def parameters(recipe: Recipe) -> Parameters:
-    """Parameter counts of a recipe's model, built on the meta device. Raises `RecipeError` if it cannot be."""
+    """Parameter counts of a recipe's model, built on the meta device. Raises `RecipeError` if it can't be built."""
     return parameters_of(model_config(recipe))
 
 
 def disk_bytes(recipe: Recipe) -> int:
-    """Bytes that a run's checkpoints, one of them being written, and its export take at most at one time."""
-    from hfpretrain.modeling.build import build_model
-    from hfpretrain.modeling.structure import decoder_layers
-    from hfpretrain.planning import memory as footprint
-
+    """Largest size that a run's checkpoints and its export have together, with one more checkpoint being written."""
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
     model = build_model(section, model_config(recipe))
-    shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
-    checkpoint, export = footprint.disk(shape, recipe.model.dtype)
+    shape = memory.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
+    checkpoint, export = memory.files_bytes(shape, recipe.model.dtype)
     return (recipe.checkpoint.keep_last + 1) * checkpoint + export
 
 
 def prepared_data(recipe: Recipe) -> PreparedData | None:
-    """The recipe's prepared data, if they are there and all sources are of this machine."""
-    from hfpretrain.data.prepare import prepared_path
-    from hfpretrain.data.prepared import PreparedData
-
+    """The recipe's prepared data, if they exist and all sources are files of this machine."""
     try:
         sources = (*recipe.data.sources, *recipe.data.validation_sources)
         return PreparedData.open(prepared_path(recipe)) if all(map(_is_local, sources)) else None
@@ -163,12 +162,10 @@ def prepared_data(recipe: Recipe) -> PreparedData | None:
 
 
 def parameters_of(config: PretrainedConfig) -> Parameters:
-    """`model.parameters_of_config`, with what a config's values lead to as an error of the user."""
-    from hfpretrain.modeling.structure import parameters_of_config
-
+    """`parameters_of_config`, which raises `RecipeError` for a config that builds no model."""
     try:
         return parameters_of_config(config)
-    except Exception as error:  # any exception
+    except Exception as error:  # any code of any model runs here
         message = f"builds no model: {type(error).__name__}: {' '.join(str(error).split()):.300}"
         raise RecipeError.at("model.config", message) from error
 
@@ -176,11 +173,9 @@ def parameters_of(config: PretrainedConfig) -> Parameters:
 def require_divisible_batch(recipe: Recipe, num_processes: int, engine: str | None) -> None:
     """Raises `RecipeError` if a step's sequences don't divide among the processes, or `engine` runs only one process.
 
-    Under an engine that cuts each sequence, all processes have a part of every one, so nothing need divide.
+    Under an engine whose processes share each sequence, they need not.
     """
-    from hfpretrain.planning import memory as footprint
-
-    shares = [candidate for candidate in footprint.ENGINES if candidate.name == engine]
+    shares = [candidate for candidate in memory.SHARDINGS if candidate.name == engine]
     for candidate in shares:
         if candidate.max_processes is not None and num_processes > candidate.max_processes:
             raise RecipeError.at("--num-processes", f"{engine} runs one process; leave this out, or use ddp")
@@ -200,40 +195,34 @@ def make_plan(
     settled: Settled | None = None,
     passes: dict[Any, Any] | None = None,
 ) -> Plan:
-    """The plan of a recipe at `num_processes`, for every engine or one, on this machine's device or a named one.
+    """Plan a recipe on `num_processes`, under every engine or one, on this machine's device or a named one.
 
-    `settled`: given for a run that has started. Plans of one recipe share the simulations in `passes`. Without `mfu`
-    the time is that of `DEFAULT_MFU`; on this machine's CPU a small model's step is timed. Raises `RecipeError` for an
-    unknown engine or device and for a model that cannot be built.
+    `mfu`: by default `DEFAULT_MFU`, but on this machine's CPU a small model's step is timed. `settled`: of a run that
+    has started. `passes`: simulations that several plans of one recipe share; they are added to it. Raises
+    `RecipeError` for an unknown engine or device and for a model that can't be built.
     """
-    from hfpretrain.data.encode import token_dtype
-    from hfpretrain.modeling import loss
-    from hfpretrain.modeling.build import build_model
-    from hfpretrain.modeling.structure import decoder_layers
-    from hfpretrain.modeling.trainable import freeze_outside_loss
-    from hfpretrain.planning import memory as footprint
-
     if num_processes < 1:
         raise RecipeError.at("--num-processes", f"{num_processes} must be at least 1")
     if mfu is not None and not 0 < mfu <= 1:
         raise RecipeError.at("--mfu", f"{mfu} is not a share of the peak, more than 0 and at most 1")
-    engines = [candidate for candidate in footprint.ENGINES if engine in (None, candidate.name)]
+    engines = [candidate for candidate in memory.SHARDINGS if engine in (None, candidate.name)]
     if not engines:
-        known = [candidate.name for candidate in footprint.ENGINES]
+        known = [candidate.name for candidate in memory.SHARDINGS]
         message = unknown_key(engine or "", known).replace("unknown key", "unknown engine")
         raise RecipeError.at("--engine", f"{message} (got {engine!r}; known: {', '.join(known)})")
     training, block_size = recipe.training, recipe.data.block_size
     settled = settled or Settled()
     config = model_config(recipe) if settled.config is None else settled.config
-    on_cpu, target, precision, peak, peak_is = _hardware(
+    hardware = devices.find_hardware(
         device, num_processes, settled.mixed_precision or training.mixed_precision, settled.cpu_peak_flops
     )
+    on_cpu, target, precision, peak = hardware.on_cpu, hardware.device, hardware.mixed_precision, hardware.peak_flops
     counts = parameters_of(config)
     per_token = model_flops_per_token(config, counts, block_size)
     tokens = training.num_steps * training.tokens_per_step
     # Processes on one CPU share its peak.
     all_peaks = None if peak is None else peak * (1 if on_cpu else num_processes)
-    # Fake weights need no initialisation by depth, and a pass without a GPU no kernel of one.
+    # Tensors without data need no scaled initial weights, and on a CPU there are no kernels for GPUs.
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
     if section.attn_implementation.startswith(("flash", "flex")):
         section = section.model_copy(update={"attn_implementation": "auto"})
@@ -243,7 +232,7 @@ def make_plan(
 
     model = build_model(section, config)
     freeze_outside_loss(model, block_size)
-    shape = footprint.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
+    shape = memory.model_shape(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
     chunks = training.chunked_loss is not False if settled.chunked_loss is None else settled.chunked_loss
     chunks = chunks and loss.can_chunk(model)
     masking = settled.document_masking
@@ -251,9 +240,9 @@ def make_plan(
         masking = training.document_masking is not False
     usable = 0.6 if on_cpu else 0.9
     settings = num_processes, precision, masking, chunks, on_cpu, usable * target.memory
-    make_row = _Rows(recipe, config, shape, build, *settings, {} if passes is None else passes)
-    rows = [make_row(candidate) for candidate in engines]
-    # No time is claimed for a number of processes that no engine runs with.
+    maker = _RowMaker(recipe, config, shape, build, *settings, {} if passes is None else passes)
+    rows = [maker.row(candidate) for candidate in engines]
+    # No time is given for a number of processes that no engine can run with.
     runs = any(row.memory is not None and (row.num_processes == num_processes or len(rows) == 1) for row in rows)
     assumed, step_flops = DEFAULT_MFU if mfu is None else mfu, per_token * training.tokens_per_step
     seconds = step_flops / (all_peaks * assumed) if all_peaks is not None and runs else None
@@ -261,7 +250,8 @@ def make_plan(
     is_small = counts.total <= _TIMED_PARAMETERS and 20 * counts.total < usable * target.memory
     timed = mfu is None and on_cpu and seconds is not None and micro_steps > 0 and is_small
     if timed and seconds is not None and seconds / micro_steps <= _TIMED_SECONDS:
-        with _kept_seed():
+        # Building draws weights, and a plan must not change what is drawn after it.
+        with torch.random.fork_rng(devices=[]):
             seconds = cpu_step_seconds(build(), recipe, precision, num_processes, micro_steps, chunks)
         assumed = step_flops / (seconds * (all_peaks or 1.0))
     else:
@@ -286,7 +276,7 @@ def make_plan(
         device_memory=target.memory,
         usable=usable,
         peak_flops=peak,
-        peak_is=peak_is,
+        peak_is=hardware.peak_is,
         mfu=assumed,
         mfu_is="measured, a micro-step and an update of this model" if timed else "assumed",
         seconds_per_step=seconds,
@@ -300,20 +290,8 @@ def make_plan(
     )
 
 
-@contextlib.contextmanager
-def _kept_seed() -> Iterator[None]:
-    # Building draws weights, and a plan must not change what is drawn after it.
-    import torch
-
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def _notes(
-    recipe: Recipe, engines: list[Engine], document_masking: bool, chunked_loss: bool, precision: str
+    recipe: Recipe, engines: list[Sharding], document_masking: bool, chunked_loss: bool, precision: str
 ) -> list[str]:
     notes = []
     if vocabulary_is_a_bound(recipe):
@@ -333,8 +311,8 @@ def _notes(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Makes the rows of a plan; engines that hold a pass alike share its simulation."""
+class _RowMaker:
+    """Makes the rows of a plan. Engines whose passes need the same memory share a simulation."""
 
     recipe: Recipe
     config: PretrainedConfig
@@ -346,14 +324,13 @@ class _Rows:
     chunked_loss: bool
     on_cpu: bool
     usable_memory: float
-    _passes: dict[tuple[Any, ...], Pass | RecipeError]
+    passes: dict[tuple[Any, ...], Pass | RecipeError]
 
-    def __call__(self, engine: Engine) -> EngineRow:
-        from hfpretrain.planning import memory as footprint
-
+    def row(self, engine: Sharding) -> EngineRow:
+        """The row of an engine."""
         number = min(self.num_processes, engine.max_processes or self.num_processes)
         try:
-            self._require(engine, number)
+            self._require_possible(engine, number)
             accumulates = self._accumulates(engine, number)
             held = self._pass(engine, accumulates)
         except RecipeError as error:
@@ -361,16 +338,14 @@ class _Rows:
         section, num_steps = self.recipe.checkpoint, self.recipe.training.num_steps
         saves_beside = section.async_save and section.every_steps is not None and section.every_steps < num_steps
         settings = {"accumulates": accumulates, "on_cpu": self.on_cpu, "saves_beside": saves_beside}
-        memory = footprint.memory(engine, self.shape, number, self.precision, held, **settings)
+        needed = memory.process_memory(engine, self.shape, number, self.precision, held, **settings)
         # Processes on one CPU share its memory.
         usable = self.usable_memory * (self.num_processes / number if self.on_cpu else 1)
-        disk = footprint.disk(self.shape, self.recipe.model.dtype)
-        return EngineRow(engine.name, number, memory, memory.peak <= usable, *disk)
+        disk = memory.files_bytes(self.shape, self.recipe.model.dtype)
+        return EngineRow(engine.name, number, needed, needed.peak <= usable, *disk)
 
-    def _require(self, engine: Engine, number: int) -> None:
-        """Raises `RecipeError` where a run would be refused."""
-        from hfpretrain.engines.choose import require_optimizer
-
+    def _require_possible(self, engine: Sharding, number: int) -> None:
+        """Raises `RecipeError` where training would refuse to run."""
         require_optimizer(self.recipe.optimizer.name, engine.name)
         if self.recipe.training.z_loss and engine.cuts == "tensors":
             raise RecipeError.at("training.z_loss", "needs the chunked loss, for which no process has a whole head")
@@ -383,15 +358,14 @@ class _Rows:
                 engine.cuts, number, self.config, self.recipe.model.attn_implementation, self.recipe.data.block_size
             )
 
-    def _accumulates(self, engine: Engine, number: int) -> bool:
+    def _accumulates(self, engine: Sharding, number: int) -> bool:
         training, shares = self.recipe.training, 1 if engine.cuts else number
         block_size = self.recipe.data.block_size
         return accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, shares) > 1
 
-    def _pass(self, engine: Engine, accumulates: bool) -> Pass:
-        from hfpretrain.planning import memory as footprint
+    def _pass(self, engine: Sharding, accumulates: bool) -> Pass:
 
-        forward = footprint.forward_precision(engine, self.precision)
+        forward = memory.forward_precision(engine, self.precision)
         settings: dict[str, Any] = {
             "precision": forward,
             "accumulates": accumulates,
@@ -399,9 +373,9 @@ class _Rows:
             "float32_outputs": engine.family != "deepspeed" and forward != "float32",
         }
         key = tuple(settings.values())
-        if key not in self._passes:
+        if key not in self.passes:
             try:
-                self._passes[key] = footprint.simulate(
+                self.passes[key] = memory.simulate(
                     self.build,
                     batch_size=self.recipe.training.micro_batch_size,
                     block_size=self.recipe.data.block_size,
@@ -409,15 +383,15 @@ class _Rows:
                     **settings,
                 )
             except RecipeError as error:
-                self._passes[key] = error
-        held = self._passes[key]
+                self.passes[key] = error
+        held = self.passes[key]
         if isinstance(held, RecipeError):
             raise held
         return held
 
 
 def _prepared(recipe: Recipe, run_bytes: int) -> tuple[int, str]:
-    """Bytes of prepared tokens, and where the figure comes from."""
+    """Bytes of the prepared tokens, and where the figure comes from."""
     if recipe.data.streaming:
         return 0, "streamed: only the validation split is prepared"
     if (prepared := prepared_data(recipe)) is not None:
@@ -426,52 +400,20 @@ def _prepared(recipe: Recipe, run_bytes: int) -> tuple[int, str]:
 
 
 def _is_local(source: SourceSection) -> bool:
-    """Whether the fingerprint of a source is found without a network."""
+    """Whether a source can be fingerprinted without a network."""
     known = source.path in FILE_FORMATS or source.path.startswith("builtin:") or is_folder(source)
     return known and not any("://" in pattern for pattern in source.patterns)
-
-
-def _hardware(
-    name: str | None, num_processes: int, mixed_precision: str, cpu_peak_flops: float | None
-) -> tuple[bool, devices.Device, str, float | None, str]:
-    """Whether it is a CPU, the device, the precision on it, its peak FLOP/s and where that comes from."""
-    import torch
-
-    from hfpretrain.engines.precision import has_bf16
-
-    if (name or "").lower() == "cpu" or (name is None and not torch.accelerator.is_available()):
-        import psutil
-
-        precision = ("bf16" if has_bf16() else "no") if mixed_precision == "auto" else mixed_precision
-        flops = cpu_peak_flops or cpu_flops(precision)
-        target = devices.Device("cpu", (), psutil.virtual_memory().total // num_processes, flops, flops)
-        return True, target, precision, flops, "measured, a matrix product on all cores"
-    if name is not None:
-        target = devices.named(name)
-    else:
-        this = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
-        )
-        _, total = torch.accelerator.get_memory_info()
-        target = devices.match(this) or devices.Device(this, (), total, 0.0, 0.0, has_bf16())
-    precision = ("bf16" if target.bf16 else "no") if mixed_precision == "auto" else mixed_precision
-    peak = target.peak(precision)
-    return False, target, precision, peak or None, "data sheet" if peak else "not in the table of devices"
 
 
 def cpu_step_seconds(
     model: PreTrainedModel, recipe: Recipe, precision: str, num_processes: int, micro_steps: int, chunked_loss: bool
 ) -> float:
-    """Seconds of an optimizer step on this machine's CPU: a micro-step and an update of `model`, which this changes,
-    are timed as `single` and `ddp` run them, with the threads that one of `num_processes` has.
+    """Seconds of an optimizer step on this machine's CPU, from timing a micro-step and an update, which change `model`.
 
-    A matrix product's speed says little of a small model, which spends its time on other operations: a model of a
-    million parameters was measured at 2 % of it, one of 50 million at 57 %.
+    They run as under `single` and `ddp`, with the threads that one of `num_processes` has. The peak FLOP/s say little
+    of a small model, which spends its time on other things than matrix products: a model of a million parameters was
+    measured at 2 % of the peak, one of 50 million at 57 %.
     """
-    import torch
-
-    from hfpretrain.modeling import loss
-
     size, block_size = recipe.training.micro_batch_size, recipe.data.block_size
     section = recipe.optimizer
     decayed, hidden = optim.decayed_names(model, section.no_decay), optim.hidden_names(model)
@@ -487,7 +429,7 @@ def cpu_step_seconds(
     torch.set_num_threads(max(1, num_cores() // num_processes))
     passes, updates = [], []
     try:
-        # The first is slower than all that follow.
+        # The first one is slower than the others, and is left out.
         for _ in range(3):
             start = time.perf_counter()
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -502,25 +444,3 @@ def cpu_step_seconds(
     finally:
         torch.set_num_threads(threads)
     return micro_steps * min(passes[1:]) + min(updates[1:])
-
-
-def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.1) -> float:
-    """FLOP/s of this machine's fastest square matrix product in a precision, on all cores it may use.
-
-    The best within `min_seconds`, since another program's work only makes them slower.
-    """
-    import torch
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(num_cores())
-    try:
-        left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-        best = float("inf")
-        end = time.perf_counter() + min_seconds
-        while (start := time.perf_counter()) < end or best == float("inf"):
-            left @ right
-            best = min(best, time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return 2 * size**3 / best

@@ -1,4 +1,4 @@
-"""The bill of a run: a plan as a table, what it came to beside the prediction, and what to say when memory ran out."""
+"""A plan as a table, a finished run beside its plan, and advice where memory ran out."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers
 
 @dataclass(frozen=True)
 class Measured:
-    """What a finished run took. Memory in bytes, the largest of all processes."""
+    """What a finished run measured."""
 
     peak_memory: int
+    """Bytes; the largest of all processes."""
     memory_is: str
-    """What the figure is, for people."""
+    """What `peak_memory` counts, for people."""
     seconds_per_step: float | None
 
 
 def table(plan: Plan) -> str:
-    """The plan for people, 120 columns wide."""
+    """The plan as a table for people, 120 columns wide."""
     counts = plan.parameters
     active = f", {counts.active:,} active for a token" if counts.active != counts.total else ""
     lines = [
@@ -101,7 +102,7 @@ def _comparison(measured: dict[str, Any]) -> list[str]:
 
 
 def compare(plan: Plan, measured: Measured) -> dict[str, Any]:
-    """`prediction`, `measured` and the relative `error` (prediction / measured - 1) of a run of one engine."""
+    """A plan of one engine beside a run: `prediction`, `measured`, and `error` (prediction / measured - 1)."""
     memory, seconds = plan.engines[0].memory, measured.seconds_per_step
     prediction = {
         "peak_memory": None if memory is None else memory.peak,
@@ -121,10 +122,12 @@ def compare(plan: Plan, measured: Measured) -> dict[str, Any]:
 def seconds_per_step(
     speeds: Iterable[tuple[int, float]], tokens_per_step: int, after: int = 0, last: float = math.inf
 ) -> float | None:
-    """Mean seconds of a training step, from step and tokens per second of each log step after `after` and up to `last`.
+    """Mean seconds of a training step; None if no step was logged.
 
-    The throughput leaves out pauses such as evaluations. The first log step includes warming up, so it counts only if
-    there is no other. None without any."""
+    `speeds`: step and tokens per second of each log step, of which those after step `after` and up to `last` count. The
+    throughput leaves out pauses such as evaluations. The first log step includes warming up, so it counts only if there
+    is no other.
+    """
     first, all_seconds, all_steps, before = 0.0, 0.0, 0, after
     for number, (step, speed) in enumerate((step, speed) for step, speed in speeds if after < step <= last):
         seconds = (step - before) * tokens_per_step / speed
@@ -140,8 +143,8 @@ def report(
     recipe: Recipe, engine_name: str, num_processes: int, settled: Settled, measured: Measured, folder: Path
 ) -> str:
     """Compare what a finished run measured with its plan, keep both as `plan.json` in `folder`, return them as text."""
-    # An engine of several processes may have made forward a collective (Ulysses), which the main process alone would
-    # wait in for ever. With `mfu` given, no step is timed.
+    # With `mfu` given, no step is timed. The main process alone can't time a step of several processes: under Ulysses
+    # it would wait for the others for ever.
     mfu = None if num_processes == 1 else DEFAULT_MFU
     try:
         plan = make_plan(recipe, engine=engine_name, num_processes=num_processes, mfu=mfu, settled=settled)
@@ -155,11 +158,11 @@ def report(
 def out_of_memory(
     recipe: Recipe, engine_name: str, num_processes: int, settled: Settled, device_name: str, message: str
 ) -> str:
-    """What to say of a run that ran out of memory: the plan of all engines, and the three changes that help most.
+    """The message for a run that ran out of memory: the plans of all engines, and the three changes that help most.
 
     `message`: the error's own text.
     """
-    # With `mfu` given, no step is timed, for which there is no memory here.
+    # With `mfu` given, no step is timed: there is no memory for it.
     keywords: dict[str, Any] = {"num_processes": num_processes, "mfu": DEFAULT_MFU, "settled": settled}
     plan = make_plan(recipe, **keywords)
     peaks = {row.engine: row.memory.peak for row in plan.engines if row.memory is not None}
@@ -180,7 +183,7 @@ def out_of_memory(
 
 
 def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """Recipes that learn the same in less memory, each with its override."""
+    """Recipes that train the same in less memory, each after the override that makes it."""
 
     def changed(section: str, **update: Any) -> tuple[str, Recipe]:
         ((key, value),) = update.items()
@@ -188,7 +191,7 @@ def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
         return f"--{section}.{key}={str(value).lower()}", recipe.model_copy(update={section: part})
 
     size = recipe.training.micro_batch_size
-    # The largest part of it divides whatever it divided.
+    # A divisor of the micro-batch divides whatever the micro-batch divided.
     parts = [next(n for n in range(part, 0, -1) if size % n == 0) for part in sorted({size // 2, size // 8} - {0})]
     found = [changed("training", micro_batch_size=part) for part in dict.fromkeys(parts)]
     if not recipe.model.gradient_checkpointing:

@@ -127,12 +127,12 @@ def paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted paths of all keys; of a list of sections those of the first."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        kind, entry = _section_of(field.annotation)
+        kind, entry = section_of(field.annotation)
         if kind is not None:
             yield from paths(kind, f"{prefix}{name}.{entry}")
 
 
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+def section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
     """The section that a field holds, itself or in a list, and the index of a list's first entry."""
     entry = ""
     while typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
@@ -147,5 +147,5 @@ def known_keys(location: Sequence[int | str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, str):
-            section = _section_of(section.model_fields[part].annotation)[0] or section
+            section = section_of(section.model_fields[part].annotation)[0] or section
     return list(section.model_fields)

@@ -38,7 +38,7 @@ from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.structure import Parameters, count_parameters, has_experts
 from hfpretrain.modeling.trainable import Untrained, freeze_outside_loss, train_padding_rows
-from hfpretrain.planning import devices, plan
+from hfpretrain.planning import devices
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
 from hfpretrain.recipe.yaml import flatten
@@ -339,4 +339,4 @@ def _peak_flops(engine: Engine) -> float | None:
         peak = devices.peak_flops(engine.device_name, engine.precision)
         return peak and peak * engine.num_processes
     hosts = max(1, engine.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return plan.cpu_flops(engine.precision) * hosts if engine.process_index == 0 else None
+    return devices.cpu_flops(engine.precision) * hosts if engine.process_index == 0 else None

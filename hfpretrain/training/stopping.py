@@ -11,8 +11,7 @@ from typing import Any
 import psutil
 
 from hfpretrain.engines.distributed import Votes
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+from hfpretrain.engines.start import SIGNALS
 
 
 class StoppedEarlyError(BaseException):
