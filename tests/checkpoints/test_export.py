@@ -5,6 +5,7 @@ import pytest
 from conftest import hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from hub_server import HubServer
 from safetensors.torch import load_file
+from warm import WarmProcess
 
 from hfpretrain import evaluate_perplexity, load_recipe
 from hfpretrain.checkpoints import locate
@@ -84,14 +85,13 @@ def test_what_can_not_be_exported_is_said_and_nothing_is_replaced(run, tmp_path)
 
 
 def test_a_revision_of_the_hub_is_a_model(run, tmp_path):
-    with HubServer() as hub:
-        env = hub.environment(tmp_path / "home")
-        assert hfpretrain("push", str(run), "USER/NAME", **env).returncode == 0
+    local = hfpretrain("generate", str(checkpoint(run, 4)), "the river", "--temperature", "0")
+    with HubServer() as hub, WarmProcess(hub.environment(tmp_path / "home")) as warm:
+        assert warm.run("hfpretrain.cli", "push", run, "USER/NAME").returncode == 0
         for given in ("USER/NAME@step-00000004", "hub://USER/NAME@step-00000004"):
-            result = hfpretrain("generate", given, "the river", "--temperature", "0", **env)
-            local = hfpretrain("generate", str(checkpoint(run, 4)), "the river", "--temperature", "0")
+            result = warm.run("hfpretrain.cli", "generate", given, "the river", "--temperature", "0")
             assert result.returncode == 0 and result.stdout == local.stdout, result.stderr
-        wrong = hfpretrain("generate", "USER/NAME@step-00000005", "the river", **env)
+        wrong = warm.run("hfpretrain.cli", "generate", "USER/NAME@step-00000005", "the river")
         assert wrong.returncode == 2 and "model: there is no folder 'USER/NAME'" in wrong.stderr
 
 

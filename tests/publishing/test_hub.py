@@ -231,16 +231,19 @@ def test_a_push_through_a_fault_ends_with_one_commit_one_tag_and_the_same_bytes(
         )
 
 
-def test_uploads_that_hang_and_then_no_hub_at_all(world):
-    """A fresh folder goes on from another run's pushed state, and ends with the same weights in any case."""
-    run, weights = world.folder / "gone", "model/model.safetensors"
-    path = world.recipe(
+def recipe_that_resumes(world, run, resume_from):
+    return world.recipe(
         output_dir=str(run),
-        checkpoint__resume_from=f"hub://user/tiny@{STEPS[1]}",
-        hub={"repo_id": "user/gone", "license": "apache-2.0"},
+        checkpoint__resume_from=resume_from,
+        hub={"repo_id": f"user/{run.name}", "license": "apache-2.0"},
         evaluation__every_steps=4,
         checkpoint__keep_last=1,
     )
+
+
+def test_a_run_that_resumes_from_a_pushed_state_ends_although_its_uploads_hang(world):
+    run, weights = world.folder / "hanging", "model/model.safetensors"
+    path = recipe_that_resumes(world, run, f"hub://user/tiny@{STEPS[1]}")
     world.hub.lfs.clear()
     world.hub.fault = always(lambda: 300.0, "^PUT")
     command = [sys.executable, "-m", "hfpretrain.train", str(path)]
@@ -259,6 +262,15 @@ def test_uploads_that_hang_and_then_no_hub_at_all(world):
     # Both checkpoints wait, though the older one was rotated away.
     assert [path.name for path in outbox.waiting(run / "outbox")] == STEPS[2:]
     assert [path.name for path in (run / "checkpoints").iterdir()] == STEPS[3:]
+    pushed = world.push(run, "user/hanging")
+    assert pushed.returncode == 0, pushed.stderr
+    assert list(world.hub.repos["models/user/hanging"].tags) == STEPS[2:] and not outbox.waiting(run / "outbox")
+
+
+@pytest.mark.slow  # the test above is its short form
+def test_a_run_without_a_hub_ends_with_the_same_weights_and_is_pushed_later(world):
+    run, weights = world.folder / "gone", "model/model.safetensors"
+    path = recipe_that_resumes(world, run, str(world.folder / "run" / "checkpoints" / STEPS[1]))
     with world.hub.down():
         result = world.train(path, "--hub.max_wait_seconds=0")
         assert result.returncode == 0, result.stderr
