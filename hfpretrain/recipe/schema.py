@@ -599,18 +599,18 @@ class LoggingSection(Section):
 
 
 class HubSection(Section):
-    """Where a run is published while it goes on, and what the model card says beyond what is measured."""
+    """Publishing a run on the Hub while it trains, and what the model card says beyond what is measured."""
 
     repo_id: str | None = None
-    """USER/NAME of a model repo that gets every checkpoint as the revision `step-00001000`, a branch and a tag, and the
-    export as `main`; null: nothing is pushed. A process of its own does it, training never waits for the network."""
+    """USER/NAME of a model repo that gets every checkpoint as a revision like `step-00001000`, a branch and a tag, and
+    the export as `main`; null: nothing is pushed. A second process pushes, so training never waits for the network."""
     private: bool = False
-    """Of a repo that does not exist yet."""
+    """Whether a repo that does not exist yet is created as a private one."""
     push_state: bool = False
-    """Push with each checkpoint also what `checkpoint.resume_from` goes on from: three times as many bytes or more."""
+    """Also push the full state of each checkpoint, for `checkpoint.resume_from`: three times the bytes or more."""
     max_wait_seconds: int = Field(default=60, ge=0)
-    """So long a finished run waits for a Hub that takes nothing; then what is left stays in `outbox` for
-    `hfpretrain push`. Uploads that are under way are waited for, at a MiB a second or faster."""
+    """Seconds that a finished run waits while nothing can be pushed; then the rest stays in `outbox` for
+    `hfpretrain push`. It also waits for uploads under way, if they are not slower than 1 MiB a second."""
 
     license: str | None = None
     """License of the weights as the Hub spells it, for example apache-2.0."""
