@@ -88,8 +88,8 @@ def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> dict[str, tor
     config = AutoConfig.from_pretrained(configs, trust_remote_code=recipe.model.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(configs, trust_remote_code=recipe.tokenizer.trust_remote_code)
     weights = pieces.load_whole(checkpoint, ("model", "buffers"))
-    if optim.trains_others(recipe.optimizer):
-        optim.average(weights, pieces.load_whole(checkpoint, ("optimizer",)), recipe.optimizer)
+    if optim.evaluates_average(recipe.optimizer):
+        optim.average_weights(weights, pieces.load_whole(checkpoint, ("optimizer",)), recipe.optimizer)
     generation_config = None
     if (configs / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(configs)

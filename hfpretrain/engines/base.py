@@ -216,7 +216,7 @@ class Engine:
     def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
         """Give the model its values, and cut it where that happens before `accelerator.prepare`."""
         if weights is not None:
-            initialization.filled(model, weights)
+            initialization.fill(model, weights)
 
     def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
         """Have accelerate prepare the model and a new optimizer."""

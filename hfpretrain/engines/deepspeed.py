@@ -127,7 +127,7 @@ class DeepSpeed(Engine):
             yield name, value
 
     def _fill(self, model: torch.nn.Module, weights: Weights) -> None:
-        initialization.filled(model, weights)
+        initialization.fill(model, weights)
 
     def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
         super()._wrap(model, build_optimizer, weights)
@@ -288,7 +288,7 @@ class ZeRO3(DeepSpeed):
         config = dict(self._plugin.deepspeed_config)
         config.pop("train_batch_size", None)  # accelerate's "auto"
         first: Any = None
-        for value in initialization.assigned(model, weights):
+        for value in initialization.assign(model, weights):
             if not isinstance(value, torch.nn.Parameter):
                 continue
             value.data = value.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Config to model: built from scratch or loaded, checked against its config class, tested for document isolation."""
+"""Build a model from its config, or load a pretrained one; compile it, apply Liger's kernels."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 def build_model(
     section: ModelSection, config: PretrainedConfig, device: str = "meta", seed: int = 0
 ) -> PreTrainedModel:
-    """The model in float32: a new one on `device`, by default without values (`initialization.InitialWeights` draws
-    them), or with those of `section.pretrained` on the CPU. `seed` draws the tensors that
-    may be missing by `section.allow_missing`.
+    """Build a new model in float32 on `device`, or load `section.pretrained` on the CPU.
 
-    Raises `RecipeError` where the config builds no model, or the checkpoint does not load or is not that of the model.
+    By default a new model is on the meta device, and `initialization.InitialWeights` draws its values. `seed`: for the
+    tensors that a checkpoint may lack by `section.allow_missing`. Raises `RecipeError` if the config builds no model,
+    or the checkpoint can't be loaded or has other tensors than the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    # For None, transformers takes sdpa where the class has it, else eager.
+    # None: transformers takes sdpa if the class has it, else eager.
     attention = None if section.attn_implementation == "auto" else section.attn_implementation
     try:
         if section.pretrained is None:
@@ -39,25 +39,24 @@ def build_model(
                 model = _load_pretrained(section, config, attention)
     except RecipeError:
         raise
-    except Exception as error:  # what a config's values lead to may be any exception
+    except Exception as error:  # wrong values in a config may raise anything
         raise model_error(error, section) from error
-    model.train()  # `from_pretrained` gives a model without dropout and gradient checkpointing
+    model.train()  # `from_pretrained` returns a model in eval mode
     if section.gradient_checkpointing:
-        # Reentrant checkpointing hides the gradient's arrival from DDP and ZeRO.
+        # With reentrant checkpointing DDP and ZeRO don't notice when gradients are ready.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
 
 
 def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
-    """The model with the weights of `section.pretrained`. Raises `RecipeError` with the names of tensors that are not
-    those of the model."""
+    """Load `section.pretrained`. Raises `RecipeError` with the names of missing and unexpected tensors."""
     import torch
     from transformers import AutoModelForCausalLM
 
     whole = whole_config(section)
     is_part = type(whole) is not type(config) and _class_of(whole) is not _class_of(config)
-    # Shapes that differ are reported below, with their names.
+    # `_loading_problems` reports shapes that differ, with their names.
     model, info = AutoModelForCausalLM.from_pretrained(
         section.pretrained,
         config=whole if is_part else config,
@@ -75,14 +74,14 @@ def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention:
 
 
 def _class_of(config: PretrainedConfig) -> Any:
-    """Transformers' causal model class of a config; None of one with code of its own."""
+    """The causal LM class of transformers for a config; None if the checkpoint has code of its own."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
-    """The text model of a loaded one that has parts for images or sound, too, with its weights."""
+    """The text model, with its weights, of a loaded model that also has parts for images or sound."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -95,7 +94,7 @@ def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> 
     for ours, theirs in ((model.base_model, decoder), (model.get_output_embeddings(), whole.get_output_embeddings())):
         ours.load_state_dict(theirs.state_dict(), assign=True)
         buffers = dict(theirs.named_buffers())
-        for name, _ in list(ours.named_buffers()):  # those that no checkpoint holds as well
+        for name, _ in list(ours.named_buffers()):  # also those that are not in a state dict
             owner, _, leaf = name.rpartition(".")
             ours.get_submodule(owner)._buffers[leaf] = buffers[name]
     model.tie_weights()
@@ -103,7 +102,7 @@ def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> 
 
 
 def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) -> Iterator[Problem]:
-    """What `from_pretrained` found of tensors that are not those of a class called `name`, but for what is allowed."""
+    """Tensors that are missing, unexpected or of another shape for a class called `name`, but not those allowed."""
 
     def listed(names: Any) -> str:
         names = sorted(names)
@@ -126,14 +125,14 @@ def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) ->
 
 
 def import_code(config: PretrainedConfig) -> None:
-    """Load the code of a config's model, tens of megabytes that are no part of the model."""
+    """Import the code of a config's model, so that its tens of megabytes are not counted as memory of the model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def apply_liger_kernel(model: PreTrainedModel) -> None:
-    """Liger's kernels for everything but the loss. Raises `RecipeError` where they would not run or change nothing."""
+    """Apply Liger's kernels to everything but the loss. Raises `RecipeError` if they can't run or change nothing."""
     import torch
     from transformers.integrations import liger
     from transformers.utils import is_liger_kernel_available
@@ -151,25 +150,25 @@ def apply_liger_kernel(model: PreTrainedModel) -> None:
 
 
 def compiles(wanted: Literal["auto"] | bool, num_micro_steps: int, engine_can: bool) -> bool:
-    """Whether a run compiles its model: `auto` where that is sure to save more time than it takes."""
+    """Whether a run compiles its model. `auto`: if it is long enough for compiling to pay off, on a GPU with Triton."""
     from torch.utils._triton import has_triton
 
     return engine_can and num_micro_steps >= 2000 and has_triton() if wanted == "auto" else wanted
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """`torch.compile` each decoder layer in place: they share their code and so their graph.
+    """`torch.compile` each decoder layer in place. Layers share their code, so they are compiled once.
 
-    On an H100 faster than the whole model in one graph, by a tenth (benchmarks/README.md), and compiled in a tenth of
-    the time; engines gather weights between layers.
+    On an H100 this runs a tenth faster than the whole model as one graph, and compiles in a tenth of the time
+    (benchmarks/README.md). Engines gather weights between layers.
     """
     for layer in decoder_layers(model):
         layer.compile()
 
 
 def compile_error(error: Exception) -> RecipeError | None:
-    """What to tell where layers don't compile, on most machines for want of a compiler; None of any other error."""
-    exceptions = sys.modules.get("torch._dynamo.exc")  # loaded by whatever compiles
+    """The message for an error of torch.compile, mostly because there is no C++ compiler; None for any other error."""
+    exceptions = sys.modules.get("torch._dynamo.exc")  # imported as soon as anything is compiled
     if exceptions is None or not isinstance(error, exceptions.TorchDynamoException):
         return None
     reason = next((line for line in str(error).splitlines() if ": " in line), type(error).__name__)
@@ -178,7 +177,7 @@ def compile_error(error: Exception) -> RecipeError | None:
 
 
 def model_error(error: Exception, section: ModelSection) -> RecipeError:
-    """What to tell the user of an exception that building or calling the model raised."""
+    """The message for an exception that building or calling the model raised."""
     message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "attention" in message.lower() and ("support" in message or "install" in message):
         wanted = section.attn_implementation

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from hfpretrain.modeling.build import model_error
-from hfpretrain.modeling.loss import StepLoss, install, installed, summed_loss
+from hfpretrain.modeling.loss import StepLoss, chunked_loss_installed, install_chunked_loss, summed_loss
 from hfpretrain.modeling.structure import causal_lm, eval_mode
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import ModelSection, RecipeError
@@ -151,7 +151,7 @@ def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float =
         raise RecipeError.at(f"training.{key}", f"{type(causal_lm(model)).__name__} {reason}; {fix}")
     if wanted is False or reason:
         return False
-    install(causal_lm(model), z_loss)
+    install_chunked_loss(causal_lm(model), z_loss)
     return True
 
 
@@ -215,7 +215,7 @@ def _chunking_problem(model: Any) -> str | None:
     try:
         with _quiet_eval(model):
             whole = loss()
-            with installed(network):
+            with chunked_loss_installed(network):
                 chunked = loss()
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         return f"computes its loss in its own way ({' '.join(str(error).split()):.100})"

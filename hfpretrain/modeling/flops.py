@@ -1,4 +1,4 @@
-"""Floating point operations of a training step, counted from the sizes of a model."""
+"""Floating point operations of training, from the sizes of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def flops_per_token(num_matmul_parameters: int, num_layers: int, hidden_size: in
 
 
 def model_flops_per_token(config: PretrainedConfig, counts: Parameters, block_size: int) -> float:
-    """Training FLOPs per token of a model, by the parameters in its matrix products and its attention layers."""
+    """Training FLOPs per token of a model, from the parameters in its matrix products and its attention layers."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["attention"] * (getattr(text, "num_hidden_layers", 0) or 0)
     attention = sum("attention" in kind and "linear" not in kind for kind in kinds)

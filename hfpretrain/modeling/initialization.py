@@ -1,5 +1,4 @@
-"""Initial weights: drawn piece by piece from the seed, so that every engine starts from the same ones, and checked
-where they have been placed."""
+"""Initial weights: drawn layer by layer from the seed, so that every engine starts from the same ones, and checked."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is compared of a parameter's values."""
+    """Mean, standard deviation and checksum of a parameter's values."""
 
     mean: float
     std: float
@@ -31,7 +30,7 @@ class Moments:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Moments:
-        """Of a tensor of any shape and dtype, computed in float32."""
+        """Compute them in float32, of a tensor of any shape and dtype."""
         values = tensor.detach().float()
         std, mean = torch.std_mean(values, correction=0)
         return cls(mean.item(), std.item(), xxhash.xxh3_128_hexdigest(values.contiguous().cpu().numpy().data))
@@ -42,12 +41,12 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class InitialWeights:
-    """Parameters and buffers of a model on the meta device by name, drawn on the CPU as the model's class draws them.
+    """Values for the parameters and buffers of a model on the meta device, drawn on the CPU by the model's class.
 
-    Iterating gives (name, float32 tensor), again the same each time. One decoder layer, or one module outside the
-    layers, is in memory at a time. Each is drawn from the seed and its name alone, so neither engine nor number of
-    processes changes a weight. Tied tensors come once, by their first name. `depth_scaled_init` as of the recipe;
-    raises `RecipeError` where that is not possible. `drawn` is called after each layer or module.
+    Iterating yields (name, float32 tensor), the same values each time. One decoder layer, or one module outside of the
+    layers, is in memory at a time. It is drawn from the seed and its name alone, so the engine and the number of
+    processes change no weight. Tied tensors are yielded once, by their first name. `depth_scaled_init`: the recipe's
+    field; raises `RecipeError` if the model can't do it. `drawn` is called after each layer or module.
     """
 
     def __init__(
@@ -80,9 +79,9 @@ class InitialWeights:
             yield from pieces.items()
 
     def rule(self) -> Rule:
-        """Moments that the model's class gives each parameter.
+        """The moments that each parameter should have, measured on a draw with another seed.
 
-        Measured on a draw of another seed; of layers that are alike only one is drawn.
+        Of layers with the same class and shapes only one is drawn.
         """
         parameters = dict(self._blueprint.named_parameters())
         found: Rule = {}
@@ -110,8 +109,11 @@ def _tensors(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, t
 
 
 def _units(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, list[torch.nn.Module], dict[Any, Any]]]:
-    """(name, module, those of its submodules that are drawn, the model class that draws each): whole decoder layers,
-    and what is outside of them module by module. Classes draw with a module its children's weights, too."""
+    """Decoder layers, and the modules outside of them, one at a time.
+
+    Yields name, module, its submodules to initialize, and the `PreTrainedModel` whose `_init_weights` does it for each.
+    Layers are taken whole, since some classes initialize the weights of a module's children with it.
+    """
     from transformers import PreTrainedModel
 
     owners: dict[torch.nn.Module, Any] = {}
@@ -144,7 +146,7 @@ def _draw(
     seed: int,
     drawn: set[int],
 ) -> dict[str, torch.Tensor]:
-    """The unit's tensors by their full names, except those in `drawn`."""
+    """Values of the unit's tensors by their full names, except those in `drawn`."""
     from transformers import initialization
 
     memo: dict[int, Any] = {}
@@ -155,7 +157,7 @@ def _draw(
     for module in submodules:
         for holder, leaf, tensor in _own_tensors(twins[id(module)]):
             if id(tensor) not in new:
-                # What stays NaN was not drawn.
+                # Values that are still NaN at the end were not initialized.
                 fill = math.nan if tensor.is_floating_point() else 0
                 value = torch.full_like(tensor, fill, device="cpu")
                 new[id(tensor)] = torch.nn.Parameter(value) if isinstance(tensor, torch.nn.Parameter) else value
@@ -179,8 +181,7 @@ def _is_undrawn(tensor: torch.Tensor) -> bool:
 
 
 def _constructed(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """All tensors as the constructors of a model's modules leave them: of the few classes (apertus, falcon_h1) that
-    draw some there, and no rule for them outside."""
+    """All tensors as the constructors leave them, for classes that initialize some only there (apertus, falcon_h1)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_number(seed, "constructed"))
         return dict(_tensors(type(model)._from_config(model.config, dtype=torch.float32)))
@@ -191,10 +192,10 @@ def _number(seed: int, name: str) -> int:
 
 
 def residual_projections(model: PreTrainedModel) -> list[str]:
-    """Names of the weights whose product is what a sub-layer adds to the residual stream, two in each block as a rule.
+    """Names of the weights whose output is added to the residual stream: in most models two in each layer.
 
-    Found by structure on the meta device: in a forward pass, of the leaf modules inside a sub-layer, the last whose
-    output shares its storage with the sub-layer's; of fused experts the last matrix.
+    They are found by a forward pass on the meta device: of the modules with matrices inside a sub-layer, it is the last
+    one whose output shares its storage with the sub-layer's output; of fused experts it is the last matrix.
     """
     outputs: dict[torch.nn.Module, torch.Tensor] = {}
 
@@ -219,7 +220,7 @@ def residual_projections(model: PreTrainedModel) -> list[str]:
     for sublayer in sublayers:
         written = outputs.get(sublayer)
         if written is None or written.numel() != 2 * model.config.get_text_config().hidden_size:
-            continue  # a projection of its own into the sub-layer's inner width
+            continue  # its output has another width than the residual stream
         leaves = [module for module in sublayer.modules() if _own_matrices(module) and module in outputs]
         writers = [leaf for leaf in leaves if _storage(outputs[leaf]) == _storage(written)]
         if writers:
@@ -241,7 +242,7 @@ def _matrices(module: torch.nn.Module) -> bool:
 
 
 def _depth_scaled(model: PreTrainedModel) -> tuple[set[str], float]:
-    """Names of the residual projections and the standard deviation they are drawn with."""
+    """Names of the residual projections, and the standard deviation to draw them with (GPT-2: 1 / sqrt(2 layers))."""
     projections, num_layers = residual_projections(model), len(decoder_layers(model))
     std = getattr(model.config, "initializer_range", None)
     name = type(model).__name__
@@ -256,15 +257,15 @@ def _depth_scaled(model: PreTrainedModel) -> tuple[set[str], float]:
     return set(projections), std / math.sqrt(2 * num_layers)
 
 
-def check(
+def check_weights(
     weights: Iterable[tuple[str, torch.Tensor]], expected: Rule | None, looked: Callable[[], None] = lambda: None
 ) -> str:
-    """Look at all parameters of a model before its first step; returns a checksum over them, by name.
+    """Check all parameters of a model before its first step; returns a checksum over their names and values.
 
-    `weights` are whole; `expected` as of `InitialWeights.rule`, None for a model that goes on
-    from a checkpoint, of which only finite numbers are asked. Raises `RecipeError` for NaN or infinity, zeros where
-    the rule draws, a mean or standard deviation other than the rule's, and two parameters with the same random values
-    (of more than 16 elements: smaller ones may be equal). `looked` is called after each.
+    `weights`: names and whole tensors; `expected`: as of `InitialWeights.rule`, or None for a pretrained model, whose
+    values need only be finite. Raises `RecipeError` for NaN or infinity, for a mean or standard deviation other than
+    expected, and for two parameters of more than 16 elements with the same random values. `looked` is called after
+    each parameter.
     """
     problems: list[Problem] = []
     checksums: dict[str, str] = {}
@@ -277,15 +278,15 @@ def check(
             problems.append(Problem(name, "holds NaN or infinity"))
         elif expected is not None and name in expected:
             ruled = expected[name]
-            # What does not depend on the seed is the same in every layer.
+            # Values that don't depend on the seed, such as ones, are the same in every layer.
             random = found.std > 0 and tensor.numel() > 16 and found.checksum != ruled.checksum
             twin = first.setdefault(found.checksum, name) if random else name
             if twin != name:
-                problems.append(Problem(name, f"has the very values of {twin}"))
+                problems.append(Problem(name, f"has the same values as {twin}"))
             if _differs(found, ruled, tensor.numel()):
-                problems.append(Problem(name, f"{_words(found)}; the model's rule gives {_words(ruled)}"))
+                problems.append(Problem(name, f"{_words(found)}; the model's class gives {_words(ruled)}"))
     if problems:
-        raise RecipeError([Problem("model", "the initial weights are not those the model's class draws"), *problems])
+        raise RecipeError([Problem("model", "the initial weights are not those of the model's class"), *problems])
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(checksums):
         digest.update(f"{name} {checksums[name]}\n".encode())
@@ -293,10 +294,10 @@ def check(
 
 
 def _differs(found: Moments, ruled: Moments, numel: int) -> bool:
-    """Whether moments are none that the rule's draw would have.
+    """Whether the moments differ by more than chance.
 
-    Both are measured on `numel` elements, so six standard errors pass; 1 % is for weights in 16 bits and embeddings
-    with a row of zeros.
+    Both are measured on `numel` elements, so six standard errors are allowed; and 1 %, for weights in 16 bits and
+    embeddings with a row of zeros.
     """
     error = 6 * math.sqrt(2 / numel)
     mean, std = abs(found.mean - ruled.mean), abs(found.std - ruled.std)
@@ -309,8 +310,8 @@ def _words(moments: Moments) -> str:
     return f"mean {moments.mean:.3g}, standard deviation {moments.std:.3g}"
 
 
-def assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
-    """Put values on the CPU into a model on the meta device, wherever a tensor is tied to; each once it is there."""
+def assign(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
+    """Replace a model's tensors on the meta device by values on the CPU, tied ones in all places; yields each."""
     homes: dict[int, list[tuple[Any, str]]] = defaultdict(list)
     for module in model.modules():
         for holder in (module._parameters, module._buffers):
@@ -325,9 +326,9 @@ def assigned(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]
         yield new
 
 
-def filled(model: torch.nn.Module, weights: Weights | None) -> torch.nn.Module:
-    """The model whole on the CPU, with `weights` where it was on the meta device."""
-    for _ in assigned(model, weights or ()):
+def fill(model: torch.nn.Module, weights: Weights | None) -> torch.nn.Module:
+    """Put `weights` into a model on the meta device, and return it. None: the model has its values already."""
+    for _ in assign(model, weights or ()):
         pass
     return model
 

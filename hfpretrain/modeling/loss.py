@@ -1,4 +1,4 @@
-"""The next-token loss inside the output embedding, a chunk of tokens at a time: the logits are never whole."""
+"""The next-token loss of a step, and a way to compute it in chunks, so that the logits are never all in memory."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch.nn.functional import cross_entropy, linear, pad
 from hfpretrain.modeling.structure import causal_lm
 from hfpretrain.recipe.labels import IGNORE_INDEX
 
-_MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; below it kernel launches cost more than memory
+_MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; launching kernels for fewer takes longer than it saves memory
 _ROWS = 2**14
 
 
 def chunk_tokens(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
-    """How many of a micro-batch's tokens have their logits in memory at once: a sixteenth, or 16 MiB if that is more.
+    """Number of tokens in a chunk: a sixteenth of a micro-batch, or as many as have 16 MiB of logits if that is more.
 
-    Each chunk reads and writes the whole gradient of the head, so more chunks would save little memory and cost time.
-    `fused`: as of `_fusible`, which needs half as much for each.
+    Each chunk reads and writes the gradient of the whole output embedding, so more chunks would save little memory and
+    take more time. `fused`: whether a compiled kernel computes the losses. It needs half the memory for each token.
     """
     return max(-(-num_tokens // (8 if fused else 16)), _MIN_CHUNK_LOGITS // vocab_size)
 
 
 def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """-log p of every label but the first, given what stands before it; 0 where it is -100. Without gradients.
+    """-log p of every label but the first, without gradients; 0 for labels that are -100.
 
-    `inputs`: the model's keywords but labels; `labels`: int64 (batch, length). Returns float32 (batch, length - 1). The
-    logits are never whole where `use_chunked_loss` holds.
+    `inputs`: the model's keyword arguments but `labels`, which are int64 (batch, length). Returns float32
+    (batch, length - 1). With a chunked loss the logits are never all in memory.
     """
     with torch.no_grad():
         if is_chunked(model):
@@ -42,29 +42,29 @@ def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tens
 
 
 def is_chunked(model: Any) -> bool:
-    """Whether `use_chunked_loss` holds for a model, wrapped by an engine or not; else labels materialise all logits."""
+    """Whether a model computes its loss in chunks. The model may be wrapped by an engine."""
     return hasattr(causal_lm(model).get_output_embeddings(), "chunked_loss")
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """How a step's next-token loss is computed with the model's class, as `examine_loss` has found out."""
+    """How the next-token loss of a step is computed with a model's class; `checks.examine_loss` finds it out."""
 
     from_logits: bool = False
-    """Whether to compute the loss from the logits, since the class computes another (BART's decoder learns to copy)."""
+    """Whether to compute the loss from the logits, since the class computes another (BART doesn't shift labels)."""
     coefficient: float = 0.0
-    """Weight with which the class adds its output `aux_loss`, a router's balancing loss."""
+    """Weight with which the class adds its output `aux_loss`, the balancing loss of a router."""
     adds_own: bool = False
-    """Whether the class adds a loss that does not depend on the labels and is none of its outputs (Bamba's z-loss)."""
+    """Whether the class adds a loss that does not depend on the labels and is not in its outputs (Bamba's z-loss)."""
 
     def __call__(
         self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor, num_micro_batches: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This micro-batch's share of the step's loss, and what to minimize: two float32 ().
+        """This micro-batch's part of the step's next-token loss, and the value to call backward on: two float32 ().
 
-        `batch` as of `dataloader.collate`; `num_items`: the step's labels on all processes, int64 (). What a class adds
-        to the next token's loss is a mean over the micro-batch, so it is divided by `num_micro_batches`, those of the
-        step on all processes.
+        `batch` as of `batches.collate`; `num_items`: number of the step's labels on all processes, int64 ();
+        `num_micro_batches`: number of the step's micro-batches on all processes. The terms that a class adds are means
+        over a micro-batch, so they are divided by it.
         """
         if self.from_logits:
             inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
@@ -86,21 +86,20 @@ class StepLoss:
 
     @property
     def balances(self) -> bool:
-        """Whether anything but the next token's loss is minimized."""
+        """Whether the class adds a term to the next-token loss, such as a balancing loss."""
         return self.adds_own or self.coefficient != 0
 
     def note(self, name: str) -> str | None:
-        """What to tell of a class called `name` that does not train on its own loss as it is."""
+        """A note on a class called `name` whose own loss is not used as it is; else None."""
         if self.from_logits:
             return f"{name} does not compute the next-token loss of a whole step, so it is computed from the logits"
         if self.adds_own:
-            return f"{name} adds a loss of its own to the next token's: its mean over a step's micro-batches is used"
+            return f"{name} adds a term of its own to the next-token loss: its mean over a step's micro-batches is used"
         return None
 
 
 def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The next-token loss of a batch, float32 (), not divided. `logits` are what the model returned: where the loss is
-    computed in its head, they are losses already."""
+    """Sum of a batch's next-token losses, float32 (). With a chunked loss the model's `logits` are losses already."""
     targets = batch.get("shift_labels")
     if targets is None:
         targets = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
@@ -111,30 +110,30 @@ def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 def can_chunk(model: Any) -> bool:
-    """Whether the loss can be computed in a model's output embedding, if the model does nothing behind it."""
+    """Whether a model's loss may be computed in chunks, which `checks.use_chunked_loss` then tests."""
     return isinstance(causal_lm(model).get_output_embeddings(), torch.nn.Linear)
 
 
 @contextmanager
-def installed(network: Any) -> Iterator[None]:
-    """Within, the loss is computed as `install` says; afterwards as before."""
-    undo = install(network)
+def chunked_loss_installed(network: Any) -> Iterator[None]:
+    """Install the chunked loss, and remove it afterwards."""
+    undo = install_chunked_loss(network)
     try:
         yield
     finally:
         undo()
 
 
-def install(network: Any, z_loss: float = 0.0) -> Callable[[], None]:
-    """Compute the loss in the forward of the head, the only place where every engine has its weight at hand.
+def install_chunked_loss(network: Any, z_loss: float = 0.0) -> Callable[[], None]:
+    """Compute the loss inside the forward of the output embedding; returns a function that undoes this.
 
-    What the head returns, loss instead of logits, float32 (..., 1), passes through the model to its `loss_function`,
-    which divides. Only instances are changed.
+    There every engine has the embedding's weight in memory. It returns losses in place of logits, float32 (..., 1),
+    and the model passes them to its `loss_function`, which then only divides. The class itself is not changed.
     """
     head = network.get_output_embeddings()
     plain, loss_function = head.forward, network.loss_function
-    patched = vars(head).get("forward")  # by tensor parallelism
-    pending: list[torch.Tensor] = []  # the targets of the model's forward in progress
+    patched = vars(head).get("forward")  # transformers' tensor parallelism sets it
+    pending: list[torch.Tensor] = []  # the targets of the forward pass in progress
 
     def remember(_: Any, args: Any, keywords: dict[str, Any]) -> None:
         pending.clear()
@@ -154,7 +153,7 @@ def install(network: Any, z_loss: float = 0.0) -> Callable[[], None]:
         return logits.sum() / num_items
 
     hook = network.register_forward_pre_hook(remember, with_kwargs=True)
-    # A chunk's work is a few large kernels: compiling the loop would only unroll it.
+    # A chunk takes a few large kernels, and compiling would only unroll the loop over chunks.
     head.forward, network.loss_function = torch.compiler.disable(forward), divide
     head.chunked_loss = True
 
@@ -176,14 +175,15 @@ def head_loss(
     num_tokens: int | None = None,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """Cross entropy of a linear head, float32: its sum (1, 1, 1) with gradients, else of each token (batch, length, 1).
+    """Cross entropy of a linear output embedding in float32, computed in chunks of `num_tokens`.
 
-    `hidden`: (batch, length, hidden); `weight`: (vocabulary, hidden); `targets`: int64 (batch, length), of which -100
-    does not count. Products are in the weight's dtype or autocast's, the rest is in float32. `num_tokens` in a chunk.
-    The gradients are those of the sum and `z_loss` times the squared logarithm of each softmax's denominator.
+    Returns the sum, (1, 1, 1), if gradients are enabled, else the loss of each token, (batch, length, 1). `hidden`:
+    (batch, length, hidden); `weight`: (vocabulary, hidden); `targets`: int64 (batch, length), -100 is ignored. Matrix
+    products are in the weight's dtype or autocast's, the rest is in float32. `z_loss` adds to the gradients, but not to
+    the result, those of `z_loss` times the squared log-denominator of each softmax (PaLM, section 5).
 
-    In place of `torch.nn.functional.linear_cross_entropy`, whose loss and sums over chunks are in bf16 if the input is
-    (torch 2.13), and whose chunks of tokens * hidden / vocabulary are slower the larger the vocabulary.
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13) is not used, because it sums in bf16 if the input is bf16,
+    and because its chunks get smaller and slower with a larger vocabulary.
     """
     num_tokens = num_tokens or chunk_tokens(targets.numel(), len(weight), _has_triton(hidden.device.type))
     inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
@@ -194,7 +194,7 @@ def head_loss(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum's gradients are those of its forward times a number, so they are computed there, chunk by chunk."""
+    """Sum of the losses, with the gradients computed in the forward pass: backward only scales them."""
 
     @staticmethod
     def forward(
@@ -208,7 +208,11 @@ class _SummedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         inputs = (hidden, weight, bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
-        sums = (hidden.dtype, torch.float32, torch.float32)  # a row of hidden has its gradient from one chunk alone
+        sums = (
+            hidden.dtype,
+            torch.float32,
+            torch.float32,
+        )  # a row of `hidden` gets its gradient from one chunk
         ctx.gradients = [
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
             for tensor, dtype, needed in zip(inputs, sums, ctx.needs_input_grad[:3], strict=True)
@@ -219,7 +223,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: good for one backward
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so backward works once
         scaled = [
             None if gradient is None else gradient.mul_(grad_output.view(())).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -236,7 +240,7 @@ def _token_losses(
     gradients: list[torch.Tensor | None] | None = None,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """-log p of each target, float32 (tokens,); `gradients` as of `head_loss` are added for hidden, weight, bias."""
+    """-log p of each target, float32 (tokens,). Adds to `gradients`, those of hidden, weight and bias, if given."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -247,19 +251,21 @@ def _token_losses(
             chunk = slice(start, start + num_tokens)
             inputs, target = hidden[chunk], targets[chunk, None]
             logits = linear(inputs, weight, bias)
-            softmax = _compiled() if _has_triton(device) else _in_place
+            softmax = _fused_losses() if _has_triton(device) else _losses_in_place
             losses[chunk], grad_logits = softmax(logits, target, gradients is not None, z_loss)
             if gradients is not None and grad_logits is not None:
                 _add_gradients(gradients, chunk, inputs, weight, grad_logits)
     return losses
 
 
-def _in_place(
+def _losses_in_place(
     logits: torch.Tensor, target: torch.Tensor, with_gradient: bool, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """-log p of `target`, int64 (tokens, 1), and the gradient of the logits: softmax less 1 at the target, and with a
-    `z_loss` softmax * 2 * z_loss * its log-denominator more. Both are 0 where the target is -100. A float32 `logits` is
-    used up."""
+    """-log p of `target`, int64 (tokens, 1), and the gradient of the logits, both 0 where the target is -100.
+
+    The gradient is softmax - 1 at the target and softmax elsewhere; a `z_loss` adds softmax * 2 * z_loss *
+    log-denominator. Overwrites `logits` if they are float32.
+    """
     logits = logits.float()
     counts, target = target != IGNORE_INDEX, target.clamp(min=0)
     largest = logits.amax(1, keepdim=True)
@@ -274,11 +280,13 @@ def _in_place(
     return losses, logits.mul_(scale).scatter_add_(1, target, -counts.float())
 
 
-def _fusible(
+def _losses_to_fuse(
     logits: torch.Tensor, target: torch.Tensor, with_gradient: bool, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `_in_place`, for a compiler: two passes over the logits, the gradient in their dtype and nothing in between,
-    where single kernels make a dozen passes in float32."""
+    """The same as `_losses_in_place`, written for torch.compile.
+
+    It fuses this into two passes over the logits and keeps nothing in float32 in between.
+    """
     wide, counts = logits.float(), target != IGNORE_INDEX
     target = target.clamp(min=0)
     log_total = torch.logsumexp(wide, 1, keepdim=True)
@@ -291,8 +299,8 @@ def _fusible(
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    return torch.compile(_fusible)
+def _fused_losses() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    return torch.compile(_losses_to_fuse)
 
 
 @functools.cache
@@ -320,9 +328,9 @@ def _add_gradients(
     if weight_grad.dtype == weight.dtype:
         weight_grad.addmm_(grad_logits.T, inputs)
         return
-    if grad_logits.is_cuda and torch.version.cuda:  # its products in 16 bits add to float32 as they are made
+    if grad_logits.is_cuda and torch.version.cuda:  # cuBLAS multiplies in 16 bits and adds to float32
         torch.addmm(weight_grad, grad_logits.T, inputs, out_dtype=torch.float32, out=weight_grad)
         return
-    # Elsewhere such a product is a copy before it is added: for a part of the vocabulary at a time it is a small one.
+    # Elsewhere the product is a copy before it is added, so it is made for a part of the vocabulary at a time.
     for rows, logits in zip(weight_grad.split(_ROWS), grad_logits.split(_ROWS, dim=1), strict=True):
         rows.add_(logits.T @ inputs)

@@ -213,12 +213,12 @@ class ScheduleFreeAdamW(_Wrapped):
                 group["train_mode"] = True
 
 
-def trains_others(section: OptimizerSection) -> bool:
+def evaluates_average(section: OptimizerSection) -> bool:
     """Whether the weights of a checkpoint are not those to evaluate, which `average` makes of them."""
     return section.name == "adamw_schedule_free"
 
 
-def average(weights: dict[str, torch.Tensor], moments: Mapping[str, Any], section: OptimizerSection) -> None:
+def average_weights(weights: dict[str, torch.Tensor], moments: Mapping[str, Any], section: OptimizerSection) -> None:
     """Turn schedule-free's y into x, as `ScheduleFreeAdamW.averaged` does; `moments` has each parameter's `z`."""
     for name in weights.keys() & moments.keys():
         weights[name].lerp_(moments[name]["z"], 1 - 1 / section.betas[0])

@@ -218,7 +218,7 @@ def simulate(
         if kind == "cast":
             _cast(model, dtype)
         if chunked_loss:
-            loss.install(model)
+            loss.install_chunked_loss(model)
         ids = torch.zeros((batch_size, block_size), dtype=torch.int64)
         batch = {"input_ids": ids, "labels": ids.clone(), "num_items_in_batch": torch.tensor(1)}
         if document_masking and "position_ids" in inspect.signature(model.forward).parameters:

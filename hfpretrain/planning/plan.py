@@ -419,7 +419,7 @@ def cpu_step_seconds(
     decayed, hidden = optim.decayed_names(model, section.no_decay), optim.hidden_names(model)
     optimizer = optim.build_optimizer(model, section, decayed, hidden)
     if chunked_loss:
-        loss.install(model)
+        loss.install_chunked_loss(model)
     ids = torch.randint(model.config.get_text_config().vocab_size, (size, block_size))
     batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(ids.numel())}
     if "position_ids" in inspect.signature(model.forward).parameters:  # two documents a block

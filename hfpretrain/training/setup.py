@@ -234,13 +234,13 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         all_get_gradients=untrained.is_known,
     )
     network = probe = engine.unwrapped_model
-    initial_weights = initialization.check(
+    initial_weights = initialization.check_weights(
         engine.full_parameters(), weights.rule() if weights else None, watch.unit_done
     )
     if engine.precision == "fp8":
         # Layers in fp8 scale by the largest value in a batch, so that every token changes every other token a little.
         probe = build_model(recipe.model, config, seed=recipe.seed)
-        probe = initialization.filled(probe, weights).to(engine.device)
+        probe = initialization.fill(probe, weights).to(engine.device)
     require_causal(probe, recipe.model, half_precision=engine.accelerator.mixed_precision != "no")
     packs = watch.from_main(
         "look for blocks of several documents", lambda: recipe.data.streaming or prepared.packs_documents()

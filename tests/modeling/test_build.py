@@ -318,7 +318,7 @@ def test_the_embedding_of_a_token_that_ends_documents_is_trained_though_it_is_pa
     section = ModelSection(config=LLAMA)
     model = build_model(section, resolve_config(section, 64, FakeTokenizer(), 64, 32))
     assert train_padding_rows(model) == [3]
-    initialization.filled(model, initialization.InitialWeights(model, seed=0))
+    initialization.fill(model, initialization.InitialWeights(model, seed=0))
     ids = torch.arange(8)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert model.get_input_embeddings().weight[3].any() and model.get_input_embeddings().weight.grad[3].any()

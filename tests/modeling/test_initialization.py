@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpretrain.modeling.initialization import InitialWeights, check
+from hfpretrain.modeling.initialization import InitialWeights, check_weights
 from hfpretrain.recipe.schema import RecipeError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -47,7 +47,7 @@ def test_a_drawn_model_computes_and_keeps_the_rule_of_its_class(model_type):
     model = meta(model_type, **(changes if model_type in ("qwen3_moe", "lfm2") else {}))
     weights = InitialWeights(model, 0)
     drawn = dict(weights)
-    assert check(parameters(model).items(), weights.rule())
+    assert check_weights(parameters(model).items(), weights.rule())
     real = type(model)(model.config)
     real.load_state_dict(drawn, strict=False)
     tensors = {**dict(real.named_parameters()), **dict(real.named_buffers())}
@@ -75,7 +75,7 @@ def test_depth_scaled_init_finds_residual_projections_by_structure(model_type, n
             assert scaled[name].std().item() == pytest.approx(expected, rel=0.15), name
         else:
             assert torch.equal(before, scaled[name]), name
-    assert check(scaled.items(), InitialWeights(model, 0, depth_scaled_init=True).rule())
+    assert check_weights(scaled.items(), InitialWeights(model, 0, depth_scaled_init=True).rule())
 
 
 def test_depth_scaled_init_is_refused_where_it_is_not_possible():
@@ -89,12 +89,12 @@ NORM, LAST, EARLIER = "model.norm.weight", "model.layers.2.mlp.up_proj.weight", 
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        (LAST, lambda weights: weights[LAST].mul(0), "all zeros; the model's rule gives mean"),
+        (LAST, lambda weights: weights[LAST].mul(0), "all zeros; the model's class gives mean"),
         (LAST, lambda weights: weights[LAST].mul(1.2), "standard deviation 0.024"),
         (LAST, lambda weights: weights[LAST] + 0.01, "mean 0.0"),
-        (LAST, lambda weights: weights[EARLIER].clone(), f"has the very values of {EARLIER}"),
+        (LAST, lambda weights: weights[EARLIER].clone(), f"has the same values as {EARLIER}"),
         (LAST, lambda weights: weights[LAST] * math.nan, "holds NaN or infinity"),
-        (NORM, lambda weights: weights[NORM] * 0, "all zeros; the model's rule gives mean 1, standard deviation 0"),
+        (NORM, lambda weights: weights[NORM] * 0, "all zeros; the model's class gives mean 1, standard deviation 0"),
     ],
 )
 def test_wrong_weights_are_found_before_the_first_step(name, damage, message):
@@ -102,13 +102,13 @@ def test_wrong_weights_are_found_before_the_first_step(name, damage, message):
     weights = parameters(model)
     weights[name] = damage(weights)
     with pytest.raises(RecipeError) as error:
-        check(weights.items(), InitialWeights(model, 0).rule())
+        check_weights(weights.items(), InitialWeights(model, 0).rule())
     assert [problem.path for problem in error.value.problems] == ["model", name]
     assert message in str(error.value)
 
 
 def test_of_loaded_weights_only_finite_numbers_are_asked():
     weights = {"a": torch.zeros(4, 4), "b": torch.zeros(4, 4)}
-    assert check(weights.items(), None) == check(reversed(weights.items()), None)
+    assert check_weights(weights.items(), None) == check_weights(reversed(weights.items()), None)
     with pytest.raises(RecipeError, match="b: holds NaN or infinity"):
-        check({**weights, "b": torch.full((2,), math.inf)}.items(), None)
+        check_weights({**weights, "b": torch.full((2,), math.inf)}.items(), None)

@@ -5,7 +5,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfpretrain.modeling.build import apply_liger_kernel
 from hfpretrain.modeling.checks import examine_loss, use_chunked_loss
-from hfpretrain.modeling.loss import StepLoss, _fusible, _in_place, chunk_tokens, head_loss, is_chunked, token_losses
+from hfpretrain.modeling.loss import (
+    StepLoss,
+    _losses_in_place,
+    _losses_to_fuse,
+    chunk_tokens,
+    head_loss,
+    is_chunked,
+    token_losses,
+)
 from hfpretrain.recipe.schema import RecipeError
 
 WITH_BIAS = {**LLAMA, "model_type": "phi"}
@@ -109,12 +117,12 @@ def test_what_a_gpu_compiles_is_what_others_compute_in_place(dtype, z_loss):
     logits = (4 * torch.randn(30, 640, generator=draw)).to(dtype)
     target = torch.randint(640, (30, 1), generator=draw)
     target[::5] = -100
-    losses, gradient = _fusible(logits, target, True, z_loss)
-    expected, wanted = _in_place(logits.clone(), target, True, z_loss)
+    losses, gradient = _losses_to_fuse(logits, target, True, z_loss)
+    expected, wanted = _losses_in_place(logits.clone(), target, True, z_loss)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     assert gradient.dtype == dtype and not gradient[::5].any() and not losses[::5].any()
     assert (gradient - wanted).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * wanted.norm()
-    assert _fusible(logits, target, False)[1] is None
+    assert _losses_to_fuse(logits, target, False)[1] is None
     assert chunk_tokens(32768, 50304, fused=True) == 2 * chunk_tokens(32768, 50304)
 
 

@@ -10,7 +10,7 @@ from hfpretrain import load_recipe
 from hfpretrain.engines import pieces
 from hfpretrain.engines.local import Single
 from hfpretrain.modeling.optim import (
-    average,
+    average_weights,
     build_optimizer,
     build_scheduler,
     decayed_names,
@@ -219,7 +219,7 @@ def test_schedule_free_evaluates_the_average_and_trains_on_as_if_it_had_not(name
         assert all(map(torch.equal, y, model.parameters())) and (step == 0 or not any(map(torch.equal, y, found)))
     weights = {str(number): tensor for number, tensor in enumerate(y)}
     moments = {str(number): {"z": tensor} for number, tensor in enumerate(z)}
-    average(weights, moments, OptimizerSection(name=name, lr=1.0))
+    average_weights(weights, moments, OptimizerSection(name=name, lr=1.0))
     assert all(map(torch.equal, weights.values(), found))
 
 

@@ -58,7 +58,7 @@ def peak_by_mem_tracker(keywords, precision, chunked_loss, **section):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(keywords, **section)().train()
         if chunked_loss:
-            loss.install(model)
+            loss.install_chunked_loss(model)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         ids = torch.zeros((BATCH, BLOCK), dtype=torch.int64)
