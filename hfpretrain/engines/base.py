@@ -21,10 +21,11 @@ BuildOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
 
 class Engine:
-    """One way to train a model, on one process or on many.
+    """One way to train a model, in one process or in many.
 
     `choose.build_engine` makes the engine that the launcher's file asks for, `prepare` gives it a model and an
-    optimizer. A subclass overrides what differs in its way. Every process has one, and calls its methods alike.
+    optimizer. This class does what plain PyTorch does; a subclass overrides what its library does otherwise. All
+    processes must call the methods that train, sum or save in the same order.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -279,8 +280,8 @@ class Engine:
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """What is trained inside leaves no trace, as long as its gradients are zero: rates are 0, and afterwards random
-        states, step counters and the loss scale are what they were. One micro-step inside is a whole optimizer step."""
+        """Within, an optimizer step whose gradients are zero changes nothing: learning rates are 0, and afterwards
+        random states, step counters and the loss scale are as before. One micro-step within is a whole step."""
         raw = self.optimizer.optimizer
         rates = [group["lr"] for group in raw.param_groups]
         states = getattr(raw, "optimizer", raw).state  # DeepSpeed wraps the optimizer once more
@@ -308,7 +309,7 @@ class Engine:
     # Weights and state.
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by name, whole and in float32, one at a time; all ranks must go through to the end.
+        """Every parameter by name, whole and in float32, one at a time. All processes must iterate to the end.
 
         Where the engine computes with weights in 16 bits, these are the float32 ones that it keeps beside them.
         """
@@ -330,8 +331,8 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        """Within, the model's weights are those to evaluate and to export. They differ from those that are trained
-        where the optimizer averages them; training goes on as if nothing had been."""
+        """Within, the model has the weights to evaluate and to export: the average, if the optimizer keeps one.
+        Afterwards it has the weights that are trained again."""
         averaged = getattr(self.optimizer.optimizer, "averaged", None)
         if averaged is None:
             yield
@@ -347,9 +348,9 @@ class Engine:
         """Drop what a forward pass has kept of the weights."""
 
     def state(self) -> dict[str, Any]:
-        """What a run goes on from, in the same form under every engine: `model` and `optimizer`, by parameter name.
+        """What a checkpoint holds, in the same form under every engine: `model` and `optimizer`, by parameter name.
 
-        Its tensors share the memory of the model and the optimizer; of those that are cut each process has its pieces.
+        Tensors share the memory of the model and the optimizer. Of a tensor that is cut each process has its pieces.
         """
         found = self._weights_and_moments()
         network = self.unwrapped_model
@@ -375,7 +376,7 @@ class Engine:
         }
 
     def state_to_save(self) -> dict[str, Any]:
-        """Of `state` what this process writes: where several have the same, each a part of it."""
+        """The part of `state` that this process writes. Processes that hold the same state share the work."""
         return pieces.share(self.state(), *self._copy())
 
     def _copy(self) -> tuple[int, int]:

@@ -26,8 +26,8 @@ from hfpretrain.recipe.schema import RecipeError
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, in elements: deepspeed/runtime/zero/config.py."""
 
-# Name and shape of each parameter, the flat tensor that this process's part of it is in, where in that and where in the
-# flattened parameter the part begins, and its number of elements.
+# Where this process's part of a parameter is: the parameter's name and shape, the flat tensor that holds the part, the
+# index at which the part begins in that tensor and in the flattened parameter, and its number of elements.
 _Place = tuple[str, tuple[int, ...], torch.Tensor, int, int, int]
 
 
@@ -169,9 +169,9 @@ class DeepSpeed(Engine):
         self.model.step()
 
     def drop_gradients(self) -> None:
-        """As of `Engine`. DeepSpeed does so itself where their norm is not finite, so that is what it is told."""
+        """As of `Engine`. DeepSpeed drops gradients whose norm is not finite, so it is given such a norm."""
         optimizer, invalid = self.model.optimizer, torch.tensor(-1.0, device=self.model.device)
-        optimizer.check_grad_overflow = True  # without which it would update in bf16
+        optimizer.check_grad_overflow = True  # otherwise DeepSpeed does not look at the norm in bf16
         optimizer.scaled_global_norm = lambda: invalid
         self.model.step()
         del optimizer.scaled_global_norm
@@ -194,7 +194,7 @@ class DeepSpeed(Engine):
 
     def _forget_moments(self, states: Any, parameter: torch.Tensor) -> None:
         if "step" in states[parameter]:
-            states[parameter]["step"].zero_()  # DeepSpeed holds on to the moments themselves
+            states[parameter]["step"].zero_()  # DeepSpeed holds references to the moments
         else:
             super()._forget_moments(states, parameter)
 
@@ -209,8 +209,13 @@ class DeepSpeed(Engine):
         return whole
 
     def _weights_and_moments(self) -> dict[str, Any]:
-        """The float32 weights and the optimizer's state, in the pieces that this process has of each parameter. Both
-        are parts of flat tensors, of which it holds one or more; frozen weights, which are in none, it holds whole."""
+        """The float32 weights and the optimizer's state, as the pieces that this process has of each parameter.
+
+        DeepSpeed keeps both in flat tensors. Its public functions do not serve here (0.19.8): `safe_get_full_*` gather
+        each tensor on every process, `safe_get_local_*` know stage 3 only and return copies where the state is
+        offloaded, so that a checkpoint could not be loaded in place. Frozen weights are in no flat tensor; every
+        process has them whole.
+        """
         states = self.model.optimizer.optimizer.state
         found: dict[str, Any] = {"model": dict(self._frozen), "optimizer": {}}
         for name, shape, flat, start, first, numel in self._places():
@@ -335,9 +340,10 @@ class ZeRO3(DeepSpeed):
 
 
 def require_compiler() -> None:
-    """Raises `RecipeError` if DeepSpeed could not compile its CPU operator here, unless that was done before.
+    """Raises `RecipeError` if DeepSpeed can't compile its CPU operator here and has not done so before.
 
-    It does so when it first starts, and fails in its depths without the tools. It asks for ninja in any case.
+    DeepSpeed compiles it when it first starts, and without a compiler raises an error that does not name it. It needs
+    ninja even if the operator is compiled.
     """
     from torch.utils import cpp_extension
 

@@ -52,7 +52,11 @@ class FSDP2(Engine):
     @property
     def offloads(self) -> bool:
         """Whether weights and optimizer stay in the host's memory."""
-        return offloads(self.accelerator.state.fsdp_plugin)
+        return keeps_on_host(self._plugin)
+
+    @property
+    def _plugin(self) -> Any:
+        return self.accelerator.state.fsdp_plugin
 
     @property
     def can_compile(self) -> bool:
@@ -60,7 +64,7 @@ class FSDP2(Engine):
         return self.name == "fsdp2"
 
     def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
-        require_layers(self.accelerator.state.fsdp_plugin, model)
+        require_layers(self._plugin, model)
 
     def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
         if weights is not None:
@@ -114,7 +118,7 @@ def _use_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
-    if offloads(plugin):
+    if keeps_on_host(plugin):
         plugin.cpu_offload.pin_memory = False  # torch pins memory for an accelerator only
 
 
@@ -135,7 +139,7 @@ def build_plugin(precision: str) -> Any:
         raise RecipeError.at("fsdp_config", f"accelerate does not take it: {type(error).__name__}: {error}") from None
 
 
-def offloads(plugin: Any) -> bool:
+def keeps_on_host(plugin: Any) -> bool:
     """Whether weights and optimizer stay in the host's memory."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -177,7 +181,7 @@ def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tu
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # of a model that has values
     fsdp2_prepare_model(accelerator, model)
-    model.to_empty(device="cpu" if offloads(plugin) else accelerator.device)
+    model.to_empty(device="cpu" if keeps_on_host(plugin) else accelerator.device)
     model.tie_weights()  # type: ignore[operator]
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in weights:

@@ -1,4 +1,4 @@
-"""What the launcher's file asks for, read from the environment it sets, and refused where it can't be run right."""
+"""Reads what the launcher's file asks for from the environment, and refuses what would train something else."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from hfpretrain.recipe.keys import unknown_key
 from hfpretrain.recipe.machine import has_gpu
 from hfpretrain.recipe.schema import Problem, RecipeError
 
-# Dimensions of accelerate's ParallelismConfig: those that see different sequences, then those that share them.
+# Dimensions of accelerate's ParallelismConfig. Processes along the first two train on different sequences, along the
+# others on the same.
 _DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
-# Keys of a DeepSpeed config that say where a run happens, not what is learned.
+# Keys of a DeepSpeed config that do not change what is learned.
 _DEEPSPEED_KEYS = {
     "activation_checkpointing", "aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "nebula",
     "steps_per_print", "wall_clock_breakdown",
@@ -43,10 +44,10 @@ _RUNS: list[int] = []
 
 
 def end_with_launcher() -> None:
-    """From now on this process gets SIGTERM when the `accelerate launch` that started it ends, on Linux.
+    """On Linux, have this process receive SIGTERM when the `accelerate launch` that started it ends.
 
-    That of a single process dies of signals without passing them on, and any does of SIGKILL or SIGUSR1: the training
-    would go on, and nobody would know.
+    Otherwise the training would go on unseen. A launcher of one process does not pass signals on, and no launcher can
+    pass on SIGKILL.
     """
     import psutil
 
@@ -59,12 +60,12 @@ def end_with_launcher() -> None:
 
 
 def sleeping_threads() -> dict[str, str]:
-    """Environment variables that have torch's threads on a CPU sleep soon after their work is done.
+    """Environment variables that make torch's CPU threads sleep soon after their work is done.
 
-    By default they spin, and where another program needs a core, a step then takes several times as long. Measured on
+    By default they spin: where another program needs a core, a step then takes several times as long. Measured on
     two cores with one busy process, a step of the quickstart's size: 0.37 s with 1,000 turns, 0.65 to 1.06 s with
-    20,000, 0.5 to 6.3 s by default; on idle cores all three take 0.2 s. Empty where the user has chosen, or where there
-    is an accelerator, whose host has little to compute.
+    20,000, 0.5 to 6.3 s by default; on idle cores all three take 0.2 s. Empty if the user has set one of them, and on
+    machines with a GPU, where the CPU has little to compute.
     """
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
     return {} if chosen or has_gpu() else {"GOMP_SPINCOUNT": "1000"}
@@ -80,10 +81,10 @@ def environment_without_launcher() -> dict[str, str]:
 
 
 def leave_message(text: str) -> None:
-    """Have torch's launcher of several processes end its report of this process's failure with `text`.
+    """Have torch's launcher of several processes print `text` at the end of its report of a failure.
 
-    The launcher prints its own traceback after what a rank has printed. This way the last lines say what went wrong, as
-    well (https://docs.pytorch.org/docs/stable/elastic/errors.html).
+    The launcher prints a traceback of its own after the output of the processes, so their messages are far above
+    (https://docs.pytorch.org/docs/stable/elastic/errors.html).
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": text, "timestamp": int(time.time())}
@@ -97,11 +98,11 @@ def has_group() -> bool:
 
 
 def init_method() -> str | None:
-    """How the process group finds its ranks after `accelerate launch --max_restarts` has restarted them; None for
-    torch's own way.
+    """The `init_method` of the process group after `accelerate launch --max_restarts` has restarted its processes;
+    None for the default one.
 
-    After a restart the launcher's store still holds the addresses of the old ranks. torch 2.13 expects a new store
-    (`_create_c10d_store`), which static rendezvous does not make. So every start uses its own keys.
+    After a restart the launcher's store still holds the addresses of the old processes. torch 2.13 expects a new store
+    (`_create_c10d_store`), which static rendezvous does not make. So every start writes under keys of its own.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or not has_group():
@@ -118,16 +119,16 @@ def init_method() -> str | None:
 
 
 def require_first_run() -> None:
-    """Raises `RecipeError` for a second run in a process of a group: the launcher's store would answer its ranks with
-    what they told each other in the first."""
+    """Raises `RecipeError` for a second run in a process of a group: its ranks would read what they wrote into the
+    launcher's store in the first run."""
     if has_group() and _RUNS:
         raise RecipeError.at("train", "has run in this process, which a launcher started; launch each run anew")
     _RUNS.append(os.getpid())
 
 
 def require_supported() -> None:
-    """Raises `RecipeError` with every setting of the launcher's file that would change what a recipe means, or that
-    this stack can't run right. Needs no process group."""
+    """Raises `RecipeError` that lists every setting of the launcher's file that would change what a recipe means, or
+    that does not work with this stack. Needs no process group."""
     problems = [*_file_problems(), *_engine_problems(), *_ownership_problems(), *_parallelism_problems()]
     if problems:
         raise RecipeError(problems)
@@ -141,7 +142,7 @@ def parallelism() -> dict[str, int]:
 
 
 def mixed_precision() -> Any:
-    """The launcher's precision: `no` also where its file says nothing."""
+    """The precision of the launcher's file; `no` also if the file does not set one."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
@@ -156,7 +157,7 @@ def uses_fsdp() -> bool:
 
 
 def offloads() -> bool:
-    """Whether the optimizer steps on the host's processors."""
+    """Whether the optimizer's step runs on the CPU, beside GPUs that compute the gradients."""
     return (
         _flag("FSDP_OFFLOAD_PARAMS")
         or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
@@ -164,10 +165,9 @@ def offloads() -> bool:
 
 
 def require_asked_processes(started: int | None = None) -> None:
-    """One rank must never silently train alone: raises `RecipeError` if other than the asked processes started.
+    """Raises `RecipeError` if another number of processes started than the launcher was asked for.
 
-    The environment does not carry the number, so the launcher's own command line is read with the launcher's own
-    parser.
+    The environment does not carry that number, so accelerate's own parser reads the launcher's command line.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if started is None else started
     asked = asked_processes()
@@ -181,7 +181,10 @@ def require_asked_processes(started: int | None = None) -> None:
 
 
 def asked_processes(command: list[str] | None = None) -> int | None:
-    """Processes that the `accelerate launch` above this process was asked for; None without such a launcher."""
+    """Number of processes that the `accelerate launch` which started this process was asked for; None without one.
+
+    `command`: the command line to read in place of that launcher's.
+    """
     from accelerate.commands.config.config_args import load_config_from_file
 
     options = _launch_options() if command is None else _options(command)
@@ -195,7 +198,7 @@ def asked_processes(command: list[str] | None = None) -> int | None:
 
 @functools.cache
 def _launch_options() -> Any:
-    """The options of the `accelerate launch` above this process; None without such a launcher."""
+    """The options of the `accelerate launch` that started this process; None without one."""
     import psutil
 
     commands = [parent.cmdline() for parent in psutil.Process().parents()[:3]]
@@ -233,7 +236,7 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def require_cuttable(config: Any, attn_implementation: str, block_size: int) -> None:
-    """`require_divisible` for what the launcher's file asks for."""
+    """As `require_divisible`, with the sizes that the launcher's file sets."""
     sizes = parallelism()
     if sizes["tp"] > 1:
         require_divisible("tensors", sizes["tp"], config, attn_implementation, block_size)
@@ -244,8 +247,8 @@ def require_cuttable(config: Any, attn_implementation: str, block_size: int) -> 
 def require_divisible(
     what: Literal["tensors", "sequences"], size: int, config: Any, attn_implementation: str, block_size: int
 ) -> None:
-    """Raises `RecipeError` if a model of this config (a `PretrainedConfig`) can't be cut for tensor parallelism by
-    `size` processes, or its sequences of `block_size` tokens for sequence parallelism."""
+    """Raises `RecipeError` if `size` processes can't cut a model of this config (a `PretrainedConfig`) for tensor
+    parallelism, or its sequences of `block_size` tokens for sequence parallelism."""
     config = config.get_text_config()
     find = _uncut_tensors if what == "tensors" else _uncut_sequences
     reasons = [*find(config, attn_implementation)]
@@ -281,7 +284,7 @@ def _uncut_sequences(config: Any, attn_implementation: str) -> Iterator[str]:
 
 
 def _file_problems() -> Iterator[Problem]:
-    """Sections and keys of the launcher's file that accelerate passes over without a word."""
+    """Sections and keys of the launcher's file that accelerate would ignore silently."""
     options = _launch_options()
     path = None if options is None else _config_file(options)
     if path is None:
@@ -344,7 +347,7 @@ def _ownership_problems() -> Iterator[Problem]:
     if not uses_deepspeed():
         options = _launch_options()
         for key in ("gradient_accumulation_steps", "gradient_clipping"):
-            # Outside DeepSpeed accelerate hands these on to nobody.
+            # Without DeepSpeed accelerate ignores these.
             if getattr(options, key, None) is not None:
                 yield Problem(f"--{key}", f"the recipe owns it: remove the option and set {_DEEPSPEED_OWNERS[key]}")
         return

@@ -1,7 +1,7 @@
-"""Tensors by name of which each process holds pieces: the form in which every engine's state is saved and loaded.
+"""Saves and loads a training's state: tensors by name, of which each process holds some pieces.
 
-torch distributed checkpoint writes each piece once, whoever holds it, and gives every reader the pieces it asks for. So
-a state that one engine has cut loads into whatever another cuts.
+torch distributed checkpoint writes each piece once, and gives every reader the pieces that it asks for. So a state that
+one engine has saved loads under another, which cuts the tensors elsewhere.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Piece = tuple[tuple[int, ...], torch.Tensor]
 
 
 class Fragments(torch.Tensor):
-    """This process's pieces of a tensor of `shape`, each given as (offsets, tensor); maybe none."""
+    """The pieces of a tensor of `shape` that this process holds, each as (offsets, tensor). There may be none."""
 
     pieces: list[Piece]
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], pieces: Sequence[Piece]) -> Fragments:
-        """Pieces must not overlap; they keep their memory, which `load` writes into."""
+        """`pieces` must not overlap. They are not copied: `load` writes into their memory."""
         made: Fragments = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)
         made.pieces = list(pieces)
         return made
@@ -49,7 +49,7 @@ class Fragments(torch.Tensor):
             return args[0]
         raise NotImplementedError(f"{func} of a tensor in pieces")
 
-    # What torch distributed checkpoint asks of a tensor in pieces: `_Checkpointable` in torch/distributed/checkpoint.
+    # The methods that torch distributed checkpoint calls: `_Checkpointable` of torch.distributed._checkpointable.
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         return [
             WriteItem(
@@ -72,7 +72,10 @@ class Fragments(torch.Tensor):
 
 
 def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piece]:
-    """Elements [start, start + n) of a flattened tensor of `shape`, as the few boxes that they are: views of `flat`."""
+    """Cut `flat`, elements [start, start + n) of a flattened tensor of `shape`, into a few boxes of that tensor.
+
+    Yields the offsets of each box, and a view of `flat`.
+    """
     end = start + flat.numel()
     if len(shape) <= 1:
         if end > start or not shape:
@@ -94,8 +97,8 @@ def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piec
 
 
 def in_pieces(value: Any) -> Any:
-    """A `DTensor` as `Fragments` that share its memory; any other tensor, which all processes hold whole, as it is, or
-    as the tensors by name that it is made of."""
+    """A `DTensor` as `Fragments` that share its memory. Another tensor, which all processes hold whole, as it is; one
+    of torchao's as the tensors by name that it is made of."""
     if not isinstance(value, DTensor):
         if is_traceable_wrapper_subclass(value):  # torchao's of 8 bits: codes, and a scale for each block
             return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
@@ -106,9 +109,9 @@ def in_pieces(value: Any) -> Any:
 
 
 def share(state: dict[str, Any], index: int, number: int) -> dict[str, Any]:
-    """Of a state that `number` processes have alike, what the one of `index` saves: tensors, about as many bytes each.
+    """The part of a state that process `index` saves, where `number` processes hold the same state.
 
-    The others' are in it without a piece.
+    Each saves about as many bytes. Tensors that another process saves are in the result without a piece.
     """
     flat, loads = _flat(state), [0] * number
     for name, value in flat.items():
@@ -121,7 +124,7 @@ def share(state: dict[str, Any], index: int, number: int) -> dict[str, Any]:
 
 
 def copy_to_host(value: Any) -> Any:
-    """A copy of a state in the host's memory, which training does not touch."""
+    """A copy of a state in the CPU's memory, for saving while training goes on."""
     if isinstance(value, dict):
         return {key: copy_to_host(item) for key, item in value.items()}
     if isinstance(value, Fragments):
@@ -134,13 +137,13 @@ def copy_to_host(value: Any) -> Any:
 
 
 def save(state: dict[str, Any], path: Path, group: Any = None) -> None:
-    """Write a state into the folder `path`; all processes of `group` must call it. None: this process is alone."""
+    """Write a state into the folder `path`. All processes of `group` must call it; None: only this process saves."""
     _expect_to_be_alone()
     dcp.save(_flat(state), checkpoint_id=str(path), process_group=group, no_dist=group is None)  # type: ignore[attr-defined]
 
 
 def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]:
-    """The values of a state on the disk, into the memory of `state`; what is no tensor is in the state returned."""
+    """Load a saved state into the tensors of `state`. Returns the state, with other values than tensors replaced."""
     _expect_to_be_alone()
     flat = _flat(state)
     keywords: dict[str, Any] = {"process_group": group, "no_dist": group is None}
@@ -149,15 +152,15 @@ def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]
 
 
 def names_in(path: Path, part: str) -> set[str]:
-    """Names of what a state on the disk has in `part`."""
+    """Names in `part` of a saved state."""
     names = _Reader(path).read_metadata().state_dict_metadata
     return {name.removeprefix(part + _SEPARATOR) for name in names if name.startswith(part + _SEPARATOR)}
 
 
 def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Whole tensors of a state on the disk, by their names in those `parts` of it, in one dictionary.
+    """Whole tensors of a saved state by name, those of all `parts` in one dictionary.
 
-    Raises `RuntimeError` or `ValueError` where they are not read.
+    Raises `RuntimeError` or `ValueError` if the state can't be read.
     """
     found: dict[str, Any] = {part: {} for part in parts}
     for name, entry in _Reader(path).read_metadata().state_dict_metadata.items():
@@ -172,7 +175,7 @@ def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def _member(kind: Any, name: str) -> Any:
-    """What Python 3.11 before 3.11.4, Debian 12's, pickles a member of an enumeration as, in place of `getattr`."""
+    """A member of an enumeration, which Python before 3.11.4 (Debian 12 has 3.11.2) pickles as a call of `getattr`."""
     if kind is not metadata._MEM_FORMAT_ENCODING:
         raise ValueError(f"its index asks for an attribute of {kind!r}, which no state of ours has")
     return kind[name]
@@ -194,7 +197,8 @@ _KNOWN = {
 
 
 class _Index(pickle.Unpickler):
-    """Makes nothing but what torch writes into its index: a state may be somebody else's, and a pickle can run code."""
+    """Unpickles only the classes that torch writes into its index: a checkpoint may come from somebody else, and a
+    pickle can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == metadata.__name__ and name in _RECORDS:
@@ -220,7 +224,7 @@ class _Reader(filesystem.FileSystemReader):
 
 class _Planner(dcp.DefaultLoadPlanner):  # type: ignore[name-defined]
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """What is no tensor, from which torch 2.13 would make any object."""
+        """Load values that are no tensors. torch 2.13 would unpickle any object."""
         safe = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), safe)
         safe.seek(0)
@@ -228,7 +232,7 @@ class _Planner(dcp.DefaultLoadPlanner):  # type: ignore[name-defined]
 
 
 def _expect_to_be_alone() -> None:
-    # torch warns that one process saves alone, which is what `no_dist` asks for.
+    # torch warns if one process saves alone, but that is what `no_dist` asks for.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 

@@ -1,4 +1,4 @@
-"""The precision of a run: from recipe, launcher and hardware, or why the hardware lacks it."""
+"""Chooses the precision of a run from the recipe, the launcher's file and the hardware."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hfpretrain.recipe.schema import MixedPrecision, RecipeError
 
 
 def resolve(mixed_precision: MixedPrecision, launched: MixedPrecision, *, sharded: bool) -> MixedPrecision:
-    """`auto` becomes what the launcher's file says, else bf16 where the hardware has it, else `no`.
+    """The precision of a run. `auto` is that of the launcher's file, else bf16 if the hardware has it, else `no`.
 
-    `launched` is the launcher's, which is `no` also when nobody said so: its `no` decides nothing. `sharded`: under
-    FSDP2, DeepSpeed or tp. Raises `RecipeError` if recipe and launcher contradict each other, or the hardware or a
-    package is missing.
+    `launched`: the launcher's precision. `no` there decides nothing, since it is also the default. `sharded`: whether
+    the engine is FSDP2, DeepSpeed or tensor parallelism. Raises `RecipeError` if recipe and launcher contradict each
+    other, or if the hardware or a package is missing.
     """
     if mixed_precision == "auto":
         chosen: MixedPrecision = launched if launched != "no" else ("bf16" if has_bf16() else "no")
@@ -56,7 +56,7 @@ def problem(
 ) -> str | None:
     """Why a device can't train in a precision, with the fix; None if it can.
 
-    `capability` is that of a CUDA device, None for others; `sharded`: under FSDP2, DeepSpeed or tp.
+    `capability`: the compute capability of a CUDA device, None for others. `sharded`: as of `resolve`.
     """
     if precision in ("auto", "no") or (precision == "bf16" and device == "CPU"):
         return None

@@ -1,4 +1,4 @@
-"""Cut a model's matrices across processes that share their sequences, by transformers' plan for its class."""
+"""Tensor parallelism: a model's matrices cut across processes, by the plan that transformers has for its class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-# Of a module whose processes hold the gradients of their own heads only.
+# The style of a module of which each process computes the gradients of its own heads only.
 _PARTIAL = "replicated_with_grad_allreduce"
 
 
@@ -48,9 +48,9 @@ class TensorParallel(Engine):
 
 
 def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
-    """Keep this process's part of a model that all processes of the one-dimensional `mesh` have built alike.
+    """Cut a model that all processes of the one-dimensional `mesh` have built alike, and keep this process's part.
 
-    Raises `RecipeError` if the model then computes other logits than whole.
+    Raises `RecipeError` if the model then computes other logits than before.
     """
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -81,7 +81,7 @@ def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of a few tokens, float32 (1, 8, vocabulary) on the CPU, by the code that training runs."""
+    """Logits of a few tokens, float32 (1, 8, vocabulary) on the CPU."""
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("eager")  # the only one that runs on every device
@@ -98,11 +98,12 @@ def _replicate(
     replicated: dict[torch.nn.Parameter, torch.nn.Parameter],
     sum_gradients: bool,
 ) -> None:
-    """Give a module's remaining parameters the type of the cut ones, since torch's fused optimizers and norms take one
-    type only; its forward goes on with plain tensors. `replicated` holds those done, which modules may share.
+    """Make the parameters of a module that are not cut `DTensor`s too: torch's fused optimizers and norms can't mix
+    them with plain tensors. The module's forward still computes with plain tensors.
 
-    `sum_gradients`: each process has the gradient of its own heads. transformers 5.23 sums what has accumulated, again
-    in every micro-step.
+    `replicated`: parameters done so far, since modules may share them. `sum_gradients`: whether each process has the
+    gradients of its own heads only, which must be summed. transformers 5.23 does so in every micro-step with all that
+    has accumulated, which counts earlier micro-steps again.
     """
     from torch.distributed.tensor import DTensor, Replicate
 

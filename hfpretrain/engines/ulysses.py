@@ -1,4 +1,4 @@
-"""Sequences cut across processes for DeepSpeed's Ulysses attention, their packed documents kept apart."""
+"""Sequence parallelism: DeepSpeed's Ulysses attention with ZeRO-3, packed documents kept apart."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Ulysses(ZeRO3):
 
 
 def mask_documents(model: PreTrainedModel) -> None:
-    """Let sdpa attention derive its mask from positions, for DeepSpeed 0.19 to wrap: it gathers the positions of a
-    sequence, but drops the mask, and packed documents would see each other.
+    """Make transformers' sdpa attention compute its mask from the positions of the tokens.
 
-    Raises `RecipeError` for a model that does not compute with sdpa; a forward pass does so if the model does not hand
-    positions to its attention.
+    DeepSpeed 0.19 wraps the attention: it gathers the positions of a sequence but drops the mask, so packed documents
+    would see each other. Raises `RecipeError` if the model does not use sdpa. A forward pass raises it if the model
+    does not pass positions to its attention.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -76,16 +76,20 @@ def mask_documents(model: PreTrainedModel) -> None:
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """Which tokens a token sees, those of its document up to itself: int64 (batch, length) whose documents begin at 0,
-    to bool (batch, 1, length, length)."""
+    """Mask in which a token sees the tokens of its document up to itself: bool (batch, 1, length, length).
+
+    `position_ids`: int64 (batch, length), 0 at the first token of each document.
+    """
     document = (position_ids == 0).cumsum(1)
     same = document[:, None, :, None] == document[:, None, None, :]
     return same & torch.ones_like(same[0, 0]).tril()
 
 
 def split(batch: dict[str, torch.Tensor], index: int, size: int) -> dict[str, torch.Tensor]:
-    """Part `index` of `size` of a batch as of `dataloader.collate`, with `shift_labels`: the label of a part's last
-    token is the first token of the next."""
+    """Part `index` of the `size` parts of a batch as of `data.batches.collate`.
+
+    Adds `shift_labels`, since the label of a part's last token is the first token of the next part.
+    """
     labels, length = batch["labels"], batch["labels"].shape[1]
     positions = torch.arange(length, device=labels.device).expand_as(labels)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import resume_anywhere
 import torch
-from conftest import ROOT, environment, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, environment, hfpretrain, rows, small_text, train, train_ranks, write_jsonl, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,11 +20,11 @@ from hfpretrain.modeling import initialization
 from hfpretrain.modeling.build import build_model
 from hfpretrain.publishing import outbox, publisher
 
-DISTRIBUTED = ["ddp", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
+ENGINES = ["ddp", "fsdp2", "tp", "zero1", "zero2", "zero3", "zero3_ulysses"]
+FOUR_PROCESSES = ["hsdp"]
 OFFLOADED = ["fsdp2_offload", "zero3_offload"]
-# Four processes, or updates on the host: `make proofs` has them.
-LONG = ["hsdp", *OFFLOADED]
-ENGINES = [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in (*DISTRIBUTED, *OFFLOADED)]
+STEPS = 2
+"""Of each engine in the run that moves through all of them."""
 
 
 def run_all(folder, engines, **changes):
@@ -73,12 +73,65 @@ def check_export(run):
 
 
 @pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """A run that goes through all engines, two steps in each: a copy of its folder after each, beside that of one
+    process, `single`, which does all the steps."""
+    folder = tmp_path_factory.mktemp("moved")
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    changes = {
+        "scheduler": {"name": "constant_with_warmup", "num_warmup_steps": 1},
+        "model__gradient_checkpointing": True,
+    }
+    changes |= {"checkpoint__every_steps": STEPS, "evaluation__every_steps": STEPS}
+    recipe = write_recipe(folder, **changes)
+    # What the engines are compared with has all logits in memory and recomputes nothing.
+    plain = ["--training.chunked_loss=false", "--model.gradient_checkpointing=false"]
+    number_of_steps = f"--training.max_steps={STEPS * len(ENGINES)}"
+    result = train(recipe, f"--output_dir={folder / 'single'}", number_of_steps, *plain)
+    assert result.returncode == 0, result.stderr
+    for number, name in enumerate(ENGINES, 1):
+        changes = [f"--output_dir={folder / 'run'}", f"--training.max_steps={STEPS * number}"]
+        result = train_ranks(recipe, *changes, engine=name)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert number == 1 or "resumed from" in result.stderr
+        shutil.copytree(folder / "run", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_goes_on_the_same_under_every_engine(moved, name):
+    last = STEPS * (ENGINES.index(name) + 1)
+    single, run = moved / "single", moved / name
+    for step in range(last - STEPS + 1, last + 1):
+        expected, found = rows(single, "loss")[step], rows(run, "loss")[step]
+        assert found["ledger"] == expected["ledger"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    expected, found = rows(single, "eval/perplexity")[last], rows(run, "eval/perplexity")[last]
+    assert found["eval/perplexity"] == pytest.approx(expected["eval/perplexity"], rel=1e-6)
+    environment = json.loads((run / "environment.json").read_text())
+    assert (environment["engine"], environment["num_processes"]) == (name, 2)
+    assert environment["initial_weights"] == initial_weights(single)
+    (row,) = json.loads((run / "plan.json").read_text())["plan"]["engines"]
+    assert (row["engine"], row["num_processes"], row["reason"]) == (name, 2, None)
+    check_saved_once(run / "checkpoints" / f"step-{last:08d}", row["checkpoint_bytes"], 2)
+    check_export(run)
+
+
+def test_a_run_ends_with_the_same_weights_wherever_it_was_trained(moved):
+    single, run = (load_file(moved / name / "model" / "model.safetensors") for name in ("single", ENGINES[-1]))
+    assert run.keys() == single.keys()
+    for key, tensor in run.items():
+        torch.testing.assert_close(tensor, single[key], rtol=0, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same short recipe under every engine: one CPU process alone, four for hsdp, else two."""
     folder = tmp_path_factory.mktemp("engines")
     changes = {"training__max_steps": 10, "checkpoint__every_steps": 5, "evaluation__every_steps": 5}
     changes |= {"model__gradient_checkpointing": True}
-    run_all(folder, ["single", *(name for name in DISTRIBUTED if name not in LONG)], **changes)
+    run_all(folder, ["single", *ENGINES], **changes)
     return folder
 
 
@@ -94,7 +147,8 @@ def run_of(runs):
     return start
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ENGINES, *FOUR_PROCESSES, *OFFLOADED])
 def test_a_recipe_means_the_same_under_every_engine(runs, run_of, name):
     run_of(name)
     compare(runs, name, steps=10)
@@ -114,7 +168,8 @@ def check_saved_once(path, expected, number):
     assert min(sizes) > 0.3 * sum(sizes) / number, sizes
 
 
-@pytest.mark.parametrize("name", ["single", *ENGINES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single", *ENGINES, *FOUR_PROCESSES, *OFFLOADED])
 def test_the_export_of_every_engine_is_the_trained_model(runs, run_of, name):
     run_of(name)
     check_export(runs / name)
@@ -125,7 +180,8 @@ def test_the_export_of_every_engine_is_the_trained_model(runs, run_of, name):
 
 
 # hsdp saves and loads as fsdp2, zero1 as zero2, Ulysses as zero3.
-@pytest.mark.parametrize("name", [name for name in DISTRIBUTED if name not in ("hsdp", "zero1", "zero3_ulysses")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ENGINES if name not in ("zero1", "zero3_ulysses")])
 def test_the_same_command_resumes_under_every_engine(runs, name):
     run = runs / name
     before = rows(run, "loss")
@@ -136,8 +192,9 @@ def test_the_same_command_resumes_under_every_engine(runs, name):
     assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
 
 
-def test_a_run_moves_from_engine_to_engine(tmp_path):
-    """A short version of `benchmarks/resume_anywhere.py`."""
+@pytest.mark.slow
+def test_a_run_moves_from_engine_to_engine_under_the_launcher(tmp_path):
+    """A part of `benchmarks/resume_anywhere.py`."""
     legs = (("zero3", 2), ("fsdp2", 2), ("zero2", 2), ("single", 1))
     table, weights = resume_anywhere.chain(tmp_path, legs)
     assert [row["engine"] for row in table] == [engine for engine, _ in legs]

@@ -1,12 +1,17 @@
+import contextlib
+import os
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import launcher_environment
 from tiny_models import SMALL, SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpretrain.engines import fsdp
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.engines import choose, fsdp, pieces
+from hfpretrain.modeling.optim import build_optimizer, decayed_names, hidden_names
+from hfpretrain.recipe.schema import OptimizerSection, RecipeError
 
 QWEN = {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2,
@@ -31,3 +36,80 @@ def test_layers_are_sharded_that_the_model_has_for_themselves(config, layers):
     assert model._no_split_modules == layers
     with pytest.raises(RecipeError, match="has no GPT2Block"):
         fsdp.require_layers(SimpleNamespace(transformer_cls_names_to_wrap=["GPT2Block"]), model)
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def new_model(name):
+    """A model, and what builds its optimizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA), dtype=torch.float32)
+    decayed, hidden, section = decayed_names(model), hidden_names(model), OptimizerSection(name=name, lr=1e-3)
+    return model, lambda model: build_optimizer(model, section, decayed, hidden)
+
+
+def batch(step):
+    return torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(step))
+
+
+def train_alone(model, optimizer, step):
+    """Loss and gradient norm of a step in one process."""
+    loss = model(input_ids=batch(step), labels=batch(step)).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return [loss.item(), norm.item()]
+
+
+def train_sharded(engine, step):
+    """The same of an engine, each process with half of the batch."""
+    ids = batch(step).chunk(2)[engine.data_index]
+    share = engine.model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4 * 15)).loss
+    with engine.accumulate():
+        engine.backward(share)
+    loss, norm = engine.total(share.detach()), engine.clip_gradients()
+    engine.update()
+    return [loss.item(), norm.item()]
+
+
+def compare_optimizers(rank, environment, folder, names):
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    accelerator = choose.build_engine("no", [], str(folder), 60).accelerator
+
+    def new_engine(name):
+        accelerator.free_memory()  # it clips the gradients of the one model that it knows
+        engine = fsdp.FSDP2(accelerator)
+        model, build = new_model(name)
+        engine.prepare(model, None, build, micro_batch_size=2, accumulation_steps=1, max_grad_norm=1.0)
+        return engine
+
+    for name in names:
+        model, build = new_model(name)
+        optimizer, engine = build(model), new_engine(name)
+        tolerance = 2e-3 if name == "muon" else 1e-5  # Muon's own products are in 16 bits
+        for step in range(3):
+            found, expected = train_sharded(engine, step), train_alone(model, optimizer, step)
+            assert found == pytest.approx(expected, rel=tolerance), (name, step, found, expected)
+        trained = {key: tensor.clone() for key, tensor in engine.full_parameters()}
+        with engine.evaluated_weights(), getattr(optimizer, "averaged", contextlib.nullcontext)():
+            for key, tensor in engine.full_parameters():
+                torch.testing.assert_close(tensor, model.get_parameter(key).detach(), rtol=0, atol=1e-4)
+                averages = name == "adamw_schedule_free"
+                assert torch.equal(tensor, trained[key]) != averages, key
+        pieces.save(engine.state_to_save(), folder / name, torch.distributed.group.WORLD)
+        last = train_sharded(engine, 3)
+        resumed = new_engine(name)
+        assert resumed.load_state(folder / name, torch.distributed.group.WORLD)
+        assert train_sharded(resumed, 3) == last
+        assert last == pytest.approx(train_alone(model, optimizer, 3), rel=tolerance)
+    torch.distributed.destroy_process_group()
+
+
+def test_optimizers_train_shards_as_they_train_whole_matrices(tmp_path):
+    names = ["adamw", "muon", *(["adamw_schedule_free"] if find_spec("schedulefree") else [])]
+    arguments = (launcher_environment("fsdp2", 2), tmp_path, names)
+    torch.multiprocessing.spawn(compare_optimizers, arguments, 2)
