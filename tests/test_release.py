@@ -5,9 +5,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PathDistribution
 
 import pytest
 from conftest import ROOT, environment
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from hfpretrain import __version__
 from hfpretrain.recipe import shipped
@@ -45,12 +48,25 @@ def run(folder, *arguments):
 def test_the_wheel_holds_package_recipes_and_engines(folder):
     found = {str(path.relative_to(folder / "site")) for path in (folder / "site").rglob("*") if path.is_file()}
     metadata = f"hfpretrain-{__version__}.dist-info"
-    wanted = {f"hfpretrain/{path.name}" for path in (ROOT / "hfpretrain").glob("*.py")} | {"hfpretrain/py.typed"}
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "hfpretrain").rglob("*.py")} | {"hfpretrain/py.typed"}
     for name in ("recipes", "accelerate_configs"):
         wanted |= {f"hfpretrain/{name}/{path.name}" for path in (ROOT / name).glob("*.yaml")}
     assert {path for path in found if not path.startswith(metadata)} == wanted
     assert f"{metadata}/licenses/LICENSE" in found
     assert "hfpretrain = hfpretrain.cli:main" in (folder / "site" / metadata / "entry_points.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "library",
+    ["accelerate", "datasets", "deepspeed", "evaluate", "huggingface_hub", "tokenizers", "torch", "transformers"],
+)
+def test_a_library_whose_private_names_are_used_is_capped_above_the_tested_version(folder, library):
+    wheel = PathDistribution(folder / "site" / f"hfpretrain-{__version__}.dist-info")
+    (requirement,) = (needed for needed in map(Requirement, wheel.requires) if needed.name == library)
+    (line,) = (line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith(f"{library}=="))
+    tested = Version(line.partition("==")[2])
+    assert tested in requirement.specifier
+    assert Version(f"{tested.major}.{tested.minor + 1}") not in requirement.specifier, "the next minor is not tested"
 
 
 def test_the_sdist_holds_what_a_tester_needs(folder):
