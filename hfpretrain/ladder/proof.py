@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from hfpretrain.engines.start import launch_command
-from hfpretrain.ladder import subruns
+from hfpretrain.ladder.started_run import StartedRun
 from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.training.metrics_file import read_metrics
 
@@ -37,9 +37,9 @@ def verify_resume(
     parent = Path(recipe.output_dir).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=parent) as folder:
-        straight = Path(folder) / "uninterrupted"
+        uninterrupted = Path(folder) / "uninterrupted"
         start = time.perf_counter()
-        subruns.finish(subruns.Process([*command, f"--output_dir={straight}"]), straight)
+        StartedRun([*command, f"--output_dir={uninterrupted}"]).finish(uninterrupted)
         seconds = time.perf_counter() - start
         yield f"uninterrupted: {steps} steps in {seconds:.0f} s"
         done, rounds = 0, 0
@@ -49,7 +49,7 @@ def verify_resume(
             for line in _kill_and_resume([*command, f"--output_dir={killed}"], killed, seconds, kills - done):
                 done += 1
                 yield f"kill {done} (run {rounds}): {line}"
-            yield from _compare(straight, killed)
+            yield from _compare(uninterrupted, killed)
             shutil.rmtree(killed)
 
 
@@ -77,7 +77,7 @@ def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) 
     `seconds`: what the uninterrupted run took.
     """
     for _ in range(kills):
-        process = subruns.Process(command)
+        process = StartedRun(command)
         try:
             process.wait(timeout=random.uniform(0, seconds))
         except subprocess.TimeoutExpired:
@@ -87,11 +87,11 @@ def _kill_and_resume(command: list[str], run: Path, seconds: float, kills: int) 
             sealed = len(list((run / "checkpoints").glob("step-" + "[0-9]" * 8)))
             yield f"step {step} was the last logged, {sealed} checkpoint(s) sealed"
             continue
-        return subruns.finish(process, run)
-    return subruns.finish(subruns.Process(command), run)
+        return process.finish(run)
+    return StartedRun(command).finish(run)
 
 
-def _kill(process: subruns.Process) -> None:
+def _kill(process: StartedRun) -> None:
     """SIGKILL a process and all that it started, together."""
     tree = [psutil.Process(process.pid)]
     tree += tree[0].children(recursive=True)
@@ -104,22 +104,25 @@ def _kill(process: subruns.Process) -> None:
     process.wait()
 
 
-def _compare(straight: Path, killed: Path) -> Iterator[str]:
-    there, here = _rows(straight), _rows(killed)
-    if there.keys() != here.keys():
-        raise RecipeError.at("metrics.jsonl", f"steps or values are missing: {sorted(there.keys() ^ here.keys())[:5]}")
+def _compare(uninterrupted: Path, killed: Path) -> Iterator[str]:
+    """Yields the largest differences of two runs. Raises `RecipeError` if they are too large."""
+    expected, found = _rows(uninterrupted), _rows(killed)
+    if expected.keys() != found.keys():
+        raise RecipeError.at(
+            "metrics.jsonl", f"steps or values are missing: {sorted(expected.keys() ^ found.keys())[:5]}"
+        )
     worst = dict.fromkeys(_COMPARED, 0.0)
-    for (step, key), value in there.items():
-        other = here[step, key]
+    for (step, key), value in expected.items():
+        other = found[step, key]
         difference = 0.0 if value == other else 1.0
         if isinstance(value, float) and isinstance(other, float):
             difference = abs(value - other) / max(abs(value), 1e-30)
         worst[key] = max(worst[key], difference)
     yield "largest relative differences: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
-    digests = [_weights(run / "model") for run in (straight, killed)]
+    digests = [_weights(run / "model") for run in (uninterrupted, killed)]
     yield f"sha256 of the final weights: {digests[0]} and {digests[1]}"
     if worst["ledger"] or max(worst["loss"], worst["lr"], worst["eval/loss"], worst["grad_norm"] / 10) > TOLERANCE:
-        raise RecipeError.at("verify-resume", "the killed run is not the uninterrupted one")
+        raise RecipeError.at("verify-resume", "the killed run differs from the uninterrupted one")
     same = digests[0] == digests[1] and not any(worst.values())
     yield "equal bit for bit" if same else f"equal to {TOLERANCE:.0e}, not bit for bit"
 

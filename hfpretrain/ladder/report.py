@@ -175,11 +175,9 @@ class Report:
 
     def _plot(self, path: Path) -> None:
         """Loss against compute as a PNG: runs and the law by ratio, the held-out size, the recipe with its interval."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5.4), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         ladder, target = self._ladder, self._target()
         flops = np.geomspace(

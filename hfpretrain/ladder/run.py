@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hfpretrain.engines.start import launch_command, process_count
-from hfpretrain.ladder import laws, subruns
+from hfpretrain.ladder import laws
 from hfpretrain.ladder.report import Report
 from hfpretrain.ladder.rungs import Ladder
+from hfpretrain.ladder.started_run import StartedRun
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
 
@@ -42,7 +43,7 @@ def run_ladder(
     for number, rung in enumerate(ladder.rungs, 1):
         was_finished = rung.read()
         if not was_finished:
-            subruns.finish(subruns.Process([*start, str(rung.path)], rung.secrets), rung.run)
+            StartedRun([*start, str(rung.path)], rung.secrets).finish(rung.run)
             if not rung.read():
                 raise RecipeError.at(str(rung.run), "the run ended without its last evaluation; start again to resume")
         done += rung.flops

@@ -1,4 +1,4 @@
-"""Trainings that another command starts: processes of their own, with a user's recipe and engine."""
+"""A training that a ladder or a proof starts: a process of its own, with a user's recipe and engine."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from hfpretrain.recipe.redaction import SECRETS
 from hfpretrain.recipe.schema import RecipeError
 
 
-class Process(subprocess.Popen[bytes]):
-    """Its messages go into a file: a pipe that nobody reads meanwhile would stop it when full."""
+class StartedRun(subprocess.Popen[bytes]):
+    """A training in the background.
+
+    `command`: `launch_command` with recipe and overrides. `secrets`: addresses whose secrets are not in the recipe's
+    file.
+    """
 
     def __init__(self, command: list[str], secrets: Sequence[str] = ()):
-        """`secrets`: addresses with secrets, which the recipe's file has without them."""
-        # Not as arguments of the command, which other users of the machine can see.
+        # Arguments of a command can be seen by other users of the machine, its environment can't.
         env = {**os.environ, SECRETS: json.dumps(list(secrets))} if secrets else None
-        self.messages = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
-        super().__init__(command, stdout=subprocess.DEVNULL, stderr=self.messages, env=env)
+        # A file, since a pipe that nobody reads would stop the training when it is full.
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
+        super().__init__(command, stdout=subprocess.DEVNULL, stderr=self._messages, env=env)
 
+    def finish(self, folder: Path) -> None:
+        """Wait for the end. Raises `RecipeError` with the last messages if the run in `folder` fails.
 
-def finish(process: Process, run: Path) -> None:
-    """Wait for a training in folder `run`. Raises `RecipeError` with the end of its messages if it fails.
-
-    What interrupts the wait stops the training too, which saves where it stands.
-    """
-    try:
-        process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if process.returncode:
-        process.messages.seek(0)
-        messages = process.messages.read().decode(errors="replace")
-        raise RecipeError.at(str(run), f"the run ended with exit code {process.returncode}:\n{messages[-3000:]}")
+        An exception while waiting, such as `KeyboardInterrupt`, also stops the training, which saves its state.
+        """
+        try:
+            self.wait()
+        except BaseException:
+            self.terminate()
+            self.wait()
+            raise
+        if self.returncode:
+            self._messages.seek(0)
+            messages = self._messages.read().decode(errors="replace")
+            raise RecipeError.at(str(folder), f"the run ended with exit code {self.returncode}:\n{messages[-3000:]}")
