@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -35,11 +34,12 @@ import numpy as np
 import torch
 
 from hfpretrain import load_recipe
+from hfpretrain.train import train
+from hfpretrain.training import run as running
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
 
 LIMIT = 0.03
-training = importlib.import_module("hfpretrain.train")  # the package's `train` is the function
 Batches = list[dict[str, torch.Tensor]]
 Peer = Callable[[Batches], None]
 
@@ -57,7 +57,7 @@ def timed_run(
     """Train a recipe, and after each step let every peer do its own on the same batches: seconds of each step by name,
     float64 (steps - 3,), of hfpretrain's as "hfpretrain"; the run and the last batches."""
     found: dict[str, list[float]] = {"hfpretrain": []}
-    advance, fit = TrainState.advance, training.fit
+    advance, fit = TrainState.advance, running.fit
     begun, others, used, setups = 0.0, {}, [], []
 
     def timed_fit(setup: Setup, *arguments: Any, **keywords: Any) -> None:
@@ -91,10 +91,10 @@ def timed_run(
         arguments = [f"--{key}={value}" for key, value in changes.items()]
         with (
             mock.patch.object(TrainState, "advance", timed_advance),
-            mock.patch.object(training, "fit", timed_fit),
-            mock.patch.object(training, "_finish", finish),
+            mock.patch.object(running, "fit", timed_fit),
+            mock.patch.object(running, "_finish", finish),
         ):
-            training.train(load_recipe(recipe, [*arguments, *overrides]))
+            train(load_recipe(recipe, [*arguments, *overrides]))
     return {name: np.array(seconds[3:]) for name, seconds in found.items()}, setups[0], used
 
 

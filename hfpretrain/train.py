@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import logging
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hfpretrain.engines import launch
 
 os.environ.update(launch.sleeping_threads())  # torch's OpenMP reads them when torch is imported
 
-import torch
 import transformers
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export, verify
-from hfpretrain.data.ledger import Consumption
-from hfpretrain.engines import distributed
-from hfpretrain.engines.base import Engine, is_out_of_memory
 from hfpretrain.engines.start import EXIT_CODE_FILE
-from hfpretrain.evaluation.evaluator import Evaluator
-from hfpretrain.modeling.build import compile_error
-from hfpretrain.planning import table
-from hfpretrain.planning.plan import Settled
 from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import Publisher
 from hfpretrain.recipe import redaction
 from hfpretrain.recipe.help import describe
-from hfpretrain.recipe.redaction import redacted
-from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError
-from hfpretrain.recipe.yaml import flatten
-from hfpretrain.training import console, report, run_folder
-from hfpretrain.training.feed import Feed
+from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
-from hfpretrain.training.loop import fit, rehearse
-from hfpretrain.training.profiler import Profiler
-from hfpretrain.training.publisher import record_news
-from hfpretrain.training.records import Records, start_tracker
-from hfpretrain.training.restore import newest_checkpoint, restore
-from hfpretrain.training.saving import GOES_ON, NotSavedError, RunSaver
-from hfpretrain.training.setup import Setup, check_launch, set_up, start_engine
-from hfpretrain.training.stability import Stability, TrainingDivergedError
-from hfpretrain.training.state import TrainState
-from hfpretrain.training.step_log import StepLog
-from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops, StopVote
-from hfpretrain.training.watchdog import Watch
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from hfpretrain.training.run import run
+from hfpretrain.training.saving import GOES_ON, NotSavedError
+from hfpretrain.training.stability import TrainingDivergedError
+from hfpretrain.training.stopping import StoppedEarlyError
 
 STOPPED = 75
 """Exit code of a run that stopped early with everything saved: EX_TEMPFAIL of sysexits.h."""
@@ -72,235 +44,7 @@ def train(recipe: Recipe) -> Path | None:
     From then on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
     """
     console.keep_from_failing("stdout", "stderr")
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    with Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
-        launch.require_first_run()
-        launch.end_with_launcher()
-        check_launch(recipe)
-        with run_folder.claimed(recipe, is_main):
-            engine = start_engine(recipe, watch)
-            timeout_seconds = recipe.training.timeout_seconds
-            vote = StopVote(stops, distributed.control_group(engine.num_processes, timeout_seconds))
-            saving_group = distributed.control_group(engine.num_processes, timeout_seconds)
-            with _explained(recipe, engine):
-                setup = set_up(recipe, engine, watch, stops.defer)
-            with _explained(setup.pinned, engine, setup.config):
-                return _run(setup, saving_group, watch, stops, vote)
-
-
-def _run(setup: Setup, saving_group: Any, watch: Watch, stops: Stops, vote: StopVote) -> Path | None:
-    """Resume, train, and end the run. Returns as `train` does."""
-    recipe, output_dir, is_main = setup.recipe, setup.output_dir, setup.is_main
-    newest = newest_checkpoint(output_dir, setup.engine.process_index, watch)
-    feed = Feed(setup, newest.path, watch, stops)
-    watch.beat("rehearse", 0)
-    rehearse(setup, feed.example())
-
-    state, changes = TrainState(Consumption(len(feed.data.order.sizes))), []
-    if newest.path is not None:
-        changes = restore(setup, state, newest.path, feed.data, saving_group, watch)
-        state.evaluated = state.evaluated and newest.has_records  # else another run's folder has the evaluation
-    first_step = state.step
-    feed.start(state)
-    publisher = Publisher(output_dir, recipe.hub if is_main else HubSection())
-    if is_main:
-        report.describe(setup, state)
-        publisher.start()
-    saved_step = None if newest.path is None else first_step
-    records = Records(output_dir, _trackers(setup, state.run_id), is_main, recipe.training.num_steps, saved_step)
-    for text in (*setup.notes, *newest.passed_over, *changes):
-        records.event(first_step, text)
-    saver = RunSaver(
-        setup,
-        state,
-        saving_group,
-        publisher=publisher,
-        records=records,
-        stops=stops,
-        watch=watch,
-        saved_step=saved_step,
-    )
-    evaluator = Evaluator(
-        recipe.evaluation,
-        engine=setup.engine,
-        prepared=setup.prepared,
-        tokenizer=setup.tokenizer,
-        token_bytes=setup.token_bytes,
-        validates=recipe.data.has_validation,
-        document_masking=setup.document_masking,
-        micro_batch_size=recipe.training.micro_batch_size,
-        block_size=recipe.data.block_size,
-        num_steps=recipe.training.num_steps,
-        records=records,
-        beat=lambda: watch.beat("evaluate", state.step),
-        stop_if_asked=vote.stop_if_asked,
-    )
-    stability = Stability(setup, state, saving_group, feed=feed, saver=saver, records=records, watch=watch)
-    profiler = Profiler(setup.engine.accelerator, recipe.logging.profile_steps, output_dir / "profile")
-
-    def close() -> None:
-        """End what works beside the loop."""
-        profiler.close()
-        records.close()
-        feed.close()
-        vote.close()
-
-    try:
-        fit(
-            setup,
-            state,
-            records,
-            feed=feed,
-            evaluator=evaluator,
-            saver=saver,
-            stability=stability,
-            log=StepLog(setup, state, records),
-            profiler=profiler,
-            watch=watch,
-            stop_if_asked=vote.stop_if_asked,
-        )
-    except Stopping:
-        _save_and_stop(setup, state, first_step, saver, publisher, records, stops, close)
-        return None
-    watch.beat("export", state.step)
-    close()
-    model_path = _finish(setup, state, first_step, feed.example(), records, watch)
-    watch.leave()
-    publisher.finish(stops.due)
-    record_news(publisher, records, state.step)
-    if (text := publisher.table()) != "":
-        print("", text, sep="\n", flush=True)
-    return model_path
-
-
-def _save_and_stop(
-    setup: Setup,
-    state: TrainState,
-    first_step: int,
-    saver: RunSaver,
-    publisher: Publisher,
-    records: Records,
-    stops: Stops,
-    close: Callable[[], None],
-) -> None:
-    """Save where the run stands, for the same command to go on from, and end the process group. All ranks must call it.
-
-    Raises `RecipeError` if the time of `training.stop_after` was over before the first step, `NotSavedError` if the
-    checkpoint could not be written.
-    """
-    start = time.perf_counter()
-    saver.wait()
-    given = setup.recipe.training.stop_after
-    if stops.reason == "training.stop_after" and state.step == first_step:
-        used = (setup.recipe.training.stop_after_seconds or 0) - (stops.seconds_left() or 0)
-        message = f"{given} were over before the first step, {used:.0f} s after the start"
-        raise RecipeError.at("training.stop_after", f"{message}; give more, or it never gets anywhere")
-    if state.step not in (0, saver.saved_step):
-        saver.save(in_background=False)
-    saver.record(is_last=True)
-    publisher.close()
-    record_news(publisher, records, state.step)
-    left = stops.seconds_left()
-    text = f"stopped by {stops.reason or 'another rank'} at step {state.step}"
-    text += f"; saving took {time.perf_counter() - start:.1f} s"
-    text += "" if left is None else f", {left:.0f} s before the end of training.stop_after"
-    records.event(state.step, text)
-    close()
-    records.say(f"{text}. {GOES_ON.capitalize()}")
-    records.note_console(state.step)
-    records.finish()
-    setup.engine.finish()
-
-
-def _finish(
-    setup: Setup,
-    state: TrainState,
-    first_step: int,
-    example: dict[str, torch.Tensor],
-    records: Records,
-    watch: Watch,
-) -> Path:
-    """Export the model, compare the export with the training process, write the card and print the summary.
-
-    `example`: the batch to compare on. All ranks must call it. Returns the folder of the export.
-    """
-    engine, recipe, output_dir = setup.engine, setup.recipe, setup.output_dir
-    model_path, reference = output_dir / "model", output_dir / verify.REFERENCE
-    peak_memory = engine.largest(setup.peak_memory.peak())
-    with engine.evaluated_weights():
-        batch = engine.to_device(example)
-        verify.write_reference(engine.model, batch, engine.forward_precision, reference if setup.is_main else None)
-        state_dict = engine.full_state_dict()
-        if setup.is_main:
-            with engine.plain_initialization():
-                export.write(
-                    setup.config, state_dict, setup.tokenizer, model_path, recipe.model.dtype, setup.generation_config
-                )
-
-    def verify_export() -> dict[str, Any]:
-        trusts_code = recipe.model.trust_remote_code or recipe.tokenizer.trust_remote_code
-        return verify.verify_in_fresh_process(output_dir, trusts_code, watch.unit_done)
-
-    verified = watch.from_main("verify the export", verify_export)
-    if setup.is_main:
-        exported = {f"export/{key}": value for key, value in verified.items()}
-        records.row({"step": state.step, "tokens": state.tokens, **exported})
-        records.plot()
-        card.write_card(output_dir, model_path)
-        if state.step > first_step:  # else nothing was trained, and nothing was measured
-            print("", _plan_and_measured(setup, first_step, peak_memory, records), sep="\n", flush=True)
-        print(report.run_summary(setup, state, records.history(), verified), flush=True)
-        records.note_console(state.step)
-    records.finish()
-    engine.finish()
-    return model_path
-
-
-def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records: Records) -> str:
-    """What the run took beside what its plan says; `peak_memory`: bytes, the largest of all processes."""
-    # Only the steps of this process: earlier ones may have run under another engine.
-    tokens_per_step = setup.recipe.training.tokens_per_step
-    seconds = table.seconds_per_step(records.history().speeds(), tokens_per_step, first_step)
-    measured = table.Measured(peak_memory, f"{setup.peak_memory.meaning}; the largest of all processes", seconds)
-    engine = setup.engine
-    settled = Settled(
-        setup.config,
-        engine.precision,
-        setup.document_masking,
-        setup.chunked_loss,
-        setup.peak_flops if engine.device.type == "cpu" else None,
-    )
-    with engine.plain_initialization():  # the main process alone can't build under ZeRO-3, where all must take part
-        return table.report(setup.pinned, engine.name, engine.num_processes, settled, measured, setup.output_dir)
-
-
-@contextlib.contextmanager
-def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None = None) -> Iterator[None]:
-    """Turn running out of memory into a `RecipeError` with the plan of the run and what would help most, and layers
-    that don't compile into one that says so. `config`: of the model, if it is known already."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (found := compile_error(error)) is not None:
-            raise found from None
-        if not is_out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        settled = Settled(config, engine.precision)
-        text = str(error).partition("\n")[0]
-        with engine.plain_initialization():
-            message = table.out_of_memory(recipe, engine.name, engine.num_processes, settled, engine.device_name, text)
-        raise RecipeError.at("training.micro_batch_size", message) from None
-
-
-def _trackers(setup: Setup, run_id: str) -> dict[str, Any]:
-    """A function that starts each tracker of the recipe, by its name."""
-    config = {key: str(value) for key, value in flatten(redacted(setup.recipe.model_dump(mode="json")))}
-    section, accelerator = setup.recipe.logging, setup.engine.accelerator
-    return {
-        name: functools.partial(start_tracker, accelerator, name, section.project_name, config, run_id)
-        for name in section.trackers
-    }
+    return run(recipe, Publisher, card.write_card)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -332,12 +76,12 @@ def _main(arguments: list[str], rank: int) -> int:
         path = train(_with_secrets(load_recipe(arguments[0], arguments[1:])))
     except RecipeError as error:
         if rank:
-            time.sleep(5)  # the launcher ends all ranks with the first: where all have the error, the main one speaks
+            time.sleep(5)  # the launcher ends all ranks with the first, and rank 0 has the same error and prints it
         _tell("\n  ".join([f"error in {arguments[0]}:", *map(str, error.problems)]))
         return 2
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+            print(f"interrupted; {GOES_ON}", file=sys.stderr)
         return 130
     except StoppedEarlyError as error:
         _tell(f"stopped by {error}; what is finished stays, and the same command goes on from there")
@@ -370,13 +114,13 @@ def _help(arguments: list[str]) -> int:
 
 
 def _with_secrets(recipe: Recipe) -> Recipe:
-    """The recipe with the secrets of addresses that the command which started this process knows."""
+    """The recipe with the secrets in its addresses, which the command that started this process hands over."""
     secrets = json.loads(os.environ.pop(redaction.SECRETS, "[]"))
     return Recipe.model_validate(redaction.restored(recipe.model_dump(mode="json"), secrets)) if secrets else recipe
 
 
 def _tell(text: str) -> None:
-    """Print why a run ends; under torch's launcher its own report ends with it, too."""
+    """Print why the run ends, also at the end of the report of torch's launcher."""
     launch.leave_message(text)
     print(text, file=sys.stderr)
 

@@ -28,7 +28,12 @@ OUTPUTS = ("stdout", "stderr")
 # from it is as one that `python -m` has started.
 _processes = multiprocessing.get_context("forkserver")
 # Not `hfpretrain.train`: a script that imports the function of that name would get the module.
-_modules = ("hfpretrain.training.loop", "hfpretrain.publishing.card", "hfpretrain.cli", "accelerate.commands.launch")
+_modules = (
+    "hfpretrain.training.run",
+    "hfpretrain.publishing.publisher",
+    "hfpretrain.cli",
+    "accelerate.commands.launch",
+)
 _processes.set_forkserver_preload([*_modules, "torch.distributed.run", "evaluate", "matplotlib.backends.backend_agg"])
 
 
