@@ -41,6 +41,8 @@ def limit_waiting() -> None:
         made.timeout = TIMEOUT_SECONDS
         return made
 
+    # `get_session().timeout = ...` would need no private name, but holds only until the first connection error, after
+    # which huggingface_hub makes a new client.
     huggingface_hub.set_client_factory(client)
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
