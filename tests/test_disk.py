@@ -53,7 +53,7 @@ def half_done(finished, tmp_path):
     return ["hfpretrain.train", recipe, f"--output_dir={tmp_path / 'run'}"], tmp_path / "run"
 
 
-def test_training_goes_on_where_a_checkpoint_cannot_be_written(warm, half_done):
+def test_training_goes_on_if_a_checkpoint_can_not_be_written(warm, half_done):
     command, run = half_done
     before = (run / "checkpoints" / "step-00000003" / "manifest.json").read_bytes()
     result = warm.run(*command, "--training.max_steps=12", max_file_size=300_000)
@@ -70,7 +70,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(warm, half_done):
     assert checkpoints(run) == ["step-00000009", "step-00000012"]
 
 
-def test_an_export_that_does_not_fit_stops_and_is_made_later(warm, half_done):
+def test_a_run_whose_export_does_not_fit_stops_and_exports_later(warm, half_done):
     command, run = half_done
     weights = (run / "model" / "model.safetensors").stat().st_size
     shutil.rmtree(run / "model")
@@ -80,7 +80,7 @@ def test_an_export_that_does_not_fit_stops_and_is_made_later(warm, half_done):
     assert warm.run(*command).returncode == 0 and (run / "model" / "model.safetensors").exists()
 
 
-def test_lines_wait_in_memory_where_the_log_takes_no_more(warm, tmp_path):
+def test_lines_wait_in_memory_if_the_disk_is_full(warm, tmp_path):
     code = (
         "import resource, sys, logging; from pathlib import Path\n"
         "from hfpretrain.training.metrics_file import MetricsFile\n"
@@ -100,7 +100,7 @@ def test_lines_wait_in_memory_where_the_log_takes_no_more(warm, tmp_path):
     assert result.stderr.count("can't be written, its lines wait in memory: File too large") == 1
 
 
-def test_a_rollback_takes_lines_back_where_the_disk_is_full(warm, tmp_path):
+def test_a_rollback_removes_lines_although_the_disk_is_full(warm, tmp_path):
     code = (
         "import resource, sys; from pathlib import Path; from hfpretrain.training.metrics_file import MetricsFile\n"
         "file = MetricsFile(Path(sys.argv[1]), None)\n"
@@ -115,7 +115,7 @@ def test_a_rollback_takes_lines_back_where_the_disk_is_full(warm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_is_down_stops_only_what_needs_it(folder):
+def test_a_hub_that_is_down_stops_only_runs_that_need_it(folder):
     down = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
     result = small.train(write_recipe(folder), **down)
     assert result.returncode == 0, result.stderr
@@ -270,7 +270,7 @@ def test_a_kill_at_any_point_of_saving_a_step_again_loses_nothing(tmp_path, monk
     assert number > 3
 
 
-def test_rotation_and_the_outbox_delete_only_what_is_ours(tmp_path):
+def test_rotation_and_the_outbox_keep_files_of_a_person(tmp_path):
     folder, box = tmp_path / "checkpoints", tmp_path / "outbox"
     for step in (1, 2):
         outbox.put(sealed(folder, step), box)

@@ -32,7 +32,7 @@ def refused(*arguments):
     return result.stderr
 
 
-def test_the_last_checkpoint_is_exported_as_the_run_itself_was(run, tmp_path):
+def test_an_export_of_the_last_checkpoint_equals_the_export_of_the_run(run, tmp_path):
     for given, name in ((checkpoint(run, 8), "last"), (run, "newest")):
         result = hfpretrain("export", str(given), str(tmp_path / name))
         assert result.returncode == 0 and "loaded with plain transformers" in result.stdout, result.stderr
@@ -45,7 +45,7 @@ def test_the_last_checkpoint_is_exported_as_the_run_itself_was(run, tmp_path):
     assert not list(tmp_path.glob("*.incomplete"))
 
 
-def test_a_checkpoint_scores_what_the_run_said_of_it(run):
+def test_a_checkpoint_is_scored_as_in_the_run(run):
     recipe = load_recipe(run.parent / "recipe.yaml")
     said = rows(run, "eval/loss")
     for step in (4, 8):
@@ -67,7 +67,7 @@ def test_a_run_without_an_export_is_its_newest_checkpoint(run, tmp_path):
         assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-def test_what_can_not_be_exported_is_said_and_nothing_is_replaced(run, tmp_path):
+def test_what_can_not_be_exported_gives_a_message_and_replaces_nothing(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "already exists" in refused("export", checkpoint(run, 8), tmp_path / "mine")
@@ -95,7 +95,7 @@ def test_a_revision_of_the_hub_is_a_model(run, tmp_path):
         assert wrong.returncode == 2 and "model: there is no folder 'USER/NAME'" in wrong.stderr
 
 
-def test_a_section_takes_an_id_with_its_revision(run):
+def test_model_pretrained_takes_an_id_with_its_revision(run):
     section = ModelSection(pretrained="USER/NAME@step-00000004")
     assert (section.pretrained, section.revision) == ("USER/NAME", "step-00000004")
     with pytest.raises(ValueError, match="give one"):

@@ -6,7 +6,7 @@ import torch
 
 from hfpretrain import files
 from hfpretrain.checkpoints import resume
-from hfpretrain.checkpoints import saver as checkpoint
+from hfpretrain.checkpoints.saver import Saver
 from hfpretrain.engines import pieces
 from hfpretrain.recipe.schema import CheckpointSection, RecipeError
 
@@ -20,8 +20,8 @@ def steps(folder):
     return [int(path.name[5:]) for path in sorted(folder.glob("step-" + "[0-9]" * 8))]
 
 
-def test_old_checkpoints_go_by_rule(tmp_path):
-    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=2, keep_every=40, keep_best=True), None)
+def test_rotation_keeps_the_last_the_best_and_every_fortieth_step(tmp_path):
+    saver = Saver(tmp_path, CheckpointSection(keep_last=2, keep_every=40, keep_best=True), None)
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 4.0, 50: None, 60: 5.0, 70: 6.0}
     for step, loss in losses.items():
         save(saver, step, loss)
@@ -30,13 +30,13 @@ def test_old_checkpoints_go_by_rule(tmp_path):
     assert all(files.damage(path) is None for path in tmp_path.iterdir())
 
 
-def test_the_newest_that_verifies_is_taken_and_others_are_named(tmp_path):
-    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=5), None)
+def test_a_resume_takes_the_newest_checkpoint_that_verifies_and_names_the_others(tmp_path):
+    saver = Saver(tmp_path, CheckpointSection(keep_last=5), None)
     for step in (1, 2, 3, 4):
         save(saver, step)
     assert resume.newest(tmp_path) == (tmp_path / "step-00000004", [])
     data = next((tmp_path / "step-00000004").glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[:-1])  # truncated
+    data.write_bytes(data.read_bytes()[:-1])  # a file cut short
     content = bytearray((tmp_path / "step-00000003" / ".metadata").read_bytes())
     content[len(content) // 2] ^= 1  # a bit flipped
     (tmp_path / "step-00000003" / ".metadata").write_bytes(content)
@@ -44,7 +44,7 @@ def test_the_newest_that_verifies_is_taken_and_others_are_named(tmp_path):
     path, reasons = resume.newest(tmp_path)
     assert path == tmp_path / "step-00000002"
     assert f"{data} has" in reasons[0] and ".metadata has another checksum" in reasons[1]
-    # Those aside are not looked at again; with the last one gone the run does not start anew by itself.
+    # Damaged checkpoints are not read again; when none is left, the run does not start anew by itself.
     assert resume.newest(tmp_path) == (path, [])
     (path / "manifest.json").unlink()
     (tmp_path / "step-00000001" / "train_state.json").unlink()
@@ -53,7 +53,7 @@ def test_the_newest_that_verifies_is_taken_and_others_are_named(tmp_path):
 
 
 def test_a_manifest_cannot_name_a_file_outside(tmp_path):
-    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+    saver = Saver(tmp_path, CheckpointSection(), None)
     save(saver, 1)
     path = tmp_path / "step-00000001" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -66,7 +66,7 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path):
 
 
 def test_a_save_in_the_background_is_a_copy_and_the_next_waits_for_it(tmp_path):
-    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=5), None)
+    saver = Saver(tmp_path, CheckpointSection(keep_last=5), None)
     go_on, weights = threading.Event(), torch.zeros(4)
     state = {"model": {"w": weights}}
 
@@ -89,7 +89,7 @@ def test_a_save_in_the_background_is_a_copy_and_the_next_waits_for_it(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_leaves_older_checkpoints_as_they_were(tmp_path):
-    saver = checkpoint.Saver(tmp_path, CheckpointSection(keep_last=1), None)
+    saver = Saver(tmp_path, CheckpointSection(keep_last=1), None)
 
     def broken(path):
         raise OSError(28, "No space left on device", str(path))
@@ -101,16 +101,16 @@ def test_a_file_that_cannot_be_written_leaves_older_checkpoints_as_they_were(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_a_folder_that_cannot_be_is_a_reason_and_not_the_end_of_a_thread(tmp_path):
+def test_a_folder_that_can_not_be_created_is_reported(tmp_path):
     (tmp_path / "checkpoints").symlink_to(tmp_path / "nowhere" / "at-all")
-    saver = checkpoint.Saver(tmp_path / "checkpoints", CheckpointSection(), None)
+    saver = Saver(tmp_path / "checkpoints", CheckpointSection(), None)
     save(saver, 1)
     (saved,) = saver.done()
     assert "FileExistsError" in saved.error or "No such file" in saved.error
 
 
-def test_a_checkpoint_under_another_step_s_name_is_passed_over(tmp_path):
-    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+def test_a_checkpoint_with_the_name_of_another_step_is_passed_over(tmp_path):
+    saver = Saver(tmp_path, CheckpointSection(), None)
     for step in (1, 2):
         save(saver, step)
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
@@ -118,8 +118,8 @@ def test_a_checkpoint_under_another_step_s_name_is_passed_over(tmp_path):
     assert path.name == "step-00000002" and "is that of another step" in reason
 
 
-def test_a_manifest_without_files_seals_nothing(tmp_path):
-    saver = checkpoint.Saver(tmp_path, CheckpointSection(), None)
+def test_a_manifest_without_files_is_no_checkpoint(tmp_path):
+    saver = Saver(tmp_path, CheckpointSection(), None)
     for step in (1, 2):
         save(saver, step)
     (tmp_path / "step-00000007.incomplete").mkdir()

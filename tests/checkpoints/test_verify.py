@@ -11,7 +11,7 @@ from hfpretrain.checkpoints import export, verify
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with the export of a model as it was drawn, and its reference."""
+    """A run folder with the export of an untrained model and its reference."""
     config = recipe_mapping(tmp_path)["model"]["config"]
     torch.manual_seed(0)
     model = LlamaForCausalLM(AutoConfig.for_model(**config, vocab_size=64, eos_token_id=1, bos_token_id=1))
@@ -24,12 +24,12 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_an_export_with_a_sample(run):
+def test_an_export_gives_the_logits_of_training_and_a_sample(run):
     report = verify.verify_export(run / "model", run / verify.REFERENCE)
     assert report["max_logit_difference"] < 1e-5 and report["sample"] and "sample_error" not in report
 
 
-def test_a_class_that_cannot_generate_has_an_export_that_verifies(run, monkeypatch):
+def test_an_export_verifies_if_its_class_can_not_generate(run, monkeypatch):
     def generate(*_, **__):
         raise ValueError("this cache has no length")
 

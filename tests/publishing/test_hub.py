@@ -24,7 +24,7 @@ from hfpretrain.publishing import card, outbox
 from hfpretrain.recipe.schema import RecipeError
 
 STEPS = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
-# Logits of revisions, as anyone would load them, and of the weights in the run's own checkpoints.
+# The largest difference between the logits of a revision and of the run's checkpoint; and the logits' deviation.
 LOGITS = """
 import sys, torch
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_every_checkpoint_is_a_revision_and_the_export_is_main(world):
     assert json.loads(repo.at(STEPS[1]).files["metrics.json"])["eval/loss"] == rows(run, "eval/loss")[4]["eval/loss"]
     assert [commit.title for commit in repo.history(STEPS[0])][1:] == ["initial commit"]
     assert "eval/loss: " in repo.at(STEPS[1]).message
-    # What is where: in the table, and in a file and rows that outlive the process.
+    # The commits stand in the table and in metrics.jsonl.
     for name, oid in {**repo.tags, "main": repo.at("main").oid}.items():
         assert f"{name:<16} commit {oid}" in world.trained.stdout
     events = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "hub/commit" in row]
@@ -107,7 +107,7 @@ def test_every_checkpoint_is_a_revision_and_the_export_is_main(world):
     assert not outbox.waiting(run / "outbox")
 
 
-def test_a_refusal_is_told_and_the_token_stands_nowhere(world):
+def test_a_refusal_is_reported_and_the_token_is_in_no_file(world):
     told = "the repo is not on the Hub: 401 Invalid username or password. (POST /api/repos/create)"
     assert told in world.trained.stderr and "hf auth login" in world.trained.stderr
     for path in [*(world.folder / "run").rglob("*"), *(world.folder / "prepared").rglob("*")]:
@@ -115,7 +115,7 @@ def test_a_refusal_is_told_and_the_token_stands_nowhere(world):
     assert TOKEN not in world.trained.stdout + world.trained.stderr
 
 
-def test_revisions_load_with_the_logits_of_their_checkpoints(world):
+def test_revisions_load_and_give_the_logits_of_their_checkpoints(world):
     result = world.warm.run("-c", LOGITS, "user/tiny", world.folder / "run", *STEPS[:3])
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -123,18 +123,18 @@ def test_revisions_load_with_the_logits_of_their_checkpoints(world):
     assert len({line[2] for line in lines}) == 3
 
 
-def test_push_does_what_is_missing_and_replaces_nothing(world):
+def test_push_adds_what_is_missing_and_replaces_nothing(world):
     repo, run = world.repo, world.folder / "run"
     first = world.push(run, "user/other")
     assert (first.returncode, first.stderr) == (0, "")
     other = world.hub.repos["models/user/other"]
-    # A line for each as it is pushed, and the table at last; nothing of a library's.
+    # A line for each push as it happens, and the table at last; no output of a library.
     pushed = {**other.tags, "main": other.at("main").oid}
     lines = first.stdout.splitlines()
     assert sorted(lines[:5]) == sorted(f"{name}: commit {oid}" for name, oid in pushed.items())
     assert lines[5:] == ["on the Hub, user/other:", *(f"  {name:<16} commit {oid}" for name, oid in pushed.items())]
     assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
-    # A tag lost, as of a push that was killed; a branch never made; those that are somebody else's; a state that lacks.
+    # Pushes that were killed before the tag, or before the branch; a branch with a commit of somebody else.
     del other.tags[STEPS[0]], other.tags[STEPS[1]], other.branches[STEPS[1]], other.tags[STEPS[3]]
     other.commit(STEPS[3], "mine", {"a": b""})
     other.commits[:] = [
@@ -157,9 +157,9 @@ def test_push_does_what_is_missing_and_replaces_nothing(world):
     assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
 
 
-def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
+def test_a_damaged_checkpoint_does_not_stop_the_push_of_others(world):
     run = world.folder / "damaged"
-    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "model"))  # as of a killed run
+    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "model"))  # of a killed run
     for step in (STEPS[0], STEPS[2]):
         (file,) = (run / "checkpoints" / step).glob("__0_*.distcp")
         file.write_bytes(bytes(reversed(file.read_bytes())))
@@ -174,7 +174,7 @@ def test_checkpoints_that_cannot_be_pushed_keep_no_other_from_it(world):
         assert f"{step:<16} not pushed: not exported: " in found.stdout and "has another checksum" in found.stdout
     assert sorted(world.hub.repos["models/user/damaged"].tags) == [STEPS[1], STEPS[3]]
     assert "step-00000099" not in found.stdout
-    # Also where what waits is damaged, and its checkpoint was rotated away.
+    # The copy in the outbox is damaged, and its checkpoint was rotated away.
     for step in STEPS[:3]:
         shutil.rmtree(run / "checkpoints" / step)
     shutil.rmtree(run / "outbox" / STEPS[3])
@@ -283,7 +283,7 @@ def test_a_run_without_a_hub_ends_with_the_same_weights_and_is_pushed_later(worl
     assert list(world.hub.repos["models/user/gone"].tags) == STEPS[2:] and not outbox.waiting(run / "outbox")
 
 
-def test_a_publisher_ends_with_its_run(world):
+def test_the_process_that_pushes_ends_with_its_run(world):
     command = [sys.executable, "-m", "hfpretrain.publishing.publisher", str(world.folder / "run")]
     with subprocess.Popen(command, env=world.env, cwd=ROOT, stdin=subprocess.PIPE) as publisher:
         publisher.stdin.close()  # as the system does for a run that is killed
@@ -295,7 +295,7 @@ class Attack:
         return print, ("this was run",)
 
 
-# Tries `checkpoint.resume_from` with one revision after the other.
+# Tries `checkpoint.resume_from` with one revision after another.
 FETCHES = """
 import sys
 from hfpretrain import load_recipe
@@ -310,7 +310,7 @@ for name in sys.argv[2:]:
 """
 
 
-def test_a_state_that_is_not_right_is_refused_before_anything_of_it_is_used(world):
+def test_a_damaged_or_malicious_state_is_refused_before_it_is_used(world):
     whole = world.repo.at(STEPS[3]).files
     weights, index, stateless = dict(whole), dict(whole), {}
     weights["state/__0_0.distcp"] = bytes(reversed(whole["state/__0_0.distcp"]))
@@ -340,7 +340,7 @@ def test_a_state_that_is_not_right_is_refused_before_anything_of_it_is_used(worl
     assert not list((world.folder / "fresh" / "checkpoints").glob("step-*"))
 
 
-def test_training_goes_on_from_a_hub_model_and_its_tokenizer(world):
+def test_a_model_and_its_tokenizer_from_the_hub_are_trained_further(world):
     path = world.recipe(
         output_dir=str(world.folder / "continued"),
         model={"pretrained": "user/tiny", "revision": STEPS[1]},
@@ -359,8 +359,9 @@ def test_training_goes_on_from_a_hub_model_and_its_tokenizer(world):
     assert f"- `user/data`: split `train`, revision `{oid}`" in found.text
 
 
-def test_a_push_while_two_ranks_start_gives_both_the_same_commit_and_a_resume_keeps_it(world):
-    hub, run = world.hub, world.folder / "based"
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_push_while_a_run_starts_changes_no_commit_that_it_reads_and_a_resume_keeps_it(world, processes):
+    hub, run = world.hub, world.folder / f"based-{processes}"
     base = hub.repos["models/user/base"] = Repo("user/base", private=False)
     oid = base.commit("main", "first", dict(world.repo.at(STEPS[1]).files)).oid
     question = "GET /api/models/user/base"
@@ -378,8 +379,11 @@ def test_a_push_while_two_ranks_start_gives_both_the_same_commit_and_a_resume_ke
     )
     hub.requests.clear()
     hub.fault = push_after_the_first_question
-    command = small.command(path, engine="ddp", processes=2)
-    result = world.warm.run("accelerate.commands.launch", *command[3:])
+    if processes == 1:
+        result = world.train(path)
+    else:
+        command = small.command(path, engine="ddp", processes=processes)
+        result = world.warm.run("accelerate.commands.launch", *command[3:])
     hub.fault = None
     assert result.returncode == 0, result.stderr
     assert len(base.commits) == 2
@@ -403,7 +407,7 @@ def test_a_hub_model_is_evaluated(world):
     assert json.loads(result.stdout)["documents"] == 200
 
 
-def test_what_cannot_be_pushed_is_said_without_a_traceback(world):
+def test_wrong_names_and_folders_give_messages_without_a_traceback(world):
     missing = world.push(world.folder / "nowhere", "user/tiny")
     assert missing.returncode == 2 and "no run with checkpoints" in missing.stderr
     refused = world.push(world.folder / "run", "not a name!")
@@ -414,7 +418,7 @@ def test_what_cannot_be_pushed_is_said_without_a_traceback(world):
         load_recipe(world.recipe(), ["--checkpoint.resume_from=hub://user/tiny"])
 
 
-def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):
+def test_the_card_has_what_was_measured_and_keeps_what_a_person_wrote(world):
     run = world.folder / "run"
     path = run / "model" / "README.md"
     text = path.read_text()
@@ -461,7 +465,7 @@ def test_the_card_tells_what_was_measured_and_keeps_what_a_person_wrote(world):
     kept.unlink()
 
 
-def test_main_gets_the_checksums_and_loses_only_what_an_export_put_there(world):
+def test_a_push_to_main_deletes_only_files_of_an_earlier_export(world):
     model, repo = world.folder / "run" / "model", world.repo
     stored = repo.at("main").files
     assert stored["SHA256SUMS"] == (model / "SHA256SUMS").read_bytes()
