@@ -13,20 +13,28 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hfpretrain import __version__, files
-from hfpretrain.data import assemble, corpus, duplicates, packing, tokenizer
+from hfpretrain.data import assemble, corpus, duplicates, packing
 from hfpretrain.data.corpus import Document, Reader, Splitter
 from hfpretrain.data.encode import Encoder, require_special_tokens, token_bytes, token_dtype, unknown_id
 from hfpretrain.data.identity import fingerprint, source_identity, tokenizer_identity
 from hfpretrain.data.packing import SplitText, TextBatch
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
-from hfpretrain.data.remote_copy import RemoteCopy
+from hfpretrain.data.remote_copy import RemoteCopy, remote_copy_of
 from hfpretrain.data.shards import Shard, ShardRegistry
 from hfpretrain.data.summary import require_known
+from hfpretrain.data.tokenizer import (
+    document_prefix,
+    load_tokenizer,
+    padded_vocab_size,
+    set_add_bos,
+    tokenizer_size,
+    train_tokenizer,
+)
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import (
@@ -53,13 +61,17 @@ def prepared_path(recipe: Recipe) -> Path:
     Only the main process of a run calls it: it reads all local source files that changed since this machine last read
     them, and asks the Hub.
     """
-    sources, validation, of_tokenizer = _identities(recipe)
+    return _path(recipe.data, recipe.tokenizer, recipe.prepared_dir)
+
+
+def _path(data: DataSection, section: TokenizerSection, prepared_dir: Path) -> Path:
+    sources, validation, of_tokenizer = _identities(data, section)
     identities = [*sources, *validation, of_tokenizer]
 
     def path(has_prefix: bool) -> Path:
-        return recipe.prepared_dir / fingerprint(recipe.data, recipe.tokenizer, identities, has_prefix)
+        return prepared_dir / fingerprint(data, section, identities, has_prefix)
 
-    return path(_has_prefix(recipe.tokenizer, path))
+    return path(_has_prefix(section, path))
 
 
 def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
@@ -74,17 +86,16 @@ def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool
         manifest = files.manifest_of(path(has_prefix)) or {}
         if "add_bos" in manifest and manifest["add_bos"] == section.add_bos:
             return has_prefix
-    return bool(tokenizer.document_prefix(tokenizer.load_tokenizer(section)))
+    return bool(document_prefix(load_tokenizer(section)))
 
 
-def _identities(recipe: Recipe) -> tuple[list[Any], list[Any], list[Any]]:
+def _identities(data: DataSection, section: TokenizerSection) -> tuple[list[Any], list[Any], list[Any]]:
     """Identities of the sources, of the validation sources, and of the tokenizer."""
-    sources = [source_identity(source, f"data.sources.{n}") for n, source in enumerate(recipe.data.sources)]
+    sources = [source_identity(source, f"data.sources.{n}") for n, source in enumerate(data.sources)]
     validation = [
-        source_identity(source, f"data.validation_sources.{n}")
-        for n, source in enumerate(recipe.data.validation_sources)
+        source_identity(source, f"data.validation_sources.{n}") for n, source in enumerate(data.validation_sources)
     ]
-    return sources, validation, tokenizer_identity(recipe.tokenizer)
+    return sources, validation, tokenizer_identity(section)
 
 
 def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
@@ -94,20 +105,21 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
     is stopped anywhere, the next one goes on after the last finished part. Raises `RecipeError` if a source is missing,
     has no text, or has a bad document.
     """
-    path = prepared_path(recipe)
+    path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer
     if PreparedData.open(path) is None:  # else no lock is needed, and the folder may be read-only
         with _locked(path, ".lock"):
-            prepared = PreparedData.open(path) or _download(recipe.data.prepared_dir, path)
+            prepared = PreparedData.open(path) or _download(data.prepared_dir, path)
             if prepared is None:
                 if (path / files.MANIFEST).exists():
                     return open_verified(path)
-                _check_shards(recipe, path)
-                prepared = _Preparation(recipe, path, num_workers or num_cores()).finish()
-                _shard_registry(recipe).remove(path.name)
-                require_known(prepared, recipe.tokenizer.max_unknown)
+                registry = ShardRegistry(data, section, recipe.prepared_dir)
+                _check_shards(registry, _made_from(data, section), path)
+                prepared = _Preparation(data, section, path, num_workers or num_cores()).finish()
+                registry.remove(path.name)
+                require_known(prepared, section.max_unknown)
                 return prepared
     prepared = open_verified(path)
-    require_known(prepared, recipe.tokenizer.max_unknown)
+    require_known(prepared, section.max_unknown)
     return prepared
 
 
@@ -126,21 +138,18 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
     Returns the prepared folder that the shard is part of. Raises `RecipeError` if another shard is made from other
     sources, tokenizer or library versions.
     """
-    path = prepared_path(recipe)
+    path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer
     with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
-        if (PreparedData.open(path) or _download(recipe.data.prepared_dir, path)) is None:
-            _shard_registry(recipe).add(Shard(path.name, _made_from(recipe), index, count))
-            _Preparation(recipe, path, num_workers or num_cores()).make_parts(index, count)
+        if (PreparedData.open(path) or _download(data.prepared_dir, path)) is None:
+            registry = ShardRegistry(data, section, recipe.prepared_dir)
+            registry.add(Shard(path.name, _made_from(data, section), index, count))
+            _Preparation(data, section, path, num_workers or num_cores()).make_parts(index, count)
     return path
 
 
-def _shard_registry(recipe: Recipe) -> ShardRegistry:
-    return ShardRegistry(recipe.data, recipe.tokenizer, recipe.prepared_dir)
-
-
-def _made_from(recipe: Recipe) -> dict[str, Any]:
+def _made_from(data: DataSection, section: TokenizerSection) -> dict[str, Any]:
     """Everything that decides a shard's content, by the recipe's key or the library's name."""
-    sources, validation, of_tokenizer = _identities(recipe)
+    sources, validation, of_tokenizer = _identities(data, section)
     libraries = ("datasets", "pyarrow", "tokenizers", "transformers")
     return {
         **{f"data.sources.{number}": identity for number, identity in enumerate(sources)},
@@ -151,13 +160,13 @@ def _made_from(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _check_shards(recipe: Recipe, path: Path) -> None:
+def _check_shards(registry: ShardRegistry, made_from: dict[str, Any], path: Path) -> None:
     """Log which other machines' shards are not used, and why.
 
     Raises `RecipeError` if a shard of this folder was made with other versions of the libraries.
     """
-    ours = Shard(path.name, json.loads(json.dumps(_made_from(recipe))))
-    others = _shard_registry(recipe).others(ours)
+    ours = Shard(path.name, json.loads(json.dumps(made_from)))
+    others = registry.others(ours)
     for other in others:
         differing = [problem for problem in other.differences(ours) if problem.path != "--shard"]
         if differing and other.folder == path.name:
@@ -172,17 +181,11 @@ def _check_shards(recipe: Recipe, path: Path) -> None:
         logger.warning("shard(s) %s were never started; their parts are prepared here", names)
 
 
-def _remote_copy(prepared_dir: str | None, path: Path) -> RemoteCopy | None:
-    """The copy of the prepared folder `path` below `data.prepared_dir`, None if that is no URL."""
-    given = prepared_dir or ""
-    return RemoteCopy(f"{given.rstrip('/')}/{path.name}") if "://" in given else None
-
-
 def _download(
     prepared_dir: str | None, path: Path, file_read: Callable[[], None] = lambda: None
 ) -> PreparedData | None:
     """Copy the finished folder from the URL `prepared_dir` and verify it; None if it is not finished, or no URL."""
-    remote = _remote_copy(prepared_dir, path)
+    remote = remote_copy_of(path, prepared_dir)
     names = remote.list_files() if remote is not None else set()
     if remote is None or files.MANIFEST not in names:
         return None
@@ -238,7 +241,7 @@ def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = Fa
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer", trust_remote_code=trust_remote_code)
-    tokenizer.set_add_bos(made, bool(prepared.document_prefix))
+    set_add_bos(made, bool(prepared.document_prefix))
     return made
 
 
@@ -272,14 +275,14 @@ def _locked(path: Path, suffix: str) -> Iterator[None]:
 class _Preparation:
     """One preparation: makes the tokenizer and the parts that are not done yet, and assembles the folder."""
 
-    def __init__(self, recipe: Recipe, path: Path, num_workers: int):
+    def __init__(self, data: DataSection, section: TokenizerSection, path: Path, num_workers: int):
         import datasets
 
         datasets.disable_progress_bars()
-        self.recipe, self.data, self.path, self.num_workers = recipe, recipe.data, path, num_workers
+        self.data, self.section, self.path, self.num_workers = data, section, path, num_workers
         self.work = path.with_name(path.name + files.INCOMPLETE)
         self.work.mkdir(exist_ok=True)
-        self.remote = _remote_copy(recipe.data.prepared_dir, path)
+        self.remote = remote_copy_of(path, data.prepared_dir)
         if self.remote is not None:  # take over what other machines have done
             there = self.remote.list_files()
             folders = ("tokenizer/", "parts/") if _LAST_TOKENIZER_FILE in there else ("parts/",)
@@ -290,7 +293,7 @@ class _Preparation:
         self.tokenizer = self._tokenizer()
         if self.remote is not None:
             self._upload_missing(self.remote, there)
-        self.vocab_size = tokenizer.padded_vocab_size(recipe.tokenizer, self.tokenizer)
+        self.vocab_size = padded_vocab_size(section, self.tokenizer)
 
     def _upload_missing(self, remote: RemoteCopy, there: set[str]) -> None:
         """Upload what an earlier call on this machine finished but did not upload completely."""
@@ -304,15 +307,15 @@ class _Preparation:
 
     def finish(self) -> PreparedData:
         """Make all parts that are not done and assemble the prepared folder."""
-        sources, validation, of_tokenizer = _identities(self.recipe)
+        sources, validation, of_tokenizer = _identities(self.data, self.section)
         parts = self.make_parts(0, 1)
-        if prepared_path(self.recipe) != self.path:
+        if _path(self.data, self.section, self.path.parent) != self.path:
             raise RecipeError.at("data.sources", "a source changed while it was prepared; run again")
         extra = {
             "vocab_size": self.vocab_size,
-            "tokenizer_size": tokenizer.tokenizer_size(self.tokenizer),
-            "add_bos": self.recipe.tokenizer.add_bos,
-            "vocab_size_asked": self.recipe.tokenizer.vocab_size,
+            "tokenizer_size": tokenizer_size(self.tokenizer),
+            "add_bos": self.section.add_bos,
+            "vocab_size_asked": self.section.vocab_size,
             "recipe": redacted(self.data.model_dump(mode="json", exclude_none=True)),
             "source_identities": sources,
             "validation_identities": validation,
@@ -326,17 +329,14 @@ class _Preparation:
         if self.remote is not None:
             for part in parts:
                 self.remote.download(self.work, (part_account(self.work, part) or {})["files"])
-        dtype = token_dtype(self.vocab_size)
-        eos = self.tokenizer.eos_token_id
-        prefix = tokenizer.document_prefix(self.tokenizer)
         prepared = assemble.assemble(
             self.work,
             self.path,
             parts,
             self.data,
-            eos,
-            prefix,
-            dtype,
+            self.tokenizer.eos_token_id,
+            document_prefix(self.tokenizer),
+            token_dtype(self.vocab_size),
             extra,
             self.num_workers,
         )
@@ -355,11 +355,11 @@ class _Preparation:
 
         folder = self.work / "tokenizer"
         if not folder.is_dir():
-            if self.recipe.tokenizer.pretrained is not None:
-                made = tokenizer.load_tokenizer(self.recipe.tokenizer)
+            if self.section.pretrained is not None:
+                made = load_tokenizer(self.section)
             else:
                 logger.info("training the tokenizer on the training text")
-                made = tokenizer.train_tokenizer(self.recipe.tokenizer, corpus.training_documents(self.data))
+                made = train_tokenizer(self.section, corpus.training_documents(self.data))
             own = self.work / f"tokenizer-{os.getpid()}{files.INCOMPLETE}"
             made.save_pretrained(own)
             try:
@@ -367,9 +367,8 @@ class _Preparation:
                 return made
             except OSError:  # another shard on this disk was first
                 shutil.rmtree(own)
-        section = self.recipe.tokenizer
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.section.trust_remote_code)
         except Exception as error:  # a broken file may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
             raise RecipeError.at(
@@ -378,16 +377,19 @@ class _Preparation:
 
     def make_parts(self, index: int, count: int) -> list[str]:
         """Make the unfinished parts of shard `index` of `count`; returns the keys of all its parts, in their order."""
-        jobs: list[tuple[int | None, int, Reader]] = [(None, *named) for named in enumerate(self.validation_readers)]
-        jobs += [(number, 0, reader) for number, reader in enumerate(self.readers) if not self.data.streaming]
-        groups = [(source, (nth, g), reader, pieces) for source, nth, reader in jobs for g, pieces in _groups(reader)]
+        readers = [*self.validation_readers, *(() if self.data.streaming else self.readers)]
+        groups = _validation_groups(self.validation_readers)
+        groups += [] if self.data.streaming else _training_groups(self.readers)
         self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
         self.is_first = self._first_with_text() if self.data.deduplicate else None
         bytes_of_token = token_bytes(self.tokenizer, self.vocab_size)
         logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
         done: list[str] = []
         encoders, unknown = self._encoders(), unknown_id(self.tokenizer)
-        with _Progress([reader for _, _, reader in jobs]) as progress:
+        with _Progress(readers) as progress:
+
+            def encoder(part: str) -> Encoder:
+                return encoders[_section(self.data, part).special_tokens]
 
             def written(batch: TextBatch, tokens: int) -> None:
                 progress.update(batch, tokens)
@@ -396,7 +398,6 @@ class _Preparation:
                     self.remote.upload(self.work, [*account["files"], f"parts/{batch.part}.json"])
 
             batches = self._batches(groups, index, count, done)
-            encoder = lambda part: encoders[_section(self.data, part).special_tokens]  # noqa: E731
             packing.pack(self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, written)
         return done
 
@@ -407,51 +408,48 @@ class _Preparation:
         chosen = {source.special_tokens for source in (*self.data.sources, *self.data.validation_sources)}
         return {special_tokens: first.for_source(special_tokens) for special_tokens in chosen}
 
-    def _batches(self, groups: list[Any], index: int, count: int, done: list[str]) -> Iterator[TextBatch]:
+    def _batches(self, groups: list[_FileGroup], index: int, count: int, done: list[str]) -> Iterator[TextBatch]:
         """Batches of one shard's unfinished parts; appends the key of every part to `done`."""
         # Shards take whole groups of files if there are enough of them, otherwise parts of each group.
         by_group = len(groups) >= count
-        for number, (source, (nth, group), reader, pieces) in enumerate(groups):
-            if by_group and number % count != index:
+        for place, group in enumerate(groups):
+            if by_group and place % count != index:
                 continue
-            group = nth * _GROUPS_PER_SOURCE + group if source is None else group
-            known = self._finished_group(source, group)
-            if known:
-                done += known
-                reader.skip(pieces)
+            finished = self._finished_group(group)
+            if finished:
+                done += finished
+                group.reader.skip(group.pieces)
                 continue
-            documents = enumerate(reader.read(pieces))
+            documents = enumerate(group.reader.read(group.pieces))
             ordinal, ends_group = 0, False
             while not ends_group:
-                key = part_key(source, group, ordinal)
-                mine = by_group or (number + ordinal) % count == index
-                wanted = mine and part_account(self.work, key) is None
-                for batch in self._part(key, source, group, documents):
+                key = part_key(group.source, group.number, ordinal)
+                is_ours = by_group or (place + ordinal) % count == index
+                is_wanted = is_ours and part_account(self.work, key) is None
+                for batch in self._part(key, group, documents):
                     ends_group = batch.ends_group
-                    if wanted:
+                    if is_wanted:
                         yield batch
                 done.append(key)
                 ordinal += 1
 
-    def _finished_group(self, source: int | None, group: int) -> list[str]:
+    def _finished_group(self, group: _FileGroup) -> list[str]:
         """The keys of a group's parts if all of them are done, so that the group need not be read; else empty."""
         keys: list[str] = []
         while True:
-            keys.append(part_key(source, group, len(keys)))
+            keys.append(part_key(group.source, group.number, len(keys)))
             account = part_account(self.work, keys[-1])
             if account is None:
                 return []
             if account["ends_group"]:
                 return keys
 
-    def _part(
-        self, key: str, source: int | None, group: int, documents: Iterator[tuple[int, Document]]
-    ) -> Iterator[TextBatch]:
+    def _part(self, key: str, group: _FileGroup, documents: Iterator[tuple[int, Document]]) -> Iterator[TextBatch]:
         """The batches of one part. Where it ends depends on the characters and documents read, not on what is kept."""
         chars = count = 0
-        batch = TextBatch(key)
-        is_first = None if self.is_first is None or source is None else self.is_first[source, group]
-        held_out = self.data.validation_split(group // _GROUPS_PER_SOURCE) if source is None else ""
+        batch, source = TextBatch(key), group.source
+        is_first = None if self.is_first is None or source is None else self.is_first[source, group.number]
+        held_out = self.data.validation_split(group.number // _GROUPS_PER_SOURCE) if source is None else ""
         for number, document in documents:
             if is_first is not None and document.text and not is_first[number]:
                 splits = [("duplicate", "")]
@@ -495,16 +493,16 @@ class _Preparation:
         (self.work / "scan").mkdir(exist_ok=True)
         found = {}
         logger.info("looking for duplicates")
-        for number, reader in enumerate(self.readers):
-            for group, pieces in _groups(reader):
-                path = self.work / "scan" / f"{number}-{group:05d}.npy"
-                if not path.exists():
-                    digests = (int.from_bytes(document.digest[:8], "big") for document in reader.read(pieces))
-                    own = path.with_name(f"{path.stem}-{os.getpid()}.npy{files.INCOMPLETE}")
-                    with own.open("wb") as file:
-                        np.save(file, np.fromiter(digests, dtype=np.uint64))
-                    own.rename(path)
-                found[number, group] = np.load(path)
+        for source, number, reader, pieces in _training_groups(self.readers):
+            path = self.work / "scan" / f"{source}-{number:05d}.npy"
+            if not path.exists():
+                digests = (int.from_bytes(document.digest[:8], "big") for document in reader.read(pieces))
+                own = path.with_name(f"{path.stem}-{os.getpid()}.npy{files.INCOMPLETE}")
+                with own.open("wb") as file:
+                    np.save(file, np.fromiter(digests, dtype=np.uint64))
+                own.rename(path)
+            assert source is not None
+            found[source, number] = np.load(path)
         first = duplicates.first_occurrences(np.concatenate(list(found.values())))
         bounds = np.cumsum([len(values) for values in found.values()])[:-1]
         return dict(zip(found, np.split(first, bounds), strict=True))
@@ -518,8 +516,31 @@ def _section(data: DataSection, part: str) -> SourceSection:
     return data.validation_sources[int(part.split("-")[1]) // _GROUPS_PER_SOURCE]
 
 
-def _groups(reader: Reader) -> list[tuple[int, range]]:
-    return list(enumerate(reader.groups()))
+class _FileGroup(NamedTuple):
+    """Files of one source that are read one after another, as `Reader.groups` puts them together."""
+
+    source: int | None
+    """Number of the source, None for validation."""
+    number: int
+    """As part keys have it. Validation source n begins at n * `_GROUPS_PER_SOURCE`."""
+    reader: Reader
+    pieces: range
+
+
+def _training_groups(readers: list[Reader]) -> list[_FileGroup]:
+    return [
+        _FileGroup(source, number, reader, pieces)
+        for source, reader in enumerate(readers)
+        for number, pieces in enumerate(reader.groups())
+    ]
+
+
+def _validation_groups(readers: list[Reader]) -> list[_FileGroup]:
+    return [
+        _FileGroup(None, nth * _GROUPS_PER_SOURCE + number, reader, pieces)
+        for nth, reader in enumerate(readers)
+        for number, pieces in enumerate(reader.groups())
+    ]
 
 
 class _Progress:

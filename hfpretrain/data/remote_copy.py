@@ -65,3 +65,10 @@ class RemoteCopy:
             target = f"{self._root}/{name}"
             self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._filesystem.put_file(str(folder / name), target)
+
+
+def remote_copy_of(folder: Path, prepared_dir: str | None) -> RemoteCopy | None:
+    """The copy of `folder` at `data.prepared_dir`; None if that is not a URL."""
+    if prepared_dir is None or "://" not in prepared_dir:
+        return None
+    return RemoteCopy(f"{prepared_dir.rstrip('/')}/{folder.name}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import files
-from hfpretrain.data.remote_copy import RemoteCopy
+from hfpretrain.data.remote_copy import remote_copy_of
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, TokenizerSection
 
 
@@ -63,8 +63,7 @@ class ShardRegistry:
         ]
         key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
         self._folder = prepared_dir / f"shares-{key}"
-        url = data.prepared_dir or ""
-        self._copy = RemoteCopy(f"{url.rstrip('/')}/{self._folder.name}") if "://" in url else None
+        self._copy = remote_copy_of(self._folder, data.prepared_dir)
 
     def others(self, ours: Shard) -> list[Shard]:
         """All other shards whose preparation is not finished."""

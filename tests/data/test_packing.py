@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from conftest import small_text, write_jsonl
 from preparation import recipe, token_stream
+from tokenizers import AddedToken
 
 from hfpretrain import files
 from hfpretrain.data import packing
 from hfpretrain.data import prepared as prepared_format
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepared_path
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.recipe.schema import RecipeError, TokenizerSection
 
 
 def test_every_token_of_every_document_is_there_once_in_order(folder):
@@ -43,20 +45,12 @@ def test_datasets_opens_the_blocks(folder):
     assert dataset.features["input_ids"].feature.dtype == "uint16" and len(dataset[0]["input_ids"]) == 32
 
 
-def test_a_large_vocabulary_is_stored_as_uint32(folder, monkeypatch):
-    from tokenizers import AddedToken
-
-    from hfpretrain.data import tokenizer as tokenizers
-
-    train = tokenizers.train_tokenizer
-
-    def large(section, documents):
-        tokenizer = train(section, documents)
-        tokenizer.add_tokens([AddedToken(f"<extra{number}>") for number in range(70_000)])
-        return tokenizer
-
-    monkeypatch.setattr(tokenizers, "train_tokenizer", large)
-    assert prepare(recipe(folder)).blocks("train-0")[0].dtype == np.uint32
+def test_a_large_vocabulary_is_stored_as_uint32(folder):
+    made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), small_text(50))
+    made.add_tokens([AddedToken(f"<extra{number}>") for number in range(70_000)])
+    made.save_pretrained(folder / "tokenizer")
+    large = recipe(folder, tokenizer={"pretrained": str(folder / "tokenizer")})
+    assert prepare(large).blocks("train-0")[0].dtype == np.uint32
 
 
 def test_bytes_on_disk_do_not_depend_on_how_documents_arrive(folder, monkeypatch):
