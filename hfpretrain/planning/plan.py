@@ -348,7 +348,9 @@ class _RowMaker:
         """Raises `RecipeError` where training would refuse to run."""
         require_optimizer(self.recipe.optimizer.name, engine.name)
         if self.recipe.training.z_loss and engine.cuts == "tensors":
-            raise RecipeError.at("training.z_loss", "needs the chunked loss, for which no process has a whole head")
+            raise RecipeError.at(
+                "training.z_loss", "needs the chunked loss, for which a process must have the whole output embedding"
+            )
         if engine.halves and (number % 2 or number < 4):
             raise RecipeError.at("--num-processes", f"{number} process(es) do not make two equal groups of several")
         if engine.cuts and number == 1:
@@ -364,7 +366,6 @@ class _RowMaker:
         return accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, shares) > 1
 
     def _pass(self, engine: Sharding, accumulates: bool) -> Pass:
-
         forward = memory.forward_precision(engine, self.precision)
         settings: dict[str, Any] = {
             "precision": forward,
