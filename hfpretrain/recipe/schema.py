@@ -77,11 +77,12 @@ def _with_revision(given: Any) -> Any:
 
 
 class ModelSection(Section):
-    """What is trained: a new model from `config`, or an existing one from `pretrained`. Exactly one of the two."""
+    """The model: a new one from `config`, or an existing one from `pretrained`; exactly one of the two."""
 
     config: dict[str, Any] | None = None
-    """Keywords of `AutoConfig.for_model`: `model_type` and any key of that config class. `vocab_size`, `bos_token_id`,
-    `eos_token_id` and `pad_token_id` default to the tokenizer's."""
+    """Keywords of `AutoConfig.for_model`: `model_type` and any key of that config class, for example `{model_type:
+    llama, hidden_size: 512}`. `vocab_size`, `bos_token_id`, `eos_token_id` and `pad_token_id` default to the
+    tokenizer's."""
     pretrained: str | None = None
     """Folder or Hub id of the checkpoint to train further (`AutoModelForCausalLM.from_pretrained`). `ID@REVISION` sets
     `revision` as well."""
@@ -99,16 +100,16 @@ class ModelSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     use_liger_kernel: bool = False
-    """Norms, activations and positions by Liger's Triton kernels (package `liger-kernel`, GPUs only), as in
-    `TrainingArguments`. The loss stays that of `training.chunked_loss`."""
+    """Use Liger's Triton kernels for norms, activations and rotary positions (package `liger-kernel`, GPUs only), as in
+    `TrainingArguments`. The loss is still computed as `training.chunked_loss` says."""
     depth_scaled_init: bool = False
     """Draw the projections that write into the residual stream with standard deviation `initializer_range` /
     sqrt(2 * layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
     trust_remote_code: bool = False
-    """Run model code that comes with `pretrained`. Off: only classes of transformers itself."""
+    """Run model code that comes with `pretrained`. false, the default: only classes of transformers itself are used."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the exported weights. Training keeps float32 weights under every engine and precision; 16 bits halve the
-    folder and round them once."""
+    """Dtype of the exported weights. Training keeps float32 weights under every engine and precision. A 16-bit dtype
+    halves the exported folder; the weights are rounded once, at the export."""
 
     _revision = model_validator(mode="before")(_with_revision)
 
@@ -127,18 +128,21 @@ class ModelSection(Section):
 
 
 class TokenizerSection(Section):
-    """A tokenizer that exists (`pretrained`), or one trained on the recipe's own training text (`algorithm`)."""
+    """The tokenizer: an existing one (`pretrained`), or one trained on the recipe's training text (`algorithm`)."""
 
     pretrained: str | None = None
     """Folder or Hub id of a fast tokenizer."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
     algorithm: Literal["byte_level_bpe", "character"] | None = None
-    """Train one: byte-level BPE (GPT-2's kind, any Unicode text survives) or one token per character."""
+    """Train a tokenizer of this kind: byte-level BPE as in GPT-2, which can encode any Unicode text, or one token for
+    each character of the training text."""
     vocab_size: int | None = Field(default=None, ge=258, le=2**24)
-    """Size of a trained byte-level BPE vocabulary, special tokens included; at least 256 bytes and 2 of those."""
+    """Vocabulary size of a trained byte-level BPE tokenizer, special tokens included. At least 258: 256 bytes and 2
+    special tokens."""
     pad_to_multiple_of: int = Field(default=64, ge=1, le=2**16)
-    """The model's vocabulary is the tokenizer's, rounded up to a multiple of this: matrix kernels want it."""
+    """The model's vocabulary size is the tokenizer's, rounded up to a multiple of this, because matrix kernels are
+    faster then. The default is 64."""
     trust_remote_code: bool = False
     """Run tokenizer code that comes with `pretrained`."""
     add_bos: bool | None = None
@@ -151,9 +155,9 @@ class TokenizerSection(Section):
     unknown token among all tokens, and that of characters for which there is no token. A source that loses more stops
     the run. The default, 0.01, is a rule of thumb."""
     chat_template: str | None = None
-    """How messages become text (`tokenizer.apply_chat_template`, which TRL calls), exported with the tokenizer: Jinja,
-    or the file that holds it. Pretraining does not use it, so it may change between starts of a run. null: that of
-    `pretrained`, or none."""
+    """Template that turns messages into text (`tokenizer.apply_chat_template`, which TRL calls): Jinja, or a file that
+    holds it. It is exported with the tokenizer. Pretraining does not use it, so it may change when a run is resumed.
+    null: the template of `pretrained`, if it has one."""
 
     _revision = model_validator(mode="before")(_with_revision)
 
@@ -183,17 +187,17 @@ class SourceSection(Section):
     name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, each also
     compressed)."""
     name: str | None = None
-    """Configuration of a Hub dataset."""
+    """Configuration name of a Hub dataset, for example `sample-10BT`."""
     data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Files or globs. Compressed files (gz, zst, xz, bz2) need not be unpacked. A name that exists is taken literally,
-    even if it contains `*` or `[`. A pattern whose last part is just `*` skips files that accompany data, such as
-    `LICENSE` and `_SUCCESS`."""
+    """Files or globs, for example `data/*.jsonl.gz`. Compressed files (gz, zst, xz, bz2) need not be unpacked. A name
+    that exists is taken literally, even if it contains `*` or `[`. A pattern whose last part is just `*` skips files
+    that accompany data, such as `LICENSE` and `_SUCCESS`."""
     data_dir: str | None = None
-    """Folder with the files."""
+    """Folder with the data files."""
     split: str = "train"
-    """Split to read; slices such as `train[:90%]` work."""
+    """Split to read. Slices such as `train[:90%]` work."""
     revision: str | None = None
-    """Revision of a Hub dataset."""
+    """Revision of a Hub dataset: a branch, a tag or a commit hash."""
     sample_by: Literal["line", "paragraph", "document"] | None = None
     """What one document of a text file is: a line, a paragraph (separated by blank lines), or the whole file. Required
     for `path: text` and for a folder with text files. Line endings of any kind are read as a newline."""
@@ -203,16 +207,17 @@ class SourceSection(Section):
     others as ordinary text. EOS, BOS and padding are always read as ordinary text, so that no text can end its
     document. The manifest counts every occurrence."""
     text_column: str = "text"
-    """Column that holds the text."""
+    """Name of the column that holds the text."""
     weight: float | None = Field(default=None, ge=0)
-    """Share of the training tokens, relative to the other sources' weights. All sources have one or none has;
-    without, every block of every source is seen once per epoch. 0 is for a source that only `data.stages` use."""
+    """Share of the training tokens, relative to the weights of the other sources. Either all sources have a weight or
+    none has. Without weights every block of every source is seen once per epoch. With 0 only `data.stages` use the
+    source."""
     domain: str | None = Field(default=None, pattern="^[A-Za-z0-9_.-]+$")
-    """Of a validation source: the name under which evaluation gives figures of it alone. Sources of one name are one
-    set; all of them have a name or none has."""
+    """For a validation source: the name under which evaluation reports it separately, for example `code`. Sources with
+    the same name are evaluated as one set. Either all validation sources have a name or none has."""
     max_epochs: PositiveInt | None = None
-    """How often the source's tokens may be seen. A run that needs more is refused at its start, a stream stops when it
-    has run out; null: no cap."""
+    """How many times the source's tokens may be seen. A run that needs more is refused at its start; a stream stops
+    when they are used up. null: no limit."""
 
     @model_validator(mode="after")
     def _files(self) -> SourceSection:
@@ -231,50 +236,53 @@ class SourceSection(Section):
 
 
 class StageSection(Section):
-    """A later part of the run with other weights, for example a last stretch on the best sources."""
+    """A later part of the run with other weights of the sources, for example a last stretch on the best ones."""
 
     from_tokens: PositiveInt
-    """The stage begins with the first sequence after so many tokens of the run."""
+    """The stage begins with the first sequence after this number of training tokens."""
     weights: tuple[Annotated[float, Field(ge=0)], ...]
-    """One for each of `data.sources`, in their order; 0 leaves a source out."""
+    """Weights of `data.sources` in this stage, in their order. 0 leaves a source out."""
 
 
 class DataSection(Section):
-    """Documents in, fixed blocks of tokens out."""
+    """The text, and how it becomes blocks of tokens."""
 
     sources: tuple[SourceSection, ...] = Field(min_length=1)
-    """Where training text comes from."""
+    """Sources of the training text."""
     validation_sources: tuple[SourceSection, ...] = ()
-    """The sources' own validation splits. A training document equal to one of these is dropped and counted."""
+    """Sources of the validation text. A training document that is equal to a validation document is dropped and
+    counted."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Without `validation_sources`: the share of the training sources that is held out."""
+    """Share of the training text, from 0 to 1, that is held out for validation. Use it where there are no
+    `validation_sources`."""
     validation_by: Literal["document", "tail"] = "document"
-    """How it is drawn. `document`: by a hash of the document, so that a document keeps its side when others are
-    added. `tail`: the last part of each document's characters, for a corpus that is one long text."""
+    """How the validation text is chosen. `document`: by a hash of each document, so that a document stays on its side
+    when others are added. `tail`: the last part of each document's characters, for a corpus that is one long text."""
     block_size: PositiveInt
-    """Tokens in one training sequence."""
+    """Tokens in one training sequence, for example 2048."""
     stages: tuple[StageSection, ...] = ()
-    """Other weights from a token count on. Needs `weight` at every source, which holds until the first stage."""
+    """Other weights of the sources from a number of tokens on. Every source needs a `weight`, which holds until the
+    first stage."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """`concat`: documents in a row, cut where a block ends; no padding. `best_fit`: only a document that is longer than
-    a block is cut (one that fills it has no separator), blocks are padded (Ding et al. 2024, "Fewer Truncations Improve
-    Language Modeling")."""
+    """How documents fill blocks. `concat`: one document after another, cut where a block ends, without padding.
+    `best_fit`: only a document that is longer than a block is cut, and blocks are padded (Ding et al. 2024, "Fewer
+    Truncations Improve Language Modeling"). A document that fills its block exactly then has no separator."""
     shift_blocks: bool = False
-    """Whether blocks begin at another place of the text in each epoch after the first, so that a corpus that is read
-    many times is not seen in the same pieces. Every token still comes once an epoch."""
+    """Start the blocks at another place of the text in each epoch after the first, so that a corpus that is read many
+    times is not always cut at the same places. Every token is still seen once per epoch."""
     deduplicate: bool = False
-    """Keep only the first of training documents with equal text. They are counted in any case."""
+    """Keep only the first of several training documents with the same text. Duplicates are counted in any case."""
     on_bad_document: Literal["error", "skip"] = "error"
-    """What a broken line, a missing text or invalid UTF-8 does: stop with file and line, or be left out and counted
-    in the manifest by reason."""
+    """What happens at a broken line, a missing text or invalid UTF-8. `error`: the run stops and names file and line.
+    `skip`: the document is left out and counted in the manifest by reason."""
     streaming: bool = False
-    """Tokenize while training, straight from the sources, without preparing the training text. Nothing is shuffled:
-    files are read in their order, several of like size side by side. Needs `tokenizer.pretrained`, and
+    """Tokenize during training, directly from the sources, without preparing the training text first. Nothing is
+    shuffled: files are read in order, several of similar size side by side. Needs `tokenizer.pretrained`, and
     `validation_sources` for an evaluation."""
     prepared_dir: str | None = None
-    """Where prepared data live, one folder for each fingerprint, shared between runs. Default: `prepared` beside
-    `output_dir`. A URL of any fsspec file system (s3://...) is the common copy of machines that share no disk; each
-    keeps its own at the default place."""
+    """Folder of the prepared data, which runs share: it has a subfolder for each fingerprint. Default: `prepared`
+    beside `output_dir`. A URL of any fsspec file system, for example `s3://bucket/prepared`, holds the common copy of
+    machines that share no disk; each machine keeps its own copy at the default place."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
@@ -355,22 +363,25 @@ class OptimizerSection(Section):
     exported are averages of those that are trained. These two are packages of their own: `pip install
     hfpretrain[optimizers]`."""
     lr: float = Field(gt=0)
-    """Peak learning rate."""
+    """Peak learning rate, for example 3e-4."""
     betas: tuple[_Average, _Average] = (0.9, 0.95)
-    """Running averages of gradient and square; 0.95 as in GPT-3 (Brown et al. 2020, appendix B)."""
+    """Decay rates of the running averages of the gradient and of its square. The default of the second, 0.95, is that
+    of GPT-3 (Brown et al. 2020, appendix B)."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator; torch's default."""
+    """Added to the denominator of the update. The default, 1e-8, is torch's."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of matrices and embeddings. The default, 0.1, is that of GPT-3."""
     no_decay: tuple[str, ...] = ()
-    """Patterns of parameter names (`*` matches any characters) that get no weight decay either, for example
+    """Patterns of further parameter names (`*` matches any characters) that get no weight decay, for example
     `["*embed_tokens*"]`. Default: none. A pattern that matches no parameter is an error."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Of Muon; torch's default."""
+    """Momentum of `muon`. The default, 0.95, is torch's."""
     beta2_decay: float = Field(default=-0.8, le=0)
-    """Of Adafactor; torch's default."""
+    """For `adafactor`: exponent with which the decay rate of the squared gradient's average changes over steps. The
+    default, -0.8, is torch's."""
     d: float = Field(default=1.0, ge=1)
-    """Of Adafactor: updates are clipped to this root mean square; torch's default."""
+    """For `adafactor`: an update with a larger root mean square than this is scaled down to it. The default, 1.0, is
+    torch's."""
 
     _KEYS: typing.ClassVar[dict[str, set[str]]] = {
         "adamw": {"betas", "eps"},
@@ -402,7 +413,8 @@ class OptimizerSection(Section):
 
 
 class SchedulerSection(Section):
-    """`transformers.get_scheduler` by its own keyword names; the number of training steps is the run's."""
+    """The learning rate schedule: keywords of `transformers.get_scheduler`. The number of training steps is the
+    run's."""
 
     name: Literal[
         "linear",
@@ -415,11 +427,11 @@ class SchedulerSection(Section):
         "cosine_with_min_lr",
         "warmup_stable_decay",
     ] = "cosine"
-    """The schedule; each is a function of the step alone, which makes a resume exact."""
+    """Name of the schedule. Each is a function of the step alone, so that a resumed run continues it exactly."""
     num_warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps in which the learning rate rises linearly from 0 to `optimizer.lr`."""
     scheduler_specific_kwargs: dict[str, Any] = {}
-    """Further keywords of that schedule, for example `min_lr_rate: 0.1` or `num_decay_steps: 1000`."""
+    """Further keywords of this schedule, for example `{min_lr_rate: 0.1}` or `{num_decay_steps: 1000}`."""
 
     @model_validator(mode="after")
     def _arguments(self) -> SchedulerSection:
@@ -433,42 +445,49 @@ class SchedulerSection(Section):
 
 
 class TrainingSection(Section):
-    """How much is learned in a step and for how long."""
+    """Batch size, length, precision and time limits of the run."""
 
     tokens_per_step: PositiveInt
-    """Tokens of one optimizer update over all processes; a multiple of `data.block_size`."""
+    """Tokens of one optimizer step over all processes, a multiple of `data.block_size`. For example 524288."""
     micro_batch_size: PositiveInt
-    """Sequences per device in one forward pass. Gradient accumulation is derived from it."""
+    """Sequences per device in one forward pass. The number of gradient accumulation steps follows from this,
+    `tokens_per_step` and the number of processes."""
     max_steps: PositiveInt | None = None
-    """Optimizer updates of the run. Give this or `max_tokens`."""
+    """Optimizer steps of the run. Give either this or `max_tokens`."""
     max_tokens: PositiveInt | None = None
-    """Tokens of the run; the last step stays within it."""
+    """Training tokens of the run, which ends with the last whole step within them. Give either this or `max_steps`."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm; null for none. 1.0 as in GPT-3."""
+    """Gradients with a larger norm are scaled down to this norm. null: they are never scaled. The default, 1.0, is that
+    of GPT-3."""
     mixed_precision: MixedPrecision = "auto"
-    """`no` is float32; `tf32` is float32 with matrix products in TensorFloat-32; `fp16` scales the loss; `fp8` computes
-    linear layers in 8 bits through torchao or TransformerEngine, the rest in bf16. `auto`: what the launcher's file
-    says, else bf16 where the hardware has it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
+    """Precision of the computation. `no`: float32. `tf32`: float32 with matrix products in TensorFloat-32. `bf16`,
+    `fp16`: 16 bits; `fp16` also scales the loss. `fp8`: linear layers in 8 bits by torchao or TransformerEngine, the
+    rest in bf16. `auto`: what the accelerate config file says, or else bf16 where the hardware supports it (GPUs from
+    Ampere on, CPUs with AMX or AVX512-BF16), or else float32."""
     document_masking: Literal["auto"] | bool = "auto"
-    """Whether attention ends at document boundaries within a block. A test at the start finds out whether this model
-    can keep packed documents apart. If it can't, `true` stops the run, and `auto`, the default, stops it if any block
-    holds several documents. `false` trains without masking."""
+    """Whether attention stops at the boundaries of documents within a block. A test at the start finds out whether this
+    model can keep packed documents apart. If it can't, `true` stops the run, and `auto`, the default, stops it if any
+    block holds several documents. `false` trains without masking."""
     chunked_loss: Literal["auto"] | bool = "auto"
-    """Compute the loss a chunk of tokens at a time, so that the logits are never whole in memory. `auto`: where the
-    model's own loss is the same number, which is tested at start; `true` stops the run where it is not."""
+    """Compute the loss for one chunk of tokens after another, so that the logits of a whole batch are never in memory.
+    `auto`: where a test at the start finds the same loss as the model's own. `true`: stop the run where it is not the
+    same."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared logarithm of each softmax's denominator in what is minimised, to keep logits from drifting;
-    1e-4 in PaLM (Chowdhery et al. 2022, section 5). The loss reported is without it. Needs the chunked loss, which
-    tp has not."""
+    """Weight of a term that is added to the trained loss to keep logits from drifting: the squared logarithm of each
+    softmax's denominator. 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The reported loss is without it. Needs the
+    chunked loss, which tensor parallelism does not support."""
     compile: Literal["auto"] | bool = "auto"
-    """`torch.compile` the decoder layers, one graph for all of them. `auto`: on GPUs with Triton under single, ddp and
-    fsdp2, in a run of at least 2,000 micro-steps: on an H100 GPT-2 124M compiled in 2.4 s and saved 90 ms of each."""
+    """Compile the decoder layers with `torch.compile`, one graph for all of them. `auto`: on GPUs with Triton under
+    single, ddp and fsdp2, in a run of at least 2,000 micro-steps: on an H100 GPT-2 124M compiled in 2.4 s and saved 90
+    ms of each."""
     stop_after: str | None = Field(default=None, min_length=2, pattern=r"^(\d+h)?(\d+m)?(\d+s)?$")
-    """Wall-clock time since the start, for example 3h50m, by which the run has saved and stopped with exit code 75, to
-    go on when started again. It stops earlier by twice the longest save so far, or 5 % before there was one."""
+    """Wall-clock time since the start of the process, for example `3h50m`, within which the run saves its state and
+    ends with exit code 75; the same command then continues it. The run stops early enough for twice its longest save,
+    or at 95 % of the time before the first save."""
     timeout_seconds: int = Field(default=1800, ge=4)
-    """A run in which no process gets on for so long ends with an error that names the one the others wait for. One
-    without a sign of life for 30 seconds, or this if it is less, ends it too. 1800 is torch's default for gloo."""
+    """Seconds after which a run in which no process makes progress ends with an error that names the process the others
+    wait for. A process that shows no sign of life for 30 seconds, or for this time if it is shorter, ends the run too.
+    The default, 1800, is torch's for gloo."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -495,26 +514,26 @@ class TrainingSection(Section):
 
 
 class LmEvalSection(Section):
-    """Downstream tasks by lm-eval (extra `lm-eval`) on the model in memory; the keywords are those of lm-eval."""
+    """Downstream tasks of lm-eval (extra `lm-eval`) on the model in memory. The keywords are those of lm-eval."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    """Names of tasks, groups or tags."""
+    """Names of tasks, groups or tags, for example `[hellaswag, arc_easy]`."""
     every_steps: PositiveInt | None = None
-    """Optimizer steps between; null: only at the end."""
+    """Optimizer steps between runs of the tasks. null: only at the end."""
     include_path: str | None = None
     """Folder with your own task files. If it has all of `tasks`, no other task files are read. Task files can run code,
     so this needs `evaluation.trust_remote_code: true`."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples in the prompt; null: what each task says, else none."""
+    """Examples in the prompt. null: what each task says, or else none."""
     limit: PositiveInt | None = None
-    """Only so many documents of each task."""
+    """Number of documents of each task. null: all."""
 
 
 class EvaluationSection(Section):
-    """Loss, perplexity, bits per byte over the whole validation split: at step 0, every `every_steps`, at the end."""
+    """Loss, perplexity and bits per byte of the whole validation text at step 0, every `every_steps` and at the end."""
 
     every_steps: PositiveInt | None = None
-    """Optimizer steps between evaluations; null: only at step 0 and at the end."""
+    """Optimizer steps between evaluations. null: only at step 0 and at the end."""
     metrics: tuple[str, ...] = ()
     """Metrics of the `evaluate` library that take `predictions` and `references`: the most likely token at every
     position, and the token that the text has there. They need the logits, which takes a second forward pass, one row at
@@ -527,35 +546,35 @@ class EvaluationSection(Section):
     """Run the code of scripts and Hub Spaces in `metrics`, and of the task files in `lm_eval.include_path`. Default:
     false, which allows hfpretrain's own metrics, those that `evaluate` hosts, and lm-eval's own tasks."""
     prompts: tuple[str, ...] = ()
-    """Continued at every evaluation, greedily and drawn with a fixed seed, into the log, the trackers and
-    `samples.jsonl`. An empty one begins a document."""
+    """Texts that are continued at every evaluation, greedily and by sampling with a fixed seed, for example `["The
+    river", ""]`. The continuations go to the log, the trackers and `samples.jsonl`. An empty text begins a document."""
     sample_tokens: PositiveInt = 64
-    """Tokens of each continuation. Each is a forward pass over all before it."""
+    """Number of tokens in each continuation. Every token takes a forward pass over the whole text before it."""
     temperature: float = Field(default=0.8, gt=0)
-    """Of the drawn continuation."""
+    """Temperature of the sampled continuation."""
     top_k: PositiveInt = 50
-    """The drawn continuation takes each token from so many of the likeliest."""
+    """The sampled continuation draws each token from this number of the most likely ones."""
     lm_eval: LmEvalSection | None = None
-    """Downstream tasks; null: none."""
+    """Downstream tasks of lm-eval. null: none."""
 
 
 class CheckpointSection(Section):
-    """Full state from which the same command resumes."""
+    """Checkpoints: the full state of the run, from which the same command resumes."""
 
     every_steps: PositiveInt | None = None
-    """Optimizer steps between checkpoints; null: only the last step's."""
+    """Optimizer steps between checkpoints. null: only after the last step."""
     keep_last: PositiveInt = 2
-    """How many of the newest complete checkpoints stay."""
+    """Number of newest complete checkpoints that are kept."""
     keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this divides stay for good."""
+    """Checkpoints at multiples of this step number are never deleted, for example every 10000. null: none."""
     keep_best: bool = False
-    """The checkpoint with the lowest validation loss stays too, among those of steps that were evaluated."""
+    """Also keep the checkpoint with the lowest validation loss, among the steps that were evaluated."""
     async_save: bool = True
-    """Write a copy of the state while training goes on, which takes as much of the host's memory; the last save of a
-    run needs none. A save that comes due before the one before is written waits for it."""
+    """Write checkpoints in the background while training continues. Takes host memory for a copy of the state. A save
+    that is due before the previous one is written waits for it. The last save of a run is not in the background."""
     resume_from: str | None = Field(default=None, min_length=1)
-    """Where a run whose `output_dir` has no checkpoint yet takes its first from: the folder of another run's, or
-    `hub://USER/NAME@step-00001000`, pushed there with `hub.push_state`. The recipe must be that run's."""
+    """Checkpoint from which a run starts whose `output_dir` has none yet: the checkpoint folder of another run, or
+    `hub://USER/NAME@step-00001000`, which `hub.push_state` uploaded. The recipe must be that run's."""
 
     @field_validator("resume_from")
     @classmethod
@@ -565,31 +584,32 @@ class CheckpointSection(Section):
 
 
 class StabilitySection(Section):
-    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps up. Its update is never made."""
+    """What happens at a step whose loss or gradient is not finite, or whose loss jumps up. Its update is never made."""
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
-    """`stop` ends the run; `skip` leaves out the step's blocks; `rollback` goes back to the newest checkpoint and
-    leaves out all blocks from there to the step, as PaLM did (Chowdhery et al. 2022, section 5.1)."""
+    """`stop`: the run ends. `skip`: the step's blocks are left out. `rollback`: the run goes back to the newest
+    checkpoint and leaves out all blocks from there to the step, as for PaLM (Chowdhery et al. 2022, section 5.1)."""
     max_events: PositiveInt = 10
-    """After so many skips or rollbacks the run stops."""
+    """Number of skips or rollbacks after which the run stops."""
     spike_std: float | None = Field(default=None, gt=0)
-    """A loss so many standard deviations above the mean of the last `spike_window` steps is a jump; null: none is."""
+    """A loss that is this number of standard deviations above the mean of the last `spike_window` steps is a jump, for
+    example 6. null: jumps are not looked for."""
     spike_window: int = Field(default=100, ge=2)
-    """Optimizer steps that a jump is measured against; until there are so many, none is found."""
+    """Number of optimizer steps that a loss is compared with. Jumps are looked for once there are as many."""
 
 
 class LoggingSection(Section):
-    """What is written while training; `metrics.jsonl` always is."""
+    """What is written during training, beside `metrics.jsonl`, which every run writes."""
 
     every_steps: PositiveInt = 10
-    """Optimizer steps between log lines. The loss is the mean over all tokens since the line before."""
+    """Optimizer steps between log lines. The logged loss is the mean over all tokens since the previous line."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of accelerate by name: tensorboard, wandb, trackio, mlflow, ... Each needs its package."""
+    """Names of accelerate's trackers: tensorboard, wandb, trackio, mlflow, ... Each needs its package."""
     project_name: str = "hfpretrain"
-    """Project under which the tracker files the run."""
+    """Name of the project in the trackers."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
-    """First and last optimizer step of a profile: `profile/rank-N.json.gz` in Chrome's trace format, for Perfetto,
-    and `profile/operators.txt`, the ten operators that took most time."""
+    """First and last optimizer step of a profile, for example `[10, 12]`. It writes `profile/rank-N.json.gz` in
+    Chrome's trace format, for Perfetto, and `profile/operators.txt`, the ten operators that took most time."""
 
     @model_validator(mode="after")
     def _in_order(self) -> LoggingSection:
@@ -599,25 +619,27 @@ class LoggingSection(Section):
 
 
 class HubSection(Section):
-    """Publishing a run on the Hub while it trains, and what the model card says beyond what is measured."""
+    """The Hub repo that a run is uploaded to while it trains, and metadata of its model card."""
 
     repo_id: str | None = None
-    """USER/NAME of a model repo that gets every checkpoint as a revision like `step-00001000`, a branch and a tag, and
-    the export as `main`; null: nothing is pushed. A second process pushes, so training never waits for the network."""
+    """USER/NAME of a model repo. Every checkpoint becomes the revision `step-00001000`, a branch and a tag, and the
+    export becomes `main`. null: nothing is uploaded. A separate process uploads, so that training never waits for the
+    network."""
     private: bool = False
-    """Whether a repo that does not exist yet is created as a private one."""
+    """Create the repo as a private one, if it does not exist yet."""
     push_state: bool = False
-    """Also push the full state of each checkpoint, for `checkpoint.resume_from`: three times the bytes or more."""
+    """Upload with each checkpoint also the state that `checkpoint.resume_from` needs: three times as many bytes or
+    more."""
     max_wait_seconds: int = Field(default=60, ge=0)
-    """Seconds that a finished run waits while nothing can be pushed; then the rest stays in `outbox` for
-    `hfpretrain push`. It also waits for uploads under way, if they are not slower than 1 MiB a second."""
+    """Seconds that a finished run waits for a Hub that accepts no upload. What is then left stays in `outbox`, from
+    where `hfpretrain push` uploads it. The run waits longer for uploads that proceed at 1 MiB a second or faster."""
 
     license: str | None = None
-    """License of the weights as the Hub spells it, for example apache-2.0."""
+    """License of the weights as the Hub spells it, for example `apache-2.0`."""
     language: tuple[str, ...] = ()
-    """Languages of the text, ISO 639-1."""
+    """Languages of the text as ISO 639-1 codes, for example `[en, de]`."""
     tags: tuple[str, ...] = ()
-    """Further tags of the card."""
+    """Further tags of the model card."""
 
     @model_validator(mode="after")
     def _named(self) -> HubSection:
@@ -627,12 +649,12 @@ class HubSection(Section):
 
 
 class Recipe(Section):
-    """One whole run: what is learned. Where it runs is the launcher's file."""
+    """One whole run: what is trained, on which text, and how. The accelerate config file says on which processes."""
 
     output_dir: str
-    """The run folder; the same command run again resumes from it."""
+    """Folder of the run, for example `runs/quickstart`. The same command run again resumes from it."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Initial weights, data order and dropout."""
+    """Seed of the initial weights, the data order and dropout."""
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
