@@ -26,3 +26,9 @@ def build(config, **section):
     assert model.device.type == "meta"
     model.to_empty(device="cpu").init_weights()
     return model
+
+
+class FakeTokenizer:
+    """Has the special token ids that `resolve_config` reads of a tokenizer."""
+
+    bos_token_id = eos_token_id = pad_token_id = 3

@@ -1,4 +1,4 @@
-"""The loss at step 0 of fine-tuning with plain libraries, beside this project's evaluation of the same text."""
+"""Compare the first loss of fine-tuning with other libraries to hfpretrain's evaluation of the same text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One way to fine-tune: losses in nats per token, and how many tokens they are the mean of."""
+    """One way to fine-tune: its first loss and the evaluated one in nats per token, and the number of tokens."""
 
     way: str
     tokens: int
@@ -37,19 +37,19 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether both are the same number to 1e-5."""
+        """Whether both losses are equal up to 1e-5, over the same number of tokens."""
         return self.tokens == self.evaluated_tokens and abs(self.loss - self.evaluated) <= TOLERANCE
 
 
 def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
-    """Rows of every way whose package is installed, and notes on what was left out.
+    """A row for every way to fine-tune whose package is installed, and notes on what was left out.
 
-    Nothing of ours runs in a way: transformers loads the folder or Hub id `model`, in float32 and without dropout, as
-    evaluation has it. Of `texts` the first documents, up to 64 or 16,384 tokens, cut to the model's context (at most
-    1,024 tokens) where they are longer: a trainer would cut them, evaluation goes on in the next window. Each begins
-    with what calling the tokenizer adds, such as BOS, and ends with EOS. Alone, a document's first token is predicted
-    from nothing and does not count; in run_clm's blocks attention goes across documents, so they are evaluated so.
-    Raises `RecipeError` if no document is left or the model does not load.
+    The folder or Hub id `model` is loaded by transformers alone, in float32 and without dropout, as in evaluation. The
+    text is the first documents of `texts`, up to 64 documents or 16,384 tokens, cut to the model's context (at most
+    1,024 tokens), since a trainer would cut them too. A document begins with the tokens that calling the tokenizer
+    adds, such as BOS, and ends with EOS. The first token of a document or block is not predicted and does not count.
+    In the blocks of run_clm attention crosses document boundaries, so they are evaluated like that. Raises
+    `RecipeError` if no document is left or the model can't be loaded.
     """
     import datasets
     import transformers
@@ -103,7 +103,7 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
 
 
 def table(model: str, rows: list[Row], notes: list[str]) -> str:
-    """Both losses of every way in a line of its own."""
+    """A table with a line for each way to fine-tune."""
     lines = [f"{model}: loss at step 0 of fine-tuning, and evaluated; the same to {TOLERANCE:.0e}"]
     lines.append(f"{'':<44}{'tokens':>8}{'step 0':>12}{'evaluated':>12}{'difference':>12}")
     for row in rows:
@@ -113,7 +113,7 @@ def table(model: str, rows: list[Row], notes: list[str]) -> str:
 
 
 class _Text:
-    """Documents as both sides read them."""
+    """Turns documents into token ids and labels, the same for both sides of the comparison."""
 
     def __init__(self, tokenizer: Any, context: int):
         self._tokenizer, self._context = tokenizer, context
@@ -122,16 +122,16 @@ class _Text:
         self._frame_size = len(self.prefix) + 1
 
     def ids(self, text: str) -> list[int]:
-        """Token ids as plain scripts make them: what the tokenizer puts before a text, the text, and EOS."""
+        """Token ids: those that the tokenizer puts before a text, those of the text, and EOS."""
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*self.prefix, *ids, self._tokenizer.eos_token_id]
 
     def labels(self, block: list[int]) -> list[int]:
-        """The block as labels, without BOS, which training does not learn to predict."""
+        """The block as labels. Those of BOS are ignored, as in pretraining."""
         return [IGNORE_INDEX if token in self.prefix[:1] else token for token in block]
 
     def documents(self, texts: Texts) -> tuple[list[str], list[str]]:
-        """The first of `texts`, each of at most a context, and notes on those that are not here."""
+        """The first documents, each cut to the model's context, and notes on those cut or left out."""
         documents: list[str] = []
         tokens = shortened = differing = 0
         for whole in chain.from_iterable(texts.values()):
@@ -140,7 +140,7 @@ class _Text:
             text = self._shortened(whole, self._context - self._frame_size)
             ids = self.ids(text)
             if ids != self._encode([text])[0].tolist():
-                differing += 1  # it spells a special token, which plain scripts take for one
+                differing += 1  # its text spells a special token, which other scripts encode as one
             elif len(ids) > self._frame_size:
                 documents.append(text)
                 tokens, shortened = tokens + len(ids), shortened + (text != whole)
@@ -152,7 +152,7 @@ class _Text:
         return documents, notes
 
     def whole_blocks(self, documents: list[str]) -> list[str]:
-        """The documents, shortened at their end so that nothing is left behind the last block: run_clm drops that."""
+        """The documents, shortened at the end to fill whole blocks: run_clm drops the tokens after the last one."""
         documents = list(documents)
         while documents and (rest := sum(len(self.ids(text)) for text in documents) % self._context):
             last = documents.pop()
@@ -162,7 +162,7 @@ class _Text:
         return documents
 
     def _shortened(self, text: str, num_tokens: int) -> str:
-        """A beginning of `text` of at most so many tokens; where a text is cut they may become fewer or more."""
+        """The beginning of `text`, of at most `num_tokens` tokens. A cut can change the last tokens, so it repeats."""
         while True:
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             if len(encoded["input_ids"]) <= num_tokens:
@@ -171,7 +171,7 @@ class _Text:
 
 
 class _Network:
-    """The checkpoint in the hands of plain libraries, loaded anew by each."""
+    """Computes the loss of a checkpoint with transformers and TRL, which load it again each time."""
 
     def __init__(self, model: str, config: Any, tokenizer: Any):
         self._model, self._config, self._tokenizer = model, config, tokenizer
@@ -242,11 +242,11 @@ class _Network:
     def _first_loss(
         self, make_arguments: Callable[..., Any], num_examples: int, make_trainer: Callable[[Any], Any]
     ) -> float:
-        """What a trainer logs for its first step, which takes all examples."""
+        """The loss that a trainer logs for its first step, which takes all examples."""
         from transformers import PrinterCallback
 
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pinned memory without a device, of keywords that TRL sets itself
+            warnings.simplefilter("ignore")  # on pinned memory on CPUs, and on keywords that TRL sets itself
             arguments = make_arguments(
                 output_dir=folder,
                 per_device_train_batch_size=_BATCH_SIZE,

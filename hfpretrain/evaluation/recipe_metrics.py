@@ -1,7 +1,7 @@
-"""`evaluate` metrics that a recipe names. Only the main process feeds them, as the library is not safe with several.
+"""Metrics of `evaluate` that a recipe names. Only the main process computes them: with several the library may hang.
 
-A metric is a Python script. Without `evaluation.trust_remote_code` only our own and those that `evaluate` itself hosts
-are run: a recipe is data.
+A metric is a Python script. Without `evaluation.trust_remote_code` only hfpretrain's own and those that `evaluate`
+hosts are run, since reading a recipe must not run code of its author.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _NAMES = (
 )
 _SPACES = "evaluate-metric/"
 HOSTED = frozenset(_NAMES.split())
-"""Names of https://github.com/huggingface/evaluate/tree/main/metrics, each of which `evaluate` loads from
-`evaluate-metric/NAME` at the revision of its own version."""
+"""Names in https://github.com/huggingface/evaluate/tree/main/metrics. `evaluate` loads them from
+`evaluate-metric/NAME`, at the revision of its own version."""
 
 
 def trust_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
-    """Code that `evaluation` of a recipe's raw mapping names but does not trust. None of it is read."""
+    """Scripts that `evaluation` of a recipe's raw mapping names but does not trust. None of them is opened."""
     try:
         section = EvaluationSection.model_validate(mapping.get("evaluation") or {})
-    except ValueError:  # told with the other problems
+    except ValueError:  # the schema reports it
         return
     for number, path in enumerate(section.metrics):
         if (message := _refusal(path, section)) is not None:
@@ -49,13 +49,13 @@ def trust_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _script(path: str) -> Path | None:
-    """The local script that `evaluate` would run for a metric's path, before it asks the Hub."""
+    """The local script that `evaluate` would run for a metric's path; None if it would ask the Hub."""
     script = Path(path) if path.endswith(".py") else Path(path) / f"{Path(path).name}.py"
     return script if script.is_file() else None
 
 
 def _refusal(path: str, section: EvaluationSection) -> str | None:
-    """Why a metric's script is not run."""
+    """Why a metric's script must not be run; None if it may."""
     script = _script(path)
     if script is not None and script.resolve().parent == Path(__file__).resolve().parent:
         return None
@@ -83,7 +83,7 @@ def _load(path: str, section: EvaluationSection) -> Any:
         return evaluate.load(f"{_SPACES}{name}")
     from huggingface_hub import snapshot_download
 
-    # `evaluate` itself falls back to whichever revision it has loaded before where the Hub can't be reached.
+    # If the Hub can't be reached, `evaluate` itself would use any revision that it has loaded before.
     repo_id = path if "/" in path else f"{_SPACES}{path}"
     keywords: dict[str, Any] = {"repo_type": "space", "allow_patterns": ["*.py"]}
     folder = snapshot_download(repo_id, revision=section.metric_revisions[path], **keywords)
@@ -91,10 +91,10 @@ def _load(path: str, section: EvaluationSection) -> Any:
 
 
 class MetricFolders:
-    """The metrics of `evaluation.metrics`. All ranks have them; only the main one loads and feeds them.
+    """The metrics of `evaluation.metrics`. Every rank has the object, but only the main one loads and computes them.
 
-    Raises `RecipeError` for one whose code the section does not trust, that does not load, or takes anything but
-    predictions and references.
+    Raises `RecipeError` for a metric whose script the section does not trust, that can't be loaded, or that takes
+    anything but predictions and references.
     """
 
     def __init__(self, section: EvaluationSection, is_main: bool):
@@ -106,7 +106,7 @@ class MetricFolders:
                 raise RecipeError.at(key, message)
             try:
                 metric = _load(path, section)
-            except Exception as error:  # a metric is a script
+            except Exception as error:  # a metric's script may raise anything
                 message = " ".join(str(error).split())
                 raise RecipeError.at(key, f"{path} does not load: {message:.200}") from error
             features = metric.features[0] if isinstance(metric.features, list) else metric.features
@@ -115,7 +115,7 @@ class MetricFolders:
             self._metrics[metric.name] = metric
 
     def add(self, predictions: torch.Tensor, references: torch.Tensor) -> None:
-        """Tokens of all processes, int64 (n, length); places whose reference is -100 are left out."""
+        """Add tokens of all processes, int64 (n, length). Positions whose reference is -100 are left out."""
         valid = references != IGNORE_INDEX
         for metric in self._metrics.values():
             predicted, wanted = predictions[valid].cpu().numpy(), references[valid].cpu().numpy()
@@ -124,12 +124,12 @@ class MetricFolders:
     def _called(self, metric: Any, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except Exception as error:  # a metric is a script
+        except Exception as error:  # a metric's script may raise anything
             message = f"{metric.name} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise RecipeError.at("evaluation.metrics", message) from error
 
     def compute(self) -> dict[str, float]:
-        """`METRIC/key` of every number they give."""
+        """Every number that the metrics compute, as `METRIC/key`."""
         found = {}
         for name, metric in self._metrics.items():
             for key, value in (self._called(metric, metric.compute) or {}).items():

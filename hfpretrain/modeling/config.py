@@ -1,4 +1,4 @@
-"""A model's config: from the recipe's `model` section to a transformers config, checked."""
+"""From the recipe's `model` section to a transformers config, and the checks of it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names that many config classes give the longest context, through `attribute_map` or directly."""
+"""Names of the longest context in config classes, declared or through `attribute_map`."""
 
 
 def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
-    """Problems of `model.config` in a recipe's raw mapping: unknown keys, refused values, too short a context.
+    """Problems of `model.config` in a recipe's raw mapping: unknown keys, wrong values, too short a context.
 
-    Needs transformers, not torch.
+    It imports transformers but not torch.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -48,7 +48,7 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     try:
         given = {key: value for key, value in keywords.items() if key not in unknown}
         config = AutoConfig.for_model(**{**_special_ids(model_type), **given})
-    except Exception as error:  # a config class may raise anything; each says what it wants
+    except Exception as error:  # a config class may raise anything
         yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
         return
     if (reason := _not_loadable(config)) is not None:
@@ -94,7 +94,7 @@ def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Prob
 
 
 def context_note(section: ModelSection, config: PretrainedConfig, block_size: int) -> str | None:
-    """A note on a new model that has its class's default context length, if blocks are shorter; else None."""
+    """A note if a new model has the default context length of its class and blocks are shorter; else None."""
     key = next((key for key in CONTEXT_KEYS if isinstance(getattr(config, key, None), int)), None)
     if section.config is None or key is None or set(CONTEXT_KEYS) & set(section.config):
         return None
@@ -108,7 +108,7 @@ def context_note(section: ModelSection, config: PretrainedConfig, block_size: in
 
 
 def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSection | None = None) -> Problem:
-    """The problem of a tokenizer with ids that the model has no embedding for; `section` of the model, if known."""
+    """The problem of a tokenizer with more ids than the model has embeddings. `section`: the model's, if known."""
     if section is not None and section.pretrained is not None:
         message = (
             f"has {tokenizer_size} tokens, but {section.pretrained} has embeddings for {vocab_size}; use the model's "
@@ -124,7 +124,7 @@ def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSecti
 
 
 def known_config_keys(model_type: str) -> set[str]:
-    """Keys that a config class reads: its fields, those of `PretrainedConfig`, and its attribute map's aliases."""
+    """Keys that a config class reads: its fields, those of `PretrainedConfig`, and the aliases in `attribute_map`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -140,8 +140,8 @@ def known_config_keys(model_type: str) -> set[str]:
     return keys
 
 
-# Names of one thing that no config declares as aliases: those of GPT-2, OPT, T5, MPT and of Meta's own Llama.
-_SAME = (
+# Names of the same size in GPT-2, OPT, T5, MPT and Meta's own Llama, which no `attribute_map` has.
+_SYNONYMS = (
     ("hidden_size", "dim"),
     ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
     ("num_key_value_heads", "n_kv_heads"),
@@ -153,24 +153,24 @@ _SAME = (
 
 
 def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
-    """The message for a key that the config class lacks. If other classes have the key, it says this class's name."""
+    """The message for an unknown key. It names the key of this class that means what the key means in other classes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    meant = Counter(name for names in _SAME if key in names for name in names)
+    meant = Counter(name for names in _SYNONYMS if key in names for name in names)
     for other in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         meant.update(name for name, alias in CONFIG_MAPPING[other].attribute_map.items() if alias == key)
     own = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
     found = next((own.get(name, name) for name, _ in meant.most_common() if name in known), None)
     if found is not None:
         return f"unknown key; {model_type} calls it `{found}`"
-    # Not those of every config, which say nothing of the model.
+    # Suggest keys of this class only, not those that every config has.
     sizes = [name for name in getattr(CONFIG_MAPPING[model_type], "__annotations__", {}) if not name.startswith("_")]
     return unknown_key(key, known) if difflib.get_close_matches(key, known, 1, 0.5) else unknown_key(key, sizes)
 
 
 def _is_read_by_model(model_type: str, key: str) -> bool:
-    """Whether the model's code reads a key that its config class does not declare, as some do with `head_dim`."""
+    """Whether the model's code reads a key that its config class does not declare, such as `head_dim` in some."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = Path(sys.modules[CONFIG_MAPPING[model_type].__module__].__file__ or "")
@@ -179,7 +179,7 @@ def _is_read_by_model(model_type: str, key: str) -> bool:
 
 
 def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
-    """The config of a model; of a new one `defaults` stand where the section says nothing.
+    """The config of a model. `defaults`: values of a new model's config for keys that the section does not set.
 
     Raises `RecipeError` if `section.pretrained` has none, or if `AutoModelForCausalLM` could not load the export.
     """
@@ -199,7 +199,7 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         raise RecipeError.at("model.pretrained", not_loaded(section.pretrained or "", error)) from error
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return config
-    # Of a checkpoint with parts for images or sound the text model alone is trained.
+    # If a checkpoint has parts for images or sound, only its text model is trained.
     try:
         text = config.get_text_config()
     except ValueError as error:
@@ -222,10 +222,10 @@ def whole_config(section: ModelSection) -> PretrainedConfig:
 
 
 def _special_ids(model_type: str, **known: Any) -> dict[str, Any]:
-    """The special ids of a new model's config: those `known` of the tokenizer, else None.
+    """The special token ids of a new model's config: those `known` of the tokenizer, else None.
 
-    A class's defaults may lie outside a small vocabulary, or be other tokens of the tokenizer. Where the class does not
-    accept None, EOS is used, which every tokenizer has; 0 as long as there is no tokenizer.
+    The defaults of a class may lie outside of a small vocabulary, or be other tokens of this tokenizer. If the class
+    does not accept None, EOS is used, which every tokenizer has; or 0 if there is no tokenizer yet.
     """
     ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     substitute = ids["eos_token_id"] if ids["eos_token_id"] is not None else 0
@@ -268,7 +268,7 @@ def resolve_config(
 
 
 def _special_id_problems(section: ModelSection, tokenizer: Any) -> Iterator[Problem]:
-    """An EOS that `model.config` gives and the tokenizer does not put behind documents."""
+    """A problem if `model.config` sets an EOS other than the tokenizer's, which ends documents."""
     given, own = (section.config or {}).get("eos_token_id"), tokenizer.eos_token_id
     if given is not None and own not in (given if isinstance(given, list) else [given]):
         message = f"{given} is not the tokenizer's EOS, {own}, with which documents end; leave the key out to use that"
@@ -276,10 +276,10 @@ def _special_id_problems(section: ModelSection, tokenizer: Any) -> Iterator[Prob
 
 
 def agree_on_special_ids(config: Any, tokenizer: Any) -> None:
-    """Set the special ids of a checkpoint's config or generation config to those of the tokenizer it is trained with.
+    """Set the special token ids of a checkpoint's config or generation config to those of the tokenizer.
 
-    Of several EOS ids, as many generation configs have, those that are special tokens of the tokenizer are kept after
-    its own. BOS and padding ids are kept if the tokenizer has none.
+    Generation configs often have several EOS ids: those that are special tokens of the tokenizer are kept after its own
+    EOS. BOS and padding ids are kept if the tokenizer has none.
     """
     own, given = tokenizer.eos_token_id, config.eos_token_id
     ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
@@ -302,13 +302,13 @@ def generation_config(section: ModelSection, tokenizer: Any) -> GenerationConfig
         return None
     try:
         found = GenerationConfig.from_pretrained(section.pretrained, revision=section.revision)
-    except OSError:  # a checkpoint need not have one; the config's ids stand in
+    except OSError:  # not every checkpoint has one; then the config's ids are used
         return None
     agree_on_special_ids(found, tokenizer)
     return found
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The longest context of a config by the names that classes give it; None where they set no limit."""
+    """The longest context of a config in tokens; None if it has no limit."""
     found = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
     return next((number for number in found if isinstance(number, int) and number > 0), None)

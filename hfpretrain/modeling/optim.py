@@ -1,4 +1,4 @@
-"""Decay groups, optimizer and schedule."""
+"""Parameter groups, optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from transformers import get_scheduler
 
 from hfpretrain.recipe.schema import OptimizerSection, RecipeError, SchedulerSection
 
-# Of state-space layers, whose authors mark them (`_no_weight_decay` in Mamba's own code) where transformers does not.
+# Parameters of state-space layers. Mamba's own code marks them with `_no_weight_decay`, transformers' does not.
 _STATE_SPACE = ("A_log", "D", "dt_bias")
 
 
 def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
-    """Names of the parameters that decay: matrices and embeddings, but not what `no_decay` matches.
+    """Names of the parameters that get weight decay: matrices and embeddings, without those that `no_decay` matches.
 
-    Vectors, norms, biases, the decay rates of state-space layers and what the model's class marks with
-    `_no_weight_decay` don't, whatever their shape. Call this before an engine shards the model, since a flat piece of a
-    matrix has one dimension. Raises `RecipeError` for a pattern that matches nothing.
+    Vectors, norms, biases, the decay rates of state-space layers and parameters that the model's class marks with
+    `_no_weight_decay` get none, whatever their shape. Call this before an engine shards the model, since a shard of a
+    matrix may have one dimension. Raises `RecipeError` for a pattern that matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for number, pattern in enumerate(no_decay):
@@ -36,13 +36,12 @@ def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
 
 
 def undecayed_matrices(model: Any, decayed: set[str]) -> list[str]:
-    """Names of the parameters with two or more dimensions that don't decay: the exceptions to the rule by which
-    earlier versions trained."""
+    """Names of the parameters with two or more dimensions that get no weight decay. Earlier versions decayed them."""
     return sorted(name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name not in decayed)
 
 
 def hidden_names(model: Any) -> set[str]:
-    """Names of the matrices between embeddings and head, for Muon; to be asked before an engine shards the model."""
+    """Names of the matrices between the embeddings, which Muon trains. Call it before an engine shards the model."""
     outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     if (head := model.get_output_embeddings()) is not None:
         outside.add(id(head.weight))
@@ -51,7 +50,7 @@ def hidden_names(model: Any) -> set[str]:
 
 
 def _matrices(model: Any) -> set[str]:
-    """Names of the parameters that act as matrices: those that multiply vectors, or from which they are looked up."""
+    """Names of the parameters that multiply vectors, and of embeddings."""
     marked = _marked(model)
     found = set()
     for name, parameter in model.named_parameters():
@@ -68,8 +67,11 @@ def _matrices(model: Any) -> set[str]:
 
 
 def _marked(model: Any) -> set[str]:
-    """Names of the parameters that the model's class marks. Loading weights replaces parameters, marks and all, so a
-    class that is not of transformers is built again without values."""
+    """Names of the parameters that the model's class marks with `_no_weight_decay`.
+
+    Loading weights replaces parameters and loses their marks, so a model with its own code is built again on the meta
+    device.
+    """
     twin = model
     if not type(model).__module__.startswith("transformers.") and hasattr(type(model), "_from_config"):
         with torch.device("meta"):
@@ -78,17 +80,16 @@ def _marked(model: Any) -> set[str]:
 
 
 def moment_bytes(model: Any, section: OptimizerSection) -> int:
-    """What the optimizer keeps of a model on any device: float32, or 8 bits of tensors that divide into blocks; nothing
-    of frozen parameters."""
+    """Bytes of the optimizer's state for a model: float32, or 8 bits with adamw_8bit. Frozen parameters have none."""
     hidden = hidden_names(model) if section.name == "muon" else set()
     total = 0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         numbers = parameter.numel()
-        if section.name == "adafactor" and parameter.ndim >= 2:  # a mean of the squares of each row and column
+        if section.name == "adafactor" and parameter.ndim >= 2:  # means of the squares of rows and columns
             total += 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
-        elif section.name == "adamw_8bit" and numbers >= 4096 and numbers % 256 == 0:  # by block a scale, and the codes
+        elif section.name == "adamw_8bit" and numbers >= 4096 and numbers % 256 == 0:  # with scales, and a code book
             total += 2 * (numbers + 4 * numbers // 256 + 4 * 256)
         else:
             total += 4 * numbers * (1 if section.name == "adafactor" or name in hidden else 2)
@@ -99,7 +100,7 @@ _LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
 
 
 def require_library(section: OptimizerSection) -> None:
-    """Raises `RecipeError` where the library of the recipe's optimizer is not installed."""
+    """Raise `RecipeError` if the library of the recipe's optimizer is not installed."""
     library = _LIBRARIES.get(section.name)
     if library is not None and importlib.util.find_spec(library) is None:
         message = f"{section.name} is an optimizer of the package {library}, which is not installed; "
@@ -107,7 +108,7 @@ def require_library(section: OptimizerSection) -> None:
 
 
 class _Wrapped(torch.optim.Optimizer):
-    """Other optimizers as one, whose groups and state are theirs."""
+    """Several optimizers as one: `param_groups` and `state` are shared with theirs."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self._parts = parts
@@ -122,19 +123,19 @@ class _Wrapped(torch.optim.Optimizer):
             first = end
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As of torch, which makes groups and state anew."""
+        """Load as torch does, which replaces groups and state, and share them again."""
         super().load_state_dict(state_dict)
         self._link()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of all parameters."""
+        """Update all parameters."""
         assert closure is None
         for part in self._parts:
             part.step()
 
 
 class MuonWithAdamW(_Wrapped):
-    """Muon for the groups of `hidden` matrices and AdamW for the `other` ones, as one optimizer with one state."""
+    """Muon for the groups of `hidden` matrices and AdamW for the `other` parameters, as one optimizer."""
 
     def __init__(self, hidden: list[dict[str, Any]], other: list[dict[str, Any]], section: OptimizerSection):
         muon = torch.optim.Muon(hidden, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
@@ -144,7 +145,7 @@ class MuonWithAdamW(_Wrapped):
 class AdamW8bit(_Wrapped):
     """torchao's AdamW with moments in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 
-    Those of tensors with fewer than 4,096 numbers, or not a multiple of 256, stay float32.
+    The moments of tensors with fewer than 4,096 elements, or not a multiple of 256, stay float32.
     """
 
     def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
@@ -152,14 +153,14 @@ class AdamW8bit(_Wrapped):
 
         super().__init__(Library(groups, lr=section.lr, betas=section.betas, eps=section.eps))
         for group in self.param_groups:
-            group["lr"] = section.lr  # as schedules and log lines expect, not a tensor
+            group["lr"] = section.lr  # schedules and log lines expect a number, torchao makes it a tensor
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of all parameters; compiled, as torchao has it, but on CPUs, which need no compiler then."""
+        """Update all parameters. torchao compiles the update; on CPUs it runs uncompiled, so no compiler is needed."""
         rates = [group["lr"] for group in self.param_groups]
         on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
         for group in self.param_groups:
-            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)  # a number would be compiled in
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)  # a float would be compiled in
         with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
             super().step(closure)
         for group, lr in zip(self.param_groups, rates, strict=True):
@@ -167,10 +168,11 @@ class AdamW8bit(_Wrapped):
 
 
 class ScheduleFreeAdamW(_Wrapped):
-    """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled"): gradients are taken at y, the parameters in
-    training; what is evaluated is the average x, which follows from y and the state's z.
+    """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled").
 
-    What the library counts by group is in the state, as float64 (): `step`, `weight_sum`, `lr_max`.
+    The model's parameters in training are y. The weights to evaluate are the average x, computed from y and the state's
+    z. The library's numbers of a group are also in the state of its parameters, as float64 (): `step`, `weight_sum`,
+    `lr_max`.
     """
 
     _COUNTED: typing.ClassVar = {"k": "step", "weight_sum": "weight_sum", "lr_max": "lr_max"}
@@ -183,7 +185,7 @@ class ScheduleFreeAdamW(_Wrapped):
             group["train_mode"] = True
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of all parameters, from what the state says."""
+        """Update all parameters. The numbers of a group are read from the state first, where a checkpoint has them."""
         for group in self.param_groups:
             group.update(k=0, weight_sum=0.0, lr_max=-1.0)
             for state in self._states(group)[:1]:
@@ -199,7 +201,7 @@ class ScheduleFreeAdamW(_Wrapped):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the parameters are x; afterwards exactly the y of before, which the library's way back is not."""
+        """Set the parameters to x, and afterwards back to exactly y, which the library restores only up to rounding."""
         before = {p: p.detach().clone() for p in self.state}
         if before:
             self._parts[0].eval()  # type: ignore[attr-defined]
@@ -214,12 +216,12 @@ class ScheduleFreeAdamW(_Wrapped):
 
 
 def evaluates_average(section: OptimizerSection) -> bool:
-    """Whether the weights of a checkpoint are not those to evaluate, which `average` makes of them."""
+    """Whether the weights to evaluate are not those in training, but an average that `average_weights` computes."""
     return section.name == "adamw_schedule_free"
 
 
 def average_weights(weights: dict[str, torch.Tensor], moments: Mapping[str, Any], section: OptimizerSection) -> None:
-    """Turn schedule-free's y into x, as `ScheduleFreeAdamW.averaged` does; `moments` has each parameter's `z`."""
+    """Turn the y of schedule-free AdamW into x, in place. `moments` has the `z` of each parameter."""
     for name in weights.keys() & moments.keys():
         weights[name].lerp_(moments[name]["z"], 1 - 1 / section.betas[0])
 
@@ -227,7 +229,7 @@ def average_weights(weights: dict[str, torch.Tensor], moments: Mapping[str, Any]
 def named_groups(
     model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
 ) -> list[dict[str, Any]]:
-    """The groups of `build_optimizer`: `optimizer`, `weight_decay` and the names of their `parameters`."""
+    """The parameter groups of `build_optimizer`: `optimizer`, `weight_decay` and names of `parameters` of each."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
     for optimizer in ("muon", "adamw") if section.name == "muon" else (section.name,):
@@ -242,7 +244,7 @@ def named_groups(
 def build_optimizer(
     model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
 ) -> torch.optim.Optimizer:
-    """The optimizer of the recipe, with weight decay for the parameters named in `decayed`; `hidden` are Muon's."""
+    """The recipe's optimizer. `decayed`: names of the parameters with weight decay; `hidden`: of Muon's matrices."""
     parameters = dict(model.named_parameters())
 
     def groups_of(optimizer: str) -> list[dict[str, Any]]:
@@ -265,14 +267,14 @@ def build_optimizer(
 
 
 def _adamw(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.AdamW:
-    """Fused where torch has a kernel."""
+    """AdamW, with torch's fused kernel on devices that have one."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= {"cpu", "cuda", "xpu", "mps"}
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=fused)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection, num_training_steps: int) -> Any:
-    """The `transformers.get_scheduler` schedule, a `LambdaLR`. Raises `RecipeError` for keywords it does not take."""
+    """The schedule of `transformers.get_scheduler`, a `LambdaLR`. Raises `RecipeError` for wrong keywords."""
     try:
         scheduler = get_scheduler(
             section.name,
@@ -282,20 +284,20 @@ def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection,
             scheduler_specific_kwargs=dict(section.scheduler_specific_kwargs),
         )
         for step in (0, section.num_warmup_steps, num_training_steps // 2, num_training_steps):
-            scheduler.lr_lambdas[0](step)  # a wrong value must not come to light in the middle of the run
+            scheduler.lr_lambdas[0](step)  # so that a wrong value is found now and not in the middle of the run
         return scheduler
     except (TypeError, ValueError, ArithmeticError) as error:
         raise RecipeError.at("scheduler.scheduler_specific_kwargs", f"{section.name}: {error}") from error
 
 
 def learning_rate(section: SchedulerSection, lr: float, num_training_steps: int, step: int) -> float:
-    """The rate of the optimizer step that follows `step` steps, for a peak of `lr`."""
+    """The learning rate of the optimizer step after `step` steps, for a peak of `lr`."""
     scheduler = build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=lr), section, num_training_steps)
     return lr * float(scheduler.lr_lambdas[0](step))
 
 
 def set_step(scheduler: Any, step: int) -> None:
-    """Put a schedule at `step` optimizer steps done; its rate depends on that alone."""
+    """Set a schedule to the state that it has after `step` optimizer steps."""
     scheduler.last_epoch = step
     rates = [base_lr * factor(step) for base_lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):

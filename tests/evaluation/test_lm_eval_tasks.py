@@ -97,7 +97,7 @@ def test_figures_are_the_same_on_one_process_on_two_and_on_the_export(runs, task
     )
 
 
-def test_they_are_those_of_lm_eval_itself_and_of_the_metric(runs, tasks_folder):
+def test_figures_are_those_of_lm_eval_itself_and_of_token_perplexity(runs, tasks_folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -18,7 +18,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positi
 
 
 @pytest.mark.parametrize(("config", "context"), [(LLAMA, 64), (MAMBA, 64), (GPT2, 40)])
-def test_what_a_sequence_is_filled_up_with_changes_no_token(config, context):
+def test_padding_changes_no_token(config, context):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     lengths = set()

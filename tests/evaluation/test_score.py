@@ -95,7 +95,7 @@ def refused(*arguments):
     return result.stderr
 
 
-def test_text_that_a_tokenizer_does_not_know_is_not_free(models, tmp_path):
+def test_unknown_tokens_do_not_lower_bits_per_byte(models, tmp_path):
     vocabulary = {"[EOS]": 0, "[UNK]": 1, "the": 2, "river": 3}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = Whitespace()
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_not_whole_or_not_a_number_is_refused(models, tmp_p
         (["a\ud800b"], "texts.0: is no valid Unicode"),
     ],
 )
-def test_what_is_no_list_of_texts_is_named(models, texts, message):
+def test_texts_that_are_no_lists_of_strings_are_refused(models, texts, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         evaluate_perplexity(models / "a" / "model", texts)
 

@@ -101,7 +101,7 @@ def test_a_domain_is_what_plain_pytorch_computes(two, prepared):
     assert result["sea/bits_per_byte"] == pytest.approx(content / num_bytes / math.log(2), rel=1e-6)
 
 
-def test_documents_apart_give_other_figures_than_documents_together(prepared):
+def test_document_masking_changes_the_figures(prepared):
     assert not np.allclose(sums(prepared, 1, masking=True), sums(prepared, 1, masking=False))
 
 

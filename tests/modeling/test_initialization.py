@@ -107,7 +107,7 @@ def test_wrong_weights_are_found_before_the_first_step(name, damage, message):
     assert message in str(error.value)
 
 
-def test_of_loaded_weights_only_finite_numbers_are_asked():
+def test_pretrained_weights_need_only_be_finite():
     weights = {"a": torch.zeros(4, 4), "b": torch.zeros(4, 4)}
     assert check_weights(weights.items(), None) == check_weights(reversed(weights.items()), None)
     with pytest.raises(RecipeError, match="b: holds NaN or infinity"):

@@ -50,7 +50,7 @@ def test_the_chunked_loss_is_the_models_own(config):
     assert model(input_ids=input_ids).logits.shape == (3, 32, 64)
 
 
-def test_targets_may_come_shifted():
+def test_shifted_labels_give_the_same_loss():
     model = build(LLAMA)
     input_ids, targets = batch()
     inputs = {"input_ids": input_ids, "labels": input_ids, "shift_labels": targets, "num_items_in_batch": 9}
@@ -82,7 +82,7 @@ def test_chunks_add_up_in_float32(mode, num_tokens):
 
 
 @pytest.mark.parametrize("num_tokens", [None, 7])
-def test_the_gradient_has_the_z_loss_that_the_loss_has_not(num_tokens):
+def test_z_loss_is_in_the_gradients_but_not_in_the_loss(num_tokens):
     draw = torch.Generator().manual_seed(0)
     shapes = ((3, 32, 16), (640, 16), (640,))
     hidden, weight, bias = tensors = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
@@ -97,7 +97,7 @@ def test_the_gradient_has_the_z_loss_that_the_loss_has_not(num_tokens):
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_a_z_loss_draws_the_denominators_of_a_models_softmax_to_one():
+def test_z_loss_brings_softmax_denominators_closer_to_one():
     denominators = []
     for z_loss in (0.0, 0.1):
         model = build(LLAMA)
@@ -112,7 +112,7 @@ def test_a_z_loss_draws_the_denominators_of_a_models_softmax_to_one():
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_gpu_compiles_is_what_others_compute_in_place(dtype, z_loss):
+def test_the_losses_for_compile_are_those_computed_in_place(dtype, z_loss):
     draw = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(30, 640, generator=draw)).to(dtype)
     target = torch.randint(640, (30, 1), generator=draw)
@@ -140,7 +140,7 @@ def test_a_model_that_changes_its_logits_keeps_its_own_loss(changes):
     assert loss_and_gradients(model)[0] == before
 
 
-def test_the_graph_of_compile_ends_before_the_head():
+def test_a_compiled_model_can_use_the_chunked_loss():
     losses = []
     for chunked in (False, True):
         model = build(LLAMA)
@@ -172,7 +172,7 @@ JETMOE = {"model_type": "jetmoe", "kv_channels": 8, "num_key_value_heads": 2, "i
         ({**BAMBA, "z_loss_coefficient": 0.0}, StepLoss()),
     ],
 )
-def test_the_loss_is_the_next_tokens_whatever_the_class_has(config, expected):
+def test_step_loss_is_the_next_token_loss_for_every_class(config, expected):
     model = build(config)
     for chunked in (False, True):
         if chunked:

@@ -135,7 +135,7 @@ def build(name, lr=1e-3):
 
 
 @pytest.mark.parametrize("name", [*NAMES, *NAMES_OF_LIBRARIES])
-def test_moments_are_counted_as_they_are_kept(name):
+def test_moment_bytes_is_the_size_of_the_state(name):
     model, optimizer = build(name)
     train(model, optimizer, range(1))
     kept = [pieces.in_pieces(value) for state in optimizer.state.values() for value in state.values()]
@@ -189,7 +189,7 @@ def test_optimizers_of_libraries_learn_and_resume_exactly_after_a_rehearsal(tmp_
 
 
 @pytest.mark.parametrize("name", NAMES_OF_LIBRARIES)
-def test_a_rate_that_is_scheduled_reaches_optimizers_of_libraries(name):
+def test_a_schedule_changes_the_rate_of_optimizers_of_libraries(name):
     model, optimizer = build(name)
     scheduler = build_scheduler(optimizer, SchedulerSection(name="constant_with_warmup", num_warmup_steps=4), 30)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -202,7 +202,7 @@ def test_a_rate_that_is_scheduled_reaches_optimizers_of_libraries(name):
 
 
 @pytest.mark.parametrize("name", NAMES_OF_LIBRARIES[1:])
-def test_schedule_free_evaluates_the_average_and_trains_on_as_if_it_had_not(name):
+def test_schedule_free_evaluates_the_average_and_training_goes_on_unchanged(name):
     engine = accelerated(name)
     model, optimizer = engine.model, engine.optimizer
     z = [parameter.detach().clone() for parameter in model.parameters()]

@@ -1,0 +1,67 @@
+"""Private names of torch and transformers that hfpretrain/modeling uses. Each message says what to do without them."""
+
+import inspect
+
+import torch
+from tiny_models import LLAMA, build
+from transformers import PreTrainedModel, initialization
+
+
+def test_transformers_initializes_a_module_at_a_time_and_skips_marked_tensors():
+    fix = "InitialWeights in modeling/initialization.py draws weights with it; use transformers' new way"
+    assert callable(getattr(PreTrainedModel, "_init_weights", None)), f"PreTrainedModel._init_weights is gone: {fix}"
+    tensor = torch.zeros(4)
+    tensor._is_hf_initialized = True
+    initialization.ones_(tensor)
+    assert not tensor.any(), f"transformers.initialization ignores _is_hf_initialized, so tied weights are lost: {fix}"
+    assert hasattr(initialization, "guard_torch_init_functions"), f"guard_torch_init_functions is gone: {fix}"
+
+
+def test_a_model_can_be_built_again_from_its_config():
+    fix = "modeling/initialization.py and optim.py build a class again with it; call the class with the config"
+    assert hasattr(PreTrainedModel, "_from_config"), f"PreTrainedModel._from_config is gone: {fix}"
+
+
+def test_a_config_says_its_implementations():
+    config = build(LLAMA).config
+    fix = "modeling/checks.py reads it; find where transformers keeps the implementation"
+    assert isinstance(config._attn_implementation, str), f"config._attn_implementation is gone: {fix}"
+    assert hasattr(config, "_experts_implementation"), f"config._experts_implementation is gone: {fix}, to restore it"
+
+
+def test_torch_tells_whether_triton_works():
+    from torch.utils._triton import has_triton
+
+    message = "has_triton has changed: build.compiles and loss.py ask it whether torch.compile works on a GPU"
+    assert isinstance(has_triton(), bool), message
+
+
+def test_errors_of_compile_have_a_common_class():
+    from torch._dynamo import exc
+
+    message = "TorchDynamoException is gone: build.compile_error tells by it that a layer doesn't compile"
+    assert inspect.isclass(getattr(exc, "TorchDynamoException", None)), message
+
+
+def test_schedulers_keep_their_last_rates():
+    scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda step: 0.5)
+    message = "LRScheduler._last_lr is gone: optim.set_step sets it, so that get_last_lr is right after a resume"
+    assert scheduler._last_lr == scheduler.get_last_lr() == [0.5], message
+
+
+def test_modules_keep_tensors_in_dictionaries_by_name():
+    module = torch.nn.BatchNorm1d(2)
+    message = "Module._parameters or ._buffers is gone: initialization.assign and build.py replace tensors there"
+    assert "weight" in module._parameters and "running_mean" in module._buffers, message
+
+
+def test_a_view_on_the_meta_device_has_the_storage_of_its_base():
+    base = torch.zeros(4, device="meta")
+    same = base.view(2, 2).untyped_storage()._cdata == base.untyped_storage()._cdata
+    message = "_cdata no longer tells storages apart: initialization.residual_projections compares storages by it"
+    assert same and torch.zeros(4, device="meta").untyped_storage()._cdata != base.untyped_storage()._cdata, message
+
+
+def test_convolutions_have_a_common_class():
+    message = "_ConvNd is gone: structure.has_experts tells convolutions from stacked experts by it"
+    assert issubclass(torch.nn.Conv1d, torch.nn.modules.conv._ConvNd), message
