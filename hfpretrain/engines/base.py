@@ -303,7 +303,7 @@ class Engine:
             self.load_scaler(scaler)
 
     def _forget_moments(self, states: Any, parameter: torch.Tensor) -> None:
-        """Undo the making of an optimizer's state, whose moments are zero."""
+        """Remove the optimizer's state of a parameter, whose moments are zero."""
         del states[parameter]
 
     # Weights and state.
@@ -345,7 +345,7 @@ class Engine:
             self._weights_changed()
 
     def _weights_changed(self) -> None:
-        """Drop what a forward pass has kept of the weights."""
+        """Drop copies of the weights that a forward pass has made: the weights are others now."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds, in the same form under every engine: `model` and `optimizer`, by parameter name.
@@ -380,7 +380,7 @@ class Engine:
         return pieces.share(self.state(), *self._copy())
 
     def _copy(self) -> tuple[int, int]:
-        """Which copy of the state this process holds, and how many copies there are."""
+        """Index of the copy of the state to which this process belongs, and the number of copies."""
         return 0, 1
 
     def load_state(self, path: Path, group: Any) -> bool:
@@ -401,7 +401,7 @@ class Engine:
         return scaler is None or bool(saved)
 
     def _weights_loaded(self) -> None:
-        """Bring what the engine derives from the weights of `state` up to date."""
+        """Copy the weights of `state`, which were loaded, to the weights that the engine computes with."""
 
     def scaler_state(self) -> dict[str, Any] | None:
         """State of fp16's dynamic loss scale, in the form of torch's `GradScaler`; None in other precisions."""

@@ -1,4 +1,4 @@
-"""Which engine a run has: the one place that asks what the launcher's file and accelerate say."""
+"""Chooses the class of a run's engine, and builds it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ ENGINES: tuple[type[Engine], ...] = (Single, DDP, TensorParallel, FSDP2, HSDP, D
 def build_engine(
     mixed_precision: MixedPrecision, trackers: list[str], project_dir: str, timeout_seconds: int
 ) -> Engine:
-    """The engine that `accelerate launch` names in the environment, on GPUs or on CPU processes.
+    """The engine that the launcher's file asks for, on GPUs if there are any, else on the CPU.
 
-    Raises `RecipeError` if fewer processes started than the launcher was asked for, or for what can't run here.
+    Raises `RecipeError` if fewer processes started than the launcher was asked for, if a tracker is not installed, or
+    if engine and machine can't train in `mixed_precision`.
     """
     kind = _kind_launched()
     precision = precisions.resolve(mixed_precision, launch.mixed_precision(), sharded=kind.shards)
@@ -41,7 +42,8 @@ def build_engine(
     _require_trackers(trackers)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if precision == "fp8":
-        # Weights would be of a class whose values nothing can read, for a gathering that only FSDP2 has.
+        # Otherwise the weights would be of a class of torchao that no optimizer or export can read. It saves traffic
+        # under FSDP2 only, which is not used with fp8.
         os.environ["ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"] = "false"
     on_cpu = not torch.accelerator.is_available()
     if on_cpu or launch.offloads():
@@ -49,15 +51,17 @@ def build_engine(
     if on_cpu:
         _set_up_cpu()
     if not launch.has_group():
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision, in the same process
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # from an earlier run in this process, with its precision
     keywords: dict[str, Any] = {
         "mixed_precision": "no" if precision == "tf32" else precision,
         "log_with": trackers or None,
         "project_dir": project_dir,
         "kwargs_handlers": [
-            # A minute more than `watchdog.Watch` gives, which can say what this time-out cannot: who is missing.
+            # A minute longer than the time-out of `watchdog.Watch`, whose message names the process that is missing.
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds + 60), init_method=launch.init_method()),
-            # Else every gradient is held twice, once in DDP's buckets.
+            # Otherwise DDP holds every gradient twice, once in its buckets.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     }
@@ -67,7 +71,7 @@ def build_engine(
 
 
 def _kind_launched() -> type[Engine]:
-    """The class that builds the accelerator."""
+    """The class, by the launcher's file, that builds the accelerator."""
     if launch.uses_deepspeed():
         return DeepSpeed
     if launch.uses_fsdp():
@@ -76,7 +80,7 @@ def _kind_launched() -> type[Engine]:
 
 
 def engine_class(accelerator: Accelerator) -> type[Engine]:
-    """The class for what accelerate has set up."""
+    """The class that fits what accelerate has set up."""
     config, state = accelerator.parallelism_config, accelerator.state
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if config and config.sp_enabled:
@@ -90,15 +94,15 @@ def engine_class(accelerator: Accelerator) -> type[Engine]:
 
 
 def require_optimizer(optimizer: str, engine: str) -> None:
-    """Raises `RecipeError` where an optimizer of the recipes can't train under the engine of this name, or would train
-    otherwise."""
+    """Raises `RecipeError` if an optimizer of the recipes does not work under the engine of this name, or would train
+    another model there."""
     kind = next(kind for kind in ENGINES if engine.removesuffix("_offload") in kind.names)
     if (problem := kind.optimizer_problem(optimizer)) is not None:
         raise RecipeError.at("optimizer.name", f"{optimizer} under {engine}: {problem}")
 
 
 def _require_trackers(trackers: list[str]) -> None:
-    # accelerate only warns of a tracker without its package, and the run would leave no trace there.
+    # accelerate only warns if a tracker's package is missing, and the run would not be logged.
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
@@ -112,12 +116,12 @@ def _require_trackers(trackers: list[str]) -> None:
 
 
 def _use_all_cores() -> None:
-    # The launcher sets one thread for a process unless told otherwise; idle cores help nobody.
+    # By default the launcher gives each process one thread.
     torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _set_up_cpu() -> None:
-    # Without a word DeepSpeed looks for an accelerator and warns that there is none.
+    # Unless this is set, DeepSpeed looks for an accelerator and warns that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.platform == "linux":
         # glibc returns large blocks to the kernel at every free, and each activation is faulted in anew: a quarter of

@@ -1,4 +1,4 @@
-"""What processes tell each other beside what they compute."""
+"""Process groups on the CPU, and votes of all processes, beside what training sends."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import torch
 
 
 def control_group(num_processes: int, timeout_seconds: int) -> Any:
-    """A process group of its own for a thread, or for what must not wait for the device; None for a process alone."""
+    """A new process group on the CPU, for a thread or for messages that must not wait for the GPU.
+
+    None if there is one process.
+    """
     if num_processes == 1:
         return None
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds + 60))
 
 
 class Votes:
-    """The largest number that any process has given, one call late: it travels while the device computes.
+    """The largest number that any process has given, one call late, so that no process waits while training.
 
-    All ranks must call `cast` alike.
+    All ranks must call `cast` equally often.
     """
 
     def __init__(self, group: Any):

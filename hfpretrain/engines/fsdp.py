@@ -28,7 +28,7 @@ def problem_with_shards(optimizer: str) -> str | None:
 
 
 class FSDP2(Engine):
-    """Sharded over all processes."""
+    """Weights, gradients and optimizer sharded over all processes."""
 
     names = ("fsdp2",)
     shards = True
@@ -91,12 +91,12 @@ class FSDP2(Engine):
 
     def _weights_changed(self) -> None:
         for module in self.unwrapped_model.modules():
-            if hasattr(module, "reshard"):  # some stay gathered, in 16 bits, after a forward pass
+            if hasattr(module, "reshard"):  # after a forward pass some still hold whole weights, in 16 bits
                 module.reshard()
 
 
 class HSDP(FSDP2):
-    """Sharded within groups of processes, each of which holds a copy."""
+    """FSDP2 within groups of processes; each group holds all of the model."""
 
     names = ("hsdp",)
 
@@ -108,8 +108,8 @@ class HSDP(FSDP2):
 
 
 def _use_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
-    # accelerate 1.15 knows FSDP on accelerators only and would silently train with DDP here; torch's FSDP2 runs on
-    # gloo as well.
+    # accelerate 1.15 has FSDP on accelerators only, and would silently train with DDP on CPUs. torch's FSDP2 works
+    # there.
     from accelerate.state import PartialState
     from torch._C._distributed_c10d import HashStore
 
@@ -123,15 +123,15 @@ def _use_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
 
 
 def build_plugin(precision: str) -> Any:
-    """Accelerate's plugin of the launcher's file, which computes in `precision` and reduces gradients in float32.
+    """Accelerate's plugin for what the launcher's file says. It computes in `precision`, and sums gradients in float32.
 
-    Raises `RecipeError` for a value that accelerate does not know.
+    Raises `RecipeError` for a value that accelerate does not take.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    # Accelerate's own policy casts the loss to bf16 too, and reduces gradients in it.
+    # accelerate's own policy casts the loss to bf16 too, and sums gradients in bf16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     try:
         return FullyShardedDataParallelPlugin(mixed_precision_policy=policy if dtype else None)
@@ -147,10 +147,13 @@ def keeps_on_host(plugin: Any) -> bool:
 
 
 def require_layers(plugin: Any, model: Any) -> None:
-    """Raises `RecipeError` if the launcher's file names a layer to shard that the model has not."""
+    """Have FSDP2 shard each layer of the model by itself, where the model says which classes these are.
+
+    Raises `RecipeError` if the launcher's file names a class of layers that the model does not have.
+    """
     names = set(plugin.transformer_cls_names_to_wrap or ())
     found = {type(module).__name__ for module in model.modules()}
-    # The text model of a family with parts for images names their layers, too, and accelerate 1.15 wants all of them.
+    # A text model whose family also takes images may name layers for images. accelerate 1.15 raises if one is missing.
     layers = {name for name in model._no_split_modules or () if name in found}
     model._no_split_modules = sorted(layers - _share_weights(model, layers))
     if names - found:
@@ -162,8 +165,10 @@ def require_layers(plugin: Any, model: Any) -> None:
 
 
 def _share_weights(model: torch.nn.Module, layers: set[str]) -> set[str]:
-    """Of the classes named in `layers` those whose modules share parameters with each other, as the layers of Zamba do:
-    torch's FSDP2 wants such parameters in one group, so they stay with the rest of the model."""
+    """Those of the classes named in `layers` whose modules share parameters with each other, as in Zamba.
+
+    torch's FSDP2 wants such parameters in one group, so they stay with the rest of the model.
+    """
     owners: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
     for module in model.modules():
         if type(module).__name__ in layers:
@@ -174,12 +179,12 @@ def _share_weights(model: torch.nn.Module, layers: set[str]) -> set[str]:
 
 
 def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Shard a model on the meta device, and keep this process's share of each of its `weights`."""
+    """Shard a model on the meta device, and fill it with this process's part of each of the `weights`."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     plugin: Any = accelerator.state.fsdp_plugin
-    plugin.cpu_ram_efficient_loading = False  # of a model that has values
+    plugin.cpu_ram_efficient_loading = False  # it would load the values of a model that has some
     fsdp2_prepare_model(accelerator, model)
     model.to_empty(device="cpu" if keeps_on_host(plugin) else accelerator.device)
     model.tie_weights()  # type: ignore[operator]
@@ -188,7 +193,7 @@ def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tu
         target = named[name]
         with torch.no_grad():
             if isinstance(target, DTensor):
-                # Every process has drawn the same: nothing is to be sent.
+                # Every process has drawn the same values, so none has to be sent.
                 value = value.to(target.device_mesh.device_type)
                 value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
                 target = target.to_local()

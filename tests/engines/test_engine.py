@@ -1,14 +1,12 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import resume_anywhere
 import torch
-from conftest import ROOT, environment, hfpretrain, rows, small_text, train, train_ranks, write_jsonl, write_recipe
+from conftest import ROOT, hfpretrain, rows, small_text, train, train_ranks, write_jsonl, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -203,55 +201,10 @@ def test_a_run_moves_from_engine_to_engine_under_the_launcher(tmp_path):
     assert weights <= 1e-5
 
 
-GRADIENTS = """
-import sys
-import torch
-from transformers import AutoConfig
-from hfpretrain.engines import choose
-from hfpretrain.modeling.build import build_model
-from hfpretrain.modeling.initialization import InitialWeights
-from hfpretrain.recipe.schema import ModelSection
-sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-config = AutoConfig.for_model("llama", vocab_size=64, **sizes)
-def main():
-    engine = choose.build_engine("no", [], ".", 60)
-    built = build_model(ModelSection(config={"model_type": "llama"}), config)
-    weights = InitialWeights(built, 0)
-    sections = {"micro_batch_size": 1, "accumulation_steps": 2, "max_grad_norm": 1.0}
-    engine.prepare(built, weights, lambda m: torch.optim.AdamW(m.parameters()), **sections)
-    ids = torch.zeros((1, 8), dtype=torch.int64)
-    for _ in range(1 if sys.argv[1] == "fsdp2" else 2):
-        with engine.accumulate():
-            engine.backward(engine.model(input_ids=ids, labels=ids).loss)
-    parameter = engine.unwrapped_model.lm_head.weight
-    gradient = parameter.grad.to_local() if sys.argv[1] == "fsdp2" else parameter.grad
-    if engine.process_index == 0:
-        print("numbers", gradient.numel(), gradient.untyped_storage().nbytes() // 4)
-    engine.finish()
-    assert not hasattr(engine.model, "reducer"), "it would end the process group and may never return"
-main()
-"""
-
-
-@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
-def test_no_gradient_is_held_more_than_it_must(tmp_path, name):
-    """Under FSDP2 this process's half after the first of two micro-steps, under DDP a view of buckets at the step."""
-    (tmp_path / "gradients.py").write_text(GRADIENTS)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--config_file"]
-    command += [str(ROOT / "accelerate_configs" / f"{name}.yaml"), str(tmp_path / "gradients.py"), name]
-    env = environment(PYTHONPATH=str(ROOT))
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("numbers")]
-    numbers, storage = map(int, line.split()[1:])
-    assert numbers == 64 * 32 // (2 if name == "fsdp2" else 1)
-    assert name == "fsdp2" or storage > numbers
-
-
-def resume_elsewhere(folder, name, refused, max_loss, **changes):
-    """Run on one process, go on from its middle under `name`, and not at all under `refused`: returns its message."""
+def resume_elsewhere(folder, name, max_loss, **changes):
+    """Run in one process, and go on from its middle under `name` with the same losses."""
     changes["checkpoint__every_steps"] = 4
-    recipe = run_all(folder, ["single"], **changes)
+    run_all(folder, ["single"], **changes)
     shutil.copytree(folder / "single" / "checkpoints" / "step-00000004", folder / name / "checkpoints/step-00000004")
     shutil.copy(folder / "single" / "recipe.yaml", folder / name)
     run_all(folder, [name], **changes)
@@ -260,23 +213,20 @@ def resume_elsewhere(folder, name, refused, max_loss, **changes):
         assert list(found) == ([5, 6, 7, 8] if key == "loss" else [step for step in single if step > 4])
         for step, row in found.items():
             assert row[key] == pytest.approx(single[step][key], rel=max_loss), (key, step)
-    result = train(recipe, f"--output_dir={folder / refused}", engine=refused)
-    assert result.returncode == 1
-    return result.stderr
 
 
-def test_muon_is_the_same_under_engines_that_shard_matrices_and_refused_under_others(tmp_path):
+@pytest.mark.slow
+def test_muon_is_the_same_under_an_engine_that_shards(tmp_path):
     # Muon's own products are in 16 bits.
-    message = resume_elsewhere(tmp_path, "fsdp2", "zero2", 1e-4, optimizer__name="muon")
-    assert "DeepSpeed cuts weights flat" in message and "optimizer.name: " in message
+    resume_elsewhere(tmp_path, "fsdp2", 1e-4, optimizer__name="muon")
 
 
+@pytest.mark.slow
 def test_schedule_free_is_the_same_under_an_engine_that_shards_and_exports_what_it_evaluates(tmp_path):
     if find_spec("schedulefree") is None:
         pytest.skip("schedulefree is not installed")
     changes = {"optimizer__name": "adamw_schedule_free", "scheduler__name": "constant_with_warmup"}
-    message = resume_elsewhere(tmp_path, "fsdp2", "zero2", 1e-6, **changes, evaluation__every_steps=3)
-    assert "DeepSpeed cuts weights flat" in message and "optimizer.name: " in message
+    resume_elsewhere(tmp_path, "fsdp2", 1e-6, **changes, evaluation__every_steps=3)
     evaluated = rows(tmp_path / "single", "eval/loss")[8]["eval/loss"]
     for run in (tmp_path / "single", tmp_path / "fsdp2"):
         check_export(run)
@@ -292,14 +242,11 @@ def test_schedule_free_is_the_same_under_an_engine_that_shards_and_exports_what_
             torch.testing.assert_close(revision[key], tensor, rtol=0, atol=0 if run.name == "single" else 1e-6)
 
 
-def test_8_bit_moments_are_the_same_in_copies_and_refused_in_shards(tmp_path):
+@pytest.mark.slow
+def test_8_bit_moments_are_the_same_in_copies(tmp_path):
     if find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
-    message = resume_elsewhere(tmp_path, "ddp", "fsdp2", 1e-6, optimizer__name="adamw_8bit")
-    assert (
-        "optimizer.name: adamw_8bit under fsdp2: torchao quantizes blocks" in message
-        and "take single or ddp" in message
-    )
+    resume_elsewhere(tmp_path, "ddp", 1e-6, optimizer__name="adamw_8bit")
 
 
 def test_flex_attention_on_a_cpu_is_refused(folder):
@@ -400,7 +347,7 @@ def test_parameters_that_are_not_trained_stay_as_they_were(tmp_path, name, model
     changes |= {"training__max_steps": 3, "checkpoint__every_steps": 2, "optimizer__weight_decay": 0.5}
     write_jsonl(tmp_path / "corpus.jsonl", small_text(200))
     recipe, run = write_recipe(tmp_path, **changes), tmp_path / "run"
-    result = train(recipe, engine=name, timeout=400)
+    result = train_ranks(recipe, engine=name, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "not trained, " in result.stderr
     said = json.loads((run / "environment.json").read_text())["untrained_parameters"]
@@ -412,7 +359,7 @@ def test_parameters_that_are_not_trained_stay_as_they_were(tmp_path, name, model
     assert names and all(torch.equal(exported[key], drawn[key]) for key in names)
     before = rows(run, "loss")
     shutil.rmtree(run / "checkpoints" / "step-00000003")
-    result = train(recipe, engine=name, timeout=400)
+    result = train_ranks(recipe, engine=name, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "step-00000002" in result.stderr
     assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}

@@ -77,7 +77,7 @@ def test_what_changes_a_recipe_or_does_not_run_is_refused_with_key_and_fix(ask, 
     assert message.startswith(f"{key}: ") and reason in message and "\n" not in message
 
 
-def test_a_deepspeed_file_may_say_where_but_not_what(ask, tmp_path):
+def test_a_deepspeed_file_may_not_set_what_the_recipe_sets(ask, tmp_path):
     path = tmp_path / "deepspeed.json"
     where = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
     path.write_text(json.dumps(where))
@@ -170,8 +170,8 @@ def test_the_asked_processes_are_read_as_the_launcher_reads_them():
     assert launch.asked_processes(["bash", "-c", "accelerate launch"]) is None
 
 
-def test_an_option_of_the_command_line_that_nobody_reads_is_refused(folder):
-    """accelerate hands these on under DeepSpeed alone."""
+def test_an_option_of_the_command_line_that_accelerate_would_ignore_is_refused(folder):
+    """accelerate passes them on with DeepSpeed only."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / "single.yaml"), "--gradient_accumulation_steps", "4"]
     command += ["-m", "hfpretrain.train", str(write_recipe(folder))]
@@ -185,16 +185,17 @@ def test_an_option_of_the_command_line_that_nobody_reads_is_refused(folder):
 @pytest.mark.parametrize(
     ("engine", "line", "message"),
     [
-        ("fsdp2", "  fsdp_transformer_layer_cls_to_wrap: NoSuchLayer",
-         "fsdp_config.fsdp_transformer_layer_cls_to_wrap: LlamaForCausalLM has no NoSuchLayer"),
         ("fsdp2", "  fsdp_offload_parms: true", "fsdp_config.fsdp_offload_parms: unknown key; did you mean"),
-        ("fsdp2", "  fsdp_auto_wrap_policy: WRAP", "fsdp_config: accelerate does not take it: ValueError: Inv"),
-        ("fsdp2", "  fsdp_offload_params: maybe", "fsdp_config: accelerate does not take it: ValueError: inv"),
-        ("zero2", "deepspeed_config: {zero_stge: 3}", "deepspeed_config.zero_stage: is not set"),
         ("single", "fsdp_config: {fsdp_version: 2}", "fsdp_config: is not read with this distributed_type"),
+        pytest.param("fsdp2", "  fsdp_transformer_layer_cls_to_wrap: NoSuchLayer", "has no NoSuchLayer",
+                     marks=pytest.mark.slow),
+        pytest.param("fsdp2", "  fsdp_auto_wrap_policy: WRAP", "fsdp_config: ", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "  fsdp_offload_params: maybe", "fsdp_config: ", marks=pytest.mark.slow),
+        pytest.param("zero2", "deepspeed_config: {zero_stge: 3}", "deepspeed_config.zero_stage: ",
+                     marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_what_the_file_says_in_vain_is_refused(folder, engine, line, message):
+def test_a_line_of_the_file_that_accelerate_would_ignore_is_refused(folder, engine, line, message):
     path = folder / f"{engine}.yaml"
     text = (ROOT / "accelerate_configs" / path.name).read_text()
     path.write_text(f"{text.rstrip()}\n{line}\n")
