@@ -305,22 +305,23 @@ def process_memory(
     where weights are float32. DeepSpeed allocates its reduction bucket at once, and a CPU provides the part of it that
     is written to.
     """
-    total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
+    total = shape.total
+    width = 4 if mixed_precision in ("no", "tf32") else 2  # bytes of a number in the precision
     weights_by, gradients_by, optimizer_by, activations_by = (
         sharding.divisor(group, num_processes)
         for group in (sharding.weights, sharding.gradients, sharding.optimizer, sharding.activations)
     )
     buffers, at_step, bucket = shape.buffers, 0, 0
     if sharding.family == "deepspeed":
-        weights, gradients = bits * total // weights_by, bits * total // gradients_by
-        masters = 0 if bits == 4 and sharding.weights == "all" else 4
+        weights, gradients = width * total // weights_by, width * total // gradients_by
+        masters = 0 if width == 4 and sharding.weights == "all" else 4
         optimizer = (masters * total + shape.moments) // optimizer_by
-        bucket = bits * min(REDUCE_BUCKET, total)
+        bucket = width * min(REDUCE_BUCKET, total)
         share = total // optimizer_by
         # For the update, 16-bit gradients are converted to float32.
         at_step = 4 * (min(share, _SUB_GROUP) if sharding.weights == "all" else share)
         if sharding.weights == "all":
-            buffers += bits * min(total, _MAX_LIVE)
+            buffers += width * min(total, _MAX_LIVE)
     else:
         weights, gradients, optimizer = (
             4 * total // weights_by,
@@ -331,7 +332,7 @@ def process_memory(
             buffers += 4 * total
         if sharding.family == "fsdp2":
             # Of a layer: gathered weights, those of the next one, gradients, and their float32 copy that is summed.
-            buffers += shape.tail * bits + shape.largest_layer * (3 * bits + 4)
+            buffers += shape.tail * width + shape.largest_layer * (3 * width + 4)
     if sharding.gradients == "one" and not sharding.keeps_gradients:
         in_pass = held.peak // activations_by + (0 if on_cpu else bucket)
     elif on_cpu:

@@ -94,7 +94,8 @@ def exchanges(
 
     `shard_size`: devices that share one copy of the model under `hsdp`.
     """
-    total, bits = shape.total, 4 if mixed_precision in ("no", "tf32") else 2
+    total = shape.total
+    width = 4 if mixed_precision in ("no", "tf32") else 2  # bytes of a number in the precision
     every = {"size": num_devices, "times": micro_steps}
     buckets = math.ceil(total / min(REDUCE_BUCKET, total))
     if engine == "ddp":
@@ -104,8 +105,8 @@ def exchanges(
         if engine == "hsdp":
             every["size"] = shard_size
         found = [
-            Exchange(1, bits * total, calls=units, **every),
-            Exchange(1, bits * (total - shape.tail), calls=units - 1, **every),
+            Exchange(1, width * total, calls=units, **every),
+            Exchange(1, width * (total - shape.tail), calls=units - 1, **every),
             Exchange(1, 4 * total, calls=units, **every),
         ]
         if engine == "hsdp":
@@ -114,11 +115,11 @@ def exchanges(
         return found
     if engine == "zero3":
         fetches = math.ceil(total / _PREFETCH_BUCKET)
-        gathers = [Exchange(1, bits * total, calls=fetches, **every)] * 2
-        return [*gathers, Exchange(1, bits * total, calls=buckets, **every)]
+        gathers = [Exchange(1, width * total, calls=fetches, **every)] * 2
+        return [*gathers, Exchange(1, width * total, calls=buckets, **every)]
     times = micro_steps if engine == "zero2" else 1
-    reduced = Exchange(2, bits * total, num_devices, buckets, times)
-    return [reduced, Exchange(1, bits * total, num_devices, buckets)]
+    reduced = Exchange(2, width * total, num_devices, buckets, times)
+    return [reduced, Exchange(1, width * total, num_devices, buckets)]
 
 
 @dataclass(frozen=True)
