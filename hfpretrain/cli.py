@@ -363,12 +363,13 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain import files
     from hfpretrain.checkpoints import saver
     from hfpretrain.data.inspection import step_lines
 
     recipe = _load(args, overrides)
-    saved = sorted((Path(recipe.output_dir) / "checkpoints").glob("step-" + "[0-9]" * 8))
-    skipped = saver.train_state(saved[-1])["skipped"] if saved else []
+    saved = files.steps(Path(recipe.output_dir) / "checkpoints")
+    skipped = saver.train_state(saved[0])["skipped"] if saved else []
     for line in step_lines(recipe, args.step, skipped):
         print(line)
 

@@ -252,6 +252,17 @@ def test_a_stream_has_the_same_frame(framed):
     assert (positions[:, 1:] == 0).equal(is_bos)
 
 
+def test_the_export_begins_a_text_as_it_was_trained(framed):
+    path = write_recipe(framed, tokenizer={"pretrained": str(framed / "tokenizer")}, training__max_steps=3)
+    result = train(path)
+    assert result.returncode == 0 and "documents begin with <s>" in result.stderr, result.stderr
+    export = framed / "run" / "model"
+    assert "puts `<s>` before a text" in (export / "README.md").read_text()
+    own, model = (kind.from_pretrained(export) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    assert own("the")["input_ids"][0] == BOS == model.config.bos_token_id
+
+
+@pytest.mark.slow
 def test_a_run_says_it_and_its_export_begins_as_it_was_trained(framed):
     path = write_recipe(
         framed,
