@@ -1,4 +1,4 @@
-"""The commits of the model and the tokenizer that a run takes from the Hub: found once, loaded by every process."""
+"""The commits at which a run loads model and tokenizer from the Hub: found by one process, used by all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ RECORD = "hub_commits"
 
 
 def find(recipe: Recipe) -> dict[str, str | None]:
-    """The commit of each `pretrained` of a recipe by its key, None where that is a folder.
+    """The commit of each `pretrained` of a recipe by its key; None for a folder, "" for a repo that is not in the cache
+    in offline mode.
 
     A run that has begun goes on with the commits in its records, as does one that begins with the checkpoint of another
     run's folder; else the Hub is asked. Only the main process calls this: a push may come between two answers.
@@ -31,7 +32,7 @@ def find(recipe: Recipe) -> dict[str, str | None]:
         of = (section.pretrained or "", section.revision)
         if Path(of[0]).exists() or missing_path(of[0]):
             found[key] = None
-        elif known.get(key) is not None:
+        elif known.get(key):
             found[key] = known[key]
         else:
             if of not in asked:
@@ -51,7 +52,7 @@ def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
             here, there = ("a folder", "none") if is_folder else ("no folder", "one")
             message = f"{section.pretrained} is {here} for {place} and {there} for rank 0; all must load the same"
             raise RecipeError.at(key, message)
-        if found[key] is not None:
+        if found[key]:
             updates[key.partition(".")[0]] = section.model_copy(update={"revision": found[key]})
     return recipe.model_copy(update=updates)
 
@@ -59,7 +60,7 @@ def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
 def notes(recipe: Recipe, found: dict[str, str | None]) -> Iterator[str]:
     """A sentence for each commit that the recipe does not name itself."""
     for key, section in _sections(recipe):
-        if found[key] not in (None, section.revision):
+        if found[key] and found[key] != section.revision:
             yield f"{key}: {section.pretrained} is loaded at commit {found[key]}"
 
 
@@ -69,7 +70,7 @@ def _sections(recipe: Recipe) -> Iterator[tuple[str, ModelSection | TokenizerSec
 
 
 def _recorded(recipe: Recipe) -> dict[str, str | None]:
-    """What a run wrote of the commits it began with; of the run in the output folder, or that of `resume_from`."""
+    """The commits that the run in the output folder began with, or the run that `checkpoint.resume_from` is of."""
     folders = [Path(recipe.output_dir)]
     if recipe.checkpoint.resume_from is not None:
         folders.append(Path(recipe.checkpoint.resume_from).absolute().parent.parent)
@@ -84,7 +85,7 @@ def _recorded(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
-    """The commit of a revision; in offline mode that of the cache, None if it has none, which loading will tell."""
+    """The commit of a revision. In offline mode that of the cache, or "" if it has none: loading will then say why."""
     from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
@@ -93,10 +94,10 @@ def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
         for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
             if isinstance(path := try_to_load_from_cache(repo_id, name, revision=revision), str):
                 return Path(path).parent.name
-        return None
+        return ""
     try:
         return HfApi().model_info(repo_id, revision=revision, timeout=60).sha
-    except Exception as error:  # what its HTTP library raises may be anything
+    except Exception as error:  # its HTTP library has exceptions of its own
         at = f"@{revision}" if revision else ""
         message = f"cannot ask the Hub for {repo_id}{at}, which is no folder here: {explain(error).text}"
         raise RecipeError.at(key, f"{message}; with HF_HUB_OFFLINE=1 the local cache is used") from error

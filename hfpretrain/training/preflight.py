@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # The first document of a text file or of a JSON array needs the whole file, so only small files are read.
 _SMALL_BYTES = 2**24
-# A model of so many parameters is built with random weights in about a second.
+# A model with so many parameters is built with random weights in about a second.
 _TRIED_PARAMETERS = 2**27
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -95,10 +95,10 @@ def disk_problems(recipe: Recipe, num_bytes: int) -> list[Problem]:
 
 
 def require_model(recipe: Recipe) -> None:
-    """Build the recipe's model without values, which takes a fraction of a second at any size.
+    """Build the recipe's model on the meta device, which takes a fraction of a second at any size.
 
-    Raises `RecipeError` if it can't be built or exported, or has no parameter for a pattern of `optimizer.no_decay`. A
-    model with code of its own is not built.
+    Raises `RecipeError` if it can't be built or exported, or if a pattern of `optimizer.no_decay` matches no parameter.
+    A model with remote code is not built.
     """
     from hfpretrain.modeling import optim
 
@@ -108,7 +108,7 @@ def require_model(recipe: Recipe) -> None:
 
 
 def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
-    """Try a small model with random weights as training tries it; returns what is left to say.
+    """Test a small model with random weights as training will test it. Returns a sentence for what was not tested.
 
     `packs_documents`: whether a block holds several documents, None if the text is not prepared. Raises `RecipeError`
     where training would: predictions see later tokens, documents of a block see each other, or the loss can't be
@@ -136,11 +136,11 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
 
 
 def _model(recipe: Recipe, device: str) -> PreTrainedModel | None:
-    """The recipe's model, on the CPU with random weights; None of one with code of its own."""
+    """The recipe's model with random weights, or on the meta device; None if it has remote code."""
     from hfpretrain.modeling.build import build_model
     from hfpretrain.modeling.config import load_config
 
-    # Where the vocabulary follows a tokenizer that may not exist yet: it changes no name and nothing that is tried.
+    # The tokenizer may not exist yet. The size of the vocabulary changes nothing that is tested here.
     ids = [n for key, n in (recipe.model.config or {}).items() if key.endswith("token_id") and isinstance(n, int)]
     config = load_config(recipe.model, vocab_size=max(511, *ids, 0) + 1)
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -152,8 +152,10 @@ def _model(recipe: Recipe, device: str) -> PreTrainedModel | None:
 
 
 def _packs_documents(recipe: Recipe) -> bool:
-    """Whether a block is sure to hold several documents of text that is not prepared, by the first eight documents:
-    laid end to end they don't all fill blocks exactly, and short ones share a block."""
+    """Whether some block is sure to hold several documents, judged by the first eight documents of each source.
+
+    Documents laid end to end don't all fill blocks exactly, and with best-fit packing short ones share a block.
+    """
     if recipe.data.streaming:
         return True
     for number, source in enumerate(recipe.data.sources):
