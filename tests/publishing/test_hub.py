@@ -412,7 +412,7 @@ def test_wrong_names_and_folders_give_messages_without_a_traceback(world):
     assert missing.returncode == 2 and "no run with checkpoints" in missing.stderr
     refused = world.push(world.folder / "run", "not a name!")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "not a name!" in refused.stderr
-    with pytest.raises(RecipeError, match="hub: `repo_id`: 'a--b' is no name of a repo"):
+    with pytest.raises(RecipeError, match="hub: `repo_id`: 'a--b' is not a valid repo id"):
         load_recipe(world.recipe(), ["--hub.repo_id=a--b"])
     with pytest.raises(RecipeError, match="is not of the form hub://USER/NAME@step-00001000"):
         load_recipe(world.recipe(), ["--checkpoint.resume_from=hub://user/tiny"])
