@@ -86,8 +86,7 @@ def test_help_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.endswith("[]\n"), result.stdout
-    for command in ("check", "export", "plan", "prepare", "evaluate", "verify", "push", "schema"):
-        assert command in result.stdout
+    assert "train a recipe" in result.stdout and result.stdout.count("--section.key=value") == 1
 
 
 def test_data_tells_what_a_step_consumed(folder):

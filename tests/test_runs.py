@@ -24,7 +24,7 @@ def test_a_line_for_each_run_and_one_picture(folder):
     assert one.split()[:6] == ["one", "llama", "single", "x1", "39,072", "1,024"] and one.endswith("finished")
     assert three.endswith("running at 2/4") and two.split()[5] == "1,536"
     assert "stopped at 2/4" in hfpretrain("runs", str(folder / "runs" / "three")).stdout
-    assert Image.open(folder / "all.png").size[0] > 500
+    Image.open(folder / "all.png").verify()
 
 
 def test_a_folder_without_runs_is_named(tmp_path):

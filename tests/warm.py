@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -76,9 +77,11 @@ def _run(module: str, arguments: list[str], output: str, max_file_size: int | No
 
 
 def _serve() -> None:
-    for name in ("train", "cli", "publishing.publisher", "evaluation.score"):
-        importlib.import_module(f"hfpretrain.{name}")
-    importlib.import_module("matplotlib.backends.backend_agg")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which an export sets before it imports DeepSpeed
+    modules = ("hfpretrain.train", "hfpretrain.cli", "hfpretrain.publishing.publisher", "hfpretrain.evaluation.score")
+    libraries = ("matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama")
+    for name in (*modules, *libraries, *(["deepspeed"] if find_spec("deepspeed") else [])):
+        importlib.import_module(name)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from hfpretrain import files
 from hfpretrain.checkpoints import saver
-from hfpretrain.data.tokenizer import document_prefix, load_tokenizer
+from hfpretrain.checkpoints.recipe_changes import changes
 from hfpretrain.engines import pieces
 from hfpretrain.recipe.addresses import hub_address
 from hfpretrain.recipe.hub import explain
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, TokenizerSection
-from hfpretrain.recipe.yaml import MAY_DIFFER, differences, dump_recipe, read_recipe
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
+from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 
 _KEY = "checkpoint.resume_from"
 logger = logging.getLogger(__name__)
@@ -121,24 +121,6 @@ def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[
     if changed := changes(recipe, begun):
         advice = "undo the changes, or go on from its weights alone by `model.pretrained`"
         raise RecipeError([Problem(_KEY, f"{given} is of another recipe; {advice}"), *changed])
-
-
-def changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
-    """The keys in which a recipe differs from that of the run which it shall take up, but for `MAY_DIFFER`."""
-    changed = differences(recipe, begun, ignore=MAY_DIFFER)
-    same_tokenizer = not any(problem.path.startswith("tokenizer.") for problem in changed)
-    if same_tokenizer and recipe.tokenizer.add_bos != begun.tokenizer.add_bos:
-        changed += _framing_changes(recipe.tokenizer, begun.tokenizer)
-    return changed
-
-
-def _framing_changes(now: TokenizerSection, then: TokenizerSection) -> Iterator[Problem]:
-    """A problem if documents of the two begin with other tokens: null and what it stands for are the same."""
-    first, second = (document_prefix(load_tokenizer(section)) for section in (now, then))
-    if first != second:
-        names = ["BOS" if prefix else "no BOS" for prefix in (first, second)]
-        message = f"documents begin with {names[0]} here, with {names[1]} there"
-        yield Problem("tokenizer.add_bos", f"{message} (got {now.add_bos!r}, there {then.add_bos!r})")
 
 
 def _download(repo_id: str, revision: str, folder: Path) -> Path:

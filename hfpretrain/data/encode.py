@@ -1,4 +1,4 @@
-"""Texts to token ids, with what begins and ends a document; how many bytes of text each token stands for."""
+"""Encode texts as token ids, with the tokens that begin and end a document; count the bytes of text of each token."""
 
 from __future__ import annotations
 

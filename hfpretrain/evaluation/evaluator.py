@@ -75,11 +75,8 @@ class Evaluator:
         stop_if_asked: Callable[[], None],
     ):
         self._section, self._engine, self._records = section, engine, records
-        self._tokenizer, self._token_bytes, self._eos_token_id = (
-            tokenizer,
-            token_bytes,
-            prepared.manifest["eos_token_id"],
-        )
+        self._tokenizer, self._token_bytes = tokenizer, token_bytes
+        self._eos_token_id = prepared.manifest["eos_token_id"]
         self._validates, self._document_masking = validates, document_masking
         self._micro_batch_size, self._block_size, self._num_steps = micro_batch_size, block_size, num_steps
         self._beat, self._stop_if_asked = beat, stop_if_asked

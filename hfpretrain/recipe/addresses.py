@@ -1,4 +1,4 @@
-"""Names of the Hub and paths: which of the two a recipe's value is, and what to say when it does not load."""
+"""Ids of the Hub and paths: which of the two a value of a recipe is, and why it can't be loaded."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 IS_LFS_POINTER = "is a Git LFS pointer, not the file: get it with `git lfs pull`"
 
 
-# As `huggingface_hub.utils.validate_repo_id` has it.
+# The pattern of `huggingface_hub.utils.validate_repo_id`; importing that would make `hfpretrain check` slower.
 _REPO_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 
 
 def repo_id_problem(repo_id: str) -> str | None:
-    """Why no repo of the Hub can have this name, None if one can."""
+    """Why `repo_id` can't be the id of a Hub repo; None if it can."""
     if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
-        return f"{repo_id!r} is no name of a repo; write USER/NAME with letters, digits, `-`, `_` and `.`"
+        return f"{repo_id!r} is not a valid repo id; write USER/NAME with letters, digits, `-`, `_` and `.`"
     return None
 
 
@@ -25,7 +25,7 @@ _SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt", ".gguf", ".txt", 
 
 
 def missing_path(given: str) -> str | None:
-    """Why `given`, a folder or an id of the Hub, can be neither; None if it exists or may be an id."""
+    """Why `given` is neither an existing path nor possibly an id of the Hub; None if it is one of the two."""
     path = Path(given)
     if path.exists():
         return None
@@ -41,12 +41,12 @@ def missing_path(given: str) -> str | None:
 
 
 def not_loaded(given: str, error: Exception) -> str:
-    """What to say of a folder or an id of the Hub that a library does not load."""
+    """The message for a folder or an id of the Hub that a library could not load with `error`."""
     line = (str(error).splitlines() or [""])[0]
     line = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
     path = Path(given)
     if (path / "train_state.json").is_file():
-        return f"{given!r} is a checkpoint of a run; export it first, `hfpretrain export {given} OUT`, and name OUT"
+        return f"{given!r} is a checkpoint of a run; export it with `hfpretrain export {given} OUT` and give OUT"
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
         return f"{given!r} is a run; did you mean {path / 'model'}?"
     if path.exists():
@@ -55,7 +55,7 @@ def not_loaded(given: str, error: Exception) -> str:
 
 
 def _absent_file(folder: Path) -> str | None:
-    """Which file of a folder is a broken link or a Git LFS pointer; None if none is."""
+    """The first file of a folder that is a broken link or a Git LFS pointer, and what is wrong; or None."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.is_symlink() and not file.exists():
             return f"{file} is a link to {file.readlink()}, which is missing"
@@ -65,7 +65,7 @@ def _absent_file(folder: Path) -> str | None:
 
 
 def hub_address(address: str) -> tuple[str, str] | None:
-    """Repo and revision of `hub://USER/NAME@REVISION`, None where it is no address of the Hub."""
+    """Repo id and revision of `hub://USER/NAME@REVISION`; None if `address` does not begin with `hub://`."""
     if not address.startswith("hub://"):
         return None
     repo_id, _, revision = address.removeprefix("hub://").partition("@")

@@ -14,7 +14,7 @@ from hfpretrain.recipe.schema import Recipe
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message for an unknown key, with the nearest known one."""
+    """The message for an unknown key; it names the nearest known one, or all of them."""
     known = sorted(known)
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if nearest:
@@ -116,7 +116,8 @@ COUNTERPARTS = {
 
 
 def place_of(key: str) -> str | None:
-    """The recipe's key for what another training script, or another section, calls `key`; None if there is none."""
+    """The dotted path of the recipe's key that `key` probably means: what another training script calls it, or a key of
+    another section. None if there is none."""
     if key in COUNTERPARTS:
         return COUNTERPARTS[key]
     places = [path for path in paths(Recipe) if path.rpartition(".")[2] == key]
@@ -124,7 +125,7 @@ def place_of(key: str) -> str | None:
 
 
 def paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all keys; of a list of sections those of the first."""
+    """Dotted paths of all keys; of a list of sections, those of its first entry."""
     for name, field in section.model_fields.items():
         yield prefix + name
         kind, entry = section_of(field.annotation)
@@ -133,7 +134,7 @@ def paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """The section that a field holds, itself or in a list, and the index of a list's first entry."""
+    """The section class that a field holds or None; and `0.` where it holds a list of them, else an empty string."""
     entry = ""
     while typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
         entry = "0." if typing.get_origin(annotation) is tuple else entry
@@ -143,7 +144,7 @@ def section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
 
 
 def known_keys(location: Sequence[int | str]) -> list[str]:
-    """Field names of the section at `location`, a path of keys and list indices."""
+    """Keys of the section at `location`, a path of keys and list indices."""
     section: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, str):

@@ -18,7 +18,7 @@ _SECRET = re.compile(
     r"token(?!iz|s)|secret|passw|pwd|api[-_]?key|access[-_]?key|credential|signature|authorization|jwt|hmac"
     r"|(^|[-_])(sig|sas|auth|pass|pw|session|sessionid)$"
 )
-# What a signature covers, and what changes each time an address is signed: of S3, Google, Azure and CloudFront.
+# Query parameters of signed addresses of S3, Google, Azure and CloudFront that change with each signature.
 _SIGNED = re.compile(
     r"x-(amz|goog|oss|ms)-|(expires|expiry|exp|policy|key-pair-id|googleaccessid|algorithm"
     r"|s[evrtpisd]|spr|sip|sk[etsv]|skoid|sktid|srt|ss|sdd|scid|saoid|suoid)$"
@@ -38,7 +38,7 @@ def redact(text: str) -> str:
 
 def _without_user(match: re.Match[str]) -> str:
     scheme, user = match[1], match[2]
-    # Other schemes have the name of a bucket, a container or a user there, `hub` a repo.
+    # In other schemes this part names a bucket, a container or a user, and in `hub://` a repo.
     is_secret = ":" in user or scheme in ("http", "https")
     return f"{scheme}://{HIDDEN}@" if is_secret and scheme != "hub" else match[0]
 
@@ -56,7 +56,7 @@ def _without_values(match: re.Match[str]) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """The same mappings and lists with every string redacted."""
+    """A copy of nested mappings and lists in which every string is redacted."""
     if isinstance(value, dict):
         return {redacted(key): redacted(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -65,7 +65,7 @@ def redacted(value: Any) -> Any:
 
 
 def secrets_of(value: Any) -> list[str]:
-    """The strings of mappings and lists that `redacted` changes."""
+    """The strings of nested mappings and lists that hold a secret, which `redacted` would change."""
     if isinstance(value, dict):
         return [found for item in value.values() for found in secrets_of(item)]
     if isinstance(value, (list, tuple)):
@@ -74,7 +74,7 @@ def secrets_of(value: Any) -> list[str]:
 
 
 def restored(value: Any, secrets: Collection[str]) -> Any:
-    """What `redacted` made of a value, with the strings of `secrets_of` again."""
+    """The inverse of `redacted`: put the strings that `secrets_of` returned back in their places."""
     if isinstance(value, dict):
         return {key: restored(item, secrets) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -83,9 +83,9 @@ def restored(value: Any, secrets: Collection[str]) -> Any:
 
 
 def without_folders(value: Any, texts: Collection[str] = ()) -> Any:
-    """The same mappings and lists with absolute paths of this machine cut to their last name.
+    """A copy of nested mappings and lists in which absolute paths are cut to their last part.
 
-    `texts`: keys below which strings are no paths.
+    `texts`: keys below which strings are not paths.
     """
     if isinstance(value, dict):
         return {key: item if key in texts else without_folders(item, texts) for key, item in value.items()}
@@ -96,12 +96,12 @@ def without_folders(value: Any, texts: Collection[str] = ()) -> Any:
 
 
 def is_redacted(address: str) -> bool:
-    """Whether an address was written without its secret, so that it can't be opened."""
+    """Whether `***` stands in an address for its secret, so that the address can't be opened."""
     return f"://{HIDDEN}@" in address or f"={HIDDEN}" in address
 
 
 def install() -> None:
-    """From now on this process neither logs a secret of an address nor prints one with an uncaught exception."""
+    """From now on this process logs no secrets of addresses and prints none with an uncaught exception."""
     import logging
     import sys
     import traceback
@@ -114,7 +114,7 @@ def install() -> None:
         made = make(*arguments, **keywords)
         try:
             text = made.getMessage()
-        except (TypeError, ValueError):  # logging itself tells about wrong arguments
+        except (TypeError, ValueError):  # logging itself reports wrong arguments
             return made
         if redact(text) != text:
             made.msg, made.args = redact(text), ()

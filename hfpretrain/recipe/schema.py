@@ -53,7 +53,7 @@ class RecipeError(ValueError):
 
     @classmethod
     def at(cls, path: str, message: str) -> RecipeError:
-        """The error for a single key."""
+        """The error of a single key."""
         return cls(Problem(path, message))
 
 
@@ -325,13 +325,13 @@ class DataSection(Section):
         return bool(self.validation_sources) or self.validation_fraction > 0
 
     def validation_split(self, number: int) -> str:
-        """Where the text of validation source `number` is prepared."""
+        """Name of the prepared split of validation source `number`."""
         domain = self.validation_sources[number].domain
         return "validation" if domain is None else f"validation-{domain}"
 
     @property
     def validation_splits(self) -> list[str]:
-        """All of them, each once."""
+        """Names of all validation splits, each once."""
         if self.validation_fraction > 0:
             return ["validation"]
         return list(dict.fromkeys(map(self.validation_split, range(len(self.validation_sources)))))
@@ -501,7 +501,7 @@ class TrainingSection(Section):
 
     @property
     def stop_after_seconds(self) -> int | None:
-        """`stop_after` as a number."""
+        """`stop_after` in seconds."""
         if self.stop_after is None:
             return None
         units = {"h": 3600, "m": 60, "s": 1}
@@ -671,7 +671,7 @@ class Recipe(Section):
     def _paths(self) -> Recipe:
         for path in (self.output_dir, self.data.prepared_dir or ""):
             if path.startswith("~"):
-                raise ValueError(f"`~` in {path!r} is the shell's and not expanded here; write the folder out")
+                raise ValueError(f"`~` in {path!r} is expanded by the shell only; write the whole path")
         return self
 
     @property
@@ -707,7 +707,7 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
             "`constant_with_warmup`",
         )
     if recipe.model.pretrained is not None and recipe.tokenizer.pretrained is None:
-        yield Problem("tokenizer.pretrained", "a model that goes on needs the tokenizer it was trained with; name it")
+        yield Problem("tokenizer.pretrained", "a pretrained model needs the tokenizer it was trained with; give it")
     for _, weights in recipe.data.weights:
         for number, weight in enumerate(weights):
             if 0 < weight < 1e-4 * sum(weights):
@@ -716,7 +716,7 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
                 )
     for number, stage in enumerate(recipe.data.stages):
         if stage.from_tokens >= training.num_steps * training.tokens_per_step:
-            yield Problem(f"data.stages.{number}.from_tokens", f"{stage.from_tokens} is behind the end of the run")
+            yield Problem(f"data.stages.{number}.from_tokens", f"{stage.from_tokens} is after the end of the run")
     if recipe.data.streaming and recipe.tokenizer.pretrained is None:
         yield Problem("tokenizer.pretrained", "`data.streaming` needs a tokenizer that exists: training one reads all")
     evaluation = recipe.evaluation

@@ -7,21 +7,21 @@ from pathlib import Path
 
 from hfpretrain.recipe.schema import RecipeError
 
-# In a wheel they stand inside of the package, in a checkout (editable or not) beside it.
+# In a wheel the files are inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parent.parent
 _HOME = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 _FOLDERS = {"recipe": _HOME / "recipes", "engine": _HOME / "accelerate_configs"}
 
 
 def names(kind: str) -> list[str]:
-    """All names of a `kind`: "recipe" or "engine"."""
+    """Names of all shipped files of a `kind`: "recipe" or "engine"."""
     return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
 
 
 def find(given: str | Path, *kinds: str, path: str = "recipe") -> Path:
-    """The file that `given` is, or else the one shipped under that name among `kinds`.
+    """The path `given` if it is a file, or else the shipped file of that name among `kinds`.
 
-    Raises `RecipeError` at `path` for what is neither, with the nearest names.
+    Raises `RecipeError` at the key `path` if there is neither; the message has the nearest names.
     """
     if Path(given).is_file():
         return Path(given)

@@ -105,8 +105,10 @@ def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
 
 
 def _apply_override(mapping: dict[str, Any], override: str, following: str) -> None:
-    """Write an override into a recipe's mapping. The error message for a malformed one uses the argument `following`
-    it."""
+    """Write an override into a recipe's mapping.
+
+    `following`: the next argument, which the error message for `--key value` instead of `--key=value` quotes.
+    """
     match = re.fullmatch(r"--([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
     if match is None:
         raise RecipeError.at(override, f"not an override; write {_as_override(override, following)}")
@@ -124,14 +126,14 @@ def _apply_override(mapping: dict[str, Any], override: str, following: str) -> N
         else:
             raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value, it has no key {key!r}")
         if last:
-            # A glob is no alias: there are none in recipes.
+            # A glob such as `*.txt`, which YAML would read as an alias.
             node[slot] = match[2] if match[2].startswith("*") else parse_yaml(match[2], override)
         else:
             node = node[slot]
 
 
 def _as_override(argument: str, following: str) -> str:
-    """How an argument such as `--max_steps`, with the one behind it, is spelled as an override."""
+    """The correct override for a wrong argument such as `--max_steps`; `following`: the next argument."""
     name = argument.removeprefix("--")
     if name == argument or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
         return "--section.key=value"
@@ -148,8 +150,8 @@ def read_recipe(
 ) -> Recipe:
     """Read, override and validate a recipe.
 
-    `checks` get the raw mapping and give further problems (the model's check of `model.config` needs transformers,
-    which this module must not). Raises `RecipeError` with all problems at once.
+    `checks` get the raw mapping and return further problems: those that need a library which this room does not import.
+    Raises `RecipeError` with all problems at once.
     """
     mapping = read_mapping(path, overrides)
     problems: list[Problem] = []
@@ -172,7 +174,7 @@ def read_recipe(
 
 
 def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
-    """Values that pydantic silently converts, and values that no run can use."""
+    """Problems of values that pydantic converts silently, and of values that no run can use."""
     taken = dict(flatten(recipe.model_dump(mode="json")))
     for path, value in flatten(mapping):
         if isinstance(value, bool) and not isinstance(taken.get(path, value), bool):
@@ -186,7 +188,7 @@ def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem
 
 
 def _problem(detail: Any) -> Problem:
-    """A pydantic error as a dotted path, the value and the fix."""
+    """The problem of one pydantic error: the dotted path, what is wrong, and the value."""
     location = list(detail["loc"])
     if detail["type"] != "extra_forbidden":  # pydantic appends the branch of a union to the path
         location = [p for p in location if not re.fullmatch(r"bool|str|literal\[.*\]|tuple\[.*\]", str(p))]
@@ -204,17 +206,18 @@ def _problem(detail: Any) -> Problem:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, with defaults, and with `***` for secrets in addresses. `read_recipe` reads it back
-    as the same recipe, except for the secrets."""
+    """The recipe as YAML, with all defaults, and with `***` for secrets in addresses.
+
+    `read_recipe` reads it back as the same recipe, except for the secrets.
+    """
     return dump_mapping(recipe.model_dump(mode="json"))
 
 
 def dump_mapping(mapping: dict[str, Any]) -> str:
-    """The same of a recipe's mapping."""
+    """A recipe's mapping as YAML, with `***` for secrets in addresses."""
     return yaml.safe_dump(redacted(mapping), sort_keys=False, allow_unicode=True)
 
 
-# What may differ when a run is taken up again: none of it changes which text is learned in which step.
 MAY_DIFFER = (
     "output_dir",
     "data.prepared_dir",
@@ -238,12 +241,13 @@ MAY_DIFFER = (
     "logging",
     "hub",
 )
+"""Keys and sections that may change when a run is resumed: none changes which text is trained on in which step."""
 
 
 def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
     """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections.
 
-    Secrets of addresses are left out: an address that is signed anew is the same.
+    Secrets of addresses are not compared: an address with a new signature is the same address.
     """
     flat_ours, flat_theirs = (dict(flatten(redacted(recipe.model_dump(mode="json")))) for recipe in (ours, theirs))
     return [

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain.checkpoints.resume import changes
+from hfpretrain.checkpoints.recipe_changes import changes
 from hfpretrain.data import corpus
 from hfpretrain.recipe.addresses import hub_address, missing_path, not_loaded
 from hfpretrain.recipe.hub import explain

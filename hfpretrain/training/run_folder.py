@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hfpretrain.checkpoints import export
-from hfpretrain.checkpoints.resume import changes
+from hfpretrain.checkpoints.recipe_changes import changes
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import read_recipe
 
@@ -25,6 +24,8 @@ def claimed(recipe: Recipe, is_main: bool) -> Iterator[None]:
 
     Raises `RecipeError` if the folder has another recipe's run, or if another run in it is alive.
     """
+    from hfpretrain.checkpoints import export  # imports torch, which `hfpretrain check` does without
+
     if not is_main:
         yield
         return

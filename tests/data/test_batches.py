@@ -147,7 +147,7 @@ def test_padding_is_not_predicted_and_not_counted():
     assert padded.step(0).documents.tolist() == [4]
 
 
-def test_the_ledger_is_the_same_for_any_processes_and_notices_any_change():
+def test_the_ledger_is_equal_on_any_number_of_processes_and_notices_a_changed_token():
     alone = data(weights=[0.5, 0.5])
     expected = Ledger(alone.step(step).checksum for step in range(20))
     for num_processes, accumulation, micro_batch_size in [(2, 4, 1), (4, 1, 2), (1, 2, 4)]:
@@ -169,7 +169,7 @@ def test_the_ledger_is_the_same_for_any_processes_and_notices_any_change():
     assert recent.mismatch(alone.checksum, 32, max_tokens=1) == 19
 
 
-def test_prefetched_steps_are_the_steps_and_errors_arrive():
+def test_prefetched_data_equal_the_steps_and_errors_are_raised():
     prefetcher = Prefetcher(data().step, range(3, 9), pin_memory=False)
     for step in range(3, 9):
         expected = data().step(step).batches
@@ -184,7 +184,7 @@ def test_prefetched_steps_are_the_steps_and_errors_arrive():
         Prefetcher(broken, range(5, 9), pin_memory=False).next()
 
 
-def test_a_reader_that_is_blocked_holds_up_no_stop(monkeypatch):
+def test_a_blocked_reader_does_not_delay_stopping(monkeypatch):
     monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.2)
     answer = threading.Event()
     start = time.monotonic()
@@ -235,7 +235,7 @@ def test_shifted_blocks_are_the_same_on_two_processes():
     assert torch.equal(torch.cat(parts), alone)
 
 
-def test_no_text_predicts_another_where_a_shifted_block_spans_both():
+def test_a_shifted_block_of_two_texts_has_no_loss_between_them():
     seams = 0
     for step in range(4):
         for (_, row, shift), batch in zip(shifting().places(step), shifting().step(step).batches, strict=True):

@@ -90,7 +90,7 @@ def section(tmp_path, documents, **keywords):
     return DataSection(sources=({"path": "json", "data_files": str(path)},), block_size=8, **keywords)
 
 
-def test_documents_keep_their_side_when_others_are_added(tmp_path):
+def test_documents_keep_their_split_when_others_are_added(tmp_path):
     documents = small_text(600)
     before = split(section(tmp_path, documents[:400], validation_fraction=0.1))
     after = split(section(tmp_path, documents[200:], validation_fraction=0.1))
@@ -100,7 +100,7 @@ def test_documents_keep_their_side_when_others_are_added(tmp_path):
     assert not set(before["validation"]) & set(before["train"])
 
 
-def test_duplicates_land_on_one_side(tmp_path):
+def test_duplicates_are_in_the_same_split(tmp_path):
     parts = split(section(tmp_path, small_text(200) * 2, validation_fraction=0.2))
     assert parts["validation"] and not set(parts["validation"]) & set(parts["train"])
 
@@ -179,7 +179,7 @@ def test_files_that_have_not_changed_are_not_read_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["arrow", "folder", "data_dir", "slice"])
-def test_what_datasets_reads_has_an_identity(tmp_path, kind):
+def test_a_source_read_by_datasets_has_an_identity(tmp_path, kind):
     import datasets
 
     def write(word):
@@ -202,7 +202,7 @@ def test_what_datasets_reads_has_an_identity(tmp_path, kind):
     assert source_identity(source) != before
 
 
-def test_what_has_no_identity_is_refused(tmp_path, monkeypatch):
+def test_a_source_without_an_identity_is_refused(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for source in (
         SourceSection(path=str(tmp_path / "empty")),
@@ -220,7 +220,7 @@ def test_what_has_no_identity_is_refused(tmp_path, monkeypatch):
         source_identity(url)
 
 
-def test_an_error_of_the_hub_is_no_revision(monkeypatch):
+def test_an_error_of_the_hub_is_raised_and_not_taken_for_a_commit(monkeypatch):
     import datasets
     from huggingface_hub import HfApi
 
@@ -252,7 +252,7 @@ def test_data_dir_may_be_a_url_and_its_changes_are_noticed(tmp_path):
         write_jsonl(tmp_path / "a.jsonl", ["x"])
 
 
-def test_brackets_in_names_are_no_patterns_and_a_file_named_twice_is_one(tmp_path):
+def test_brackets_in_names_are_not_patterns_and_a_file_named_twice_is_read_once(tmp_path):
     folder = tmp_path / "a [v2]"
     folder.mkdir()
     (folder / "p1.csv").write_text("text\nfirst\n")
@@ -290,7 +290,7 @@ def test_rows_of_csv_have_the_fields_of_the_header_or_are_bad(tmp_path):
     assert [d.text for d in found if not d.problem] == [*(f"row {n},\nof two lines" for n in range(2500)), "last"]
 
 
-def test_a_folder_with_other_splits_is_asked_about(tmp_path, monkeypatch):
+def test_a_folder_with_files_of_other_splits_is_refused(tmp_path, monkeypatch):
     for name in ("train", "validation", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", [name])
     assert "another split's file" in refusal(path="json", data_dir=str(tmp_path))
@@ -339,7 +339,7 @@ def jsonl(path, documents):
 
 
 @pytest.mark.parametrize("name", ["part[1].jsonl", "a::b.jsonl", "what?.jsonl", "*.jsonl", "a{b}.jsonl"])
-def test_a_name_that_exists_is_that_file_whatever_characters_it_has(tmp_path, name, monkeypatch):
+def test_the_name_of_an_existing_file_is_never_a_pattern(tmp_path, name, monkeypatch):
     for other in ("part1.jsonl", "whatx.jsonl", "z.jsonl"):
         jsonl(tmp_path / other, ["another"])
     jsonl(tmp_path / name, ["this one"])
@@ -356,7 +356,7 @@ def test_a_name_that_exists_is_that_file_whatever_characters_it_has(tmp_path, na
     assert read(path="json", data_files="[x]/*.jsonl") == ["in a folder"]
 
 
-def test_what_a_pattern_matches_and_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_match_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     import os
 
     jsonl(tmp_path / "d" / "a.jsonl", ["x"])
@@ -433,7 +433,7 @@ def test_slices_are_of_all_files_together(tmp_path):
     assert "data.sources.split" in refusal(path=str(tmp_path), split="validation")
 
 
-def test_splits_of_a_folder_are_told_by_names_and_what_is_unclear_is_refused(tmp_path):
+def test_files_of_a_folder_are_assigned_to_splits_by_name_or_refused(tmp_path):
     for name in ("train-0", "train-1", "test-0"):
         jsonl(tmp_path / "d" / f"{name}.jsonl", [name])
     jsonl(tmp_path / "shards" / "data" / "extra-00000-of-00001.jsonl", ["extra"])
@@ -446,7 +446,7 @@ def test_splits_of_a_folder_are_told_by_names_and_what_is_unclear_is_refused(tmp
     assert "more.jsonl belongs by its name to no split" in refusal(path=str(tmp_path / "d"))
 
 
-def test_files_of_a_folder_are_read_each_by_its_name(tmp_path):
+def test_each_file_of_a_folder_is_read_in_the_format_of_its_name(tmp_path):
     jsonl(tmp_path / "a.jsonl", ["json"])
     (tmp_path / "b.csv").write_text("text\ncsv\n")
     pandas.DataFrame({"text": ["parquet"]}).to_parquet(tmp_path / "c.parquet")
@@ -456,7 +456,7 @@ def test_files_of_a_folder_are_read_each_by_its_name(tmp_path):
     assert "e.docx is in none of the formats" in refusal(path=str(tmp_path), sample_by="document")
 
 
-def test_what_stands_beside_data_is_left_out_of_a_folder(tmp_path, caplog):
+def test_files_that_are_not_data_are_left_out_of_a_folder(tmp_path, caplog):
     import logging
 
     jsonl(tmp_path / "a.jsonl", ["x"])
@@ -495,7 +495,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
     ],
 )
 @pytest.mark.parametrize("on_bad_document", ["error", "skip"])
-def test_a_file_that_is_something_else_is_said_to_be_that(tmp_path, name, content, what, on_bad_document):
+def test_a_file_in_another_format_than_its_name_is_refused_with_that_format(
+    tmp_path, name, content, what, on_bad_document
+):
     (tmp_path / name).write_bytes(content)
     kind = {"txt": "text", "csv": "csv", "parquet": "parquet"}.get(name.split(".")[1], "json")
     source = SourceSection(path=kind, data_files=str(tmp_path / name), sample_by="document" if kind == "text" else None)
@@ -562,7 +564,7 @@ def test_remote_files_are_read_line_by_line_without_copying_blocks(tmp_path):
     assert read(path="parquet", data_files="memory://by-line/c[1].parquet") == TEXTS
 
 
-def test_upper_case_suffixes_and_first_lines_that_are_broken_are_no_other_format(tmp_path):
+def test_upper_case_suffixes_and_broken_first_lines_do_not_change_the_format(tmp_path):
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "x"}\n'))
     assert read(path="json", data_files=str(tmp_path / "A.JSONL.GZ")) == ["x"]
     (tmp_path / "b.jsonl").write_text('{"text": "cut\n{"text": "x"}\n{\n')

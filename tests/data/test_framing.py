@@ -57,7 +57,7 @@ def framed(folder):
 
 
 @pytest.mark.parametrize("appends", [False, True])
-def test_blocks_hold_the_tokenizers_own_call_and_one_eos(folder, appends):
+def test_a_document_in_blocks_is_what_calling_the_tokenizer_gives_and_one_eos(folder, appends):
     own = with_bos(folder / "tokenizer", appends=appends)
     made = prepare(recipe(folder))
     ids = token_stream(made, "train-0") + token_stream(made, "validation")
@@ -78,7 +78,7 @@ def test_blocks_hold_the_tokenizers_own_call_and_one_eos(folder, appends):
         prepared.verify(made.path)
 
 
-def test_best_fit_begins_every_document_so_and_no_rest_of_one(framed):
+def test_best_fit_has_one_bos_for_each_document(framed):
     write_jsonl(framed / "corpus.jsonl", [*small_text(150), " ".join(small_text(40, seed=3))])
     made = prepare(recipe(framed, data__packing="best_fit", data__block_size=256, data__validation_fraction=0.0))
     prepared.verify(made.path)
@@ -88,7 +88,7 @@ def test_best_fit_begins_every_document_so_and_no_rest_of_one(framed):
     assert total == entry["rows"] * 256
 
 
-def test_add_bos_says_otherwise_and_the_tokenizer_does_so_when_it_is_loaded(framed, tmp_path):
+def test_add_bos_changes_the_blocks_and_the_saved_tokenizer(framed, tmp_path):
     with_bos(framed / "without", prepends=False)
     for folder, add_bos, expected in (
         ("tokenizer", None, (BOS,)),
@@ -113,7 +113,7 @@ def test_add_bos_says_otherwise_and_the_tokenizer_does_so_when_it_is_loaded(fram
         load_tokenizer(TokenizerSection(pretrained=str(framed / "none"), add_bos=True))
 
 
-def test_one_token_for_bos_and_eos_stands_once_between_documents(folder):
+def test_a_token_that_is_both_bos_and_eos_is_once_between_documents(folder):
     made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), small_text(200))
     made.save_pretrained(folder / "tokenizer")
     plain = prepare(recipe(folder))
@@ -123,7 +123,7 @@ def test_one_token_for_bos_and_eos_stands_once_between_documents(folder):
     assert forced.path == plain.path and "bos" not in plain.manifest["splits"]["train-0"]
 
 
-def test_a_folder_of_a_version_that_put_nothing_before_documents_is_not_taken(framed):
+def test_data_prepared_without_bos_by_an_older_version_are_not_used_for_documents_with_bos(framed):
     without = recipe(framed, tokenizer={"pretrained": str(framed / "tokenizer"), "add_bos": False})
     old = prepare(without).path
     assert prepared_path(recipe(framed)) != old
@@ -234,7 +234,7 @@ def _logprob(model, ids, token):
         return model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token].item()
 
 
-def test_a_stream_has_the_same_frame(framed):
+def test_a_stream_has_the_same_bos_and_eos(framed):
     own = AutoTokenizer.from_pretrained(framed / "tokenizer")
     source = {"path": "json", "data_files": str(framed / "corpus.jsonl")}
     data = DataSection(sources=[source], block_size=32, streaming=True)
@@ -263,7 +263,7 @@ def test_the_export_begins_a_text_as_it_was_trained(framed):
 
 
 @pytest.mark.slow
-def test_a_run_says_it_and_its_export_begins_as_it_was_trained(framed):
+def test_a_run_reports_its_bos_and_a_change_of_it_is_refused(framed):
     path = write_recipe(
         framed,
         tokenizer={"pretrained": str(framed / "tokenizer")},

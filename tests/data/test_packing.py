@@ -25,7 +25,7 @@ def test_every_token_of_every_document_is_there_once_in_order(folder):
     assert sorted(filter(None, text)) == sorted(small_text(200))
 
 
-def test_the_manifest_proves_conservation(folder):
+def test_bytes_and_tokens_of_the_manifest_add_up(folder):
     prepared = prepare(recipe(folder))
     manifest = prepared.manifest
     splits = manifest["splits"]
@@ -71,7 +71,7 @@ def test_the_text_of_a_special_token_forges_no_boundary(folder):
     assert "before <|endoftext|> after" in tokenizer.decode(ids)
 
 
-def test_unchanged_costs_nothing_and_any_change_is_noticed(folder):
+def test_unchanged_data_are_reused_and_a_change_gives_another_folder(folder):
     path = prepare(recipe(folder)).path
     modified = (path / "manifest.json").stat().st_mtime_ns
     assert prepare(recipe(folder, optimizer__lr=1e-4)).path == path
@@ -86,7 +86,7 @@ def test_unchanged_costs_nothing_and_any_change_is_noticed(folder):
     assert len({path, *others}) == 5
 
 
-def test_a_move_or_another_machine_prepares_nothing_anew(folder):
+def test_moved_files_are_not_prepared_again(folder):
     (folder / "a").mkdir()
     write_jsonl(folder / "a" / "held_out.jsonl", small_text(20, seed=1))
     shutil.copy(folder / "corpus.jsonl", folder / "a")

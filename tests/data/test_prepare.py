@@ -48,7 +48,7 @@ def small_parts(monkeypatch):
         ([[5, 6, 7, 8], [5, 0, 6, 7]], True),
     ],
 )
-def test_blocks_are_looked_at_for_more_than_one_document(rows, packed, tmp_path):
+def test_packs_documents_tells_whether_a_block_has_several(rows, packed, tmp_path):
     class Rows(prepared.PreparedData):
         def blocks(self, split):
             return [np.array(rows, dtype=np.uint16)]
@@ -117,7 +117,7 @@ def test_ten_kills_at_random_moments(folder, small_parts):
     print(f"{len(expected)} checksums equal")
 
 
-def test_shares_of_several_machines_join_to_the_same_bytes(folder, small_parts, capsys):
+def test_shards_of_several_machines_give_the_same_bytes(folder, small_parts, capsys):
     expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
     shared = recipe(folder)
     prepare_shard(shared, 1, 3)
@@ -133,7 +133,7 @@ def test_shares_of_several_machines_join_to_the_same_bytes(folder, small_parts, 
     prepared.verify(joined.path)
 
 
-def test_shares_made_from_something_else_are_refused_at_once(folder, monkeypatch, caplog):
+def test_shards_made_from_other_inputs_are_refused_before_work(folder, monkeypatch, caplog):
     machines = {}
     for name in ("a", "b"):
         (folder / name).mkdir()
@@ -166,7 +166,7 @@ def test_shares_made_from_something_else_are_refused_at_once(folder, monkeypatch
     assert prepare(shared).path == path and len(list(path.parent.glob("shares-*"))) == 0
 
 
-def test_shares_of_many_files_are_whole_groups(folder, monkeypatch):
+def test_shards_of_many_files_are_whole_groups(folder, monkeypatch):
     from hfpretrain.data import corpus
 
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
@@ -183,7 +183,7 @@ def test_shares_of_many_files_are_whole_groups(folder, monkeypatch):
     prepared.verify(whole.path)
 
 
-def test_the_command_line_shares_out_and_joins(folder):
+def test_the_command_makes_shards_and_joins_them(folder):
     path = str(write_recipe(folder))
     for share in ("1/2", "2/2"):
         result = hfpretrain("prepare", path, "--shard", share)
@@ -195,7 +195,7 @@ def test_the_command_line_shares_out_and_joins(folder):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_a_part_that_changed_since_is_made_anew(folder, small_parts, damage):
+def test_a_part_whose_file_changed_is_made_again(folder, small_parts, damage):
     expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
     shared = recipe(folder)
     prepare_shard(shared, 0, 1)
@@ -211,7 +211,7 @@ def test_a_part_that_changed_since_is_made_anew(folder, small_parts, damage):
     assert checksums(prepare(shared).path) == expected
 
 
-def test_what_a_kill_leaves_behind_does_not_stay(folder):
+def test_unfinished_files_of_a_killed_preparation_are_removed(folder):
     work = prepared_path(recipe(folder)).with_suffix(files.INCOMPLETE)
     (work / "tokenizer-123.incomplete").mkdir(parents=True)
     (work / "parts").mkdir()
@@ -628,7 +628,7 @@ def test_checksums_of_prepared_data_are_verified_once_and_again_after_a_change(f
     assert "state.json" not in read
 
 
-def test_records_of_what_was_verified_go_with_their_folder_or_when_they_are_old(tmp_path, monkeypatch):
+def test_records_of_verified_folders_are_dropped_with_the_folder_or_when_old(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cache = tmp_path / "cache" / "hfpretrain" / "verified"
 

@@ -59,7 +59,7 @@ def test_a_source_says_whether_special_tokens_in_its_text_are_tokens(folder, cho
     assert entry["bytes"] == entry["token_bytes"] == 60 * len(CODE)
 
 
-def test_the_choice_names_tokens_that_are_there_and_frame_nothing(folder):
+def test_special_tokens_must_exist_and_not_begin_or_end_documents(folder):
     marked(folder / "tokenizer")
     plain = prepared_path(recipe(folder))
     assert plain == prepared_path(recipe(folder, data__sources=[source(folder, special_tokens="text")]))
@@ -122,7 +122,7 @@ def closed(folder, words, unknown=None, **names):
 
 
 @pytest.mark.parametrize("names", [{}, {"unk_token": "<e>"}])
-def test_a_closed_vocabulary_is_asked_nothing_but_the_text(folder, names):
+def test_a_vocabulary_of_fixed_words_encodes_only_the_text(folder, names):
     own = closed(folder / "tokenizer", ["<e>", *MOVES], names.get("unk_token"), **names)
     write_jsonl(folder / "corpus.jsonl", [" ".join(MOVES)] * 50)
     made = prepare(recipe(folder, data__validation_fraction=0.0))
@@ -155,7 +155,7 @@ def test_unknown_text_is_counted_and_too_much_is_an_error_unless_allowed(folder)
         StreamingData(data, Encoder(own, np.dtype(np.int64)), frozenset(), **sizes, **places).example()
 
 
-def test_text_that_a_tokenizer_leaves_out_or_replaces_is_told(folder):
+def test_text_that_a_tokenizer_leaves_out_or_replaces_is_reported(folder):
     # A BPE without an unknown token drops what it doesn't know.
     backend = Tokenizer(models.BPE({"<e>": 0, **{c: n for n, c in enumerate("abcdefghij ", 1)}}, []))
     backend.normalizer = normalizers.Lowercase()
@@ -175,7 +175,7 @@ def test_text_that_a_tokenizer_leaves_out_or_replaces_is_told(folder):
         prepare(recipe(folder, data__validation_fraction=0.0))
 
 
-def test_a_token_that_takes_in_the_space_around_it_is_not_cut_from_it():
+def test_text_is_not_cut_beside_a_token_that_strips_spaces():
     made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
     made.add_tokens([AddedToken("mark", lstrip=True)])
     text = "the river runs\nmark over the stone\n" * 400
@@ -192,7 +192,7 @@ def test_text_that_spells_eos_under_metaspace_has_no_space_of_its_own():
     assert made.convert_ids_to_tokens(ids[:-1]) == list("▁ab</s>cd</s>▁e")
 
 
-def test_a_run_tells_of_letters_once_and_keeps_it(folder):
+def test_a_run_reports_special_tokens_read_as_text_once_and_records_it(folder):
     marked(folder / "tokenizer")
     write_jsonl(folder / "corpus.jsonl", [*small_text(150), *[CODE] * 20])
     result = train(write_recipe(folder, tokenizer={"pretrained": str(folder / "tokenizer")}))

@@ -133,7 +133,7 @@ def test_one_epoch_has_every_document_once(files, encode):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_it_goes_on_where_it_stood_with_another_number_of_processes(files, encode, mixed):
+def test_a_stream_resumes_with_another_number_of_processes(files, encode, mixed):
     data = section(files, **({"sources": mixture(files)} if mixed else {}))
     alone = stream(data, encode)
     expected = [tokens(alone.step(step)) for step in range(60)]
@@ -207,7 +207,7 @@ def compressed(path, text, size):
     return len(lines)
 
 
-def test_files_are_alike_by_their_text_and_not_by_their_compressed_size(tmp_path, encode):
+def test_sizes_of_files_are_compared_uncompressed(tmp_path, encode):
     draw = np.random.default_rng(0)
     noise = ("".join(map(chr, draw.integers(97, 123, 400))) for _ in itertools.count())
     same = (f"{number} " + "the same words again and again " * 40 for number in itertools.count())
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_the_first_version_is_refused_by_its_name(files, local):
     assert result.returncode == 2 and "checkpoint of hfpretrain 0.1.0" in result.stderr, result.stderr
 
 
-def test_an_error_in_the_text_of_one_process_is_told(files, local):
+def test_an_error_in_the_text_of_one_process_is_reported(files, local):
     with (files / "7.jsonl").open("a") as file:
         file.write("{bad\n")
     result = train(local(), "--training.max_steps=200", engine="ddp")

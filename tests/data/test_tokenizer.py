@@ -112,7 +112,7 @@ def test_a_chat_template_asks_for_no_new_preparation_or_run(folder):
     refuse_other_run(given)
 
 
-def test_words_without_end_are_cut_for_the_trainer_alone():
+def test_very_long_words_are_cut_only_for_the_trainer():
     assert list(split_long_words("ordinary text, 42 words\n" * 50)) == ["ordinary text, 42 words\n" * 50]
     draw = random.Random(0)
     bases = "".join(draw.choices("ACGT", k=300_000))
@@ -152,7 +152,7 @@ def test_training_a_tokenizer_can_be_interrupted_and_tells_what_is_wrong_with_th
         train_tokenizer(BPE, broken())
 
 
-def test_a_vocabulary_smaller_than_asked_is_told_and_counted_where_it_is_known(folder):
+def test_a_vocabulary_smaller_than_asked_is_reported_and_sizes_the_model(folder):
     path = write_recipe(folder, tokenizer__vocab_size=32_000)
     before = hfpretrain("check", str(path)).stdout
     assert "# parameters       at most 2," in before

@@ -1,5 +1,6 @@
 """Downstream tasks by lm-eval: the same figures under every engine, on the export, and by lm-eval itself."""
 
+import functools
 import json
 import math
 
@@ -58,7 +59,7 @@ def tasks_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tasks_folder):
-    """One run by one process, the same by two that hold half a model each."""
+    """A function that trains one recipe under an engine and returns the run's folder; a run is made once."""
     folder = tmp_path_factory.mktemp("runs")
     write_jsonl(folder / "corpus.jsonl", small_text(200))
     wanted = {
@@ -74,21 +75,31 @@ def runs(tmp_path_factory, tasks_folder):
         evaluation__prompts=["the"],
         evaluation__sample_tokens=2,
     )
-    for name, engine in (("single", None), ("fsdp2", "fsdp2")):
-        result = train(recipe, f"--output_dir={folder / name}", engine=engine, processes=engine and 2)
+
+    @functools.cache
+    def run(engine=None):
+        path = folder / (engine or "single")
+        result = train(recipe, f"--output_dir={path}", engine=engine, processes=engine and 2)
         assert result.returncode == 0, result.stderr
         assert "river_text/bits_per_byte" in result.stderr
-    return folder
+        return path
+
+    return run
 
 
-def test_figures_are_the_same_on_one_process_on_two_and_on_the_export(runs, tasks_folder):
-    alone, sharded = (rows(runs / name, "tasks/river_text/bits_per_byte") for name in ("single", "fsdp2"))
+@pytest.mark.slow
+def test_two_processes_with_half_a_model_each_give_the_same_figures(runs):
+    alone, sharded = (rows(runs(engine), "tasks/river_text/bits_per_byte") for engine in (None, "fsdp2"))
     assert list(alone) == list(sharded) == [2, 3]
     for step in alone:
         assert alone[step].keys() == sharded[step].keys() >= {"tasks/river_choice/acc", "tasks/river_choice/acc_stderr"}
         assert alone[step] == pytest.approx(sharded[step], rel=1e-5)
+
+
+def test_the_export_has_the_figures_of_the_run(runs, tasks_folder):
+    alone = rows(runs(), "tasks/river_text/bits_per_byte")
     names = "river_choice,river_text,river_continued"
-    model = str(runs / "single" / "model")
+    model = str(runs() / "model")
     result = hfpretrain("evaluate", model, "--tasks", names, "--include-path", str(tasks_folder), "--batch-size", "3")
     assert result.returncode == 0, result.stderr
     exported = figures(json.loads(result.stdout)["tasks"]["results"])
@@ -102,8 +113,8 @@ def test_figures_are_those_of_lm_eval_itself_and_of_token_perplexity(runs, tasks
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    path = str(runs / "single" / "model")
-    row = rows(runs / "single", "tasks/river_text/bits_per_byte")[3]
+    path = str(runs() / "model")
+    row = rows(runs(), "tasks/river_text/bits_per_byte")[3]
     found = simple_evaluate(
         HFLM(pretrained=path, device="cpu", batch_size=1),
         tasks=["river_choice", "river_text"],

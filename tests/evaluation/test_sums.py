@@ -7,7 +7,7 @@ import torch
 from tiny_models import LLAMA, build
 
 import hfpretrain.evaluation.token_perplexity
-from hfpretrain.evaluation import sums as evaluation
+from hfpretrain.evaluation import sums as sums_module
 from hfpretrain.evaluation.score import sliding_windows
 from hfpretrain.evaluation.sums import DOCUMENTS, figures, loss_by_context, loss_sums
 
@@ -71,7 +71,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 def test_many_documents_are_drawn_in_groups(monkeypatch):
     documents = corpus(5000, 0)
     width = np.ptp(figures(documents)["loss_interval"])
-    monkeypatch.setattr(evaluation, "_MAX_GROUPS", 1000)
+    monkeypatch.setattr(sums_module, "_MAX_GROUPS", 1000)
     assert np.ptp(figures(documents)["loss_interval"]) == pytest.approx(width, rel=0.15)
 
 

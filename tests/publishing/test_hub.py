@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_does_not_stop_the_push_of_others(world):
 
 
 # Faults that take huggingface_hub or `Pusher` several seconds of waiting each are proofs; the rest is their short form.
-QUICK = ("403", "answer to a commit lost, once", "answer to a tag lost, once")
+QUICK = ("403", "answer to a commit lost, once")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_run_that_resumes_from_a_pushed_state_ends_although_its_uploads_hang(w
         stdout, stderr = training.communicate(timeout=60)
     world.hub.fault = None
     assert training.returncode == 0 and "main             not pushed: the time was over" in stdout, stderr
-    assert any(child.pid for child in children) and not any(child.is_running() for child in children)
+    assert children and not any(child.is_running() for child in children)
     assert f"resumed from {run / 'checkpoints' / STEPS[1]}" in stderr
     assert (run / weights).read_bytes() == (world.folder / "run" / weights).read_bytes()
     # Both checkpoints wait, though the older one was rotated away.
@@ -284,10 +284,9 @@ def test_a_run_without_a_hub_ends_with_the_same_weights_and_is_pushed_later(worl
 
 
 def test_the_process_that_pushes_ends_with_its_run(world):
-    command = [sys.executable, "-m", "hfpretrain.publishing.publisher", str(world.folder / "run")]
-    with subprocess.Popen(command, env=world.env, cwd=ROOT, stdin=subprocess.PIPE) as publisher:
-        publisher.stdin.close()  # as the system does for a run that is killed
-        assert publisher.wait(60) == 0
+    """Its standard input is closed when the run is killed; that of `warm` is empty."""
+    code = "import sys, pathlib, hfpretrain.publishing.publisher as p; p.main(pathlib.Path(sys.argv[1]))"
+    assert world.warm.run("-c", code, world.folder / "run", timeout=60).returncode == 0
 
 
 class Attack:
@@ -412,7 +411,7 @@ def test_wrong_names_and_folders_give_messages_without_a_traceback(world):
     assert missing.returncode == 2 and "no run with checkpoints" in missing.stderr
     refused = world.push(world.folder / "run", "not a name!")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "not a name!" in refused.stderr
-    with pytest.raises(RecipeError, match="hub: `repo_id`: 'a--b' is no name of a repo"):
+    with pytest.raises(RecipeError, match="hub: `repo_id`: 'a--b' is not a valid repo id"):
         load_recipe(world.recipe(), ["--hub.repo_id=a--b"])
     with pytest.raises(RecipeError, match="is not of the form hub://USER/NAME@step-00001000"):
         load_recipe(world.recipe(), ["--checkpoint.resume_from=hub://user/tiny"])

@@ -239,15 +239,14 @@ def test_schema_file_is_current():
     assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == Recipe.model_json_schema()
 
 
-def test_every_field_has_a_docstring():
-    def check(section):
-        for name, field in section.model_fields.items():
-            nested = getattr(field.annotation, "model_fields", None)
-            assert field.description or nested, f"{section.__name__}.{name}"
-            if nested:
-                check(field.annotation)
-
-    check(Recipe)
+def test_every_key_is_explained():
+    for path in keys.paths(Recipe):
+        *sections, key = (part for part in path.split(".") if part != "0")
+        section = Recipe
+        for part in sections:
+            section, _ = keys.section_of(section.model_fields[part].annotation)
+        kind, _ = keys.section_of(section.model_fields[key].annotation)
+        assert section.model_fields[key].description or kind.__doc__, path
 
 
 def test_recipe_needs_no_torch_and_no_hugging_face_library(folder):

@@ -1,3 +1,4 @@
+import importlib
 import re
 import socket
 import subprocess
@@ -287,3 +288,9 @@ def test_a_folder_that_is_no_package_has_no_version(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert versions.version_of("hfpretrain") and versions.version_of("torch")
     assert versions.version_of("no_such_package") is None
+
+
+def test_torch_has_the_private_function_that_gives_the_store_of_the_process_group():
+    distributed_c10d = importlib.import_module("torch.distributed.distributed_c10d")
+    advice = "watchdog.Watch.start takes the default process group's store from it: find its new name there"
+    assert hasattr(distributed_c10d, "_get_default_store"), advice

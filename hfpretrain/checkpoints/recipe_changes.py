@@ -1,0 +1,27 @@
+"""Whether a recipe may resume the run of another: without torch, since `hfpretrain check` asks it too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hfpretrain.data.tokenizer import document_prefix, load_tokenizer
+from hfpretrain.recipe.schema import Problem, Recipe, TokenizerSection
+from hfpretrain.recipe.yaml import MAY_DIFFER, differences
+
+
+def changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
+    """Keys in which `recipe` differs from the recipe `begun` of the run that it resumes, except for `MAY_DIFFER`."""
+    changed = differences(recipe, begun, ignore=MAY_DIFFER)
+    same_tokenizer = not any(problem.path.startswith("tokenizer.") for problem in changed)
+    if same_tokenizer and recipe.tokenizer.add_bos != begun.tokenizer.add_bos:
+        changed += _framing_changes(recipe.tokenizer, begun.tokenizer)
+    return changed
+
+
+def _framing_changes(now: TokenizerSection, then: TokenizerSection) -> Iterator[Problem]:
+    """A problem if documents begin with another token under `now` than under `then`; null equals what it stands for."""
+    first, second = (document_prefix(load_tokenizer(section)) for section in (now, then))
+    if first != second:
+        names = ["BOS" if prefix else "no BOS" for prefix in (first, second)]
+        message = f"documents begin with {names[0]} here, with {names[1]} there"
+        yield Problem("tokenizer.add_bos", f"{message} (got {now.add_bos!r}, there {then.add_bos!r})")
