@@ -262,20 +262,6 @@ def test_a_vocabulary_with_tokens_across_lines_is_not_cut_there():
     assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_text_that_spells_eos_forges_no_boundary_in_any_model():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    characters = [(character, -3.0) for character in "abcdefgh</s>▁ x"]
-    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *characters], unk_id=0))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    encode = encoding.Encoder(unigram, np.dtype(np.uint16))
-    (ids,) = encode(["ab</s>cd</s>"])
-    assert ids.tolist().count(unigram.eos_token_id) == 1 and ids[-1] == unigram.eos_token_id
-    assert "".join(unigram.convert_ids_to_tokens(ids[:-1])).replace("▁", "") == "ab</s>cd</s>"
-
-
 def rows_of(data, split="train-0"):
     return np.concatenate(data.blocks(split)).astype(int)
 
