@@ -1,6 +1,6 @@
 """What each default is worth: `python benchmarks/defaults.py [RECIPE] [--only WORD ...] [--section.key=value ...]`.
 
-The recipe without it and with it, in two processes that do a step by turns; ratios are of neighbouring steps. Rows that
+The recipe without it and with it, in two processes that do a step by turns; ratios are of neighboring steps. Rows that
 the machine cannot have (a GPU's) are left out. `no_sync` is of two ranks each under ddp.
 """
 

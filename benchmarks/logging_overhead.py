@@ -1,7 +1,7 @@
 """What logging costs: `python benchmarks/logging_overhead.py [RECIPE] [--steps 1000] [--every 10]`.
 
 One run in which every other block of steps ends with its log row (`metrics.jsonl`, TensorBoard, the bar) and the ones
-between end with none; the ratio is of neighbouring blocks, so that the machine's noise meets both.
+between end with none; the ratio is of neighboring blocks, so that the machine's noise meets both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hfpretrain.training.step_log import StepLog
 
 
 def block_seconds(recipe: str | Path, steps: int, every: int) -> np.ndarray:
-    """Seconds of neighbouring blocks of `every` steps, with logging and without: float64 (pairs, 2)."""
+    """Seconds of neighboring blocks of `every` steps, with logging and without: float64 (pairs, 2)."""
     ends: list[float] = []
     write = StepLog.write
 

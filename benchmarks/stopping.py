@@ -35,7 +35,7 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.SIGTERM) -> dict:
-    """One row: the last rank is signalled in `phase`."""
+    """One row: the last rank is signaled in `phase`."""
     marker, code = run.with_suffix(".phase"), run.with_suffix(".code")
     slow = f"slow:{phase}" if phase in ("data", "rehearse", "save") else ""
     names = {"PHASE_FILE": str(marker), "HFPRETRAIN_EXIT_CODE_FILE": str(code)}

@@ -4,7 +4,7 @@ In one process, on the same batches in the same precision, by turns: a step of h
 loss over all tokens, checks, records, logging); a step of the bare PyTorch loop on the same model and optimizer; a step
 of `transformers.Trainer` on a model of the same config, in a process of its own that waits meanwhile; with
 `--nanogpt FOLDER`, nanoGPT's repository, its model of the same sizes, compiled, in its loop; with `--litgpt FOLDER`
-litgpt's of a llama recipe (it needs the package lightning). Ratios are of neighbours, so that the machine's noise meets
+litgpt's of a llama recipe (it needs the package lightning). Ratios are of neighbors, so that the machine's noise meets
 both.
 
 `--check` leaves out Trainer and exits with 1 if the wrapper's share of a step is above 3 %.

@@ -1,4 +1,4 @@
-"""The rules that DESIGN.md gives the package, held by its syntax trees."""
+"""The layout that CONTRIBUTING.md describes, checked on the syntax trees of the package."""
 
 import ast
 import importlib

@@ -202,10 +202,10 @@ class Report:
                         style |= {"marker": "D", "ms": 8, "mfc": "white", "mew": 1.8}
                     axes.plot([rung.flops], [rung.loss or math.nan], ls="", **style)
             axes.plot([], [], lw=1.4, marker="o", color=color, label=f"{per_parameter:.3g} tokens per parameter")
-        grey: dict[str, Any] = {"color": "#555555"}
-        axes.plot([], [], ls="", marker="D", ms=8, mfc="white", mew=1.8, label="the largest size, held out", **grey)
-        axes.plot([], [], lw=1.4, label="law fitted without it", **grey)
-        axes.plot([], [], lw=1.2, ls="--", label="law fitted to all runs", **grey)
+        gray: dict[str, Any] = {"color": "#555555"}
+        axes.plot([], [], ls="", marker="D", ms=8, mfc="white", mew=1.8, label="the largest size, held out", **gray)
+        axes.plot([], [], lw=1.4, label="law fitted without it", **gray)
+        axes.plot([], [], lw=1.2, ls="--", label="law fitted to all runs", **gray)
         interval = target["interval"] or (target["predicted"],) * 2
         away = [[max(0.0, target["predicted"] - interval[0])], [max(0.0, interval[1] - target["predicted"])]]
         label = f"the recipe, predicted {target['predicted']:.3f}"

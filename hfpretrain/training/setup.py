@@ -96,7 +96,7 @@ class Setup:
     optimizer_groups: list[dict[str, Any]]
     """The optimizer's groups, with the names of their parameters."""
     initial_weights: Any
-    """What `initialization.check` found."""
+    """What `initialization.check_weights` returned."""
     token_bytes: torch.Tensor
     """Bytes of text that each token stands for, on the device: int64 (vocab_size,)."""
     epochs: list[float] | None

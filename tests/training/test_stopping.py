@@ -32,11 +32,11 @@ def test_a_signal_is_raised_before_there_is_something_to_save_and_noted_after():
 
 
 def test_a_signal_that_comes_while_a_message_is_logged_is_not_swallowed():
-    class Signalling:
+    class Signaling:
         def write(self, text):
             signal.raise_signal(signal.SIGTERM)
 
-    handler = logging.StreamHandler(Signalling())
+    handler = logging.StreamHandler(Signaling())
     with Stops(None), pytest.raises(StoppedEarlyError, match="SIGTERM"):
         handler.handle(logging.makeLogRecord({"msg": "training the tokenizer"}))
 
