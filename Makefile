@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # DeepSpeed's CUDA ops are compiled when first used, not at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: install quickstart test proofs style quality
+.PHONY: install quickstart test proofs overhead style quality
 
 install: $(BIN)/.installed
 
@@ -21,8 +21,10 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 # What takes minutes: tests marked slow, and what a step costs beside that of a bare loop.
-proofs: install
+proofs: install overhead
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
+
+overhead: install
 	$(BIN)/python benchmarks/train_step.py --check --rounds 1 --steps 40
 
 style: install
