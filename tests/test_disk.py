@@ -166,8 +166,8 @@ def test_a_full_disk(warm, folder, small_disk):
 @pytest.mark.slow  # the limit on a file's size is its short form
 def test_a_folder_that_becomes_read_only(warm, half_done):
     command, run = half_done
-    command = ["mount", "--bind", str(run / "checkpoints"), str(run / "checkpoints")]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+    mount = ["mount", "--bind", str(run / "checkpoints"), str(run / "checkpoints")]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a read-only mount needs root and the right to mount")
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(run / "checkpoints")], check=True)
