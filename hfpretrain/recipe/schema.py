@@ -151,9 +151,9 @@ class TokenizerSection(Section):
     does what training did. Has no effect where BOS and EOS are the same token, which separates documents in any
     case."""
     max_unknown: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of a source, from 0 to 1, that the tokenizer may lose. Two shares are compared with it: that of the
-    unknown token among all tokens, and that of characters for which there is no token. A source that loses more stops
-    the run. The default, 0.01, is a rule of thumb."""
+    """Maximum share of a source, from 0 to 1, that the tokenizer may lose. It limits two shares: that of the unknown
+    token among all tokens, and that of characters for which there is no token. If a source exceeds it in either, the
+    run stops. The default, 0.01, is a rule of thumb."""
     chat_template: str | None = None
     """Template that turns messages into text (`tokenizer.apply_chat_template`, which TRL calls): Jinja, or a file that
     holds it. It is exported with the tokenizer. Pretraining does not use it, so it may change when a run is resumed.
@@ -210,8 +210,8 @@ class SourceSection(Section):
     """Name of the column that holds the text."""
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the weights of the other sources. Either all sources have a weight or
-    none has. Without weights every block of every source is seen once per epoch. With 0 only `data.stages` use the
-    source."""
+    none has. Without weights every block of every source is seen once per epoch. A source with weight 0 is used only
+    in `data.stages` that give it a weight."""
     domain: str | None = Field(default=None, pattern="^[A-Za-z0-9_.-]+$")
     """For a validation source: the name under which evaluation reports it separately, for example `code`. Sources with
     the same name are evaluated as one set. Either all validation sources have a name or none has."""
@@ -266,7 +266,8 @@ class DataSection(Section):
     packing: Literal["concat", "best_fit"] = "concat"
     """How documents fill blocks. `concat`: one document after another, cut where a block ends, without padding.
     `best_fit`: only a document that is longer than a block is cut, and blocks are padded (Ding et al. 2024, "Fewer
-    Truncations Improve Language Modeling"). A document that fills its block exactly then has no separator."""
+    Truncations Improve Language Modeling"). With `best_fit`, a document that fills one or more blocks exactly has no
+    EOS after it."""
     shift_blocks: bool = False
     """Start the blocks at another place of the text in each epoch after the first, so that a corpus that is read many
     times is not always cut at the same places. Every token is still seen once per epoch."""
@@ -281,8 +282,9 @@ class DataSection(Section):
     `validation_sources` for an evaluation."""
     prepared_dir: str | None = None
     """Folder of the prepared data, which runs share: it has a subfolder for each fingerprint. Default: `prepared`
-    beside `output_dir`. A URL of any fsspec file system, for example `s3://bucket/prepared`, holds the common copy of
-    machines that share no disk; each machine keeps its own copy at the default place."""
+    beside `output_dir`. If your machines share no disk, set a URL that fsspec supports, for example
+    `s3://bucket/prepared`. The URL holds the shared copy. Each machine also keeps a local copy in the default
+    folder."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
@@ -354,14 +356,14 @@ class OptimizerSection(Section):
     group."""
 
     name: Literal["adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"] = "adamw"
-    """`torch.optim.AdamW`, `Muon` or `Adafactor`. Muon takes the matrices between embedding and head, its update scaled
-    so that `lr` and `weight_decay` mean the same as for AdamW, which takes the rest (Liu et al. 2025, "Muon is Scalable
-    for LLM Training"); not under ZeRO, which cuts matrices flat. Adafactor only on `single` and `ddp`: torch's does
-    not work on sharded matrices. `adamw_8bit` is `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single`
-    and `ddp`, since shards would be quantized in other blocks. `adamw_schedule_free` is
-    `schedulefree.AdamWScheduleFree`, for `constant` schedules, not under ZeRO: the weights that are evaluated and
-    exported are averages of those that are trained. These two are packages of their own: `pip install
-    hfpretrain[optimizers]`."""
+    """`adamw`: `torch.optim.AdamW`. `muon`: `torch.optim.Muon` trains the matrices between the embedding and the head,
+    and AdamW trains the rest. Muon's update is scaled, so `lr` and `weight_decay` mean the same as for AdamW (Liu et
+    al. 2025, "Muon is Scalable for LLM Training"). ZeRO is not supported, because it splits flattened matrices.
+    `adafactor`: `torch.optim.Adafactor`, only on `single` and `ddp`, because it does not work on sharded matrices.
+    `adamw_8bit`: `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single` and `ddp`, because shards would be
+    quantized in other blocks. `adamw_schedule_free`: `schedulefree.AdamWScheduleFree`, for `constant` schedules. The
+    weights that are evaluated and exported are averages of those that are trained. ZeRO is not supported. The last two
+    need packages of their own: `pip install hfpretrain[optimizers]`."""
     lr: float = Field(gt=0)
     """Peak learning rate, for example 3e-4."""
     betas: tuple[_Average, _Average] = (0.9, 0.95)
@@ -465,29 +467,30 @@ class TrainingSection(Section):
     rest in bf16. `auto`: what the accelerate config file says, or else bf16 where the hardware supports it (GPUs from
     Ampere on, CPUs with AMX or AVX512-BF16), or else float32."""
     document_masking: Literal["auto"] | bool = "auto"
-    """Whether attention stops at the boundaries of documents within a block. A test at the start finds out whether this
-    model can keep packed documents apart. If it can't, `true` stops the run, and `auto`, the default, stops it if any
-    block holds several documents. `false` trains without masking."""
+    """Whether attention stops at the boundaries of documents within a block. A test at the start finds out whether the
+    model supports this. `auto`, the default: mask if the model supports it. If it doesn't, train without masking only
+    if every block holds one document; otherwise, and with `data.streaming`, stop the run. `true`: stop the run if the
+    model doesn't support it. `false`: never mask."""
     chunked_loss: Literal["auto"] | bool = "auto"
     """Compute the loss for one chunk of tokens after another, so that the logits of a whole batch are never in memory.
-    `auto`: where a test at the start finds the same loss as the model's own. `true`: stop the run where it is not the
-    same."""
+    `auto`: if a test at the start finds the same loss as the model's own. `true`: stop the run if it is not the same.
+    `false`: never."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of a term that is added to the trained loss to keep logits from drifting: the squared logarithm of each
     softmax's denominator. 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The reported loss is without it. Needs the
     chunked loss, which tensor parallelism does not support."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the decoder layers with `torch.compile`, one graph for all of them. `auto`: on GPUs with Triton under
-    single, ddp and fsdp2, in a run of at least 2,000 micro-steps: on an H100 GPT-2 124M compiled in 2.4 s and saved 90
-    ms of each."""
+    single, ddp and fsdp2, in a run of at least 2,000 micro-steps. On an H100, compiling GPT-2 124M took 2.4 s and made
+    each micro-step 90 ms faster."""
     stop_after: str | None = Field(default=None, min_length=2, pattern=r"^(\d+h)?(\d+m)?(\d+s)?$")
     """Wall-clock time since the start of the process, for example `3h50m`, within which the run saves its state and
-    ends with exit code 75; the same command then continues it. The run stops early enough for twice its longest save,
-    or at 95 % of the time before the first save."""
+    ends with exit code 75. The same command then continues it. The run stops early enough to leave twice the time of
+    its longest save. If it has not saved yet, it stops at 95% of the limit."""
     timeout_seconds: int = Field(default=1800, ge=4)
-    """Seconds after which a run in which no process makes progress ends with an error that names the process the others
-    wait for. A process that shows no sign of life for 30 seconds, or for this time if it is shorter, ends the run too.
-    The default, 1800, is torch's for gloo."""
+    """Timeout in seconds. If no process makes progress for this long, the run ends with an error that names the process
+    the others wait for. The run also ends if a process shows no sign of life for 30 seconds, or for this time if it is
+    shorter. The default, 1800, is torch's for gloo."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -540,8 +543,8 @@ class EvaluationSection(Section):
     a time. Give a name that `evaluate` hosts (`accuracy`, `f1`, ...) or, with `trust_remote_code`, a script, its folder
     or a Hub Space."""
     metric_revisions: dict[str, str] = Field(default_factory=dict)
-    """Commit hash of each Hub Space in `metrics`, by the name that `metrics` gives it. Required for every Space that
-    `evaluate` does not host, so that trusted code can't change. Default: none."""
+    """Commit hash of each Hub Space in `metrics`. The keys are the names that stand in `metrics`. Required for every
+    Space that `evaluate` does not host, so that the code you trust can't change. Default: none."""
     trust_remote_code: bool = False
     """Run the code of scripts and Hub Spaces in `metrics`, and of the task files in `lm_eval.include_path`. Default:
     false, which allows hfpretrain's own metrics, those that `evaluate` hosts, and lm-eval's own tasks."""
@@ -573,8 +576,9 @@ class CheckpointSection(Section):
     """Write checkpoints in the background while training continues. Takes host memory for a copy of the state. A save
     that is due before the previous one is written waits for it. The last save of a run is not in the background."""
     resume_from: str | None = Field(default=None, min_length=1)
-    """Checkpoint from which a run starts whose `output_dir` has none yet: the checkpoint folder of another run, or
-    `hub://USER/NAME@step-00001000`, which `hub.push_state` uploaded. The recipe must be that run's."""
+    """Checkpoint to start from if `output_dir` has no checkpoint yet: the checkpoint folder of another run, or
+    `hub://USER/NAME@step-00001000`, which `hub.push_state` uploaded. Use the same recipe as the run that wrote the
+    checkpoint."""
 
     @field_validator("resume_from")
     @classmethod
@@ -587,15 +591,16 @@ class StabilitySection(Section):
     """What happens at a step whose loss or gradient is not finite, or whose loss jumps up. Its update is never made."""
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
-    """`stop`: the run ends. `skip`: the step's blocks are left out. `rollback`: the run goes back to the newest
+    """`stop`: the run ends. `skip`: the step's blocks are left out. `rollback`: the run returns to the newest
     checkpoint and leaves out all blocks from there to the step, as for PaLM (Chowdhery et al. 2022, section 5.1)."""
     max_events: PositiveInt = 10
     """Number of skips or rollbacks after which the run stops."""
     spike_std: float | None = Field(default=None, gt=0)
-    """A loss that is this number of standard deviations above the mean of the last `spike_window` steps is a jump, for
-    example 6. null: jumps are not looked for."""
+    """A loss counts as a jump if it is more than this many standard deviations above the mean of the last
+    `spike_window` steps, for example 6. null: don't look for jumps."""
     spike_window: int = Field(default=100, ge=2)
-    """Number of optimizer steps that a loss is compared with. Jumps are looked for once there are as many."""
+    """Number of previous optimizer steps that a loss is compared with. Until the run has that many, no loss counts as a
+    jump."""
 
 
 class LoggingSection(Section):
@@ -631,8 +636,9 @@ class HubSection(Section):
     """Upload with each checkpoint also the state that `checkpoint.resume_from` needs: three times as many bytes or
     more."""
     max_wait_seconds: int = Field(default=60, ge=0)
-    """Seconds that a finished run waits for a Hub that accepts no upload. What is then left stays in `outbox`, from
-    where `hfpretrain push` uploads it. The run waits longer for uploads that proceed at 1 MiB a second or faster."""
+    """How long a finished run waits, in seconds, while the Hub accepts no upload. Files that are not uploaded by then
+    stay in `outbox`. Upload them with `hfpretrain push`. The run waits longer for uploads that proceed at 1 MiB a
+    second or faster."""
 
     license: str | None = None
     """License of the weights as the Hub spells it, for example `apache-2.0`."""
