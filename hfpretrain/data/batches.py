@@ -37,7 +37,7 @@ T = TypeVar("T")
 class Blocks:
     """The rows of several arrays (rows, block_size) under one index.
 
-    `last_rows`: rows whose text does not go on in the next row, int64 (parts,); by default only the last of all.
+    `last_rows`: rows whose text does not continue in the next row, int64 (parts,); by default only the last of all.
     """
 
     def __init__(self, chunks: Sequence[np.ndarray], last_rows: np.ndarray | None = None):
@@ -84,10 +84,11 @@ def collate(
     `padded_with`: rows may end in this token repeated; all of those but the first get ignored labels.
     `seams`: int64 (n,), where in each row another text begins without a separator, 0 for nowhere. The first token after
     a seam gets an ignored label, so neither text predicts the other.
-    `begins_after`: the id of EOS if documents begin with BOS. A document then begins after EOS, and the label of its
-    BOS is ignored, since the document before it says nothing about it. So a document has the loss that plain
-    transformers has on `tokenizer(text)` and EOS, and that of `DataCollatorWithFlattening`, where nothing predicts BOS
-    either. None: the EOS of one document opens the next one and predicts its first token.
+    `begins_after`: the id of EOS if documents begin with BOS, otherwise None. With it, a document begins at the token
+    after an EOS, and the label of that token, its BOS, is ignored, because the previous document says nothing about it.
+    The loss of a document is then the same as in plain transformers on `tokenizer(text)` followed by EOS, and the same
+    as with `DataCollatorWithFlattening`, where nothing predicts BOS either. With None, the EOS of one document is also
+    the first token of the next one, and predicts the token after it.
     """
     input_ids = torch.from_numpy(rows)
     batch = {"input_ids": input_ids, "labels": input_ids.clone()}
@@ -106,7 +107,7 @@ def collate(
 
 
 def padding(rows: np.ndarray, token_id: int) -> np.ndarray:
-    """Which tokens are padding: of `token_id` repeated at a row's end all but the first; bool (n, block_size)."""
+    """Which tokens are padding: all but the first `token_id` of those at a row's end. bool (n, block_size)."""
     trailing = np.logical_and.accumulate((rows == token_id)[:, ::-1], axis=1)[:, ::-1]
     return np.concatenate([np.zeros((len(rows), 1), bool), trailing[:, :-1] & trailing[:, 1:]], axis=1)
 
@@ -130,7 +131,7 @@ def document_positions(
     if seams is not None:
         begins[np.arange(len(rows)), seams] = True
     starts = np.flatnonzero(begins)
-    # A running sum of ones that goes back to 0 at every start.
+    # A running sum of ones that is 0 again at every start.
     steps = np.ones(rows.size, dtype=np.int64)
     steps[0] = 0
     steps[starts[1:]] = 1 - np.diff(starts)
@@ -149,7 +150,7 @@ class StepData:
     documents: np.ndarray
     """Documents of each source that end in it, counted by EOS: int64 (sources,)."""
     state: Any = None
-    """What a stream needs to go on after this step; None for prepared data."""
+    """What a stream needs to continue after this step; None for prepared data."""
     documents_dropped: int = 0
     """Documents of a stream that were read for it and not trained on."""
 
@@ -294,7 +295,7 @@ class Prefetcher:
                 continue
 
     def next(self, must_stop: Callable[[], bool] = lambda: False) -> StepData | None:
-        """The next step's data, or None if they are not there a few seconds after `must_stop` begins to return true."""
+        """The next step's data. None if `must_stop` is true and the data are not ready 5 seconds later."""
         return _wait_for_item(self._queue, must_stop)
 
     def close(self) -> None:
@@ -304,7 +305,7 @@ class Prefetcher:
 
 
 def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | None:
-    """Run `work` in a thread and return its result; None if it takes a few seconds more after `must_stop` is true.
+    """Run `work` in a thread and return its result. None if `must_stop` is true and it takes another 5 seconds.
 
     For reads that may block in a call which no signal interrupts. Raises what `work` raises.
     """
@@ -404,7 +405,7 @@ def training_batches(
 
     A step has the same sequences as in `hfpretrain.train`, on any number of processes. A micro-batch has `input_ids`,
     `labels` and, with `document_masking`, `position_ids`: int64 (micro_batch_size, block_size). Labels are not shifted;
-    they are -100 at padding, at BOS if documents begin with it, and where a shifted block goes on with another text.
+    they are -100 at padding, at BOS if documents begin with it, and where another text begins in a shifted block.
     Position ids restart where a document begins. Models that isolate packed documents by them need no attention mask
     and `use_cache=False`; other models need `document_masking=False`. Raises `RecipeError` if the sequences of a step
     do not divide by `micro_batch_size * num_processes`.

@@ -25,19 +25,19 @@ PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 GROUP_BYTES = 2**26
 _SAMPLE_BY = "say what one document is: `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
-# Of columns in a message: the first line of a file that is no table may be a whole document.
+# Limits for the columns in a message: if a file is no table, its first line may be a whole document.
 _NAMES, _NAME_CHARS = 12, 60
 _document_counts: dict[tuple[Any, ...], int] = {}
 
 
 class Document(NamedTuple):
-    """A text and where it came from; or, with a `problem`, the place of a text that can't be used."""
+    """A text and where it came from. If it has a `problem`, the text could not be used and is empty."""
 
     text: str
     origin: str
     """File, URL or shard of a dataset."""
     row: int
-    """Line of a text or JSON file, row of another, from 1."""
+    """Number of the line (text and JSON files) or row (other files), counted from 1."""
     num_bytes: int = 0
     """Bytes of the text in UTF-8."""
     digest: bytes = b""
@@ -102,7 +102,7 @@ class Reader:
         self._done_bytes += sum(self.pieces[index].size or 0 for index in pieces)
 
     def text_size(self, index: int) -> int | None:
-        """About how many bytes of text a piece has, uncompressed; of parquet in the text column. None if unknown."""
+        """About how many bytes of text a piece has, uncompressed (parquet: in the text column). None if unknown."""
         piece = self.pieces[index]
         if piece.size is None or not piece.kind:
             return None
@@ -431,7 +431,7 @@ def _is_cut_object(first: bytes, second: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     except ValueError as error:
-        # If parsing failed at the end of the line, the object goes on in the next one.
+        # If parsing failed at the end of the line, the object continues in the next one.
         return bool(second.strip()) and getattr(error, "pos", 0) >= len(line.decode())
     return False
 

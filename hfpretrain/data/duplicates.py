@@ -11,8 +11,8 @@ import numpy as np
 
 _BUCKET = 2**23
 _MAX_NGRAMS = 2**22
-_CHUNK = 2**15  # tokens whose arrays fit into a core's cache
-# An odd factor and its inverse modulo 2^64.
+_CHUNK = 2**15  # tokens that are hashed at once: few enough that the arrays fit into a core's cache
+# Odd, so it has an inverse modulo 2^64.
 _FACTOR = 0x9E3779B97F4A7C15
 _INVERSE = pow(_FACTOR, -1, 2**64)
 
@@ -56,13 +56,13 @@ def ngram_overlap(
 
     `validation`, `train`: the tokens of all documents, in chunks (m,). `frame`: ids that begin and end documents;
     n-grams with one of them are left out. `num_workers` threads read the chunks of train. n = 13 as in GPT-3 (Brown et
-    al. 2020, appendix C). Of more than 4 M n-grams those with the smallest hashes are looked for.
+    al. 2020, appendix C). If there are more than 4 M n-grams, those with the smallest hashes are looked for.
     """
     hashes = Ngrams(frame, n)
     wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(_overlapping(validation, n - 1))]))
     distinct = len(wanted)
     wanted = wanted[:_MAX_NGRAMS]
-    # Most n-grams of train are not wanted. A table of the hashes' upper bits rules them out quickly.
+    # Most n-grams of train do not occur in validation. A table of the hashes' upper bits quickly rules them out.
     shift = np.uint64(64 - max(16, (16 * len(wanted)).bit_length()))
     table = np.zeros(2 ** int(64 - shift), dtype=bool)
     table[wanted >> shift] = True

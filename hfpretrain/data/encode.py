@@ -52,7 +52,7 @@ class Encoder:
         own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
         self._by_special_tokens: dict[str | tuple[str, ...], Encoder] = {own: self}
         self._unknown = [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
-        # Tried on fixed sentences and not on the text, of which another process may see another part.
+        # Tried on fixed sentences, not on the text: another process may see another part and decide otherwise.
         self._can_cut_at_lines = self._try_lines()
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:

@@ -28,9 +28,9 @@ _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm",
 def source_identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
     """A value that changes with the source's text, but not when its files move to another folder.
 
-    Of a file: its name without folders, size and digest. Of a URL: the version that its server reports. Of a Hub
-    dataset: the commit; in offline mode that of the local cache. `key`: where the source stands in the recipe. Raises
-    `RecipeError` if there is none of these, since a change of the text would go unnoticed.
+    For a file: its name without folders, its size and its digest. For a URL: the version that its server reports. For a
+    Hub dataset: the commit; in offline mode, the commit in the local cache. `key`: where the source stands in the
+    recipe. Raises `RecipeError` if there is none of these, since a change of the text would go unnoticed.
     """
     require_openable(source, key)
     if source.path == PYTHON_STDLIB:
@@ -106,7 +106,7 @@ def at_commits(data: DataSection, identities: Sequence[Any], validation: Sequenc
 
 
 def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
-    """Of each file its name, its size and its version: the digest of a local file, or what the server reports."""
+    """Name, size and version of each file. The version is a local file's digest, or what the server reports."""
     local = {name: Path(_local(name)) for name in names if "://" not in _local(name)}
     try:
         known = dict(zip(local, files.digests(list(local.values())), strict=True))
@@ -146,7 +146,7 @@ def _remote_version(url: str, key: str) -> list[Any]:
 def tokenizer_identity(section: TokenizerSection) -> list[Any]:
     """Names and digests of a pretrained tokenizer's files; empty for one that is trained on the text.
 
-    Of a Hub tokenizer the files of its revision; in offline mode those in the local cache.
+    For a Hub tokenizer they are the files of its revision; in offline mode, those in the local cache.
     """
     if section.pretrained is None:
         return []

@@ -52,10 +52,11 @@ class Ledger:
         return self._rolling.copy().hexdigest()
 
     def mismatch(self, checksum_of: Callable[[int], int], tokens_per_step: int, max_tokens: int = 2**28) -> int | None:
-        """The first step whose data now have another checksum, by `checksum_of(step)`; None if there is none.
+        """The first step whose data now have another checksum; None if there is none.
 
-        Compares every step of a run of up to `max_tokens`. Of a longer run it compares steps of as many tokens: the
-        newest eight, and others spread evenly.
+        `checksum_of`: returns the checksum that a step's data have now. In a run of up to `max_tokens` tokens, all
+        steps are compared. In a longer run, about `max_tokens` tokens are compared: those of the newest eight steps,
+        and of others spread evenly over the run.
         """
         steps, affordable = len(self._checksums), max(16, max_tokens // tokens_per_step)
         chosen: Iterable[int] = range(steps)

@@ -46,11 +46,11 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class TrainingOrder:
-    """Maps the position of a sequence in the run to a stream and a row of it.
+    """Maps each position of a run, which holds one sequence, to a stream and a row of it.
 
     `sizes`: rows of each stream. `stages`: (first position, weights of the streams), the first one at position 0; empty
     for a single stream. Streams are interleaved evenly in rounds of 10,000 sequences, so that at any moment of a stage
-    each stream's share is its weight to within 1e-4. A stream is shuffled anew in each of its own epochs.
+    each stream's share is its weight to within 1e-4. A stream is shuffled again in each of its own epochs.
     """
 
     def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
@@ -75,7 +75,7 @@ class TrainingOrder:
         return self._base[stage] + self._within(stage, position - self._first[stage])
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the run to streams, and to how many sequences of that stream come before: int64 (n,) to two."""
+        """For each position, int64 (n,): its stream, and how many sequences of it come before. Two int64 (n,)."""
         stages = np.searchsorted(self._first, positions, side="right") - 1
         streams, counts = np.empty_like(positions), np.empty_like(positions)
         for stage in np.unique(stages):
@@ -87,7 +87,7 @@ class TrainingOrder:
         return streams, counts
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions in the run, int64 (n,), to streams, rows and the streams' epochs: three int64 (n,)."""
+        """For each position, int64 (n,): its stream, the row of it, and the stream's epoch. Three int64 (n,)."""
         streams, counts = self.draw(positions)
         rows, all_epochs = np.empty_like(positions), np.empty_like(positions)
         for stream in np.unique(streams):
@@ -124,8 +124,9 @@ def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def data_step(step: int, skipped: Sequence[Sequence[int]]) -> int:
-    """Index of the data step that optimizer step `step` trains on, both counted from 0; it differs after rollbacks.
+    """Number of the data step that optimizer step `step` trains on. Both are counted from 0.
 
-    `skipped`: pairs (first, count). From optimizer step `first` on, data come from `count` steps further ahead.
+    They differ if data was skipped. `skipped`: pairs (first, count). Optimizer steps from `first` on take their data
+    from `count` steps further ahead.
     """
     return step + sum(count for first, count in skipped if first <= step)

@@ -2,8 +2,8 @@
 
 A document begins with what calling the tokenizer adds before a text (often BOS) and ends with one EOS. The corpus is
 divided into parts, whose bounds depend only on the text. Each part is packed alone and is done when its account is in
-`parts/`, so preparation can stop anywhere, and several machines can do different parts. The tokens that are left at the
-end of a part make less than one block; `assemble.assemble` makes blocks of those of all parts.
+`parts/`, so preparation can stop anywhere, and several machines can do different parts. At the end of a part,
+fewer tokens than a block may be left over. `assemble.assemble` joins these remainders of all parts into blocks.
 """
 
 from __future__ import annotations
@@ -288,9 +288,10 @@ class _Stream:
 
 
 class _BestFit(_Stream):
-    """Cuts no document shorter than a block: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
+    """Packs documents by best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
 
-    A row with room left is filled with EOS. No document is empty, so all EOS at its end but the first are padding.
+    Cuts only documents that are longer than a block. A row that isn't full is filled with EOS. Since no document is
+    empty, the first EOS at the end of such a row belongs to its last document, and the others are padding.
     """
 
     def add(self, ids: np.ndarray, item: SplitText, origin: int) -> None:

@@ -75,10 +75,10 @@ def _path(data: DataSection, section: TokenizerSection, prepared_dir: Path) -> P
 
 
 def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
-    """Whether documents begin with what calling the tokenizer adds before a text.
+    """Whether calling the tokenizer adds tokens before a text, with which documents then begin (often BOS).
 
-    `path`: the prepared folder for either answer. If one was made with this section, its manifest has the answer, and
-    the tokenizer is not loaded. Older versions added nothing and recorded no answer.
+    `path`: returns the prepared folder, given the answer. If a folder was made with this section, its
+    manifest has the answer, and the tokenizer is not loaded. Older versions added no tokens and recorded no answer.
     """
     if section.pretrained is None or section.add_bos is False:
         return False
@@ -99,10 +99,10 @@ def _identities(data: DataSection, section: TokenizerSection) -> tuple[list[Any]
 
 
 def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
-    """The recipe's prepared data: opened if they exist, otherwise made, or finished.
+    """Open the prepared data of a recipe. If they are missing or incomplete, create or finish them.
 
     `num_workers` threads tokenize, by default one for each core; their number changes no byte of the result. If a call
-    is stopped anywhere, the next one goes on after the last finished part. Raises `RecipeError` if a source is missing,
+    is stopped anywhere, the next one resumes after the last finished part. Raises `RecipeError` if a source is missing,
     has no text, or has a bad document.
     """
     path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer

@@ -83,7 +83,7 @@ class PreparedData:
         return False
 
     def last_rows(self, split: str) -> np.ndarray:
-        """Rows after which the text does not go on in the next row, because a part ends there: int64 (parts,)."""
+        """Rows whose text does not continue in the next row, because a part ends there: int64 (parts,)."""
         return np.cumsum([rows for _, rows in self.manifest["splits"][split]["parts"]], dtype=np.int64) - 1
 
     def documents(self, split: str, row: int) -> list[tuple[str, int]]:

@@ -43,7 +43,7 @@ class Shard:
 
 
 def _first_difference(one: Any, other: Any) -> str:
-    """`one`, or of two lists the first item that only `one` has."""
+    """`one`; if both are lists, the first item that only `one` has."""
     if isinstance(one, list) and isinstance(other, list):
         one = next((item for item in one if item not in other), f"{len(one)} files")
     return f"{one}"

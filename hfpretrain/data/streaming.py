@@ -26,8 +26,8 @@ from hfpretrain.data.order import TrainingOrder
 from hfpretrain.recipe.schema import DataSection, RecipeError
 
 _BATCH_CHARS = 2**16
-# Largest ratio of the sizes of files that are read side by side: the smallest file is seen that much more often than
-# the largest. With `max_epochs` the run ends when the first file has run out, so less is allowed there.
+# Maximum ratio between the sizes of files that are read side by side. At a ratio of 2, the smallest file is seen twice
+# as often as the largest. With `max_epochs` the run ends when the first group of files is used up, so less is allowed.
 _MAX_RATIO, _MAX_RATIO_CAPPED = 2.0, 1.05
 logger = logging.getLogger(__name__)
 
@@ -78,11 +78,11 @@ class _Group:
         return f"{', '.join(files[:3])}{more}, the first to end of several groups of files read side by side, were"
 
     def state(self) -> GroupState:
-        """Where the group stands; `__init__` takes it to go on from here."""
+        """How far the group has been read. Given to `__init__`, it makes a group that continues from here."""
         return replace(self._at)
 
     def copy(self) -> _Group:
-        """A group that goes on from here, without a limit of epochs."""
+        """A group that continues from here, without a limit of epochs."""
         return _Group(
             self._pieces,
             self._splitter,
