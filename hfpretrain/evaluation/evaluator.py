@@ -171,7 +171,7 @@ class Evaluator:
             for kind, temperature in (("greedy", 0.0), ("drawn", section.temperature)):
                 self._beat()
                 drawing: dict[str, Any] = {"temperature": temperature, "top_k": section.top_k}
-                with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+                with torch.compiler.set_stance("force_eager"):  # every length would be compiled again
                     made = prompts.continue_text(engine.model, ids, section.sample_tokens, **keywords, **drawing)
                 sample[kind] = str(tokenizer.decode(made))
             samples.append(sample)

@@ -139,8 +139,8 @@ def shared_language_model(
     add_bos_token = bool(document_prefix(tokenizer)) or None
 
     class Network:
-        """Has what HFLM reads of a model. HFLM would tie the weights of a real one again, which an engine may have
-        sharded."""
+        """Stands in for the model: it has only what HFLM reads. HFLM would tie the weights of a real model again, but
+        an engine may have sharded them."""
 
         def __init__(self) -> None:
             self.device, self.config = device, model.config

@@ -54,7 +54,7 @@ def evaluate_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Loss (nats per token), perplexity and bits per byte of a model on whole documents, with 95 % intervals.
+    """Loss (nats per token), perplexity and bits per byte of a model on whole documents, with 95% intervals.
 
     `model`: a folder, a Hub id, or a causal LM in memory with its fast `tokenizer`; it stays on its device and in its
     dtype. `texts`: a list of documents; a mapping from names to lists, for figures of each and of all; or a recipe, for
@@ -94,7 +94,7 @@ def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows
 def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
     """Score both models on the same documents, and compare their bits per byte, which don't depend on the tokenizers.
 
-    The result has the difference a - b with its 95 % interval over documents, and `wins_of_a`: the share of documents
+    The result has the difference a - b with its 95% interval over documents, and `wins_of_a`: the share of documents
     on which a has fewer bits, half of those with equal ones included.
     """
     scores = [_score(model, texts, recipe, windows) for model in (a, b)]

@@ -37,7 +37,7 @@ def scored_batch(
 ) -> dict[str, torch.Tensor]:
     """A batch for `loss_sums`, of token ids, the number of each token's document, and whether a token is scored.
 
-    The three have the shape (batch, length). `eos_token_id` and `begins_after` as of `batches.collate`.
+    The three have the shape (batch, length). For `eos_token_id` and `begins_after` see `batches.collate`.
     """
     batch = collate(ids, eos_token_id, begins_after=begins_after)
     batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
@@ -69,7 +69,7 @@ def loss_sums(
 ) -> Sums:
     """Sums over all labels that are not -100, on the device of `token_bytes`.
 
-    `batches` as of `scored_batch`; `token_bytes`: int64 (vocabulary,), 0 for special tokens. The logits are never all
+    `batches`: see `scored_batch`. `token_bytes`: int64 (vocabulary,), 0 for special tokens. The logits are never all
     in memory if the model computes its loss in chunks.
     """
     device = token_bytes.device
@@ -107,10 +107,11 @@ def perplexity_figures(nll: float, tokens: int, content_nll: float, num_bytes: f
 
 
 def figures(documents: np.ndarray) -> dict[str, Any]:
-    """Loss (nats per token), perplexity, bits_per_byte, tokens and documents, of float64 (documents, 4) as of `Sums`.
+    """Loss (nats per token), perplexity, bits_per_byte, tokens and documents.
 
-    Each of the first three comes with its 95 % interval over other documents of the same kind: percentiles of the
-    bootstrap (Efron and Tibshirani 1993, chapter 13); None if there is one document only.
+    `documents`: float64 (documents, 4), same as `Sums.documents`. Each of the first three results comes with its 95%
+    confidence interval, by bootstrap over documents (percentiles; Efron and Tibshirani 1993, chapter 13). It is None if
+    there is only one document.
     """
     nll, tokens, content_nll, num_bytes = documents.sum(axis=0).tolist()
     scored = documents[documents[:, 1] > 0]
@@ -149,7 +150,7 @@ def resampled(documents: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def percentiles(values: np.ndarray) -> list[float]:
-    """Bounds of the middle 95 % of `values`, float64 (n,)."""
+    """Bounds of the middle 95% of `values`, float64 (n,)."""
     tail = 100 * (1 - _INTERVAL) / 2
     return [float(value) for value in np.percentile(values, (tail, 100 - tail))]
 

@@ -28,7 +28,7 @@ Returns:
 
 
 class TokenPerplexity(evaluate.Metric):
-    """Divides sums over tokens; add those of several processes before. For inputs and outputs see `_INPUTS`."""
+    """Divides sums over tokens. Add up those of several processes first. For inputs and outputs see `_INPUTS`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

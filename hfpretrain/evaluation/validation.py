@@ -42,7 +42,7 @@ class ValidationSets:
     def batches(
         self, *, batch_size: int, process_index: int, num_processes: int, document_masking: bool
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share of the batches over all sets, as of `sums.scored_batch`.
+        """This process's share of the batches over all sets; see `sums.scored_batch`.
 
         The tokens that don't fill a set's last block are a row padded with ignored labels. All processes get the same
         number of batches, since sharded engines need every rank in every forward pass. The last batches are filled with
@@ -68,7 +68,7 @@ class ValidationSets:
             yield sums.scored_batch(ids, documents, valid, eos_token_id=eos_token_id, begins_after=begins_after)
 
     def figures(self, documents: np.ndarray) -> dict[str, Any]:
-        """Figures of all sets together, and of each domain as `DOMAIN/...`. `documents` as of `sums.Sums`."""
+        """Figures of all sets together, and of each domain as `DOMAIN/...`. For `documents` see `sums.Sums`."""
         tables = []
         for number, ratio in enumerate(self._bytes_ratios):
             table = documents[self._ends[number] : self._ends[number + 1]].copy()

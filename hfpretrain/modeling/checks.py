@@ -26,8 +26,8 @@ _TOLERANCE = 2e-5  # nats; float32 rounds a loss of about 10 nats to a tenth of 
 def _comparable_experts(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode in which a token's output does not depend on the experts of other tokens.
 
-    Other implementations of experts add in an order that depends on them, and in 16 bits a difference in the last digit
-    can change which expert is chosen.
+    Other implementations sum in an order that depends on the experts of other tokens. In 16 bits, a difference in the
+    last digit can change which expert is chosen.
     """
     implementation = model.config._experts_implementation
     model.set_experts_implementation("batched_mm")
@@ -73,9 +73,9 @@ def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
 def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
     """How packed documents affect each other although their positions restart; None if they don't.
 
-    A row of two documents is given to the model. Other tokens in the first document must not change the logits of the
-    second at all, nor must positions up to the end of a block in the first document or in another row. All ranks must
-    call it.
+    The model gets rows of two documents each. The logits of the second document must stay exactly the same if the
+    tokens of the first change. They must also stay the same if a position in the first document, or in another row, is
+    as large as the last of a block. All ranks must call it.
     """
     length = max(4, min(16, block_size, getattr(model.config, "max_position_embeddings", 16) or 16))
     half = length // 2

@@ -81,7 +81,7 @@ class InitialWeights:
     def rule(self) -> Rule:
         """The moments that each parameter should have, measured on a draw with another seed.
 
-        Of layers with the same class and shapes only one is drawn.
+        If several layers have the same class and shapes, only one of them is drawn.
         """
         parameters = dict(self._blueprint.named_parameters())
         found: Rule = {}
@@ -194,8 +194,9 @@ def _number(seed: int, name: str) -> int:
 def residual_projections(model: PreTrainedModel) -> list[str]:
     """Names of the weights whose output is added to the residual stream: in most models two in each layer.
 
-    They are found by a forward pass on the meta device: of the modules with matrices inside a sub-layer, it is the last
-    one whose output shares its storage with the sub-layer's output; of fused experts it is the last matrix.
+    They are found by a forward pass on the meta device. Among the modules of a sub-layer that have matrices, the last
+    one whose output shares its storage with the sub-layer's output is taken. If it has several matrices, as fused
+    experts do, its last matrix is taken.
     """
     outputs: dict[torch.nn.Module, torch.Tensor] = {}
 
@@ -262,8 +263,8 @@ def check_weights(
 ) -> str:
     """Check all parameters of a model before its first step; returns a checksum over their names and values.
 
-    `weights`: names and whole tensors; `expected`: as of `InitialWeights.rule`, or None for a pretrained model, whose
-    values need only be finite. Raises `RecipeError` for NaN or infinity, for a mean or standard deviation other than
+    `weights`: names and whole tensors. `expected`: see `InitialWeights.rule`; None for a pretrained model, whose values
+    need only be finite. Raises `RecipeError` for NaN or infinity, for a mean or standard deviation other than
     expected, and for two parameters of more than 16 elements with the same random values. `looked` is called after
     each parameter.
     """
@@ -296,7 +297,7 @@ def check_weights(
 def _differs(found: Moments, ruled: Moments, numel: int) -> bool:
     """Whether the moments differ by more than chance.
 
-    Both are measured on `numel` elements, so six standard errors are allowed; and 1 %, for weights in 16 bits and
+    Both are measured on `numel` elements, so six standard errors are allowed; and 1%, for weights in 16 bits and
     embeddings with a row of zeros.
     """
     error = 6 * math.sqrt(2 / numel)

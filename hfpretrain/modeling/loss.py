@@ -14,15 +14,16 @@ from torch.nn.functional import cross_entropy, linear, pad
 from hfpretrain.modeling.structure import causal_lm
 from hfpretrain.recipe.labels import IGNORE_INDEX
 
-_MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; launching kernels for fewer takes longer than it saves memory
+_MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; smaller chunks save little memory for the time that launches take
 _ROWS = 2**14
 
 
 def chunk_tokens(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
-    """Number of tokens in a chunk: a sixteenth of a micro-batch, or as many as have 16 MiB of logits if that is more.
+    """Number of tokens in a chunk: a sixteenth of a micro-batch, but at least as many as have 16 MiB of logits.
 
     Each chunk reads and writes the gradient of the whole output embedding, so more chunks would save little memory and
-    take more time. `fused`: whether a compiled kernel computes the losses. It needs half the memory for each token.
+    take more time. `fused`: whether a compiled kernel computes the losses. It needs half the memory for each token, so
+    a chunk is then an eighth of a micro-batch.
     """
     return max(-(-num_tokens // (8 if fused else 16)), _MIN_CHUNK_LOGITS // vocab_size)
 
@@ -62,9 +63,9 @@ class StepLoss:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """This micro-batch's part of the step's next-token loss, and the value to call backward on: two float32 ().
 
-        `batch` as of `batches.collate`; `num_items`: number of the step's labels on all processes, int64 ();
+        `batch`: see `batches.collate`. `num_items`: number of the step's labels on all processes, int64 ().
         `num_micro_batches`: number of the step's micro-batches on all processes. The terms that a class adds are means
-        over a micro-batch, so they are divided by it.
+        over a micro-batch, so they are divided by this number.
         """
         if self.from_logits:
             inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
@@ -177,10 +178,11 @@ def head_loss(
 ) -> torch.Tensor:
     """Cross entropy of a linear output embedding in float32, computed in chunks of `num_tokens`.
 
-    Returns the sum, (1, 1, 1), if gradients are enabled, else the loss of each token, (batch, length, 1). `hidden`:
-    (batch, length, hidden); `weight`: (vocabulary, hidden); `targets`: int64 (batch, length), -100 is ignored. Matrix
-    products are in the weight's dtype or autocast's, the rest is in float32. `z_loss` adds to the gradients, but not to
-    the result, those of `z_loss` times the squared log-denominator of each softmax (PaLM, section 5).
+    Returns the sum, (1, 1, 1), if gradients are enabled, otherwise the loss of each token, (batch, length, 1).
+    `hidden`: (batch, length, hidden). `weight`: (vocabulary, hidden). `targets`: int64 (batch, length); -100 is
+    ignored. Matrix products are computed in the weight's dtype or autocast's, the rest in float32. `z_loss`: weight of
+    a second term, the square of the logarithm of each softmax's denominator (PaLM, section 5). The gradients include
+    this term, the returned loss does not.
 
     `torch.nn.functional.linear_cross_entropy` (torch 2.13) is not used, because it sums in bf16 if the input is bf16,
     and because its chunks get smaller and slower with a larger vocabulary.
