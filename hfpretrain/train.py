@@ -34,12 +34,12 @@ STOPPED = 75
 
 
 def train(recipe: Recipe) -> Path | None:
-    """Run a recipe to its end, from wherever its output folder stands.
+    """Run a recipe to its end, from the newest checkpoint in its output folder if there is one.
 
     In a process that plain Python started it may be called again. Under `accelerate launch` every process must call it,
     once. Returns the folder of the exported model, or None if the run was stopped before its end, with everything
     saved. Raises `RecipeError` for what is wrong with the recipe, the launcher or the machine, `TrainingDivergedError`
-    where `stability.policy` says to stop, `NotSavedError` if the last checkpoint could not be written.
+    if an unstable step must stop the run, `NotSavedError` if the last checkpoint could not be written.
 
     From then on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
     """

@@ -19,12 +19,12 @@ RECORD = "hub_commits"
 
 
 def find(recipe: Recipe) -> dict[str, str | None]:
-    """The commit of each `pretrained` of a recipe by its key; None for a folder, "" for a repo that is not in the cache
-    in offline mode.
+    """Map each `pretrained` key of a recipe to its commit hash.
 
-    A run that has begun goes on with the commits in its records, as does one that begins with the checkpoint of another
-    run's folder; else the Hub is asked. Only the main process calls this: a push may come between two answers.
-    Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
+    A local folder maps to None. In offline mode, a repository that is not cached maps to an empty string. A run that
+    resumes keeps the commits in its records, and one that starts from another run's checkpoint keeps those of that run.
+    Otherwise the Hub is asked. Only the main process calls this: if every rank asked, a push between two requests could
+    give them different commits. Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
     """
     known, found = _recorded(recipe), dict[str, str | None]()
     asked: dict[tuple[str, str | None], str | None] = {}
@@ -42,8 +42,11 @@ def find(recipe: Recipe) -> dict[str, str | None]:
 
 
 def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
-    """The recipe with the commits of `find` as revisions. Raises `RecipeError` in a process on a machine where a name
-    is a folder, or is none, unlike where the commits were found."""
+    """The recipe with the commits of `find` as revisions.
+
+    Raises `RecipeError` if a name is a folder on this machine but not on the one where the commits were found, or the
+    other way round.
+    """
     updates = {}
     for key, section in _sections(recipe):
         is_folder = Path(section.pretrained or "").exists()
@@ -70,7 +73,7 @@ def _sections(recipe: Recipe) -> Iterator[tuple[str, ModelSection | TokenizerSec
 
 
 def _recorded(recipe: Recipe) -> dict[str, str | None]:
-    """The commits that the run in the output folder began with, or the run that `checkpoint.resume_from` is of."""
+    """The recorded commits of the run in the output folder, or else of the run of `checkpoint.resume_from`."""
     folders = [Path(recipe.output_dir)]
     if recipe.checkpoint.resume_from is not None:
         folders.append(Path(recipe.checkpoint.resume_from).absolute().parent.parent)
@@ -85,7 +88,7 @@ def _recorded(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
-    """The commit of a revision. In offline mode that of the cache, or "" if it has none: loading will then say why."""
+    """The commit hash of a revision. In offline mode the cached one, or "" if there is none: loading then says why."""
     from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):

@@ -22,8 +22,8 @@ from hfpretrain.training.watchdog import Watch
 class Feed:
     """Opens a run's data at a checkpoint, and gives the loop this process's share of one step after the other.
 
-    Reads happen in threads, so that a source that does not answer keeps no signal from stopping the run. `checkpoint`:
-    where a stream goes on; prepared data need none.
+    Reads happen in threads, so that signals stop the run even while a source does not answer. `checkpoint`: where a
+    stream resumes; prepared data need none.
     """
 
     data: TrainingData | StreamingData
@@ -101,7 +101,7 @@ class Feed:
             self._prefetcher.close()
 
     def rewind(self, checkpoint: Path) -> None:
-        """End the thread, and take a stream back to a checkpoint; `start` goes on from there."""
+        """End the thread, and take a stream back to a checkpoint; `start` continues from there."""
         self.close()
         if isinstance(self.data, StreamingData):
             self.data = self._open(checkpoint)

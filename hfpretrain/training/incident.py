@@ -34,7 +34,7 @@ def write(output_dir: Path, content: dict[str, Any], num_events: int, records: R
     """Write `incidents/step-XXXXXXXX.json` into the run folder on the main process, named after `content["step"]`.
 
     `num_events` numbers the incidents of the run: it is added to the name if the step had one before a rollback.
-    Returns the path. A disk that takes no more is only told.
+    Returns the path. If the disk can't be written to, only a message is printed.
     """
     path = output_dir / "incidents" / f"step-{content['step']:08d}.json"
     if path.exists():

@@ -37,8 +37,8 @@ def fit(
 ) -> None:
     """Train from `state` to the last step. All ranks must call it.
 
-    `stop_if_asked` is called before each micro-step and may raise `Stopping`. Raises `TrainingDivergedError` as of
-    `Stability`, `NotSavedError` if the last checkpoint could not be written.
+    `stop_if_asked` is called before each micro-step and may raise `Stopping`. Raises `TrainingDivergedError` if
+    `Stability.handle` does, and `NotSavedError` if the last checkpoint could not be written.
     """
     recipe, engine, clock = setup.recipe, setup.engine, log.clock
     num_steps, tokens_per_step, setting = recipe.training.num_steps, recipe.training.tokens_per_step, setup.setting

@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """A file with one JSON object a line. A run that resumes at `resume_step` drops the lines of later steps, but keeps
-    the events; if that is None, the file starts empty.
+    """A file with one JSON object per line.
 
-    While the file can't be written, new lines wait in memory.
+    `resume_step`: lines of later steps are dropped, but events are kept; None: the file starts empty. While the file
+    can't be written, new lines wait in memory.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
@@ -60,12 +60,11 @@ class MetricsFile:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop the lines of later steps than `step`, except events, and the line of the export, which the run will write
-    again.
+    """Drop the lines of steps after `step`, except events. Drop the line of the export too: the run writes it again.
 
-    Lines are in the order of their steps, except that a save or an event may follow lines of later steps. So the file
-    is read backwards, up to the newest line that stays and is neither of these. This needs no disk space and little
-    memory.
+    Lines are in the order of their steps, except that saves and events may follow lines of later steps. The file is
+    therefore read backwards, up to the newest kept line that is neither a save nor an event. This needs no disk space
+    and little memory.
     """
     with path.open("r+b") as file:
         kept: list[bytes] = []

@@ -44,7 +44,7 @@ class PeakMemory:
 
 
 def _resident(key: str) -> int:
-    """`VmRSS` or `VmHWM` of this process in bytes; systems without Linux's /proc tell only the peak."""
+    """`VmRSS` or `VmHWM` of this process in bytes; systems without Linux's /proc report only the peak."""
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -10,7 +10,7 @@ from hfpretrain.training.records import Records
 
 
 class Publisher(Protocol):
-    """Pushes a run to the Hub while it trains; `hfpretrain.publishing` has it."""
+    """Pushes a run to the Hub while it trains; `hfpretrain.publishing` implements it."""
 
     def start(self) -> None:
         """Begin to push what waits."""
@@ -25,7 +25,7 @@ class Publisher(Protocol):
         """Push the export and all that is missing, unless `stopped`."""
 
     def table(self) -> str:
-        """Return a table of what is where."""
+        """Return a table of what is on the Hub and what is missing."""
 
     def close(self) -> None:
         """End at once."""

@@ -88,7 +88,7 @@ class _Tracker:
             self._tracker = None
 
     def finish(self) -> None:
-        """Send the rows that wait, or tell how many are lost, and end the tracker."""
+        """Send the rows that wait, or report how many are lost, and end the tracker."""
         for _ in range(2):  # the second time with a new tracker
             if self._failures:
                 self._failures = max(self._failures, self._MANY)
@@ -104,7 +104,7 @@ class _Tracker:
 
 
 def start_tracker(accelerator: Accelerator, name: str, project: str, config: dict[str, str], run_id: str) -> Any:
-    """Start one of accelerate's trackers, and return it. A run that resumes under the same `run_id` goes on in it."""
+    """Start one of accelerate's trackers, and return it. A run that resumes under the same `run_id` continues in it."""
     keywords = {
         "wandb": {"id": run_id, "resume": "allow"},
         "trackio": {"name": run_id, "resume": "allow"},
@@ -121,7 +121,7 @@ def start_tracker(accelerator: Accelerator, name: str, project: str, config: dic
 class Records:
     """Writes what happens in a run. Every rank has one and calls it alike; only the main process, `is_main`, writes.
 
-    `trackers`: for each tracker its name and a function that starts it. `step`: the step that the run goes on from: the
+    `trackers`: for each tracker its name and a function that starts it. `step`: the step that the run resumes from: the
     lines of an existing `metrics.jsonl` are kept up to there. None for a new run.
     """
 

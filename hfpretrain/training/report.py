@@ -87,7 +87,7 @@ def describe(setup: Setup, state: TrainState) -> None:
 
 
 def run_summary(setup: Setup, state: TrainState, history: History, report: dict[str, Any]) -> str:
-    """What a finished run prints. `report`: as of `verify.verify_export`."""
+    """What a finished run prints. `report`: see `verify.verify_export`."""
     where = ", ".join(
         text if (first, last) == (1, state.step) else f"{text} (steps {first:,} to {last:,})"
         for text, first, last in segments.places(state.segments)
@@ -124,5 +124,5 @@ def evaluation_text(row: dict[str, Any], domain: str = "") -> str:
 
 
 def _moment(step: int, last_step: int) -> str:
-    """When an evaluation was; a run that went on from another run's checkpoint has none before training."""
+    """When an evaluation was; a run that started from another run's checkpoint has none before training."""
     return {0: "before training", last_step: "after training"}.get(step, f"at step {step:,}")

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: finding it, loading it, and telling what will be different."""
+"""Resuming from a checkpoint: finding it, loading it, and reporting what will be different."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def restore(
 
 
 def _other_data(setup: Setup, path: Path, is_first_version: bool) -> str:
-    """What to say of a checkpoint that was trained on other data."""
+    """The message for a checkpoint that was trained on other data."""
     if setup.recipe.data.streaming and is_first_version:
         return (
             f"{path} is a stream's checkpoint of hfpretrain 0.1.0, which knew sources by path and time, not by "
@@ -132,10 +132,11 @@ def _other_data(setup: Setup, path: Path, is_first_version: bool) -> str:
 
 
 def decay_note(optimizer: str, path: Path, before: list[str], now: list[str]) -> str | None:
-    """A note if other matrices get no weight decay than up to the checkpoint at `path`: their names `before` and `now`.
+    """A note if the set of matrices without weight decay differs from that at the checkpoint at `path`.
 
-    Versions that did not record the names decided by the number of dimensions. Raises `RecipeError` for Muon, which
-    treats the matrices of the two versions differently.
+    `before`, `now`: names of these matrices. `before` is empty for versions that did not record them: they decided by
+    the number of dimensions alone. Raises `RecipeError` for Muon, which treats the matrices of the two versions
+    differently.
     """
     changed = sorted(set(before) ^ set(now))
     if not changed:

@@ -48,10 +48,10 @@ def run(
     make_publisher: Callable[[Path, HubSection], Publisher],
     write_card: Callable[[Path, Path], None],
 ) -> Path | None:
-    """Run a recipe as `hfpretrain.train.train` does.
+    """Run a recipe; see `hfpretrain.train.train`.
 
-    `make_publisher` gets the run folder and a `hub` section, empty on other ranks than 0. `write_card` gets the run
-    folder and that of the export.
+    `make_publisher` is called with the run folder and the recipe's `hub` section; on ranks other than 0 the section is
+    empty. `write_card` is called with the run folder and the folder of the export.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     with Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
@@ -88,7 +88,7 @@ def _train(
     state, changes = TrainState(Consumption(len(feed.data.order.sizes))), []
     if newest.path is not None:
         changes = restore(setup, state, newest.path, feed.data, saving_group, watch)
-        state.evaluated = state.evaluated and newest.has_records  # else another run's folder has the evaluation
+        state.evaluated = state.evaluated and newest.has_records  # else another run's records have it
     first_step = state.step
     feed.start(state)
     publisher = make_publisher(output_dir, recipe.hub if is_main else HubSection())
@@ -128,7 +128,7 @@ def _train(
     profiler = Profiler(setup.engine.accelerator, recipe.logging.profile_steps, output_dir / "profile")
 
     def close() -> None:
-        """End what works beside the loop."""
+        """Close the profiler, the records, the data feed and the vote."""
         profiler.close()
         records.close()
         feed.close()
@@ -172,7 +172,7 @@ def _save_and_stop(
     stops: Stops,
     close: Callable[[], None],
 ) -> None:
-    """Save where the run stands, for the same command to go on from, and end the process group. All ranks must call it.
+    """Save the state, so that the same command resumes from it, and end the process group. All ranks must call it.
 
     Raises `RecipeError` if the time of `training.stop_after` was over before the first step, `NotSavedError` if the
     checkpoint could not be written.
@@ -247,7 +247,7 @@ def _finish(
 
 
 def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records: Records) -> str:
-    """What the run took beside what its plan says; `peak_memory`: bytes, the largest of all processes."""
+    """The plan of the run beside what it measured, as text. `peak_memory`: bytes, the largest of all processes."""
     # Only the steps of this process: earlier ones may have run under another engine.
     tokens_per_step = setup.recipe.training.tokens_per_step
     seconds = table.seconds_per_step(records.history().speeds(), tokens_per_step, first_step)
@@ -267,7 +267,7 @@ def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records:
 @contextlib.contextmanager
 def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None = None) -> Iterator[None]:
     """Turn running out of memory into a `RecipeError` with the plan of the run and what would help most, and layers
-    that don't compile into one that says so. `config`: of the model, if it is known already."""
+    that don't compile into one that says so. `config`: the model's, if it is known already."""
     try:
         yield
     except RuntimeError as error:
@@ -284,7 +284,7 @@ def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None =
 
 
 def _trackers(setup: Setup, run_id: str) -> dict[str, Any]:
-    """A function that starts each tracker of the recipe, by its name."""
+    """Functions that start the trackers of the recipe, by tracker name."""
     config = {key: str(value) for key, value in flatten(redacted(setup.recipe.model_dump(mode="json")))}
     section, accelerator = setup.recipe.logging, setup.engine.accelerator
     return {

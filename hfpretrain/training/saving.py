@@ -30,7 +30,7 @@ class NotSavedError(RuntimeError):
 class RunSaver:
     """Saves a run's full state, and records how the saves and the pushes to the Hub went.
 
-    `saved_step`: the step of the checkpoint that the run goes on from, None for a new run.
+    `saved_step`: the step of the checkpoint that the run resumes from, None for a new run.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class RunSaver:
     def record(self, is_last: bool = False) -> None:
         """Record the saves and pushes that have ended since the last call.
 
-        After a failed save training goes on. Raises `NotSavedError` if `is_last`: it was the last save of the run.
+        Training continues after a failed save, but with `is_last`, for the last save of the run, this raises
+        `NotSavedError`.
         """
         record_news(self._publisher, self._records, self._state.step)
         for saved in self._saver.done():

@@ -13,8 +13,8 @@ def extend(segments: list[dict[str, Any]], setting: dict[str, Any], step: int) -
 
 
 def segments_of(environment: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """The settings of all steps up to `step`. An `environment.json` has those of the process that wrote it, and before
-    it in `segments`."""
+    """The settings of all steps up to `step`. An `environment.json` has those of the process that wrote it, and
+    those of earlier processes under `segments`."""
     found = [dict(part, last_step=min(part["last_step"], step)) for part in environment.get("segments", ())]
     found = [part for part in found if part["first_step"] <= step]
     done = found[-1]["last_step"] if found else 0
@@ -41,7 +41,7 @@ def _place(part: dict[str, Any]) -> str:
 
 
 def moved(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
-    """What to say of a run that goes on after `step` under another setting than before; None if it is the same."""
+    """The message for a run that continues after `step` under other settings; None if they are the same."""
     if before.get("document_masking", now["document_masking"]) != now["document_masking"]:
         was, becomes = ("not masked", "masked") if now["document_masking"] else ("masked", "not masked")
         return f"packed documents are {becomes} from each other from now on; up to step {step} they were {was}"

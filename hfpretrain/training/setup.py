@@ -69,9 +69,9 @@ class Setup:
 
     recipe: Recipe
     pinned: Recipe
-    """The recipe with the commits of the Hub as revisions of its model and its tokenizer."""
+    """The recipe with Hub commits as the revisions of its model and its tokenizer."""
     hub_commits: dict[str, str | None]
-    """These commits by key, as of `commits.find`."""
+    """These commits by key; see `commits.find`."""
     output_dir: Path
     engine: Engine
     """Holds the model and the optimizer."""
@@ -103,7 +103,7 @@ class Setup:
     """How often the run goes through each source, None for a stream."""
     flops_per_token: float
     peak_flops: float | None
-    """FLOP/s of all devices together; None if it is not known, and on other ranks than 0 of a CPU run."""
+    """FLOP/s of all devices together. None if unknown. In a CPU run, only rank 0 has it."""
     peak_memory: PeakMemory
     notes: Notes
 
@@ -114,7 +114,7 @@ class Setup:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What the steps of this process are trained under; it may differ after a resume."""
+        """The settings under which this process trains. They may differ after a resume."""
         return {
             "engine": self.engine.name,
             "num_processes": self.engine.num_processes,
@@ -127,7 +127,7 @@ class Setup:
 
     @property
     def data_identity(self) -> str:
-        """Checksum of the prepared text; for a stream also of what the sources were when the run began."""
+        """Checksum of the prepared data. For a stream, it also covers the sources as they were when the run began."""
         if not self.recipe.data.streaming:
             return self.prepared.checksum
         sources = json.dumps([self.prepared.checksum, self.prepared.manifest["source_identities"]])
@@ -135,17 +135,18 @@ class Setup:
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Raise `RecipeError` if the launcher's file, the number of processes or an installed library does not fit."""
+    """Raise `RecipeError` if the accelerate config file has an unsupported setting, if another number of processes
+    started than was asked for, or if the optimizer's library is missing."""
     launch.require_supported()
     launch.require_asked_processes()
     optim.require_library(recipe.optimizer)
 
 
 def start_engine(recipe: Recipe, watch: Watch) -> Engine:
-    """The engine that the launcher's file asks for, after all ranks have shown that they run the same.
+    """Build the engine that the accelerate config file asks for, and check that all ranks run the same.
 
-    From then on `watch` ends the run if one of the ranks does not go on. Raises `RecipeError` if the engine can't train
-    the recipe, or if the ranks differ in recipe, engine or versions.
+    From then on `watch` ends the run if a rank fails or hangs. Raises `RecipeError` if the engine can't train the
+    recipe, or if the ranks differ in recipe, engine or versions.
     """
     training = recipe.training
     engine = choose.build_engine(
@@ -169,9 +170,10 @@ def check_ranks_agree(recipe: Recipe, engine: Engine, watch: Watch) -> None:
 
 
 def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callable[[], None]) -> Setup:
-    """Prepare the data, build model and optimizer, and test what the model does with them. All ranks must call it.
+    """Prepare the data, build model and optimizer, and test the model. All ranks must call it.
 
-    `before_building` is called when the data are prepared. Raises `RecipeError` for what does not fit together.
+    `before_building` is called after the data are prepared. Raises `RecipeError` if the recipe, data, model and engine
+    are incompatible.
     """
     given, training, notes = recipe, recipe.training, Notes()
     micro_steps = accumulation_steps(

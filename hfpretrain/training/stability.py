@@ -19,7 +19,8 @@ from hfpretrain.training.watchdog import Watch
 
 
 class TrainingDivergedError(RuntimeError):
-    """A step must not update the weights, and the recipe says to stop, or it was one too many."""
+    """A step was unstable, and `stability.policy` is `stop`, or `stability.max_events` is exceeded, or there is no
+    checkpoint to roll back to."""
 
 
 def find_problem(section: StabilitySection, losses: list[float], loss: float, grad_norm: float) -> str | None:
@@ -68,7 +69,7 @@ class Stability:
         self._section = setup.recipe.stability
 
     def find_problem(self, loss: float, grad_norm: float) -> str | None:
-        """As the function of this name, for the step whose gradients are there."""
+        """Call the function `find_problem` for the current step, after its gradients are computed."""
         # In fp16 some gradients overflow under the loss scale. The scaler leaves those steps out by itself.
         is_scaled = self._setup.engine.precision == "fp16"
         return find_problem(self._section, self._state.losses, loss, 0.0 if is_scaled else grad_norm)
@@ -76,8 +77,8 @@ class Stability:
     def handle(self, problem: str, step_data: StepData, loss: float, grad_norm: float) -> bool:
         """Leave out a step that must not update the weights. All ranks must call it.
 
-        Returns whether the run was rolled back, so that `state` is that of a checkpoint. Raises `TrainingDivergedError`
-        if the run must stop.
+        Returns True if the run was rolled back: `state` is then the checkpoint's. Raises `TrainingDivergedError` if the
+        run must stop.
         """
         setup, state, records = self._setup, self._state, self._records
         state.num_events += 1

@@ -44,7 +44,7 @@ class TrainState:
     skipped: list[list[int]] = field(default_factory=list)
     """Data that rollbacks have left out, as `order.data_step` takes them."""
     segments: list[dict[str, Any]] = field(default_factory=list)
-    """Ranges of steps with the settings they were trained under, as of `segments.extend`."""
+    """Ranges of steps with the settings they were trained under; see `segments.extend`."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """The run's name in trackers."""
 

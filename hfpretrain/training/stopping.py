@@ -17,7 +17,8 @@ from hfpretrain.engines.start import SIGNALS
 class StoppedEarlyError(BaseException):
     """A signal came while there was nothing to save.
 
-    It is not an `Exception`, since code that runs when the signal comes, such as `logging`, may catch those and go on.
+    It is not an `Exception`, since code that runs when the signal comes, such as `logging`, may catch those and
+    continue.
     """
 
 
@@ -29,8 +30,8 @@ class Stops:
     """Handles the signals that ask this process to stop, as a context around a run.
 
     Until `defer` is called, a signal raises `StoppedEarlyError` in the main thread. From then on it is only noted, and
-    `due` tells. A second SIGINT ends the process at once. SIGHUP, which a closed terminal sends, stays ignored under
-    `nohup`.
+    `due` reports it. A second SIGINT ends the process at once. SIGHUP, which a closed terminal sends, stays ignored
+    under `nohup`.
     """
 
     def __init__(self, stop_after_seconds: int | None):
@@ -54,7 +55,7 @@ class Stops:
             signal.signal(number, signal.SIG_IGN if ending else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        # A closed terminal's SIGHUP ends the launcher, whose end is a SIGTERM: the first is the reason.
+        # When a terminal closes, SIGHUP ends the launcher, and then SIGTERM comes: the first signal is the reason.
         self.reason = self.reason or signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self._deferred:
@@ -65,7 +66,7 @@ class Stops:
         self._deferred = True
 
     def note_save(self, seconds: float) -> None:
-        """Note how long a save took: the run stops when twice the longest save is left of its time."""
+        """Note how long a save took. The run stops when its time left is at most twice that of the longest save."""
         self._longest_save = max(seconds, self._longest_save or 0.0)
 
     def seconds_left(self) -> float | None:

@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from hfpretrain.recipe.schema import Problem, RecipeError
 
-SILENCE_SECONDS = 30  # after so long without a new status a rank counts as lost
-_BROKEN_SILENCE_SECONDS = 4  # the same when a connection to a rank broke: some rank has just died
-_TELL_SECONDS = 30  # after so long a rank that waits for rank 0 prints what it waits for
-_GRACE_SECONDS = 3  # so long the launcher of a failed rank has to end the ranks beside it, since it can say more
+SILENCE_SECONDS = 30  # a rank that writes no new status for this long counts as lost
+_BROKEN_SILENCE_SECONDS = 4  # the same after a connection to a rank broke: some rank has just died
+_TELL_SECONDS = 30  # after this long, a rank that waits for rank 0 prints what it waits for
+_GRACE_SECONDS = 3  # the launcher of a failed rank has this long to end its other ranks, since its report says more
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Status:
     tick: int = 0
     """Number of statuses before this one."""
     count: int = 0
-    """Number of calls of `beat`. All ranks make the same calls, so this tells which of them is behind."""
+    """Number of calls of `beat`. All ranks make the same calls, so those with the lowest count are behind."""
     phase: str = "prepare"
     step: int = 0
     units: int = 0
@@ -65,9 +65,9 @@ class Judge:
         self._idle = 0
 
     def look(self, statuses: Mapping[int, Status], disconnected: bool = False) -> tuple[str, list[int]] | None:
-        """Why the run must end and which ranks are lost; None if it can go on.
+        """Return why the run must end and which ranks are lost; None if it can continue.
 
-        `statuses`: those of all ranks, or of rank 0 alone, which then can't be found to be behind the others.
+        `statuses`: those of all ranks, or of rank 0 alone. With rank 0 alone, no stall is looked for.
         `disconnected`: whether a connection of this rank broke.
         """
         live = {rank: status for rank, status in statuses.items() if status.end is None}
@@ -81,7 +81,7 @@ class Judge:
             rank not in self._last or (self._last[rank].count, self._last[rank].units) != (status.count, status.units)
             for rank, status in live.items()
         )
-        # Before its first `beat` rank 0 prepares the data, which has no time limit, and the others wait.
+        # Until its first `beat`, rank 0 prepares the data, and the others wait. That has no time limit.
         prepares = 0 in live and not live[0].count
         self._idle = 0 if moved or prepares else self._idle + 1
         self._last = dict(statuses)
@@ -179,7 +179,7 @@ class Watch:
         return answer["value"]
 
     def _answer_all(self, key: str, answer: dict[str, Any]) -> None:
-        """Give all ranks the last answer of rank 0, and wait until they have read it, before the store may end."""
+        """Send all ranks the last answer of rank 0, and give them time to read it before the store may end."""
         self._answers.set(key, json.dumps(answer))
         deadline = time.monotonic() + 2 * _GRACE_SECONDS
         while time.monotonic() < deadline and int(self._answers.add(f"{key}/heard", 0)) < len(self._ranks) - 1:
@@ -222,7 +222,7 @@ class Watch:
             self._threads[-1].start()
 
     def leave(self) -> None:
-        """Stop watching and being watched: what this rank still does concerns no other."""
+        """Stop watching and being watched. Call it when the remaining work of this rank concerns no other rank."""
         self.__exit__(None, None, None)
         self._threads = []
 
@@ -268,7 +268,7 @@ class Watch:
                 self._paused = 0.0
 
     def _watch_store(self) -> None:
-        """End this rank if the store does not answer, since `_watch` would wait for ever if its host is gone."""
+        """End this rank if the store does not answer, since `_watch` would wait forever if its host is gone."""
         last, looks, before = 0, 0, time.monotonic()
         while not self._closed.wait(1):
             paused, before = time.monotonic() - before - 1, time.monotonic()
@@ -282,7 +282,8 @@ class Watch:
         return f"the launcher of {_places([0], {0: self._first})}"
 
     def _speaks(self) -> bool:
-        """Whether this rank prints messages for its host if rank 0 is not there to do it."""
+        """Whether this rank prints for its host when rank 0 does not: local rank 1 on the host of rank 0, local rank 0
+        elsewhere."""
         return os.environ.get("LOCAL_RANK", "0") == (
             "1" if self._rank < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "0"
         )
@@ -291,7 +292,7 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             return
         if self._paused:
-            # No other rank has written a status since this one was suspended, so they have ended.
+            # The other ranks have not all written a status since this one was suspended, so they have ended.
             count, phase, step = self._progress
             place = _places([self._rank], {self._rank: Status(self._host, os.getpid(), 0, count, phase, step)})
             text = f"{place} was suspended for {self._paused:.0f} s, and the others have ended without it"
@@ -300,7 +301,7 @@ class Watch:
             print(f"\nerror: the run ends on all ranks: {text}", file=sys.stderr, flush=True)
             for status in lost:
                 _kill_local_rank(status, self._host)
-        # A launcher ends all its ranks when one of them ends, and another may have to print or to write first.
+        # When a rank ends, its launcher ends its other ranks. Wait, so that they can print or write first.
         time.sleep(_GRACE_SECONDS - 1 if speaks else _GRACE_SECONDS)
         os._exit(1)
 
@@ -326,7 +327,7 @@ class Watch:
         except dist.DistError:
             return
         if error is not None and len(self._ranks) > int(os.environ.get("LOCAL_WORLD_SIZE", len(self._ranks))):
-            # This process's launcher ends with it, maybe with the store, and other hosts must read this status before.
+            # This process's launcher ends with it, and perhaps the store too. Other hosts must read this status first.
             time.sleep(_GRACE_SECONDS)
 
 
