@@ -27,7 +27,7 @@ def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[
     Returns its path, None if there are no checkpoints at all, and why each newer one was passed over. Those are renamed
     to `step-XXXXXXXX.damaged`, so that rotation neither counts nor deletes them. `file_read` is called after each file.
 
-    Raises `RecipeError` if there are checkpoints but none verifies: starting anew is the user's decision.
+    Raises `RecipeError` if there are checkpoints but none verifies: starting from scratch is the user's decision.
     """
     reasons: list[str] = []
     for left in folder.glob(f"step-*{files.REPLACED}"):  # a process was killed while it replaced the checkpoint
@@ -61,7 +61,7 @@ def newest_undamaged(run: Path) -> Path | None:
 def fetch_start(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
     """Copy or download the checkpoint of `checkpoint.resume_from` into the run's `checkpoints`, if the run has none.
 
-    `file_read` is called after each file whose checksum is compared. A download that was stopped goes on.
+    `file_read` is called after each file whose checksum is compared. A download that was stopped resumes.
 
     Raises `RecipeError` if a checksum does not match, if the checkpoint's recipe differs in what may not change when a
     run resumes, or if its pickled index holds anything but tensors.

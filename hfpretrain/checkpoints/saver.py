@@ -1,4 +1,4 @@
-"""Saving checkpoints while training goes on, and deleting old ones."""
+"""Saving checkpoints while training continues, and deleting old ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Saved:
 
 
 class Saver:
-    """Writes checkpoints into `folder` while training goes on. All ranks must call the same methods.
+    """Writes checkpoints into `folder` while training continues. All ranks must call the same methods.
 
     `group`: a process group that only this saver uses, since it works in a thread; None if there is one process.
     `sealed`: called on the main process with each new checkpoint, before old ones are deleted.

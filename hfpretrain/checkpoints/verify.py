@@ -1,4 +1,7 @@
-"""Verifying an export: its checksums, its weights, and its loss on a batch of the training process."""
+"""Verifying an export: its checksums, its weights, and its loss on a batch of the training process.
+
+Checkpoints are not verified here: `files.damage` checks them.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,9 @@ _REFERENCE_TOKENS = 1024
 def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, path: Path | None) -> None:
     """Store a batch with the logits of the training process, to compare the export with.
 
-    Of each sequence the first 1,024 tokens are stored: the logits of longer ones may need memory that no training step
-    needed. `precision` is that of `engine.forward_precision`. All ranks must call this, since sharded engines need them
-    for the forward pass; only the rank that gives a `path` writes.
+    Only the first 1,024 tokens of each sequence are stored: the logits of longer ones may need memory that no training
+    step needed. `precision` is that of `engine.forward_precision`. All ranks must call this, since sharded engines need
+    them for the forward pass; only the rank that gives a `path` writes.
     """
     from safetensors.torch import save_file
 

@@ -23,8 +23,8 @@ BuildOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 class Engine:
     """One way to train a model, in one process or in many.
 
-    `choose.build_engine` makes the engine that the launcher's file asks for, `prepare` gives it a model and an
-    optimizer. This class does what plain PyTorch does; a subclass overrides what its library does otherwise. All
+    `choose.build_engine` makes the engine that the accelerate config file asks for, `prepare` gives it a model and
+    an optimizer. This class does what plain PyTorch does; a subclass overrides what its library does otherwise. All
     processes must call the methods that train, sum or save in the same order.
     """
 
@@ -89,7 +89,7 @@ class Engine:
 
     @property
     def can_compile(self) -> bool:
-        """Whether layers may be compiled unasked: where that was seen to train the same (tests/test_train.py)."""
+        """Whether `training.compile: auto` may compile layers: only if tests/test_train.py checks the losses."""
         return False
 
     @property
@@ -110,7 +110,7 @@ class Engine:
 
     @property
     def device_name(self) -> str:
-        """The device's trade name; of a CPU also the number of threads that torch uses."""
+        """The device's trade name; for a CPU also the number of threads that torch uses."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         if self.device.type != "cpu":
@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def dropout_index(self) -> int:
-        """What the seed of dropout adds on this process: equal where processes compute the same activations."""
+        """This process's part of the dropout seed: equal where processes compute the same activations."""
         return self.data_index
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -157,7 +157,7 @@ class Engine:
         return batch
 
     def seed(self, number: int) -> None:
-        """As `torch.manual_seed`, which takes a millisecond to note its caller for devices not in use yet."""
+        """Like `torch.manual_seed`, but faster: that takes a millisecond to note its caller for unused devices."""
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(number)
@@ -174,7 +174,7 @@ class Engine:
         return self.accelerator.reduce(value.clone() if self.counts_its_data else torch.zeros_like(value), "sum")
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
-        """As `total`, of a loss that each process computed from its part of a sequence, where sequences are cut."""
+        """Like `total`, for a loss that each process computed from its part of a sequence, where sequences are cut."""
         return self.total(value)
 
     def largest(self, value: int) -> int:
@@ -185,7 +185,7 @@ class Engine:
 
     @contextlib.contextmanager
     def plain_initialization(self) -> Iterator[None]:
-        """Within, transformers builds a model as it does without an engine."""
+        """Inside this context, transformers builds a model as it does without an engine."""
         yield
 
     def prepare(
@@ -201,8 +201,8 @@ class Engine:
     ) -> None:
         """Make `self.model` and `self.optimizer`, ready to train.
 
-        `weights`: the values of a model on the meta device, as of `initialization.InitialWeights`; None where it has
-        its values. An engine that shards keeps its share of each as it comes, so that no process ever holds the model.
+        `weights`: the values of a model on the meta device, see `initialization.InitialWeights`; None if it has its
+        values. An engine that shards keeps its share of each as it comes, so that no process ever holds the model.
         `all_get_gradients`: whether every parameter that is not frozen gets a gradient in each micro-step.
         """
         self.accelerator.gradient_accumulation_steps = accumulation_steps
@@ -212,7 +212,7 @@ class Engine:
         self._wrap(model, build_optimizer, weights)
 
     def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
-        """Tell the library below what it must know before `accelerator.prepare`."""
+        """Configure the library that the engine uses, before `accelerator.prepare`."""
 
     def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
         """Give the model its values, and cut it where that happens before `accelerator.prepare`."""
@@ -237,8 +237,8 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-step's gradients to those of the step.
 
-        Undoes the averages that engines take over processes and micro-steps: `loss` already is divided by the global
-        number of tokens, so its gradients must be summed.
+        Engines average gradients over processes and micro-steps. `loss` is already divided by the global number of
+        tokens, so this method undoes that average.
         """
         self._backward(loss * (self._averaged_over * self.accelerator.gradient_accumulation_steps))
 
@@ -251,8 +251,10 @@ class Engine:
         self.accelerator.backward(loss)
 
     def clip_gradients(self) -> torch.Tensor:
-        """Scale the gradients down to `max_grad_norm`, now or in `update`. Returns their norm before, float32 (); it is
-        not finite if any of them is not."""
+        """Clip the gradients to `max_grad_norm`. Some engines clip later, in `update`.
+
+        Returns the norm before clipping, float32 (); it is not finite if any gradient is not.
+        """
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         assert norm is not None
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -280,8 +282,10 @@ class Engine:
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Within, an optimizer step whose gradients are zero changes nothing: learning rates are 0, and afterwards
-        random states, step counters and the loss scale are as before. One micro-step within is a whole step."""
+        """Inside this context, a step with zero gradients changes nothing. One micro-step counts as a full step.
+
+        On exit, learning rates, random states, step counters and the loss scale are restored.
+        """
         raw = self.optimizer.optimizer
         rates = [group["lr"] for group in raw.param_groups]
         states = getattr(raw, "optimizer", raw).state  # DeepSpeed wraps the optimizer once more
@@ -331,8 +335,8 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        """Within, the model has the weights to evaluate and to export: the average, if the optimizer keeps one.
-        Afterwards it has the weights that are trained again."""
+        """Inside this context, the model has the weights to evaluate and export: the average, if the optimizer keeps
+        one. Afterwards it again has the weights that are trained."""
         averaged = getattr(self.optimizer.optimizer, "averaged", None)
         if averaged is None:
             yield
@@ -350,7 +354,8 @@ class Engine:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds, in the same form under every engine: `model` and `optimizer`, by parameter name.
 
-        Tensors share the memory of the model and the optimizer. Of a tensor that is cut each process has its pieces.
+        Tensors share the memory of the model and the optimizer. Each process has its own pieces of a
+        tensor that is cut.
         """
         found = self._weights_and_moments()
         network = self.unwrapped_model
@@ -387,7 +392,7 @@ class Engine:
         """Load a saved `state`, of any engine, number of processes and precision.
 
         `group`: a process group of all processes, for the CPU; None for a process alone. Returns False if the
-        checkpoint has no loss scale for fp16, which then starts anew.
+        checkpoint has no loss scale for fp16, which then starts from its initial value.
         """
         asked = self.state()
         scaler = asked.pop("scaler", None)
@@ -408,7 +413,7 @@ class Engine:
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
 
     def load_scaler(self, state: dict[str, Any]) -> None:
-        """Put the loss scale where `state`, as of any engine's `scaler_state`, says."""
+        """Set the loss scale from `state`, which `scaler_state` of any engine may have returned."""
         self.accelerator.scaler.load_state_dict(state)
 
     def finish(self) -> None:
@@ -416,8 +421,9 @@ class Engine:
         self.accelerator.wait_for_everyone()
         for module in self.model.modules():
             if isinstance(module, DistributedDataParallel):
-                # The last to hold the process group, these would wait for gloo's threads while keeping the interpreter
-                # from them, on a busy machine for ever (https://github.com/pytorch/pytorch/issues/56297, open).
+                # If these were the last to hold the process group, they would wait for gloo's threads while holding the
+                # GIL that those need: on a busy machine, forever (https://github.com/pytorch/pytorch/issues/56297,
+                # open).
                 del module.reducer, module.logger
         self.accelerator.end_training()
 

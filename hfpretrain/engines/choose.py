@@ -30,7 +30,7 @@ ENGINES: tuple[type[Engine], ...] = (Single, DDP, TensorParallel, FSDP2, HSDP, D
 def build_engine(
     mixed_precision: MixedPrecision, trackers: list[str], project_dir: str, timeout_seconds: int
 ) -> Engine:
-    """The engine that the launcher's file asks for, on GPUs if there are any, else on the CPU.
+    """The engine that the accelerate config file asks for, on GPUs if there are any, else on the CPU.
 
     Raises `RecipeError` if fewer processes started than the launcher was asked for, if a tracker is not installed, or
     if engine and machine can't train in `mixed_precision`.
@@ -71,7 +71,7 @@ def build_engine(
 
 
 def _kind_launched() -> type[Engine]:
-    """The class, by the launcher's file, that builds the accelerator."""
+    """The class that builds the accelerator, by the accelerate config file."""
     if launch.uses_deepspeed():
         return DeepSpeed
     if launch.uses_fsdp():
@@ -124,8 +124,8 @@ def _set_up_cpu() -> None:
     # Unless this is set, DeepSpeed looks for an accelerator and warns that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.platform == "linux":
-        # glibc returns large blocks to the kernel at every free, and each activation is faulted in anew: a quarter of
-        # a step. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h keep them.
+        # glibc returns large blocks to the kernel at every free, and each activation is faulted in again: a quarter
+        # of a step. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h keep them.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 2**30)

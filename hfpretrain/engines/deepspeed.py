@@ -46,7 +46,7 @@ class DeepSpeed(Engine):
 
     @classmethod
     def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
-        """As of `Engine`. Raises `RecipeError` if DeepSpeed can't start here."""
+        """See `Engine`. Raises `RecipeError` if DeepSpeed can't start here."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # It calls collectives by names that torch 2.13 has changed.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -59,7 +59,7 @@ class DeepSpeed(Engine):
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
-        """All but adamw have one."""
+        """None for adamw. No other optimizer works."""
         if optimizer == "adamw":
             return None
         reason = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that"
@@ -84,10 +84,10 @@ class DeepSpeed(Engine):
 
     @contextlib.contextmanager
     def plain_initialization(self) -> Iterator[None]:
-        """As of `Engine`.
+        """See `Engine`.
 
-        In a ZeRO-3 job transformers builds under `zero.Init`, with other weights for the same seed than everywhere
-        else, and all processes must take part.
+        In a ZeRO-3 job transformers otherwise builds under `zero.Init`: the same seed then gives other weights, and all
+        processes must take part.
         """
         module: Any = sys.modules.get("transformers.integrations.deepspeed")
         saved = getattr(module, "_hf_deepspeed_config_weak_ref", None)
@@ -104,11 +104,11 @@ class DeepSpeed(Engine):
         config = self._plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
         config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps
-        # Anything less explicit makes DeepSpeed clip at 1.0.
+        # Set it even to turn clipping off: otherwise DeepSpeed clips at 1.0.
         config["gradient_clipping"] = self.max_grad_norm or 0.0
-        # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and wants a compiler.
+        # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and needs a compiler.
         config["zero_force_ds_cpu_optimizer"] = False
-        # By default the smallest model has a gigabyte of it.
+        # The default bucket takes a gigabyte even for the smallest model.
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_parameters))
 
@@ -120,7 +120,7 @@ class DeepSpeed(Engine):
             self._fill(model, self._keeping(names, weights))
 
     def _keeping(self, names: set[str], weights: Weights) -> Weights:
-        """All `weights`; copies of those of `names` stay in `_frozen`."""
+        """Yield all `weights`, and keep copies of those in `names` in `_frozen`."""
         for name, value in weights:
             if name in names:
                 self._frozen[name] = value.detach().float().clone()
@@ -137,7 +137,7 @@ class DeepSpeed(Engine):
             self._set_masters(weights)
 
     def _set_masters(self, weights: Weights) -> None:
-        """DeepSpeed copies its float32 weights from those in 16 bits; here they get the values that were drawn."""
+        """Give DeepSpeed's float32 weights the values that were drawn: DeepSpeed copies them from 16-bit weights."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         parameters = dict(self.model.module.named_parameters())
@@ -153,7 +153,7 @@ class DeepSpeed(Engine):
         self.model.backward(loss)
 
     def clip_gradients(self) -> torch.Tensor:
-        """As of `Engine`; DeepSpeed scales them down in `update`."""
+        """See `Engine`. DeepSpeed clips later, in `update`."""
         from deepspeed.runtime.utils import is_invalid_grad_norm
 
         norm = self._scaled_norm()
@@ -165,11 +165,11 @@ class DeepSpeed(Engine):
         return self.model.optimizer.scaled_global_norm()
 
     def update(self) -> None:
-        """As of `Engine`."""
+        """See `Engine`."""
         self.model.step()
 
     def drop_gradients(self) -> None:
-        """As of `Engine`. DeepSpeed drops gradients whose norm is not finite, so it is given such a norm."""
+        """See `Engine`. DeepSpeed drops gradients whose norm is not finite, so it is given such a norm."""
         optimizer, invalid = self.model.optimizer, torch.tensor(-1.0, device=self.model.device)
         optimizer.check_grad_overflow = True  # otherwise DeepSpeed does not look at the norm in bf16
         optimizer.scaled_global_norm = lambda: invalid
@@ -187,7 +187,7 @@ class DeepSpeed(Engine):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """As of `Engine`."""
+        """See `Engine`."""
         with super().rehearsal():
             yield
         self.model.micro_steps = self.model.global_steps = self.model.global_samples = 0
@@ -209,12 +209,12 @@ class DeepSpeed(Engine):
         return whole
 
     def _weights_and_moments(self) -> dict[str, Any]:
-        """The float32 weights and the optimizer's state, as the pieces that this process has of each parameter.
+        """The float32 weights and the optimizer's state, as this process's pieces of each parameter.
 
-        DeepSpeed keeps both in flat tensors. Its public functions do not serve here (0.19.8): `safe_get_full_*` gather
-        each tensor on every process, `safe_get_local_*` know stage 3 only and return copies where the state is
-        offloaded, so that a checkpoint could not be loaded in place. Frozen weights are in no flat tensor; every
-        process has them whole.
+        DeepSpeed keeps both in flat tensors. Its public functions (0.19.8) do not help: `safe_get_full_*` gather each
+        tensor on every process; `safe_get_local_*` support only stage 3, and return copies if the state is offloaded,
+        so a checkpoint could not be loaded in place. Frozen weights are in no flat tensor; every process has them
+        whole.
         """
         states = self.model.optimizer.optimizer.state
         found: dict[str, Any] = {"model": dict(self._frozen), "optimizer": {}}
@@ -260,11 +260,11 @@ class DeepSpeed(Engine):
         parameter.data.copy_(value)
 
     def _copy_masters_to_weights(self) -> None:
-        """The weights that DeepSpeed computes with, from its float32 ones, as after a step."""
+        """Copy DeepSpeed's float32 weights to those that it computes with, as after a step."""
         self.model.optimizer.update_lp_params()
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """As of `Engine`."""
+        """See `Engine`."""
         scaler = getattr(self.model.optimizer, "loss_scaler", None)
         if scaler is None or not scaler.dynamic:
             return None
@@ -272,7 +272,7 @@ class DeepSpeed(Engine):
         return {"scale": float(scaler.cur_scale), "_growth_tracker": good_steps, "hysteresis": scaler.cur_hysteresis}
 
     def load_scaler(self, state: dict[str, Any]) -> None:
-        """As of `Engine`."""
+        """See `Engine`."""
         scaler = self.model.optimizer.loss_scaler
         scaler.cur_scale = state["scale"]
         scaler.cur_iter, scaler.last_overflow_iter = int(state["_growth_tracker"]), -1
@@ -310,7 +310,7 @@ class ZeRO3(DeepSpeed):
         return combine_grad_norm_groups(self.model.optimizer._get_norm_groups())
 
     def drop_gradients(self) -> None:
-        """As of `DeepSpeed`."""
+        """See `DeepSpeed`."""
         optimizer, invalid = self.model.optimizer, torch.tensor(-1.0, device=self.model.device)
         optimizer._get_norm_groups = lambda: [invalid]
         self.model.step()

@@ -19,7 +19,7 @@ def control_group(num_processes: int, timeout_seconds: int) -> Any:
 
 
 class Votes:
-    """The largest number that any process has given, one call late, so that no process waits while training.
+    """An all-reduce (maximum) that returns the previous call's result, so that training does not wait for it.
 
     All ranks must call `cast` equally often.
     """
@@ -29,7 +29,10 @@ class Votes:
         self._work: Any = None
 
     def cast(self, value: int) -> int:
-        """Give this process's `value`; returns the largest of the call before, 0 at the first."""
+        """Give this process's `value`. Returns the largest of the previous call, 0 at the first call.
+
+        A process without a group gets its own `value`.
+        """
         if self._group is None:
             return value
         agreed = self.wait()
@@ -39,7 +42,7 @@ class Votes:
         return agreed
 
     def wait(self) -> int:
-        """The largest of the last call."""
+        """Wait for the last call, and return its largest value."""
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -36,7 +36,7 @@ class FSDP2(Engine):
 
     @classmethod
     def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
-        """As of `Engine`, with the plugin that the launcher's file describes."""
+        """See `Engine`. Uses the plugin that the accelerate config file describes."""
         plugin = build_plugin(precision)
         if torch.accelerator.is_available():
             return super().build_accelerator({**keywords, "fsdp_plugin": plugin}, precision)
@@ -46,7 +46,7 @@ class FSDP2(Engine):
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
-        """As of `problem_with_shards`."""
+        """See `problem_with_shards`."""
         return problem_with_shards(optimizer)
 
     @property
@@ -60,7 +60,7 @@ class FSDP2(Engine):
 
     @property
     def can_compile(self) -> bool:
-        """Yes without offloading."""
+        """Only for `fsdp2`, without offloading."""
         return self.name == "fsdp2"
 
     def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
@@ -80,12 +80,12 @@ class FSDP2(Engine):
                 group["params"] = parameters
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """One micro-step. Gradients are reduced in each: else every process would hold whole float32 gradients in
+        """One micro-step. Gradients are reduced in each: otherwise every process would hold whole float32 gradients in
         between."""
         return self.accelerator.accumulate()
 
     def full_parameters(self) -> Any:
-        """As of `Engine`."""
+        """See `Engine`."""
         self._weights_changed()
         return super().full_parameters()
 
@@ -123,9 +123,10 @@ def _use_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
 
 
 def build_plugin(precision: str) -> Any:
-    """Accelerate's plugin for what the launcher's file says. It computes in `precision`, and sums gradients in float32.
+    """Accelerate's plugin for what the accelerate config file says.
 
-    Raises `RecipeError` for a value that accelerate does not take.
+    It computes in `precision`, and sums gradients in float32. Raises `RecipeError` for a value that accelerate does
+    not take.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -149,7 +150,7 @@ def keeps_on_host(plugin: Any) -> bool:
 def require_layers(plugin: Any, model: Any) -> None:
     """Have FSDP2 shard each layer of the model by itself, where the model says which classes these are.
 
-    Raises `RecipeError` if the launcher's file names a class of layers that the model does not have.
+    Raises `RecipeError` if the accelerate config file names a class of layers that the model does not have.
     """
     names = set(plugin.transformer_cls_names_to_wrap or ())
     found = {type(module).__name__ for module in model.modules()}

@@ -1,4 +1,4 @@
-"""Reads what the launcher's file asks for from the environment, and refuses what would train something else."""
+"""Reads the settings of the accelerate config file from the environment, and refuses those that would change a run."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ _RUNS: list[int] = []
 def end_with_launcher() -> None:
     """On Linux, have this process receive SIGTERM when the `accelerate launch` that started it ends.
 
-    Otherwise the training would go on unseen. A launcher of one process does not pass signals on, and no launcher can
-    pass on SIGKILL.
+    Otherwise the training would continue unnoticed. A launcher of one process does not pass signals on, and no launcher
+    can pass on SIGKILL.
     """
     import psutil
 
@@ -119,16 +119,18 @@ def init_method() -> str | None:
 
 
 def require_first_run() -> None:
-    """Raises `RecipeError` for a second run in a process of a group: its ranks would read what they wrote into the
-    launcher's store in the first run."""
+    """Raises `RecipeError` for a second run in a process of a group.
+
+    Its ranks would read what they wrote into the launcher's store in the first run.
+    """
     if has_group() and _RUNS:
         raise RecipeError.at("train", "has run in this process, which a launcher started; launch each run anew")
     _RUNS.append(os.getpid())
 
 
 def require_supported() -> None:
-    """Raises `RecipeError` that lists every setting of the launcher's file that would change what a recipe means, or
-    that does not work with this stack. Needs no process group."""
+    """Raises `RecipeError` that lists every setting of the accelerate config file that would change what a recipe means
+    or does not work with this stack. Needs no process group."""
     problems = [*_file_problems(), *_engine_problems(), *_ownership_problems(), *_parallelism_problems()]
     if problems:
         raise RecipeError(problems)
@@ -142,7 +144,7 @@ def parallelism() -> dict[str, int]:
 
 
 def mixed_precision() -> Any:
-    """The precision of the launcher's file; `no` also if the file does not set one."""
+    """The precision of the accelerate config file; `no` also if the file does not set one."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
@@ -236,7 +238,7 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def require_cuttable(config: Any, attn_implementation: str, block_size: int) -> None:
-    """As `require_divisible`, with the sizes that the launcher's file sets."""
+    """Call `require_divisible` with the sizes that the accelerate config file sets."""
     sizes = parallelism()
     if sizes["tp"] > 1:
         require_divisible("tensors", sizes["tp"], config, attn_implementation, block_size)
@@ -284,7 +286,7 @@ def _uncut_sequences(config: Any, attn_implementation: str) -> Iterator[str]:
 
 
 def _file_problems() -> Iterator[Problem]:
-    """Sections and keys of the launcher's file that accelerate would ignore silently."""
+    """Sections and keys of the accelerate config file that accelerate would ignore silently."""
     options = _launch_options()
     path = None if options is None else _config_file(options)
     if path is None:

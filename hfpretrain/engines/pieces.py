@@ -97,8 +97,11 @@ def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piec
 
 
 def in_pieces(value: Any) -> Any:
-    """A `DTensor` as `Fragments` that share its memory. Another tensor, which all processes hold whole, as it is; one
-    of torchao's as the tensors by name that it is made of."""
+    """Convert a `DTensor` to `Fragments` that share its memory.
+
+    Other tensors, which all processes hold whole, are returned as they are. A tensor of torchao becomes a dictionary of
+    the tensors that it is made of.
+    """
     if not isinstance(value, DTensor):
         if is_traceable_wrapper_subclass(value):  # torchao's of 8 bits: codes, and a scale for each block
             return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
@@ -124,7 +127,7 @@ def share(state: dict[str, Any], index: int, number: int) -> dict[str, Any]:
 
 
 def copy_to_host(value: Any) -> Any:
-    """A copy of a state in the CPU's memory, for saving while training goes on."""
+    """A copy of a state in the CPU's memory, for saving while training continues."""
     if isinstance(value, dict):
         return {key: copy_to_host(item) for key, item in value.items()}
     if isinstance(value, Fragments):

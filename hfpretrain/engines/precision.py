@@ -1,4 +1,4 @@
-"""Chooses the precision of a run from the recipe, the launcher's file and the hardware."""
+"""Chooses the precision of a run from the recipe, the accelerate config file and the hardware."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from hfpretrain.recipe.schema import MixedPrecision, RecipeError
 
 
 def resolve(mixed_precision: MixedPrecision, launched: MixedPrecision, *, sharded: bool) -> MixedPrecision:
-    """The precision of a run. `auto` is that of the launcher's file, else bf16 if the hardware has it, else `no`.
+    """The precision of a run.
 
-    `launched`: the launcher's precision. `no` there decides nothing, since it is also the default. `sharded`: whether
+    `auto` is that of the accelerate config file, else bf16 if the hardware has it, else `no`. `launched`: the precision
+    of the accelerate config file. `no` there decides nothing, since it is also the default. `sharded`: whether
     the engine is FSDP2, DeepSpeed or tensor parallelism. Raises `RecipeError` if recipe and launcher contradict each
     other, or if the hardware or a package is missing.
     """
@@ -56,7 +57,7 @@ def problem(
 ) -> str | None:
     """Why a device can't train in a precision, with the fix; None if it can.
 
-    `capability`: the compute capability of a CUDA device, None for others. `sharded`: as of `resolve`.
+    `capability`: the compute capability of a CUDA device, None for others. `sharded`: see `resolve`.
     """
     if precision in ("auto", "no") or (precision == "bf16" and device == "CPU"):
         return None

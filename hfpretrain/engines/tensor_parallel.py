@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-# The style of a module of which each process computes the gradients of its own heads only.
+# The plan's style for modules whose gradients each process computes for its own attention heads only.
 _PARTIAL = "replicated_with_grad_allreduce"
 
 
@@ -27,19 +27,19 @@ class TensorParallel(Engine):
 
     @classmethod
     def precision_problem(cls, precision: str) -> str | None:
-        """No fp16."""
+        """Only fp16 has one."""
         if precision == "fp16":
             return "with tensor parallelism processes would skip different steps in fp16; take bf16"
         return None
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
-        """As of FSDP2."""
+        """Same as under FSDP2."""
         return problem_with_shards(optimizer)
 
     @property
     def num_sharing(self) -> int:
-        """All processes."""
+        """All processes work on the same sequences."""
         return int(self.accelerator.parallelism_config.tp_size)
 
     def _place(self, model: Any, weights: Weights | None) -> None:

@@ -27,7 +27,7 @@ class Ulysses(ZeRO3):
 
     @property
     def dropout_index(self) -> int:
-        """Another on each process, since each has other tokens."""
+        """Different on each process, since each has other tokens."""
         return self.process_index
 
     @property
@@ -40,7 +40,7 @@ class Ulysses(ZeRO3):
         mask_documents(model)
 
     def split_sequences(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As of `split`."""
+        """See `split`."""
         return split(batch, self.process_index % self.num_sharing, self.num_sharing)
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def split(batch: dict[str, torch.Tensor], index: int, size: int) -> dict[str, torch.Tensor]:
-    """Part `index` of the `size` parts of a batch as of `data.batches.collate`.
+    """Part `index` of the `size` parts of a batch that `data.batches.collate` returned.
 
     Adds `shift_labels`, since the label of a part's last token is the first token of the next part.
     """
