@@ -35,7 +35,7 @@ _MANIFEST_SHA256 = "manifest_sha256"
 REPLACED = ".replaced"
 _KEPT = ".kept"
 _RECORD_DAYS = 180
-# Of what was verified, its lock, and what a kill has left of a write.
+# Names of the records of verified folders, of their locks, and of what a killed process left of a write.
 _RECORD = re.compile(r"[0-9a-f]{32}(\.lock)?|\.[0-9a-f]{32}\.[0-9a-f]{12}\.incomplete")
 # What earlier versions wrote into a folder whose manifest is missing or can't be read.
 _USUAL = (
@@ -114,8 +114,8 @@ def put_in_place(work: Path, path: Path, ours: Collection[str] = ()) -> None:
     """Rename the finished folder `work` to `path` and remove the folder that was there.
 
     Files of the old folder that hfpretrain wrote are deleted; all others move into the new one. A file is ours if the
-    old folder's manifest or `ours` names it; in an export its checksum must match, too. At any moment one complete
-    folder exists: at `path`, or under the name from which `restore` goes on.
+    old folder's manifest or `ours` names it; in an export its checksum must match, too. A kill at any time leaves
+    one complete folder, either at `path` or in the backup that `restore` moves back.
     """
     path = path.resolve()
     restore(path, ours)

@@ -24,8 +24,10 @@ def find(folder: Path) -> list[Path]:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a run is and where it stands; None for what it does not know. `loss`, what follows from it and `loss DOMAIN`
-    of each set that has a name are those of the last evaluation."""
+    """Model, engine, figures and state of a run; None where a value is not known.
+
+    `loss`, `perplexity`, `bits/byte`, and `loss DOMAIN` for each named validation set are from the last evaluation.
+    """
     history = History.read(path / "metrics.jsonl")
     evaluated: dict[str, Any] = history.evaluations[-1] if history.evaluations else {}
     environment: dict[str, Any] = {}
@@ -35,13 +37,13 @@ def describe(path: Path) -> dict[str, Any]:
         recipe = read_recipe(path / "recipe.yaml")
         steps = recipe.training.num_steps
         model = recipe.model.pretrained or (recipe.model.config or {}).get("model_type")
-    except RecipeError:  # of another version
+    except RecipeError:  # another version wrote it
         steps, model = None, None
     step = history.step
     parts = segments.segments_of(environment, max(step, 1)) if environment else []
     if run_folder.is_in_use(path):
         state = "running"
-    elif history.exported:  # a run that goes on forgets it
+    elif history.exported:  # a resume drops this row
         state = "finished"
     else:
         state = "stopped"

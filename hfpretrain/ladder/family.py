@@ -16,7 +16,7 @@ from hfpretrain.recipe.schema import Recipe, RecipeError
 # What config classes call the number of key and value heads, and the sizes that are proportional to the width.
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _WIDTHS = re.compile(r"(intermediate_size|ffn_hidden_size|ffn_dim|n_inner|word_embed_proj_dim|[qk]v?_lora_rank)$")
-# A size asked for may be this factor away from the nearest member.
+# The nearest member may differ from the size asked for by at most this factor.
 _FARTHEST = 1.5
 
 
@@ -33,9 +33,9 @@ class Family:
 
     Width and layers grow in proportion to the heads, so width / layers and the size of a head stay the same. The ratios
     of key and value heads to heads, and of the feed-forward and low-rank widths to the width, stay as close as whole
-    numbers allow. `initializer_range` goes by 1 / sqrt(width), which is a variance of 1 / fan-in (Yang et al. 2022,
+    numbers allow. `initializer_range` scales with 1 / sqrt(width), which is a variance of 1 / fan-in (Yang et al. 2022,
     "Tensor Programs V", table 3): with the value of a wide model, a narrow one stays on a plateau for most of a short
-    run. All else is the recipe's: vocabulary, context, number of experts and how many of them a token meets. Keys are
+    run. All else is the recipe's: vocabulary, context, number of experts and how many are active per token. Keys are
     found through the config class's `attribute_map`, so any model type with heads, layers and a width works.
 
     Raises `RecipeError` for a model type without them, for keys that hold a value for each layer, and where the

@@ -15,7 +15,7 @@ from hfpretrain.recipe.schema import RecipeError
 FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
 """Training compute C = 6 N D for N parameters that each token meets and D tokens (Kaplan et al. 2020, section 2.1)."""
 _DELTA, _MAX_EVALUATIONS = 1e-3, 1000
-# The grid of starts: exponents, and the irreducible loss as a share of the smallest loss.
+# The fit starts from each point of a grid: exponents, and the irreducible loss as a share of the smallest loss.
 _EXPONENTS, _SHARES = (0.1, 0.4, 1.0), (0.2, 0.8)
 
 
@@ -23,8 +23,8 @@ _EXPONENTS, _SHARES = (0.1, 0.4, 1.0), (0.2, 0.8)
 class Law:
     """Loss = `irreducible` + sum of `coefficients` / x ** `exponents`, in nats per token.
 
-    Of two variables, parameters N and tokens D, it is E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, "Training
-    Compute-Optimal Large Language Models", section 3.3); of one, compute C, it is E + K / C^gamma, for runs that all
+    With two variables, parameters N and tokens D, it is E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, "Training
+    Compute-Optimal Large Language Models", section 3.3). With one, compute C, it is E + K / C^gamma, for runs that all
     have the same tokens per parameter.
     """
 
@@ -33,15 +33,15 @@ class Law:
     exponents: tuple[float, ...]
 
     def loss(self, *variables: float) -> float:
-        """At N and D, or at C."""
+        """The loss at N and D, or at C."""
         terms = zip(self.coefficients, variables, self.exponents, strict=True)
         return self.irreducible + sum(coefficient * x**-exponent for coefficient, x, exponent in terms)
 
     def optimum(self, compute: float, factor: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> tuple[float, float]:
         """N and D of the least loss under `factor` N D = `compute` FLOPs (Hoffmann et al. 2022, equation 4)."""
         (a, b), (alpha, beta) = self.coefficients, self.exponents
-        # In logarithms, and at least one parameter and one token: where the runs hardly determine a constant, samples
-        # of it are near 0.
+        # Computed in logarithms, and with at least one parameter and one token: a constant that the runs hardly
+        # determine is near 0 in some samples.
         log_product = math.log(compute / factor)
         log_g = (math.log(alpha) + math.log(a) - math.log(beta) - math.log(b)) / (alpha + beta)
         log_parameters = min(max(log_g + log_product * beta / (alpha + beta), 0.0), log_product)
@@ -52,8 +52,9 @@ class Law:
 class Fit:
     """A fitted law, and the laws of the bootstrap samples that its uncertainty is read from.
 
-    `samples`: empty where there are no more points than the law has constants.
-    `scatter`: float64 (samples,), the standard deviation of ln loss about the law that each was drawn with.
+    `samples`: empty if there are only as many points as the law has constants.
+    `scatter`: float64 (samples,), for each sample the standard deviation with which its ln losses were drawn about the
+    law.
     """
 
     law: Law
@@ -68,8 +69,8 @@ class Fit:
         return float(low), float(high)
 
     def loss_interval(self, *variables: float, of_a_run: bool = False) -> tuple[float, float] | None:
-        """95 % interval of the law at a point; `of_a_run`: of what one more run there would measure, which adds the
-        scatter of the runs about the law."""
+        """95 % interval of the law at a point. With `of_a_run`, the interval of what one more run there would measure:
+        it adds the scatter of the runs about the law."""
         losses = np.array([sample.loss(*variables) for sample in self.samples])
         if of_a_run and len(losses):
             losses *= np.exp(np.random.default_rng(0).normal(0.0, self.scatter))

@@ -54,7 +54,7 @@ def verify_resume(
 
 
 def _short(recipe: Recipe, steps: int) -> list[str]:
-    """Overrides that make a run short, log each of its steps and leave the world alone."""
+    """Overrides that make a run short, log each of its steps, and turn off trackers and pushes to the Hub."""
     values = {
         "data.prepared_dir": recipe.data.prepared_dir or recipe.prepared_dir,
         "training.max_tokens": "null",

@@ -1,4 +1,4 @@
-"""What the finished rungs of a ladder say of its recipe: laws, predictions, `ladder.json` and `ladder.png`."""
+"""What the finished rungs of a ladder say about its recipe: laws, predictions, `ladder.json` and `ladder.png`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains the rungs of a ladder, one after the other, and writes what they say of the recipe."""
+"""Trains the rungs of a ladder, one after the other, and writes what they say about the recipe."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def run_ladder(
 ) -> Iterator[str]:
     """Train the rungs that are not finished, fit the laws, and yield lines for people.
 
-    `sizes`, `ratios`: as of `Ladder`; `engine`, `num_processes`: as of `launch_command`; `compute`: FLOPs to find the
-    best size for, by default the recipe's. Leaves `ladder.json`, `ladder.png` and the rungs' runs in `folder`; the same
-    call goes on where the last one ended. Raises `RecipeError` for what is wrong with the input, and with the rung's
-    own message where a rung fails.
+    `sizes`, `ratios`: see `Ladder`; `engine`, `num_processes`: see `launch_command`; `compute`: FLOPs to find the best
+    size for, by default the recipe's. Leaves `ladder.json`, `ladder.png` and the rungs' runs in `folder`; the same call
+    resumes where the last one ended. Raises `RecipeError` if the input is wrong, or with the rung's own message if a
+    rung fails.
     """
     laws.require_scipy()
     start = launch_command(engine, num_processes)

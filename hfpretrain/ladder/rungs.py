@@ -20,7 +20,8 @@ from hfpretrain.training import run_folder
 from hfpretrain.training.history import History
 
 LR_EXPONENT, BATCH_EXPONENT = -0.125, 0.3271
-"""Peak learning rate and tokens of a step follow compute by these (Bi et al. 2024, "DeepSeek LLM", section 3.1)."""
+"""Exponents of compute for the peak learning rate and the tokens per step (Bi et al. 2024, "DeepSeek LLM", section
+3.1)."""
 _MIN_SIZES, _MIN_STEPS, _MIN_PARAMETERS = 4, 20, 1000
 _UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
 
@@ -45,17 +46,17 @@ class Rung:
     asked: int
     """Total parameters that were asked for."""
     parameters: int
-    """Total parameters of the model that is nearest to it."""
+    """Total parameters of the family's model that is nearest to `asked`."""
     ratio: float
-    """Its tokens per parameter over the recipe's."""
+    """Its tokens per parameter, divided by the recipe's."""
     tokens: int
     flops: float
-    """6 N D of the whole run, N being the parameters that a token meets."""
+    """6 N D of the whole run, where N is the number of parameters active per token."""
     held_out: bool
-    """Whether the first fit leaves it out, to be checked against it."""
+    """Whether the first fit leaves this run out, so that its loss can check the fit."""
     recipe: Recipe = field(repr=False)
     path: Path
-    """Of its recipe."""
+    """Path of its recipe."""
     loss: float | None = None
     bits_per_byte: float | None = None
 
@@ -70,7 +71,7 @@ class Rung:
         return secrets_of(self.recipe.model_dump(mode="json"))
 
     def read(self) -> bool:
-        """Whether it is finished; its final validation loss is then known."""
+        """Return whether the run is finished. If so, `loss` and `bits_per_byte` are set."""
         history = History.read(self.run / "metrics.jsonl")
         if history.exported.get("step") != self.recipe.training.num_steps:
             return False
@@ -84,8 +85,9 @@ class Ladder:
 
     `recipe`: the large run that the ladder is for. `sizes`: total parameters; counted without embeddings, small models
     would have other exponents than large ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling Laws").
-    Each size is trained on the recipe's tokens per parameter times each of `ratios`. The largest is held out of the
-    first fit. `folder` is where the rungs' recipes and runs go. Raises `RecipeError`.
+    Each size is trained once for each of `ratios`, on the recipe's tokens per parameter times that ratio. The largest
+    size is held out of the first fit. `folder` is where the rungs' recipes and runs go. Raises `RecipeError` if recipe,
+    sizes and ratios do not make a ladder.
     """
 
     def __init__(self, recipe: Recipe, sizes: Sequence[int], ratios: Sequence[float], num_processes: int, folder: Path):
@@ -237,7 +239,7 @@ def _steps(number: int, part: float) -> int:
 def _batch(sequences: float, micro_batch_size: int, num_processes: int) -> tuple[int, int]:
     """Sequences of a step and the micro-batch of a process, near `sequences` and up to `micro_batch_size`.
 
-    The largest micro-batch is taken with which the step has within a tenth as many sequences as wanted.
+    Takes the largest micro-batch with which the number of sequences is within 10 % of `sequences`.
     """
     for micro in range(micro_batch_size, 0, -1):
         number = max(1, round(sequences / (micro * num_processes))) * micro * num_processes

@@ -4,7 +4,7 @@ Sources, all dense (where a sheet prints only figures with sparsity, half of the
 Core GPU" (2020), "A100 Tensor Core GPU" (2022), "A10G" (2021), "L4 Tensor Core GPU" (2023), "L40S" (2023), "H100 Tensor
 Core GPU" (2023; SXM, PCIe, NVL), "H200 Tensor Core GPU" (2024), "Blackwell HGX B200" (2024), and for the RTX 4090 the
 "Ada GPU Architecture" white paper 1.1 (tensor cores with float32 sums). AMD's data sheets "Instinct MI250X" (2021) and
-"Instinct MI300X" (2023). Of an MI250X, torch sees each of its two halves as a device, so it stands here by half.
+"Instinct MI300X" (2023). torch sees an MI250X as two devices, so the table lists one half.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Device:
 
     name: str
     words: tuple[str, ...]
-    """Words that the name which torch gives has for this kind."""
+    """Words in the name that torch gives such a device, in lower case."""
     memory: int
     """Bytes."""
     flops: float
@@ -41,14 +41,15 @@ class Device:
     """Whether it computes in bf16."""
 
     def peak(self, mixed_precision: str) -> float:
-        """FLOP/s in a precision, as `Engine.precision`. On NVIDIA's data sheets TF32 has half and FP8 twice the 16-bit
+        """FLOP/s in a precision; see `Engine.precision`. On NVIDIA's data sheets TF32 has half and FP8 twice the 16-bit
         figure."""
         if mixed_precision == "no":
             return self.float32_flops
         return self.flops * {"tf32": 0.5, "fp8": 2.0}.get(mixed_precision, 1.0)
 
 
-# `match` takes the first whose words are all in a name, so special ones stand before general ones. Vendors' GB are GiB.
+# `match` takes the first device whose words are all in a name, so specific devices come before general ones. What
+# vendors call a GB of memory is a GiB.
 DEVICES = (
     Device("V100-32GB", ("v100", "32gb"), 32 * _GIB, 125e12, 15.7e12, bf16=False),
     Device("V100-16GB", ("v100",), 16 * _GIB, 125e12, 15.7e12, bf16=False),
@@ -109,7 +110,7 @@ class Hardware:
 def find_hardware(
     name: str | None, num_processes: int, mixed_precision: str, cpu_peak_flops: float | None = None
 ) -> Hardware:
-    """The device of a name, "cpu" or by default this machine's; `mixed_precision` may be `auto`.
+    """The device with the given name or, for "cpu" or by default, this machine's; `mixed_precision` may be `auto`.
 
     `cpu_peak_flops`: what `cpu_flops` measured before. Processes on one CPU share its memory. Raises `RecipeError` for
     an unknown name.

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Group = Literal["one", "all", "half"]
-"""Processes that divide a part among them: none, all, or each of two equal halves apart."""
+"""How many processes share one copy of a part: `one` (no sharding), `all`, or `half` (two equal groups, each with its
+own copy)."""
 # DeepSpeed's defaults, in elements: deepspeed/runtime/zero/config.py, `max_live_parameters`, `sub_group_size`.
 _MAX_LIVE, _SUB_GROUP = 1_000_000_000, 1_000_000_000
 
@@ -31,7 +32,7 @@ class Sharding:
     """How an engine divides the model state and the activations among its processes."""
 
     name: str
-    """Of the engine, as `Engine.name`."""
+    """The value of `Engine.name`."""
     family: Literal["replica", "fsdp2", "deepspeed"]
     """Who holds the state: accelerate with plain PyTorch, FSDP2 or DeepSpeed."""
     weights: Group = "one"
@@ -39,9 +40,10 @@ class Sharding:
     optimizer: Group = "one"
     activations: Group = "one"
     cuts: Literal["tensors", "sequences"] | None = None
-    """What of each sequence's computation all processes divide. With "tensors" the logits and the loss stay whole."""
+    """What all processes share for each sequence: `tensors` (tensor parallelism) or `sequences` (sequence parallelism).
+    With `tensors`, each process has the full logits and loss."""
     keeps_gradients: bool = False
-    """Whether whole gradients have their memory from the first step on, not only from backward to update."""
+    """Whether full gradients stay allocated between steps."""
     offload: bool = False
     """Whether weights, gradients and optimizer stay in the host's memory, and the device has only what it works on."""
     max_processes: int | None = None
@@ -101,7 +103,7 @@ class Pass:
     peak: int
     """Largest sum of all parts and gradients at one moment."""
     peak_without_gradients: int
-    """The same without gradients, as where an engine gives each one away when it is computed."""
+    """The same without gradients, for engines that reduce and free each gradient as soon as it is computed."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,12 @@ class _Tally:
 
 
 class _Tracker(TorchDispatchMode):
-    """Adds up the storages that operations allocate, each until nothing refers to it any more.
+    """Adds up the storages that operations allocate, each until nothing refers to it anymore.
 
     torch's own `torch.distributed._tools.mem_tracker.MemTracker` gives the same peak, which
-    tests/planning/test_memory.py checks. It can't give what the plan needs besides: logits and casts apart from
-    activations, each part's own maximum (its parts are those at the peak), and the peak without gradients. Nor does it
-    get through float32 experts, and of the quickstart it took 3.4 to 5.4 s a pass where this takes 0.9 to 1.5 s.
+    tests/planning/test_memory.py checks. It does not give what else the plan needs: logits and casts apart from
+    activations, the maximum of each part (it reports the parts at the peak), and the peak without gradients. It also
+    fails on float32 experts, and is slower: 3.4 to 5.4 s for a pass of the quickstart, where this takes 0.9 to 1.5 s.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -204,7 +206,7 @@ def simulate(
     """Memory of one micro-step of the model that `build` makes, by running it on tensors without data.
 
     This runs the model's own code, so it works for any architecture, attention kernel and gradient checkpointing.
-    `precision`: as `Engine.forward_precision`; `accumulates`: gradients of an earlier micro-step exist;
+    `precision`: a value of `Engine.forward_precision`; `accumulates`: gradients of an earlier micro-step exist;
     `float32_outputs`: the engine converts what the model returns to float32. Raises `RecipeError` for a model whose
     shapes depend on the values of its tensors.
     """
@@ -297,13 +299,13 @@ def process_memory(
     """Memory of one process of an engine.
 
     `held`: its simulated pass; `accumulates`: a step has several micro-steps; `saves_beside`: checkpoints are written
-    while training goes on, from a copy of this process's share of the state in the host's memory.
+    while training continues, from a copy of this process's share of the state in the host's memory.
 
-    torch's DDP keeps buckets that hold the gradients; with several micro-steps, gradients are apart from them until the
-    last. FSDP2 shards float32 weights, gradients and moments, and gathers a layer in 16 bits. DeepSpeed has 16-bit
-    weights and gradients, and float32 copies of the weights ("masters"); stages 1 and 2 copy a process's share even
-    where weights are float32. DeepSpeed allocates its reduction bucket at once, and a CPU provides the part of it that
-    is written to.
+    torch's DDP keeps buckets that hold the gradients. With several micro-steps, gradients are stored apart from the
+    buckets until the last one, so both count. FSDP2 shards float32 weights, gradients and moments, and gathers a
+    layer's weights in 16 bits. DeepSpeed has 16-bit weights and gradients, and float32 copies of the weights
+    ("masters"); stages 1 and 2 copy a process's share even if the weights are float32. DeepSpeed allocates its whole
+    reduction bucket at once; on a CPU only the part that is written to takes memory.
     """
     total = shape.total
     width = 4 if mixed_precision in ("no", "tf32") else 2  # bytes of a number in the precision
@@ -331,7 +333,7 @@ def process_memory(
         if sharding.keeps_gradients and accumulates:
             buffers += 4 * total
         if sharding.family == "fsdp2":
-            # Of a layer: gathered weights, those of the next one, gradients, and their float32 copy that is summed.
+            # For a layer: its gathered weights, the next layer's, its gradients, and their float32 copy that is summed.
             buffers += shape.tail * width + shape.largest_layer * (3 * width + 4)
     if sharding.gradients == "one" and not sharding.keeps_gradients:
         in_pass = held.peak // activations_by + (0 if on_cpu else bucket)

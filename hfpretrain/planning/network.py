@@ -1,7 +1,7 @@
 """A simulated scaling table: what each engine sends in a step, how long that takes, and what throughput remains.
 
-Nothing here is measured. Of S bytes, each of n devices in a ring sends 2 (n - 1) / n S in an all-reduce, and half of
-that in an all-gather or a reduce-scatter (Patarasu and Yuan 2009). For Psi parameters the engines of this package send:
+Nothing here is measured. In an all-reduce of S bytes, each of n devices in a ring sends 2 (n - 1) / n S, and in an
+all-gather or a reduce-scatter half of that (Patarasu and Yuan 2009). For Psi parameters the engines here send:
 
 - `ddp`: float32 gradients all-reduced once a step, in buckets of 25 MiB.
 - `fsdp2`: in every micro-step, weights gathered for the forward and for the backward pass (the output embedding once),
@@ -61,9 +61,9 @@ class Exchange:
     ways: int
     """2 for an all-reduce, 1 for an all-gather or a reduce-scatter."""
     num_bytes: float
-    """Of all tensors together."""
+    """Bytes of all tensors together."""
     size: int
-    """Devices of a group."""
+    """Number of devices in a group."""
     calls: int = 1
     """Collectives into which the tensors are divided."""
     times: int = 1

@@ -57,10 +57,10 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Settled:
-    """What a started run has settled and a recipe may leave open. None: not settled yet."""
+    """What a recipe may leave open, such as settings on `auto`, as a started run resolved it. None if not yet."""
 
     config: PretrainedConfig | None = None
-    """Of the model that was built."""
+    """Config of the model that was built."""
     mixed_precision: str | None = None
     """Never `auto`."""
     document_masking: bool | None = None
@@ -133,7 +133,10 @@ def _vocab_size(recipe: Recipe) -> int:
 
 
 def vocabulary_is_a_bound(recipe: Recipe) -> bool:
-    """Whether the model may get smaller: its tokenizer is not trained yet, and the text may give fewer tokens."""
+    """Whether the vocabulary, and so the model, may get smaller than planned.
+
+    So it is while the tokenizer is not trained: the text may give fewer tokens than the recipe asks for.
+    """
     follows = recipe.model.config is not None and "vocab_size" not in recipe.model.config
     return follows and recipe.tokenizer.vocab_size is not None and prepared_data(recipe) is None
 
@@ -197,8 +200,8 @@ def make_plan(
 ) -> Plan:
     """Plan a recipe on `num_processes`, under every engine or one, on this machine's device or a named one.
 
-    `mfu`: by default `DEFAULT_MFU`, but on this machine's CPU a small model's step is timed. `settled`: of a run that
-    has started. `passes`: simulations that several plans of one recipe share; they are added to it. Raises
+    `mfu`: by default `DEFAULT_MFU`, but on this machine's CPU a small model's step is timed. `settled`: what a
+    started run resolved. `passes`: simulations that several plans of one recipe share; they are added to it. Raises
     `RecipeError` for an unknown engine or device and for a model that can't be built.
     """
     if num_processes < 1:
@@ -412,7 +415,7 @@ def cpu_step_seconds(
     """Seconds of an optimizer step on this machine's CPU, from timing a micro-step and an update, which change `model`.
 
     They run as under `single` and `ddp`, with the threads that one of `num_processes` has. The peak FLOP/s say little
-    of a small model, which spends its time on other things than matrix products: a model of a million parameters was
+    about a small model, which spends its time on other things than matrix products: a model of a million parameters was
     measured at 2 % of the peak, one of 50 million at 57 %.
     """
     size, block_size = recipe.training.micro_batch_size, recipe.data.block_size

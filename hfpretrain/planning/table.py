@@ -144,7 +144,7 @@ def report(
 ) -> str:
     """Compare what a finished run measured with its plan, keep both as `plan.json` in `folder`, return them as text."""
     # With `mfu` given, no step is timed. The main process alone can't time a step of several processes: under Ulysses
-    # it would wait for the others for ever.
+    # it would wait for the others forever.
     mfu = None if num_processes == 1 else DEFAULT_MFU
     try:
         plan = make_plan(recipe, engine=engine_name, num_processes=num_processes, mfu=mfu, settled=settled)

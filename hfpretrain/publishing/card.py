@@ -1,4 +1,4 @@
-"""The model card: what a run folder tells about the model, as Hub metadata and text that a person may add to.
+"""The model card: what a run folder says about the model, as Hub metadata and text that a person may add to.
 
 Generated text stands in blocks between two markers. Everything outside of them is a person's and is kept.
 
@@ -39,7 +39,7 @@ _BEGIN, _END = "<!-- hfpretrain: generated {}, edits in here are lost -->", "<!-
 _BLOCK = re.compile(r"<!-- hfpretrain: generated (\S+?),? [^>]*-->\n(.*?)<!-- hfpretrain: end -->\n?", re.DOTALL)
 _NO_METADATA = "---\n\n---\n"
 _LISTS = ("datasets", "language", "tags")
-_FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4}  # to the number of digits in the table
+_FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4}  # and the number of digits that each has in the table
 _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({arguments})
@@ -50,7 +50,7 @@ holds, errors and prejudices included."""
 
 @dataclass(frozen=True)
 class _Records:
-    """What a run folder tells about the run, up to a step."""
+    """What a run folder says about the run, up to a step."""
 
     run: Path
     recipe: Recipe
@@ -166,8 +166,9 @@ def _figures_at(run: Path, step: int) -> dict[str, Any]:
 def update(old: str, new: str) -> str:
     """The card `new` with a person's edits of `old`.
 
-    Text outside of the blocks, the order of the blocks and their removal are kept. Metadata are merged: a key of both
-    has the value of `new`, but lists are joined, and results of other models stay.
+    Text outside of the blocks, the order of the blocks and their removal are kept. If both cards have a
+    metadata key, the value of `new` wins, but datasets, languages and tags are merged, and results of other models
+    stay.
     """
     card, generated = _parse(old), _parse(new)
     blocks: dict[str, str] = dict(_BLOCK.findall(generated.text))
@@ -269,7 +270,7 @@ def _validation_results(records: _Records, datasets: Sequence[str]) -> Iterable[
                 task_type="text-generation",
                 dataset_type=datasets[0] if datasets else "text",
                 dataset_name=f"held-out text{f' ({domain})' if domain else ''}",
-                dataset_config=domain or None,  # tells several sets of one dataset apart
+                dataset_config=domain or None,  # distinguishes several sets of one dataset
                 dataset_split="validation",
                 metric_type=metric,
                 metric_value=round(figures[metric], 4),
@@ -305,7 +306,7 @@ def _base_model(recipe: Recipe) -> str | None:
 
 
 def _blocks(records: _Records, name: str | None, title: str, step: int | None) -> dict[str, str]:
-    """The generated text by block. `name`: of the repo, where there is one."""
+    """The text of each generated block, by block name. `name`: the repo's name, None if there is no repo."""
     blocks = {
         "summary": _summary(records, name, title, step),
         "results": f"## Results\n\n{_validation_table(records)}\n\n{_tasks_table(records)}",

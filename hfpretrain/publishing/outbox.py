@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Begun(NamedTuple):
-    """An export or an upload begins, which may take so many `seconds`."""
+    """An export or an upload has begun. It may take up to `seconds`."""
 
     seconds: float
 
@@ -78,9 +78,9 @@ class Status:
     repo_id: str = ""
     """Full name of the repo, empty before the first push."""
     deadline: float = 0.0
-    """`time.monotonic()` by which the process will have written again, unless it hangs."""
+    """Value of `time.monotonic()` by which the process writes the file again, unless it hangs."""
     revisions: dict[str, RevisionStatus] = field(default_factory=dict)
-    """By name of the revision; problems of the repo itself under `the repo`."""
+    """Statuses by name of the revision; problems of the repo itself under `the repo`."""
 
     @classmethod
     def read(cls, folder: Path) -> Status | None:
@@ -98,7 +98,8 @@ class Status:
         (folder / _STATUS).unlink(missing_ok=True)
 
     def note(self, event: Event, folder: Path) -> None:
-        """Add an event and write the file. A disk that takes nothing is logged: pushing goes on without it."""
+        """Add an event and write the file. If the disk can't be written to, a warning is logged
+        and pushing continues."""
         self.deadline = time.monotonic()
         if isinstance(event, Begun):
             self.deadline += event.seconds

@@ -47,8 +47,8 @@ _READ_SECONDS = 1.0  # between two looks at the status during training
 class Pusher:
     """Pushes to `repo` the checkpoints that wait in a run's outbox, and the run's export.
 
-    `section`: that of the recipe, with the name of this repo. `keep_pushed`: leave what was pushed in the outbox, since
-    it waits for another repo.
+    `section`: the recipe's `hub` section, with the name of this repo. `keep_pushed`: leave pushed checkpoints in the
+    outbox, since they also wait to be pushed to the recipe's own repo.
     """
 
     def __init__(self, run: Path, section: HubSection, repo: Repo, keep_pushed: bool = False):
@@ -216,11 +216,11 @@ class Publisher:
         self._next_read = 0.0
 
     def start(self) -> None:
-        """Start the process, or start it again if it has died: it goes on with what is in the outbox."""
+        """Start the process, or start it again if it has died: it continues with what is in the outbox."""
         if self._section.repo_id is not None and (self._process is None or self._process.poll() is not None):
             try:
                 self._process = self._start()
-            except OSError as error:  # training goes on without it
+            except OSError as error:  # training continues without it
                 self._failures.put(Failed(_REPO, f"its process does not start: {error}"))
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -238,7 +238,7 @@ class Publisher:
             )
 
     def keep(self, checkpoint: Path) -> None:
-        """Keep a sealed checkpoint in the outbox until it is pushed. Raises nothing: training and saving go on."""
+        """Keep a sealed checkpoint in the outbox until it is pushed. An `OSError` is reported by `news`."""
         if self._section.repo_id is None:
             return
         try:
@@ -250,9 +250,9 @@ class Publisher:
             self._failures.put(Failed(checkpoint.name, f"not kept for the Hub: {reason}"))
 
     def news(self) -> list[tuple[str, dict[str, Any]]]:
-        """What happened since the last call: sentences, each with its figures for `metrics.jsonl`.
+        """Return what happened since the last call: sentences, each with its figures for `metrics.jsonl`.
 
-        A failure that repeats is told once. The status is read once a second at most.
+        A repeated failure is reported once. The status is read at most once a second.
         """
         found = []
         while not self._failures.empty():
@@ -313,14 +313,14 @@ class Publisher:
         self.close()
 
     def close(self) -> None:
-        """End the process wherever it stands; the next one goes on from there."""
+        """End the process wherever it stands; the next one continues from there."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._next_read = 0.0
 
     def table(self) -> str:
-        """What is where at the end of a run; empty where nothing is published."""
+        """A table of what is on the Hub at the end of a run, and what is missing; empty if the run is not published."""
         if self._section.repo_id is None:
             return ""
         missing = {path.name: "its turn has not come" for path in outbox.waiting(self._outbox)}
