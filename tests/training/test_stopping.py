@@ -144,6 +144,7 @@ def test_a_closed_terminal_stops_the_run_with_everything_saved(folder):
     recipe, code = write_recipe(folder, training__max_steps=100_000), folder / "code"
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.chdir(ROOT)
         command = small.command(recipe)
         os.execve(command[0], command, environment(HFPRETRAIN_EXIT_CODE_FILE=str(code)))
