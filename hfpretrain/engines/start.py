@@ -104,7 +104,8 @@ def run_to_end(command: list[str]) -> int:
 
         before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
-            if before[number] != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            # `nohup` ignores SIGHUP; a shell's background job ignores SIGINT, but a person may still send it.
+            if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
                 signal.signal(number, pass_on)
         try:
             _adopt_orphans()
