@@ -444,7 +444,7 @@ def test_what_bad_input_gets(folder, refused):
     assert "builds no model" in refused("--model.config.hidden_act=foo")
     assert "no tracker 'foo'" in refused("--logging.trackers=[foo]")
     assert "fp16 needs a GPU" in refused("--training.mixed_precision=fp16")
-    assert "shell's" in refused("--output_dir=~/x")
+    assert "shell" in refused("--output_dir=~/x")
     assert "output_dir: /etc/passwd can't be used" in refused("--output_dir=/etc/passwd")
     assert "there is no folder 'nowhere'" in refused(tokenizer={"pretrained": "nowhere"})
     (folder / "empty.txt").write_text("")

@@ -27,8 +27,8 @@ from hfpretrain.engines.start import launch_command
 from hfpretrain.evaluation import token_perplexity
 from hfpretrain.evaluation.checkpoint import load_checkpoint
 from hfpretrain.evaluation.recipe_metrics import MetricFolders
-from hfpretrain.ladder import subruns
 from hfpretrain.ladder.rungs import Ladder
+from hfpretrain.ladder.started_run import StartedRun
 from hfpretrain.modeling.build import build_model
 from hfpretrain.modeling.config import load_config
 from hfpretrain.publishing import card
@@ -304,7 +304,7 @@ def test_names_that_lead_out_of_a_folder_are_not_followed(tmp_path):
         (folder / "manifest.json").write_text(json.dumps({"files": entry}))
         assert "outside of the folder" in files.damage(folder)
         with pytest.raises(RecipeError, match="outside of the folder"):
-            RemoteCopy(there.as_uri()).pull(folder, entry)
+            RemoteCopy(there.as_uri()).download(folder, entry)
         (folder / "SHA256SUMS").unlink(missing_ok=True)
         lines = f"{'0' * 64}  {name}\n"
         (folder / "SHA256SUMS").write_text(f"# the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
@@ -438,7 +438,7 @@ def test_a_run_goes_on_with_an_address_that_is_signed_anew(secret_run):
     assert list((folder / "prepared").glob("*/manifest.json")) == prepared and len(prepared) == 1
     missing = run("third", "--data.sources.0.path=csv", "--data.sources.0.text_column=none")
     assert missing.returncode == 2 and "planted" not in missing.stderr, missing.stderr
-    with pytest.raises(RecipeError, match="in place of its secret"):
+    with pytest.raises(RecipeError, match="instead of its secret"):
         corpus.Reader(load_recipe(folder / "run" / "recipe.yaml").data.sources[0])
 
 
@@ -455,12 +455,12 @@ def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(se
     )
     made.write()
     (rung, *_) = made.rungs
-    subruns.finish(subruns.Process([*launch_command(None, None), str(rung.path)], rung.secrets), rung.run)
+    StartedRun([*launch_command(None, None), str(rung.path)], rung.secrets).finish(rung.run)
     assert rung.read()
     found = [path for path in (folder / "ladder").rglob("*") if path.is_file()]
     assert rung.path in found and [path for path in found if b"planted" in path.read_bytes()] == []
     alone = small.train(rung.path, f"--output_dir={folder / 'alone'}")
-    assert alone.returncode == 2 and "in place of its secret" in alone.stderr
+    assert alone.returncode == 2 and "instead of its secret" in alone.stderr
 
 
 def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
@@ -511,7 +511,7 @@ def test_a_card_names_no_folder_of_the_machine(secret_run):
 
 def test_logs_and_tracebacks_hide_secrets():
     code = (
-        "import logging; from hfpretrain import redaction; redaction.install(); logging.basicConfig()\n"
+        "import logging; from hfpretrain.recipe import redaction; redaction.install(); logging.basicConfig()\n"
         "logging.getLogger('other').warning('GET %s', 'https://u:planted@h/a?token=planted')\n"
         "try: raise OSError('https://u:planted@h')\n"
         "except OSError: logging.exception('failed')\n"
