@@ -28,7 +28,7 @@ class Profiler:
         first, last = self._steps
         if self._profile is None and first <= step + 1 <= last:
             self._profile = contextlib.ExitStack()
-            # accelerate can write the traces itself (`output_trace_dir`), but not compressed: ten times as large.
+            # accelerate can write the traces itself (`output_trace_dir`), but not compressed.
             self._profile.enter_context(self._accelerator.profile(ProfileKwargs(on_trace_ready=self._write)))
         elif self._profile is not None and step >= last:
             self.close()
