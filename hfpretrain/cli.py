@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO)
+    code: int | None = None
     try:
         code = args.command(args, overrides)
         print(end="", flush=True)

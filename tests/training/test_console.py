@@ -99,7 +99,7 @@ def command(text):
 
 def test_commands_fail_where_their_output_is_lost_and_work_goes_on(folder):
     python, recipe = f"{sys.executable} -m hfpretrain.cli", write_recipe(folder)
-    assert command(f"{python} schema | head -1; exit ${{PIPESTATUS[0]}}").returncode == 0  # has seen enough
+    assert command(f"{python} schema | true; exit ${{PIPESTATUS[0]}}").returncode == 0  # read by nobody
     full = command(f"{python} schema > /dev/full")
     assert full.returncode == 1 and "No space left on device" in full.stderr, full
     assert command(f"{python} schema >&-").returncode == 0
