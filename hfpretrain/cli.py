@@ -14,7 +14,7 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hfpretrain import __version__
 from hfpretrain.engines import launch
@@ -600,5 +600,13 @@ def _schema(_: argparse.Namespace, __: list[str]) -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=1))
 
 
+def run() -> NoReturn:
+    """The console command `hfpretrain`."""
+    code = main()
+    from hfpretrain.data import threads
+
+    threads.exit_process(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -16,6 +16,7 @@ os.environ.update(launch.sleeping_threads())  # torch's OpenMP reads them when t
 import transformers
 
 from hfpretrain import files
+from hfpretrain.data import threads
 from hfpretrain.engines.start import EXIT_CODE_FILE
 from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import Publisher
@@ -126,4 +127,4 @@ def _tell(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    threads.exit_process(main())

@@ -53,7 +53,7 @@ def test_the_wheel_holds_package_recipes_and_engines(folder):
         wanted |= {f"hfpretrain/{name}/{path.name}" for path in (ROOT / name).glob("*.yaml")}
     assert {path for path in found if not path.startswith(metadata)} == wanted
     assert f"{metadata}/licenses/LICENSE" in found
-    assert "hfpretrain = hfpretrain.cli:main" in (folder / "site" / metadata / "entry_points.txt").read_text()
+    assert "hfpretrain = hfpretrain.cli:run" in (folder / "site" / metadata / "entry_points.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from hfpretrain.data import threads
 from hfpretrain.data.ledger import sequence_checksum
 from hfpretrain.data.order import TrainingOrder, epoch_shifts
 from hfpretrain.data.prepared import PreparedData
@@ -269,9 +270,7 @@ class Prefetcher:
     def __init__(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool, ahead: int = 2):
         self._queue: queue.Queue[StepData | BaseException] = queue.Queue(ahead)
         self._stopped = threading.Event()
-        arguments = (step_data, steps, pin_memory)
-        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="data")
-        self._thread.start()
+        self._thread = threads.start_daemon(lambda: self._run(step_data, steps, pin_memory), "data")
 
     def _run(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool) -> None:
         try:
@@ -317,7 +316,7 @@ def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | N
         except BaseException as error:  # raised by `_wait_for_item`
             done.put(error)
 
-    threading.Thread(target=run, daemon=True, name="read").start()
+    threads.start_daemon(run, "read")
     return _wait_for_item(done, must_stop)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpretrain.data import threads
 from hfpretrain.recipe.addresses import missing_path, not_loaded
 from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
 
@@ -163,11 +164,10 @@ def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
         except BaseException as error:  # raised again in the main thread
             failed.append(error)
 
-    # A daemon, so that a training that was interrupted does not keep the process alive.
-    worker = threading.Thread(target=work, daemon=True, name="tokenizer")
-    worker.start()
     start = told = time.monotonic()
     try:
+        # A daemon, so that a training that was interrupted does not keep the process alive.
+        worker = threads.start_daemon(work, "tokenizer")
         while worker.is_alive():
             worker.join(0.2)
             if time.monotonic() - told > 30:
@@ -175,8 +175,7 @@ def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
                 done = f"{read[0]:,} documents with {read[1]:,} characters read"
                 logger.info("training the tokenizer: %s, %.0f s", done, told - start)
     except BaseException:
-        stopped.set()
-        worker.join(2)  # it ends at the next text; while it merges it can't be stopped
+        stopped.set()  # it ends at the next text; while it merges it can't be stopped
         raise
     if failed:
         raise failed[0]
