@@ -286,16 +286,16 @@ def many_devices(quick: bool) -> list[Curve]:
     recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "llama-7b-fineweb.yaml")
     config = plan.model_config(recipe)
     model = build_model(recipe.model, config)
-    shape = memory.model_shape(model, decoder_layers(model), 0)
+    model_sizes = memory.model_sizes(model, decoder_layers(model), 0)
     tokens = recipe.training.micro_batch_size * recipe.data.block_size
-    flops = tokens * model_flops_per_token(config, plan.parameters_of(config), recipe.data.block_size)
-    compute = flops / devices.named("H100-80GB").flops / plan.DEFAULT_MFU
+    flops = tokens * model_flops_per_token(config, plan.count_parameters_of(config), recipe.data.block_size)
+    compute = flops / devices.device_by_name("H100-80GB").flops / plan.DEFAULT_MFU
     curves = []
     for engine in network.ENGINES:
         sizes = [2**power for power in range(4 if engine == "hsdp" else 3, 13)]
         curves.append(Curve("many", engine, sizes))
         for size in sizes:
-            found = network.exchanges(engine, shape, size, 1, "bf16", shard_size=8)
+            found = network.exchanges_per_step(engine, model_sizes, size, 1, "bf16", shard_size=8)
             sending = sum(exchange.seconds(network.Cluster()) for exchange in found)
             curves[-1].y.append(100 * compute / (compute + sending))
     return curves

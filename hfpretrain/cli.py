@@ -258,9 +258,9 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes {per_device}"
     )
     if counts is not None:
-        from hfpretrain.planning.plan import vocabulary_is_a_bound
+        from hfpretrain.planning.plan import vocabulary_may_shrink
 
-        bound = "at most " if vocabulary_is_a_bound(recipe) else ""
+        bound = "at most " if vocabulary_may_shrink(recipe) else ""
         print(f"# parameters       {bound}{counts.total:,} ({counts.non_embedding:,} without embeddings)")
         print(f"# tokens/parameter {tokens / counts.total:.1f}")
     print(*(f"# {line}" for line in told), sep="\n")
@@ -303,7 +303,7 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     if not known and prepared is None:
         lines.append("parameters       known once the text is prepared: model.config has no vocab_size")
         return None, lines + notes
-    counts, size = plan.parameters(recipe), plan.disk_bytes(recipe)
+    counts, size = plan.count_recipe_parameters(recipe), plan.disk_bytes(recipe)
     if problems := preflight.disk_problems(recipe, size):
         raise RecipeError(problems)
     lines.append(f"disk             {size / 2**20:,.1f} MiB for checkpoints and the export, without the prepared text")
@@ -314,8 +314,8 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from dataclasses import asdict
 
-    from hfpretrain.planning.plan import DEFAULT_MFU, make_plan, require_divisible_batch
-    from hfpretrain.planning.table import table
+    from hfpretrain.planning.plan import DEFAULT_MFU, as_json, make_plan, require_divisible_batch
+    from hfpretrain.planning.table import format_plan
 
     keywords: dict[str, Any] = {"engine": args.engine, "device": args.device, "mfu": args.mfu}
     if args.scaling is not None:
@@ -331,9 +331,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         keywords |= {"cluster": cluster, "shard_size": args.shard_size}
         numbers = args.scaling or list(network.DEVICES)
         keywords["mfu"] = DEFAULT_MFU if args.mfu is None else args.mfu
-        plan, rows = network.scaling(_load(args, overrides), numbers, **keywords)
+        plan, rows = network.simulate_scaling(_load(args, overrides), numbers, **keywords)
         simulated = json.dumps({"simulated": [asdict(row) for row in rows], "cluster": asdict(cluster)})
-        print(simulated if args.json else network.table(plan, rows, cluster))
+        print(simulated if args.json else network.format_scaling(plan, rows, cluster))
         return
     for flag in ("devices_per_node", "nvlink", "infiniband", "shard_size"):
         if getattr(args, flag) is not None:
@@ -343,7 +343,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = _load(args, overrides)
     require_divisible_batch(recipe, processes, args.engine)
     plan = make_plan(recipe, num_processes=processes, **keywords)
-    print(json.dumps(asdict(plan)) if args.json else table(plan))
+    print(json.dumps(as_json(plan)) if args.json else format_plan(plan))
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The plan of a part of the 7B recipe, which several tests of planning look at."""
+"""The plan of a few layers of the 7B recipe, which several tests of planning use."""
 
 import functools
 

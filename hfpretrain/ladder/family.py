@@ -10,7 +10,7 @@ from typing import Any
 
 from hfpretrain.modeling.config import load_config
 from hfpretrain.modeling.structure import Parameters
-from hfpretrain.planning.plan import model_config, parameters_of
+from hfpretrain.planning.plan import count_parameters_of, model_config
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
 # What config classes call the number of key and value heads, and the sizes that are proportional to the width.
@@ -62,7 +62,7 @@ class Family:
             )
         self._members: list[Member] = []
         self._more_members = self._generate()
-        self.target = Member(self._given, parameters_of(self._target_config))
+        self.target = Member(self._given, count_parameters_of(self._target_config))
         """The recipe's own model."""
 
     def _value(self, key: str) -> int | None:
@@ -103,7 +103,9 @@ class Family:
             for number in sorted({max(1, math.floor(layers)), math.ceil(layers)}):
                 keywords = self._config(heads, number)
                 section = self._section.model_copy(update={"config": keywords})
-                yield Member(keywords, parameters_of(load_config(section, vocab_size=self._target_config.vocab_size)))
+                yield Member(
+                    keywords, count_parameters_of(load_config(section, vocab_size=self._target_config.vocab_size))
+                )
 
     def _config(self, heads: int, layers: int) -> dict[str, Any]:
         scaled: dict[str, Any] = {

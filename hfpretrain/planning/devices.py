@@ -30,7 +30,7 @@ class Device:
 
     name: str
     words: tuple[str, ...]
-    """Words in the name that torch gives such a device, in lower case."""
+    """Words of the name that torch reports for such a device, in lower case."""
     memory: int
     """Bytes."""
     flops: float
@@ -40,16 +40,16 @@ class Device:
     bf16: bool = True
     """Whether it computes in bf16."""
 
-    def peak(self, mixed_precision: str) -> float:
-        """FLOP/s in a precision; see `Engine.precision`. On NVIDIA's data sheets TF32 has half and FP8 twice the 16-bit
-        figure."""
+    def peak_flops(self, mixed_precision: str) -> float:
+        """Peak FLOP/s in a precision; see `Engine.precision`. On NVIDIA's data sheets TF32 has half the 16-bit figure
+        and FP8 twice that figure."""
         if mixed_precision == "no":
             return self.float32_flops
         return self.flops * {"tf32": 0.5, "fp8": 2.0}.get(mixed_precision, 1.0)
 
 
-# `match` takes the first device whose words are all in a name, so specific devices come before general ones. What
-# vendors call a GB of memory is a GiB.
+# `device_by_torch_name` takes the first device whose words are all in a name, so specific devices come before general
+# ones. What vendors call a GB of memory is a GiB.
 DEVICES = (
     Device("V100-32GB", ("v100", "32gb"), 32 * _GIB, 125e12, 15.7e12, bf16=False),
     Device("V100-16GB", ("v100",), 16 * _GIB, 125e12, 15.7e12, bf16=False),
@@ -69,17 +69,17 @@ DEVICES = (
 )
 
 
-def match(torch_name: str) -> Device | None:
+def device_by_torch_name(torch_name: str) -> Device | None:
     """The device that torch calls `torch_name`, for example "NVIDIA A100-SXM4-40GB"; None if it is not in the table."""
     words = set(re.split(r"[^a-z0-9]+", torch_name.lower()))
     return next((device for device in DEVICES if words.issuperset(device.words)), None)
 
 
-def named(name: str) -> Device:
-    """The device with a name of the table or of torch. Raises `RecipeError` with the nearest known name."""
+def device_by_name(name: str) -> Device:
+    """The device with this name in `DEVICES` or in torch. Raises `RecipeError` with the nearest known name."""
     found = next((device for device in DEVICES if device.name.lower() == name.lower()), None)
     if found is None and " " in name:
-        found = match(name)
+        found = device_by_torch_name(name)
     if found is None:
         known = ["cpu", *(device.name for device in DEVICES)]
         message = unknown_key(name.upper(), known).replace("unknown key", "unknown device")
@@ -89,13 +89,13 @@ def named(name: str) -> Device:
 
 def peak_flops(torch_name: str, mixed_precision: str = "bf16") -> float | None:
     """Peak FLOP/s of the device that torch calls `torch_name`; None if it is not in the table."""
-    device = match(torch_name)
-    return device.peak(mixed_precision) if device is not None else None
+    device = device_by_torch_name(torch_name)
+    return device.peak_flops(mixed_precision) if device is not None else None
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a plan is made for."""
+    """The device, precision and peak FLOP/s that a plan assumes."""
 
     device: Device
     on_cpu: bool
@@ -103,40 +103,40 @@ class Hardware:
     """Never `auto`."""
     peak_flops: float | None
     """FLOP/s of one device, or of all cores of a CPU; None if not known."""
-    peak_is: str
-    """Where `peak_flops` comes from, for people."""
+    peak_source: str
+    """Where `peak_flops` comes from, as text for the table."""
 
 
 def find_hardware(
     name: str | None, num_processes: int, mixed_precision: str, cpu_peak_flops: float | None = None
 ) -> Hardware:
-    """The device with the given name or, for "cpu" or by default, this machine's; `mixed_precision` may be `auto`.
+    """The device with the given name, or this machine's if `name` is None or "cpu". `mixed_precision` may be `auto`.
 
-    `cpu_peak_flops`: what `cpu_flops` measured before. Processes on one CPU share its memory. Raises `RecipeError` for
-    an unknown name.
+    `cpu_peak_flops`: an earlier result of `measure_cpu_flops`. Processes on one CPU share its memory. Raises
+    `RecipeError` for an unknown name.
     """
     if (name or "").lower() == "cpu" or (name is None and not torch.accelerator.is_available()):
         precision = ("bf16" if has_bf16() else "no") if mixed_precision == "auto" else mixed_precision
-        flops = cpu_peak_flops or cpu_flops(precision)
+        flops = cpu_peak_flops or measure_cpu_flops(precision)
         device = Device("cpu", (), psutil.virtual_memory().total // num_processes, flops, flops)
-        return Hardware(device, True, precision, flops, "measured, a matrix product on all cores")
+        return Hardware(device, True, precision, flops, "measured with a matrix product on all cores")
     if name is not None:
-        device = named(name)
+        device = device_by_name(name)
     else:
         this = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
         )
         _, total = torch.accelerator.get_memory_info()
-        device = match(this) or Device(this, (), total, 0.0, 0.0, has_bf16())
+        device = device_by_torch_name(this) or Device(this, (), total, 0.0, 0.0, has_bf16())
     precision = ("bf16" if device.bf16 else "no") if mixed_precision == "auto" else mixed_precision
-    peak = device.peak(precision)
-    return Hardware(device, False, precision, peak or None, "data sheet" if peak else "not in the table of devices")
+    peak = device.peak_flops(precision)
+    return Hardware(device, False, precision, peak or None, "data sheet" if peak else "the device is not in the table")
 
 
-def cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.1) -> float:
-    """FLOP/s of square matrix products of `size` in a precision, on all cores that this process may use.
+def measure_cpu_flops(mixed_precision: str, size: int = 1024, min_seconds: float = 0.1) -> float:
+    """Measure the FLOP/s of square matrix products of `size` in a precision, on all cores that this process may use.
 
-    The best of those within `min_seconds`: other programs can only make them slower.
+    Products are repeated for `min_seconds`, and the fastest counts, since other programs can only make them slower.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
     threads = torch.get_num_threads()

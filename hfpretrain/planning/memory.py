@@ -1,4 +1,4 @@
-"""Memory of training: a simulated micro-step for activations and logits, a table of engines for the model state."""
+"""Estimates memory: activations and logits from a simulated micro-step, the rest from a table of how engines shard."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-Group = Literal["one", "all", "half"]
-"""How many processes share one copy of a part: `one` (no sharding), `all`, or `half` (two equal groups, each with its
-own copy)."""
+ShardedOver = Literal["one", "all", "half"]
+"""The processes over which a part is sharded: `one` (it is not), `all`, or `half` (two equal groups of processes, each
+with its own copy)."""
 # DeepSpeed's defaults, in elements: deepspeed/runtime/zero/config.py, `max_live_parameters`, `sub_group_size`.
 _MAX_LIVE, _SUB_GROUP = 1_000_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How an engine divides the model state and the activations among its processes."""
+    """How an engine divides weights, gradients, optimizer state and activations among its processes."""
 
     name: str
     """The value of `Engine.name`."""
     family: Literal["replica", "fsdp2", "deepspeed"]
-    """Who holds the state: accelerate with plain PyTorch, FSDP2 or DeepSpeed."""
-    weights: Group = "one"
-    gradients: Group = "one"
-    optimizer: Group = "one"
-    activations: Group = "one"
-    cuts: Literal["tensors", "sequences"] | None = None
-    """What all processes share for each sequence: `tensors` (tensor parallelism) or `sequences` (sequence parallelism).
-    With `tensors`, each process has the full logits and loss."""
+    """The library that holds weights and optimizer state: plain PyTorch, FSDP2 or DeepSpeed."""
+    weights: ShardedOver = "one"
+    gradients: ShardedOver = "one"
+    optimizer: ShardedOver = "one"
+    activations: ShardedOver = "one"
+    splits: Literal["tensors", "sequences"] | None = None
+    """What is split across all processes, which then work on the same sequences: `tensors` (tensor parallelism) or
+    `sequences` (sequence parallelism). With `tensors`, each process has the full logits and loss."""
     keeps_gradients: bool = False
     """Whether full gradients stay allocated between steps."""
     offload: bool = False
-    """Whether weights, gradients and optimizer stay in the host's memory, and the device has only what it works on."""
+    """Whether weights, gradients and optimizer state are kept in the host's memory and copied to the device when they
+    are used."""
     max_processes: int | None = None
 
-    def divisor(self, group: Group, num_processes: int) -> int:
-        """Number of processes that divide a part."""
-        return {"one": 1, "all": num_processes, "half": max(1, num_processes // 2)}[group]
+    def num_shards(self, over: ShardedOver, num_processes: int) -> int:
+        """Number of shards of a part."""
+        return {"one": 1, "all": num_processes, "half": max(1, num_processes // 2)}[over]
 
     @property
-    def halves(self) -> bool:
+    def has_two_groups(self) -> bool:
         """Whether the processes form two equal groups."""
         return "half" in (self.weights, self.gradients, self.optimizer)
 
@@ -61,8 +62,8 @@ class Sharding:
 SHARDINGS = (
     Sharding("single", "replica", max_processes=1),
     Sharding("ddp", "replica", keeps_gradients=True),
-    # Only the activations inside a sub-layer are divided. They count as whole: an upper bound.
-    Sharding("tp", "replica", "all", "all", "all", cuts="tensors"),
+    # Only the activations inside a sub-layer are divided. The plan counts them whole, which is an upper bound.
+    Sharding("tp", "replica", "all", "all", "all", splits="tensors"),
     Sharding("fsdp2", "fsdp2", "all", "all", "all"),
     Sharding("fsdp2_offload", "fsdp2", "all", "all", "all", offload=True),
     Sharding("hsdp", "fsdp2", "half", "half", "half"),
@@ -70,19 +71,19 @@ SHARDINGS = (
     Sharding("zero2", "deepspeed", gradients="all", optimizer="all"),
     Sharding("zero3", "deepspeed", "all", "all", "all"),
     Sharding("zero3_offload", "deepspeed", "all", "all", "all", offload=True),
-    Sharding("zero3_ulysses", "deepspeed", "all", "all", "all", activations="all", cuts="sequences"),
+    Sharding("zero3_ulysses", "deepspeed", "all", "all", "all", activations="all", splits="sequences"),
 )
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that its memory depends on, in parameters if not said otherwise."""
+class ModelSizes:
+    """The sizes of a model that its memory depends on: numbers of parameters, except where bytes are stated."""
 
     total: int
     num_layers: int
     largest_layer: int
-    tail: int
-    """Output embedding, which FSDP2 keeps gathered from the forward to the backward pass."""
+    output_embedding: int
+    """FSDP2 keeps it gathered from the forward to the backward pass."""
     buffers: int
     """Bytes."""
     moments: int
@@ -90,10 +91,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Bytes that a forward and backward pass needs beyond weights and optimizer.
+class MicroStepMemory:
+    """Bytes that a forward and backward pass needs beyond weights and optimizer state.
 
-    Parts are at their own largest, which may be at different moments.
+    Each part is at its own maximum. The maxima may be at different moments.
     """
 
     activations: int
@@ -103,12 +104,12 @@ class Pass:
     peak: int
     """Largest sum of all parts and gradients at one moment."""
     peak_without_gradients: int
-    """The same without gradients, for engines that reduce and free each gradient as soon as it is computed."""
+    """`peak` without gradients, for engines that reduce and free each gradient as soon as it is computed."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one process's device. Parts are at their own largest, which may be at different moments."""
+    """Bytes on one process's device. Each part is at its own maximum. The maxima may be at different moments."""
 
     weights: int
     gradients: int
@@ -119,7 +120,7 @@ class Memory:
     peak: int
     """Largest sum of all parts at one moment."""
     host: int = 0
-    """In the host's memory: what is offloaded, and the copy of a checkpoint that is being written."""
+    """Bytes in the host's memory: what is offloaded, and the copy of a checkpoint that is being written."""
 
 
 @dataclass
@@ -132,8 +133,8 @@ class _Tally:
     peak: int = 0
     peak_without_gradients: int = 0
 
-    def change(self, kind: str, size: int) -> None:
-        """Add `size` bytes of a kind; fewer than 0 when a tensor is freed."""
+    def add(self, kind: str, size: int) -> None:
+        """Add `size` bytes of a kind; `size` is negative when a tensor is freed."""
         self.now[kind] = self.now.get(kind, 0) + size
         self.live += size
         self.largest[kind] = max(self.largest.get(kind, 0), self.now[kind])
@@ -145,9 +146,9 @@ class _Tracker(TorchDispatchMode):
     """Adds up the storages that operations allocate, each until nothing refers to it anymore.
 
     torch's own `torch.distributed._tools.mem_tracker.MemTracker` gives the same peak, which
-    tests/planning/test_memory.py checks. It does not give what else the plan needs: logits and casts apart from
-    activations, the maximum of each part (it reports the parts at the peak), and the peak without gradients. It also
-    fails on float32 experts, and is slower: 3.4 to 5.4 s for a pass of the quickstart, where this takes 0.9 to 1.5 s.
+    tests/planning/test_memory.py checks. The plan also needs logits and casts apart from activations, the maximum of
+    each part, and the peak without gradients; MemTracker reports only the parts at the peak. It also fails on float32
+    experts, and is slower: 3.4 to 5.4 s for a micro-step of the quickstart, where this takes 0.9 to 1.5 s.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -158,24 +159,24 @@ class _Tracker(TorchDispatchMode):
         self._weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Count a tensor's storage as `kind`, in place of the kind it may have had."""
+        """Count a tensor's storage as `kind`. If it was counted as another kind, it no longer is."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._weights:
             return
         if key in self._kinds:
-            self.tally.change(self._kinds[key], -size)
+            self.tally.add(self._kinds[key], -size)
         else:
             weakref.finalize(storage, self._drop, key, size)
         self._kinds[key] = kind
-        self.tally.change(kind, size)
+        self.tally.add(kind, size)
 
     def _drop(self, key: int, size: int) -> None:
-        self.tally.change(self._kinds.pop(key), -size)
+        self.tally.add(self._kinds.pop(key), -size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
-            # Shapes are the same in float32 and bf16, but torch 2.13 knows them for bf16 only.
+            # Shapes are the same in float32 and bf16, but torch 2.13 computes them for bf16 only.
             output = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
         else:
             output = func(*args, **(kwargs or {}))
@@ -202,13 +203,13 @@ def simulate(
     chunked_loss: bool,
     accumulates: bool,
     float32_outputs: bool,
-) -> Pass:
-    """Memory of one micro-step of the model that `build` makes, by running it on tensors without data.
+) -> MicroStepMemory:
+    """Simulate one micro-step of the model that `build` returns, on tensors without data, and return its memory.
 
-    This runs the model's own code, so it works for any architecture, attention kernel and gradient checkpointing.
-    `precision`: a value of `Engine.forward_precision`; `accumulates`: gradients of an earlier micro-step exist;
-    `float32_outputs`: the engine converts what the model returns to float32. Raises `RecipeError` for a model whose
-    shapes depend on the values of its tensors.
+    The simulation runs the model's own code, so it works for any architecture, attention kernel and gradient
+    checkpointing. `precision`: a value of `Engine.forward_precision`. `accumulates`: whether gradients of an earlier
+    micro-step exist. `float32_outputs`: whether the engine converts the model's outputs to float32. Raises
+    `RecipeError` for a model whose shapes depend on the values of its tensors.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -244,10 +245,10 @@ def simulate(
                 del outputs
                 objective.backward()
         except Exception as error:  # any code of any model runs here
-            message = f"{type(model).__name__} can't be simulated: {type(error).__name__}: {error}"
+            message = f"the memory of {type(model).__name__} can't be simulated: {type(error).__name__}: {error}"
             raise RecipeError.at("model.config", " ".join(message.split())[:300]) from error
         largest = tally.largest
-        return Pass(
+        return MicroStepMemory(
             activations=largest.get("activations", 0),
             logits=largest.get("logits", 0),
             casts=largest.get("casts", 0),
@@ -264,21 +265,24 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, cast[parameter])
 
 
-def model_shape(model: PreTrainedModel, layers: Any, moments: int) -> Shape:
-    """The sizes of a model, which may be on the meta device. `layers`: its decoder layers; `moments`: as in `Shape`."""
+def model_sizes(model: PreTrainedModel, layers: Any, moments: int) -> ModelSizes:
+    """The sizes of a model, which may be on the meta device.
+
+    `layers`: its decoder layers. `moments`: see `ModelSizes`.
+    """
     output = model.get_output_embeddings()
-    return Shape(
+    return ModelSizes(
         total=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=len(layers),
         largest_layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
-        tail=sum(parameter.numel() for parameter in output.parameters()) if output is not None else 0,
+        output_embedding=sum(parameter.numel() for parameter in output.parameters()) if output is not None else 0,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         moments=moments,
     )
 
 
 def forward_precision(sharding: Sharding, mixed_precision: str) -> str:
-    """What `Engine.forward_precision` will be, without an accelerator."""
+    """The value that `Engine.forward_precision` will have, without building an accelerator."""
     dtype = {"bf16": "bfloat16", "fp8": "bfloat16", "fp16": "float16"}.get(mixed_precision)
     if dtype is None:
         return "float32"
@@ -287,85 +291,89 @@ def forward_precision(sharding: Sharding, mixed_precision: str) -> str:
 
 def process_memory(
     sharding: Sharding,
-    shape: Shape,
+    sizes: ModelSizes,
     num_processes: int,
     mixed_precision: str,
-    held: Pass,
+    micro_step: MicroStepMemory,
     *,
     accumulates: bool,
     on_cpu: bool,
-    saves_beside: bool,
+    saves_async: bool,
 ) -> Memory:
     """Memory of one process of an engine.
 
-    `held`: its simulated pass; `accumulates`: a step has several micro-steps; `saves_beside`: checkpoints are written
-    while training continues, from a copy of this process's share of the state in the host's memory.
+    `micro_step`: its simulated micro-step. `accumulates`: whether a step has several micro-steps. `saves_async`:
+    whether checkpoints are written while training continues, from a copy of this process's shard of the state in the
+    host's memory.
 
     torch's DDP keeps buckets that hold the gradients. With several micro-steps, gradients are stored apart from the
     buckets until the last one, so both count. FSDP2 shards float32 weights, gradients and moments, and gathers a
     layer's weights in 16 bits. DeepSpeed has 16-bit weights and gradients, and float32 copies of the weights
-    ("masters"); stages 1 and 2 copy a process's share even if the weights are float32. DeepSpeed allocates its whole
+    ("masters"); stages 1 and 2 copy a process's shard even if the weights are float32. DeepSpeed allocates its whole
     reduction bucket at once; on a CPU only the part that is written to takes memory.
     """
-    total = shape.total
+    total = sizes.total
     width = 4 if mixed_precision in ("no", "tf32") else 2  # bytes of a number in the precision
     weights_by, gradients_by, optimizer_by, activations_by = (
-        sharding.divisor(group, num_processes)
-        for group in (sharding.weights, sharding.gradients, sharding.optimizer, sharding.activations)
+        sharding.num_shards(over, num_processes)
+        for over in (sharding.weights, sharding.gradients, sharding.optimizer, sharding.activations)
     )
-    buffers, at_step, bucket = shape.buffers, 0, 0
+    buffers, update_bytes, bucket = sizes.buffers, 0, 0
     if sharding.family == "deepspeed":
         weights, gradients = width * total // weights_by, width * total // gradients_by
         masters = 0 if width == 4 and sharding.weights == "all" else 4
-        optimizer = (masters * total + shape.moments) // optimizer_by
+        optimizer = (masters * total + sizes.moments) // optimizer_by
         bucket = width * min(REDUCE_BUCKET, total)
-        share = total // optimizer_by
+        shard = total // optimizer_by
         # For the update, 16-bit gradients are converted to float32.
-        at_step = 4 * (min(share, _SUB_GROUP) if sharding.weights == "all" else share)
+        update_bytes = 4 * (min(shard, _SUB_GROUP) if sharding.weights == "all" else shard)
         if sharding.weights == "all":
             buffers += width * min(total, _MAX_LIVE)
     else:
         weights, gradients, optimizer = (
             4 * total // weights_by,
             4 * total // gradients_by,
-            shape.moments // optimizer_by,
+            sizes.moments // optimizer_by,
         )
         if sharding.keeps_gradients and accumulates:
             buffers += 4 * total
         if sharding.family == "fsdp2":
-            # For a layer: its gathered weights, the next layer's, its gradients, and their float32 copy that is summed.
-            buffers += shape.tail * width + shape.largest_layer * (3 * width + 4)
+            # Of a layer: its gathered weights, those of the next layer, its gradients, and the float32 copy of the
+            # gradients that is summed over processes.
+            buffers += sizes.output_embedding * width + sizes.largest_layer * (3 * width + 4)
     if sharding.gradients == "one" and not sharding.keeps_gradients:
-        in_pass = held.peak // activations_by + (0 if on_cpu else bucket)
+        in_micro_step = micro_step.peak // activations_by + (0 if on_cpu else bucket)
     elif on_cpu:
         # The bucket fills while activations are freed.
-        in_pass = gradients + max(held.peak_without_gradients // activations_by, bucket)
+        in_micro_step = gradients + max(micro_step.peak_without_gradients // activations_by, bucket)
     else:
-        in_pass = gradients + held.peak_without_gradients // activations_by + bucket
-    in_step = gradients + at_step + (bucket if sharding.weights == "all" else 0)  # stage 3 keeps its bucket
-    host, copy = 0, (4 * total + shape.moments) // num_processes if saves_beside else 0
-    if sharding.offload and not on_cpu:  # there the device's memory is the host's
-        host, at_step = weights + gradients + at_step + optimizer, 0
+        in_micro_step = gradients + micro_step.peak_without_gradients // activations_by + bucket
+    in_update = gradients + update_bytes + (bucket if sharding.weights == "all" else 0)  # stage 3 keeps its bucket
+    host, copy = 0, (4 * total + sizes.moments) // num_processes if saves_async else 0
+    if sharding.offload and not on_cpu:  # on a CPU the device's memory is the host's
+        host, update_bytes = weights + gradients + update_bytes + optimizer, 0
         weights = optimizer = 0
-        in_pass, in_step = in_pass - gradients, 0
+        in_micro_step, in_update = in_micro_step - gradients, 0
         gradients = 0
     if on_cpu:
         buffers += copy
     else:
         host += copy
     return Memory(
-        weights=weights + held.casts // weights_by,
-        gradients=gradients + at_step,
+        weights=weights + micro_step.casts // weights_by,
+        gradients=gradients + update_bytes,
         optimizer=optimizer,
-        activations=held.activations // activations_by,
-        logits=held.logits // activations_by,
+        activations=micro_step.activations // activations_by,
+        logits=micro_step.logits // activations_by,
         buffers=buffers + bucket,
-        peak=weights + optimizer + buffers + max(in_pass, in_step),
+        peak=weights + optimizer + buffers + max(in_micro_step, in_update),
         host=host,
     )
 
 
-def files_bytes(shape: Shape, dtype: str) -> tuple[int, int]:
-    """Bytes of one checkpoint (float32 weights and what the optimizer keeps, under every engine), and of the weights
-    exported in `dtype`."""
-    return 4 * shape.total + shape.moments, (4 if dtype == "float32" else 2) * shape.total
+def checkpoint_and_export_bytes(sizes: ModelSizes, dtype: str) -> tuple[int, int]:
+    """Bytes of one checkpoint and bytes of the weights exported in `dtype`.
+
+    Under every engine a checkpoint holds float32 weights and the optimizer state.
+    """
+    return 4 * sizes.total + sizes.moments, (4 if dtype == "float32" else 2) * sizes.total

@@ -1,4 +1,4 @@
-"""A simulated scaling table: what each engine sends in a step, how long that takes, and what throughput remains.
+"""Simulates a run on many devices: what each engine sends in a step, how long that takes, and what throughput remains.
 
 Nothing here is measured. In an all-reduce of S bytes, each of n devices in a ring sends 2 (n - 1) / n S, and in an
 all-gather or a reduce-scatter half of that (Patarasu and Yuan 2009). For Psi parameters the engines here send:
@@ -6,15 +6,16 @@ all-gather or a reduce-scatter half of that (Patarasu and Yuan 2009). For Psi pa
 - `ddp`: float32 gradients all-reduced once a step, in buckets of 25 MiB.
 - `fsdp2`: in every micro-step, weights gathered for the forward and for the backward pass (the output embedding once),
   in 16 bits if the precision is, and float32 gradients reduce-scattered: ZeRO's 3 Psi.
-- `hsdp`: the same inside a group, and in every micro-step an all-reduce of a shard's float32 gradients across groups.
+- `hsdp`: the same within each group of devices that share one copy of the model, and in every micro-step an all-reduce
+  of a shard's float32 gradients across groups.
 - `zero1`, `zero2`: gradients in the weights' precision (`zero1` once a step, `zero2` in every micro-step), and the new
   weights gathered once a step. DeepSpeed all-reduces whole buckets (`use_multi_rank_bucket_allreduce`), which makes
   3 Psi; ZeRO's paper (Rajbhandari et al. 2020, section 7) reduce-scatters them, which makes 2 Psi.
 - `zero3`: the paper's 3 Psi in every micro-step, all in the weights' precision.
 
-Time is bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): a ring has as many hops as
-steps, and an all-reduce uses a tree where that is faster. Each device has a network adapter and a ring of its own, so
-where a group has k devices in a node, 1 / k of what a device sends leaves the node.
+Times follow from bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): a ring has as many
+hops as steps, and an all-reduce uses a tree where that is faster. Each device has a network adapter and a ring of its
+own, so where a group has k devices in a node, 1 / k of what a device sends leaves the node.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hfpretrain.engines.deepspeed import REDUCE_BUCKET
-from hfpretrain.planning.memory import Shape
+from hfpretrain.planning.memory import ModelSizes
 from hfpretrain.planning.plan import DEFAULT_MFU, Plan, make_plan
 from hfpretrain.recipe import shipped
 from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 DEVICES = (8, 64, 512, 4096)
-# Seconds of a hop in a ring and in a tree, inside a node and between nodes: NCCL's table, for NVLink.
+# Seconds of a hop in a ring and in a tree, each inside a node and between nodes: NCCL's table, for NVLink.
 _RING, _TREE = (3.4e-6, 14e-6), (4e-6, 14e-6)
 # torch's DDP in bytes, DeepSpeed's `stage3_prefetch_bucket_size` in elements.
 _DDP_BUCKET, _PREFETCH_BUCKET = 25 * 2**20, 50_000_000
@@ -56,75 +57,76 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Collectives of one kind in a step."""
+    """Collectives of one kind, within groups of devices, in one step."""
 
-    ways: int
-    """2 for an all-reduce, 1 for an all-gather or a reduce-scatter."""
+    rounds: int
+    """Times that each tensor goes around the ring: 2 for an all-reduce, 1 for an all-gather or a reduce-scatter."""
     num_bytes: float
     """Bytes of all tensors together."""
-    size: int
+    group_size: int
     """Number of devices in a group."""
-    calls: int = 1
-    """Collectives into which the tensors are divided."""
-    times: int = 1
+    num_collectives: int = 1
+    """Number of collectives into which the tensors are divided."""
+    num_repeats: int = 1
     """How often a step exchanges the tensors."""
     stride: int = 1
-    """Distance between the ranks of a group."""
+    """Distance between the ranks of neighbors in a group."""
 
     @property
-    def sent(self) -> float:
+    def sent_bytes(self) -> float:
         """Bytes that a device sends in a step."""
-        return self.times * self.ways * (self.size - 1) / self.size * self.num_bytes
+        return self.num_repeats * self.rounds * (self.group_size - 1) / self.group_size * self.num_bytes
 
     def seconds(self, cluster: Cluster) -> float:
-        """Seconds that it takes of a step, if nothing else happens meanwhile."""
-        inside = min(self.size, max(1, cluster.devices_per_node // self.stride))
-        nodes = math.ceil(self.size / inside)
+        """Seconds that the exchange adds to a step if it does not overlap with anything else."""
+        inside = min(self.group_size, max(1, cluster.devices_per_node // self.stride))
+        nodes = math.ceil(self.group_size / inside)
         speeds = ([cluster.nvlink] if inside > 1 else []) + ([cluster.infiniband * inside] if nodes > 1 else [])
-        latency = self.ways * ((self.size - nodes) * _RING[0] + (nodes - 1) * _RING[1])
-        if self.ways == 2:
+        latency = self.rounds * ((self.group_size - nodes) * _RING[0] + (nodes - 1) * _RING[1])
+        if self.rounds == 2:
             latency = min(latency, 2 * ((inside - 1) * _TREE[0] + int(math.log2(nodes)) * _TREE[1]))
-        return self.sent / min(speeds, default=math.inf) + self.times * self.calls * latency
+        all_latency = self.num_repeats * self.num_collectives * latency
+        return self.sent_bytes / min(speeds, default=math.inf) + all_latency
 
 
-def exchanges(
-    engine: str, shape: Shape, num_devices: int, micro_steps: int, mixed_precision: str, shard_size: int
+def exchanges_per_step(
+    engine: str, sizes: ModelSizes, num_devices: int, micro_steps: int, mixed_precision: str, shard_size: int
 ) -> list[Exchange]:
     """What an engine of `ENGINES` exchanges in a step of `micro_steps`.
 
-    `shard_size`: devices that share one copy of the model under `hsdp`.
+    `shard_size`: number of devices that share one copy of the model under `hsdp`.
     """
-    total = shape.total
+    total = sizes.total
     width = 4 if mixed_precision in ("no", "tf32") else 2  # bytes of a number in the precision
-    every = {"size": num_devices, "times": micro_steps}
+    every = {"group_size": num_devices, "num_repeats": micro_steps}
     buckets = math.ceil(total / min(REDUCE_BUCKET, total))
     if engine == "ddp":
         return [Exchange(2, 4 * total, num_devices, math.ceil(4 * total / _DDP_BUCKET))]
     if engine in ("fsdp2", "hsdp"):
-        units = shape.num_layers + 2  # layers, input embedding and output embedding
+        units = sizes.num_layers + 2  # layers, input embedding and output embedding
         if engine == "hsdp":
-            every["size"] = shard_size
-        found = [
-            Exchange(1, width * total, calls=units, **every),
-            Exchange(1, width * (total - shape.tail), calls=units - 1, **every),
-            Exchange(1, 4 * total, calls=units, **every),
+            every["group_size"] = shard_size
+        exchanges = [
+            Exchange(1, width * total, num_collectives=units, **every),
+            Exchange(1, width * (total - sizes.output_embedding), num_collectives=units - 1, **every),
+            Exchange(1, 4 * total, num_collectives=units, **every),
         ]
         if engine == "hsdp":
-            across = num_devices // shard_size
-            found.append(Exchange(2, 4 * total / shard_size, across, units, micro_steps, stride=shard_size))
-        return found
+            num_groups = num_devices // shard_size
+            exchanges.append(Exchange(2, 4 * total / shard_size, num_groups, units, micro_steps, stride=shard_size))
+        return exchanges
     if engine == "zero3":
         fetches = math.ceil(total / _PREFETCH_BUCKET)
-        gathers = [Exchange(1, width * total, calls=fetches, **every)] * 2
-        return [*gathers, Exchange(1, width * total, calls=buckets, **every)]
-    times = micro_steps if engine == "zero2" else 1
-    reduced = Exchange(2, width * total, num_devices, buckets, times)
-    return [reduced, Exchange(1, width * total, num_devices, buckets)]
+        gathers = [Exchange(1, width * total, num_collectives=fetches, **every)] * 2
+        return [*gathers, Exchange(1, width * total, num_collectives=buckets, **every)]
+    num_reductions = micro_steps if engine == "zero2" else 1
+    reduction = Exchange(2, width * total, num_devices, buckets, num_reductions)
+    return [reduction, Exchange(1, width * total, num_devices, buckets)]
 
 
 @dataclass(frozen=True)
 class ScalingRow:
-    """One step of one engine on `num_devices`, simulated."""
+    """The simulation of one step of one engine on `num_devices`."""
 
     engine: str
     num_devices: int
@@ -136,18 +138,18 @@ class ScalingRow:
     communication_seconds: float = 0.0
     """Seconds of communication alone."""
     reason: str | None = None
-    """Why nothing was simulated."""
+    """Why the step can't run, in which case it was not simulated."""
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Seconds of the step without overlap, and with all of the shorter part hidden behind the other."""
+        """Seconds of the step if computing and communication don't overlap, and if they overlap fully."""
         return (
             self.compute_seconds + self.communication_seconds,
             max(self.compute_seconds, self.communication_seconds),
         )
 
 
-def scaling(
+def simulate_scaling(
     recipe: Recipe,
     numbers: list[int],
     *,
@@ -157,31 +159,39 @@ def scaling(
     cluster: Cluster | None = None,
     shard_size: int | None = None,
 ) -> tuple[Plan, list[ScalingRow]]:
-    """Simulate the recipe on each of `numbers` of devices under every engine or one; also returns the first one's plan.
+    """Simulate the recipe on each of `numbers` of devices, under every engine or one.
 
-    `shard_size`: devices that share one copy of the model under `hsdp`, by default what its shipped file says. Raises
-    `RecipeError` as `make_plan` does, and for a device without a known peak.
+    Returns the plan for the first of `numbers`, and the rows. `shard_size`: number of devices that share one copy of
+    the model under `hsdp`, by default that of its shipped file. Raises `RecipeError` as `make_plan` does, and for a
+    device without a known peak.
     """
     cluster = cluster or Cluster()
     if shard_size is None:
         file = yaml.safe_load(shipped.find("hsdp", "engine").read_text(encoding="utf-8"))
         shard_size = int(file["parallelism_config"]["parallelism_config_dp_shard_size"])
     if min(numbers) < 2 or min(shard_size, cluster.devices_per_node) < 1 or not cluster.nvlink * cluster.infiniband > 0:
-        raise RecipeError.at("--scaling", "at least 2 devices, and no size or bandwidth that is not positive")
+        given = ", ".join(map(str, numbers))
+        message = f"needs at least 2 devices, and sizes and bandwidths above 0 (got {given} devices)"
+        raise RecipeError.at("--scaling", message)
     if engine not in (None, *ENGINES):
-        raise RecipeError.at("--engine", f"{engine!r} is not simulated on many devices; {', '.join(ENGINES)} are")
-    passes: dict[Any, Any] = {}
-    plans = [make_plan(recipe, num_processes=n, device=device, mfu=mfu, passes=passes) for n in numbers]
+        message = f"--scaling can't simulate {engine!r}; choose one of {', '.join(ENGINES)}"
+        raise RecipeError.at("--engine", message)
+    simulated: dict[Any, Any] = {}
+    plans = [make_plan(recipe, num_processes=n, device=device, mfu=mfu, simulated=simulated) for n in numbers]
     if plans[0].device == "cpu" or plans[0].peak_flops is None:
-        raise RecipeError.at("--device", f"the peak of {plans[0].device} tells nothing of many; name an accelerator")
-    # Under hsdp a device's share of the state depends on the size of a group only, so two groups stand for any number.
-    halves = make_plan(recipe, num_processes=2 * shard_size, device=device, mfu=mfu, engine="hsdp", passes=passes)
+        message = f"--scaling needs an accelerator with a known peak (got {plans[0].device}); for example H100-80GB"
+        raise RecipeError.at("--device", message)
+    # Under hsdp a device's shard of the state depends on the size of a group only, so the plan for two groups serves
+    # for any number of groups.
+    hsdp_plan = make_plan(
+        recipe, num_processes=2 * shard_size, device=device, mfu=mfu, engine="hsdp", simulated=simulated
+    )
     names = [name for name in ENGINES if engine in (None, name)]
-    return plans[0], [row for plan in plans for row in _rows(recipe, plan, halves, names, cluster, shard_size)]
+    return plans[0], [row for plan in plans for row in _rows(recipe, plan, hsdp_plan, names, cluster, shard_size)]
 
 
 def _rows(
-    recipe: Recipe, plan: Plan, halves: Plan, names: list[str], cluster: Cluster, shard_size: int
+    recipe: Recipe, plan: Plan, hsdp_plan: Plan, names: list[str], cluster: Cluster, shard_size: int
 ) -> Iterator[ScalingRow]:
     training, number = recipe.training, plan.num_processes
     try:
@@ -189,30 +199,32 @@ def _rows(
     except RecipeError as error:
         yield ScalingRow("all", number, reason=error.problems[0].message)
         return
-    rows = {row.engine: row for row in plan.engines} | {"hsdp": halves.engines[0]}
+    rows = {row.engine: row for row in plan.engines} | {"hsdp": hsdp_plan.engines[0]}
     for name in names:
         row = ScalingRow(name, number, steps, compute_seconds=plan.seconds_per_step or 0.0)
         if name == "hsdp" and (number % shard_size or number == shard_size or shard_size == 1):
-            yield replace(row, reason=f"no two or more equal groups of --shard-size {shard_size}")
+            message = f"can't be divided into two or more groups of --shard-size {shard_size}, of at least 2 devices"
+            yield replace(row, reason=message)
         elif (memory := rows[name].memory) is None or not rows[name].fits:
             peak = 0 if memory is None else memory.peak
-            yield replace(row, reason=rows[name].reason or f"does not fit: {peak / 2**30:,.0f} GiB")
+            yield replace(row, reason=rows[name].reason or f"does not fit: a device needs {peak / 2**30:,.0f} GiB")
         else:
-            found = exchanges(name, plan.shape, number, steps, plan.mixed_precision, shard_size)
-            sent, seconds = sum(each.sent for each in found), sum(each.seconds(cluster) for each in found)
-            yield replace(row, sent_bytes=sent, communication_seconds=seconds)
+            exchanges = exchanges_per_step(name, plan.sizes, number, steps, plan.mixed_precision, shard_size)
+            sent_bytes = sum(exchange.sent_bytes for exchange in exchanges)
+            seconds = sum(exchange.seconds(cluster) for exchange in exchanges)
+            yield replace(row, sent_bytes=sent_bytes, communication_seconds=seconds)
 
 
-def table(plan: Plan, rows: list[ScalingRow], cluster: Cluster) -> str:
-    """The rows as a table for people, 120 columns wide."""
+def format_scaling(plan: Plan, rows: list[ScalingRow], cluster: Cluster) -> str:
+    """The rows as a table, at most 120 columns wide."""
     inside, outside, node = cluster.nvlink / 1e9, cluster.infiniband / 1e9, cluster.devices_per_node
     lines = [
-        f"simulated scaling of {plan.name}, not measured: {plan.tokens_per_step:,} tokens a step on {plan.device}",
-        f"  assumed      a device sends {inside:g} GB/s inside its node of {node} and {outside:g} GB/s "
-        "to others, latency by NCCL's model,",
-        f"               computing at MFU {plan.mfu:g} in {plan.mixed_precision}, while nothing is sent "
-        ".. all that can be.",
-        "               Efficiency: throughput of that of as many devices that need not communicate",
+        f"simulated scaling of {plan.name}, not measured: {plan.tokens_per_step:,} tokens per step on {plan.device}",
+        f"  assumed      each device sends {inside:g} GB/s inside its node of {node} devices and {outside:g} GB/s "
+        "to other nodes;",
+        f"               latency as in NCCL's model; computing at MFU {plan.mfu:g} in {plan.mixed_precision}",
+        "  ranges       from no overlap of computing and communication .. to full overlap",
+        "  efficiency   throughput as a fraction of that without communication",
         "",
         f"{'devices':>7}  {'engine':<6}{'micro-steps':>12}{'sent, GB':>10}{'compute, s':>12}{'send, s':>11}"
         f"{'step, s':>23}{'tokens/s, M':>19}{'efficiency':>14}",

@@ -419,7 +419,7 @@ def _training(records: _Records) -> str:
     for place, first, end in places:
         steps = f"steps {first:,} to {end:,}: " if len(places) > 1 else ""
         hardware.append(f"{steps}{place}")
-        seconds = table.seconds_per_step(history.speeds(), tokens_per_step, first - 1, end)
+        seconds = table.mean_seconds_per_step(history.speeds(), tokens_per_step, first - 1, end)
         if seconds is None:
             continue  # trained in another folder, whose metrics.jsonl has the figures
         speed = f"{steps}{tokens_per_step / seconds:,.0f} tokens/s"

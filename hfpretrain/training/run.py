@@ -20,7 +20,7 @@ from hfpretrain.engines.base import Engine, is_out_of_memory
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
-from hfpretrain.planning.plan import Settled
+from hfpretrain.planning.plan import ResolvedSettings
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError
 from hfpretrain.recipe.yaml import flatten
@@ -250,10 +250,10 @@ def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records:
     """The plan of the run beside what it measured, as text. `peak_memory`: bytes, the largest of all processes."""
     # Only the steps of this process: earlier ones may have run under another engine.
     tokens_per_step = setup.recipe.training.tokens_per_step
-    seconds = table.seconds_per_step(records.history().speeds(), tokens_per_step, first_step)
+    seconds = table.mean_seconds_per_step(records.history().speeds(), tokens_per_step, first_step)
     measured = table.Measured(peak_memory, f"{setup.peak_memory.meaning}; the largest of all processes", seconds)
     engine = setup.engine
-    settled = Settled(
+    resolved = ResolvedSettings(
         setup.config,
         engine.precision,
         setup.document_masking,
@@ -261,7 +261,7 @@ def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records:
         setup.peak_flops if engine.device.type == "cpu" else None,
     )
     with engine.plain_initialization():  # the main process alone can't build under ZeRO-3, where all must take part
-        return table.report(setup.pinned, engine.name, engine.num_processes, settled, measured, setup.output_dir)
+        return table.write_report(setup.pinned, engine.name, engine.num_processes, resolved, measured, setup.output_dir)
 
 
 @contextlib.contextmanager
@@ -276,10 +276,12 @@ def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None =
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        settled = Settled(config, engine.precision)
+        resolved = ResolvedSettings(config, engine.precision)
         text = str(error).partition("\n")[0]
         with engine.plain_initialization():
-            message = table.out_of_memory(recipe, engine.name, engine.num_processes, settled, engine.device_name, text)
+            message = table.out_of_memory_message(
+                recipe, engine.name, engine.num_processes, resolved, engine.device_name, text
+            )
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 

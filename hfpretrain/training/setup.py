@@ -341,4 +341,4 @@ def _peak_flops(engine: Engine) -> float | None:
         peak = devices.peak_flops(engine.device_name, engine.precision)
         return peak and peak * engine.num_processes
     hosts = max(1, engine.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return devices.cpu_flops(engine.precision) * hosts if engine.process_index == 0 else None
+    return devices.measure_cpu_flops(engine.precision) * hosts if engine.process_index == 0 else None

@@ -26,18 +26,20 @@ from hfpretrain.recipe.schema import RecipeError
         ("AMD Instinct MI300X", "MI300X"),
     ],
 )
-def test_names_that_torch_gives(torch_name, name):
-    assert devices.match(torch_name).name == name == devices.named(torch_name).name == devices.named(name.lower()).name
+def test_a_device_is_found_by_its_own_name_and_by_that_of_torch(torch_name, name):
+    assert devices.device_by_torch_name(torch_name).name == name
+    assert devices.device_by_name(torch_name).name == name == devices.device_by_name(name.lower()).name
 
 
-def test_what_is_not_in_the_table():
+def test_a_device_that_is_not_in_the_table_is_not_guessed():
     for name in ("NVIDIA L40", "NVIDIA A10", "Intel Xeon (2 threads)", "mps"):
-        assert devices.match(name) is None and devices.peak_flops(name) is None
+        assert devices.device_by_torch_name(name) is None and devices.peak_flops(name) is None
     with pytest.raises(RecipeError, match="unknown device; did you mean `H200-141GB`"):
-        devices.named("H200-140GB")
+        devices.device_by_name("H200-140GB")
 
 
-def test_peaks_are_those_of_the_precision():
+def test_the_peak_depends_on_the_precision():
+
     assert devices.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert devices.peak_flops("NVIDIA H100 80GB HBM3", "no") == 67e12
-    assert not devices.match("Tesla V100-SXM2-16GB").bf16
+    assert not devices.device_by_torch_name("Tesla V100-SXM2-16GB").bf16

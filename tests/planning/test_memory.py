@@ -1,9 +1,9 @@
-"""What a micro-step needs, simulated, beside what torch allocates and what other estimators say."""
+"""The memory of a simulated micro-step, compared with what torch allocates and what other estimators return."""
 
 import pytest
 import torch
 from seven_b import SEVEN_B, five_layers_on_eight_devices
-from transformers import AutoConfig
+from tiny_models import MEDIUM_GPT2, MEDIUM_LFM2, MEDIUM_LLAMA, MEDIUM_MIXTRAL, config_without_special_ids
 
 from hfpretrain import load_recipe
 from hfpretrain.engines import choose
@@ -14,27 +14,12 @@ from hfpretrain.planning import memory
 from hfpretrain.planning.plan import make_plan
 from hfpretrain.recipe.schema import ModelSection
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 500,
-}
-LLAMA = {"model_type": "llama", "num_key_value_heads": 2, **SIZES}
-GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500}
-MIXTRAL = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, **SIZES}
-LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"], "num_key_value_heads": 2, **SIZES}
 BATCH, BLOCK = 4, 128
-
-
-def config_of(keywords):
-    return AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **keywords})
 
 
 def build(keywords, **section):
     section = ModelSection(config=keywords, **section)
-    return lambda: build_model(section, config_of(keywords), "cpu")
+    return lambda: build_model(section, config_without_special_ids(keywords), "cpu")
 
 
 def simulate(keywords, precision="float32", accumulates=True, chunked_loss=False, **section):
@@ -51,7 +36,7 @@ def simulate(keywords, precision="float32", accumulates=True, chunked_loss=False
 
 
 def peak_by_mem_tracker(keywords, precision, chunked_loss, **section):
-    """What `simulate` returns as its peak, by torch's MemTracker."""
+    """The peak of the same micro-step as measured by torch's MemTracker."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -82,22 +67,23 @@ def peak_by_mem_tracker(keywords, precision, chunked_loss, **section):
 @pytest.mark.parametrize(
     ("keywords", "precision", "chunked_loss", "section"),
     [
-        (LLAMA, "float32", False, {}),
-        (LLAMA, "float32", False, {"attn_implementation": "eager"}),
-        (LLAMA, "autocast bfloat16", True, {"gradient_checkpointing": True}),
-        (GPT2, "float32", False, {}),
+        (MEDIUM_LLAMA, "float32", False, {}),
+        (MEDIUM_LLAMA, "float32", False, {"attn_implementation": "eager"}),
+        (MEDIUM_LLAMA, "autocast bfloat16", True, {"gradient_checkpointing": True}),
+        (MEDIUM_GPT2, "float32", False, {}),
     ],
     ids=["sdpa", "eager", "checkpointing, chunked loss, autocast", "gpt2"],
 )
-def test_a_simulated_pass_has_the_peak_that_mem_tracker_gives(keywords, precision, chunked_loss, section):
-    """`memory._Tracker` says why it is there all the same. MemTracker stands in a private module of torch: if an
-    upgrade takes it away, this test can go, since `test_a_simulated_pass_needs_what_torch_allocates` stays."""
+def test_a_simulated_micro_step_has_the_peak_that_mem_tracker_measures(keywords, precision, chunked_loss, section):
+    """The docstring of `memory._Tracker` has the reasons not to use MemTracker. MemTracker is in a private module of
+    torch: if an upgrade removes it, remove this test; `test_a_simulated_micro_step_needs_what_torch_allocates` stays.
+    """
     ours = simulate(keywords, precision, chunked_loss=chunked_loss, **section)
     theirs = peak_by_mem_tracker(keywords, precision, chunked_loss, **section)
-    assert ours.peak == pytest.approx(theirs, rel=1e-5)  # it counts a scalar more
+    assert ours.peak == pytest.approx(theirs, rel=1e-5)  # MemTracker counts a scalar more
 
 
-def test_the_private_parts_of_torch_that_a_simulation_uses():
+def test_torch_still_has_the_private_parts_that_a_simulation_uses():
     """If this fails after an upgrade of torch: see how torch's own MemTracker, which uses them too, does it now."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,8 +95,9 @@ def test_the_private_parts_of_torch_that_a_simulation_uses():
     assert "__torch_dispatch__" in dir(TorchDispatchMode) and torch.ops.aten._to_copy.default
 
 
-def allocated(model, precision):
-    """Bytes that torch allocates at most in a second micro-step, by its profiler, gradients of the first included."""
+def peak_by_profiler(model, precision):
+    """The most bytes that torch has allocated at one moment of a second micro-step, as its profiler reports them. The
+    gradients of the first micro-step count."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(500, (BATCH, BLOCK), generator=generator)
     batch = {"input_ids": ids, "labels": ids, "position_ids": (torch.arange(BLOCK) % 50).repeat(BATCH, 1)}
@@ -133,45 +120,46 @@ def allocated(model, precision):
 @pytest.mark.parametrize(
     ("keywords", "precision"),
     [
-        (LLAMA, "float32"),
-        (LLAMA, "autocast bfloat16"),
-        (GPT2, "float32"),
-        (MIXTRAL, "autocast bfloat16"),
-        (LFM2, "float32"),
+        (MEDIUM_LLAMA, "float32"),
+        (MEDIUM_LLAMA, "autocast bfloat16"),
+        (MEDIUM_GPT2, "float32"),
+        (MEDIUM_MIXTRAL, "autocast bfloat16"),
+        (MEDIUM_LFM2, "float32"),
     ],
     ids=lambda value: value if isinstance(value, str) else value["model_type"],
 )
-def test_a_simulated_pass_needs_what_torch_allocates(keywords, precision):
-    assert simulate(keywords, precision).peak == pytest.approx(allocated(build(keywords)().train(), precision), rel=0.1)
+def test_a_simulated_micro_step_needs_what_torch_allocates(keywords, precision):
+    expected = peak_by_profiler(build(keywords)().train(), precision)
+    assert simulate(keywords, precision).peak == pytest.approx(expected, rel=0.1)
 
 
 def test_gradient_checkpointing_needs_less_in_the_simulation_and_in_torch():
-    plain, less = simulate(LLAMA), simulate(LLAMA, gradient_checkpointing=True)
+    plain, less = simulate(MEDIUM_LLAMA), simulate(MEDIUM_LLAMA, gradient_checkpointing=True)
     assert less.activations < 0.7 * plain.activations
-    real = build(LLAMA, gradient_checkpointing=True)().train()
-    assert less.peak == pytest.approx(allocated(real, "float32"), rel=0.1)
+    real = build(MEDIUM_LLAMA, gradient_checkpointing=True)().train()
+    assert less.peak == pytest.approx(peak_by_profiler(real, "float32"), rel=0.1)
 
 
-def test_parts_of_a_pass():
-    plain = simulate(LLAMA)
-    total = sum(parameter.numel() for parameter in build(LLAMA)().parameters())
+def test_the_parts_of_a_micro_step_depend_on_attention_loss_and_precision():
+    plain = simulate(MEDIUM_LLAMA)
+    total = sum(parameter.numel() for parameter in build(MEDIUM_LLAMA)().parameters())
     # The loss over whole logits needs logits, log-probabilities and gradients.
     assert plain.logits % (BATCH * BLOCK * 500 * 4) == 0
-    assert plain.casts == 0 and 0 < simulate(LLAMA, "autocast bfloat16").casts <= 2 * total
-    # Eager attention holds a probability for each head, layer and pair of positions, sdpa a mask for each layer.
-    eager, pairs = simulate(LLAMA, attn_implementation="eager"), 4 * BATCH * BLOCK * BLOCK
+    assert plain.casts == 0 and 0 < simulate(MEDIUM_LLAMA, "autocast bfloat16").casts <= 2 * total
+    # Eager attention keeps a probability for each head, layer and pair of positions; sdpa keeps a mask for each layer.
+    eager, pairs = simulate(MEDIUM_LLAMA, attn_implementation="eager"), 4 * BATCH * BLOCK * BLOCK
     assert eager.activations - plain.activations > 3 * (4 - 1) * pairs * 0.9
     assert plain.peak - plain.peak_without_gradients == pytest.approx(4 * total, rel=0.01)
-    chunked = simulate(LLAMA, chunked_loss=True)
+    chunked = simulate(MEDIUM_LLAMA, chunked_loss=True)
     assert chunked.logits <= plain.logits / 3 and chunked.peak < plain.peak
-    first = simulate(LLAMA, accumulates=False)
+    first = simulate(MEDIUM_LLAMA, accumulates=False)
     assert first.peak_without_gradients <= first.peak < plain.peak
     state = torch.get_rng_state()
-    simulate(LLAMA)
+    simulate(MEDIUM_LLAMA)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_every_engine_has_its_memory_in_the_table():
+def test_every_engine_is_in_the_table_of_shardings():
     names = {name for kind in choose.ENGINES for name in kind.names}
     assert {sharding.name.removesuffix("_offload") for sharding in memory.SHARDINGS} == names
 
@@ -184,36 +172,38 @@ def test_the_state_agrees_with_the_estimator_of_accelerate():
     recipe = load_recipe(SEVEN_B, changes)
     row = make_plan(recipe, engine="single", device="H100-80GB").engines[0]
     with torch.device("meta"):
-        model = build_model(recipe.model, config_of(recipe.model.config))
+        model = build_model(recipe.model, config_without_special_ids(recipe.model.config))
     size, (largest_layer, _) = calculate_maximum_sizes(model)
     size -= sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     theirs = estimate_training_usage(size, "float32")
     assert row.memory.weights == theirs["model"] and row.memory.gradients == theirs["gradients"]
     assert row.memory.optimizer == theirs["optimizer"]
-    shape = memory.model_shape(model, decoder_layers(model), moments=0)
-    assert shape.largest_layer * 4 == largest_layer
-    # In 16 bits accelerate counts gradients in float32 and in 16 bits. Autocast turns each 16-bit gradient into float32
-    # as soon as it is there, so ours has them once; torch's profiler agrees above.
+    sizes = memory.model_sizes(model, decoder_layers(model), moments=0)
+    assert sizes.largest_layer * 4 == largest_layer
+    # In 16 bits accelerate counts gradients both in float32 and in 16 bits. Autocast converts each 16-bit gradient to
+    # float32 as soon as it is computed, so the plan counts them once; torch's profiler agrees above.
     assert estimate_training_usage(size, "bfloat16")["gradients"] == 1.5 * row.memory.gradients
 
 
 def state_of(plan):
-    """Bytes of weights, gradients and optimizer by engine; without the copies in 16 bits that autocast adds."""
+    """Bytes of weights, gradients and optimizer state by engine, without the 16-bit copies that autocast makes."""
     return {row.engine: row.memory.weights + row.memory.gradients + row.memory.optimizer for row in plan.engines}
 
 
 def test_the_state_agrees_with_the_estimators_of_deepspeed():
-    wide = five_layers_on_eight_devices()
+    plan = five_layers_on_eight_devices()
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    ours, total = state_of(wide), wide.parameters.total
+    ours, total = state_of(plan), plan.parameters.total
+
     _, zero2 = estimate_zero2_model_states_mem_needs(total, 8, cpu_offload=False)
     assert ours["zero2"] == pytest.approx(zero2, rel=1e-6)
     layer = 202_383_360
     _, zero3, gathered = estimate_zero3_model_states_mem_needs(
         total, layer, 8, cpu_offload=False, cpu_offload_params=False
     )
-    # 2 + 2 + 4 + 8 bytes a parameter are 16, and its own comment for stage 2 adds the step's 4 of float32 gradients:
-    # stage 3 makes them too (`_prepare_fp32_grad_for_sub_group`), but its 18 has room for 2 of the 4.
+    # Weights, gradients, float32 weights and moments take 2 + 2 + 4 + 8 = 16 bytes per parameter. For stage 2
+    # DeepSpeed's estimator adds the update's 4 bytes of float32 gradients. Stage 3 makes them too
+    # (`_prepare_fp32_grad_for_sub_group`), but its estimator counts 18 bytes, 2 fewer.
     assert ours["zero3"] - (zero3 - gathered) == pytest.approx(2 * total / 8, rel=1e-6)
