@@ -441,7 +441,7 @@ def test_what_bad_input_gets(folder, refused):
     assert "missing.jsonl" in refused("--data.sources.0.data_files=missing.jsonl")
     assert "less than the tokenizer's 320" in refused("--model.config.vocab_size=300")
     assert "no file matches *.nowhere" in refused("--data.sources.0.data_files=*.nowhere")
-    assert "builds no model" in refused("--model.config.hidden_act=foo")
+    assert "no model can be built" in refused("--model.config.hidden_act=foo")
     assert "no tracker 'foo'" in refused("--logging.trackers=[foo]")
     assert "fp16 needs a GPU" in refused("--training.mixed_precision=fp16")
     assert "shell" in refused("--output_dir=~/x")
@@ -478,7 +478,11 @@ def test_a_class_whose_loss_is_not_the_next_tokens_learns_the_next_token(folder)
     trained, evaluated = rows(folder / "run", "loss")[40]["loss"], rows(folder / "run", "eval/loss")[40]["eval/loss"]
     assert evaluated == pytest.approx(trained, rel=0.1)
     notes = json.loads((folder / "run" / "environment.json").read_text())["notes"]
-    for text in ("not masked from each other", "computed from the logits", "not trained, outside of the loss"):
+    for text in (
+        "not masked from each other",
+        "computed from the logits",
+        "the loss does not depend on them",
+    ):
         assert sum(text in note for note in notes) == 1, notes
     for note in notes:
         assert note in result.stderr and note in result.stdout and note in (folder / "run/metrics.jsonl").read_text()
@@ -566,7 +570,7 @@ def test_layers_that_cannot_be_compiled_are_told_before_the_first_step(folder):
     missing = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     result = train(write_recipe(folder), "--training.compile=true", **missing)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert "training.compile: the layers don't compile: InvalidCxxCompiler" in result.stderr
+    assert "training.compile: " in result.stderr and "InvalidCxxCompiler" in result.stderr
     assert "/nonexistent/c++" in result.stderr and "set it to false" in result.stderr
     assert not (folder / "run" / "metrics.jsonl").exists()
 

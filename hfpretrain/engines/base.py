@@ -337,12 +337,12 @@ class Engine:
     def evaluated_weights(self) -> Iterator[None]:
         """Inside this context, the model has the weights to evaluate and export: the average, if the optimizer keeps
         one. Afterwards it again has the weights that are trained."""
-        averaged = getattr(self.optimizer.optimizer, "averaged", None)
-        if averaged is None:
+        use_averaged_weights = getattr(self.optimizer.optimizer, "use_averaged_weights", None)
+        if use_averaged_weights is None:
             yield
             return
         try:
-            with averaged():
+            with use_averaged_weights():
                 self._weights_changed()
                 yield
         finally:

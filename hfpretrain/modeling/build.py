@@ -1,4 +1,4 @@
-"""Build a model from its config, or load a pretrained one; compile it, apply Liger's kernels."""
+"""Builds a model from its config, or loads a pretrained one; compiles it, applies Liger's kernels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def build_model(
 ) -> PreTrainedModel:
     """Build a new model in float32 on `device`, or load `section.pretrained` on the CPU.
 
-    By default a new model is on the meta device, and `initialization.InitialWeights` draws its values. `seed`: for the
-    tensors that a checkpoint may lack by `section.allow_missing`. Raises `RecipeError` if the config builds no model,
-    or the checkpoint can't be loaded or has other tensors than the model.
+    By default a new model is on the meta device, and `initialization.InitialWeights` draws its values. `seed`: seed of
+    the tensors that a checkpoint may lack by `section.allow_missing`. Raises `RecipeError` if no model can be built
+    from the config, if the checkpoint can't be loaded, or if it has other tensors than the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    # None: transformers takes sdpa if the class has it, else eager.
+    # For None, transformers uses sdpa if the class has it, else eager.
     attention = None if section.attn_implementation == "auto" else section.attn_implementation
     try:
         if section.pretrained is None:
@@ -55,8 +55,8 @@ def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention:
     from transformers import AutoModelForCausalLM
 
     whole = whole_config(section)
-    is_part = type(whole) is not type(config) and _class_of(whole) is not _class_of(config)
-    # `_loading_problems` reports shapes that differ, with their names.
+    is_part = type(whole) is not type(config) and _causal_lm_class(whole) is not _causal_lm_class(config)
+    # Ignored here, since `_loading_problems` reports tensors of another shape by name.
     model, info = AutoModelForCausalLM.from_pretrained(
         section.pretrained,
         config=whole if is_part else config,
@@ -73,7 +73,7 @@ def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention:
     return _text_model(model, config, attention) if is_part else model
 
 
-def _class_of(config: PretrainedConfig) -> Any:
+def _causal_lm_class(config: PretrainedConfig) -> Any:
     """The causal LM class of transformers for a config; None if the checkpoint has code of its own."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -89,7 +89,10 @@ def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> 
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     decoder = whole.get_decoder()
     if type(decoder) is not type(model.base_model):
-        message = f"{type(whole).__name__} contains no {type(model.base_model).__name__}; save its text model first"
+        message = (
+            f"the text model of {type(whole).__name__} is not a {type(model.base_model).__name__}; save the text model "
+            "as a checkpoint of its own and use that"
+        )
         raise RecipeError.at("model.pretrained", message)
     for ours, theirs in ((model.base_model, decoder), (model.get_output_embeddings(), whole.get_output_embeddings())):
         ours.load_state_dict(theirs.state_dict(), assign=True)
@@ -102,55 +105,66 @@ def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> 
 
 
 def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) -> Iterator[Problem]:
-    """Tensors that are missing, unexpected or of another shape for a class called `name`, but not those allowed."""
+    """A problem for missing, for unexpected and for differently shaped tensors of a class called `name`.
 
-    def listed(names: Any) -> str:
+    Tensors that `section.allow_missing` matches are left out.
+    """
+
+    def join_names(names: Any) -> str:
         names = sorted(names)
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
-    def refused(names: Any) -> list[str]:
-        return [one for one in names if not any(fnmatch.fnmatchcase(one, allowed) for allowed in section.allow_missing)]
+    def not_allowed(names: Any) -> list[str]:
+        patterns = section.allow_missing
+        return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
-    path, fix = "model.pretrained", "correct config.json or the weights, or list them in model.allow_missing"
-    if missing := refused(info["missing_keys"]):
-        yield Problem(path, f"{section.pretrained} lacks {len(missing)} tensors of {name}: {listed(missing)}; {fix}")
-    if unexpected := refused(info["unexpected_keys"]):
-        text = f"{section.pretrained} has {len(unexpected)} tensors that {name} has no place for: {listed(unexpected)}"
+    path, fix = "model.pretrained", "correct config.json or the weights, or list the tensors in model.allow_missing"
+    if missing := not_allowed(info["missing_keys"]):
+        text = f"{section.pretrained} lacks {len(missing)} tensors of {name}: {join_names(missing)}"
+        yield Problem(path, f"{text}; {fix}")
+    if unexpected := not_allowed(info["unexpected_keys"]):
+        text = f"{section.pretrained} has {len(unexpected)} tensors that {name} lacks: {join_names(unexpected)}"
         yield Problem(path, f"{text}; {fix}")
     if mismatched := info["mismatched_keys"]:
         texts = [f"{key} has shape {list(theirs)}, in the model {list(ours)}" for key, theirs, ours in mismatched]
-        yield Problem(path, f"{section.pretrained} does not fit its config.json: {listed(texts)}")
+        yield Problem(path, f"the weights of {section.pretrained} don't fit its config.json: {join_names(texts)}")
     if info["error_msgs"]:
-        yield Problem(path, f"{section.pretrained} does not load: {listed(info['error_msgs'])}")
+        yield Problem(path, f"{section.pretrained} can't be loaded: {join_names(info['error_msgs'])}")
 
 
-def import_code(config: PretrainedConfig) -> None:
-    """Import the code of a config's model, so that its tens of megabytes are not counted as memory of the model."""
+def import_model_code(config: PretrainedConfig) -> None:
+    """Import the code of a config's model now, so that its tens of megabytes don't count as memory of training."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def apply_liger_kernel(model: PreTrainedModel) -> None:
-    """Apply Liger's kernels to everything but the loss. Raises `RecipeError` if they can't run or change nothing."""
+    """Apply Liger's kernels to everything but the loss.
+
+    Raises `RecipeError` if they can't run here, or if Liger has none for this model.
+    """
     import torch
     from transformers.integrations import liger
     from transformers.utils import is_liger_kernel_available
 
     path, model_type = "model.use_liger_kernel", model.config.model_type
     if not torch.cuda.is_available():
-        raise RecipeError.at(path, "Liger's kernels are Triton's and need a GPU; set it to false")
+        raise RecipeError.at(path, "Liger's kernels are written in Triton and need a GPU; set it to false")
     if not is_liger_kernel_available():
-        raise RecipeError.at(path, "the package is not installed: pip install liger-kernel")
+        raise RecipeError.at(path, "the package liger-kernel is not installed: `pip install liger-kernel`")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself would say nothing
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself gives no error
         raise RecipeError.at(path, f"Liger has no kernels for {model_type}; set it to false")
     liger.apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def compiles(wanted: Literal["auto"] | bool, num_micro_steps: int, engine_can: bool) -> bool:
-    """Whether a run compiles its model. `auto`: if it is long enough for compiling to pay off, on a GPU with Triton."""
+def should_compile(wanted: Literal["auto"] | bool, num_micro_steps: int, engine_can: bool) -> bool:
+    """Whether a run compiles its model.
+
+    `auto` compiles on a GPU with Triton, if the run is long enough to make up for the time that compiling takes.
+    """
     from torch.utils._triton import has_triton
 
     return engine_can and num_micro_steps >= 2000 and has_triton() if wanted == "auto" else wanted
@@ -159,28 +173,29 @@ def compiles(wanted: Literal["auto"] | bool, num_micro_steps: int, engine_can: b
 def compile_layers(model: PreTrainedModel) -> None:
     """`torch.compile` each decoder layer in place. Layers share their code, so they are compiled once.
 
-    On an H100 this runs a tenth faster than the whole model as one graph, and compiles in a tenth of the time
-    (benchmarks/README.md). Engines gather weights between layers.
+    On an H100 this runs a tenth faster than the whole model as one graph, and takes a tenth of the time to compile
+    (benchmarks/README.md). Between layers, engines can gather weights.
     """
     for layer in decoder_layers(model):
         layer.compile()
 
 
 def compile_error(error: Exception) -> RecipeError | None:
-    """The message for an error of torch.compile, mostly because there is no C++ compiler; None for any other error."""
+    """The `RecipeError` for an error of torch.compile, often a missing C++ compiler; None for any other error."""
     exceptions = sys.modules.get("torch._dynamo.exc")  # imported as soon as anything is compiled
     if exceptions is None or not isinstance(error, exceptions.TorchDynamoException):
         return None
     reason = next((line for line in str(error).splitlines() if ": " in line), type(error).__name__)
-    advice = "install the C++ compiler or what else it names, or set it to false"
-    return RecipeError.at("training.compile", f"the layers don't compile: {reason:.500}; {advice}")
+    fix = "install what the message names, such as a C++ compiler, or set it to false"
+    return RecipeError.at("training.compile", f"the model's layers can't be compiled: {reason:.500}; {fix}")
 
 
 def model_error(error: Exception, section: ModelSection) -> RecipeError:
-    """The message for an exception that building or calling the model raised."""
+    """The `RecipeError` for an exception that building or calling the model raised."""
     message = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "attention" in message.lower() and ("support" in message or "install" in message):
         wanted = section.attn_implementation
-        fix = "use auto, which is eager where a class has no sdpa" if wanted != "auto" else "use another model"
+        fix = "set it to auto" if wanted != "auto" else "use another model"
         return RecipeError.at("model.attn_implementation", f"the model does not support {wanted} ({message}); {fix}")
-    return RecipeError.at("model.pretrained" if section.pretrained else "model.config", f"builds no model: {message}")
+    path = "model.pretrained" if section.pretrained else "model.config"
+    return RecipeError.at(path, f"no model can be built: {message}")

@@ -1,4 +1,4 @@
-"""Tests of a built model: whether it is causal, keeps documents apart, and which loss its class computes."""
+"""Tests of a built model: whether it is causal, whether packed documents affect each other, which loss it computes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models that add their output `aux_loss`
-_TOLERANCE = 2e-5  # nats; float32 rounds a loss of about 10 nats to a tenth of it
+_TOLERANCE = 2e-5  # nats; rounding a loss of about 10 nats to float32 changes it by a tenth of this
 
 
 @contextlib.contextmanager
@@ -44,8 +44,8 @@ def require_causal(
     """Raise `RecipeError` if a later token changes an earlier prediction. All ranks must call it.
 
     transformers builds some encoders as causal LMs, and they would learn to copy their input. `half_precision`: whether
-    the model computes in 16 bits. The tolerance is for models with their own code for experts, where the order of sums
-    depends on the other tokens.
+    the model computes in 16 bits. The comparison has a tolerance, because models with their own code for experts may
+    sum in an order that depends on the other tokens.
     """
     input_ids = torch.arange(length)[None].to(next(model.parameters()).device) % model.config.vocab_size
     perturbed = input_ids.clone()
@@ -62,20 +62,21 @@ def require_causal(
         fix = "; use another model"
         if getattr(model.config, "is_decoder", None) is False:
             fix = "; set model.config.is_decoder: true, which some classes support, or use another model"
-        raise RecipeError.at("model.config", f"{type(model).__name__} is not causal: predictions see later tokens{fix}")
+        message = f"{type(model).__name__} is not causal: its predictions depend on later tokens{fix}"
+        raise RecipeError.at("model.config", message)
 
 
 def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
-    """Whether packed documents don't affect each other, as `documents_leak` tests it. All ranks must call it."""
-    return documents_leak(model, block_size) is None
+    """Whether packed documents don't affect each other; see `leak_reason`. All ranks must call it."""
+    return leak_reason(model, block_size) is None
 
 
-def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
-    """How packed documents affect each other although their positions restart; None if they don't.
+def leak_reason(model: PreTrainedModel, block_size: int) -> str | None:
+    """Why packed documents affect each other although their positions restart; None if they don't.
 
-    The model gets rows of two documents each. The logits of the second document must stay exactly the same if the
-    tokens of the first change. They must also stay the same if a position in the first document, or in another row, is
-    as large as the last of a block. All ranks must call it.
+    The model is called with rows of two documents each. The logits of the second document must stay exactly the same
+    if the tokens of the first change. They must also stay the same if a position in the first document, or in another
+    row, is as large as the last position of a block. All ranks must call it.
     """
     length = max(4, min(16, block_size, getattr(model.config, "max_position_embeddings", 16) or 16))
     half = length // 2
@@ -103,31 +104,36 @@ def documents_leak(model: PreTrainedModel, block_size: int) -> str | None:
             text = " ".join(str(error).split())
             return f"{type(model).__name__} does not accept positions that restart at each document ({text:.100})"
     if not torch.equal(first, second):
-        return f"{type(model).__name__} with {model.config._attn_implementation} attention lets them see each other"
+        attention = model.config._attn_implementation
+        return f"{type(model).__name__} with {attention} attention lets packed documents see each other"
     if not (torch.equal(first[0], third) and torch.equal(first[0], fourth)):
-        return f"in {type(model).__name__} the longest sequence of a micro-batch changes the rotary positions of all"
+        return (
+            f"in {type(model).__name__} the longest document of a micro-batch changes the rotary positions of others"
+        )
     return None
 
 
-def settle_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
-    """Whether attention ends at document boundaries, given the recipe's wish and what `documents_leak` returned.
+def resolve_document_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
+    """Whether attention ends at document boundaries.
 
-    Raises `RecipeError` if the model can't do what the recipe says, or if `auto` would have to train without a mask.
+    `wanted`: the recipe's `training.document_masking`. `leak`: the result of `leak_reason`. `packs_documents`: whether
+    a block may have several documents. Raises `RecipeError` if `wanted` is true and documents leak, and if it is `auto`
+    and packed documents leak.
     """
     if wanted is False or leak is None:
         return wanted is not False
     if wanted == "auto" and not packs_documents:
         return False
-    advice = "set it to false to train with documents that see each other, or change the model or"
-    raise RecipeError.at(
-        "training.document_masking",
-        f"packed documents can't be kept apart: {leak}; {advice} model.attn_implementation (got {wanted!r})",
+    fix = (
+        "set it to false to let documents see each other, or change the model or model.attn_implementation "
+        f"(got {wanted!r})"
     )
+    raise RecipeError.at("training.document_masking", f"packed documents can't be kept apart: {leak}; {fix}")
 
 
 def routing_note(model: PreTrainedModel) -> str:
-    """A note on a model with experts that trains without a loss that balances them."""
-    text = f"{type(model).__name__} trains without a balancing loss, so its router may come to use few of its experts"
+    """A note for a model with experts that trains without a loss that balances them."""
+    text = f"{type(model).__name__} trains without a balancing loss, so its router may end up using few of its experts"
     if getattr(model.config, "output_router_logits", None) is False:
         text += ". Set model.config.output_router_logits: true to add one"
     elif getattr(model.config, "router_aux_loss_coef", None) == 0:
@@ -136,18 +142,18 @@ def routing_note(model: PreTrainedModel) -> str:
 
 
 def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float = 0.0) -> bool:
-    """Make a model that is called with labels compute its loss in chunks; returns whether it does.
+    """Make a model compute its loss in chunks when it is called with labels, if that gives the same loss.
 
-    It does if the result is the same: the model, as the engine prepared it, is called with a small batch both ways.
-    Afterwards `model(..., labels, num_items_in_batch)` returns the same `loss`, and `logits` only without labels.
-    `z_loss` as in `loss.head_loss`. All ranks must call it. Raises `RecipeError` if `wanted` is true or there is a
-    `z_loss`, and the model can't.
+    Returns whether the loss is computed in chunks. To compare, the model, as the engine prepared it, is called with a
+    small batch both ways. With chunks, `model(..., labels, num_items_in_batch)` returns the same `loss`, and `logits`
+    only without labels. `z_loss`: see `loss.head_loss`. All ranks must call it. Raises `RecipeError` if the chunked
+    loss differs and `wanted` is true or `z_loss` is not 0.
     """
     reason = None if wanted is False else _chunking_problem(model)
     if reason and (wanted is True or z_loss):
-        key, fix = "chunked_loss", "set it to false or auto"
+        key, fix = "chunked_loss", "set it to auto or false"
         if z_loss:
-            key, fix = "z_loss", f"set it from {z_loss} to 0, and chunked_loss to auto, or take an engine other than tp"
+            key, fix = "z_loss", f"set it to 0 (got {z_loss}) and chunked_loss to auto, or use an engine other than tp"
         raise RecipeError.at(f"training.{key}", f"{type(causal_lm(model)).__name__} {reason}; {fix}")
     if wanted is False or reason:
         return False
@@ -156,7 +162,7 @@ def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float =
 
 
 def examine_loss(model: Any) -> StepLoss:
-    """Find out how to compute the next-token loss with a model's class, as the engine prepared the model.
+    """Find out how to compute the next-token loss with a model, as the engine prepared it.
 
     The loss that the class returns is compared with the one computed from its logits, for two small batches that differ
     in labels and number of items. If the difference is the same for both, the class adds a term that does not depend on
@@ -164,26 +170,26 @@ def examine_loss(model: Any) -> StepLoss:
     """
     network = causal_lm(model)
     coefficient = next((getattr(network, name) for name in _COEFFICIENTS if hasattr(network, name)), 0.0)
-    first, second = (_added_by_class(model, coefficient, shift) for shift in (0, 7))
+    first, second = (_find_added_loss(model, coefficient, shift) for shift in (0, 7))
     # `not <=` and not `>`, so that NaN counts as a difference.
-    if first is None or second is None or not abs(first.unnamed - second.unnamed) <= _TOLERANCE:
+    if first is None or second is None or not abs(first.not_in_outputs - second.not_in_outputs) <= _TOLERANCE:
         return StepLoss(from_logits=True, coefficient=coefficient)
-    if abs(first.unnamed) > _TOLERANCE:
+    if abs(first.not_in_outputs) > _TOLERANCE:
         return StepLoss(adds_own=True)
     return StepLoss(coefficient=coefficient if first.has_auxiliary else 0.0)
 
 
 @dataclass(frozen=True)
-class _Added:
+class _AddedLoss:
     """What a class adds to the next-token loss."""
 
-    unnamed: float
-    """Difference of the two losses, less the weighted output `aux_loss`."""
+    not_in_outputs: float
+    """The difference between the class's loss and the next-token loss, less the weighted output `aux_loss`."""
     has_auxiliary: bool
 
 
-def _added_by_class(model: Any, coefficient: float, shift: int) -> _Added | None:
-    """Compare both losses for a batch whose labels are shifted by `shift`; None if the class can't be called so."""
+def _find_added_loss(model: Any, coefficient: float, shift: int) -> _AddedLoss | None:
+    """What the class adds for a batch with labels shifted by `shift`; None if the model can't be called like this."""
     batch = _sample_batch(model, shift=shift, ignore_every=shift + 5)
     num_items = torch.tensor(10 + shift)
     try:
@@ -191,16 +197,16 @@ def _added_by_class(model: Any, coefficient: float, shift: int) -> _Added | None
             outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
             added = float(outputs.loss) - float(summed_loss(outputs.logits, batch) / num_items)
             auxiliary = getattr(outputs, "aux_loss", None)
-            named = 0.0 if auxiliary is None else coefficient * float(auxiliary)
+            in_outputs = 0.0 if auxiliary is None else coefficient * float(auxiliary)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
-    return _Added(added - named, auxiliary is not None)
+    return _AddedLoss(added - in_outputs, auxiliary is not None)
 
 
 def _chunking_problem(model: Any) -> str | None:
-    """Why the chunked loss is not the model's own; None if they are equal up to rounding.
+    """Why the chunked loss differs from the model's own; None if they are equal up to rounding.
 
-    The input of the output embedding is multiplied, since scaling and soft-capping show only in large logits.
+    The input of the output embedding is multiplied by 300, because scaling and soft-capping show only in large logits.
     """
     network = causal_lm(model)
     head = network.get_output_embeddings()
@@ -222,7 +228,7 @@ def _chunking_problem(model: Any) -> str | None:
     finally:
         magnify.remove()
     if not abs(whole - chunked) <= 1e-3 * abs(whole):
-        return "changes the logits behind its head, or has another loss than the next token's"
+        return "changes the logits after its output embedding, or computes another loss than that of the next token"
     return None
 
 
@@ -230,14 +236,14 @@ def _chunking_problem(model: Any) -> str | None:
 def _quiet_eval(model: Any) -> Iterator[None]:
     """Eval mode without gradients and without compiling.
 
-    Eval mode turns off dropout; and in training mode Ulysses takes sequences of the block size only.
+    Eval mode turns off dropout. In training mode Ulysses takes only sequences of the block size.
     """
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
 
 
 def _sample_batch(model: Any, shift: int = 0, ignore_every: int = 5) -> dict[str, torch.Tensor]:
-    """Two rows of 16 random tokens, and as labels the tokens `shift` positions before, some of them ignored."""
+    """Two rows of 16 random tokens. Their labels are the tokens `shift` positions before; some are ignored."""
     vocab_size = causal_lm(model).config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (2, 16), generator=draw).to(next(model.parameters()).device)

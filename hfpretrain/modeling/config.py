@@ -1,4 +1,4 @@
-"""From the recipe's `model` section to a transformers config, and the checks of it."""
+"""Makes a transformers config from the recipe's `model` section, and checks it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names of the longest context in config classes, declared or through `attribute_map`."""
+"""Names that config classes have for the longest context, as a field or through `attribute_map`."""
 
 
 def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
-    """Problems of `model.config` in a recipe's raw mapping: unknown keys, wrong values, too short a context.
+    """Problems of `model.config` in a recipe's raw mapping: unknown keys, wrong values, a context that is too short.
 
-    It imports transformers but not torch.
+    Imports transformers but not torch.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -38,7 +38,9 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
         return
     model_type = str(keywords["model_type"])
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        message = unknown_key(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).replace("unknown key", "no causal LM type")
+        message = unknown_key(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).replace(
+            "unknown key", "not the type of a causal language model"
+        )
         yield Problem("model.config.model_type", f"{message} (got {model_type!r})")
         return
     known = known_config_keys(model_type)
@@ -51,7 +53,7 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     except Exception as error:  # a config class may raise anything
         yield Problem("model.config", " ".join(str(error).split()) or type(error).__name__)
         return
-    if (reason := _not_loadable(config)) is not None:
+    if (reason := _export_problem(config)) is not None:
         yield Problem("model.config.model_type", f"{reason}; use another model (got {model_type!r})")
         return
     data = mapping.get("data")
@@ -63,16 +65,16 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
         yield vocabulary_problem(keywords["vocab_size"], wanted)
 
 
-def _not_loadable(config: PretrainedConfig) -> str | None:
-    """Why plain `AutoModelForCausalLM` could not load what a run of this config exports; None if it can.
+def _export_problem(config: PretrainedConfig) -> str | None:
+    """Why `AutoModelForCausalLM` could not load the export of a run with this config; None if it can.
 
-    Where a config has parts for images or sound, some classes build the text model alone. The export then has the
-    config of that part, of which `AutoModelForCausalLM` may know no class.
+    If a config has parts for images or sound, some classes build only the text model. The export then has the config of
+    the text model, and `AutoModelForCausalLM` may have no class for it.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return f"transformers has no causal class for {config.model_type}, so AutoModelForCausalLM can't load it"
+        return f"transformers has no causal language model of type {config.model_type}"
     text_class: Any = config.sub_configs.get("text_config")
     if text_class is None or text_class in MODEL_FOR_CAUSAL_LM_MAPPING or find_spec("torch") is None:
         return None
@@ -80,21 +82,22 @@ def _not_loadable(config: PretrainedConfig) -> str | None:
     if getattr(model_class, "config_class", None) is not text_class:
         return None
     part = config.get_text_config().model_type
-    message = f"{model_class.__name__} would be exported with the config of its text model, {part}"
-    return f"{message}, which AutoModelForCausalLM can't load"
+    message = f"{model_class.__name__} would be exported with the config of its text model"
+    return f"{message}, and AutoModelForCausalLM can't load a model of type {part}"
 
 
 def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Problem]:
-    """A problem if blocks are longer than the positions a model has."""
+    """A problem if blocks are longer than the model's longest context."""
     for key in CONTEXT_KEYS:
         positions = getattr(config, key, None)
         if isinstance(positions, int) and isinstance(block_size, int) and 0 < positions < block_size:
-            yield Problem("data.block_size", f"{block_size} is more than the model's {key} {positions}")
+            message = f"must be at most the model's {key}, {positions} (got {block_size})"
+            yield Problem("data.block_size", f"{message}; lower it, or raise model.config.{key}")
             return
 
 
 def context_note(section: ModelSection, config: PretrainedConfig, block_size: int) -> str | None:
-    """A note if a new model has the default context length of its class and blocks are shorter; else None."""
+    """A note if a new model has the default context length of its class, and blocks are shorter; else None."""
     key = next((key for key in CONTEXT_KEYS if isinstance(getattr(config, key, None), int)), None)
     if section.config is None or key is None or set(CONTEXT_KEYS) & set(section.config):
         return None
@@ -102,7 +105,7 @@ def context_note(section: ModelSection, config: PretrainedConfig, block_size: in
     if positions <= block_size:
         return None
     return (
-        f"the model has {key} {positions:,}, the default of {config.model_type}, but blocks have "
+        f"the model's {key} is {positions:,}, the default of {config.model_type}, but blocks have "
         f"{block_size:,} tokens, so later positions are not trained. Set model.config.{key} to change it"
     )
 
@@ -111,26 +114,26 @@ def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSecti
     """The problem of a tokenizer with more ids than the model has embeddings. `section`: the model's, if known."""
     if section is not None and section.pretrained is not None:
         message = (
-            f"has {tokenizer_size} tokens, but {section.pretrained} has embeddings for {vocab_size}; use the model's "
-            f"own tokenizer, or add the rows first: `model.resize_token_embeddings({tokenizer_size})`, then "
-            "`model.save_pretrained(...)`"
+            f"the tokenizer has {tokenizer_size} tokens, but {section.pretrained} has embeddings for {vocab_size}; use "
+            f"the model's own tokenizer, or add embeddings first with `model.resize_token_embeddings({tokenizer_size})`"
+            " and `model.save_pretrained(...)`"
         )
         return Problem("tokenizer.pretrained", message)
     return Problem(
         "model.config.vocab_size",
-        f"{vocab_size} is less than the tokenizer's {tokenizer_size} tokens; leave the key out and it follows the "
-        "tokenizer",
+        f"must be at least the tokenizer's {tokenizer_size} tokens (got {vocab_size}); leave the key out to use the "
+        "tokenizer's size",
     )
 
 
 def known_config_keys(model_type: str) -> set[str]:
-    """Keys that a config class reads: its fields, those of `PretrainedConfig`, and the aliases in `attribute_map`."""
+    """Keys that a config class accepts: its fields, those of `PretrainedConfig`, and the aliases in `attribute_map`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     keys: set[str] = set()
-    with contextlib.suppress(StrictDataclassError):  # some classes refuse their own defaults
+    with contextlib.suppress(StrictDataclassError):  # some classes raise it for their own defaults
         keys = {key for key in config_class().to_dict() if not key.startswith("_")}
     for base in config_class.__mro__:
         keys.update(key for key in getattr(base, "__annotations__", {}) if not key.startswith("_"))
@@ -140,7 +143,7 @@ def known_config_keys(model_type: str) -> set[str]:
     return keys
 
 
-# Names of the same size in GPT-2, OPT, T5, MPT and Meta's own Llama, which no `attribute_map` has.
+# Names of one setting in different models (GPT-2, OPT, T5, MPT and Meta's own Llama) that no `attribute_map` has.
 _SYNONYMS = (
     ("hidden_size", "dim"),
     ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
@@ -153,7 +156,7 @@ _SYNONYMS = (
 
 
 def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
-    """The message for an unknown key. It names the key of this class that means what the key means in other classes."""
+    """The message for an unknown key. If other classes have that key, it gives the name of the same setting here."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -163,14 +166,14 @@ def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
     own = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
     found = next((own.get(name, name) for name, _ in meant.most_common() if name in known), None)
     if found is not None:
-        return f"unknown key; {model_type} calls it `{found}`"
+        return f"unknown key; in {model_type} it is `{found}`"
     # Suggest keys of this class only, not those that every config has.
     sizes = [name for name in getattr(CONFIG_MAPPING[model_type], "__annotations__", {}) if not name.startswith("_")]
     return unknown_key(key, known) if difflib.get_close_matches(key, known, 1, 0.5) else unknown_key(key, sizes)
 
 
 def _is_read_by_model(model_type: str, key: str) -> bool:
-    """Whether the model's code reads a key that its config class does not declare, such as `head_dim` in some."""
+    """Whether the model's code reads a key that its config class does not declare, as some read `head_dim`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = Path(sys.modules[CONFIG_MAPPING[model_type].__module__].__file__ or "")
@@ -179,16 +182,16 @@ def _is_read_by_model(model_type: str, key: str) -> bool:
 
 
 def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
-    """The config of a model. `defaults`: values of a new model's config for keys that the section does not set.
+    """The config of a model. `defaults`: values for keys of a new model's config that the section does not set.
 
-    Raises `RecipeError` if `section.pretrained` has none, or if `AutoModelForCausalLM` could not load the export.
+    Raises `RecipeError` if `section.pretrained` has no config, or if `AutoModelForCausalLM` could not load the export.
     """
     from transformers import AutoConfig
 
     if section.config is not None:
         special = _special_ids(str(section.config.get("model_type")), **defaults)
         config = AutoConfig.for_model(**{**defaults, **special, **section.config})
-        if (reason := _not_loadable(config)) is not None:
+        if (reason := _export_problem(config)) is not None:
             raise RecipeError.at("model.config.model_type", f"{reason}; use another model")
         return config
     if problem := missing_path(section.pretrained or ""):
@@ -203,11 +206,11 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
     try:
         text = config.get_text_config()
     except ValueError as error:
-        message = f"{section.pretrained} is a {config.model_type}, which has several text models"
+        message = f"{section.pretrained} is of type {config.model_type}, which has several text models"
         raise RecipeError.at("model.pretrained", f"{message}; use a text-only checkpoint") from error
-    if (reason := _not_loadable(text)) is not None:
+    if (reason := _export_problem(text)) is not None:
         advice = "use a text-only checkpoint" if text is not config else "use another model"
-        message = f"{section.pretrained} is a {config.model_type}: {reason}; {advice}"
+        message = f"{section.pretrained} is of type {config.model_type}: {reason}; {advice}"
         raise RecipeError.at("model.pretrained", message)
     return text
 
@@ -222,17 +225,17 @@ def whole_config(section: ModelSection) -> PretrainedConfig:
 
 
 def _special_ids(model_type: str, **known: Any) -> dict[str, Any]:
-    """The special token ids of a new model's config: those `known` of the tokenizer, else None.
+    """The special token ids of a new model's config: those of the tokenizer in `known`, else None.
 
-    The defaults of a class may lie outside of a small vocabulary, or be other tokens of this tokenizer. If the class
-    does not accept None, EOS is used, which every tokenizer has; or 0 if there is no tokenizer yet.
+    The default ids of a class may lie outside of a small vocabulary, or be other tokens of this tokenizer. If the class
+    does not accept None, the id is that of EOS, which every tokenizer has, or 0 if there is no tokenizer yet.
     """
     ids = {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     substitute = ids["eos_token_id"] if ids["eos_token_id"] is not None else 0
-    return {k: substitute if v is None and not _takes_none(model_type, k) else v for k, v in ids.items()}
+    return {k: substitute if v is None and not _accepts_none(model_type, k) else v for k, v in ids.items()}
 
 
-def _takes_none(model_type: str, key: str) -> bool:
+def _accepts_none(model_type: str, key: str) -> bool:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -246,7 +249,7 @@ def _takes_none(model_type: str, key: str) -> bool:
 def resolve_config(
     section: ModelSection, vocab_size: int, tokenizer: Any, tokenizer_size: int, block_size: int
 ) -> PretrainedConfig:
-    """The model's config. For a new model `vocab_size` and the special ids default to the tokenizer's.
+    """The model's config. For a new model, `vocab_size` and the special token ids default to those of the tokenizer.
 
     Raises `RecipeError` for a tokenizer larger than the vocabulary and for blocks longer than the context.
     """
@@ -263,23 +266,23 @@ def resolve_config(
     if problems:
         raise RecipeError(problems)
     if section.pretrained is not None:
-        agree_on_special_ids(config, tokenizer)
+        set_special_ids(config, tokenizer)
     return config
 
 
 def _special_id_problems(section: ModelSection, tokenizer: Any) -> Iterator[Problem]:
-    """A problem if `model.config` sets an EOS other than the tokenizer's, which ends documents."""
+    """A problem if `model.config` sets another EOS than that of the tokenizer, with which documents end."""
     given, own = (section.config or {}).get("eos_token_id"), tokenizer.eos_token_id
     if given is not None and own not in (given if isinstance(given, list) else [given]):
-        message = f"{given} is not the tokenizer's EOS, {own}, with which documents end; leave the key out to use that"
+        message = f"must be the tokenizer's EOS, {own}, with which documents end (got {given}); leave the key out"
         yield Problem("model.config.eos_token_id", message)
 
 
-def agree_on_special_ids(config: Any, tokenizer: Any) -> None:
+def set_special_ids(config: Any, tokenizer: Any) -> None:
     """Set the special token ids of a checkpoint's config or generation config to those of the tokenizer.
 
-    Generation configs often have several EOS ids: those that are special tokens of the tokenizer are kept after its own
-    EOS. BOS and padding ids are kept if the tokenizer has none.
+    Generation configs often have several EOS ids. Those that are special tokens of the tokenizer are kept, after the
+    tokenizer's own EOS. BOS and padding ids are kept if the tokenizer has none.
     """
     own, given = tokenizer.eos_token_id, config.eos_token_id
     ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
@@ -295,7 +298,7 @@ def agree_on_special_ids(config: Any, tokenizer: Any) -> None:
 
 
 def generation_config(section: ModelSection, tokenizer: Any) -> GenerationConfig | None:
-    """The generation config of `section.pretrained`, with the tokenizer's special ids; None where there is none."""
+    """The generation config of `section.pretrained`, with the tokenizer's special token ids; None if there is none."""
     from transformers import GenerationConfig
 
     if section.pretrained is None:
@@ -304,7 +307,7 @@ def generation_config(section: ModelSection, tokenizer: Any) -> GenerationConfig
         found = GenerationConfig.from_pretrained(section.pretrained, revision=section.revision)
     except OSError:  # not every checkpoint has one; then the config's ids are used
         return None
-    agree_on_special_ids(found, tokenizer)
+    set_special_ids(found, tokenizer)
     return found
 
 

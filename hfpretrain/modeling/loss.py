@@ -1,4 +1,4 @@
-"""The next-token loss of a step, and a way to compute it in chunks, so that the logits are never all in memory."""
+"""The next-token loss of a step; it can be computed in chunks, so that the logits are never all in memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch.nn.functional import cross_entropy, linear, pad
 from hfpretrain.modeling.structure import causal_lm
 from hfpretrain.recipe.labels import IGNORE_INDEX
 
-_MIN_CHUNK_LOGITS = 2**22  # 16 MiB in float32; smaller chunks save little memory for the time that launches take
-_ROWS = 2**14
+# 16 MiB in float32. Smaller chunks would save little memory, and take more time to launch kernels.
+_MIN_CHUNK_LOGITS = 2**22
+_VOCABULARY_ROWS = 2**14  # rows of the output embedding whose gradient is added at once
 
 
-def chunk_tokens(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
+def tokens_per_chunk(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
     """Number of tokens in a chunk: a sixteenth of a micro-batch, but at least as many as have 16 MiB of logits.
 
     Each chunk reads and writes the gradient of the whole output embedding, so more chunks would save little memory and
-    take more time. `fused`: whether a compiled kernel computes the losses. It needs half the memory for each token, so
-    a chunk is then an eighth of a micro-batch.
+    take more time. `fused`: whether a compiled kernel computes the losses. It needs half the memory per token, so a
+    chunk is then an eighth of a micro-batch.
     """
     return max(-(-num_tokens // (8 if fused else 16)), _MIN_CHUNK_LOGITS // vocab_size)
 
@@ -31,7 +32,7 @@ def chunk_tokens(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
 def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """-log p of every label but the first, without gradients; 0 for labels that are -100.
 
-    `inputs`: the model's keyword arguments but `labels`, which are int64 (batch, length). Returns float32
+    `inputs`: the model's keyword arguments except `labels`. `labels`: int64 (batch, length). Returns float32
     (batch, length - 1). With a chunked loss the logits are never all in memory.
     """
     with torch.no_grad():
@@ -39,7 +40,7 @@ def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tens
             return model(**inputs, labels=labels, use_cache=False).logits[:, :-1, 0]
         logits = model(**inputs, use_cache=False).logits
         rows = zip(logits[:, :-1], labels[:, 1:], strict=True)
-        return torch.stack([cross_entropy(row.float(), wanted, reduction="none") for row, wanted in rows])
+        return torch.stack([cross_entropy(row.float(), targets, reduction="none") for row, targets in rows])
 
 
 def is_chunked(model: Any) -> bool:
@@ -49,21 +50,21 @@ def is_chunked(model: Any) -> bool:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """How the next-token loss of a step is computed with a model's class; `checks.examine_loss` finds it out."""
+    """Computes the next-token loss of a step with a model. `checks.examine_loss` makes the one that fits a model."""
 
     from_logits: bool = False
-    """Whether to compute the loss from the logits, since the class computes another (BART doesn't shift labels)."""
+    """Whether to compute the loss from the logits, because the class computes another (BART doesn't shift labels)."""
     coefficient: float = 0.0
     """Weight with which the class adds its output `aux_loss`, the balancing loss of a router."""
     adds_own: bool = False
-    """Whether the class adds a loss that does not depend on the labels and is not in its outputs (Bamba's z-loss)."""
+    """Whether the class adds a term that does not depend on the labels and is not in its outputs (Bamba's z-loss)."""
 
     def __call__(
         self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor, num_micro_batches: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """This micro-batch's part of the step's next-token loss, and the value to call backward on: two float32 ().
 
-        `batch`: see `batches.collate`. `num_items`: number of the step's labels on all processes, int64 ().
+        `batch`: see `data.batches.collate`. `num_items`: number of the step's labels on all processes, int64 ().
         `num_micro_batches`: number of the step's micro-batches on all processes. The terms that a class adds are means
         over a micro-batch, so they are divided by this number.
         """
@@ -75,8 +76,8 @@ class StepLoss:
             outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
             loss = outputs.loss
         if self.adds_own:
-            share = summed_loss(outputs.logits, batch) / num_items
-            return share, share + (loss - share) / num_micro_batches
+            part = summed_loss(outputs.logits, batch) / num_items
+            return part, part + (loss - part) / num_micro_batches
         auxiliary = getattr(outputs, "aux_loss", None) if self.coefficient else None
         if auxiliary is None:
             return loss, loss
@@ -86,21 +87,21 @@ class StepLoss:
         return loss, loss + auxiliary / num_micro_batches
 
     @property
-    def balances(self) -> bool:
+    def adds_term(self) -> bool:
         """Whether the class adds a term to the next-token loss, such as a balancing loss."""
         return self.adds_own or self.coefficient != 0
 
     def note(self, name: str) -> str | None:
-        """A note on a class called `name` whose own loss is not used as it is; else None."""
+        """A note for a class called `name`, if its own loss is not used unchanged; else None."""
         if self.from_logits:
             return f"{name} does not compute the next-token loss of a whole step, so it is computed from the logits"
         if self.adds_own:
-            return f"{name} adds a term of its own to the next-token loss: its mean over a step's micro-batches is used"
+            return f"{name} adds a term to the next-token loss: its mean over the micro-batches of a step is used"
         return None
 
 
 def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of a batch's next-token losses, float32 (). With a chunked loss the model's `logits` are losses already."""
+    """Sum of a batch's next-token losses, float32 (). With a chunked loss, `logits` of the model are losses already."""
     targets = batch.get("shift_labels")
     if targets is None:
         targets = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
@@ -111,13 +112,13 @@ def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 def can_chunk(model: Any) -> bool:
-    """Whether a model's loss may be computed in chunks, which `checks.use_chunked_loss` then tests."""
+    """Whether it is possible to compute a model's loss in chunks. `checks.use_chunked_loss` tests if it is the same."""
     return isinstance(causal_lm(model).get_output_embeddings(), torch.nn.Linear)
 
 
 @contextmanager
 def chunked_loss_installed(network: Any) -> Iterator[None]:
-    """Install the chunked loss, and remove it afterwards."""
+    """Inside this context, the model computes its loss in chunks."""
     undo = install_chunked_loss(network)
     try:
         yield
@@ -128,15 +129,16 @@ def chunked_loss_installed(network: Any) -> Iterator[None]:
 def install_chunked_loss(network: Any, z_loss: float = 0.0) -> Callable[[], None]:
     """Compute the loss inside the forward of the output embedding; returns a function that undoes this.
 
-    There every engine has the embedding's weight in memory. It returns losses in place of logits, float32 (..., 1),
-    and the model passes them to its `loss_function`, which then only divides. The class itself is not changed.
+    Inside that forward, every engine has the embedding's weight in memory. The forward returns losses in place of
+    logits, float32 (..., 1). The model passes them to its `loss_function`, which then only divides. The model's class
+    is not changed.
     """
     head = network.get_output_embeddings()
     plain, loss_function = head.forward, network.loss_function
     patched = vars(head).get("forward")  # transformers' tensor parallelism sets it
     pending: list[torch.Tensor] = []  # the targets of the forward pass in progress
 
-    def remember(_: Any, args: Any, keywords: dict[str, Any]) -> None:
+    def keep_targets(_: Any, args: Any, keywords: dict[str, Any]) -> None:
         pending.clear()
         labels, targets = keywords.get("labels"), keywords.get("shift_labels")
         if labels is not None:
@@ -146,15 +148,15 @@ def install_chunked_loss(network: Any, z_loss: float = 0.0) -> Callable[[], None
         if not pending:
             return plain(hidden)
         if hasattr(head.weight, "placements"):
-            raise ValueError("the output embedding is divided between processes")
+            raise ValueError("the output embedding is split across processes")
         return head_loss(hidden, head.weight, head.bias, pending.pop(), z_loss=z_loss)
 
     def divide(logits: Any, labels: Any, vocab_size: Any, num_items_in_batch: Any = None, **_: Any) -> torch.Tensor:
         num_items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         return logits.sum() / num_items
 
-    hook = network.register_forward_pre_hook(remember, with_kwargs=True)
-    # A chunk takes a few large kernels, and compiling would only unroll the loop over chunks.
+    hook = network.register_forward_pre_hook(keep_targets, with_kwargs=True)
+    # Each chunk runs a few large kernels, and compiling would only unroll the loop over chunks.
     head.forward, network.loss_function = torch.compiler.disable(forward), divide
     head.chunked_loss = True
 
@@ -187,16 +189,16 @@ def head_loss(
     `torch.nn.functional.linear_cross_entropy` (torch 2.13) is not used, because it sums in bf16 if the input is bf16,
     and because its chunks get smaller and slower with a larger vocabulary.
     """
-    num_tokens = num_tokens or chunk_tokens(targets.numel(), len(weight), _has_triton(hidden.device.type))
+    num_tokens = num_tokens or tokens_per_chunk(targets.numel(), len(weight), _has_triton(hidden.device.type))
     inputs = (hidden.flatten(0, 1), weight, bias, targets.flatten(), num_tokens)
     if torch.is_grad_enabled():
         total: torch.Tensor = _SummedLoss.apply(*inputs, z_loss)
         return total
-    return _token_losses(*inputs).view(*targets.shape, 1).clone()  # FSDP2 warns of a module that returns a view
+    return _token_losses(*inputs).view(*targets.shape, 1).clone()  # FSDP2 warns if a module returns a view
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of the losses, with the gradients computed in the forward pass: backward only scales them."""
+    """Sums the losses and computes the gradients in the forward pass. The backward pass only scales the gradients."""
 
     @staticmethod
     def forward(
@@ -225,7 +227,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so backward works once
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so backward works only once
         scaled = [
             None if gradient is None else gradient.mul_(grad_output.view(())).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -253,7 +255,7 @@ def _token_losses(
             chunk = slice(start, start + num_tokens)
             inputs, target = hidden[chunk], targets[chunk, None]
             logits = linear(inputs, weight, bias)
-            softmax = _fused_losses() if _has_triton(device) else _losses_in_place
+            softmax = _compiled_losses() if _has_triton(device) else _losses_in_place
             losses[chunk], grad_logits = softmax(logits, target, gradients is not None, z_loss)
             if gradients is not None and grad_logits is not None:
                 _add_gradients(gradients, chunk, inputs, weight, grad_logits)
@@ -282,12 +284,12 @@ def _losses_in_place(
     return losses, logits.mul_(scale).scatter_add_(1, target, -counts.float())
 
 
-def _losses_to_fuse(
+def _losses_for_compile(
     logits: torch.Tensor, target: torch.Tensor, with_gradient: bool, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same as `_losses_in_place`, written for torch.compile.
 
-    It fuses this into two passes over the logits and keeps nothing in float32 in between.
+    torch.compile fuses this into two passes over the logits, and keeps nothing in float32 in between.
     """
     wide, counts = logits.float(), target != IGNORE_INDEX
     target = target.clamp(min=0)
@@ -301,8 +303,8 @@ def _losses_to_fuse(
 
 
 @functools.cache
-def _fused_losses() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    return torch.compile(_losses_to_fuse)
+def _compiled_losses() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    return torch.compile(_losses_for_compile)
 
 
 @functools.cache
@@ -333,6 +335,8 @@ def _add_gradients(
     if grad_logits.is_cuda and torch.version.cuda:  # cuBLAS multiplies in 16 bits and adds to float32
         torch.addmm(weight_grad, grad_logits.T, inputs, out_dtype=torch.float32, out=weight_grad)
         return
-    # Elsewhere the product is a copy before it is added, so it is made for a part of the vocabulary at a time.
-    for rows, logits in zip(weight_grad.split(_ROWS), grad_logits.split(_ROWS, dim=1), strict=True):
+    # On other devices the product needs memory of its own before it is added, so it is computed for a part of the
+    # vocabulary at a time.
+    parts = zip(weight_grad.split(_VOCABULARY_ROWS), grad_logits.split(_VOCABULARY_ROWS, dim=1), strict=True)
+    for rows, logits in parts:
         rows.add_(logits.T @ inputs)

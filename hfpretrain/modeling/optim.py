@@ -15,7 +15,7 @@ from transformers import get_scheduler
 
 from hfpretrain.recipe.schema import OptimizerSection, RecipeError, SchedulerSection
 
-# Parameters of state-space layers. Mamba's own code marks them with `_no_weight_decay`, transformers' does not.
+# Parameters of state-space layers. Mamba's own code marks them with `_no_weight_decay`, that of transformers does not.
 _STATE_SPACE = ("A_log", "D", "dt_bias")
 
 
@@ -30,13 +30,13 @@ def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
     for number, pattern in enumerate(no_decay):
         if not fnmatch.filter(names, pattern):
             examples = ", ".join(names[:3])
-            message = f"no parameter matches {pattern!r}; the model's names begin with {examples}"
+            message = f"no parameter has a name that matches {pattern!r}; the model's first parameters are {examples}"
             raise RecipeError.at(f"optimizer.no_decay.{number}", message)
-    return {name for name in _matrices(model) if not any(fnmatch.fnmatchcase(name, one) for one in no_decay)}
+    return {name for name in _matrix_names(model) if not any(fnmatch.fnmatchcase(name, one) for one in no_decay)}
 
 
 def undecayed_matrices(model: Any, decayed: set[str]) -> list[str]:
-    """Names of the parameters with two or more dimensions that get no weight decay. Earlier versions decayed them."""
+    """Names of the parameters with two or more dimensions that get no weight decay. Earlier versions decayed all."""
     return sorted(name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name not in decayed)
 
 
@@ -45,13 +45,13 @@ def hidden_names(model: Any) -> set[str]:
     outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     if (head := model.get_output_embeddings()) is not None:
         outside.add(id(head.weight))
-    matrices = _matrices(model)
+    matrices = _matrix_names(model)
     return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in outside and name in matrices}
 
 
-def _matrices(model: Any) -> set[str]:
+def _matrix_names(model: Any) -> set[str]:
     """Names of the parameters that multiply vectors, and of embeddings."""
-    marked = _marked(model)
+    marked = _marked_no_decay(model)
     found = set()
     for name, parameter in model.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
@@ -66,7 +66,7 @@ def _matrices(model: Any) -> set[str]:
     return found
 
 
-def _marked(model: Any) -> set[str]:
+def _marked_no_decay(model: Any) -> set[str]:
     """Names of the parameters that the model's class marks with `_no_weight_decay`.
 
     Loading weights replaces parameters and loses their marks, so a model with its own code is built again on the meta
@@ -103,12 +103,12 @@ def require_library(section: OptimizerSection) -> None:
     """Raise `RecipeError` if the library of the recipe's optimizer is not installed."""
     library = _LIBRARIES.get(section.name)
     if library is not None and importlib.util.find_spec(library) is None:
-        message = f"{section.name} is an optimizer of the package {library}, which is not installed; "
-        raise RecipeError.at("optimizer.name", f"{message}`pip install {library}`, or take adamw")
+        message = f"{section.name} needs the package {library}, which is not installed; `pip install {library}`, or "
+        raise RecipeError.at("optimizer.name", f"{message}use adamw")
 
 
-class _Wrapped(torch.optim.Optimizer):
-    """Several optimizers as one: `param_groups` and `state` are shared with theirs."""
+class _CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one. It shares `param_groups` and `state` with them."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self._parts = parts
@@ -134,15 +134,15 @@ class _Wrapped(torch.optim.Optimizer):
             part.step()
 
 
-class MuonWithAdamW(_Wrapped):
-    """Muon for the groups of `hidden` matrices and AdamW for the `other` parameters, as one optimizer."""
+class MuonWithAdamW(_CombinedOptimizer):
+    """Muon for the parameter groups `hidden` and AdamW for the parameter groups `other`, as one optimizer."""
 
     def __init__(self, hidden: list[dict[str, Any]], other: list[dict[str, Any]], section: OptimizerSection):
         muon = torch.optim.Muon(hidden, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
         super().__init__(muon, _adamw(other, section))
 
 
-class AdamW8bit(_Wrapped):
+class AdamW8bit(_CombinedOptimizer):
     """torchao's AdamW with moments in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 
     The moments of tensors with fewer than 4,096 elements, or not a multiple of 256, stay float32.
@@ -153,29 +153,30 @@ class AdamW8bit(_Wrapped):
 
         super().__init__(Library(groups, lr=section.lr, betas=section.betas, eps=section.eps))
         for group in self.param_groups:
-            group["lr"] = section.lr  # schedules and log lines expect a number, torchao makes it a tensor
+            group["lr"] = section.lr  # torchao makes it a tensor, but schedules and log lines expect a number
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters. torchao compiles the update; on CPUs it runs uncompiled, so no compiler is needed."""
         rates = [group["lr"] for group in self.param_groups]
         on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
         for group in self.param_groups:
-            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)  # a float would be compiled in
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)  # a float would become a compiled constant
         with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
             super().step(closure)
         for group, lr in zip(self.param_groups, rates, strict=True):
             group["lr"] = lr
 
 
-class ScheduleFreeAdamW(_Wrapped):
+class ScheduleFreeAdamW(_CombinedOptimizer):
     """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled").
 
-    The model's parameters in training are y. The weights to evaluate are the average x, computed from y and the state's
-    z. The library's numbers of a group are also in the state of its parameters, as float64 (): `step`, `weight_sum`,
-    `lr_max`.
+    In training, the model's parameters are y of the paper. The weights to evaluate are the average x, computed from y
+    and from z in the state. The library keeps three numbers in each parameter group. To be saved in checkpoints, they
+    are also in the state of each parameter of the group, as float64 (): `step`, `weight_sum`, `lr_max`.
     """
 
-    _COUNTED: typing.ClassVar = {"k": "step", "weight_sum": "weight_sum", "lr_max": "lr_max"}
+    _STATE_KEYS: typing.ClassVar = {"k": "step", "weight_sum": "weight_sum", "lr_max": "lr_max"}
+    """The library's key in a parameter group, and ours in the state of a parameter."""
 
     def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
         from schedulefree import AdamWScheduleFree
@@ -185,23 +186,25 @@ class ScheduleFreeAdamW(_Wrapped):
             group["train_mode"] = True
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters. The numbers of a group are read from the state first, where a checkpoint has them."""
+        """Update all parameters. The numbers of a group are first read from the state, which a checkpoint restores."""
         for group in self.param_groups:
             group.update(k=0, weight_sum=0.0, lr_max=-1.0)
             for state in self._states(group)[:1]:
-                group.update({ours: state[theirs].item() for ours, theirs in self._COUNTED.items()})
+                group.update({theirs: state[ours].item() for theirs, ours in self._STATE_KEYS.items()})
         super().step(closure)
         for group in self.param_groups:
-            counted = {theirs: torch.tensor(group[ours], dtype=torch.float64) for ours, theirs in self._COUNTED.items()}
+            items = self._STATE_KEYS.items()
+            numbers = {ours: torch.tensor(group[theirs], dtype=torch.float64) for theirs, ours in items}
             for state in self._states(group):
-                state.update(counted)
+                state.update(numbers)
 
     def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         return [self.state[p] for p in group["params"] if "z" in self.state.get(p, {})]
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Set the parameters to x, and afterwards back to exactly y, which the library restores only up to rounding."""
+    def use_averaged_weights(self) -> Iterator[None]:
+        """Inside this context, the parameters are x. On exit they are exactly y again; the library alone would restore
+        y only up to rounding."""
         before = {p: p.detach().clone() for p in self.state}
         if before:
             self._parts[0].eval()  # type: ignore[attr-defined]
@@ -216,12 +219,15 @@ class ScheduleFreeAdamW(_Wrapped):
 
 
 def evaluates_average(section: OptimizerSection) -> bool:
-    """Whether the weights to evaluate are not those in training, but an average that `average_weights` computes."""
+    """Whether the weights to evaluate differ from those in training: they are the average of `average_weights`."""
     return section.name == "adamw_schedule_free"
 
 
 def average_weights(weights: dict[str, torch.Tensor], moments: Mapping[str, Any], section: OptimizerSection) -> None:
-    """Turn the y of schedule-free AdamW into x, in place. `moments` has the `z` of each parameter."""
+    """Replace the training weights of schedule-free AdamW (y) by their average (x), in place.
+
+    `moments`: the optimizer's state by parameter name, which has `z`.
+    """
     for name in weights.keys() & moments.keys():
         weights[name].lerp_(moments[name]["z"], 1 - 1 / section.betas[0])
 

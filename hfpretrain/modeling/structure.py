@@ -1,4 +1,4 @@
-"""What a model is made of: its decoder layers, its experts, its parameters; and ways to call it."""
+"""The structure of a model: its decoder layers, experts and numbers of parameters; and ways to call it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def causal_lm(model: Any) -> Any:
 
 @contextlib.contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Put a model into eval mode, and afterwards back into the mode that it was in."""
+    """Inside this context, a model is in eval mode."""
     training = model.training
     model.eval()
     try:
@@ -36,19 +36,19 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 
 def run_on_meta(model: PreTrainedModel, length: int, use: Callable[[Any], None] = lambda outputs: None) -> None:
-    """Call a model on the meta device with one sequence of `length` tokens, and `use` with its outputs.
+    """Call a model on the meta device with one sequence of `length` tokens, and call `use` with its outputs.
 
-    Sets the model's attention and experts to implementations that run there. Raises what the model's code raises if it
-    has to read a tensor's values.
+    Sets the model's attention and experts to implementations that run on the meta device. If the model's code reads the
+    values of a tensor, its exception is raised.
     """
     model.set_attn_implementation("eager")  # the only one that runs on every device
     model.set_experts_implementation("batched_mm")  # the only one that reads no tensor's values
     input_ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
     try:
-        # The mask functions of transformers return a 4D mask as it is. Without one they would read its values.
+        # The mask functions of transformers return a 4D mask unchanged. To make a mask, they would read tensor values.
         mask = torch.zeros(1, 1, length, length, device="meta")
         use(model(input_ids=input_ids, attention_mask=mask, use_cache=False))
-    except Exception as error:  # classes that make their own masks don't take 4D ones
+    except Exception as error:  # classes that make their own masks don't accept 4D ones
         try:
             use(model(input_ids=input_ids, use_cache=False))
         except Exception:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def train_padding_rows(model: PreTrainedModel) -> list[int]:
-    """Train the embedding of the padding token if it is also BOS or EOS; returns the ids of such tokens.
+    """Train the embedding of the padding token if it is also BOS or EOS; returns the ids of the tokens changed.
 
-    torch gives no gradient to the row `padding_idx` of an embedding. Many tokenizers pad with EOS, which ends every
-    document, and the model would never learn its embedding. Packed blocks contain no padding.
+    torch computes no gradient for the row `padding_idx` of an embedding. Many tokenizers pad with EOS, which ends every
+    document, so the model would never learn its embedding. Packed blocks contain no padding.
     """
     config = model.config.get_text_config()
     found = set()
@@ -33,32 +33,32 @@ def train_padding_rows(model: PreTrainedModel) -> list[int]:
     return rows
 
 
-def freeze_outside_loss(model: PreTrainedModel, length: int) -> Untrained:
+def freeze_outside_loss(model: PreTrainedModel, length: int) -> UntrainedParameters:
     """Freeze the parameters that the next-token loss does not depend on, and return which they are.
 
     Examples are DeepSeek's indexer, which only selects tokens, a vision tower, and cross-attention without an encoder.
     All engines must leave them unchanged: ZeRO would decay them, and DDP would wait for their gradients.
 
     They are found by a backward pass on the meta device over one sequence of `length` tokens. A parameter without a
-    gradient is still trained if the same parameter of another layer has one: another batch may reach it.
+    gradient is not frozen if the same parameter of another layer has one: it may get one from another batch.
     """
-    own = sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    frozen_by_class = sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     with_gradient = _names_with_gradient(model, length)
     if with_gradient is None:
-        return Untrained(own, [], is_known=False)
-    trained_kinds = {kind_of(name) for name in with_gradient}
-    outside, varies = [], False
+        return UntrainedParameters(frozen_by_class, [], is_known=False)
+    trained_patterns = {name_pattern(name) for name in with_gradient}
+    outside_loss, varies = [], False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in with_gradient:
-            varies = varies or kind_of(name) in trained_kinds
-            if kind_of(name) not in trained_kinds:
+            varies = varies or name_pattern(name) in trained_patterns
+            if name_pattern(name) not in trained_patterns:
                 parameter.requires_grad_(False)
-                outside.append(name)
-    return Untrained(own, sorted(outside), is_known=not varies)
+                outside_loss.append(name)
+    return UntrainedParameters(frozen_by_class, sorted(outside_loss), is_known=not varies)
 
 
 @dataclass(frozen=True)
-class Untrained:
+class UntrainedParameters:
     """Names of the parameters that a run does not train."""
 
     frozen_by_class: list[str]
@@ -68,18 +68,21 @@ class Untrained:
 
     def __str__(self) -> str:
         """One line for each reason; empty if all parameters are trained."""
-        reasons = (("frozen by the model's class", self.frozen_by_class), ("outside of the loss", self.outside_loss))
+        reasons = (
+            ("because the model's class freezes them", self.frozen_by_class),
+            ("because the loss does not depend on them", self.outside_loss),
+        )
         lines = []
         for reason, names in reasons:
             if names:
-                kinds = list(dict.fromkeys(map(kind_of, names)))
-                more = f" and {len(kinds) - 3} other kinds" if len(kinds) > 3 else ""
-                lines.append(f"not trained, {reason}: {len(names)} parameters ({', '.join(kinds[:3])}{more})")
+                patterns = list(dict.fromkeys(map(name_pattern, names)))
+                more = f", and {len(patterns) - 3} other patterns" if len(patterns) > 3 else ""
+                lines.append(f"{len(names)} parameters are not trained, {reason}: {', '.join(patterns[:3])}{more}")
         return "\n".join(lines)
 
 
-def kind_of(name: str) -> str:
-    """A parameter's name with `*` for its numbers, which is the same in all layers."""
+def name_pattern(name: str) -> str:
+    """A parameter's name with `*` in place of its numbers. It is the same in all layers."""
     return re.sub(r"\b\d+\b", "*", name)
 
 
@@ -97,6 +100,6 @@ def _names_with_gradient(model: PreTrainedModel, length: int) -> set[str] | None
 
     try:
         run_on_meta(twin, length, backward)
-    except Exception:  # a model's code may raise anything; the caller says that nothing is known
+    except Exception:  # a model's code may raise anything; the caller then sets `is_known` to False
         return None
     return {name for name, parameter in twin.named_parameters() if parameter.grad is not None}

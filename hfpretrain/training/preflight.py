@@ -126,9 +126,9 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
     model = _model(recipe, "cpu")
     assert model is not None
     checks.require_causal(model, recipe.model)
-    leak = None if training.document_masking is False else checks.documents_leak(model, recipe.data.block_size)
+    leak = None if training.document_masking is False else checks.leak_reason(model, recipe.data.block_size)
     packs = leak is not None and _packs_documents(recipe) if packs_documents is None else packs_documents
-    checks.settle_masking(training.document_masking, leak, packs)
+    checks.resolve_document_masking(training.document_masking, leak, packs)
     checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)
     if leak is None or packs_documents is not None:
         return []

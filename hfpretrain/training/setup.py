@@ -24,20 +24,20 @@ from hfpretrain.data.tokenizer import describe_framing, set_chat_template
 from hfpretrain.engines import choose, launch
 from hfpretrain.engines.base import Engine
 from hfpretrain.modeling import initialization, optim
-from hfpretrain.modeling.build import apply_liger_kernel, build_model, compile_layers, compiles, import_code
+from hfpretrain.modeling.build import apply_liger_kernel, build_model, compile_layers, import_model_code, should_compile
 from hfpretrain.modeling.checks import (
-    documents_leak,
     examine_loss,
+    leak_reason,
     require_causal,
+    resolve_document_masking,
     routing_note,
-    settle_masking,
     use_chunked_loss,
 )
 from hfpretrain.modeling.config import context_note, generation_config, load_config, resolve_config
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.structure import Parameters, count_parameters, has_experts
-from hfpretrain.modeling.trainable import Untrained, freeze_outside_loss, train_padding_rows
+from hfpretrain.modeling.trainable import UntrainedParameters, freeze_outside_loss, train_padding_rows
 from hfpretrain.planning import devices
 from hfpretrain.recipe.redaction import redacted
 from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
@@ -90,7 +90,7 @@ class Setup:
     chunked_loss: bool
     """Whether the loss is computed without all logits at once."""
     parameters: Parameters
-    untrained: Untrained
+    untrained: UntrainedParameters
     undecayed: list[str]
     """Names of the matrices without weight decay."""
     optimizer_groups: list[dict[str, Any]]
@@ -195,7 +195,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     config = resolve_config(recipe.model, vocab_size, tokenizer, tokenizer_size, recipe.data.block_size)
     notes.add(context_note(recipe.model, config, recipe.data.block_size))
     generation = generation_config(recipe.model, tokenizer)
-    import_code(config)
+    import_model_code(config)
     if recipe.model.attn_implementation.startswith("flex") and engine.device.type == "cpu":
         raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
     peak_memory = PeakMemory()
@@ -237,7 +237,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     )
     network = probe = engine.unwrapped_model
     initial_weights = initialization.check_weights(
-        engine.full_parameters(), weights.rule() if weights else None, watch.unit_done
+        engine.full_parameters(), weights.expected_moments() if weights else None, watch.unit_done
     )
     if engine.precision == "fp8":
         # Layers in fp8 scale by the largest value in a batch, so that every token changes every other token a little.
@@ -248,16 +248,16 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         "look for blocks of several documents", lambda: recipe.data.streaming or prepared.packs_documents()
     )
     wanted = training.document_masking
-    leak = None if wanted is False else documents_leak(probe, recipe.data.block_size)
-    document_masking = settle_masking(wanted, leak, packs)
+    leak = None if wanted is False else leak_reason(probe, recipe.data.block_size)
+    document_masking = resolve_document_masking(wanted, leak, packs)
     if packs and not document_masking:
         notes.add("documents in a block are not masked from each other (training.document_masking)")
     chunked_loss = use_chunked_loss(engine.model, training.chunked_loss, training.z_loss)
     step_loss = examine_loss(engine.model)
     notes.add(step_loss.note(type(network).__name__))
-    if is_mixture and not step_loss.balances:
+    if is_mixture and not step_loss.adds_term:
         notes.add(routing_note(network))
-    if compiles(training.compile, training.num_steps * micro_steps, engine.can_compile):
+    if should_compile(training.compile, training.num_steps * micro_steps, engine.can_compile):
         compile_layers(network)
     return Setup(
         recipe=given,

@@ -97,7 +97,7 @@ def compare_optimizers(rank, environment, folder, names):
             for value, other, tolerance in zip(found, expected, tolerances, strict=False):
                 assert value == pytest.approx(other, rel=tolerance), (name, step, found, expected)
         trained = {key: tensor.clone() for key, tensor in engine.full_parameters()}
-        with engine.evaluated_weights(), getattr(optimizer, "averaged", contextlib.nullcontext)():
+        with engine.evaluated_weights(), getattr(optimizer, "use_averaged_weights", contextlib.nullcontext)():
             for key, tensor in engine.full_parameters():
                 torch.testing.assert_close(tensor, model.get_parameter(key).detach(), rtol=0, atol=tolerances[2])
                 averages = name == "adamw_schedule_free"

@@ -2,26 +2,26 @@ import pytest
 import torch
 from tiny_models import GPT2, LLAMA, MOE, SMALL, build
 
-from hfpretrain.modeling.checks import documents_leak, isolates_documents, routing_note
+from hfpretrain.modeling.checks import isolates_documents, leak_reason, routing_note
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, MOE])
-def test_documents_are_isolated_where_the_model_isolates(config):
+def test_packed_documents_do_not_affect_each_other(config):
     assert isolates_documents(build(config), 64)
 
 
 @pytest.mark.parametrize("model_type", ["opt", "lfm2"])
-def test_a_model_that_does_not_isolate_documents_is_found(model_type):
+def test_a_model_in_which_documents_see_each_other_is_detected(model_type):
     configs = {
         "opt": {"model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 64, **SMALL},
         "lfm2": {"model_type": "lfm2", "intermediate_size": 48, "num_key_value_heads": 2,
                  "layer_types": ["conv", "full_attention", "conv"], "max_position_embeddings": 64, **SMALL},
     }  # fmt: skip
-    assert "lets them see each other" in documents_leak(build(configs[model_type]), 64)
+    assert "see each other" in leak_reason(build(configs[model_type]), 64)
 
 
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic", "yarn"])
-def test_positions_that_depend_on_the_longest_document_are_found(rope_type):
+def test_rotary_embeddings_that_depend_on_the_longest_document_are_detected(rope_type):
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
@@ -33,13 +33,13 @@ def test_positions_that_depend_on_the_longest_document_are_found(rope_type):
     assert isolates_documents(model, 32) == (rope_type == "yarn")
 
 
-def test_the_note_on_experts_says_how_to_balance_them():
+def test_the_note_on_experts_names_the_key_that_balances_them():
     assert "output_router_logits: true" in routing_note(build(MOE))
     unweighted = build({**MOE, "output_router_logits": True, "router_aux_loss_coef": 0.0})
     assert "router_aux_loss_coef is 0" in routing_note(unweighted)
 
 
-def test_isolation_is_exact_for_gradients_too():
+def test_packed_documents_get_no_gradient_from_each_other():
     model = build(LLAMA)
     embeddings = model.get_input_embeddings()(torch.arange(1, 33)[None]).detach().requires_grad_()
     positions = torch.cat([torch.arange(16), torch.arange(16)])[None]

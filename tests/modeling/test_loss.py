@@ -7,12 +7,12 @@ from hfpretrain.modeling.build import apply_liger_kernel
 from hfpretrain.modeling.checks import examine_loss, use_chunked_loss
 from hfpretrain.modeling.loss import (
     StepLoss,
+    _losses_for_compile,
     _losses_in_place,
-    _losses_to_fuse,
-    chunk_tokens,
     head_loss,
     is_chunked,
     token_losses,
+    tokens_per_chunk,
 )
 from hfpretrain.recipe.schema import RecipeError
 
@@ -36,7 +36,7 @@ def loss_and_gradients(model):
 
 
 @pytest.mark.parametrize("config", [LLAMA, TIED, GPT2, WITH_BIAS, {**MOE, "output_router_logits": True}])
-def test_the_chunked_loss_is_the_models_own(config):
+def test_the_chunked_loss_equals_the_loss_of_the_model(config):
     model = build(config).eval()
     input_ids, labels = batch()
     loss, gradients = loss_and_gradients(model)
@@ -60,7 +60,7 @@ def test_shifted_labels_give_the_same_loss():
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("num_tokens", [None, 7, 32])
-def test_chunks_add_up_in_float32(mode, num_tokens):
+def test_chunks_are_summed_in_float32(mode, num_tokens):
     draw = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
     hidden = torch.randn(3, 32, 16, generator=draw).to(dtype).requires_grad_()
@@ -82,7 +82,7 @@ def test_chunks_add_up_in_float32(mode, num_tokens):
 
 
 @pytest.mark.parametrize("num_tokens", [None, 7])
-def test_z_loss_is_in_the_gradients_but_not_in_the_loss(num_tokens):
+def test_z_loss_changes_the_gradients_but_not_the_loss(num_tokens):
     draw = torch.Generator().manual_seed(0)
     shapes = ((3, 32, 16), (640, 16), (640,))
     hidden, weight, bias = tensors = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
@@ -112,29 +112,30 @@ def test_z_loss_brings_softmax_denominators_closer_to_one():
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_losses_for_compile_are_those_computed_in_place(dtype, z_loss):
+def test_the_losses_for_compile_equal_those_computed_in_place(dtype, z_loss):
     draw = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(30, 640, generator=draw)).to(dtype)
     target = torch.randint(640, (30, 1), generator=draw)
     target[::5] = -100
-    losses, gradient = _losses_to_fuse(logits, target, True, z_loss)
-    expected, wanted = _losses_in_place(logits.clone(), target, True, z_loss)
+    losses, gradient = _losses_for_compile(logits, target, True, z_loss)
+    expected, expected_gradient = _losses_in_place(logits.clone(), target, True, z_loss)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     assert gradient.dtype == dtype and not gradient[::5].any() and not losses[::5].any()
-    assert (gradient - wanted).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * wanted.norm()
-    assert _losses_to_fuse(logits, target, False)[1] is None
-    assert chunk_tokens(32768, 50304, fused=True) == 2 * chunk_tokens(32768, 50304)
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    assert (gradient - expected_gradient).norm() <= tolerance * expected_gradient.norm()
+    assert _losses_for_compile(logits, target, False)[1] is None
+    assert tokens_per_chunk(32768, 50304, fused=True) == 2 * tokens_per_chunk(32768, 50304)
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "granite", "logits_scaling": 8.0}, {"model_type": "gemma2"}])
 def test_a_model_that_changes_its_logits_keeps_its_own_loss(changes):
     model = build({**LLAMA, "head_dim": 8, **changes}, attn_implementation="eager")
     before = loss_and_gradients(model)[0]
-    with pytest.raises(RecipeError, match=r"training\.chunked_loss: .* changes the logits behind its head"):
+    with pytest.raises(RecipeError, match=r"training\.chunked_loss: .* changes the logits"):
         use_chunked_loss(model, True)
-    with pytest.raises(RecipeError, match=r"training\.z_loss: .* changes the logits behind its head"):
+    with pytest.raises(RecipeError, match=r"training\.z_loss: .* changes the logits"):
         use_chunked_loss(model, "auto", 1e-4)
-    with pytest.raises(RecipeError, match=r"training\.z_loss: .* from 0.0001 to 0, and chunked_loss to auto"):
+    with pytest.raises(RecipeError, match=r"training\.z_loss: .* set it to 0 \(got 0.0001\) and chunked_loss to auto"):
         use_chunked_loss(model, True, 1e-4)
     assert not use_chunked_loss(model, "auto") and not is_chunked(model)
     assert loss_and_gradients(model)[0] == before
@@ -172,7 +173,7 @@ JETMOE = {"model_type": "jetmoe", "kv_channels": 8, "num_key_value_heads": 2, "i
         ({**BAMBA, "z_loss_coefficient": 0.0}, StepLoss()),
     ],
 )
-def test_step_loss_is_the_next_token_loss_for_every_class(config, expected):
+def test_the_step_loss_is_the_next_token_loss_for_every_class(config, expected):
     model = build(config)
     for chunked in (False, True):
         if chunked:
@@ -187,12 +188,12 @@ def test_step_loss_is_the_next_token_loss_for_every_class(config, expected):
         expected_loss = token_losses(model.eval(), {"input_ids": input_ids}, labels).sum() / num_items
         assert sum(losses).item() == pytest.approx(expected_loss.item(), rel=1e-5)
         added = sum(objectives) - sum(losses)
-        assert step_loss.balances == (added.item() > 1e-3)
+        assert step_loss.adds_term == (added.item() > 1e-3)
         model.train()
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of a tensor that any operation returned."""
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returned."""
 
     numel = 0
 
@@ -204,13 +205,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_neither_training_nor_evaluation_holds_all_logits():
+def test_training_and_evaluation_never_have_all_logits_in_memory():
     vocab_size = 2**17
     model = build({**SMALL, "model_type": "llama", "intermediate_size": 48, "vocab_size": vocab_size})
     assert use_chunked_loss(model, "auto")
     input_ids, labels = batch(vocab_size)
-    most = max(chunk_tokens(input_ids.numel(), vocab_size) * vocab_size, model.lm_head.weight.numel())
-    with Largest() as largest:
+    most = max(tokens_per_chunk(input_ids.numel(), vocab_size) * vocab_size, model.lm_head.weight.numel())
+    with LargestTensor() as largest:
         model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=9).loss.backward()
         token_losses(model, {"input_ids": input_ids}, labels)
     assert largest.numel == most < input_ids.numel() * vocab_size
@@ -218,7 +219,7 @@ def test_neither_training_nor_evaluation_holds_all_logits():
 
 def test_liger_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match=r"model\.use_liger_kernel: .* need a GPU"):
+    with pytest.raises(RecipeError, match=r"model\.use_liger_kernel: .* a GPU"):
         apply_liger_kernel(build(LLAMA))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)

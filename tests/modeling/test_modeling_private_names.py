@@ -1,4 +1,4 @@
-"""Private names of torch and transformers that hfpretrain/modeling uses. Each message says what to do without them."""
+"""Private names of torch and transformers that hfpretrain/modeling uses. Each message advises what to use instead."""
 
 import inspect
 
@@ -22,24 +22,24 @@ def test_a_model_can_be_built_again_from_its_config():
     assert hasattr(PreTrainedModel, "_from_config"), f"PreTrainedModel._from_config is gone: {fix}"
 
 
-def test_a_config_says_its_implementations():
+def test_a_config_has_the_names_of_its_implementations():
     config = build(LLAMA).config
     fix = "modeling/checks.py reads it; find where transformers keeps the implementation"
     assert isinstance(config._attn_implementation, str), f"config._attn_implementation is gone: {fix}"
     assert hasattr(config, "_experts_implementation"), f"config._experts_implementation is gone: {fix}, to restore it"
 
 
-def test_torch_tells_whether_triton_works():
+def test_torch_reports_whether_triton_works():
     from torch.utils._triton import has_triton
 
-    message = "has_triton has changed: build.compiles and loss.py ask it whether torch.compile works on a GPU"
+    message = "has_triton has changed: build.should_compile and loss.py ask it whether torch.compile works on a GPU"
     assert isinstance(has_triton(), bool), message
 
 
 def test_errors_of_compile_have_a_common_class():
     from torch._dynamo import exc
 
-    message = "TorchDynamoException is gone: build.compile_error tells by it that a layer doesn't compile"
+    message = "TorchDynamoException is gone: build.compile_error recognizes errors of compiling by it"
     assert inspect.isclass(getattr(exc, "TorchDynamoException", None)), message
 
 
@@ -58,10 +58,10 @@ def test_modules_keep_tensors_in_dictionaries_by_name():
 def test_a_view_on_the_meta_device_has_the_storage_of_its_base():
     base = torch.zeros(4, device="meta")
     same = base.view(2, 2).untyped_storage()._cdata == base.untyped_storage()._cdata
-    message = "_cdata no longer tells storages apart: initialization.residual_projections compares storages by it"
+    message = "_cdata no longer identifies a storage: initialization.residual_projections compares storages by it"
     assert same and torch.zeros(4, device="meta").untyped_storage()._cdata != base.untyped_storage()._cdata, message
 
 
 def test_convolutions_have_a_common_class():
-    message = "_ConvNd is gone: structure.has_experts tells convolutions from stacked experts by it"
+    message = "_ConvNd is gone: structure.has_experts uses it to distinguish convolutions from stacked experts"
     assert issubclass(torch.nn.Conv1d, torch.nn.modules.conv._ConvNd), message

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, recipe_mapping, write_recipe
 from pydantic import ValidationError
+from tiny_models import SMALL, SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
@@ -46,13 +47,11 @@ def test_matrices_decay_and_vectors_do_not():
     ]
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+SIZES = {**SMALL, "num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2}
 
 
 def undecayed(name, **changes):
-    """The matrices of a model that do not decay, by the names that they have in its layer 0."""
+    """Names, within layer 0, of the matrices of a model that do not decay."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SPECIAL, **(SIZES | changes)))
     decayed = decayed_names(model)
@@ -60,7 +59,7 @@ def undecayed(name, **changes):
     return [name.partition(".0.")[2] for name in undecayed_matrices(model, decayed) if ".0." in name]
 
 
-def test_decay_goes_by_what_a_parameter_does():
+def test_weight_decay_depends_on_what_a_parameter_does():
     assert undecayed("llama") == [] == undecayed("gpt2", n_embd=32, n_head=4)
     assert undecayed("cohere", use_qk_norm=True) == ["self_attn.k_norm.weight", "self_attn.q_norm.weight"]
     assert undecayed("mamba", state_size=8) == ["mixer.A_log"]
@@ -69,16 +68,16 @@ def test_decay_goes_by_what_a_parameter_does():
     assert "attention.time_mix_key" in undecayed("rwkv")
 
 
-def test_a_mark_of_the_models_class_and_patterns_of_the_recipe_take_decay_away():
+def test_marks_of_the_models_class_and_patterns_of_the_recipe_turn_decay_off():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 3))
     model[1].weight._no_weight_decay = True
     assert decayed_names(model) == {"0.weight"} and decayed_names(model, ["0.*"]) == set()
     assert undecayed_matrices(model, {"0.weight"}) == ["1.weight"]
-    with pytest.raises(RecipeError, match=r"optimizer\.no_decay\.1: no parameter matches '\*embed\*'"):
+    with pytest.raises(RecipeError, match=r"optimizer\.no_decay\.1: .*'\*embed\*'"):
         decayed_names(model, ["0.*", "*embed*"])
 
 
-def test_muon_takes_no_norms_and_has_groups_of_its_own():
+def test_muon_trains_no_norms_and_has_parameter_groups_of_its_own():
     with torch.device("meta"):
         config = AutoConfig.for_model("cohere", use_qk_norm=True, **SPECIAL, **SIZES)
         model = AutoModelForCausalLM.from_config(config)
@@ -98,7 +97,7 @@ def test_muon_takes_no_norms_and_has_groups_of_its_own():
 @pytest.mark.parametrize(
     "section", [{"name": "cosine", "num_warmup_steps": 3}, {"name": "linear"}, WSD, {"name": "constant"}]
 )
-def test_the_rate_is_a_function_of_the_step(section):
+def test_the_learning_rate_is_a_function_of_the_step(section):
     section = SchedulerSection(**section)
     stepped = build_scheduler(optimizer(), section, 30)
     for step in range(30):
@@ -119,9 +118,9 @@ def test_warmup_stable_decay_has_its_three_phases():
     assert rates[0] < rates[4] < 1 and rates[5:21] == [1.0] * 16 and 1 > rates[21] > rates[29] > 0
 
 
-def test_a_keyword_the_schedule_does_not_take_is_refused():
+def test_a_keyword_that_the_schedule_does_not_accept_is_refused():
     section = SchedulerSection(name="cosine", scheduler_specific_kwargs={"min_lrr": 0.1})
-    with pytest.raises(RecipeError, match=r"scheduler.scheduler_specific_kwargs: cosine: .*min_lrr"):
+    with pytest.raises(RecipeError, match=r"scheduler\.scheduler_specific_kwargs: .*min_lrr"):
         build_scheduler(optimizer(), section, 30)
 
 
@@ -135,7 +134,7 @@ def build(name, lr=1e-3):
 
 
 @pytest.mark.parametrize("name", [*NAMES, *NAMES_OF_LIBRARIES])
-def test_moment_bytes_is_the_size_of_the_state(name):
+def test_moment_bytes_equals_the_size_of_the_optimizer_state(name):
     model, optimizer = build(name)
     train(model, optimizer, range(1))
     kept = [pieces.in_pieces(value) for state in optimizer.state.values() for value in state.values()]
@@ -183,17 +182,17 @@ def test_optimizers_of_libraries_learn_and_resume_exactly_after_a_rehearsal(tmp_
         optimizer.zero_grad()
     assert not optimizer.state and all(map(torch.equal, before, model.parameters()))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
-    assert train(model, optimizer, range(1)) == whole[:1]  # as if nothing had been
+    assert train(model, optimizer, range(1)) == whole[:1]  # the rehearsal changed nothing
     resumed.load_state(tmp_path / "checkpoint", None)
     assert train(model, optimizer, range(10, 20)) == whole[10:]
 
 
 @pytest.mark.parametrize("name", NAMES_OF_LIBRARIES)
-def test_a_schedule_changes_the_rate_of_optimizers_of_libraries(name):
+def test_a_schedule_changes_the_learning_rate_of_optimizers_of_libraries(name):
     model, optimizer = build(name)
     scheduler = build_scheduler(optimizer, SchedulerSection(name="constant_with_warmup", num_warmup_steps=4), 30)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    train(model, optimizer, range(1))  # at the rate 0 of a warm-up's first step
+    train(model, optimizer, range(1))  # the first step of a warmup has learning rate 0
     assert all(map(torch.equal, before, model.parameters()))
     scheduler.step()
     assert scheduler.get_last_lr() == [2.5e-4, 2.5e-4]
@@ -202,7 +201,7 @@ def test_a_schedule_changes_the_rate_of_optimizers_of_libraries(name):
 
 
 @pytest.mark.parametrize("name", NAMES_OF_LIBRARIES[1:])
-def test_schedule_free_evaluates_the_average_and_training_goes_on_unchanged(name):
+def test_schedule_free_evaluates_the_average_and_training_continues_unchanged(name):
     engine = accelerated(name)
     model, optimizer = engine.model, engine.optimizer
     z = [parameter.detach().clone() for parameter in model.parameters()]
@@ -223,24 +222,24 @@ def test_schedule_free_evaluates_the_average_and_training_goes_on_unchanged(name
     assert all(map(torch.equal, weights.values(), found))
 
 
-def test_schedule_free_takes_constant_rates_only(tmp_path):
+def test_schedule_free_accepts_only_constant_schedules(tmp_path):
     changes = {"optimizer__name": "adamw_schedule_free", "scheduler__name": "constant_with_warmup"}
     assert load_recipe(write_recipe(tmp_path, **changes)).optimizer.betas[0] == 0.9
-    with pytest.raises(RecipeError, match=r"scheduler\.name: adamw_schedule_free averages .* as cosine does"):
+    with pytest.raises(RecipeError, match=r"scheduler\.name: adamw_schedule_free .* cosine"):
         load_recipe(write_recipe(tmp_path, **changes | {"scheduler__name": "cosine"}))
-    with pytest.raises(RecipeError, match="divides by the first of `betas`"):
+    with pytest.raises(RecipeError, match="`betas`"):
         load_recipe(write_recipe(tmp_path, **changes, optimizer__betas=[0.0, 0.9]))
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_library_that_is_missing_is_named(monkeypatch, name):
+def test_a_missing_library_is_refused_with_the_command_that_installs_it(monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(RecipeError, match=rf"optimizer\.name: {name} .*`pip install {LIBRARIES[name]}`"):
         require_library(OptimizerSection(name=name, lr=1.0))
     require_library(OptimizerSection(lr=1.0))
 
 
-def test_muon_takes_the_matrices_between_embedding_and_head():
+def test_muon_trains_the_matrices_between_embedding_and_head():
     config = recipe_mapping(ROOT)["model"]["config"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=64, tie_word_embeddings=False))
     hidden = hidden_names(model)
@@ -259,15 +258,15 @@ def test_muon_takes_the_matrices_between_embedding_and_head():
     restored = build_optimizer(model, OptimizerSection(name="muon", lr=1e-3), set(), hidden)
     restored.load_state_dict(optimizer.state_dict())
     assert all(restored.state[p].keys() == optimizer.state[p].keys() for p in model.parameters())
-    for group in restored.param_groups:  # it is these that a schedule changes
+    for group in restored.param_groups:  # a schedule changes these groups
         group["lr"] = 0.0
     kept = [parameter.detach().clone() for parameter in model.parameters()]
     restored.step()
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
 
 
-def test_keys_belong_to_the_optimizer_that_takes_them():
-    with pytest.raises(ValidationError, match="`momentum` is no keyword of adamw"):
+def test_a_key_of_another_optimizer_is_refused():
+    with pytest.raises(ValidationError, match=r"`momentum` .* adamw"):
         OptimizerSection(lr=1.0, momentum=0.9)
     for name in (*NAMES, *LIBRARIES):
         dumped = OptimizerSection(name=name, lr=1.0).model_dump()

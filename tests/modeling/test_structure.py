@@ -33,6 +33,6 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_head
         ({"model_type": "recurrent_gemma", "intermediate_size": 48, "num_key_value_heads": 1, **SMALL}, False),
     ],
 )  # fmt: skip
-def test_experts_are_found_by_structure(config, expected):
+def test_experts_are_recognized_by_the_structure_of_the_model(config, expected):
     config = AutoConfig.for_model(**{**SPECIAL, **config})
     assert has_experts(build_model(ModelSection(config={"model_type": "any"}), config)) == expected

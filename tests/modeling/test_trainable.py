@@ -13,7 +13,7 @@ DSA = {"model_type": "deepseek_v32", "num_key_value_heads": 4, "v_head_dim": 8, 
        "index_head_dim": 16, "index_topk": 8, "intermediate_size": 48, **SMALL}  # fmt: skip
 
 
-def test_parameters_outside_of_the_loss_are_frozen_and_named():
+def test_parameters_that_the_loss_does_not_depend_on_are_frozen_and_reported():
     model = build(DSA)
     untrained = freeze_outside_loss(model, 16)
     assert untrained.is_known and untrained.frozen_by_class == []

@@ -98,7 +98,7 @@ def test_an_argument_that_is_no_override_is_spelled_as_one(folder, arguments, fi
 )
 def test_a_config_key_of_another_class_gets_this_class_s_name(folder, key, name):
     path = f"model.config.{key}"
-    assert f"llama calls it `{name}`" in problems(write_recipe(folder), f"--{path}=4")[path]
+    assert f"in llama it is `{name}`" in problems(write_recipe(folder), f"--{path}=4")[path]
     gpt2 = write_recipe(folder, model__config={"model_type": "gpt2", "num_layers": 2, "intermediate_size": 8})
     found = problems(gpt2)
     assert "`n_layer`" in found["model.config.num_layers"] and "`n_inner`" in found["model.config.intermediate_size"]

@@ -139,7 +139,7 @@ def test_a_pattern_that_matches_no_parameter_is_told_by_check_and_before_text_is
 
 def test_a_model_that_cannot_be_built_is_told_before_text_is_read(folder):
     musicgen = recipe_mapping(folder, model__config={"model_type": "musicgen"})
-    with pytest.raises(RecipeError, match=r"model\.config: builds no model: "):
+    with pytest.raises(RecipeError, match=r"model\.config: no model can be built: "):
         require_model(Recipe.model_validate(musicgen))
 
 

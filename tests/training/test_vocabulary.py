@@ -90,7 +90,7 @@ def test_an_eos_that_no_document_ends_with_is_refused(base):
         if is_right:
             assert resolve_config(section, 384, tokenizer, 322, 32).eos_token_id == given
         else:
-            with pytest.raises(RecipeError, match=r"model.config.eos_token_id: 5 is not the tokenizer's EOS, 0"):
+            with pytest.raises(RecipeError, match=r"model\.config\.eos_token_id: .*tokenizer's EOS, 0"):
                 resolve_config(section, 384, tokenizer, 322, 32)
 
 
@@ -122,7 +122,7 @@ def test_a_tokenizer_whose_ids_are_other_words_to_the_model_is_refused(base):
     with pytest.raises(RecipeError, match=r"tokenizer.algorithm: of the .* ids"):
         vocabulary.require_related(trained.model, trained.tokenizer, other)
     mapping["tokenizer"]["vocab_size"] = 400
-    with pytest.raises(RecipeError, match=r"tokenizer.vocab_size: has 400 tokens, but .* has embeddings for 322"):
+    with pytest.raises(RecipeError, match=r"tokenizer\.vocab_size: .*400 tokens.* embeddings for 322"):
         checked(mapping)
 
 
