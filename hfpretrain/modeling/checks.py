@@ -107,9 +107,7 @@ def leak_reason(model: PreTrainedModel, block_size: int) -> str | None:
         attention = model.config._attn_implementation
         return f"{type(model).__name__} with {attention} attention lets packed documents see each other"
     if not (torch.equal(first[0], third) and torch.equal(first[0], fourth)):
-        return (
-            f"in {type(model).__name__} the longest document of a micro-batch changes the rotary positions of others"
-        )
+        return f"in {type(model).__name__} the longest document of a micro-batch changes the rotary positions of others"
     return None
 
 
