@@ -87,9 +87,9 @@ def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> dict[str, tor
     recipe = read_recipe(run / "recipe.yaml")
     config = AutoConfig.from_pretrained(configs, trust_remote_code=recipe.model.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(configs, trust_remote_code=recipe.tokenizer.trust_remote_code)
-    weights = pieces.load_whole(checkpoint, ("model", "buffers"))
+    weights = pieces.load_whole_tensors(checkpoint, ("model", "buffers"))
     if optim.evaluates_average(recipe.optimizer):
-        optim.average_weights(weights, pieces.load_whole(checkpoint, ("optimizer",)), recipe.optimizer)
+        optim.average_weights(weights, pieces.load_whole_tensors(checkpoint, ("optimizer",)), recipe.optimizer)
     generation_config = None
     if (configs / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(configs)

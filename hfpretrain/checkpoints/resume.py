@@ -111,7 +111,7 @@ def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[
     if (files.manifest_of(state) or {}).get("step") != saver.train_state(state)["step"]:
         raise RecipeError.at(_KEY, f"{given} is no checkpoint of a run: its manifest and its train_state.json differ")
     try:
-        pieces.load_whole(state, ())
+        pieces.load_whole_tensors(state, ())
     except Exception as error:  # a file that somebody else wrote may raise anything
         raise RecipeError.at(_KEY, f"{given} is not read: {' '.join(str(error).split()):.300}") from error
     try:

@@ -372,9 +372,9 @@ class Engine:
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer.optimizer)
         states: Any = optimizer_state["state"]
         return {
-            "model": {name: pieces.in_pieces(model_state[name]) for name in names},
+            "model": {name: pieces.to_fragments(model_state[name]) for name in names},
             "optimizer": {
-                name: {key: pieces.in_pieces(value) for key, value in states[name].items()}
+                name: {key: pieces.to_fragments(value) for key, value in states[name].items()}
                 for name in names
                 if name in states
             },
@@ -382,7 +382,7 @@ class Engine:
 
     def state_to_save(self) -> dict[str, Any]:
         """The part of `state` that this process writes. Processes that hold the same state share the work."""
-        return pieces.share(self.state(), *self._copy())
+        return pieces.divide_saving(self.state(), *self._copy())
 
     def _copy(self) -> tuple[int, int]:
         """Index of the copy of the state to which this process belongs, and the number of copies."""

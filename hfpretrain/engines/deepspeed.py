@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from hfpretrain.engines.base import BuildOptimizer, Engine
-from hfpretrain.engines.pieces import Fragments, Piece, boxes
+from hfpretrain.engines.pieces import Fragments, Piece, cut_into_boxes
 from hfpretrain.modeling import initialization
 from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.schema import RecipeError
@@ -221,7 +221,7 @@ class DeepSpeed(Engine):
         for name, shape, flat, start, first, numel in self._places():
 
             def pieces(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
-                return list(boxes(shape, first, tensor.detach().narrow(0, start, numel))) if numel else []
+                return list(cut_into_boxes(shape, first, tensor.detach().narrow(0, start, numel))) if numel else []
 
             found["model"][name] = Fragments(shape, pieces(flat))
             found["optimizer"][name] = {

@@ -1,4 +1,4 @@
-"""Process groups on the CPU, and votes of all processes, beside what training sends."""
+"""Process groups on the CPU, and votes of all processes, apart from the communication of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def control_group(num_processes: int, timeout_seconds: int) -> Any:
+def new_control_group(num_processes: int, timeout_seconds: int) -> Any:
     """A new process group on the CPU, for a thread or for messages that must not wait for the GPU.
 
     None if there is one process.
@@ -21,7 +21,7 @@ def control_group(num_processes: int, timeout_seconds: int) -> Any:
 class Votes:
     """An all-reduce (maximum) that returns the previous call's result, so that training does not wait for it.
 
-    All ranks must call `cast` equally often.
+    All ranks must call `cast` the same number of times.
     """
 
     def __init__(self, group: Any):
@@ -29,9 +29,9 @@ class Votes:
         self._work: Any = None
 
     def cast(self, value: int) -> int:
-        """Give this process's `value`. Returns the largest of the previous call, 0 at the first call.
+        """Vote with this process's `value`. Returns the largest value of the previous call; 0 at the first call.
 
-        A process without a group gets its own `value`.
+        Without a group, returns `value`.
         """
         if self._group is None:
             return value
@@ -42,7 +42,7 @@ class Votes:
         return agreed
 
     def wait(self) -> int:
-        """Wait for the last call, and return its largest value."""
+        """Wait for the result of the last call of `cast`, and return it."""
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -1,7 +1,7 @@
-"""Saves and loads a training's state: tensors by name, of which each process holds some pieces.
+"""Saves and loads the state of a training: tensors by name, of which each process holds some pieces.
 
-torch distributed checkpoint writes each piece once, and gives every reader the pieces that it asks for. So a state that
-one engine has saved loads under another, which cuts the tensors elsewhere.
+torch distributed checkpoint writes each piece once, and gives every reader the pieces that it asks for. So a state
+saved by one engine can be loaded by another that cuts tensors into other pieces.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Piece = tuple[tuple[int, ...], torch.Tensor]
 
 
 class Fragments(torch.Tensor):
-    """The pieces of a tensor of `shape` that this process holds, each as (offsets, tensor). There may be none."""
+    """The pieces that this process holds of a tensor of `shape`, each as (offsets, tensor). There may be none."""
 
     pieces: list[Piece]
 
@@ -47,9 +47,9 @@ class Fragments(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"{func} of a tensor in pieces")
+        raise NotImplementedError(f"{func} can't be computed for a tensor of which only pieces are here")
 
-    # The methods that torch distributed checkpoint calls: `_Checkpointable` of torch.distributed._checkpointable.
+    # torch distributed checkpoint calls these methods: `_Checkpointable` of torch.distributed._checkpointable.
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         return [
             WriteItem(
@@ -71,7 +71,7 @@ class Fragments(torch.Tensor):
         return next(piece for offsets, piece in self.pieces if torch.Size(offsets) == index.offset)
 
 
-def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piece]:
+def cut_into_boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piece]:
     """Cut `flat`, elements [start, start + n) of a flattened tensor of `shape`, into a few boxes of that tensor.
 
     Yields the offsets of each box, and a view of `flat`.
@@ -83,7 +83,7 @@ def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piec
         return
     row = math.prod(shape[1:])
     first, last = -(-start // row), end // row  # whole rows
-    if first >= last:  # none: what there is lies in one row, or in the end of one and the start of the next
+    if first >= last:  # no whole row: `flat` is in one row, or in the end of one and the start of the next
         middle = min(end, first * row)
         cuts = [(start, middle), (middle, end)]
     else:
@@ -92,18 +92,18 @@ def boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piec
         yield (first, *(0 for _ in shape[1:])), whole
     for low, high in cuts:
         if low < high:
-            for offsets, piece in boxes(shape[1:], low % row, flat[low - start : high - start]):
+            for offsets, piece in cut_into_boxes(shape[1:], low % row, flat[low - start : high - start]):
                 yield (low // row, *offsets), piece[None]
 
 
-def in_pieces(value: Any) -> Any:
+def to_fragments(value: Any) -> Any:
     """Convert a `DTensor` to `Fragments` that share its memory.
 
     Other tensors, which all processes hold whole, are returned as they are. A tensor of torchao becomes a dictionary of
     the tensors that it is made of.
     """
     if not isinstance(value, DTensor):
-        if is_traceable_wrapper_subclass(value):  # torchao's of 8 bits: codes, and a scale for each block
+        if is_traceable_wrapper_subclass(value):  # a tensor of torchao in 8 bits: codes, and a scale for each block
             return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
         return value
     (chunk,) = value.__create_chunk_list__()
@@ -111,23 +111,23 @@ def in_pieces(value: Any) -> Any:
     return Fragments(value.shape, [(tuple(chunk.offsets), local)] if local.numel() else [])
 
 
-def share(state: dict[str, Any], index: int, number: int) -> dict[str, Any]:
-    """The part of a state that process `index` saves, where `number` processes hold the same state.
+def divide_saving(state: dict[str, Any], index: int, number: int) -> dict[str, Any]:
+    """The part of a state that process `index` saves, if `number` processes hold the same state.
 
-    Each saves about as many bytes. Tensors that another process saves are in the result without a piece.
+    All of them save about as many bytes. Tensors that another process saves are in the result without a piece.
     """
-    flat, loads = _flat(state), [0] * number
+    flat, loads = _flatten(state), [0] * number
     for name, value in flat.items():
         if isinstance(value, torch.Tensor):
             pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragments) else [value]
             owner = loads.index(min(loads))
             loads[owner] += sum(piece.nbytes for piece in pieces)
             flat[name] = value if owner == index else Fragments(value.shape, [])
-    return _nested(flat)
+    return _unflatten(flat)
 
 
 def copy_to_host(value: Any) -> Any:
-    """A copy of a state in the CPU's memory, for saving while training continues."""
+    """A copy of a state in the host's memory, so that training can continue while it is saved."""
     if isinstance(value, dict):
         return {key: copy_to_host(item) for key, item in value.items()}
     if isinstance(value, Fragments):
@@ -140,28 +140,28 @@ def copy_to_host(value: Any) -> Any:
 
 
 def save(state: dict[str, Any], path: Path, group: Any = None) -> None:
-    """Write a state into the folder `path`. All processes of `group` must call it; None: only this process saves."""
-    _expect_to_be_alone()
-    dcp.save(_flat(state), checkpoint_id=str(path), process_group=group, no_dist=group is None)  # type: ignore[attr-defined]
+    """Write a state into the folder `path`. All processes of `group` must call it. None: this process saves alone."""
+    _ignore_warning_about_one_process()
+    dcp.save(_flatten(state), checkpoint_id=str(path), process_group=group, no_dist=group is None)  # type: ignore[attr-defined]
 
 
 def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]:
-    """Load a saved state into the tensors of `state`. Returns the state, with other values than tensors replaced."""
-    _expect_to_be_alone()
-    flat = _flat(state)
+    """Load a saved state into the tensors of `state`. Returns the state with its other values, which are replaced."""
+    _ignore_warning_about_one_process()
+    flat = _flatten(state)
     keywords: dict[str, Any] = {"process_group": group, "no_dist": group is None}
     dcp.load(flat, storage_reader=_Reader(path), planner=_Planner(), **keywords)  # type: ignore[attr-defined]
-    return _nested(flat)
+    return _unflatten(flat)
 
 
 def names_in(path: Path, part: str) -> set[str]:
-    """Names in `part` of a saved state."""
+    """Names of the entries in `part` of a saved state."""
     names = _Reader(path).read_metadata().state_dict_metadata
     return {name.removeprefix(part + _SEPARATOR) for name in names if name.startswith(part + _SEPARATOR)}
 
 
-def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Whole tensors of a saved state by name, those of all `parts` in one dictionary.
+def load_whole_tensors(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Load the whole tensors of all `parts` of a saved state into one dictionary, by name.
 
     Raises `RuntimeError` or `ValueError` if the state can't be read.
     """
@@ -177,40 +177,40 @@ def load_whole(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
     return {name: tensor for part in parts for name, tensor in loaded.get(part, {}).items()}
 
 
-def _member(kind: Any, name: str) -> Any:
-    """A member of an enumeration, which Python before 3.11.4 (Debian 12 has 3.11.2) pickles as a call of `getattr`."""
+def _enum_member(kind: Any, name: str) -> Any:
+    """A member of an enumeration. Python before 3.11.4 (Debian 12 has 3.11.2) pickles it as a call of `getattr`."""
     if kind is not metadata._MEM_FORMAT_ENCODING:
-        raise ValueError(f"its index asks for an attribute of {kind!r}, which no state of ours has")
+        raise ValueError(f"its index refers to an attribute of {kind!r}, which no checkpoint of hfpretrain contains")
     return kind[name]
 
 
-_RECORDS = {
+_METADATA_CLASSES = {
     *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
     *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
 }
-_KNOWN = {
+_OTHER_NAMES = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     ("pathlib", "PosixPath"): pathlib.PurePath,
     ("pathlib", "WindowsPath"): pathlib.PurePath,
     ("collections", "OrderedDict"): dict,
-    ("builtins", "getattr"): _member,
+    ("builtins", "getattr"): _enum_member,
 }
 
 
 class _Index(pickle.Unpickler):
-    """Unpickles only the classes that torch writes into its index: a checkpoint may come from somebody else, and a
-    pickle can run code."""
+    """Unpickles only the classes that torch writes into its index. A checkpoint may come from a stranger, and a pickle
+    can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == metadata.__name__ and name in _RECORDS:
+        if module == metadata.__name__ and name in _METADATA_CLASSES:
             return getattr(metadata, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        if (module, name) in _KNOWN:
-            return _KNOWN[module, name]
-        raise ValueError(f"its index asks for {module}.{name}, which no state of ours has")
+        if (module, name) in _OTHER_NAMES:
+            return _OTHER_NAMES[module, name]
+        raise ValueError(f"its index refers to {module}.{name}, which no checkpoint of hfpretrain contains")
 
 
 class _Reader(filesystem.FileSystemReader):
@@ -219,7 +219,7 @@ class _Reader(filesystem.FileSystemReader):
             found = _Index(file).load()
         for entry in found.storage_data.values():
             if Path(entry.relative_path).name != str(entry.relative_path):
-                raise ValueError(f"its index names {entry.relative_path!r}, which is outside of the folder")
+                raise ValueError(f"its index refers to the file {entry.relative_path!r} outside of the checkpoint")
         found.storage_meta = found.storage_meta or metadata.StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
@@ -227,32 +227,33 @@ class _Reader(filesystem.FileSystemReader):
 
 class _Planner(dcp.DefaultLoadPlanner):  # type: ignore[name-defined]
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Load values that are no tensors. torch 2.13 would unpickle any object."""
+        """Load values other than tensors. torch 2.13 would unpickle any object."""
         safe = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), safe)
         safe.seek(0)
         super().load_bytes(read_item, safe)
 
 
-def _expect_to_be_alone() -> None:
-    # torch warns if one process saves alone, but that is what `no_dist` asks for.
+def _ignore_warning_about_one_process() -> None:
+    # torch warns if one process saves alone. Here that is intended: `no_dist` asks for it.
+
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 _SEPARATOR = "//"
 
 
-def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}{_SEPARATOR}")
+            flat |= _flatten(value, f"{prefix}{key}{_SEPARATOR}")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, value in flat.items():
         *path, last = name.split(_SEPARATOR)

@@ -1,4 +1,4 @@
-"""Starting a training from another command: which engine, which command line, and waiting for the run's exit code."""
+"""Starts a training from another command: chooses the engine, makes the command line, waits for the exit code."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import parse_yaml
 
 EXIT_CODE_FILE = "HFPRETRAIN_EXIT_CODE_FILE"
-"""Environment variable with the path of a file into which the main process writes its exit code; launchers turn every
-code but 0 into 1."""
+"""Environment variable with the path of a file into which the main process writes its exit code. Launchers replace
+every code except 0 by 1."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""Signals on which a training saves everything and ends."""
+"""Signals after which a training saves everything and ends."""
 
 
 def choose_engine(engine: str | None, num_processes: int | None) -> tuple[str, int]:
-    """Engine and number of processes: those that are given, or else what suits this machine.
+    """Engine and number of processes: those that are given, or defaults for this machine.
 
     The default engine is `single` for one process and `ddp` for several. The default number of processes is the number
-    of GPUs, and 1 on a machine without GPUs. An engine's file that says how many processes share what (`hsdp`, `tp`) or
-    that is not a shipped one keeps its own number, and so does every engine on a machine without GPUs.
+    of GPUs, and 1 on a machine without GPUs. If an engine is given, the number in its file is used instead on a machine
+    without GPUs, for a file that is not shipped, for `single`, and for one with a `parallelism_config` (`hsdp`, `tp`).
 
-    Raises `RecipeError` for an unknown engine and for a file of several machines that does not say which one this is.
+    Raises `RecipeError` for an unknown engine, and for a file for several machines without the rank of this one.
     """
     if num_processes is not None and num_processes < 1:
         raise RecipeError.at("--num-processes", f"must be at least 1 (got {num_processes})")
     if engine is None:
         number = num_processes or max(1, _num_gpus())
         return ("single" if number == 1 else "ddp"), number
-    settings = _settings(engine)
+    settings = _read_settings(engine)
     if int(settings.get("num_machines") or 1) > 1 and not {"machine_rank", "main_process_ip"} <= settings.keys():
         raise RecipeError.at(
             "--engine",
-            f"{engine} is for {settings['num_machines']} machines: run `accelerate launch --config_file "
-            f"{_file(engine)} --machine_rank RANK --main_process_ip IP -m hfpretrain.train RECIPE` on each of them, or "
-            "give a copy of the file that has `machine_rank` and `main_process_ip`",
+            f"{engine} is for {settings['num_machines']} machines; run `accelerate launch --config_file "
+            f"{_find_file(engine)} --machine_rank RANK --main_process_ip IP -m hfpretrain.train RECIPE` on each of "
+            "them, or give a copy of the file in which `machine_rank` and `main_process_ip` are set",
         )
     if num_processes is not None:
         return engine, num_processes
@@ -58,66 +58,66 @@ def choose_engine(engine: str | None, num_processes: int | None) -> tuple[str, i
 
 
 def launch_command(engine: str | None, num_processes: int | None) -> list[str]:
-    """The command line of a training, to which recipe and overrides are appended.
+    """The command line of a training, without the recipe and overrides.
 
     `engine`: an accelerate file or the name of a shipped one; None for `python -m hfpretrain.train` without a launcher.
-    Raises `RecipeError` where there is no such file.
+    Raises `RecipeError` if there is no such file.
     """
     if engine is None:
         return [sys.executable, "-m", "hfpretrain.train"]
-    settings = _settings(engine)
-    # A free port, so that several runs fit on one machine. Several machines need one that all of them know.
-    is_free = "main_process_port" not in settings and int(settings.get("num_machines") or 1) == 1
-    port = ["--main_process_port", "0"] if is_free else []
+    settings = _read_settings(engine)
+    # A free port, so that several runs can run on one machine. Several machines need a port that all of them know.
+    uses_free_port = "main_process_port" not in settings and int(settings.get("num_machines") or 1) == 1
+    port = ["--main_process_port", "0"] if uses_free_port else []
     count = [] if num_processes is None else ["--num_processes", str(num_processes)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "-q", *port]
-    return [*launcher, "--config_file", str(_file(engine)), *count, "-m", "hfpretrain.train"]
+    return [*launcher, "--config_file", str(_find_file(engine)), *count, "-m", "hfpretrain.train"]
 
 
 def process_count(engine: str | None, num_processes: int | None) -> int:
     """Number of processes that `launch_command` starts: `num_processes`, or the number in the engine's file."""
     if engine is None or num_processes is not None:
         return num_processes or 1
-    return int(_settings(engine).get("num_processes") or 1)
+    return int(_read_settings(engine).get("num_processes") or 1)
 
 
 def run_to_end(command: list[str]) -> int:
-    """Run a training started by `accelerate launch` and return the exit code of the training, not of the launcher.
+    """Run a training with `accelerate launch` and return the exit code of the training, not of the launcher.
 
-    `SIGNALS` that this process gets are sent to the ranks themselves: a launcher dies of some, and it kills ranks that
-    take more than 30 seconds to save. On Linux, when the launcher dies the ranks save and end before this returns, and
-    when this process dies the launcher dies too.
+    `SIGNALS` that this process receives are sent to the ranks themselves: some of them would kill the launcher, and the
+    launcher kills ranks that take more than 30 seconds to save. On Linux, if the launcher dies, the ranks save and end
+    before this function returns. If this process dies, the launcher dies too.
 
-    Without a code from the main process (it was killed, or it runs on another machine) the launcher's is returned, or
-    128 and the number of the signal that ended the training.
+    If the main process leaves no exit code (it was killed, or it runs on another machine), that of the launcher is
+    returned, or 128 plus the number of the signal that ended the training.
     """
     with tempfile.TemporaryDirectory() as folder:
         code_file = Path(os.environ.get(EXIT_CODE_FILE) or Path(folder) / "exit-code")
-        code_file.write_text("", encoding="utf-8")  # not the code of a run before
+        code_file.write_text("", encoding="utf-8")  # removes the code of an earlier run
         received: list[int] = []
         launcher: subprocess.Popen[bytes] | None = None
 
-        def pass_on(number: int, _: FrameType | None = None) -> None:
+        def forward_signal(number: int, _: FrameType | None = None) -> None:
             received.append(number)
             if launcher is not None:
-                _send(number, launcher)
+                _send_signal(number, launcher)
 
         before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
             # `nohup` ignores SIGHUP; a shell's background job ignores SIGINT, but a person may still send it.
             if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
-                signal.signal(number, pass_on)
+                signal.signal(number, forward_signal)
         try:
             _adopt_orphans()
-            # In a session of its own: a terminal's Ctrl-C would otherwise reach the ranks a second time.
+            # In a session of its own. Otherwise the ranks would receive a terminal's Ctrl-C a second time.
             launcher = subprocess.Popen(
                 command,
                 env={**os.environ, EXIT_CODE_FILE: str(code_file)},
                 start_new_session=True,
                 preexec_fn=lambda: end_with_parent(signal.SIGKILL),
             )
-            for early in received[:]:  # that came before there was a launcher
-                _send(early, launcher)
+            for early in received[:]:  # received before the launcher was started
+                _send_signal(early, launcher)
             launcher.wait()
             psutil.wait_procs(_ranks(os.getpid()))
         finally:
@@ -131,12 +131,12 @@ def run_to_end(command: list[str]) -> int:
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel send this process the signal `number` when the process that started it ends; on Linux only."""
+    """Have the kernel send this process the signal `number` when its parent process ends; on Linux only."""
     _prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of the ranks when their launcher dies, to wait for them; on Linux only."""
+    """Become the parent of the ranks when their launcher dies, so that this process can wait for them; Linux only."""
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, prctl(2)
 
 
@@ -145,8 +145,8 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-def _send(number: int, launcher: subprocess.Popen[bytes]) -> None:
-    """Send a signal to the ranks, or to the launcher while it has not started any."""
+def _send_signal(number: int, launcher: subprocess.Popen[bytes]) -> None:
+    """Send a signal to the ranks, or to the launcher if it has not started any yet."""
     ranks = _ranks(launcher.pid if launcher.poll() is None else os.getpid())
     if not ranks:
         launcher.send_signal(number)
@@ -175,8 +175,8 @@ def _num_gpus() -> int:
     return torch.accelerator.device_count()
 
 
-def _settings(engine: str) -> dict[str, Any]:
-    path = _file(engine)
+def _read_settings(engine: str) -> dict[str, Any]:
+    path = _find_file(engine)
     try:
         settings = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -186,5 +186,5 @@ def _settings(engine: str) -> dict[str, Any]:
     return settings
 
 
-def _file(engine: str) -> Path:
+def _find_file(engine: str) -> Path:
     return shipped.find(engine, "engine", path="--engine")

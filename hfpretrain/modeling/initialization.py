@@ -66,17 +66,17 @@ class InitialWeights:
         drawn: set[int] = set()
         constructed: dict[str, torch.Tensor] = {}
         for name, unit, submodules, owners in _iterate_units(self._blueprint):
-            pieces = _draw_unit(name, unit, submodules, owners, self._seed, drawn)
-            for inner, tensor in pieces.items():
+            tensors = _draw_unit(name, unit, submodules, owners, self._seed, drawn)
+            for inner, tensor in tensors.items():
                 if inner in self._scaled:
                     generator = torch.Generator().manual_seed(_derive_seed(self._seed, f"{inner} scaled"))
                     tensor.normal_(0.0, self._scaled_std, generator=generator)
                 elif _is_unset(tensor):
                     constructed = constructed or _tensors_from_constructors(self._blueprint, self._seed)
-                    pieces[inner] = constructed[inner].detach()
-            drawn |= {key for key, known in names.items() if known in pieces}
+                    tensors[inner] = constructed[inner].detach()
+            drawn |= {key for key, known in names.items() if known in tensors}
             self._unit_drawn()
-            yield from pieces.items()
+            yield from tensors.items()
 
     def expected_moments(self) -> ExpectedMoments:
         """The moments that each parameter should have, measured on weights drawn from another seed.
@@ -89,11 +89,11 @@ class InitialWeights:
         for name, unit, submodules, owners in _iterate_units(self._blueprint):
             kind = (type(unit), tuple((inner, tensor.shape) for inner, tensor in _named_tensors(unit)))
             if kind not in kinds:
-                pieces = _draw_unit(name, unit, submodules, owners, seed=-1, drawn=set())
+                tensors = _draw_unit(name, unit, submodules, owners, seed=-1, drawn=set())
                 self._unit_drawn()
                 kinds[kind] = {
                     inner.removeprefix(f"{name}."): Moments.of(tensor)
-                    for inner, tensor in pieces.items()
+                    for inner, tensor in tensors.items()
                     if not _is_unset(tensor)
                 }
             for inner, moments in kinds[kind].items():
@@ -171,12 +171,12 @@ def _draw_unit(
         torch.manual_seed(_derive_seed(seed, name))
         for module in submodules:
             owners[module]._init_weights(twins[id(module)])
-    pieces = {}
+    tensors = {}
     for inner, tensor in _named_tensors(twin, name):
         if tensor.device.type == "cpu" and id(tensor) not in skipped:
             skipped.add(id(tensor))
-            pieces[inner] = tensor.detach()
-    return pieces
+            tensors[inner] = tensor.detach()
+    return tensors
 
 
 def _is_unset(tensor: torch.Tensor) -> bool:

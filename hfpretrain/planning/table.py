@@ -199,7 +199,6 @@ def _recipes_with_less_memory(recipe: Recipe) -> list[tuple[str, Recipe]]:
     # A step's sequences still divide if the smaller micro-batch divides the present one.
     smaller = [next(n for n in range(most, 0, -1) if size % n == 0) for most in sorted({size // 2, size // 8} - {0})]
     found = [changed("training", micro_batch_size=number) for number in dict.fromkeys(smaller)]
-
     if not recipe.model.gradient_checkpointing:
         found.append(changed("model", gradient_checkpointing=True))
     if recipe.training.chunked_loss is False:

@@ -61,8 +61,8 @@ def run(
         with run_folder.claimed(recipe, is_main):
             engine = start_engine(recipe, watch)
             timeout_seconds = recipe.training.timeout_seconds
-            vote = StopVote(stops, distributed.control_group(engine.num_processes, timeout_seconds))
-            saving_group = distributed.control_group(engine.num_processes, timeout_seconds)
+            vote = StopVote(stops, distributed.new_control_group(engine.num_processes, timeout_seconds))
+            saving_group = distributed.new_control_group(engine.num_processes, timeout_seconds)
             with _explained(recipe, engine):
                 setup = set_up(recipe, engine, watch, stops.defer)
             with _explained(setup.pinned, engine, setup.config):

@@ -137,7 +137,7 @@ def build(name, lr=1e-3):
 def test_moment_bytes_equals_the_size_of_the_optimizer_state(name):
     model, optimizer = build(name)
     train(model, optimizer, range(1))
-    kept = [pieces.in_pieces(value) for state in optimizer.state.values() for value in state.values()]
+    kept = [pieces.to_fragments(value) for state in optimizer.state.values() for value in state.values()]
     kept = [tensor for value in kept for tensor in (value.values() if isinstance(value, dict) else [value])]
     counted = moment_bytes(model, OptimizerSection(name=name, lr=1e-3))
     assert counted == sum(tensor.nbytes for tensor in kept if tensor.ndim)

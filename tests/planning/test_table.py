@@ -89,6 +89,5 @@ def test_a_run_that_runs_out_of_memory_ends_with_the_changes_that_help_most(fold
     assert "training.micro_batch_size: 8192 sequences" in result.stderr
     assert "zero3_offload" in result.stderr
     helpful = result.stderr.partition("help most")[2].splitlines()[1:]
-
     assert len(helpful) == 3 and any("--training.micro_batch_size=4096" in line for line in helpful)
     assert not (folder / "run" / "metrics.jsonl").exists()
