@@ -43,9 +43,9 @@ def test_an_engine_refuses_the_optimizers_that_it_cannot_train_with(engines, pos
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def hold_gradients(rank, environment, name, folder):
-    """What a process has of the gradient of a matrix of 64 x 32: after the first of two micro-steps under FSDP2, after
-    the second under DDP."""
+def check_gradients(rank, environment, name, folder):
+    """Check which part of the gradient of a matrix of 64 x 32 a process keeps: under FSDP2 after the first of two
+    micro-steps, under DDP after the second."""
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     engine = choose.build_engine("no", [], str(folder), 60)
     assert engine.name == name
@@ -60,12 +60,12 @@ def hold_gradients(rank, environment, name, folder):
     gradient = engine.unwrapped_model.lm_head.weight.grad
     if name == "fsdp2":
         assert gradient.to_local().numel() == 64 * 32 // 2
-    else:  # a view of DDP's buckets, which have all gradients
+    else:  # the gradient is a view of one of DDP's buckets, which have all gradients
         assert gradient.untyped_storage().nbytes() > 4 * gradient.numel()
     engine.finish()
-    assert not hasattr(engine.model, "reducer"), "it would end the process group and may never return"
+    assert not hasattr(engine.model, "reducer"), "the reducer would end the process group and may never return"
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "ddp"])
-def test_no_gradient_is_held_more_than_it_must(tmp_path, name):
-    torch.multiprocessing.spawn(hold_gradients, (launcher_environment(name, 2), name, tmp_path), 2)
+def test_an_engine_keeps_no_second_copy_of_gradients(tmp_path, name):
+    torch.multiprocessing.spawn(check_gradients, (launcher_environment(name, 2), name, tmp_path), 2)

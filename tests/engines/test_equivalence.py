@@ -1,4 +1,4 @@
-"""Short forms of `benchmarks/equivalence.py` and `gpu_check.py`; dense llama is test_engine.py's."""
+"""Short forms of `benchmarks/equivalence.py` and `benchmarks/gpu_check.py`. test_engine.py tests dense llama."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from conftest import ROOT, environment
     ("model", "engines"), [pytest.param("gpt2", ("fsdp2",), marks=pytest.mark.slow), ("qwen3_moe", ("zero3",))]
 )
 def test_a_recipe_means_the_same_under_every_engine(tmp_path, model, engines):
-    """Tied embeddings and experts, three micro-steps on each process, documents masked; `make proofs` has all of it."""
+    """Tied embeddings and experts, three micro-steps on each process, documents masked; `make proofs` runs all."""
     recipe = equivalence.write_recipe(tmp_path, model, accumulation=3, precision="no", steps=10)
     single = equivalence.run(recipe, "single")
     for engine in engines:
@@ -22,7 +22,7 @@ def test_a_recipe_means_the_same_under_every_engine(tmp_path, model, engines):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_whole_matrix(precision):
+def test_every_model_means_the_same_under_every_engine(precision):
     command = [sys.executable, str(ROOT / "benchmarks" / "equivalence.py"), "--precision", precision]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     print(result.stdout)
@@ -30,12 +30,12 @@ def test_the_whole_matrix(precision):
 
 
 @pytest.mark.slow
-def test_gpu_check_at_toy_size(tmp_path):
+def test_gpu_check_writes_its_table_at_toy_size(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--steps", "2", "--rows", "fp8", "export"]
     command += ["--results", str(tmp_path / "table.md")]
     result = subprocess.run(command, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     *_, first, fp8, export = (tmp_path / "table.md").read_text().splitlines()
     assert first.startswith("| bf16 | same |") and "0.0e+00" in first
-    assert fp8 == "| fp8 | training.mixed_precision: fp8 needs a GPU; on a CPU take bf16 or no |"
+    assert fp8.startswith("| fp8 | training.mixed_precision: fp8 ")
     assert export.startswith("| bf16 export | same |")

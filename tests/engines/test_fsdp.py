@@ -25,11 +25,11 @@ ZAMBA = {"model_type": "zamba2", "layers_block_type": ["mamba", "hybrid", "hybri
     ("config", "layers"),
     [
         ({"model_type": "llama", "intermediate_size": 48}, ["LlamaDecoderLayer"]),
-        (QWEN, ["Qwen3_5DecoderLayer"]),  # its class names the layers that see images, too
-        (ZAMBA, ["Zamba2MambaDecoderLayer"]),  # hybrid layers have their weights in common
+        (QWEN, ["Qwen3_5DecoderLayer"]),  # its class also lists layers for images, which this model does not have
+        (ZAMBA, ["Zamba2MambaDecoderLayer"]),  # hybrid layers share their weights
     ],
 )
-def test_layers_are_sharded_that_the_model_has_for_themselves(config, layers):
+def test_each_layer_is_sharded_alone_if_it_shares_no_weights(config, layers):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SMALL, **SPECIAL, **config}))
     fsdp.require_layers(SimpleNamespace(transformer_cls_names_to_wrap=None), model)
@@ -43,7 +43,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermedia
 
 
 def new_model(name):
-    """A model, and what builds its optimizer."""
+    """A model, and a function that builds its optimizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA), dtype=torch.float32)
     decayed, hidden, section = decayed_names(model), hidden_names(model), OptimizerSection(name=name, lr=1e-3)
@@ -65,12 +65,12 @@ def train_alone(model, optimizer, step):
 
 
 def train_sharded(engine, step):
-    """The same of an engine, each process with half of the batch."""
+    """Loss and gradient norm of the same step under an engine, where each process has half of the batch."""
     ids = batch(step).chunk(2)[engine.data_index]
-    share = engine.model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4 * 15)).loss
+    part = engine.model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4 * 15)).loss
     with engine.accumulate():
-        engine.backward(share)
-    loss, norm = engine.total(share.detach()), engine.clip_gradients()
+        engine.backward(part)
+    loss, norm = engine.total(part.detach()), engine.clip_gradients()
     engine.update()
     return [loss.item(), norm.item()]
 
@@ -81,7 +81,7 @@ def compare_optimizers(rank, environment, folder, names):
     accelerator = choose.build_engine("no", [], str(folder), 60).accelerator
 
     def new_engine(name):
-        accelerator.free_memory()  # it clips the gradients of the one model that it knows
+        accelerator.free_memory()  # it clips the gradients of the model that it prepared last
         engine = fsdp.FSDP2(accelerator)
         model, build = new_model(name)
         engine.prepare(model, None, build, micro_batch_size=2, accumulation_steps=1, max_grad_norm=1.0)
@@ -90,7 +90,7 @@ def compare_optimizers(rank, environment, folder, names):
     for name in names:
         model, build = new_model(name)
         optimizer, engine = build(model), new_engine(name)
-        # Muon's own products are in 16 bits, which moves single weights more than the loss.
+        # Muon's own matrix products are in 16 bits, which changes single weights more than the loss.
         tolerances = (1e-4, 1e-2, 1e-3) if name == "muon" else (1e-5, 1e-5, 1e-4)
         for step in range(3):
             found, expected = train_sharded(engine, step), train_alone(model, optimizer, step)
@@ -111,7 +111,7 @@ def compare_optimizers(rank, environment, folder, names):
     torch.distributed.destroy_process_group()
 
 
-def test_optimizers_train_shards_as_they_train_whole_matrices(tmp_path):
+def test_optimizers_train_shards_like_whole_matrices(tmp_path):
     names = ["adamw", "muon", *(["adamw_schedule_free"] if find_spec("schedulefree") else [])]
     arguments = (launcher_environment("fsdp2", 2), tmp_path, names)
     torch.multiprocessing.spawn(compare_optimizers, arguments, 2)

@@ -1,4 +1,4 @@
-"""Names of libraries that are not public and that the engines use: one test fails for each that an upgrade removes."""
+"""Private names of libraries that the engines use. For each that an upgrade removes, one test fails."""
 
 import importlib
 import inspect
@@ -8,7 +8,7 @@ import pytest
 
 ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
-# File of hfpretrain/engines; class or module; names of it; what they are used for.
+# File of hfpretrain/engines; class or module; its private names; what they are used for.
 USES = [
     ("choose", "accelerate.state.AcceleratorState", ["_reset_state"], "forget the precision of an earlier run"),
     ("base", "torch.nn.parallel.DistributedDataParallel", ["reducer", "logger"], "free the process group at the end"),
@@ -18,7 +18,7 @@ USES = [
     ("fsdp", "transformers.PreTrainedModel", ["_no_split_modules"], "know which layers to shard"),
     ("tensor_parallel", "transformers.PreTrainedModel", ["_resolve_parallel_plans"], "find the plan of a model"),
     ("tensor_parallel", "transformers.distributed.tensor_parallel", ["apply_tensor_parallelism"], "cut a model"),
-    ("tensor_parallel", "transformers.PreTrainedModel", ["_tp_size"], "tell accelerate that a model is cut"),
+    ("tensor_parallel", "transformers.PreTrainedModel", ["_tp_size"], "mark a model as cut for accelerate"),
     ("ulysses", "transformers.modeling_utils", ["ALL_ATTENTION_FUNCTIONS"], "keep packed documents apart"),
     ("ulysses", "accelerate.utils.DeepSpeedSequenceParallelConfig", ["sp_attn_implementation"],
      "choose the attention that DeepSpeed wraps"),
@@ -69,11 +69,11 @@ def find(owner):
 
 
 @pytest.mark.parametrize(("file", "owner", "name", "purpose"), CASES, ids=[f"{c[0]}-{c[2]}" for c in CASES])
-def test_the_library_still_has(file, owner, name, purpose):
+def test_the_library_still_has_the_name(file, owner, name, purpose):
     library = owner.partition(".")[0]
     advice = (
         f"{library} {version(library)} has no {name} in {owner}. hfpretrain/engines/{file}.py uses it to {purpose}: "
-        f"find what {library} has in its place, change that file, run `pytest tests/engines`, and only then raise the "
+        f"find what replaces it in {library}, change that file, run `pytest tests/engines`, and only then raise the "
         "version that pyproject.toml allows."
     )
     try:
@@ -84,13 +84,13 @@ def test_the_library_still_has(file, owner, name, purpose):
     assert hasattr(found, name) or name in inspect.getsource(found), advice
 
 
-def test_torchs_checkpoints_ask_a_tensor_in_pieces_for_these_methods():
+def test_fragments_have_the_methods_that_torch_calls_to_save_checkpoints():
     from torch.distributed._checkpointable import _Checkpointable
 
     from hfpretrain.engines.pieces import Fragments
 
-    asked = {name for name in vars(_Checkpointable) if name.startswith(("__create", "__get_tensor"))}
-    assert asked and asked <= set(vars(Fragments)), (
-        "torch.distributed.checkpoint asks other methods of a tensor in pieces (`_Checkpointable`): give "
-        "hfpretrain/engines/pieces.py's `Fragments` those, and run `pytest tests/engines`"
+    called = {name for name in vars(_Checkpointable) if name.startswith(("__create", "__get_tensor"))}
+    assert called and called <= set(vars(Fragments)), (
+        "torch.distributed.checkpoint calls other methods of a tensor (`_Checkpointable`): add them to `Fragments` in "
+        "hfpretrain/engines/pieces.py, and run `pytest tests/engines`"
     )

@@ -1,4 +1,4 @@
-"""Which engine and how many processes a training is started with."""
+"""The engine and the number of processes with which a training is started."""
 
 import pytest
 
@@ -16,17 +16,19 @@ from hfpretrain.recipe.schema import RecipeError
         (8, None, 1, ("single", 1)),
         (8, "fsdp2", None, ("fsdp2", 8)),
         (8, "fsdp2", 4, ("fsdp2", 4)),
-        (0, "fsdp2", None, ("fsdp2", 2)),  # its file's number
+        (0, "fsdp2", None, ("fsdp2", 2)),  # the number in its file
         (8, "single", None, ("single", 1)),
-        (8, "hsdp", None, ("hsdp", 4)),  # its file says how many share what
+        (8, "hsdp", None, ("hsdp", 4)),  # its file sets the size of a group
     ],
 )
-def test_what_is_not_given_is_chosen_for_the_machine(monkeypatch, gpus, engine, num_processes, chosen):
+def test_engine_and_number_of_processes_default_to_what_fits_the_machine(
+    monkeypatch, gpus, engine, num_processes, chosen
+):
     monkeypatch.setattr(start, "_num_gpus", lambda: gpus)
     assert start.choose_engine(engine, num_processes) == chosen
 
 
-def test_a_file_of_one_s_own_keeps_its_number_and_its_port(tmp_path, monkeypatch):
+def test_a_file_that_is_not_shipped_keeps_its_number_of_processes_and_its_port(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "_num_gpus", lambda: 8)
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
@@ -37,7 +39,7 @@ def test_a_file_of_one_s_own_keeps_its_number_and_its_port(tmp_path, monkeypatch
     assert "--main_process_port" not in start.launch_command(str(path), None)
 
 
-def test_a_file_that_is_no_accelerate_file_is_named(tmp_path):
+def test_a_file_that_is_not_an_accelerate_file_is_refused_with_its_name(tmp_path):
     for text in ("", "- a", "a: ["):
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(RecipeError, match=r"mine\.yaml"):

@@ -6,7 +6,7 @@ from hfpretrain.recipe.labels import IGNORE_INDEX
 EOS = 0
 
 
-def test_parts_of_a_sequence_have_every_label_once_and_the_positions_of_the_whole():
+def test_the_parts_of_a_sequence_have_each_label_once_and_keep_their_positions():
     input_ids = torch.arange(1, 17).view(2, 8)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(2, -1)
     batch = {"input_ids": input_ids, "labels": input_ids, "position_ids": positions}
@@ -19,7 +19,7 @@ def test_parts_of_a_sequence_have_every_label_once_and_the_positions_of_the_whol
     assert ulysses.split(batch, 1, 4)["position_ids"].tolist() == [[2, 3], [2, 3]]
 
 
-def test_the_mask_shows_a_token_its_document_up_to_itself():
+def test_a_token_sees_only_its_document_up_to_itself():
     mask = ulysses.document_mask(torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]))
     assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bool
     assert mask[0, 0].int().tolist() == [
