@@ -125,8 +125,8 @@ def test_yaml_scalars_are_those_of_yaml_1_2():
 @pytest.mark.parametrize(
     ("changes", "path", "fragment"),
     [
-        ({"data__block_size": 128, "training__tokens_per_step": 256}, "data.block_size", "max_position_embeddings 64"),
-        ({"model__config__vocab_size": 300}, "model.config.vocab_size", "less than the tokenizer's 320"),
+        ({"data__block_size": 128, "training__tokens_per_step": 256}, "data.block_size", "max_position_embeddings"),
+        ({"model__config__vocab_size": 300}, "model.config.vocab_size", "the tokenizer's 320"),
         ({"training__tokens_per_step": 250}, "training.tokens_per_step", "224, 256"),
         ({"training__micro_batch_size": 3}, "training.micro_batch_size", "1, 2, 4, 8"),
         ({"scheduler__num_warmup_steps": 8}, "scheduler.num_warmup_steps", "do not fit"),
