@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hfpretrain.engines import launch, pieces
 from hfpretrain.modeling import initialization
 from hfpretrain.modeling.initialization import Weights
+from hfpretrain.recipe.schema import Problem
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BuildOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
@@ -46,8 +50,6 @@ class Engine:
         self.device: torch.device = accelerator.device
         self.max_grad_norm: float | None = None
 
-    # What the engine is.
-
     @classmethod
     def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
         """An accelerator of this kind that computes in `precision`, from `keywords` of `Accelerator`."""
@@ -62,15 +64,38 @@ class Engine:
         accelerator.state.device_mesh = config.get_device_mesh("cpu")
         return accelerator
 
+    # What the engine can't do.
+
+    @classmethod
+    def launch_problems(cls) -> Iterator[Problem]:
+        """Settings of the accelerate config file that this engine does not support, each with its fix.
+
+        Every engine is asked before one is built, so an engine for which the file is not meant has none. Needs no
+        process group.
+        """
+        yield from ()
+
+    @classmethod
+    def model_problems(
+        cls, config: PretrainedConfig, num_sharing: int, attn_implementation: str, block_size: int
+    ) -> Iterator[Problem]:
+        """Why `num_sharing` processes can't work on the same sequences of `block_size` tokens with a model of this
+        config, each with its fix. Only engines that cut a model or its sequences have any."""
+        yield from ()
+
     @classmethod
     def precision_problem(cls, precision: str) -> str | None:
         """Why this engine can't train in a precision, with the fix; None if it can."""
+        if precision == "fp8" and cls.shards:
+            return "accelerate puts fp8 layers into a model that is sharded already; take bf16, or single or ddp"
         return None
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
         """Why an optimizer of the recipes can't train under this engine, with the fix; None if it can."""
         return None
+
+    # What the engine is.
 
     @property
     def name(self) -> str:
@@ -426,6 +451,17 @@ class Engine:
                 # open).
                 del module.reducer, module.logger
         self.accelerator.end_training()
+
+
+def uneven_heads(key: str, config: Any, num_sharing: int) -> Iterator[Problem]:
+    """A problem under `key` for each kind of attention heads that `num_sharing` processes can't divide evenly.
+
+    `config`: a text model's `PretrainedConfig`.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % num_sharing:
+            yield Problem(key, f"{num_sharing} does not divide the model's {name} {heads}")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

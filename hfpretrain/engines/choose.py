@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,9 @@ from hfpretrain.engines.ulysses import Ulysses
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import MixedPrecision, RecipeError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 ENGINES: tuple[type[Engine], ...] = (Single, DDP, TensorParallel, FSDP2, HSDP, DeepSpeed, ZeRO3, Ulysses)
 
 
@@ -36,9 +39,7 @@ def build_engine(
     if engine and machine can't train in `mixed_precision`.
     """
     kind = _kind_launched()
-    precision = precisions.resolve(mixed_precision, launch.mixed_precision(), sharded=kind.shards)
-    if (problem := kind.precision_problem(precision)) is not None:
-        raise RecipeError.at("training.mixed_precision", problem)
+    precision = precisions.resolve(mixed_precision, launch.mixed_precision(), kind.precision_problem)
     _require_trackers(trackers)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if precision == "fp8":
@@ -93,12 +94,33 @@ def engine_class(accelerator: Accelerator) -> type[Engine]:
     return Single if accelerator.distributed_type == DistributedType.NO else DDP
 
 
+def require_supported() -> None:
+    """Raises `RecipeError` that lists every setting of the accelerate config file that would change what a recipe means
+    or does not work with this stack. Needs no process group."""
+    problems = [*launch.problems(), *(problem for kind in ENGINES for problem in kind.launch_problems())]
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))  # an engine repeats those of the class that it extends
+
+
+def require_model(
+    engine: str, num_sharing: int, config: PretrainedConfig, attn_implementation: str, block_size: int
+) -> None:
+    """Raises `RecipeError` if `num_sharing` processes of an engine can't work on the same sequences of `block_size`
+    tokens with a model of this config. `engine`: a value of `Engine.name`."""
+    problems = list(_named(engine).model_problems(config, num_sharing, attn_implementation, block_size))
+    if problems:
+        raise RecipeError(problems)
+
+
 def require_optimizer(optimizer: str, engine: str) -> None:
     """Raises `RecipeError` if an optimizer of the recipes does not work under the engine of this name, or would train
     another model there."""
-    kind = next(kind for kind in ENGINES if engine.removesuffix("_offload") in kind.names)
-    if (problem := kind.optimizer_problem(optimizer)) is not None:
+    if (problem := _named(engine).optimizer_problem(optimizer)) is not None:
         raise RecipeError.at("optimizer.name", f"{optimizer} under {engine}: {problem}")
+
+
+def _named(engine: str) -> type[Engine]:
+    return next(kind for kind in ENGINES if engine.removesuffix("_offload") in kind.names)
 
 
 def _require_trackers(trackers: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -17,14 +18,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from hfpretrain.engines import launch
 from hfpretrain.engines.base import BuildOptimizer, Engine
 from hfpretrain.engines.pieces import Fragments, Piece, cut_into_boxes
 from hfpretrain.modeling import initialization
 from hfpretrain.modeling.initialization import Weights
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import Problem, RecipeError
 
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, in elements: deepspeed/runtime/zero/config.py."""
+
+# Keys of a DeepSpeed config that do not change what is learned.
+_HARMLESS_KEYS = {
+    "activation_checkpointing", "aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "nebula",
+    "steps_per_print", "wall_clock_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+}  # fmt: skip
+# The recipe's key for what these keys of a DeepSpeed config set.
+_OWNERS = {
+    "train_batch_size": "training.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.tokens_per_step",
+    "gradient_clipping": "training.max_grad_norm",
+    "fp16": "training.mixed_precision",
+    "bf16": "training.mixed_precision",
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+}
 
 # Where this process's part of a parameter is: the parameter's name and shape, the flat tensor that holds the part, the
 # index at which the part begins in that tensor and in the flattened parameter, and its number of elements.
@@ -56,6 +76,20 @@ class DeepSpeed(Engine):
                 if isinstance(handler, InitProcessGroupKwargs):
                     handler.backend = "gloo"
         return Accelerator(**keywords)
+
+    @classmethod
+    def launch_problems(cls) -> Iterator[Problem]:
+        """See `Engine`."""
+        if not launch.uses_deepspeed():
+            for key in ("gradient_accumulation_steps", "gradient_clipping"):
+                if getattr(launch.launch_options(), key, None) is not None:  # accelerate ignores them without DeepSpeed
+                    yield Problem(f"--{key}", f"the recipe owns it: remove the option and set {_OWNERS[key]}")
+            return
+        yield from _zero_problems()
+        yield from _ownership_problems()
+        sizes = launch.parallelism()
+        if sizes["dp_replicate"] > 1 or sizes["tp"] > 1 or (sizes["dp_shard"] > 1 and sizes["sp"] == 1):
+            yield Problem("parallelism_config", "ZeRO shards over all processes; use hsdp.yaml, tp.yaml or no section")
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
@@ -337,6 +371,55 @@ class ZeRO3(DeepSpeed):
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()
+
+
+def _zero_problems() -> Iterator[Problem]:
+    """Settings of the accelerate config file with which DeepSpeed shards nothing, or offloads to disk."""
+    settings = launch.file_settings()
+    is_set = (settings.get("deepspeed_config") or {}).keys() & {"zero_stage", "deepspeed_config_file"}
+    if settings and launch.launch_options().zero_stage is None and not is_set:
+        yield Problem("deepspeed_config.zero_stage", "is not set; set it to 1, 2 or 3")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if _config_file() is None and stage not in ("1", "2", "3"):
+        yield Problem("deepspeed_config.zero_stage", f"{stage} shards nothing we know; set 1, 2 or 3, or use ddp.yaml")
+    for part in ("optimizer", "param"):
+        device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        if device not in ("none", "cpu"):
+            yield Problem(f"deepspeed_config.offload_{part}_device", f"{device} is not supported; set cpu or none")
+
+
+def _ownership_problems() -> Iterator[Problem]:
+    """Settings of the accelerate config file, or of the DeepSpeed config that it names, that belong to the recipe or
+    may change what is learned."""
+    for key in ("gradient_accumulation_steps", "gradient_clipping"):
+        if os.environ.get(f"ACCELERATE_{key.upper()}", "auto") != "auto":
+            yield Problem(f"deepspeed_config.{key}", launch.OWNED.format(_OWNERS[key]))
+    path = _config_file()
+    if path is None:
+        return
+    try:
+        settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield Problem("deepspeed_config.deepspeed_config_file", f"{path} can't be read: {error}")
+        return
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        where = f"deepspeed_config.deepspeed_config_file {path}: zero_optimization.stage"
+        yield Problem(where, f"{stage} shards nothing we know; set 1, 2 or 3, or use ddp.yaml")
+    for key, value in settings.items():
+        enabled = value.get("enabled", True) if isinstance(value, dict) else value
+        if key in _HARMLESS_KEYS or enabled in ("auto", False):
+            continue
+        where = f"deepspeed_config.deepspeed_config_file {path}: {key}"
+        if key in _OWNERS:
+            yield Problem(where, f"the recipe owns it: remove it from the file and set {_OWNERS[key]}")
+        else:
+            yield Problem(where, "is not known to leave training the same; remove it")
+
+
+def _config_file() -> str | None:
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if path == "none" else path
 
 
 def require_compiler() -> None:

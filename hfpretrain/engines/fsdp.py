@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from hfpretrain.engines import launch
 from hfpretrain.engines.base import BuildOptimizer, Engine
 from hfpretrain.modeling.initialization import Weights
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import Problem, RecipeError
 
 WHOLE_TENSORS_ONLY = {
     "adafactor": "torch's Adafactor does not work on sharded matrices (2.13)",
@@ -43,6 +45,23 @@ class FSDP2(Engine):
         accelerator = super().build_accelerator(keywords, precision)
         _use_on_cpu(accelerator, plugin)
         return accelerator
+
+    @classmethod
+    def launch_problems(cls) -> Iterator[Problem]:
+        """See `Engine`."""
+        if not launch.uses_fsdp():
+            return
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            yield Problem("fsdp_config.fsdp_version", "only FSDP2 is supported; set it to 2 in the accelerate file")
+        reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true")
+        if reshard.lower() not in ("true", "false"):
+            yield Problem("fsdp_config.fsdp_reshard_after_forward", f"{reshard} is neither true nor false")
+        if os.environ.get("FSDP_IGNORED_MODULES"):
+            message = "ignored weights would differ between processes; remove it"
+            yield Problem("fsdp_config.fsdp_ignored_modules", message)
+        if launch.flag("FSDP_ACTIVATION_CHECKPOINTING"):
+            message = launch.OWNED.format("model.gradient_checkpointing")
+            yield Problem("fsdp_config.fsdp_activation_checkpointing", message)
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
@@ -99,6 +118,15 @@ class HSDP(FSDP2):
     """FSDP2 within groups of processes; each group holds all of the model."""
 
     names = ("hsdp",)
+
+    @classmethod
+    def launch_problems(cls) -> Iterator[Problem]:
+        """See `Engine`."""
+        yield from super().launch_problems()
+        sizes = launch.parallelism()
+        if launch.uses_fsdp() and sizes["dp_replicate"] > 1 and sizes["dp_shard"] == sizes["tp"] == 1:
+            message = "FSDP has nothing to shard over; use ddp.yaml for copies, or make it more than 1"
+            yield Problem(launch.size_key("dp_shard"), message)
 
     def _copy(self) -> tuple[int, int]:
         return (

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from hfpretrain.engines import launch
 from hfpretrain.engines.base import Engine
+from hfpretrain.recipe.schema import Problem
 
 
 class Single(Engine):
@@ -22,6 +26,15 @@ class DDP(Engine):
     """A copy of the model on each process: torch's `DistributedDataParallel`."""
 
     names = ("ddp",)
+
+    @classmethod
+    def launch_problems(cls) -> Iterator[Problem]:
+        """See `Engine`."""
+        sizes = launch.parallelism()
+        other_engine = launch.uses_fsdp() or launch.uses_deepspeed() or sizes["tp"] > 1
+        if sizes["dp_shard"] > 1 and not other_engine:
+            message = "only FSDP shards; use hsdp.yaml, or set distributed_type to FSDP"
+            yield Problem(launch.size_key("dp_shard"), message)
 
     @property
     def can_compile(self) -> bool:

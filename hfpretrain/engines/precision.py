@@ -11,13 +11,15 @@ import torch
 from hfpretrain.recipe.schema import MixedPrecision, RecipeError
 
 
-def resolve(mixed_precision: MixedPrecision, launched: MixedPrecision, *, sharded: bool) -> MixedPrecision:
+def resolve(
+    mixed_precision: MixedPrecision, launched: MixedPrecision, engine_problem: Callable[[str], str | None]
+) -> MixedPrecision:
     """The precision of a run.
 
     `auto` is that of the accelerate config file, else bf16 if the hardware has it, else `no`. `launched`: the precision
-    of the accelerate config file. `no` there decides nothing, since it is also the default. `sharded`: whether
-    the engine is FSDP2, DeepSpeed or tensor parallelism. Raises `RecipeError` if recipe and launcher contradict each
-    other, or if the hardware or a package is missing.
+    of the accelerate config file. `no` there decides nothing, since it is also the default. `engine_problem`: the
+    engine's `precision_problem`. Raises `RecipeError` if recipe and launcher contradict each other, if the engine can't
+    train in the precision, or if the hardware or a package is missing.
     """
     if mixed_precision == "auto":
         chosen: MixedPrecision = launched if launched != "no" else ("bf16" if has_bf16() else "no")
@@ -33,7 +35,7 @@ def resolve(mixed_precision: MixedPrecision, launched: MixedPrecision, *, sharde
         chosen,
         "GPU" if on_gpu else "CPU",
         torch.cuda.get_device_capability() if torch.cuda.is_available() and torch.version.cuda else None,
-        sharded=sharded,
+        engine_problem=engine_problem,
         installed=lambda package: importlib.util.find_spec(package) is not None,
     )
     if why is not None:
@@ -52,12 +54,12 @@ def problem(
     device: Literal["CPU", "GPU"],
     capability: tuple[int, int] | None,
     *,
-    sharded: bool,
+    engine_problem: Callable[[str], str | None],
     installed: Callable[[str], bool],
 ) -> str | None:
     """Why a device can't train in a precision, with the fix; None if it can.
 
-    `capability`: the compute capability of a CUDA device, None for others. `sharded`: see `resolve`.
+    `capability`: the compute capability of a CUDA device, None for others. `engine_problem`: see `resolve`.
     """
     if precision in ("auto", "no") or (precision == "bf16" and device == "CPU"):
         return None
@@ -67,11 +69,10 @@ def problem(
         needed, found = (f"{major}.{minor}" for major, minor in (_CAPABILITY[precision], capability))
         instead = "fp16 or no" if capability >= _CAPABILITY["fp16"] else "no"
         return f"{precision} needs a GPU of compute capability {needed}, this one has {found}; take {instead}"
-    if precision == "fp8":
-        if sharded:
-            return "accelerate puts fp8 layers into a model that is sharded already; take bf16, or single or ddp"
-        if not any(installed(package) for package in _FP8_PACKAGES):
-            return "fp8 needs torchao or transformer-engine: pip install torchao"
+    if (why := engine_problem(precision)) is not None:
+        return why
+    if precision == "fp8" and not any(installed(package) for package in _FP8_PACKAGES):
+        return "fp8 needs torchao or transformer-engine: pip install torchao"
     return None
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfpretrain.engines.base import Engine
+from hfpretrain.engines import launch
+from hfpretrain.engines.base import Engine, uneven_heads
 from hfpretrain.engines.fsdp import problem_with_shards
 from hfpretrain.modeling.initialization import Weights
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import Problem, RecipeError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # The plan's style for modules whose gradients each process computes for its own attention heads only.
 _PARTIAL = "replicated_with_grad_allreduce"
@@ -26,11 +28,39 @@ class TensorParallel(Engine):
     shards = True
 
     @classmethod
+    def launch_problems(cls) -> Iterator[Problem]:
+        """See `Engine`."""
+        sizes = launch.parallelism()
+        has_data_parallelism = launch.uses_fsdp() or sizes["dp_replicate"] > 1 or sizes["dp_shard"] > 1
+        if sizes["tp"] > 1 and has_data_parallelism and not launch.uses_deepspeed():
+            yield Problem(
+                launch.size_key("tp"),
+                "accelerate 1.15 can't combine tensor with data parallelism for models of transformers 5.23; use "
+                "tp.yaml with all processes in tp_size, or fsdp2.yaml or hsdp.yaml",
+            )
+
+    @classmethod
+    def model_problems(
+        cls, config: PretrainedConfig, num_sharing: int, attn_implementation: str, block_size: int
+    ) -> Iterator[Problem]:
+        """See `Engine`: models without a plan, with fused matrices, or with heads that can't be divided evenly."""
+        text_config: Any = config.get_text_config()
+        key, plan = launch.size_key("tp"), text_config.base_model_tp_plan
+        if not plan:
+            yield Problem(
+                key, f"transformers has no plan to cut {text_config.model_type}; use fsdp2.yaml or zero3.yaml"
+            )
+        elif any(style.startswith("packed") for style in plan.values()):
+            message = f"torch's checkpoints can't hold the fused matrices of {text_config.model_type} cut"
+            yield Problem(key, f"{message}; use fsdp2.yaml")
+        yield from uneven_heads(key, text_config, num_sharing)
+
+    @classmethod
     def precision_problem(cls, precision: str) -> str | None:
-        """Only fp16 has one."""
+        """See `Engine`. fp16 has another one."""
         if precision == "fp16":
             return "with tensor parallelism processes would skip different steps in fp16; take bf16"
-        return None
+        return super().precision_problem(precision)
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:

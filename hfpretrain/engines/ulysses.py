@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfpretrain.engines import launch
+from hfpretrain.engines.base import uneven_heads
 from hfpretrain.engines.deepspeed import ZeRO3
 from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.labels import IGNORE_INDEX
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import Problem, RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Ulysses(ZeRO3):
     """ZeRO-3, with each sequence cut across processes."""
 
     names = ("zero3_ulysses",)
+
+    @classmethod
+    def launch_problems(cls) -> Iterator[Problem]:
+        """See `Engine`."""
+        yield from super().launch_problems()
+        is_stage_3 = launch.uses_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+        if launch.parallelism()["sp"] > 1 and not is_stage_3:
+            message = "sequences are cut under DEEPSPEED with zero_stage 3; use zero3_ulysses.yaml"
+            yield Problem(launch.size_key("sp"), message)
+
+    @classmethod
+    def model_problems(
+        cls, config: PretrainedConfig, num_sharing: int, attn_implementation: str, block_size: int
+    ) -> Iterator[Problem]:
+        """See `Engine`: models whose attention DeepSpeed can't cut, heads or blocks that can't be divided evenly."""
+        text_config: Any = config.get_text_config()
+        key = launch.size_key("sp")
+        if attn_implementation not in ("auto", "sdpa"):
+            message = "only model.attn_implementation sdpa keeps packed documents apart"
+            yield Problem(key, f"{message}, not {attn_implementation}; set it")
+        kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds or getattr(text_config, "sliding_window", None):
+            dropped = ", ".join(sorted(kinds)) or "sliding_attention"
+            yield Problem(key, f"DeepSpeed drops the mask of {dropped} layers; use zero3.yaml")
+        if getattr(text_config, "num_key_value_heads", None) is None:
+            message = f"{text_config.model_type} has no num_key_value_heads, which DeepSpeed reads"
+            yield Problem(key, f"{message}; use zero3.yaml")
+        if getattr(text_config, "output_router_logits", False):
+            message = "the router's balancing loss of parts is not that of sequences"
+            yield Problem(key, f"{message}; set output_router_logits to false")
+        yield from uneven_heads(key, text_config, num_sharing)
+        if block_size % num_sharing:
+            yield Problem(key, f"{num_sharing} does not divide data.block_size {block_size}")
 
     @property
     def num_sharing(self) -> int:

@@ -15,8 +15,7 @@ from hfpretrain.data.prepare import prepared_path
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.source_files import is_folder
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size
-from hfpretrain.engines import launch
-from hfpretrain.engines.choose import require_optimizer
+from hfpretrain.engines.choose import require_model, require_optimizer
 from hfpretrain.modeling import loss, optim
 from hfpretrain.modeling.build import build_model
 from hfpretrain.modeling.config import load_config
@@ -380,9 +379,8 @@ class _RowMaker:
             message = f"splits {engine.splits} across processes, so --num-processes must be at least 2"
             raise RecipeError.at("--num-processes", message)
         if engine.splits:
-            launch.require_divisible(
-                engine.splits, number, self.config, self.recipe.model.attn_implementation, self.recipe.data.block_size
-            )
+            model, block_size = self.recipe.model, self.recipe.data.block_size
+            require_model(engine.name, number, self.config, model.attn_implementation, block_size)
 
     def _accumulates(self, engine: Sharding, number: int) -> bool:
         training, data_size = self.recipe.training, 1 if engine.splits else number

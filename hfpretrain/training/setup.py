@@ -137,7 +137,7 @@ class Setup:
 def check_launch(recipe: Recipe) -> None:
     """Raise `RecipeError` if the accelerate config file has an unsupported setting, if another number of processes
     started than was asked for, or if the optimizer's library is missing."""
-    launch.require_supported()
+    choose.require_supported()
     launch.require_asked_processes()
     optim.require_library(recipe.optimizer)
 
@@ -185,7 +185,13 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     for text in commits.notes(recipe, hub_commits):
         notes.add(text)
     recipe = commits.pinned(recipe, hub_commits)
-    launch.require_cuttable(load_config(recipe.model), recipe.model.attn_implementation, recipe.data.block_size)
+    choose.require_model(
+        engine.name,
+        engine.num_sharing,
+        load_config(recipe.model),
+        recipe.model.attn_implementation,
+        recipe.data.block_size,
+    )
     watch.from_main("check the model", lambda: _check_model(recipe, engine))
     prepared, tokenizer = _load_data(recipe, engine.process_index == 0, watch, notes)
     before_building()

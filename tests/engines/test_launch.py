@@ -8,7 +8,7 @@ from conftest import ROOT, environment, write_recipe
 from small import train  # what is refused is looked for in the command of a real launcher
 from transformers import AutoConfig
 
-from hfpretrain.engines import launch
+from hfpretrain.engines import choose, launch
 from hfpretrain.recipe.schema import RecipeError
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -29,7 +29,7 @@ def ask(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         try:
-            launch.require_supported()
+            choose.require_supported()
         except RecipeError as error:
             return str(error)
         return ""
@@ -75,6 +75,14 @@ def ask(monkeypatch):
 def test_what_changes_a_recipe_or_does_not_run_is_refused_with_key_and_fix(ask, environment, key, reason):
     message = ask(environment)
     assert message.startswith(f"{key}: ") and reason in message and "\n" not in message
+
+
+def test_all_settings_that_are_refused_are_listed_at_once(ask):
+    environment = {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    lines = ask({**environment, "FSDP_IGNORED_MODULES": "lm_head", **sizes(2, sp=2)}).splitlines()
+    keys = ["dynamo_config.dynamo_backend", "fsdp_config.fsdp_ignored_modules"]
+    keys += ["fsdp_config.fsdp_activation_checkpointing", "parallelism_config.parallelism_config_sp_size"]
+    assert sorted(line.partition(": ")[0] for line in lines) == sorted(keys)
 
 
 def test_a_deepspeed_file_may_not_set_what_the_recipe_sets(ask, tmp_path):
@@ -128,14 +136,12 @@ def test_use_cpu_on_a_machine_with_an_accelerator_is_refused(ask, monkeypatch):
         ("sp", "mixtral", {"output_router_logits": True}, "set output_router_logits to false"),
     ],
 )  # fmt: skip
-def test_a_model_that_cannot_be_cut_is_refused(monkeypatch, dimension, model_type, changes, reason):
+def test_a_model_that_cannot_be_cut_is_refused(dimension, model_type, changes, reason):
     attention, block_size = changes.pop("attn", "sdpa"), changes.pop("block_size", 32)
     config = AutoConfig.for_model(model_type, **changes)
-    launch.require_cuttable(config, attention, block_size)
-    for name, value in sizes(2, **{dimension: 2}).items():
-        monkeypatch.setenv(name, value)
+    choose.require_model("ddp", 1, config, attention, block_size)
     with pytest.raises(RecipeError) as error:
-        launch.require_cuttable(config, attention, block_size)
+        choose.require_model({"tp": "tp", "sp": "zero3_ulysses"}[dimension], 2, config, attention, block_size)
     key = f"parallelism_config.parallelism_config_{dimension}_size: "
     assert reason in str(error.value) and all(line.startswith(key) for line in str(error.value).splitlines())
 

@@ -10,43 +10,52 @@ from conftest import environment, rows, write_recipe
 
 from hfpretrain.engines import pieces, precision
 from hfpretrain.engines.deepspeed import DeepSpeed
+from hfpretrain.engines.fsdp import FSDP2
 from hfpretrain.engines.local import Single
+from hfpretrain.engines.tensor_parallel import TensorParallel
 from hfpretrain.recipe.schema import RecipeError
 
 
 def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
-    assert precision.resolve("auto", "bf16", sharded=False) == "bf16"
+    assert precision.resolve("auto", "bf16", Single.precision_problem) == "bf16"
     with pytest.raises(RecipeError, match=r"training\.mixed_precision: the recipe says no, the launcher's file bf16"):
-        precision.resolve("no", "bf16", sharded=False)
+        precision.resolve("no", "bf16", Single.precision_problem)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(RecipeError, match="fp16 needs a GPU"):
-        precision.resolve("auto", "fp16", sharded=False)
-    assert (
-        precision.resolve("bf16", "no", sharded=True) == "bf16" and precision.resolve("no", "no", sharded=True) == "no"
-    )
-    assert precision.resolve("auto", "no", sharded=False) == ("bf16" if precision.has_bf16() else "no")
+        precision.resolve("auto", "fp16", Single.precision_problem)
+    for chosen in ("bf16", "no"):
+        assert precision.resolve(chosen, "no", FSDP2.precision_problem) == chosen
+    assert precision.resolve("auto", "no", Single.precision_problem) == ("bf16" if precision.has_bf16() else "no")
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "capability", "sharded", "packages", "expected"),
+    ("name", "device", "capability", "engine", "packages", "expected"),
     [
-        ("no", "CPU", None, False, (), None),
-        ("bf16", "CPU", None, True, (), None),
-        ("tf32", "CPU", None, False, (), "tf32 needs a GPU; on a CPU take bf16 or no"),
-        ("fp8", "CPU", None, False, ("torchao",), "fp8 needs a GPU"),
-        ("fp16", "GPU", (7, 0), False, (), None),
-        ("fp16", "GPU", (6, 1), False, (), "fp16 needs a GPU of compute capability 7.0, this one has 6.1; take no"),
-        ("bf16", "GPU", (7, 5), True, (), "needs a GPU of compute capability 8.0, this one has 7.5; take fp16 or no"),
-        ("tf32", "GPU", (8, 0), True, (), None),
-        ("fp8", "GPU", (8, 0), False, ("torchao",), "compute capability 8.9, this one has 8.0"),
-        ("fp8", "GPU", (9, 0), False, (), "fp8 needs torchao or transformer-engine: pip install torchao"),
-        ("fp8", "GPU", (9, 0), True, ("torchao",), "a model that is sharded already; take bf16, or single or ddp"),
-        ("fp8", "GPU", (9, 0), False, ("transformer_engine",), None),
-        ("bf16", "GPU", None, False, (), None),
+        ("no", "CPU", None, Single, (), None),
+        ("bf16", "CPU", None, FSDP2, (), None),
+        ("tf32", "CPU", None, Single, (), "tf32 needs a GPU; on a CPU take bf16 or no"),
+        ("fp8", "CPU", None, Single, ("torchao",), "fp8 needs a GPU"),
+        ("fp16", "GPU", (7, 0), Single, (), None),
+        ("fp16", "GPU", (6, 1), Single, (), "fp16 needs a GPU of compute capability 7.0, this one has 6.1; take no"),
+        ("bf16", "GPU", (7, 5), FSDP2, (), "needs a GPU of compute capability 8.0, this one has 7.5; take fp16 or no"),
+        ("tf32", "GPU", (8, 0), FSDP2, (), None),
+        ("fp8", "GPU", (8, 0), Single, ("torchao",), "compute capability 8.9, this one has 8.0"),
+        ("fp8", "GPU", (9, 0), Single, (), "fp8 needs torchao or transformer-engine: pip install torchao"),
+        ("fp8", "GPU", (9, 0), FSDP2, ("torchao",), "a model that is sharded already; take bf16, or single or ddp"),
+        ("fp8", "GPU", (9, 0), Single, ("transformer_engine",), None),
+        ("fp8", "GPU", (9, 0), TensorParallel, ("torchao",), "a model that is sharded already"),
+        ("fp16", "GPU", (9, 0), TensorParallel, (), "processes would skip different steps in fp16; take bf16"),
+        ("bf16", "GPU", None, Single, (), None),
     ],
 )
-def test_a_precision_the_hardware_lacks_is_refused(name, device, capability, sharded, packages, expected):
-    found = precision.problem(name, device, capability, sharded=sharded, installed=lambda package: package in packages)
+def test_a_precision_that_hardware_or_engine_lacks_is_refused(name, device, capability, engine, packages, expected):
+    found = precision.problem(
+        name,
+        device,
+        capability,
+        engine_problem=engine.precision_problem,
+        installed=lambda package: package in packages,
+    )
     assert found is None if expected is None else expected in found
 
 
