@@ -413,15 +413,17 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, ...]:
-    """Texts, recipe and windows."""
+    """Texts and windows."""
     if (args.recipe is None) == (args.data is None):
         raise RecipeError.at("recipe", "give a recipe or --data FILE, one of the two")
     from hfpretrain.evaluation.score import Windows
     from hfpretrain.evaluation.texts import file_texts, recipe_texts
 
-    recipe = _load(args, overrides) if args.recipe else None
-    texts = file_texts(args.data) if recipe is None else recipe_texts(recipe)
-    return texts, recipe, Windows(args.block_size, args.stride, args.batch_size)
+    windows = Windows(args.block_size, args.stride, args.batch_size)
+    if args.recipe is None:
+        return file_texts(args.data), windows
+    recipe = _load(args, overrides)
+    return recipe_texts(recipe.data), windows.as_trained(recipe.data, recipe.training)
 
 
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
@@ -498,7 +500,7 @@ def _verify_downstream(args: argparse.Namespace) -> None:
     if args.data is None and not recipe.is_file():
         raise RecipeError.at("--data", f"{path} is not of a run, whose recipe names the text; give a file or a recipe")
     is_text = args.data is not None and Path(args.data).is_file() and Path(args.data).suffix not in (".yaml", ".yml")
-    texts = file_texts([args.data]) if is_text else recipe_texts(load_recipe(recipe))
+    texts = file_texts([args.data]) if is_text else recipe_texts(load_recipe(recipe).data)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print there, too
         rows, notes = downstream.compare(str(model), texts)
     if args.json:

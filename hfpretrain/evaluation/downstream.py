@@ -67,11 +67,11 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
     joined = list(chain.from_iterable(map(text.ids, blocks)))
     cut = [joined[start : start + context] for start in range(0, len(joined), context)]
     network = _Network(model, config, tokenizer)
-    alone = evaluate_checkpoint(model, {str(n): [d] for n, d in enumerate(documents)}, None, Windows(context))
+    alone = evaluate_checkpoint(model, {str(n): [d] for n, d in enumerate(documents)}, Windows(context))
     rows = [("AutoModelForCausalLM, a document at a time", ids, network.forward(ids), alone)]
     rows.append(("Trainer, documents padded", ids, network.trainer(ids), alone))
     if blocks:
-        packed = evaluate_checkpoint(model, {"": blocks}, None, Windows(context, document_masking=False))
+        packed = evaluate_checkpoint(model, {"": blocks}, Windows(context, document_masking=False))
         labels = [text.labels(block) for block in cut]
         rows.append((f"Trainer, run_clm's blocks of {context}", labels, network.trainer(cut, labels), packed))
         if text.prefix:

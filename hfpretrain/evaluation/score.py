@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
 from hfpretrain.evaluation.texts import Texts, checked_texts, recipe_texts
 from hfpretrain.modeling.checks import isolates_documents, use_chunked_loss
 from hfpretrain.modeling.structure import eval_mode
-from hfpretrain.recipe.schema import LmEvalSection, Recipe, RecipeError
+from hfpretrain.recipe.schema import DataSection, LmEvalSection, Recipe, RecipeError, TrainingSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -28,12 +28,18 @@ class Windows:
     """How text is cut into windows for a model."""
 
     block_size: int | None = None
-    """Tokens of a window; None: the recipe's block size, or else the model's context up to 1,024."""
+    """Tokens of a window; None: the model's context up to 1,024."""
     stride: int | None = None
     """Tokens by which a window advances; None: the block size, so that windows don't overlap."""
     batch_size: int = 8
-    document_masking: bool | None = None
-    """Whether attention ends at document boundaries; None: as the recipe says, else if the model can do it."""
+    document_masking: bool = True
+    """Whether attention ends at document boundaries, if the model can do it."""
+
+    def as_trained(self, data: DataSection, training: TrainingSection) -> Windows:
+        """These windows with the recipe's block size, unless they have one, and with its document masking."""
+        block_size = data.block_size if self.block_size is None else self.block_size
+        masking = self.document_masking and training.document_masking is not False
+        return replace(self, block_size=block_size, document_masking=masking)
 
 
 @dataclass(frozen=True)
@@ -62,25 +68,24 @@ def evaluate_perplexity(
     up to 1,024, and no overlap. The report is that of `hfpretrain evaluate`. Raises `RecipeError` if there is nothing
     to score or the model can't be loaded.
     """
-    recipe = texts if isinstance(texts, Recipe) else None
     if isinstance(texts, str):
         raise RecipeError.at("texts", "is one string; give a list of documents")
+    windows = Windows(block_size, stride, batch_size)
     if isinstance(texts, Recipe):
-        documents = recipe_texts(texts)
+        documents, windows = recipe_texts(texts.data), windows.as_trained(texts.data, texts.training)
     else:
         documents = checked_texts(texts if isinstance(texts, Mapping) else {"": texts})
-    windows = Windows(block_size, stride, batch_size)
     if isinstance(model, (str, Path)):
-        return evaluate_checkpoint(str(model), documents, recipe, windows)
+        return evaluate_checkpoint(str(model), documents, windows)
     if tokenizer is None:
         raise RecipeError.at("tokenizer", "a model in memory needs its tokenizer")
     if tokenizer.eos_token_id is None:
         raise RecipeError.at("tokenizer", "has no EOS token, which ends a document")
     with eval_mode(model):  # with dropout, documents would seem to affect each other
-        return _score_network(tokenizer, model, documents, recipe, windows).report
+        return _score_network(tokenizer, model, documents, windows).report
 
 
-def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
+def evaluate_checkpoint(model: str, texts: Texts, windows: Windows) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of `model` on all `texts`, and on each set if there are several.
 
     The documents of a set are joined as in training: each begins with the tokens that calling the tokenizer adds, and
@@ -88,16 +93,16 @@ def evaluate_checkpoint(model: str, texts: Texts, recipe: Recipe | None, windows
     `block_size`, every token sees at least `block_size - stride` tokens of its document, if there are so many. The
     report's `document_masking` says whether attention ended at document boundaries.
     """
-    return _score(model, texts, recipe, windows).report
+    return _score(model, texts, windows).report
 
 
-def compare_checkpoints(a: str, b: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> dict[str, Any]:
+def compare_checkpoints(a: str, b: str, texts: Texts, windows: Windows) -> dict[str, Any]:
     """Score both models on the same documents, and compare their bits per byte, which don't depend on the tokenizers.
 
     The result has the difference a - b with its 95% interval over documents, and `wins_of_a`: the share of documents
     on which a has fewer bits, half of those with equal ones included.
     """
-    scores = [_score(model, texts, recipe, windows) for model in (a, b)]
+    scores = [_score(model, texts, windows) for model in (a, b)]
     for model, score in zip((a, b), scores, strict=True):
         if score.report["unknown_tokens"]:
             message = (
@@ -136,19 +141,16 @@ def evaluate_tasks(model: str, section: LmEvalSection, batch_size: int) -> dict[
     return tasks.run(language_model)
 
 
-def _score(model: str, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
+def _score(model: str, texts: Texts, windows: Windows) -> Score:
     tokenizer, network = load_checkpoint(model)
     use_chunked_loss(network, "auto")
-    return _score_network(tokenizer, network, texts, recipe, windows)
+    return _score_network(tokenizer, network, texts, windows)
 
 
-def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | None, windows: Windows) -> Score:
+def _score_network(tokenizer: Any, network: Any, texts: Texts, windows: Windows) -> Score:
     device = network.device
-    block_size, stride = _sizes(windows, recipe, getattr(network.config, "max_position_embeddings", None) or 1024)
-    wanted = windows.document_masking
-    if wanted is None:
-        wanted = recipe is None or recipe.training.document_masking is not False
-    masking = wanted and isolates_documents(network, block_size)
+    block_size, stride = _sizes(windows, getattr(network.config, "max_position_embeddings", None) or 1024)
+    masking = windows.document_masking and isolates_documents(network, block_size)
     table = token_bytes(tokenizer, network.config.vocab_size)
     encode = Encoder(tokenizer, np.dtype(np.int64))
     streams = {
@@ -190,11 +192,9 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, recipe: Recipe | 
     )
 
 
-def _sizes(windows: Windows, recipe: Recipe | None, context: int) -> tuple[int, int]:
+def _sizes(windows: Windows, context: int) -> tuple[int, int]:
     """Block size and stride."""
-    block_size = windows.block_size
-    if block_size is None:
-        block_size = recipe.data.block_size if recipe else min(context, 1024)
+    block_size = min(context, 1024) if windows.block_size is None else windows.block_size
     stride = block_size if windows.stride is None else windows.stride
     if windows.batch_size < 1:
         raise RecipeError.at("--batch-size", f"{windows.batch_size} must be at least 1")

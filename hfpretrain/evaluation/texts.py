@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hfpretrain.data import corpus
-from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, SourceSection
+from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 Texts = dict[str, list[str]]
 """The documents of each set, by its name."""
@@ -30,12 +30,12 @@ def checked_texts(texts: Mapping[str, Sequence[str]]) -> Texts:
     return checked
 
 
-def recipe_texts(recipe: Recipe) -> Texts:
-    """The documents of a recipe's validation sets, by domain."""
-    if not recipe.data.has_validation:
+def recipe_texts(data: DataSection) -> Texts:
+    """The documents of a recipe's validation sets, by domain. `data`: its section."""
+    if not data.has_validation:
         raise RecipeError.at("data", "the recipe holds no validation text out")
     texts: Texts = {}
-    for source, split, text in _held_out(recipe.data):
+    for source, split, text in _held_out(data):
         texts.setdefault(split.removeprefix("validation-"), []).append(_Text(text).of(source))
     return texts
 

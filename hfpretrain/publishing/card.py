@@ -23,7 +23,7 @@ from hfpretrain import files
 from hfpretrain.planning import table
 from hfpretrain.recipe.addresses import repo_id_problem
 from hfpretrain.recipe.redaction import redact, without_folders
-from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_mapping, read_recipe
 from hfpretrain.training import run_folder, segments
 from hfpretrain.training.history import History
@@ -237,12 +237,12 @@ def _metadata(records: _Records, title: str) -> dict[str, Any]:
     """What the Hub reads from a card, with the results as `model-index`."""
     from huggingface_hub import ModelCardData
 
-    section, datasets = records.recipe.hub, _hub_datasets(records.recipe)
+    section, datasets = records.recipe.hub, _hub_datasets(records.recipe.data)
     data = ModelCardData(
         license=section.license,
         language=list(section.language) or None,
         datasets=datasets or None,
-        base_model=_base_model(records.recipe),
+        base_model=_base_model(records.recipe.model.pretrained),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hfpretrain", *section.tags],
@@ -292,15 +292,14 @@ def _task_results(records: _Records) -> Iterable[EvalResult]:
         )
 
 
-def _hub_datasets(recipe: Recipe) -> list[str]:
-    sources = (*recipe.data.sources, *recipe.data.validation_sources)
+def _hub_datasets(data: DataSection) -> list[str]:
+    sources = (*data.sources, *data.validation_sources)
     found = [source.path for source in sources if "/" in source.path and repo_id_problem(source.path) is None]
     return list(dict.fromkeys(path for path in found if not Path(path).exists()))
 
 
-def _base_model(recipe: Recipe) -> str | None:
+def _base_model(pretrained: str | None) -> str | None:
     """The pretrained model, if it is one of the Hub."""
-    pretrained = recipe.model.pretrained
     is_of_hub = pretrained is not None and repo_id_problem(pretrained) is None and not Path(pretrained).exists()
     return pretrained if is_of_hub else None
 

@@ -208,7 +208,7 @@ def test_evaluation_and_tasks_begin_a_text_as_training_did(framed):
     expected, tokens = plain_nll(model, own, texts)
     held_out = {str(number): [text] for number, text in enumerate(texts)}
     for found in (
-        evaluate_checkpoint(str(framed / "tokenizer"), held_out, None, Windows(block_size=128)),
+        evaluate_checkpoint(str(framed / "tokenizer"), held_out, Windows(block_size=128)),
         evaluate_perplexity(model, texts, tokenizer=own, block_size=256),
     ):
         assert found["tokens"] == tokens and found["loss"] == pytest.approx(expected / tokens, rel=1e-5)

@@ -95,7 +95,7 @@ def test_streams_and_evaluation_read_special_tokens_as_preparation_does(folder):
     changes = {"data__validation_sources": sources, "data__validation_fraction": 0.0}
     changes["data__sources"] = [source(folder, "train.jsonl")]
     write_jsonl(folder / "train.jsonl", small_text(20))
-    texts = recipe_texts(recipe(folder, **changes))["validation"]
+    texts = recipe_texts(recipe(folder, **changes).data)["validation"]
     made = prepare(recipe(folder, **changes))
     encode = Encoder(own, np.dtype(np.int64))
     ids = [encode.for_source(text.special_tokens)([text])[0] for text in texts]
