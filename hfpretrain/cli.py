@@ -239,7 +239,10 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     problems = preflight.world_problems(recipe)
     if args.engine is not None:
         problems += preflight.engine_problems(
-            recipe, shipped.find(args.engine, "engine", path="--engine"), args.num_processes
+            recipe.training,
+            recipe.data.block_size,
+            shipped.find(args.engine, "engine", path="--engine"),
+            args.num_processes,
         )
     elif args.num_processes is not None:
         raise RecipeError.at("--num-processes", "is used only with --engine; add that, or leave it out")
@@ -289,11 +292,12 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     optim.require_library(recipe.optimizer)
     # Raises if transformers does not take the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
-    preflight.require_model(recipe)
+    preflight.require_model(recipe.model, recipe.optimizer.no_decay)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
     if prepared is not None:
         require_known(prepared, recipe.tokenizer.max_unknown)
-    tried = preflight.try_model(recipe, None if prepared is None else prepared.packs_documents())
+    packs_documents = None if prepared is None else prepared.packs_documents()
+    tried = preflight.try_model(recipe.model, recipe.training, recipe.data, packs_documents)
     notes = [f"note             {text}" for text in tried]
     seen = "known once the text is prepared"
     if prepared is not None:
@@ -304,7 +308,7 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
         lines.append("parameters       known once the text is prepared: model.config has no vocab_size")
         return None, lines + notes
     counts, size = plan.count_recipe_parameters(recipe), plan.disk_bytes(recipe)
-    if problems := preflight.disk_problems(recipe, size):
+    if problems := preflight.disk_problems(Path(recipe.output_dir), size):
         raise RecipeError(problems)
     lines.append(f"disk             {size / 2**20:,.1f} MiB for checkpoints and the export, without the prepared text")
     note = context_note(recipe.model, plan.model_config(recipe), recipe.data.block_size)

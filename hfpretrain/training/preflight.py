@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,15 @@ from hfpretrain.recipe.addresses import hub_address, missing_path, not_loaded
 from hfpretrain.recipe.hub import explain
 from hfpretrain.recipe.schema import (
     FILE_FORMATS,
+    DataSection,
+    EvaluationSection,
+    ModelSection,
     Problem,
     Recipe,
     RecipeError,
     SourceSection,
     TokenizerSection,
+    TrainingSection,
     accumulation_steps,
 )
 from hfpretrain.recipe.yaml import read_recipe
@@ -48,11 +52,13 @@ def world_problems(recipe: Recipe) -> list[Problem]:
     sections = (("data.sources", data.sources), ("data.validation_sources", data.validation_sources))
     named = [(f"{key}.{number}", source) for key, some in sections for number, source in enumerate(some)]
     tokenizer, model = recipe.tokenizer, recipe.model
-    checks: list[Callable[[], Iterable[Problem]]] = [functools.partial(_source, *each, recipe) for each in named]
+    checks: list[Callable[[], Iterable[Problem]]] = [
+        functools.partial(_source, *each, data.on_bad_document) for each in named
+    ]
     checks += [
         lambda: _pretrained("tokenizer.pretrained", tokenizer.pretrained, tokenizer.revision, _tokenizer),
         lambda: _pretrained("model.pretrained", model.pretrained, model.revision, _weights),
-        lambda: _evaluation(recipe),
+        lambda: _evaluation(recipe.evaluation),
         lambda: _resume_from(recipe),
         lambda: _folders(recipe),
     ]
@@ -65,7 +71,7 @@ def world_problems(recipe: Recipe) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
-def engine_problems(recipe: Recipe, path: Path, num_processes: int | None) -> list[Problem]:
+def engine_problems(training: TrainingSection, block_size: int, path: Path, num_processes: int | None) -> list[Problem]:
     """What is wrong with an accelerate file, or with the recipe's batch on its number of processes."""
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -76,25 +82,24 @@ def engine_problems(recipe: Recipe, path: Path, num_processes: int | None) -> li
         return [Problem("--engine", f"{path} is not an accelerate config file: {' '.join(str(error).split()):.300}")]
     number = config.num_processes if num_processes is None else num_processes
     shares = max(1, number // (sizes.get("tp_size", 1) * sizes.get("sp_size", 1)))
-    training = recipe.training
     try:
-        accumulation_steps(training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, shares)
+        accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, shares)
     except RecipeError as error:
         return error.problems
     return []
 
 
-def disk_problems(recipe: Recipe, num_bytes: int) -> list[Problem]:
+def disk_problems(output_dir: Path, num_bytes: int) -> list[Problem]:
     """A problem if a run that has not begun needs more than is free where it will write."""
-    folder = _existing(Path(recipe.output_dir))
+    folder = _existing(output_dir)
     free = shutil.disk_usage(folder).free
-    if (Path(recipe.output_dir) / "checkpoints").exists() or num_bytes <= free:
+    if (output_dir / "checkpoints").exists() or num_bytes <= free:
         return []
     message = f"the run will write {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free in {folder}"
     return [Problem("output_dir", f"{message}; make room, lower checkpoint.keep_last or choose another disk")]
 
 
-def require_model(recipe: Recipe) -> None:
+def require_model(section: ModelSection, no_decay: Sequence[str]) -> None:
     """Build the recipe's model on the meta device, which takes a fraction of a second at any size.
 
     Raises `RecipeError` if it can't be built or exported, or if a pattern of `optimizer.no_decay` matches no parameter.
@@ -102,12 +107,14 @@ def require_model(recipe: Recipe) -> None:
     """
     from hfpretrain.modeling import optim
 
-    model = _model(recipe, "meta")
+    model = _model(section, "meta")
     if model is not None:
-        optim.decayed_names(model, recipe.optimizer.no_decay)
+        optim.decayed_names(model, no_decay)
 
 
-def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
+def try_model(
+    section: ModelSection, training: TrainingSection, data: DataSection, packs_documents: bool | None
+) -> list[str]:
     """Test a small model with random weights as training will test it. Returns a sentence for what was not tested.
 
     `packs_documents`: whether a block holds several documents, None if the text is not prepared. Raises `RecipeError`
@@ -117,17 +124,16 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
     from hfpretrain.modeling import checks
     from hfpretrain.modeling.structure import count_parameters
 
-    training = recipe.training
-    blueprint = _model(recipe, "meta")
+    blueprint = _model(section, "meta")
     if blueprint is None or count_parameters(blueprint).total > _TRIED_PARAMETERS:
         if training.document_masking is False:
             return []
         return ["whether the model can keep the documents of a block apart is tested when training starts"]
-    model = _model(recipe, "cpu")
+    model = _model(section, "cpu")
     assert model is not None
-    checks.require_causal(model, recipe.model)
-    leak = None if training.document_masking is False else checks.leak_reason(model, recipe.data.block_size)
-    packs = leak is not None and _packs_documents(recipe) if packs_documents is None else packs_documents
+    checks.require_causal(model, section)
+    leak = None if training.document_masking is False else checks.leak_reason(model, data.block_size)
+    packs = leak is not None and _packs_documents(data) if packs_documents is None else packs_documents
     checks.resolve_document_masking(training.document_masking, leak, packs)
     checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)
     if leak is None or packs_documents is not None:
@@ -135,42 +141,42 @@ def try_model(recipe: Recipe, packs_documents: bool | None) -> list[str]:
     return [f"if a block holds several documents, training asks for training.document_masking: false, since {leak}"]
 
 
-def _model(recipe: Recipe, device: str) -> PreTrainedModel | None:
+def _model(section: ModelSection, device: str) -> PreTrainedModel | None:
     """The recipe's model with random weights, or on the meta device; None if it has remote code."""
     from hfpretrain.modeling.build import build_model
     from hfpretrain.modeling.config import load_config
 
     # The tokenizer may not exist yet. The size of the vocabulary changes nothing that is tested here.
-    ids = [n for key, n in (recipe.model.config or {}).items() if key.endswith("token_id") and isinstance(n, int)]
-    config = load_config(recipe.model, vocab_size=max(511, *ids, 0) + 1)
+    ids = [n for key, n in (section.config or {}).items() if key.endswith("token_id") and isinstance(n, int)]
+    config = load_config(section, vocab_size=max(511, *ids, 0) + 1)
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
-    section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
+    section = section.model_copy(update={"pretrained": None, "depth_scaled_init": False})
     if section.attn_implementation.startswith(("flash", "flex")):  # which may not run on this machine
         section = section.model_copy(update={"attn_implementation": "auto"})
     return build_model(section, config, device=device)
 
 
-def _packs_documents(recipe: Recipe) -> bool:
+def _packs_documents(data: DataSection) -> bool:
     """Whether some block is sure to hold several documents, judged by the first eight documents of each source.
 
     Documents laid end to end don't all fill blocks exactly, and with best-fit packing short ones share a block.
     """
-    if recipe.data.streaming:
+    if data.streaming:
         return True
-    for number, source in enumerate(recipe.data.sources):
-        reader = corpus.Reader(source, f"data.sources.{number}", recipe.data.on_bad_document)
+    for number, source in enumerate(data.sources):
+        reader = corpus.Reader(source, f"data.sources.{number}", data.on_bad_document)
         first = reader.pieces[0] if reader.pieces else None
         if first is None or not Path(first.origin).is_file() or (first.size or 0) > _SMALL_BYTES:
             continue
         sizes = [len(one.text.encode()) for one in itertools.islice(filter(lambda one: one.text, reader.read([0])), 8)]
-        num_short = sum(size < recipe.data.block_size // 2 for size in sizes)  # no token is shorter than a byte
-        if len(sizes) == 8 and (recipe.data.packing == "concat" or num_short >= 2):
+        num_short = sum(size < data.block_size // 2 for size in sizes)  # no token is shorter than a byte
+        if len(sizes) == 8 and (data.packing == "concat" or num_short >= 2):
             return True
     return False
 
 
-def _source(key: str, source: SourceSection, recipe: Recipe) -> Iterator[Problem]:
+def _source(key: str, source: SourceSection, on_bad_document: str) -> Iterator[Problem]:
     """Problems of a source: it does not exist, can't be read, or its first document is bad."""
     if source.path == corpus.PYTHON_STDLIB:
         return
@@ -180,7 +186,7 @@ def _source(key: str, source: SourceSection, recipe: Recipe) -> Iterator[Problem
         elif "://" not in source.path:
             yield from _repo(f"{key}.path", source.path, source.revision, "dataset", ())
         return
-    reader = corpus.Reader(source, key, recipe.data.on_bad_document)
+    reader = corpus.Reader(source, key, on_bad_document)
     local = [piece for piece in reader.pieces if "://" not in piece.origin and Path(piece.origin).is_file()]
     for piece in local:
         if not os.access(piece.origin, os.R_OK):
@@ -280,8 +286,7 @@ def _prepared_by_datasets(repo_id: str) -> bool:
     return (Path(home) / repo_id.replace("/", "___")).is_dir()
 
 
-def _evaluation(recipe: Recipe) -> Iterator[Problem]:
-    section = recipe.evaluation
+def _evaluation(section: EvaluationSection) -> Iterator[Problem]:
     for number, metric in enumerate(section.metrics):
         if problem := missing_path(metric):
             yield Problem(f"evaluation.metrics.{number}", problem)

@@ -330,7 +330,7 @@ def _check_model(recipe: Recipe, engine: Engine) -> None:
     """Raise `RecipeError` if the model of a new run can't be built, before text is prepared for hours."""
     if not any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         with engine.plain_initialization():
-            preflight.require_model(recipe)
+            preflight.require_model(recipe.model, recipe.optimizer.no_decay)
 
 
 def _epochs(recipe: Recipe, prepared: PreparedData) -> list[float] | None:

@@ -82,17 +82,19 @@ def test_what_else_a_recipe_names(folder):
     (folder / "other.yaml").rename(folder / "other" / "recipe.yaml")
     found = problems(folder, f"--output_dir={folder / 'other'}", "--optimizer.lr=1e-4")
     assert "another recipe's run" in found["output_dir"] and "optimizer.lr" in found
-    assert disk_problems(load_recipe(write_recipe(folder)), 2**60)[0].path == "output_dir"
-    assert not disk_problems(load_recipe(write_recipe(folder)), 2**20)
+    assert disk_problems(folder / "run", 2**60)[0].path == "output_dir"
+    assert not disk_problems(folder / "run", 2**20)
 
 
 def test_an_engine_file_and_the_batch_on_its_processes(folder):
     recipe = load_recipe(write_recipe(folder))
-    assert engine_problems(recipe, find("ddp", "engine"), 2) == []
-    (found,) = engine_problems(recipe, find("ddp", "engine"), 3)
+    training, block_size = recipe.training, recipe.data.block_size
+    assert engine_problems(training, block_size, find("ddp", "engine"), 2) == []
+    (found,) = engine_problems(training, block_size, find("ddp", "engine"), 3)
     assert "does not divide by 3 processes" in found.message
     (folder / "wrong.yaml").write_text("distributed_type: MULTI_GPU\nnum_procs: 3\n")
-    assert "is not an accelerate config file" in engine_problems(recipe, folder / "wrong.yaml", None)[0].message
+    (found,) = engine_problems(training, block_size, folder / "wrong.yaml", None)
+    assert "is not an accelerate config file" in found.message
 
 
 def test_repos_of_the_hub_are_asked_for_and_offline_looked_for_in_the_cache(folder, model):
@@ -140,13 +142,13 @@ def test_a_pattern_that_matches_no_parameter_is_told_by_check_and_before_text_is
 def test_a_model_that_cannot_be_built_is_told_before_text_is_read(folder):
     musicgen = recipe_mapping(folder, model__config={"model_type": "musicgen"})
     with pytest.raises(RecipeError, match=r"model\.config: no model can be built: "):
-        require_model(Recipe.model_validate(musicgen))
+        require_model(Recipe.model_validate(musicgen).model, ())
 
 
 def test_what_training_finds_out_about_a_model_is_tried_of_a_small_one(folder):
     def tried(config, packs_documents=True, **changes):
         recipe = Recipe.model_validate(recipe_mapping(folder, model__config=config, **changes))
-        return try_model(recipe, packs_documents)
+        return try_model(recipe.model, recipe.training, recipe.data, packs_documents)
 
     llama = recipe_mapping(folder)["model"]["config"]
     match = r"training\.document_masking: packed documents can't be kept apart"
@@ -170,7 +172,8 @@ def test_text_that_is_not_prepared_is_looked_at_for_several_documents_in_a_block
     def tried(texts, packing="concat"):
         write_jsonl(folder / "corpus.jsonl", texts)
         changes = {"model__config": OPT, "data__packing": packing}
-        return try_model(Recipe.model_validate(recipe_mapping(folder, **changes)), None)
+        recipe = Recipe.model_validate(recipe_mapping(folder, **changes))
+        return try_model(recipe.model, recipe.training, recipe.data, None)
 
     for texts, packing in ((["a" * 1000], "concat"), (["a" * 1000] * 9, "best_fit")):
         (told,) = tried(texts, packing)
