@@ -18,7 +18,9 @@ RECORD = "hub_commits"
 """Key of `environment.json` under which a run keeps what `find` returned."""
 
 
-def find(recipe: Recipe) -> dict[str, str | None]:
+def find(
+    model: ModelSection, tokenizer: TokenizerSection, output_dir: Path, resume_from: str | None
+) -> dict[str, str | None]:
     """Map each `pretrained` key of a recipe to its commit hash.
 
     A local folder maps to None. In offline mode, a repository that is not cached maps to an empty string. A run that
@@ -26,9 +28,9 @@ def find(recipe: Recipe) -> dict[str, str | None]:
     Otherwise the Hub is asked. Only the main process calls this: if every rank asked, a push between two requests could
     give them different commits. Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
     """
-    known, found = _recorded(recipe), dict[str, str | None]()
+    known, found = _recorded(output_dir, resume_from), dict[str, str | None]()
     asked: dict[tuple[str, str | None], str | None] = {}
-    for key, section in _sections(recipe):
+    for key, section in _sections(model, tokenizer):
         of = (section.pretrained or "", section.revision)
         if Path(of[0]).exists() or missing_path(of[0]):
             found[key] = None
@@ -48,7 +50,7 @@ def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
     other way round.
     """
     updates = {}
-    for key, section in _sections(recipe):
+    for key, section in _sections(recipe.model, recipe.tokenizer):
         is_folder = Path(section.pretrained or "").exists()
         if is_folder != (found[key] is None) and not missing_path(section.pretrained or ""):
             place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
@@ -60,23 +62,25 @@ def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
     return recipe.model_copy(update=updates)
 
 
-def notes(recipe: Recipe, found: dict[str, str | None]) -> Iterator[str]:
+def notes(model: ModelSection, tokenizer: TokenizerSection, found: dict[str, str | None]) -> Iterator[str]:
     """A sentence for each commit that the recipe does not name itself."""
-    for key, section in _sections(recipe):
+    for key, section in _sections(model, tokenizer):
         if found[key] and found[key] != section.revision:
             yield f"{key}: {section.pretrained} is loaded at commit {found[key]}"
 
 
-def _sections(recipe: Recipe) -> Iterator[tuple[str, ModelSection | TokenizerSection]]:
-    sections = (("model.pretrained", recipe.model), ("tokenizer.pretrained", recipe.tokenizer))
+def _sections(
+    model: ModelSection, tokenizer: TokenizerSection
+) -> Iterator[tuple[str, ModelSection | TokenizerSection]]:
+    sections = (("model.pretrained", model), ("tokenizer.pretrained", tokenizer))
     return ((key, section) for key, section in sections if section.pretrained is not None)
 
 
-def _recorded(recipe: Recipe) -> dict[str, str | None]:
+def _recorded(output_dir: Path, resume_from: str | None) -> dict[str, str | None]:
     """The recorded commits of the run in the output folder, or else of the run of `checkpoint.resume_from`."""
-    folders = [Path(recipe.output_dir)]
-    if recipe.checkpoint.resume_from is not None:
-        folders.append(Path(recipe.checkpoint.resume_from).absolute().parent.parent)
+    folders = [output_dir]
+    if resume_from is not None:
+        folders.append(Path(resume_from).absolute().parent.parent)
     for folder in folders:
         path = folder / ENVIRONMENT
         if path.is_file():

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hfpretrain.checkpoints.recipe_changes import changes
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
@@ -54,7 +54,8 @@ def refuse_other_run(recipe: Recipe) -> None:
         begun = read_recipe(path)
     except RecipeError as error:
         raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
-    changed = [problem for problem in changes(recipe, begun) if not _was_so(problem, recipe, path.parent)]
+    masking = recipe.training.document_masking
+    changed = [problem for problem in changes(recipe, begun) if not _was_so(problem, masking, path.parent)]
     if changed:
         advice = "choose another output_dir, or undo the changes to resume"
         raise RecipeError(
@@ -62,7 +63,7 @@ def refuse_other_run(recipe: Recipe) -> None:
         )
 
 
-def _was_so(problem: Problem, recipe: Recipe, run: Path) -> bool:
+def _was_so(problem: Problem, document_masking: Literal["auto"] | bool, run: Path) -> bool:
     """Whether the recipe now only says what the run in the folder did: `document_masking: auto` once let documents see
     each other, and the recipe may now say `false`."""
     if problem.path != "training.document_masking":
@@ -71,7 +72,7 @@ def _was_so(problem: Problem, recipe: Recipe, run: Path) -> bool:
         recorded = json.loads((run / ENVIRONMENT).read_text("utf-8"))["document_masking"]
     except (OSError, ValueError, KeyError):
         return False
-    return recorded == (recipe.training.document_masking is not False)
+    return recorded == (document_masking is not False)
 
 
 def is_in_use(output_dir: Path) -> bool:

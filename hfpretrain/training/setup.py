@@ -181,8 +181,11 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     )
     start_from = recipe.checkpoint.resume_from
     watch.from_main(f"fetch {start_from}", lambda: resume.fetch_start(given, watch.unit_done))
-    hub_commits: dict[str, str | None] = watch.from_main("ask the Hub for commits", lambda: commits.find(given))
-    for text in commits.notes(recipe, hub_commits):
+    hub_commits: dict[str, str | None] = watch.from_main(
+        "ask the Hub for commits",
+        lambda: commits.find(given.model, given.tokenizer, Path(given.output_dir), start_from),
+    )
+    for text in commits.notes(recipe.model, recipe.tokenizer, hub_commits):
         notes.add(text)
     recipe = commits.pinned(recipe, hub_commits)
     choose.require_model(

@@ -1,6 +1,7 @@
 """Which commits a run loads. With two ranks and a push between them: `tests/publishing/test_hub.py`."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import recipe_mapping
@@ -16,6 +17,10 @@ def recipe(folder, **changes):
     return Recipe.model_validate(recipe_mapping(folder, **sections | changes))
 
 
+def find(given):
+    return commits.find(given.model, given.tokenizer, Path(given.output_dir), given.checkpoint.resume_from)
+
+
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """A cache of the Hub, in offline mode, that has `user/base` at `OID`."""
@@ -28,28 +33,29 @@ def cached(tmp_path, monkeypatch):
 
 
 def test_offline_it_is_the_commit_of_the_cache(tmp_path, cached):
-    found = commits.find(recipe(tmp_path))
+    given = recipe(tmp_path)
+    found = find(given)
     assert found == {"model.pretrained": OID, "tokenizer.pretrained": OID}
-    pinned = commits.pinned(recipe(tmp_path), found)
+    pinned = commits.pinned(given, found)
     assert (pinned.model.revision, pinned.tokenizer.revision) == (OID, OID)
-    assert list(commits.notes(recipe(tmp_path), found)) == [
+    assert list(commits.notes(given.model, given.tokenizer, found)) == [
         f"{key}: user/base is loaded at commit {OID}" for key in ("model.pretrained", "tokenizer.pretrained")
     ]
     named = recipe(tmp_path, model={"pretrained": "user/base", "revision": OTHER})
-    assert commits.find(named)["model.pretrained"] == OTHER
+    assert find(named)["model.pretrained"] == OTHER
 
 
 def test_a_run_keeps_its_commit_and_gives_it_to_the_run_that_goes_on_from_it(tmp_path, cached):
     record = {"hub_commits": {"model.pretrained": OTHER, "tokenizer.pretrained": OTHER}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "environment.json").write_text(json.dumps(record))
-    assert commits.find(recipe(tmp_path)) == record["hub_commits"]
+    assert find(recipe(tmp_path)) == record["hub_commits"]
     checkpoint = str(tmp_path / "run" / "checkpoints" / "step-00000002")
     other = {"output_dir": str(tmp_path / "other"), "checkpoint__resume_from": checkpoint}
-    assert commits.find(recipe(tmp_path, **other)) == record["hub_commits"]
+    assert find(recipe(tmp_path, **other)) == record["hub_commits"]
     (tmp_path / "run" / "environment.json").write_text("{")
     with pytest.raises(RecipeError, match="is damaged, so the commits of the run are unknown"):
-        commits.find(recipe(tmp_path))
+        find(recipe(tmp_path))
 
 
 def test_a_folder_of_that_name_on_one_machine_alone_is_refused(tmp_path, monkeypatch):
@@ -57,7 +63,7 @@ def test_a_folder_of_that_name_on_one_machine_alone_is_refused(tmp_path, monkeyp
     of_hub = {"model.pretrained": OID, "tokenizer.pretrained": OID}
     (tmp_path / "user" / "base").mkdir(parents=True)
     given = recipe(tmp_path)
-    assert commits.find(given) == dict.fromkeys(of_hub) and commits.pinned(given, commits.find(given)) == given
+    assert find(given) == dict.fromkeys(of_hub) and commits.pinned(given, find(given)) == given
     with pytest.raises(RecipeError, match=r"user/base is a folder for rank 0 .* all must load the same"):
         commits.pinned(given, of_hub)
     (tmp_path / "user" / "base").rmdir()
