@@ -11,23 +11,30 @@ from accelerate.utils import gather_object
 from hfpretrain import files
 from hfpretrain.data.batches import StepData, TrainingData
 from hfpretrain.data.inspection import sequences
+from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
+from hfpretrain.engines.base import Engine
 from hfpretrain.training.records import Records
-from hfpretrain.training.setup import Setup
 
 
 def sequences_of(
-    setup: Setup, data: TrainingData | StreamingData, data_step: int, step_data: StepData
+    engine: Engine,
+    prepared: PreparedData,
+    tokenizer: Any,
+    data: TrainingData | StreamingData,
+    data_step: int,
+    step_data: StepData,
 ) -> list[dict[str, Any]]:
     """The text of every sequence of a step; for prepared data also where each document comes from.
 
     `step_data`: this process's share of data step `data_step`. All ranks must call it; the main process gets the texts.
     """
+    is_main = engine.process_index == 0
     if isinstance(data, TrainingData):
-        return list(sequences(setup.prepared, data, setup.tokenizer, data_step)) if setup.is_main else []
+        return list(sequences(prepared, data, tokenizer, data_step)) if is_main else []
     ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
-    gathered = gather_object(ids if setup.engine.counts_its_data else [])
-    return [{"text": setup.tokenizer.decode(row)} for row in gathered] if setup.is_main else []
+    gathered = gather_object(ids if engine.counts_its_data else [])
+    return [{"text": tokenizer.decode(row)} for row in gathered] if is_main else []
 
 
 def write(output_dir: Path, content: dict[str, Any], num_events: int, records: Records) -> Path:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 
 from hfpretrain.data.batches import StepData
+from hfpretrain.engines.base import Engine
 from hfpretrain.evaluation.evaluator import Evaluator, is_due
+from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.training.feed import Feed
 from hfpretrain.training.profiler import Profiler
@@ -43,9 +45,11 @@ def fit(
     recipe, engine, clock = setup.recipe, setup.engine, log.clock
     num_steps, tokens_per_step, setting = recipe.training.num_steps, recipe.training.tokens_per_step, setup.setting
 
-    def before_micro_step() -> None:
+    def before_micro_step(micro_step: int) -> None:
         watch.beat("train", state.step)
         stop_if_asked()
+        first = (state.step * engine.data_size + engine.data_index) * setup.accumulation_steps
+        seed_dropout(engine, recipe.seed, (first + micro_step) * recipe.training.micro_batch_size)
 
     while True:
         if not state.evaluated and (evaluation := evaluator.evaluate(state.step, state.tokens)) is not None:
@@ -63,7 +67,7 @@ def fit(
         step_data = feed.next()
         clock.mark("data")
         watch.beat("train", state.step)  # a rank that still waits for its data is behind the others
-        loss, grad_norm = compute_gradients(setup, state.step, step_data, before_micro_step)
+        loss, grad_norm = compute_gradients(engine, setup.step_loss, step_data, before_micro_step)
         clock.mark("forward_backward")
         lr = setup.scheduler.get_last_lr()
         problem = stability.find_problem(loss, grad_norm)
@@ -76,26 +80,26 @@ def fit(
         state.advance(step_data, loss, tokens_per_step, setting)
         records.step_done()
         if is_due(state.step, recipe.logging.every_steps, num_steps):
-            log.write(grad_norm, lr)
+            log.write(records, grad_norm, lr)
 
 
 def compute_gradients(
-    setup: Setup, step: int, step_data: StepData, before_micro_step: Callable[[], None]
+    engine: Engine, step_loss: StepLoss, step_data: StepData, before_micro_step: Callable[[int], None]
 ) -> tuple[float, float]:
-    """Compute the gradients of optimizer step `step`, counted from 0, and clip them.
+    """Compute the gradients of an optimizer step, and clip them.
+
+    `before_micro_step` is called with the number of each micro-step, from 0.
 
     Returns the loss, a mean over all label tokens of the step on all processes, and the norm of the gradients before
     clipping, which is not finite if a gradient is not.
     """
-    engine = setup.engine
     batches = [engine.to_device(batch) for batch in step_data.batches]
     num_items = engine.total(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches))
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for micro_step, batch in enumerate(map(engine.split_sequences, batches)):
-        before_micro_step()
-        seed_dropout(setup, step, micro_step)
+        before_micro_step(micro_step)
         with engine.accumulate():
-            loss, objective = setup.step_loss(engine.model, batch, num_items, len(batches) * engine.data_size)
+            loss, objective = step_loss(engine.model, batch, num_items, len(batches) * engine.data_size)
             engine.backward(objective)
             total += loss.detach()
     grad_norm = engine.clip_gradients()
@@ -104,27 +108,23 @@ def compute_gradients(
     return total.item(), grad_norm.item()
 
 
-def seed_dropout(setup: Setup, step: int, micro_step: int) -> None:
-    """Make dropout a function of the recipe's seed and the place of a micro-batch in the run.
+def seed_dropout(engine: Engine, seed: int, sequence: int) -> None:
+    """Make dropout a function of the recipe's seed and of `sequence`, the number of sequences before a micro-batch.
 
-    A resume then has no random state to restore, and the number of processes does not change what is dropped.
+    They are counted from the start of the run, over all processes. A resume then has no random state to restore, and
+    the number of processes does not change what is dropped.
     """
-    engine = setup.engine
-    per_step = engine.data_size * setup.accumulation_steps
-    place = step * per_step + engine.data_index * setup.accumulation_steps + micro_step
-    parts = [setup.recipe.seed, place * setup.recipe.training.micro_batch_size, engine.dropout_index]
+    parts = [seed, sequence, engine.dropout_index]
     engine.seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()))
 
 
-def rehearse(setup: Setup, example: dict[str, torch.Tensor]) -> None:
+def rehearse(engine: Engine, step_loss: StepLoss, example: dict[str, torch.Tensor], micro_batch_size: int) -> None:
     """Do a step that changes nothing, on `example` repeated, so that a model that does not compile or fit fails now."""
-    engine = setup.engine
-    size = setup.recipe.training.micro_batch_size
-    batch = engine.to_device({name: tensor.repeat(size, 1) for name, tensor in example.items()})
+    batch = engine.to_device({name: tensor.repeat(micro_batch_size, 1) for name, tensor in example.items()})
     batch = engine.split_sequences(batch)
     with engine.rehearsal():
         num_items = torch.tensor(batch["labels"].numel())
-        _, objective = setup.step_loss(engine.model, batch, num_items, 1)
+        _, objective = step_loss(engine.model, batch, num_items, 1)
         engine.backward(objective * 0.0)
         engine.clip_gradients()
         engine.update()

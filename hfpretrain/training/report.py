@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hfpretrain import files
 from hfpretrain.checkpoints import export
-from hfpretrain.data.batches import epochs_text
 from hfpretrain.data.summary import summary
 from hfpretrain.data.tokenizer import describe_framing, document_prefix, document_start
 from hfpretrain.evaluation.validation import domains
@@ -86,30 +87,39 @@ def describe(setup: Setup, state: TrainState) -> None:
         files.write_whole(path, json.dumps(environment(setup) | {"segments": state.segments}, indent=1))
 
 
-def run_summary(setup: Setup, state: TrainState, history: History, report: dict[str, Any]) -> str:
-    """What a finished run prints. `report`: see `verify.verify_export`."""
+def run_summary(
+    state: TrainState,
+    history: History,
+    report: dict[str, Any],
+    *,
+    output_dir: Path,
+    num_parameters: int,
+    epochs: str | None,
+    notes: Sequence[str],
+) -> str:
+    """What a finished run prints. `report`: see `verify.verify_export`. `epochs`: what `epochs_text` returned, None for
+    a stream."""
     where = ", ".join(
         text if (first, last) == (1, state.step) else f"{text} (steps {first:,} to {last:,})"
         for text, first, last in segments.places(state.segments)
     )
     lines = [
         "",
-        f"{setup.output_dir.name}: {setup.parameters.total:,} parameters, {state.tokens:,} tokens in "
-        f"{state.step:,} steps, {where}",
+        f"{output_dir.name}: {num_parameters:,} parameters, {state.tokens:,} tokens in {state.step:,} steps, {where}",
     ]
     for row in history.evaluations:
         lines.append(f"  {_moment(row['step'], state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
-    if setup.epochs is not None:
-        lines.append(f"  {'epochs':<16} {epochs_text(setup.recipe.data.sources, setup.epochs)}")
+    if epochs is not None:
+        lines.append(f"  {'epochs':<16} {epochs}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
     lines += [
-        f"  {'model':<16} {setup.output_dir / 'model'}",
-        f"  {'loss plot':<16} {setup.output_dir / 'loss.png'}",
-        f"  {'metrics':<16} {setup.output_dir / 'metrics.jsonl'}",
+        f"  {'model':<16} {output_dir / 'model'}",
+        f"  {'loss plot':<16} {output_dir / 'loss.png'}",
+        f"  {'metrics':<16} {output_dir / 'metrics.jsonl'}",
         f"  {'export':<16} loaded in a fresh process; largest difference of a token's loss "
         f"{report['max_token_loss_difference']:.1e}",
-        *(f"  {'note':<16} {text}" for text in setup.notes),
+        *(f"  {'note':<16} {text}" for text in notes),
         "  sample",
         *("    | " + line for line in text.splitlines()[:12]),
     ]

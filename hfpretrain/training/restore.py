@@ -14,9 +14,10 @@ from typing import Any
 from hfpretrain import files
 from hfpretrain.checkpoints import resume, saver
 from hfpretrain.data.batches import TrainingData
+from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.modeling import optim
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.recipe.yaml import MAY_DIFFER, differences, read_recipe
 from hfpretrain.training import segments
 from hfpretrain.training.setup import Setup
@@ -85,7 +86,9 @@ def restore(
     undecayed = stored.pop("undecayed", [])
     setup.notes.add(decay_note(setup.recipe.optimizer.name, path, undecayed, setup.undecayed))
     if stored.pop("data") != setup.data_identity:
-        raise RecipeError.at("data", _other_data(setup, path, is_first_version="segments" not in stored))
+        is_first_version, add_bos = "segments" not in stored, setup.recipe.tokenizer.add_bos
+        message = _other_data(path, is_first_version, setup.recipe.data.streaming, setup.prepared, add_bos)
+        raise RecipeError.at("data", message)
     num_steps = setup.recipe.training.num_steps
     if stored["step"] > num_steps:
         message = f"{path} has done {stored['step']} steps, more than the {num_steps} asked"
@@ -97,7 +100,7 @@ def restore(
         raise RecipeError.at(str(path), message) from error
     if not state.segments:  # an older version wrote it
         state.segments = [{**origin, "first_step": 1, "last_step": state.step}]
-    _check_ledger(setup, state, path, digest, data, watch)
+    _check_ledger(state, path, digest, data, setup.recipe.training.tokens_per_step, setup.prepared.path, watch)
     start = time.perf_counter()
     has_scaler = setup.engine.load_state(path, saving_group)
     optim.set_step(setup.scheduler, state.step)
@@ -108,21 +111,23 @@ def restore(
         changes.append(f"training goes on in {now}; up to step {state.step} it was in {before}")
     if setup.is_main:
         logger.info("resumed from %s, read in %.1f s", path, time.perf_counter() - start)
-        changes += _changes(setup, state, path)
+        changes += _changes(setup.recipe, setup.setting, state, path)
     for text in changes:
         logger.warning(text)
     return changes
 
 
-def _other_data(setup: Setup, path: Path, is_first_version: bool) -> str:
+def _other_data(
+    path: Path, is_first_version: bool, streaming: bool, prepared: PreparedData, add_bos: bool | None
+) -> str:
     """The message for a checkpoint that was trained on other data."""
-    if setup.recipe.data.streaming and is_first_version:
+    if streaming and is_first_version:
         return (
             f"{path} is a stream's checkpoint of hfpretrain 0.1.0, which knew sources by path and time, not by "
             "content. Finish the run with that version, or begin a new one with its weights (model.pretrained)"
         )
     message = f"the prepared text is not that of {path}: sources or tokenizer changed since; restore them"
-    if setup.prepared.document_prefix and setup.recipe.tokenizer.add_bos is None:
+    if prepared.document_prefix and add_bos is None:
         # Setting `add_bos` now would not help: it changes the tokenizer's file, which the checksum covers.
         message += (
             ". If hfpretrain 0.1.0 began this run, its documents have no BOS: finish it with that version, or "
@@ -149,7 +154,13 @@ def decay_note(optimizer: str, path: Path, before: list[str], now: list[str]) ->
 
 
 def _check_ledger(
-    setup: Setup, state: TrainState, path: Path, digest: str, data: TrainingData | StreamingData, watch: Watch
+    state: TrainState,
+    path: Path,
+    digest: str,
+    data: TrainingData | StreamingData,
+    tokens_per_step: int,
+    prepared_path: Path,
+    watch: Watch,
 ) -> None:
     """Raise `RecipeError` if the data on disk are not those that the checkpoint's ledger says were trained on."""
     ledger, wrong = state.consumption.ledger, None
@@ -159,30 +170,29 @@ def _check_ledger(
             watch.unit_done()
             return data.checksum(state.data_step(step))
 
-        tokens = setup.recipe.training.tokens_per_step
-        wrong = watch.from_main("compare the ledger with the data", lambda: ledger.mismatch(checksum, tokens))
+        wrong = watch.from_main("compare the ledger with the data", lambda: ledger.mismatch(checksum, tokens_per_step))
     if wrong is not None or ledger.digest != digest:
         raise RecipeError.at(
             "data",
-            f"the tokens of step {wrong} in {setup.prepared.path} are not those that {path} was trained on; "
+            f"the tokens of step {wrong} in {prepared_path} are not those that {path} was trained on; "
             "`hfpretrain verify` tells what changed, deleting the folder makes it anew",
         )
 
 
-def _changes(setup: Setup, state: TrainState, path: Path) -> Iterator[str]:
-    """A sentence for each setting that differs from those up to the checkpoint at `path`."""
-    last_step = setup.recipe.training.num_steps
+def _changes(recipe: Recipe, now: dict[str, Any], state: TrainState, path: Path) -> Iterator[str]:
+    """A sentence for each setting that differs from those up to the checkpoint at `path`. `now`: `Setup.setting`."""
+    last_step = recipe.training.num_steps
     if state.step >= last_step:
         return
-    before, now = state.segments[-1], setup.setting
+    before = state.segments[-1]
     if (moved := segments.moved(before, now, state.step)) is not None:
         yield moved
     try:
-        recipe = read_recipe(path / "recipe.yaml")
+        old_recipe = read_recipe(path / "recipe.yaml")
     except RecipeError:  # an older version wrote it; the recipe in the run folder was compared with this one
         return
-    section, lr = setup.recipe.scheduler, setup.recipe.optimizer.lr
-    planned = before.get("num_steps", recipe.training.num_steps)
+    section, lr = recipe.scheduler, recipe.optimizer.lr
+    planned = before.get("num_steps", old_recipe.training.num_steps)
     used, unchanged, following = (
         optim.learning_rate(section, lr, number, step)
         for number, step in ((planned, state.step - 1), (planned, state.step), (last_step, state.step))
@@ -194,8 +204,8 @@ def _changes(setup: Setup, state: TrainState, path: Path) -> Iterator[str]:
             f"{section.name} depends. To extend a run, use constant_with_warmup, or warmup_stable_decay before its "
             "decay. Or start a new run with its own schedule from these weights (model.pretrained)"
         )
-    attention = before.get("attn_implementation", recipe.model.attn_implementation)
+    attention = before.get("attn_implementation", old_recipe.model.attn_implementation)
     if attention not in ("auto", now["attn_implementation"]):
         yield f"from step {state.step + 1} on attention is {now['attn_implementation']}; it was {attention}"
-    for problem in differences(setup.recipe, recipe, ignore=_NOT_OF_STEPS):
+    for problem in differences(recipe, old_recipe, ignore=_NOT_OF_STEPS):
         yield f"from step {state.step + 1} on {problem}"

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 
 from hfpretrain.checkpoints import export, verify
+from hfpretrain.data.batches import epochs_text
 from hfpretrain.data.ledger import Consumption
 from hfpretrain.engines import distributed, launch
 from hfpretrain.engines.base import Engine, is_out_of_memory
@@ -22,7 +24,7 @@ from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
 from hfpretrain.planning.plan import ResolvedSettings
 from hfpretrain.recipe.redaction import redacted
-from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError
+from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, TrainingSection
 from hfpretrain.recipe.yaml import flatten
 from hfpretrain.training import report, run_folder
 from hfpretrain.training.feed import Feed
@@ -83,7 +85,7 @@ def _train(
     newest = newest_checkpoint(output_dir, setup.engine.process_index, watch)
     feed = Feed(setup, newest.path, watch, stops)
     watch.beat("rehearse", 0)
-    rehearse(setup, feed.example())
+    rehearse(setup.engine, setup.step_loss, feed.example(), recipe.training.micro_batch_size)
 
     state, changes = TrainState(Consumption(len(feed.data.order.sizes))), []
     if newest.path is not None:
@@ -96,7 +98,8 @@ def _train(
         report.describe(setup, state)
         publisher.start()
     saved_step = None if newest.path is None else first_step
-    records = Records(output_dir, _trackers(setup, state.run_id), is_main, recipe.training.num_steps, saved_step)
+    trackers = _trackers(recipe, setup.engine.accelerator, state.run_id)
+    records = Records(output_dir, trackers, is_main, recipe.training.num_steps, saved_step)
     for text in (*setup.notes, *newest.passed_over, *changes):
         records.event(first_step, text)
     saver = RunSaver(
@@ -143,13 +146,24 @@ def _train(
             evaluator=evaluator,
             saver=saver,
             stability=stability,
-            log=StepLog(setup, state, records),
+            log=StepLog(
+                state,
+                setup.engine,
+                recipe.training,
+                streaming=recipe.data.streaming,
+                flops_per_token=setup.flops_per_token,
+                peak_flops=setup.peak_flops,
+                peak_memory=setup.peak_memory,
+            ),
             profiler=profiler,
             watch=watch,
             stop_if_asked=vote.stop_if_asked,
         )
     except Stopping:
-        _save_and_stop(setup, state, first_step, saver, publisher, records, stops, close)
+        if stops.reason == "training.stop_after" and state.step == first_step:
+            raise _stopped_before_first_step(recipe.training, stops) from None
+        _save_and_stop(state, saver, publisher, records, stops, close)
+        setup.engine.finish()
         return None
     watch.beat("export", state.step)
     close()
@@ -162,28 +176,26 @@ def _train(
     return model_path
 
 
+def _stopped_before_first_step(training: TrainingSection, stops: Stops) -> RecipeError:
+    used = (training.stop_after_seconds or 0) - (stops.seconds_left() or 0)
+    message = f"{training.stop_after} were over before the first step, {used:.0f} s after the start"
+    return RecipeError.at("training.stop_after", f"{message}; give more, or it never gets anywhere")
+
+
 def _save_and_stop(
-    setup: Setup,
     state: TrainState,
-    first_step: int,
     saver: RunSaver,
     publisher: Publisher,
     records: Records,
     stops: Stops,
     close: Callable[[], None],
 ) -> None:
-    """Save the state, so that the same command resumes from it, and end the process group. All ranks must call it.
+    """Save the state, so that the same command resumes from it, and end the records. All ranks must call it.
 
-    Raises `RecipeError` if the time of `training.stop_after` was over before the first step, `NotSavedError` if the
-    checkpoint could not be written.
+    Raises `NotSavedError` if the checkpoint could not be written.
     """
     start = time.perf_counter()
     saver.wait()
-    given = setup.recipe.training.stop_after
-    if stops.reason == "training.stop_after" and state.step == first_step:
-        used = (setup.recipe.training.stop_after_seconds or 0) - (stops.seconds_left() or 0)
-        message = f"{given} were over before the first step, {used:.0f} s after the start"
-        raise RecipeError.at("training.stop_after", f"{message}; give more, or it never gets anywhere")
     if state.step not in (0, saver.saved_step):
         saver.save(in_background=False)
     saver.record(is_last=True)
@@ -198,7 +210,6 @@ def _save_and_stop(
     records.say(f"{text}. {GOES_ON.capitalize()}")
     records.note_console(state.step)
     records.finish()
-    setup.engine.finish()
 
 
 def _finish(
@@ -239,7 +250,16 @@ def _finish(
         write_card(output_dir, model_path)
         if state.step > first_step:  # else nothing was trained, and nothing was measured
             print("", _plan_and_measured(setup, first_step, peak_memory, records), sep="\n", flush=True)
-        print(report.run_summary(setup, state, records.history(), verified), flush=True)
+        summary = report.run_summary(
+            state,
+            records.history(),
+            verified,
+            output_dir=output_dir,
+            num_parameters=setup.parameters.total,
+            epochs=None if setup.epochs is None else epochs_text(recipe.data.sources, setup.epochs),
+            notes=setup.notes,
+        )
+        print(summary, flush=True)
         records.note_console(state.step)
     records.finish()
     engine.finish()
@@ -285,11 +305,10 @@ def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None =
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 
-def _trackers(setup: Setup, run_id: str) -> dict[str, Any]:
+def _trackers(recipe: Recipe, accelerator: Accelerator, run_id: str) -> dict[str, Any]:
     """Functions that start the trackers of the recipe, by tracker name."""
-    config = {key: str(value) for key, value in flatten(redacted(setup.recipe.model_dump(mode="json")))}
-    section, accelerator = setup.recipe.logging, setup.engine.accelerator
+    config = {key: str(value) for key, value in flatten(redacted(recipe.model_dump(mode="json")))}
     return {
-        name: functools.partial(start_tracker, accelerator, name, section.project_name, config, run_id)
-        for name in section.trackers
+        name: functools.partial(start_tracker, accelerator, name, recipe.logging.project_name, config, run_id)
+        for name in recipe.logging.trackers
     }

@@ -90,6 +90,10 @@ class Stability:
             for reason in newest.passed_over:
                 records.event(state.step, reason)
             policy = "stop" if newest.path is None else policy
+        data_step = state.data_step(state.step)
+        sequences = incident.sequences_of(
+            setup.engine, setup.prepared, setup.tokenizer, self._feed.data, data_step, step_data
+        )
         path = incident.write(
             setup.output_dir,
             {
@@ -98,8 +102,8 @@ class Stability:
                 "policy": policy,
                 "loss": str(loss),
                 "grad_norm": str(grad_norm),
-                "data_step": state.data_step(state.step),
-                "sequences": incident.sequences_of(setup, self._feed.data, state.data_step(state.step), step_data),
+                "data_step": data_step,
+                "sequences": sequences,
                 "gradient_norms": {name: str(norm) for name, norm in setup.engine.gradient_norms().items()},
             },
             state.num_events,
@@ -117,11 +121,11 @@ class Stability:
         if newest is None or newest.path is None:
             return False
         # Go back to the checkpoint, and leave out the data of all steps since, the unstable one included.
-        num_events, bad_data_step = state.num_events, state.data_step(state.step)
+        num_events = state.num_events
         self._feed.rewind(newest.path)
         restore(setup, state, newest.path, self._feed.data, self._saving_group, self._watch)
         self._saver.saved_step, state.num_events = state.step, num_events
-        state.skipped.append([state.step, bad_data_step + 1 - state.data_step(state.step)])
+        state.skipped.append([state.step, data_step + 1 - state.data_step(state.step)])
         self._feed.start(state)
         records.roll_back(state.step)
         return True

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import math
 
+from hfpretrain.engines.base import Engine
+from hfpretrain.recipe.schema import TrainingSection
 from hfpretrain.training.clock import Clock
+from hfpretrain.training.peak_memory import PeakMemory
 from hfpretrain.training.records import Records
-from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
 
 
 class StepLog:
-    """Measures the time between log steps, and writes their rows. Make it when the first step is about to begin."""
+    """Measures the time between log steps, and writes their rows. Make it when the first step is about to begin.
 
-    def __init__(self, setup: Setup, state: TrainState, records: Records):
-        self._setup, self._state, self._records = setup, state, records
+    `flops_per_token`, `peak_flops` and `peak_memory` as in `Setup`. `streaming`: whether the data are a stream.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        engine: Engine,
+        training: TrainingSection,
+        *,
+        streaming: bool,
+        flops_per_token: float,
+        peak_flops: float | None,
+        peak_memory: PeakMemory,
+    ):
+        self._state, self._engine, self._training, self._streaming = state, engine, training, streaming
+        self._flops_per_token, self._peak_flops, self._peak_memory = flops_per_token, peak_flops, peak_memory
         self._first_step = state.step
-        self.clock = Clock(setup.engine.device)
+        self.clock = Clock(engine.device)
 
-    def write(self, grad_norm: float, lr: list[float]) -> None:
+    def write(self, records: Records, grad_norm: float, lr: list[float]) -> None:
         """Write the row of the step that is done; `lr`: of each optimizer group. All ranks must call it."""
-        setup, state, training = self._setup, self._state, self._setup.recipe.training
-        state.gather(setup.engine)
+        state, training = self._state, self._training
+        state.gather(self._engine)
         self.clock.mark("log")
         seconds = self.clock.read()
         in_steps = sum(value for part, value in seconds.items() if part not in ("evaluate", "save"))
         tokens_per_second = state.window_steps * training.tokens_per_step / max(in_steps, 1e-9)
-        flops_per_second = tokens_per_second * setup.flops_per_token
+        flops_per_second = tokens_per_second * self._flops_per_token
         seconds_per_step = self.clock.total() / max(1, state.step - self._first_step)
         loss = state.window_loss / state.window_steps
         row = {
@@ -37,19 +53,19 @@ class StepLog:
             "lr": lr[0],
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_device": tokens_per_second / setup.engine.num_processes,
-            "mfu": flops_per_second / setup.peak_flops if setup.peak_flops else None,
-            "flops": setup.flops_per_token * state.tokens,
+            "tokens_per_second_per_device": tokens_per_second / self._engine.num_processes,
+            "mfu": flops_per_second / self._peak_flops if self._peak_flops else None,
+            "flops": self._flops_per_token * state.tokens,
             **{f"seconds/{part}": value for part, value in seconds.items()},
-            "memory_bytes": setup.peak_memory.now(),
-            "peak_memory_bytes": setup.peak_memory.peak(),
+            "memory_bytes": self._peak_memory.now(),
+            "peak_memory_bytes": self._peak_memory.peak(),
             "seconds_left": (training.num_steps - state.step) * seconds_per_step,
             "ledger": state.consumption.ledger.digest,
             **state.consumption.by_source(),
         }
         if len(set(lr)) > 1:
             row["lr_by_group"] = lr
-        if setup.recipe.data.streaming:
+        if self._streaming:
             row["documents_dropped"] = state.consumption.documents_dropped
-        self._records.training(row)
+        records.training(row)
         state.window_loss, state.window_steps = 0.0, 0
