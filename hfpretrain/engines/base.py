@@ -282,7 +282,7 @@ class Engine:
         """
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         assert norm is not None
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole_tensor(norm)
 
     def update(self) -> None:
         """An optimizer step with the gradients there are."""
@@ -298,8 +298,7 @@ class Engine:
         norms = {}
         for name, parameter in self.unwrapped_model.named_parameters():
             if (gradient := self._gradient(parameter)) is not None:
-                norm = torch.linalg.vector_norm(gradient.detach().float())
-                norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                norms[name] = float(whole_tensor(torch.linalg.vector_norm(gradient.detach().float())))
         return norms
 
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
@@ -346,7 +345,7 @@ class Engine:
             yield name, self._full_parameter(name, parameter)
 
     def _full_parameter(self, name: str, parameter: Any) -> torch.Tensor:
-        return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+        return whole_tensor(parameter.detach())
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights on the CPU of the main process, whole and in float32; empty on the others."""
@@ -451,6 +450,11 @@ class Engine:
                 # open).
                 del module.reducer, module.logger
         self.accelerator.end_training()
+
+
+def whole_tensor(tensor: Any) -> torch.Tensor:
+    """A tensor of which each process may hold a part (a `DTensor`), whole. All processes that share it must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def uneven_heads(key: str, config: Any, num_sharing: int) -> Iterator[Problem]:
