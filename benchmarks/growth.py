@@ -118,7 +118,7 @@ def start_up(quick: bool) -> list[Curve]:
 
     steps = [0, 8, 32] if quick else [0, 10**3, 10**4, 10**5, 10**6, 4 * 10**6]
     tokens_per_step = SEQUENCES * BLOCK_SIZE
-    limit = 2**28 // tokens_per_step  # steps whose tokens `Ledger.mismatch` reads again
+    limit = 2**28 // tokens_per_step  # steps whose tokens `Ledger.first_mismatch` reads again
     checked = Curve("start", "tokens read again, 2^28 at most", steps, expected="0", fitted_from=limit)
     ledger = Curve("start", "ledger's checksums", steps, expected="1", fitted_from=8 if quick else 10**5)
     first = Curve("start", "first batch", steps, expected="0")
@@ -126,7 +126,7 @@ def start_up(quick: bool) -> list[Curve]:
     for step in steps:
         chosen: list[int] = []
         checksums = np.zeros(step, dtype=np.uint64)
-        Ledger(checksums).mismatch(lambda step, chosen=chosen: chosen.append(step) or 0, tokens_per_step)
+        Ledger(checksums).first_mismatch(lambda step, chosen=chosen: chosen.append(step) or 0, tokens_per_step)
         for number in chosen:  # those of the others are never looked at
             checksums[number] = data.checksum(number)
         stored = Consumption(1).state()
@@ -143,7 +143,7 @@ def start_up(quick: bool) -> list[Curve]:
 
             first.y.append(timed(batch, 5))
         ledger.y.append(taken)
-        mismatch = Ledger(checksums).mismatch
+        mismatch = Ledger(checksums).first_mismatch
         checked.y.append(timed(lambda mismatch=mismatch: mismatch(data.checksum, tokens_per_step), 2))
     return [ledger, checked, first]
 

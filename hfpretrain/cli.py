@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character that the terminal's encoding lacks
-    redaction.install()
+    redaction.redact_logs()
     for override in overrides:  # `--num_processes`, as accelerate spells it
         name = override.partition("=")[0]
         if "_" in name and "." not in name and (flag := name.replace("_", "-")) in args.flags:
@@ -76,10 +76,10 @@ class _RecipeHelp(argparse.Action):
     """`-h` of `train`: its usage, then every key of a recipe; with a section's name that section alone."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, section: Any, __: Any = None) -> None:
-        from hfpretrain.recipe.help import describe
+        from hfpretrain.recipe.help import describe_keys
 
         try:
-            text = describe(section or "")
+            text = describe_keys(section or "")
         except RecipeError as error:
             parser.error(str(error))
         try:
@@ -217,9 +217,9 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from hfpretrain.recipe import shipped
 
     engine, num_processes = start.choose_engine(args.engine, args.num_processes)
-    read_recipe(shipped.find(args.recipe, "recipe"), overrides)  # a wrong key is told before any process starts
+    read_recipe(shipped.find_file(args.recipe, "recipe"), overrides)  # a wrong key is told before any process starts
     arguments = ["-m", "hfpretrain.train", args.recipe, *overrides]
-    file = shipped.find(engine, "engine", path="--engine")
+    file = shipped.find_file(engine, "engine", path="--engine")
     shown = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(num_processes), *arguments]
     print(f"starting {redaction.redact(shlex.join(shown))}", file=sys.stderr, flush=True)
     return start.run_to_end([*start.launch_command(engine, num_processes), args.recipe, *overrides])
@@ -241,7 +241,7 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         problems += preflight.engine_problems(
             recipe.training,
             recipe.data.block_size,
-            shipped.find(args.engine, "engine", path="--engine"),
+            shipped.find_file(args.engine, "engine", path="--engine"),
             args.num_processes,
         )
     elif args.num_processes is not None:
@@ -282,8 +282,8 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     """Parameter counts, None where they are not known yet, and lines on epochs, disk space and context; needs torch."""
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
-    from hfpretrain.data.batches import epochs, epochs_text
-    from hfpretrain.data.summary import require_known
+    from hfpretrain.data.batches import epochs_by_source, format_epochs
+    from hfpretrain.data.summary import check_unknown_share
     from hfpretrain.modeling import optim
     from hfpretrain.modeling.config import context_note
     from hfpretrain.planning import plan
@@ -295,13 +295,13 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     preflight.require_model(recipe.model, recipe.optimizer.no_decay)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
     if prepared is not None:
-        require_known(prepared, recipe.tokenizer.max_unknown)
+        check_unknown_share(prepared, recipe.tokenizer.max_unknown)
     packs_documents = None if prepared is None else prepared.packs_documents()
     tried = preflight.try_model(recipe.model, recipe.training, recipe.data, packs_documents)
     notes = [f"note             {text}" for text in tried]
     seen = "known once the text is prepared"
     if prepared is not None:
-        seen = epochs_text(recipe.data.sources, epochs(recipe.data, recipe.training, recipe.seed, prepared))
+        seen = format_epochs(recipe.data.sources, epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared))
     lines = [] if recipe.data.streaming else [f"epochs           {seen}"]
     known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
     if not known and prepared is None:
@@ -370,12 +370,12 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain import files
     from hfpretrain.checkpoints import saver
-    from hfpretrain.data.inspection import step_lines
+    from hfpretrain.data.inspection import describe_step
 
     recipe = _load(args, overrides)
     saved = files.steps(Path(recipe.output_dir) / "checkpoints")
     skipped = saver.train_state(saved[0])["skipped"] if saved else []
-    for line in step_lines(recipe, args.step, skipped):
+    for line in describe_step(recipe, args.step, skipped):
         print(line)
 
 
@@ -571,7 +571,7 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
 def _path(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.recipe import shipped
 
-    print(shipped.find(args.name, "recipe", "engine", path="name"))
+    print(shipped.find_file(args.name, "recipe", "engine", path="name"))
 
 
 def _repair(run: Path) -> None:

@@ -21,7 +21,7 @@ from hfpretrain.engines.start import EXIT_CODE_FILE
 from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import Publisher
 from hfpretrain.recipe import redaction
-from hfpretrain.recipe.help import describe
+from hfpretrain.recipe.help import describe_keys
 from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str], rank: int) -> int:
     transformers.utils.logging.disable_progress_bar()
-    redaction.install()
+    redaction.redact_logs()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     if not arguments or arguments[0].startswith("-"):
@@ -107,7 +107,7 @@ def _help(arguments: list[str]) -> int:
         print(usage, file=sys.stderr)
         return 2
     try:
-        print(usage, "", describe(*arguments[1:2]), sep="\n")
+        print(usage, "", describe_keys(*arguments[1:2]), sep="\n")
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -117,7 +117,9 @@ def _help(arguments: list[str]) -> int:
 def _with_secrets(recipe: Recipe) -> Recipe:
     """The recipe with the secrets in its addresses, which the command that started this process hands over."""
     secrets = json.loads(os.environ.pop(redaction.SECRETS, "[]"))
-    return Recipe.model_validate(redaction.restored(recipe.model_dump(mode="json"), secrets)) if secrets else recipe
+    return (
+        Recipe.model_validate(redaction.restore_secrets(recipe.model_dump(mode="json"), secrets)) if secrets else recipe
+    )
 
 
 def _tell(text: str) -> None:

@@ -89,6 +89,6 @@ def test_recipes_and_engines_are_found_by_name(folder):
 
 
 def test_a_name_is_a_recipes_or_an_engines():
-    recipes, engines = shipped.names("recipe"), shipped.names("engine")
+    recipes, engines = shipped.file_names("recipe"), shipped.file_names("engine")
     assert "quickstart" in recipes and "fsdp2" in engines and not set(recipes) & set(engines)
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

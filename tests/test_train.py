@@ -281,7 +281,7 @@ def test_a_longer_run_says_what_changes(finished):
     for text in (
         "training goes on under ddp x2 on",
         "5.12e-06 in step 40 and 6.66e-05 in the next: the run was planned for 40 steps and now has 44",
-        "from step 41 on training.micro_batch_size: is 4 here, 2 there",
+        "from step 41 on training.micro_batch_size: is 4 now, was 2",
         "from step 41 on attention is eager; it was sdpa",
     ):
         assert text in result.stderr and any(text in event for event in events), (text, result.stderr)
@@ -513,7 +513,7 @@ def test_a_model_that_leaks_is_refused_when_asked_to_isolate(folder):
         dump_recipe(load_recipe(folder / "recipe.yaml", [overrides[0], f"{overrides[1]}=auto"]))
     )
     run_folder.refuse_other_run(load_recipe(folder / "recipe.yaml", [overrides[0], f"{overrides[1]}=false"]))
-    with pytest.raises(RecipeError, match=r"document_masking: is True here, 'auto' there"):
+    with pytest.raises(RecipeError, match=r"document_masking: is True now, was 'auto'"):
         run_folder.refuse_other_run(load_recipe(folder / "recipe.yaml", [overrides[0], f"{overrides[1]}=true"]))
 
 
@@ -542,7 +542,7 @@ def test_an_output_folder_of_another_recipe_is_left_alone(finished):
     result = train(folder / "recipe.yaml", "--optimizer.lr=1e-5", "--seed=3", "--logging.every_steps=2")
     assert result.returncode == 2
     assert "holds another recipe's run" in result.stderr
-    assert "optimizer.lr: is 1e-05 here, 0.003 there" in result.stderr and "seed: is 3 here, 0 there" in result.stderr
+    assert "optimizer.lr: is 1e-05 now" in result.stderr and "seed: is 3 now" in result.stderr
     assert "logging" not in result.stderr
     other = folder / "nameless"
     shutil.copytree(folder / "run" / "checkpoints", other / "checkpoints")

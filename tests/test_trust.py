@@ -33,7 +33,7 @@ from hfpretrain.modeling.build import build_model
 from hfpretrain.modeling.config import load_config
 from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import Failed, Pushed, Pusher
-from hfpretrain.recipe.redaction import is_redacted, redact, without_folders
+from hfpretrain.recipe.redaction import is_redacted, redact, strip_folders
 from hfpretrain.recipe.schema import (
     EvaluationSection,
     HubSection,
@@ -211,7 +211,7 @@ def test_pickled_weights_and_adapters_run_nothing(plain, tmp_path, marker):
 def test_state_of_a_stream_runs_nothing(tmp_path, marker):
     torch.save({"step": Payload(marker)}, tmp_path / "data-0.pt")
     with pytest.raises(pickle.UnpicklingError):
-        streaming.load_states(tmp_path)
+        streaming.load_lane_states(tmp_path)
 
 
 def test_dataset_scripts_and_pickled_tables_run_nothing(tmp_path, marker):
@@ -503,7 +503,7 @@ def test_a_card_names_no_folder_of_the_machine(secret_run):
     text = (folder / "run" / "model" / "README.md").read_text()
     assert str(folder) not in text and "output_dir: run\n" in text
     given = {"a": ["/home/me/x.jsonl", "file:///home/me/y", "data/z", "~/w", "text"], "prompts": ["/imagine"]}
-    assert without_folders(given, texts=("prompts",)) == {
+    assert strip_folders(given, texts=("prompts",)) == {
         "a": ["x.jsonl", "y", "data/z", "w", "text"],
         "prompts": ["/imagine"],
     }
@@ -511,7 +511,7 @@ def test_a_card_names_no_folder_of_the_machine(secret_run):
 
 def test_logs_and_tracebacks_hide_secrets():
     code = (
-        "import logging; from hfpretrain.recipe import redaction; redaction.install(); logging.basicConfig()\n"
+        "import logging; from hfpretrain.recipe import redaction; redaction.redact_logs(); logging.basicConfig()\n"
         "logging.getLogger('other').warning('GET %s', 'https://u:planted@h/a?token=planted')\n"
         "try: raise OSError('https://u:planted@h')\n"
         "except OSError: logging.exception('failed')\n"

@@ -14,7 +14,7 @@ from hfpretrain import files
 from hfpretrain.checkpoints import resume, saver, verify
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
-from hfpretrain.recipe.addresses import missing_path
+from hfpretrain.recipe.addresses import missing_path_problem
 from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import read_recipe
 
@@ -109,7 +109,7 @@ def export_to(given: Path, folder: Path, describe: Callable[[Path, Path, int], N
     checkpoint = given if saver.is_checkpoint(given) else resume.newest_undamaged(given)
     if checkpoint is None:
         neither = f"{given} is neither a checkpoint (runs/NAME/checkpoints/step-...) nor a run with an undamaged one"
-        raise RecipeError.at("CHECKPOINT", missing_path(str(given)) or neither)
+        raise RecipeError.at("CHECKPOINT", missing_path_problem(str(given)) or neither)
     run, step = run_of(checkpoint), _step(checkpoint)
     work = files.work_folder(folder)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hfpretrain.checkpoints import export, resume, saver
-from hfpretrain.recipe.addresses import missing_path, repo_id_problem
+from hfpretrain.recipe.addresses import missing_path_problem, repo_id_problem
 from hfpretrain.recipe.schema import RecipeError
 
 
@@ -57,7 +57,7 @@ def located(given: str, key: str = "model") -> Iterator[Source]:
 
 def _on_the_hub(given: str, key: str) -> Source:
     repo_id, _, revision = given.removeprefix("hub://").partition("@")
-    problem = None if given.startswith("hub://") else missing_path(given)
+    problem = None if given.startswith("hub://") else missing_path_problem(given)
     if revision and Path(repo_id).exists():
         problem = f"{repo_id} is a folder here, and folders have no revisions (got {given!r})"
     problem = problem or repo_id_problem(repo_id)

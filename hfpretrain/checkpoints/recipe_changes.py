@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 from hfpretrain.data.tokenizer import document_prefix, load_tokenizer
 from hfpretrain.recipe.schema import Problem, Recipe, TokenizerSection
-from hfpretrain.recipe.yaml import MAY_DIFFER, differences
+from hfpretrain.recipe.yaml import CHANGEABLE_ON_RESUME, differences
 
 
 def changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
-    """Keys in which `recipe` differs from the recipe `begun` of the run that it resumes, except for `MAY_DIFFER`."""
-    changed = differences(recipe, begun, ignore=MAY_DIFFER)
+    """Keys in which `recipe` differs from the recipe `begun` of the run that it resumes.
+
+    `CHANGEABLE_ON_RESUME` keys are left out.
+    """
+    changed = differences(recipe, begun, ignore=CHANGEABLE_ON_RESUME)
     same_tokenizer = not any(problem.path.startswith("tokenizer.") for problem in changed)
     if same_tokenizer and recipe.tokenizer.add_bos != begun.tokenizer.add_bos:
         changed += _framing_changes(recipe.tokenizer, begun.tokenizer)

@@ -12,8 +12,8 @@ from hfpretrain import files
 from hfpretrain.checkpoints import saver
 from hfpretrain.checkpoints.recipe_changes import changes
 from hfpretrain.engines import pieces
-from hfpretrain.recipe.addresses import hub_address
-from hfpretrain.recipe.hub import explain
+from hfpretrain.recipe.addresses import parse_hub_address
+from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 
@@ -71,7 +71,7 @@ def fetch_start(recipe: Recipe, file_read: Callable[[], None] = lambda: None) ->
         return
     work = folder / f"resume_from{files.INCOMPLETE}"
     work.mkdir(parents=True, exist_ok=True)
-    address = hub_address(given)
+    address = parse_hub_address(given)
     if address is None:
         state = _copy(Path(given), work / saver.STATE)
     else:
@@ -134,7 +134,7 @@ def _download(repo_id: str, revision: str, folder: Path) -> Path:
     try:
         snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=f"{saver.STATE}/*")
     except Exception as error:  # its HTTP library raises classes of its own
-        raise RecipeError.at(_KEY, f"{where} can't be read: {explain(error).text}") from error
+        raise RecipeError.at(_KEY, f"{where} can't be read: {explain_failure(error).text}") from error
     if not (folder / saver.STATE).is_dir():
         advice = "push with `hub.push_state: true`, or go on from its weights alone by `model.pretrained`"
         raise RecipeError.at(_KEY, f"{where} holds no state; {advice}")

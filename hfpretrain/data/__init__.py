@@ -1,16 +1,17 @@
 """From texts to batches: sources, tokenizer, packing, prepared folders, order, streaming, inspection.
 
-What the words mean here:
+Terms of this package:
 
-- piece: what a reader reads as a unit, a file or a shard of a Hub dataset. With `best_fit` packing, also one of the
-  stretches that a document longer than a block is cut into.
-- group: neighboring pieces of one source, which preparation reads one after another. When streaming, pieces that
-  together make one endless sequence of blocks; several groups are read side by side.
-- part: documents of one group that are packed together. Preparation resumes after the last finished part, and writes an
-  account for each.
-- shard: one machine's share of a preparation (`hfpretrain prepare --shard I/N`).
-- split: the blocks of one use in a prepared folder: `train-0`, `train-1`, ..., `validation`, `validation-DOMAIN`.
-- stream: what training draws sequences from, one source of a mixture, or all sources together. With prepared data, each
+- piece: a file, or a shard of a Hub dataset. A reader reads one piece after another.
+- group: neighboring pieces of one source, which preparation reads one after another.
+- part: documents of one group that are packed together. Preparation writes an account for each part, and resumes after
+  the last finished one.
+- account: the JSON file with the counts and checksums of a part.
+- shard: the work of one machine in a preparation (`hfpretrain prepare --shard I/N`).
+- split: the blocks with one use in a prepared folder: `train-0`, `train-1`, ..., `validation`, `validation-DOMAIN`.
+- validation set: a validation split, as evaluation calls it.
+- stream: what training draws sequences from: one source of a mixture, or all sources together. With prepared data, each
   stream is a train split.
-- set: a validation split, as evaluation calls it.
+- lane: pieces that make one endless sequence of blocks when the data is streamed. A stream has one or more lanes, which
+  are read side by side.
 """

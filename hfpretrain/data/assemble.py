@@ -1,4 +1,4 @@
-"""Make one prepared folder of all finished parts: the tokens that parts have left over, the manifest, duplicates."""
+"""Join all finished parts into one prepared folder: leftover tokens, the manifest, and counts of duplicates."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def assemble(
     extra: dict[str, Any],
     num_workers: int = 1,
 ) -> PreparedData:
-    """Make the prepared folder `path` of all `parts` in the folder `work`, in their order, without copying tokens.
+    """Join all `parts` in the folder `work`, in their order, into the prepared folder `path`, without copying tokens.
 
-    `prefix`: ids with which every document begins. `extra`: further entries of the manifest. Every file is compared
-    with the checksum in its part's account first. Raises `RecipeError` if the corpus has no text or less than a block,
-    or if a file changed since it was written.
+    `prefix`: ids with which every document begins. `extra`: further entries of the manifest. First compares every file
+    with the checksum in its part's account. Raises `RecipeError` if the corpus has no text or less than a block, or if
+    a file changed since it was written.
     """
     accounts = {key: account for key in parts if (account := part_account(work, key)) is not None}
     assert len(accounts) == len(parts), "a part is missing"
     if len({account["tokenizer_sha256"] for account in accounts.values()}) > 1:
-        raise RecipeError.at("tokenizer", f"parts in {work} were made by different tokenizers; delete the folder")
+        raise RecipeError.at("tokenizer", f"parts in {work} were made with different tokenizers; delete this folder")
     entries = _verified_entries(work, accounts)
     num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
     names = [f"train-{number}" for number in range(num_streams)]
     names += data.validation_splits
-    sources = _by_source(accounts, 0 if data.streaming else len(data.sources))
+    sources = _count_by_source(accounts, 0 if data.streaming else len(data.sources))
     splits = {name: _join_split(work, name, accounts, data.block_size, dtype) for name in names}
     _require_text(splits, data, sources)
     content = {
@@ -79,7 +79,7 @@ def assemble(
 def _verified_entries(work: Path, accounts: dict[str, Any]) -> dict[str, Any]:
     """The manifest entries of all files of the parts.
 
-    Raises `RecipeError` if a file changed, after deleting its part's account, so that the part is made again.
+    If a file changed, deletes its part's account, so that the part is made again, and raises `RecipeError`.
     """
     known: dict[str, Any] = {}
     for key, account in accounts.items():
@@ -87,31 +87,33 @@ def _verified_entries(work: Path, accounts: dict[str, Any]) -> dict[str, Any]:
             file = work / name
             if not file.is_file() or file.stat().st_size != entry["size"] or files.sha256(file) != entry["sha256"]:
                 (work / "parts" / f"{key}.json").unlink()
-                raise RecipeError.at(str(file), "is not what was written; run again, and its part is made again")
+                raise RecipeError.at(
+                    str(file), "changed after it was written; run the command again to make its part again"
+                )
         known |= account["files"]
     return known
 
 
-def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:
-    """Counts of what was read, dropped and kept of each source; all validation sources together are the last entry."""
+def _count_by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:
+    """Counts of what was read, dropped and kept of each source. The last entry is for all validation sources."""
     sources: list[dict[str, Any]] = []
     for number in [*range(num_sources), None]:
         mine = [account for key, account in accounts.items() if part_source(key) == number]
         entry: dict[str, Any] = {name: sum(a[name] for a in mine) for name in READ_COUNTS}
         entry["dropped"] = dict(sum((Counter(account["dropped"]) for account in mine), Counter()))
         for kind in ("train", VALIDATION):
-            of_kind = [e for a in mine for name, e in a["splits"].items() if name.startswith(kind)]
+            entries = [e for a in mine for name, e in a["splits"].items() if name.startswith(kind)]
             entry[kind] = {
-                name: sum(e.get(name, 0) for e in of_kind)
+                name: sum(e.get(name, 0) for e in entries)
                 for name in ("documents", "bytes", "tokens", "separators", "bos")
             }
         special = sum((Counter(account.get("special_tokens", {})) for account in mine), Counter())
         entry["special_tokens"] = dict(sorted(special.items()))
         entry["unknown"] = sum(account.get("unknown", 0) for account in mine)
         samples = [account["sample"] for account in mine if "sample" in account]
-        # A part without a sample has lost nothing.
-        of_others = sum(min(SAMPLE_CHARS, a["bytes_read"]) for a in mine if "sample" not in a)
-        characters = of_others + sum(sample["characters"] for sample in samples)
+        # A part without a sample has lost no text.
+        of_other_parts = sum(min(SAMPLE_CHARS, a["bytes_read"]) for a in mine if "sample" not in a)
+        characters = of_other_parts + sum(sample["characters"] for sample in samples)
         for name in ("lost", "replaced"):
             entry[f"{name}_share"] = sum(sample[name] for sample in samples) / max(1, characters)
         tokens = entry["train"]["tokens"] + entry[VALIDATION]["tokens"]
@@ -125,7 +127,7 @@ def _by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[str, Any
 def _join_split(
     work: Path, split: str, accounts: dict[str, Any], block_size: int, dtype: np.dtype[Any]
 ) -> dict[str, Any]:
-    """Finish one split: blocks of the tokens that its parts have left over, and the files that `datasets` needs.
+    """Finish one split: pack the leftover tokens of its parts, and write the files that `datasets` needs.
 
     Returns the manifest's entry of the split.
     """
@@ -168,8 +170,8 @@ def _join_split(
     (work / split / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     remainder = ids[rows * block_size :]
     num_rows = sum(rows for _, rows in parts)
-    into = sum(total.get(name, 0) for name in ("tokens", "separators", "bos", "padding"))
-    assert num_rows * block_size + len(remainder) == into, "tokens in and out differ"
+    tokens_in = sum(total.get(name, 0) for name in ("tokens", "separators", "bos", "padding"))
+    assert num_rows * block_size + len(remainder) == tokens_in, "tokens in and out differ"
     return {**total, "rows": num_rows, "remainder": len(remainder), "remainder_ids": remainder, "parts": parts}
 
 
@@ -177,15 +179,15 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
     for number in range(0 if data.streaming else len(data.sources)):
         if not sources[number]["train"]["documents"] and not sources[number][VALIDATION]["documents"]:
             dropped = ", ".join(f"{count:,} {reason}" for reason, count in sources[number]["dropped"].items())
-            why = f"no document with text ({dropped or 'nothing read'})"
-            raise RecipeError.at(f"data.sources.{number}", f"the corpus is empty: {why}")
+            message = f"no document of this source has text ({dropped or 'no document was read'})"
+            raise RecipeError.at(f"data.sources.{number}", f"the corpus is empty: {message}")
     for name, entry in splits.items():
         if is_validation(name):
             if not entry["documents"]:
                 key = "data.validation_sources" if data.validation_sources else "data.validation_fraction"
                 raise RecipeError.at(
                     key,
-                    f"the {name} split is empty; take a larger fraction or, of few texts, `validation_by: tail`",
+                    f"the {name} split is empty; use a larger fraction or, for few documents, `validation_by: tail`",
                 )
             continue
         key = f"data.sources.{name.removeprefix('train-')}" if data.weights else "data.sources"
@@ -202,7 +204,7 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
 def _duplicates_and_overlap(
     work: Path, accounts: dict[str, Any], splits: dict[str, Any], frame: tuple[int, ...], num_workers: int
 ) -> dict[str, Any]:
-    """Number of exact duplicates in train and in validation, and n-grams of validation that also occur in train."""
+    """Count exact duplicates in train and in validation, and n-grams of validation that also occur in train."""
     result: dict[str, Any] = {}
     train, held_out = ([name for name in splits if is_validation(name) == wanted] for wanted in (False, True))
     for kind, names in (("train", train), (VALIDATION, held_out)):
@@ -213,10 +215,10 @@ def _duplicates_and_overlap(
             functools.partial(map, document_hashes, tables), total
         )
     if held_out:
-        looked_for, trained_on = (
+        validation_tokens, train_tokens = (
             itertools.chain.from_iterable(token_chunks(work / name, splits[name]) for name in names)
             for names in (held_out, train)
         )
-        overlap = duplicates.ngram_overlap(looked_for, trained_on, frame, num_workers=num_workers)
+        overlap = duplicates.ngram_overlap(validation_tokens, train_tokens, frame, num_workers=num_workers)
         result["validation_ngrams"] = overlap
     return result

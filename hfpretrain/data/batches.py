@@ -31,14 +31,14 @@ from hfpretrain.recipe.schema import (
     accumulation_steps,
 )
 
-PATIENCE_SECONDS = 5.0
+STOP_WAIT_SECONDS = 5.0
 T = TypeVar("T")
 
 
 class Blocks:
     """The rows of several arrays (rows, block_size) under one index.
 
-    `last_rows`: rows whose text does not continue in the next row, int64 (parts,); by default only the last of all.
+    `last_rows`: rows whose text does not continue in the next row, int64 (parts,). Default: only the last row of all.
     """
 
     def __init__(self, chunks: Sequence[np.ndarray], last_rows: np.ndarray | None = None):
@@ -59,10 +59,10 @@ class Blocks:
         return result
 
     def shifted(self, rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows by number, each beginning `shift` tokens later and ending in the next row; the first follows the last.
+        """Rows by number, each beginning `shift` tokens later and ending in the next row; the last ends in the first.
 
-        int64 (n,) to int64 (n, block_size), and the seams, int64 (n,): where in a row another text begins without a
-        separator, 0 if nowhere.
+        int64 (n,) to int64 (n, block_size), and the seams, int64 (n,): the position in a row at which another text
+        begins without a separator, 0 if there is none.
         """
         if not shift:
             return self[rows], np.zeros(len(rows), dtype=np.int64)
@@ -74,18 +74,18 @@ class Blocks:
 def collate(
     rows: np.ndarray,
     eos_token_id: int | None,
-    padded_with: int | None = None,
+    pad_token_id: int | None = None,
     seams: np.ndarray | None = None,
-    begins_after: int | None = None,
+    eos_before_bos: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Make a batch of rows of token ids, int64 (n, block_size).
 
     The batch has `input_ids`, `labels` and, if `eos_token_id` is given, `position_ids`: int64 (n, block_size).
 
-    `padded_with`: rows may end in this token repeated; all of those but the first get ignored labels.
-    `seams`: int64 (n,), where in each row another text begins without a separator, 0 for nowhere. The first token after
-    a seam gets an ignored label, so neither text predicts the other.
-    `begins_after`: the id of EOS if documents begin with BOS, otherwise None. With it, a document begins at the token
+    `pad_token_id`: rows may end in this token repeated; all of those but the first get ignored labels.
+    `seams`: int64 (n,), the position in each row at which another text begins without a separator, 0 if there is none.
+    The first token after a seam gets an ignored label, so neither text predicts the other.
+    `eos_before_bos`: the id of EOS if documents begin with BOS, otherwise None. With it, a document begins at the token
     after an EOS, and the label of that token, its BOS, is ignored, because the previous document says nothing about it.
     The loss of a document is then the same as in plain transformers on `tokenizer(text)` followed by EOS, and the same
     as with `DataCollatorWithFlattening`, where nothing predicts BOS either. With None, the EOS of one document is also
@@ -93,28 +93,28 @@ def collate(
     """
     input_ids = torch.from_numpy(rows)
     batch = {"input_ids": input_ids, "labels": input_ids.clone()}
-    if padded_with is not None:
-        batch["labels"][torch.from_numpy(padding(rows, padded_with))] = IGNORE_INDEX
+    if pad_token_id is not None:
+        batch["labels"][torch.from_numpy(padding_mask(rows, pad_token_id))] = IGNORE_INDEX
     if seams is not None:
         batch["labels"][torch.arange(len(rows)), torch.from_numpy(seams)] = (
             IGNORE_INDEX  # a seam of 0 changes nothing: no first label counts
         )
-    if begins_after is not None:
-        batch["labels"][torch.from_numpy(_comes_after(rows, begins_after))] = IGNORE_INDEX
+    if eos_before_bos is not None:
+        batch["labels"][torch.from_numpy(_follows_token(rows, eos_before_bos))] = IGNORE_INDEX
     if eos_token_id is not None:
-        positions = document_positions(rows, eos_token_id, seams, begins_after is not None)
+        positions = document_positions(rows, eos_token_id, seams, eos_before_bos is not None)
         batch["position_ids"] = torch.from_numpy(positions)
     return batch
 
 
-def padding(rows: np.ndarray, token_id: int) -> np.ndarray:
-    """Which tokens are padding: all but the first `token_id` of those at a row's end. bool (n, block_size)."""
+def padding_mask(rows: np.ndarray, token_id: int) -> np.ndarray:
+    """Which tokens are padding: all but the first of the `token_id`s at a row's end. bool (n, block_size)."""
     trailing = np.logical_and.accumulate((rows == token_id)[:, ::-1], axis=1)[:, ::-1]
     return np.concatenate([np.zeros((len(rows), 1), bool), trailing[:, :-1] & trailing[:, 1:]], axis=1)
 
 
-def _comes_after(rows: np.ndarray, token_id: int) -> np.ndarray:
-    """Which tokens come right after a `token_id`: bool (n, block_size)."""
+def _follows_token(rows: np.ndarray, token_id: int) -> np.ndarray:
+    """Which tokens directly follow a `token_id`: bool (n, block_size)."""
     return np.concatenate([np.zeros((len(rows), 1), bool), rows[:, :-1] == token_id], axis=1)
 
 
@@ -123,11 +123,11 @@ def document_positions(
 ) -> np.ndarray:
     """Position ids that restart at every EOS, and at each row's seam (see `collate`): int64 (n, block_size).
 
-    EOS is predicted from the document that it ends, and as position 0 of the next document it alone predicts that
-    document's first token. So no prediction sees another document, and none is lost. `after_eos`: positions restart
-    after EOS instead, for documents that begin with BOS.
+    EOS is predicted from the document that it ends. It is also position 0 of the next document, and predicts that
+    document's first token. So no prediction sees another document, and no token goes without a prediction.
+    `after_eos`: positions restart after EOS instead, for documents that begin with BOS.
     """
-    begins = _comes_after(rows, eos_token_id) if after_eos else rows == eos_token_id
+    begins = _follows_token(rows, eos_token_id) if after_eos else rows == eos_token_id
     begins[:, 0] = True
     if seams is not None:
         begins[np.arange(len(rows)), seams] = True
@@ -141,31 +141,34 @@ def document_positions(
 
 @dataclass(frozen=True)
 class StepData:
-    """One process's share of a step's data."""
+    """The data that one process trains on in one step."""
 
     batches: list[dict[str, torch.Tensor]]
     checksum: int
-    """Sum modulo 2^64 of the hashes of its sequences. The sum over all processes is the checksum of the step."""
+    """Sum modulo 2^64 of the hashes of this process's sequences. The sum over all processes is the step's checksum."""
     tokens: np.ndarray
     """Tokens of each source, without padding: int64 (sources,)."""
     documents: np.ndarray
-    """Documents of each source that end in it, counted by EOS: int64 (sources,)."""
+    """Documents of each source that end in these sequences, counted by EOS: int64 (sources,)."""
     state: Any = None
     """What a stream needs to continue after this step; None for prepared data."""
     documents_dropped: int = 0
-    """Documents of a stream that were read for it and not trained on."""
+    """Documents of a stream that were read for this step and left out."""
 
 
 def count_by_source(sources: np.ndarray, counted: np.ndarray, num_sources: int) -> np.ndarray:
-    """Sum of `counted`, bool (n, block_size), for each source; `sources`: the source of each sequence, int64 (n,)."""
+    """Number of true values in `counted`, bool (n, block_size), for each source.
+
+    `sources`: the source of each sequence, int64 (n,).
+    """
     return np.bincount(sources, weights=counted.sum(axis=1), minlength=num_sources).astype(np.int64)
 
 
 class TrainingData:
     """The micro-batches of this process for any step.
 
-    `streams`: the blocks of each source, or of all sources together. `stages`: as in `TrainingOrder`. `padded_with`: as
-    in `collate`. `shift_blocks`: in each epoch after the first, blocks begin at other places of the text.
+    `streams`: the blocks of each source, or of all sources together. `stages`: as in `TrainingOrder`. `pad_token_id`:
+    as in `collate`. `shift_blocks`: in each epoch after the first, blocks begin at other positions of the text.
     `documents_have_prefix`: documents begin with BOS.
     """
 
@@ -181,7 +184,7 @@ class TrainingData:
         num_processes: int,
         eos_token_id: int,
         document_masking: bool,
-        padded_with: int | None = None,
+        pad_token_id: int | None = None,
         shift_blocks: bool = False,
         documents_have_prefix: bool = False,
     ):
@@ -190,21 +193,21 @@ class TrainingData:
         self._micro_batch_size, self._per_process = micro_batch_size, micro_batch_size * accumulation_steps
         self._process_index, self._num_processes = process_index, num_processes
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
-        self._padded_with, self._shift_blocks = padded_with, shift_blocks
-        self._begins_after = eos_token_id if documents_have_prefix else None
+        self._pad_token_id, self._shift_blocks = pad_token_id, shift_blocks
+        self._eos_before_bos = eos_token_id if documents_have_prefix else None
         self._block_size = self._streams[0].block_size
 
     def step(self, step: int) -> StepData:
-        """This process's share of data step `step`, counted from 0."""
+        """This process's data of data step `step`, counted from 0."""
         first = (step * self._num_processes + self._process_index) * self._per_process
         positions = np.arange(first, first + self._per_process)
         streams, rows, seams = self._sequences(positions)
-        valid = np.ones(rows.shape, bool) if self._padded_with is None else ~padding(rows, self._padded_with)
+        valid = np.ones(rows.shape, bool) if self._pad_token_id is None else ~padding_mask(rows, self._pad_token_id)
         tokens, documents = (
             count_by_source(streams, counted & valid, len(self._streams))
             for counted in (valid, rows == self._eos_token_id)
         )
-        return StepData(self._collated(rows, seams), sequence_checksum(rows, positions), tokens, documents)
+        return StepData(self._collate_rows(rows, seams), sequence_checksum(rows, positions), tokens, documents)
 
     def _rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Streams, rows and shifts of the sequences at these positions of the run: three int64 (n,)."""
@@ -223,16 +226,16 @@ class TrainingData:
             tokens[here], seams[here] = self._streams[stream].shifted(rows[here], int(shift))
         return streams, tokens, seams if self._shift_blocks else None
 
-    def _collated(self, rows: np.ndarray, seams: np.ndarray | None) -> list[dict[str, torch.Tensor]]:
+    def _collate_rows(self, rows: np.ndarray, seams: np.ndarray | None) -> list[dict[str, torch.Tensor]]:
         size = self._micro_batch_size
         eos_token_id = self._eos_token_id if self._document_masking else None
         return [
             collate(
                 rows[start : start + size],
                 eos_token_id,
-                self._padded_with,
+                self._pad_token_id,
                 None if seams is None else seams[start : start + size],
-                self._begins_after,
+                self._eos_before_bos,
             )
             for start in range(0, len(rows), size)
         ]
@@ -241,8 +244,8 @@ class TrainingData:
         """A batch of one sequence, the first of step 0."""
         return {name: tensor[:1] for name, tensor in self.step(0).batches[0].items()}
 
-    def places(self, step: int) -> list[tuple[int, int, int]]:
-        """(stream, row, shift in tokens) of every sequence of a step, over all processes."""
+    def locate_sequences(self, step: int) -> list[tuple[int, int, int]]:
+        """Where every sequence of a step comes from, over all processes: (stream, row, shift in tokens)."""
         streams, rows, shifts = self._rows_at(self._positions(step))
         return list(zip(streams.tolist(), rows.tolist(), shifts.tolist(), strict=True))
 
@@ -263,8 +266,8 @@ class TrainingData:
 class Prefetcher:
     """Makes the data of the next steps in a thread while the current step is trained.
 
-    A thread and not a process: a DataLoader's workers send every token through a pipe, which is five times slower than
-    reading it. `ahead`: how many steps may be ready.
+    Uses a thread, because a DataLoader's worker processes would send every token through a pipe, which is five times
+    slower than reading it. `ahead`: how many steps may be ready.
     """
 
     def __init__(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool, ahead: int = 2):
@@ -279,13 +282,13 @@ class Prefetcher:
                 if pin_memory:
                     pinned = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in data.batches]
                     data = replace(data, batches=pinned)
-                self._put(data)
+                self._enqueue(data)
                 if self._stopped.is_set():
                     return
         except BaseException as error:  # raised by `next`
-            self._put(error)
+            self._enqueue(error)
 
-    def _put(self, item: StepData | BaseException) -> None:
+    def _enqueue(self, item: StepData | BaseException) -> None:
         while not self._stopped.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
@@ -294,19 +297,19 @@ class Prefetcher:
                 continue
 
     def next(self, must_stop: Callable[[], bool] = lambda: False) -> StepData | None:
-        """The next step's data. None if `must_stop` is true and the data are not ready 5 seconds later."""
+        """The next step's data. None if `must_stop()` is true and the data is not ready 5 seconds later."""
         return _wait_for_item(self._queue, must_stop)
 
     def close(self) -> None:
-        """Stop the thread. One that waits for a disk or a server can't be stopped and ends with the process."""
+        """Stop the thread. A thread that waits for a disk or a server can't be stopped; it ends with the process."""
         self._stopped.set()
-        self._thread.join(PATIENCE_SECONDS)
+        self._thread.join(STOP_WAIT_SECONDS)
 
 
 def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | None:
-    """Run `work` in a thread and return its result. None if `must_stop` is true and it takes another 5 seconds.
+    """Run `work` in a thread and return its result. None if `must_stop()` is true and `work` takes another 5 seconds.
 
-    For reads that may block in a call which no signal interrupts. Raises what `work` raises.
+    For reads that may block in a call that no signal interrupts. Raises what `work` raises.
     """
     done: queue.Queue[T | BaseException] = queue.Queue()
 
@@ -321,15 +324,15 @@ def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | N
 
 
 def _wait_for_item(items: queue.Queue[T | BaseException], must_stop: Callable[[], bool]) -> T | None:
-    """The next item, raised if it is an error; None as in `run_in_thread`."""
-    asked: float | None = None
+    """The next item. Raises it if it is an error. None as in `run_in_thread`."""
+    stop_requested: float | None = None
     while True:
         try:
             item = items.get(timeout=0.5)
         except queue.Empty:
             if must_stop():
-                asked = asked or time.monotonic()
-                if time.monotonic() - asked >= PATIENCE_SECONDS:
+                stop_requested = stop_requested or time.monotonic()
+                if time.monotonic() - stop_requested >= STOP_WAIT_SECONDS:
                     return None
             continue
         if isinstance(item, BaseException):
@@ -340,7 +343,7 @@ def _wait_for_item(items: queue.Queue[T | BaseException], must_stop: Callable[[]
 def training_data(
     data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData, **keywords: Any
 ) -> TrainingData:
-    """The prepared training text in the order that the recipe gives it; `keywords` are those of `TrainingData`.
+    """The prepared training text in the recipe's order; `keywords` are those of `TrainingData`.
 
     Raises `RecipeError` if the run needs a source more often than its `max_epochs`.
     """
@@ -349,7 +352,7 @@ def training_data(
         [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
         stages,
         seed=seed,
-        padded_with=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
+        pad_token_id=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
         shift_blocks=data.shift_blocks,
         documents_have_prefix=bool(prepared.document_prefix),
         **keywords,
@@ -364,8 +367,8 @@ def training_data(
         if cap is not None and count > cap * size:
             raise RecipeError.at(
                 f"data.sources.{number}.max_epochs",
-                f"the run needs {count:,} blocks of this source, {count / size:.2f} times its {size:,}, more than the "
-                f"{cap} allowed; lower its weight, shorten the run or raise the cap",
+                f"is {cap}, but the run reads this source {count / size:.2f} times ({count:,} of {size:,} blocks); "
+                "lower its weight, shorten the run, or raise max_epochs",
             )
     return made
 
@@ -375,16 +378,16 @@ def _stages(data: DataSection) -> list[tuple[int, list[float]]]:
     return [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
 
 
-def epochs(data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData) -> list[float]:
-    """How often a run sees the blocks of each source; a single number for all of them if they have no weights."""
+def epochs_by_source(data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData) -> list[float]:
+    """How often a run sees the blocks of each source. A single number for all sources if they have no weights."""
     sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
     num_sequences = training.num_steps * training.tokens_per_step // data.block_size
     counts = TrainingOrder(sizes, _stages(data), seed).counts(num_sequences)
     return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
 
 
-def epochs_text(sources: Sequence[SourceSection], found: Sequence[float]) -> str:
-    """What `epochs` gives, as text."""
+def format_epochs(sources: Sequence[SourceSection], found: Sequence[float]) -> str:
+    """The numbers of `epochs_by_source` as text."""
     if len(found) == 1:
         return f"{found[0]:.2f}"
     named = enumerate(zip(sources, found, strict=True))
@@ -400,14 +403,14 @@ def training_batches(
     start_step: int = 0,
     document_masking: bool = True,
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """For your own training loop: the micro-batches of one process, step by step from `start_step` on.
+    """For your own training loop: the micro-batches of one process, step by step from step `start_step`.
 
     A step has the same sequences as in `hfpretrain.train`, on any number of processes. A micro-batch has `input_ids`,
     `labels` and, with `document_masking`, `position_ids`: int64 (micro_batch_size, block_size). Labels are not shifted;
     they are -100 at padding, at BOS if documents begin with it, and where another text begins in a shifted block.
     Position ids restart where a document begins. Models that isolate packed documents by them need no attention mask
-    and `use_cache=False`; other models need `document_masking=False`. Raises `RecipeError` if the sequences of a step
-    do not divide by `micro_batch_size * num_processes`.
+    and `use_cache=False`; other models need `document_masking=False`. Raises `RecipeError` if the number of
+    sequences in a step is not a multiple of `micro_batch_size * num_processes`.
     """
     training = recipe.training
     steps = accumulation_steps(

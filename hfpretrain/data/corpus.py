@@ -1,4 +1,4 @@
-"""Read the documents of every source, with the place each came from, and divide them into training and validation."""
+"""Read the documents of every source with their origins, and divide them into training and validation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hfpretrain.data import source_files
-from hfpretrain.data.source_files import expand
+from hfpretrain.data.source_files import expand_pattern
 from hfpretrain.recipe.redaction import is_redacted, redact
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 GROUP_BYTES = 2**26
-_SAMPLE_BY = "say what one document is: `sample_by: line`, `paragraph` (blank lines between) or `document` (the file)"
-# Limits for the columns in a message: if a file is no table, its first line may be a whole document.
-_NAMES, _NAME_CHARS = 12, 60
+_SAMPLE_BY = "set what one document is: `sample_by: line`, `paragraph` (between blank lines) or `document` (a file)"
+# Limits for listing columns in a message: in a file that is no table, the first line may be a whole document.
+_MAX_NAMES, _NAME_CHARS = 12, 60
 _document_counts: dict[tuple[Any, ...], int] = {}
 
 
 class Document(NamedTuple):
-    """A text and where it came from. If it has a `problem`, the text could not be used and is empty."""
+    """A text and its origin. If there is a `problem`, the text can't be used and is empty."""
 
     text: str
     origin: str
@@ -43,7 +43,7 @@ class Document(NamedTuple):
     digest: bytes = b""
     """Hash of the text: 16 bytes."""
     problem: tuple[str, str] | None = None
-    """A short reason, under which the document is counted, and a sentence for the user."""
+    """The reason, a short name under which such documents are counted, and a sentence for the user."""
 
 
 class Piece(NamedTuple):
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
     kind: str = ""
     """Format of a file, one of `FILE_FORMATS`."""
     start: int = 0
-    """First document to read, counted from 0; not 0 only if the split is a slice such as `train[:10%]`."""
+    """First document to read, counted from 0. It is more than 0 only in a slice such as `train[10%:]`."""
     stop: int | None = None
     """End of the documents to read, exclusive; None: all."""
 
@@ -63,7 +63,7 @@ class Piece(NamedTuple):
 class Reader:
     """An open source: its pieces in order, and the documents of each.
 
-    `key`: where the source stands in the recipe, for messages. Raises `RecipeError` if a file is missing or the source
+    `key`: the source's path in the recipe, for messages. Raises `RecipeError` if a file is missing or the source
     can't be opened, and at a document with a problem unless `on_bad_document` is "skip".
     """
 
@@ -79,8 +79,8 @@ class Reader:
         elif (pieces := self._file_pieces()) is not None:
             self.pieces = pieces
         else:
-            self._dataset = self._load()
-            number = getattr(self._dataset, "num_shards", 1) if self._streamed else 1
+            self._dataset = self._load_dataset()
+            number = getattr(self._dataset, "num_shards", 1) if self._is_streamed else 1
             self.pieces = [Piece(f"{source.path}, shard {index}", None) for index in range(number)]
 
     @property
@@ -112,7 +112,7 @@ class Reader:
         return size * (piece.stop - piece.start) // self._num_documents(piece._replace(start=0, stop=None))
 
     def groups(self) -> list[range]:
-        """Neighboring pieces in groups of at least 64 MiB (the last may be smaller); alone if sizes are unknown."""
+        """Neighboring pieces in groups of at least 64 MiB, except for the last. A piece of unknown size is a group."""
         groups, start, size = [], 0, 0
         for index, piece in enumerate(self.pieces):
             size += GROUP_BYTES if piece.size is None else piece.size
@@ -124,9 +124,9 @@ class Reader:
         return groups
 
     def read(self, pieces: Iterable[int] | None = None) -> Iterator[Document]:
-        """The documents of some pieces (default: all) in order, including empty ones.
+        """The documents of `pieces` (default: all) in order, including empty ones.
 
-        With `on_bad_document: skip` also those with a problem, so that they can be counted.
+        With `on_bad_document: skip`, documents with a problem are included, so that they can be counted.
         """
         for index in range(len(self.pieces)) if pieces is None else pieces:
             piece = self.pieces[index]
@@ -146,20 +146,27 @@ class Reader:
             dataset = self._dataset
             if len(self.pieces) > 1:
                 dataset = dataset.shard(num_shards=len(self.pieces), index=index)
-            yield from self._rows(dataset, piece.origin)
+            yield from self._dataset_documents(dataset, piece.origin)
         else:
             yield from itertools.islice(self._documents(piece), piece.start, piece.stop)
         try:
-            now = _size(piece.origin) if piece.size is not None else None
+            now = _stored_size(piece.origin) if piece.size is not None else None
         except Exception as error:
-            raise self._cannot_read(piece.origin, error) from error
+            raise self._read_error(piece.origin, error) from error
         if now != piece.size:
-            raise RecipeError.at(self.key, f"{piece.origin} changed while it was read: {piece.size} bytes, now {now}")
+            raise RecipeError.at(
+                self.key, f"{piece.origin} changed while it was read, from {piece.size} to {now} bytes"
+            )
 
     def _documents(self, piece: Piece) -> Iterator[Document]:
         """All documents of a file."""
-        read = {"text": self._text, "json": self._json, "parquet": self._parquet, "csv": self._csv}[piece.kind]
-        return self._guarded(read(piece.origin), piece.origin)
+        read = {
+            "text": self._text_documents,
+            "json": self._json_documents,
+            "parquet": self._parquet_documents,
+            "csv": self._csv_documents,
+        }[piece.kind]
+        return self._report_broken_file(read(piece.origin), piece.origin)
 
     def _file_pieces(self) -> list[Piece] | None:
         """The files of the split, or the parts of them in a slice; None if `datasets` reads the source."""
@@ -171,10 +178,12 @@ class Reader:
         if texts and self.source.sample_by is None:
             raise RecipeError.at(f"{self.key}.sample_by", f"{texts[0]} is a text file: {_SAMPLE_BY}")
         if self.source.sample_by is not None and not texts:
-            raise RecipeError.at(f"{self.key}.sample_by", "is for text files, and there are none; leave the key out")
-        return found[self.source.split] if self._streamed else self._sliced(found)
+            raise RecipeError.at(
+                f"{self.key}.sample_by", "is only for text files, and this source has none; leave the key out"
+            )
+        return found[self.source.split] if self._is_streamed else self._slice_pieces(found)
 
-    def _sliced(self, files: dict[str, list[Piece]]) -> list[Piece]:
+    def _slice_pieces(self, files: dict[str, list[Piece]]) -> list[Piece]:
         """The parts of files that make up a slice such as `train[:10%]`, which counts documents."""
         from datasets import ReadInstruction
 
@@ -183,7 +192,7 @@ class Reader:
         try:
             parts = ReadInstruction.from_spec(split).to_absolute({name: sum(counts[name]) for name in counts})
         except (ValueError, AssertionError) as error:
-            raise RecipeError.at(key, f"{split!r} is no slice: {error}") from error
+            raise RecipeError.at(key, f"{split!r} is not a valid slice: {error}") from error
         pieces = []
         for part in parts:
             first = 0
@@ -193,7 +202,7 @@ class Reader:
                     pieces.append(piece._replace(start=start, stop=stop))
                 first += count
         if not pieces:
-            raise RecipeError.at(key, f"the corpus is empty: {split} holds no document")
+            raise RecipeError.at(key, f"the corpus is empty: {split} has no document")
         return pieces
 
     def _num_documents(self, piece: Piece) -> int:
@@ -206,21 +215,21 @@ class Reader:
         return _document_counts[known]
 
     @property
-    def _streamed(self) -> bool:
+    def _is_streamed(self) -> bool:
         return "[" not in self.source.split and "+" not in self.source.split
 
-    def _load(self) -> Any:
-        """The `datasets` object. It is streamed, so that nothing is copied, unless the split is a slice."""
+    def _load_dataset(self) -> Any:
+        """The `datasets` object. It is streamed, so that nothing is copied, except for a slice."""
         import datasets
 
         source = self.source
         keywords: dict[str, Any] = {
             "name": source.name,
             "data_dir": source.data_dir,
-            "data_files": _patterns(source, self.key) or None,
+            "data_files": _data_files(source, self.key) or None,
             "revision": source.revision,
             "split": source.split,
-            "streaming": self._streamed,
+            "streaming": self._is_streamed,
             "sample_by": source.sample_by,
         }
         try:
@@ -228,19 +237,19 @@ class Reader:
                 source.path, **{name: value for name, value in keywords.items() if value is not None}
             )
         except Exception as error:
-            raise self._cannot_read(", ".join(source.patterns) or source.data_dir or source.path, error) from error
+            raise self._read_error(", ".join(source.patterns) or source.data_dir or source.path, error) from error
         if dataset.info.builder_name == "text" and source.sample_by is None:
             raise RecipeError.at(f"{self.key}.sample_by", f"{source.path} has text files: {_SAMPLE_BY}")
         return dataset
 
-    def _cannot_read(self, what: str, error: BaseException) -> RecipeError:
-        if isinstance(error, StopIteration):  # `datasets` raises it for a file without rows, whose columns it looks for
+    def _read_error(self, what: str, error: BaseException) -> RecipeError:
+        if isinstance(error, StopIteration):  # `datasets` raises it for a file without rows
             return RecipeError.at(self.key, f"the corpus is empty: {what} has no rows")
         while error.__cause__ is not None:
             error = error.__cause__
         return RecipeError.at(self.key, f"cannot read {what}: {type(error).__name__}: {first_line(error)}")
 
-    def _rows(self, dataset: Any, origin: str) -> Iterator[Document]:
+    def _dataset_documents(self, dataset: Any, origin: str) -> Iterator[Document]:
         column, row = self.source.text_column, 0
         batches = iter(dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE))
         while True:
@@ -249,17 +258,17 @@ class Reader:
             except StopIteration:
                 return
             except Exception as error:
-                raise self._cannot_read(", ".join(self.source.patterns) or origin, error) from error
+                raise self._read_error(", ".join(self.source.patterns) or origin, error) from error
             if column not in table.column_names:
-                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, table.column_names))
+                raise RecipeError.at(f"{self.key}.text_column", _missing_column_message(column, table.column_names))
             for value in table.column(column).to_pylist():
                 row += 1
-                yield _document(value, origin, row)
+                yield _make_document(value, origin, row)
 
-    def _guarded(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
-        """The documents, and one bad document at the end if the file itself is cut off or broken.
+    def _report_broken_file(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
+        """The documents, and one bad document at the end if the file itself is truncated or broken.
 
-        A disk or network that fails is an error instead: its documents exist, and must not be counted as bad.
+        If a disk or network fails, raises `RecipeError`: those documents exist and must not be counted as bad.
         """
         row = 0
         try:
@@ -269,19 +278,19 @@ class Reader:
         except RecipeError:
             raise
         except Exception as error:  # what file formats and remote file systems raise may be anything
-            # Decompressors raise a plain OSError without a number; disks and networks give a number or a subclass.
+            # Decompressors raise a plain OSError without errno; disks and networks set errno, or raise a subclass.
             broken = type(error) is OSError and error.errno is None
             broken |= isinstance(error, (EOFError, lzma.LZMAError, json.JSONDecodeError))
             if not broken and type(error).__name__ != "ArrowInvalid":  # of a parquet file
-                raise self._cannot_read(origin, error) from error
+                raise self._read_error(origin, error) from error
             problem = ("truncated_file", f"cannot be read further: {first_line(error)}")
             yield Document("", origin, row + 1, problem=problem)
 
-    def _open(self, origin: str, kind: str) -> Any:
-        """Open a file's decompressed bytes. Raises `RecipeError` if they begin like another kind of file."""
+    def _open_checked(self, origin: str, kind: str) -> Any:
+        """Open a file's decompressed bytes. Raises `RecipeError` if they begin like a file of another format."""
         suffix = source_files.codec_suffix(origin)
         self._raw = _open_file(origin)
-        source_files.require_data(origin, _head(self._raw), self.key, suffix, kind)
+        source_files.require_data(origin, _read_head(self._raw), self.key, suffix, kind)
         try:
             self._raw.seek(0)
         except (OSError, ValueError, NotImplementedError):  # a server without range requests
@@ -292,48 +301,52 @@ class Reader:
         source_files.require_data(origin, file.peek(source_files.HEAD_BYTES), self.key, kind=kind)
         return file
 
-    def _json(self, origin: str) -> Iterator[Document]:
-        with self._open(origin, "json") as file:
+    def _json_documents(self, origin: str) -> Iterator[Document]:
+        with self._open_checked(origin, "json") as file:
             start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-        yield from self._json_array(origin) if start[:1] == b"[" else self._json_lines(origin)
+        yield from self._json_array_documents(origin) if start[:1] == b"[" else self._json_lines_documents(origin)
 
-    def _json_array(self, origin: str) -> Iterator[Document]:
-        """One array of objects; it has to be read whole."""
-        with self._open(origin, "json") as file:
+    def _json_array_documents(self, origin: str) -> Iterator[Document]:
+        """The documents of one array of objects, which has to be read as a whole."""
+        with self._open_checked(origin, "json") as file:
             values = json.loads(file.read())
-        return (self._object(value, origin, row) for row, value in enumerate(values, 1))
+        return (self._json_document(value, origin, row) for row, value in enumerate(values, 1))
 
-    def _object(self, value: Any, origin: str, row: int) -> Document:
+    def _json_document(self, value: Any, origin: str, row: int) -> Document:
         column = self.source.text_column
         if not isinstance(value, dict):
             return Document("", origin, row, problem=("broken_json", "not a JSON object"))
         if column not in value:
-            return Document("", origin, row, problem=("missing_text", _no_column(column, value)))
-        return _document(value[column], origin, row)
+            return Document("", origin, row, problem=("missing_text", _missing_column_message(column, value)))
+        return _make_document(value[column], origin, row)
 
-    def _parquet(self, origin: str) -> Iterator[Document]:
+    def _parquet_documents(self, origin: str) -> Iterator[Document]:
         import pyarrow.parquet
 
         row, column = 0, self.source.text_column
-        with self._open(origin, "parquet") as file, pyarrow.parquet.ParquetFile(file) as table:
+        with self._open_checked(origin, "parquet") as file, pyarrow.parquet.ParquetFile(file) as table:
             if column not in table.schema_arrow.names:
-                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, table.schema_arrow.names))
+                raise RecipeError.at(
+                    f"{self.key}.text_column", _missing_column_message(column, table.schema_arrow.names)
+                )
             for batch in table.iter_batches(_BATCH_SIZE, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     row += 1
-                    yield _document(value, origin, row)
+                    yield _make_document(value, origin, row)
 
-    def _csv(self, origin: str) -> Iterator[Document]:
+    def _csv_documents(self, origin: str) -> Iterator[Document]:
         """Every field is text, even if it looks like a number. A row must have as many fields as the header."""
         csv.field_size_limit(2**31 - 1)
         column = self.source.text_column
-        with io.TextIOWrapper(self._open(origin, "csv"), "utf-8-sig", errors="surrogateescape", newline="") as file:
+        with io.TextIOWrapper(
+            self._open_checked(origin, "csv"), "utf-8-sig", errors="surrogateescape", newline=""
+        ) as file:
             rows = csv.reader(file)
             header = next(rows, None)
             if header is None:
                 return
             if column not in header:
-                raise RecipeError.at(f"{self.key}.text_column", _no_column(column, header, origin))
+                raise RecipeError.at(f"{self.key}.text_column", _missing_column_message(column, header, origin))
             while True:
                 try:
                     row = next(rows)
@@ -343,18 +356,18 @@ class Reader:
                     yield Document("", origin, rows.line_num, problem=("broken_csv", f"broken CSV: {error}"))
                     continue
                 if len(row) == len(header):
-                    yield _document(row[header.index(column)], origin, rows.line_num)
+                    yield _make_document(row[header.index(column)], origin, rows.line_num)
                 elif row:  # not a blank line
-                    what = f"{len(row)} fields where the header has {len(header)}"
+                    what = f"the row has {len(row)} fields, the header {len(header)}"
                     yield Document("", origin, rows.line_num, problem=("broken_csv", what))
 
-    def _json_lines(self, origin: str) -> Iterator[Document]:
-        """One object on each line. Not by `datasets`, which can neither name nor skip a broken line (5.2)."""
-        with self._open(origin, "json") as file:
+    def _json_lines_documents(self, origin: str) -> Iterator[Document]:
+        """The documents of a file with one object per line. `datasets` 5.2 can neither name nor skip a broken line."""
+        with self._open_checked(origin, "json") as file:
             start = list(itertools.islice(file, 10))
             lines = [line for line in start if line.strip()]
             if len(lines) > 1 and _is_cut_object(lines[0], lines[1]):
-                advice = "write each object in one line, `jq -c . FILE`"
+                advice = "write each object on one line, for example with `jq -c . FILE`"
                 raise RecipeError.at(self.key, f"{origin} has a JSON object that spans several lines: {advice}")
             for row, line in enumerate(itertools.chain(start, file), 1):
                 try:
@@ -367,34 +380,36 @@ class Reader:
                     if line.strip():
                         yield Document("", origin, row, problem=("broken_json", f"broken JSON: {error}"))
                     continue
-                yield self._object(value, origin, row)
+                yield self._json_document(value, origin, row)
 
-    def _text(self, origin: str) -> Iterator[Document]:
-        """Lines, paragraphs between blank lines, or the whole file. Line ends of any kind become a newline."""
-        # Bytes that are not UTF-8 become lone surrogates, which `_document` finds and reports with their line.
-        with io.TextIOWrapper(self._open(origin, "text"), encoding="utf-8-sig", errors="surrogateescape") as file:
+    def _text_documents(self, origin: str) -> Iterator[Document]:
+        """Lines, paragraphs between blank lines, or the whole file. All kinds of line endings become a newline."""
+        # Bytes that are not UTF-8 become lone surrogates, which `_make_document` finds and reports with their line.
+        with io.TextIOWrapper(
+            self._open_checked(origin, "text"), encoding="utf-8-sig", errors="surrogateescape"
+        ) as file:
             if self.source.sample_by == "line":
                 for row, line in enumerate(file, 1):
-                    yield _document(line.removesuffix("\n"), origin, row)
+                    yield _make_document(line.removesuffix("\n"), origin, row)
             elif self.source.sample_by == "document":
-                yield _document(file.read(), origin, 1)
+                yield _make_document(file.read(), origin, 1)
             else:
                 lines: list[str] = []
                 for row, line in enumerate(file, 1):
                     if line.strip("\n"):
                         lines.append(line)
                     elif lines:
-                        yield _document("".join(lines).removesuffix("\n"), origin, row - len(lines))
+                        yield _make_document("".join(lines).removesuffix("\n"), origin, row - len(lines))
                         lines = []
                 if lines:
-                    yield _document("".join(lines).removesuffix("\n"), origin, row - len(lines) + 1)
+                    yield _make_document("".join(lines).removesuffix("\n"), origin, row - len(lines) + 1)
 
 
-def _document(value: Any, origin: str, row: int) -> Document:
-    """The document of a text, with its problem if the text can't be used."""
+def _make_document(value: Any, origin: str, row: int) -> Document:
+    """A document with the text `value`, or with a problem if that can't be used."""
     if not isinstance(value, str):
         reason = "null_text" if value is None else "not_text"
-        return Document("", origin, row, problem=(reason, f"{value!r:.100} where text is expected"))
+        return Document("", origin, row, problem=(reason, f"expected text, got {value!r:.100}"))
     try:
         utf8 = value.encode()
     except UnicodeEncodeError as error:
@@ -405,20 +420,20 @@ def _document(value: Any, origin: str, row: int) -> Document:
         return Document("", origin, row + line, problem=problem)
     if "\0" in value:
         line = value.count("\n", 0, value.index("\0"))
-        return Document("", origin, row + line, problem=("nul_bytes", "the text holds a NUL character"))
+        return Document("", origin, row + line, problem=("nul_bytes", "the text contains a NUL character"))
     return Document(value, origin, row, len(utf8), hashlib.blake2b(utf8, digest_size=16).digest())
 
 
-def _no_column(column: str, columns: Iterable[str], csv: str = "") -> str:
-    """`csv`: a file that may be none, which then has text in place of a header."""
+def _missing_column_message(column: str, columns: Iterable[str], csv: str = "") -> str:
+    """The message for a missing column. `csv`: the file, if it was read as CSV, which it may not be."""
     names = list(columns)
-    listed = [name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]!r}..." for name in names[:_NAMES]]
-    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    listed = [name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]!r}..." for name in names[:_MAX_NAMES]]
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     text = f"no column {column!r}; there are: {', '.join(listed)}{more}"
     # A header has short names, each once; `{` begins a JSON object.
     is_text = len(set(names)) < len(names) or any(len(name) > _NAME_CHARS or name.count(" ") > 4 for name in names)
     is_other = is_text or (names[:1] != [] and names[0].lstrip().startswith(("{", "[")))
-    return f"{text}. {redact(csv)} does not look like csv: its first line is no header" if csv and is_other else text
+    return f"{text}. {redact(csv)} does not look like CSV: its first line is not a header" if csv and is_other else text
 
 
 def _is_cut_object(first: bytes, second: bytes) -> bool:
@@ -439,7 +454,7 @@ def _is_cut_object(first: bytes, second: bytes) -> bool:
 def _open_file(origin: str) -> Any:
     """Open a file's stored bytes. Local names are not given to fsspec, since it interprets `::` and `*`."""
     if "://" not in origin:
-        return open(origin, "rb")  # closed by who reads it
+        return open(origin, "rb")  # the caller closes it
     import fsspec
 
     file = fsspec.open(origin, "rb").open()
@@ -479,12 +494,12 @@ def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | No
             return None
 
 
-def _head(file: Any) -> bytes:
+def _read_head(file: Any) -> bytes:
     head: bytes = file.read(source_files.HEAD_BYTES)
     return head
 
 
-def _size(origin: str) -> int | None:
+def _stored_size(origin: str) -> int | None:
     if "://" not in origin:
         return os.stat(origin).st_size
     import fsspec
@@ -496,20 +511,24 @@ def _size(origin: str) -> int | None:
 
 
 def require_openable(source: SourceSection, key: str) -> None:
-    """Raises `RecipeError` if a secret in the source's address was replaced by ***."""
+    """Raises `RecipeError` if the source's address has `***` instead of a secret."""
     hidden = [name for name in (source.path, source.data_dir or "", *source.patterns) if is_redacted(name)]
     if hidden:
-        message = f"{hidden[0]} has *** instead of its secret, as in all recipes that a run writes"
-        raise RecipeError.at(key, f"{message}; use the recipe that the run was started with")
+        message = f"{hidden[0]} has *** instead of a secret, as every recipe that a run writes"
+        raise RecipeError.at(key, f"{message}; use the recipe that you started the run with")
 
 
-def _patterns(source: SourceSection, key: str) -> list[str]:
-    """`data_files` for `datasets`. Names of local files are escaped, so that none is taken for a pattern."""
+def _data_files(source: SourceSection, key: str) -> list[str]:
+    """`data_files` for `datasets`, with escaped names of local files, so that none is read as a pattern."""
     if not source_files.is_folder(source) and not source_files.is_packaged(source.path):
         return list(source.patterns)
     names: list[str] = []
     for pattern in source.patterns:
-        found = [pattern] if "://" in pattern else [os.path.abspath(name) for name, _ in expand(source, pattern, key)]
+        found = (
+            [pattern]
+            if "://" in pattern
+            else [os.path.abspath(name) for name, _ in expand_pattern(source, pattern, key)]
+        )
         if not found:
             raise RecipeError.at(f"{key}.data_files", f"no file matches {pattern}")
         names += found if "://" in pattern else map(glob.escape, found)
@@ -517,13 +536,13 @@ def _patterns(source: SourceSection, key: str) -> list[str]:
 
 
 def load_builder(source: SourceSection, key: str) -> Any:
-    """The builder by which `datasets` reads a source. Raises `RecipeError` if it can't be opened."""
+    """The builder with which `datasets` reads a source. Raises `RecipeError` if it can't be opened."""
     import datasets
 
     keywords = {
         "name": source.name,
         "data_dir": source.data_dir,
-        "data_files": _patterns(source, key) or None,
+        "data_files": _data_files(source, key) or None,
         "revision": source.revision,
     }
     try:
@@ -592,8 +611,8 @@ def _validation_sources(data: DataSection) -> Iterator[tuple[int, Document]]:
 
 
 def training_documents(data: DataSection) -> Iterator[str]:
-    """The text that is trained on, and no held-out text: for training a tokenizer."""
-    return _of_split(data, "train")
+    """The training text without any held-out text, for training a tokenizer."""
+    return _texts_of_split(data, "train")
 
 
 def validation_documents(data: DataSection) -> Iterator[tuple[str, str]]:
@@ -601,10 +620,10 @@ def validation_documents(data: DataSection) -> Iterator[tuple[str, str]]:
     if data.validation_sources:
         found = _validation_sources(data)
         return ((data.validation_split(number), document.text) for number, document in found if document.text)
-    return (("validation", text) for text in _of_split(data, "validation"))
+    return (("validation", text) for text in _texts_of_split(data, "validation"))
 
 
-def _of_split(data: DataSection, wanted: str) -> Iterator[str]:
+def _texts_of_split(data: DataSection, wanted: str) -> Iterator[str]:
     splitter = Splitter(data, held_out_digests(data))
     for reader in training_readers(data):
         for document in reader.read():
@@ -630,4 +649,4 @@ def _python_stdlib() -> Iterator[Document]:
             except (SyntaxError, UnicodeDecodeError):
                 continue  # Python itself can't read this module in its declared encoding
             if "\0" not in text:
-                yield _document(text, f"{PYTHON_STDLIB}/{name.as_posix()}", 1)
+                yield _make_document(text, f"{PYTHON_STDLIB}/{name.as_posix()}", 1)

@@ -1,4 +1,4 @@
-"""Find text that a corpus has twice: exact duplicates by hash, and n-grams of validation that also occur in train."""
+"""Find repeated text: exact duplicates by hash, and n-grams of validation that also occur in train."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _INVERSE = pow(_FACTOR, -1, 2**64)
 def count_distinct(read: Callable[[], Iterable[np.ndarray]], total: int) -> int:
     """Number of distinct values among `total` hashes.
 
-    `read`: gives all hashes as arrays uint64 (n,). It is called once for each 2^23 of them, and a call looks only at
-    the values of one bucket, so that memory does not grow with their number.
+    `read`: returns all hashes as arrays uint64 (n,). It is called once for every 2^23 hashes. Each call counts one
+    bucket of values, so that memory does not grow with their number.
     """
     buckets = max(1, -(-total // _BUCKET))
     count = 0
@@ -55,8 +55,9 @@ def ngram_overlap(
     """How many distinct n-grams of the validation text's token ids occur anywhere in the training text.
 
     `validation`, `train`: the tokens of all documents, in chunks (m,). `frame`: ids that begin and end documents;
-    n-grams with one of them are left out. `num_workers` threads read the chunks of train. n = 13 as in GPT-3 (Brown et
-    al. 2020, appendix C). If there are more than 4 M n-grams, those with the smallest hashes are looked for.
+    n-grams that contain one of them are left out. `num_workers` threads read the chunks of train. n = 13 as in GPT-3
+    (Brown et al. 2020, appendix C). If there are more than 2^22 n-grams, only those with the smallest hashes are looked
+    for.
     """
     hashes = Ngrams(frame, n)
     wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(_overlapping(validation, n - 1))]))
@@ -68,17 +69,17 @@ def ngram_overlap(
     table[wanted >> shift] = True
     found = np.zeros(len(wanted), dtype=bool)
 
-    def look(chunk: np.ndarray) -> None:
+    def mark_found(chunk: np.ndarray) -> None:
         for values in hashes([chunk]):
             candidates = values[table[values >> shift]]
-            places = np.searchsorted(wanted, candidates)
-            places[places == len(wanted)] = 0
-            found[places[wanted[places] == candidates]] = True
+            indices = np.searchsorted(wanted, candidates)
+            indices[indices == len(wanted)] = 0
+            found[indices[wanted[indices] == candidates]] = True
 
     chunks = _overlapping(train if len(wanted) else (), n - 1)
     with ThreadPoolExecutor(num_workers) as pool:
         while some := list(itertools.islice(chunks, 2 * num_workers)):
-            list(pool.map(look, some))
+            list(pool.map(mark_found, some))
     num_found = int(found.sum())
     return {
         "n": n,
@@ -90,7 +91,7 @@ def ngram_overlap(
 
 
 def _overlapping(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The chunks, each preceded by the last `size` elements before it."""
+    """The chunks, each with the last `size` elements before it at its start."""
     before = np.zeros(0, dtype=np.int64)
     for chunk in chunks:
         joined = np.concatenate([before, chunk])
@@ -99,7 +100,7 @@ def _overlapping(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray
 
 
 class Ngrams:
-    """64-bit hashes of all n-grams, as differences of one running sum instead of n products for each token."""
+    """64-bit hashes of all n-grams, computed as differences of a running sum, not with n products for each token."""
 
     def __init__(self, frame: tuple[int, ...], n: int):
         self._frame, self._n = frame, n
@@ -125,7 +126,7 @@ class Ngrams:
         if not separators.size:
             return windows
         whole = np.ones(len(windows), dtype=bool)
-        for place in range(n):
-            before = separators - place
-            whole[before[(before >= 0) & (before < len(windows))]] = False
+        for offset in range(n):
+            starts = separators - offset
+            whole[starts[(starts >= 0) & (starts < len(windows))]] = False
         return windows[whole]

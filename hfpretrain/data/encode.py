@@ -1,4 +1,4 @@
-"""Encode texts as token ids, with the tokens that begin and end a document; count the bytes of text of each token."""
+"""Encode texts with the tokens that begin and end a document, and count the bytes of text of each token."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LONG_CHARS = 2**18
-"""Texts longer than twice this are encoded in pieces of about this size."""
-_PIECE_CHARS = 2000
+"""Texts of more than twice this many characters are encoded in chunks of about this many."""
+_CHUNK_CHARS = 2000
 _LINE_START = re.compile(r"(?<=\S\n)(?=[A-Za-z])")
 # A line break inside a token, which a ByteLevel vocabulary spells as `Ċ`, followed by a letter.
 _CROSSES_LINE = re.compile(r"[\nĊ][A-Za-z]")
 
 
 class Encoder:
-    """Encodes texts as arrays of token ids, each beginning with `document_prefix` and ending with EOS.
+    """Encodes texts as arrays of token ids, which begin with `document_prefix` and end with EOS.
 
     `special_tokens`: which special tokens in a text are read as tokens, as in `SourceSection`.
     """
@@ -39,7 +39,7 @@ class Encoder:
         self._tokenizer, self.dtype, self.eos_token_id = tokenizer, dtype, tokenizer.eos_token_id
         self.prefix = document_prefix(tokenizer)
         self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        # No text may be encoded to these ids: it would look as if a document ended or began there.
+        # No text may be encoded to these ids, because they would begin or end a document.
         others = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id, None}
         self._framing_ids = sorted({tokenizer.eos_token_id, *self.prefix, *others})
         self._framing_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._framing_ids)
@@ -52,23 +52,23 @@ class Encoder:
         own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
         self._by_special_tokens: dict[str | tuple[str, ...], Encoder] = {own: self}
         self._unknown = [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
-        # Tried on fixed sentences, not on the text: another process may see another part and decide otherwise.
-        self._can_cut_at_lines = self._try_lines()
+        # Decided with fixed sentences, because another process, which sees other text, must decide the same.
+        self._can_cut_at_lines = self._test_cuts_at_lines()
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """The prefix, the token ids of each text, and EOS: (n,) of `dtype`.
 
-        Texts are encoded in pieces, cut only where that changes no token. Short pieces fit into a core's cache, and the
-        encoding of a long text, many times the text's size, is never in memory as a whole.
+        Texts are encoded in chunks, and cut only where that changes no token. Short chunks fit into a core's cache. The
+        encoding of a long text, which takes many times the text's size, is never in memory as a whole.
         """
         prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
         is_long = [len(text) > 2 * LONG_CHARS for text in texts]
         short = ["" if long else text for text, long in zip(texts, is_long, strict=True)]
-        pieces = [list(_cut_at_lines(text)) if self._can_cut_at_lines else [text] for text in short]
-        ids = iter(self._encode_pieces([piece for some in pieces for piece in some]))
+        chunks = [list(_cut_at_lines(text)) if self._can_cut_at_lines else [text] for text in short]
+        ids = iter(self._encode_chunks([chunk for some in chunks for chunk in some]))
         return [
             np.concatenate([prefix, *(next(ids) for _ in some), *(self._encode_long(text) if long else ()), eos])
-            for text, long, some in zip(texts, is_long, pieces, strict=True)
+            for text, long, some in zip(texts, is_long, chunks, strict=True)
         ]
 
     def for_source(self, special_tokens: str | tuple[str, ...]) -> Encoder:
@@ -87,14 +87,18 @@ class Encoder:
             return known if special_tokens == "tokens" else set()
         if unknown := [name for name in special_tokens if name not in known]:
             framing = set(unknown) & set(self._framing_tokens)
-            why = "separates documents and is always text" if framing else "is not a special token of the tokenizer"
+            why = (
+                "separates documents and is always read as text"
+                if framing
+                else "is not a special token of the tokenizer"
+            )
             has = ", ".join(sorted(known)[:20]) or "none"
-            message = f"{(sorted(framing) or unknown)[0]!r} {why}; possible are: {has}"
+            message = f"{(sorted(framing) or unknown)[0]!r} {why}; possible: {has}"
             raise RecipeError.at("special_tokens", message)
         return set(special_tokens)
 
     def count_unknown(self, ids: np.ndarray) -> int:
-        """Number of ids, of (n,), that stand for text which the tokenizer does not know."""
+        """Number of ids in `ids`, (n,), that stand for text that the tokenizer does not know."""
         return sum(int((ids == number).sum()) for number in set(self._unknown) - set(self._framing_ids))
 
     def count_special(self, texts: Iterable[str]) -> Counter[str]:
@@ -104,9 +108,9 @@ class Encoder:
         return Counter(name for text in texts for name in self._special.findall(text))
 
     def lost_characters(self, text: str) -> tuple[int, int, int]:
-        """Three counts of a text's characters, without spaces.
+        """Counts of a text's characters, without spaces: all, lost and replaced.
 
-        All of them, those that no token stands for, and those that the normalizer replaces, as by lower case.
+        A lost character has no token. A replaced one is changed by the normalizer, for example to lower case.
         """
         characters = [not character.isspace() for character in text]
         lost = characters.copy()
@@ -117,15 +121,15 @@ class Encoder:
         changed = Counter(text) - Counter(normalized)
         return sum(characters), sum(lost), sum(n for character, n in changed.items() if not character.isspace())
 
-    def _try_lines(self) -> bool:
-        """Whether cutting a text between a line break and a letter leaves all its tokens as they were.
+    def _test_cuts_at_lines(self) -> bool:
+        """Whether all tokens of a text stay the same if it is cut between a line break and a letter.
 
-        It doesn't if a token contains such a place, or takes in the space around it. Other rules, such as a space added
-        before every text, are found by encoding sentences whole and cut.
+        They don't if a token contains a line break and a letter, or strips the space around it. Other reasons, such as
+        a space that the tokenizer adds before every text, are found by encoding sentences whole and cut.
         """
         if any(_CROSSES_LINE.search(token) for token in self._backend.get_vocab()):
             return False
-        # Such a token takes in the space around it, which may be on the other side of the cut.
+        # Such a token strips the space around it, which may be on the other side of the cut.
         if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
             return False
         lefts = (
@@ -147,14 +151,14 @@ class Encoder:
         probes = [(a + b, a, b) for a, b in pairs]
         try:
             whole, heads, tails = (self._encode(self._backend, list(texts)) for texts in zip(*probes, strict=True))
-        except RecipeError:  # a vocabulary of fixed words, which can't encode our sentences
+        except RecipeError:  # the vocabulary has fixed words and can't encode these sentences
             return False
         known = [n for n, ids in enumerate(whole) if not (np.isin(ids, self._unknown).any())]
         return len(known) > len(probes) // 4 and all(
             np.array_equal(whole[n], np.concatenate([heads[n], tails[n]])) for n in known
         )
 
-    def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+    def _encode_chunks(self, texts: list[str]) -> list[np.ndarray]:
         result = self._encode(self._backend, texts)
         for index, ids in enumerate(result):
             if any((ids == number).any() for number in self._framing_ids):
@@ -171,41 +175,41 @@ class Encoder:
         return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
 
     def _encode_framing_as_text(self, text: str) -> np.ndarray:
-        """Ids of a text that contains the name of a framing token, as if the vocabulary had no such token."""
+        """Ids of a text that contains the name of a token that begins or ends documents, read as ordinary text."""
         if self._without_framing is None:
             self._without_framing = _without_tokens(self._backend, self._framing_tokens)
         (ids,) = self._encode(self._without_framing, [text])
         if (found := np.flatnonzero(np.isin(ids, self._framing_ids))).size:
             token = self._framing_tokens[self._framing_ids.index(int(ids[found[0]]))]
-            message = f"turns the text {text!r:.200} into {token!r}, which separates documents; use another tokenizer"
+            message = f"encodes the text {text!r:.200} as {token!r}, which separates documents; use another tokenizer"
             raise RecipeError.at("tokenizer", message)
         return ids
 
     def _encode_long(self, text: str) -> Iterator[np.ndarray]:
-        """Ids of a long text, piece by piece."""
+        """Ids of a long text, in chunks."""
         start, near = 0, LONG_CHARS
         while near + LONG_CHARS < len(text):
             cut = self._find_cut(text, near)
             if cut is not None:
-                yield from self._encode_pieces([text[start:cut]])
+                yield from self._encode_chunks([text[start:cut]])
                 start = cut
             near = (cut or near) + LONG_CHARS
-        yield from self._encode_pieces([text[start:]])
+        yield from self._encode_chunks([text[start:]])
 
     def _find_cut(self, text: str, near: int, context: int = 512, reach: int = 8192) -> int | None:
-        """A place near and after `near` where the text can be cut; None if there is none within `reach` characters.
+        """The first position from `near` on where the text can be cut; None if there is none within `reach` characters.
 
-        Found by encoding `context` characters on both sides whole and cut.
+        Tests a position by encoding `context` characters on both sides whole and cut.
         """
         tried = 0
-        for place in range(near, min(near + reach, len(text) - context)):
-            after_line = text[place - 1] == "\n" and text[place].isalnum()
-            between_words = text[place] == " " and text[place - 1].isalnum() and text[place + 1].isalnum()
+        for cut in range(near, min(near + reach, len(text) - context)):
+            after_line = text[cut - 1] == "\n" and text[cut].isalnum()
+            between_words = text[cut] == " " and text[cut - 1].isalnum() and text[cut + 1].isalnum()
             if after_line or between_words:
-                left, right = text[place - context : place], text[place : place + context]
-                whole, first, second = self._encode_pieces([left + right, left, right])
+                left, right = text[cut - context : cut], text[cut : cut + context]
+                whole, first, second = self._encode_chunks([left + right, left, right])
                 if np.array_equal(whole, np.concatenate([first, second])):
-                    return place
+                    return cut
                 if (tried := tried + 1) == 16:
                     break
         return None
@@ -216,7 +220,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
 
     Other special tokens count the bytes of their name, since they occur only where a text has that name. Exact for
     byte-level and character tokenizers. For those that normalize text, or do not know all of it, packing records the
-    ratio to the true bytes, and evaluation corrects by it.
+    ratio to the true bytes, and evaluation multiplies by it.
     """
     from tokenizers import pre_tokenizers
 
@@ -242,7 +246,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id for text that the tokenizer does not know; None if it has no id of its own for that."""
+    """The id for text that the tokenizer does not know; None if it has no separate id for that."""
     unknown = tokenizer.unk_token_id
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) else unknown
 
@@ -253,9 +257,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def _cut_at_lines(text: str) -> Iterator[str]:
-    """The text in pieces of about `_PIECE_CHARS`, cut between a line break and a letter."""
+    """The text in chunks of about `_CHUNK_CHARS`, cut between a line break and a letter."""
     start = 0
-    while (match := _LINE_START.search(text, start + _PIECE_CHARS)) is not None:
+    while (match := _LINE_START.search(text, start + _CHUNK_CHARS)) is not None:
         yield text[start : match.start()]
         start = match.start()
     yield text[start:]
@@ -270,7 +274,7 @@ def _encodes(backend: Tokenizer, text: str) -> bool:
 
 
 def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
-    """A copy of the tokenizer without `tokens`: they are renamed to what no text contains, so all ids stay."""
+    """A copy of the tokenizer without `tokens`. They get names that no text contains, so that all ids stay the same."""
     from tokenizers import Tokenizer
 
     content = json.loads(backend.to_str())
@@ -299,7 +303,7 @@ def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
     for added in content["added_tokens"]:
         added["special"] = added["special"] and added["content"] not in allowed
     made = Tokenizer.from_str(json.dumps(content))
-    # Read special tokens in a text as text: a document that contains the name of EOS must not end there.
+    # Read special tokens in a text as text, so that a document does not end where it contains the name of EOS.
     made.encode_special_tokens = True
     made.no_truncation()
     made.no_padding()
@@ -307,9 +311,9 @@ def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
 
 
 def require_special_tokens(data: DataSection, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises `RecipeError` if a source's `special_tokens` names tokens that the tokenizer doesn't have.
+    """Raises `RecipeError` if a source's `special_tokens` names a token that the tokenizer doesn't have.
 
-    Also for tokens that begin or end documents, which no text may contain.
+    Also if it names a token that begins or ends documents, because no text may contain it.
     """
     encoder, problems = Encoder(tokenizer, np.dtype(np.int64)), []
     for key, source in all_sources(data):

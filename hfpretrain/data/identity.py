@@ -1,4 +1,4 @@
-"""Identify the content of sources and tokenizer, so that a change is noticed, and name the prepared folder by it."""
+"""Identify the content of sources and tokenizer, to notice a change and to name the prepared folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from hfpretrain import files
 from hfpretrain.data import prepared, source_files
 from hfpretrain.data.corpus import PYTHON_STDLIB, first_line, load_builder, require_openable
-from hfpretrain.data.source_files import expand
+from hfpretrain.data.source_files import expand_pattern
 from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import FILE_FORMATS, DataSection, RecipeError, SourceSection, TokenizerSection
 
-# What fsspec's file systems report that differs between two versions of a file.
+# Entries of fsspec's file information that differ between two versions of a file.
 _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
@@ -26,11 +26,11 @@ _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm",
 
 
 def source_identity(source: SourceSection, key: str = "data.sources") -> list[Any]:
-    """A value that changes with the source's text, but not when its files move to another folder.
+    """A value that changes with the source's text, and stays the same when its files move to another folder.
 
     For a file: its name without folders, its size and its digest. For a URL: the version that its server reports. For a
-    Hub dataset: the commit; in offline mode, the commit in the local cache. `key`: where the source stands in the
-    recipe. Raises `RecipeError` if there is none of these, since a change of the text would go unnoticed.
+    Hub dataset: the commit; in offline mode, the commit in the local cache. `key`: the source's path in the recipe.
+    Raises `RecipeError` if there is none of these, because a change of the text would go unnoticed.
     """
     require_openable(source, key)
     if source.path == PYTHON_STDLIB:
@@ -38,24 +38,24 @@ def source_identity(source: SourceSection, key: str = "data.sources") -> list[An
     kind = source.path if source.path in FILE_FORMATS or source_files.is_packaged(source.path) else "folder"
     splits = source_files.find_splits(source, key)
     if splits is not None:
-        found = {split: _versions([file.origin for file in found], key) for split, found in splits.items()}
+        found = {split: _file_versions([file.origin for file in found], key) for split, found in splits.items()}
         return [kind, *(found["train"] if list(found) == ["train"] else map(list, found.items()))]
     if source_files.is_folder(source) or source_files.is_packaged(source.path):
         return [kind, *_datasets_versions(source, key)]
-    within = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
-    urls = [name for pattern in source.patterns if "://" in pattern for name, _ in expand(source, pattern, key)]
-    return [{"dataset": source.path, "commit": _commit(source, key), **within}, *_versions(urls, key)]
+    selection = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
+    urls = [name for pattern in source.patterns if "://" in pattern for name, _ in expand_pattern(source, pattern, key)]
+    return [{"dataset": source.path, "commit": _commit(source, key), **selection}, *_file_versions(urls, key)]
 
 
 def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
-    """Versions of each split's files, as `datasets` finds them, and of the files that configure a folder."""
+    """Versions of each split's files as `datasets` finds them, and of the files that configure the folder."""
     config = load_builder(source, key).config
-    found = [[str(split), *_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
+    found = [[str(split), *_file_versions(list(names), key)] for split, names in (config.data_files or {}).items()]
     if not found:
-        message = f"{source.path} names no data files, so a change would go unnoticed; name them in data_files"
+        message = f"{source.path} has no list of data files, so a change would go unnoticed; set data_files"
         raise RecipeError.at(key, message)
     settings = [Path(source.path, name) for name in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
-    return [*found, *_versions([str(path) for path in settings if path.is_file()], key)]
+    return [*found, *_file_versions([str(path) for path in settings if path.is_file()], key)]
 
 
 def _commit(source: SourceSection, key: str) -> str:
@@ -67,7 +67,7 @@ def _commit(source: SourceSection, key: str) -> str:
         try:
             return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
         except Exception as error:  # from the Hub or the network
-            advice = "to use the local cache, set HF_HUB_OFFLINE=1"
+            advice = "set HF_HUB_OFFLINE=1 to use the local cache"
             message = f"cannot ask the Hub for {source.path}: {type(error).__name__}: {first_line(error)}; {advice}"
             raise RecipeError.at(key, message) from error
     commit = str(load_builder(source, key).hash)
@@ -77,37 +77,37 @@ def _commit(source: SourceSection, key: str) -> str:
     return commit
 
 
-def at_commits(data: DataSection, identities: Sequence[Any], validation: Sequence[Any]) -> DataSection:
-    """Fix the Hub datasets of `data` to the commits of their identities, so that a later push changes nothing.
+def pin_to_commits(data: DataSection, identities: Sequence[Any], validation: Sequence[Any]) -> DataSection:
+    """Set the revision of each Hub dataset in `data` to its commit, so that a later push to it changes nothing.
 
-    `identities`, `validation`: of the sources and the validation sources, by `source_identity`. Raises `RecipeError` if
-    this machine is offline and its cache has another commit.
+    `identities`, `validation`: the `source_identity` of each source and of each validation source. Raises
+    `RecipeError` if this machine is offline and its cache has another commit.
     """
     import datasets
 
-    def at_commit(source: SourceSection, identity: Any, key: str) -> SourceSection:
+    def pin_source(source: SourceSection, identity: Any, key: str) -> SourceSection:
         if not identity or not isinstance(identity[0], dict) or "commit" not in identity[0]:
             return source
         commit = identity[0]["commit"]
         if not datasets.config.HF_HUB_OFFLINE:
             return source.model_copy(update={"revision": commit})
-        if (own := _commit(source, key)) != commit:
-            message = f"the local cache has {source.path} at {own}, the data are of {commit}"
-            raise RecipeError.at(key, f"{message}; give all machines the same cache, or unset HF_HUB_OFFLINE")
+        if (cached := _commit(source, key)) != commit:
+            message = f"the local cache has {source.path} at {cached}, but the data was prepared from {commit}"
+            raise RecipeError.at(key, f"{message}; use the same cache on all machines, or unset HF_HUB_OFFLINE")
         return source
 
-    def all_at(key: str, sources: Sequence[SourceSection], known: Sequence[Any]) -> tuple[SourceSection, ...]:
+    def pin_sources(key: str, sources: Sequence[SourceSection], known: Sequence[Any]) -> tuple[SourceSection, ...]:
         numbered = enumerate(zip(sources, known, strict=True))
-        return tuple(at_commit(*pair, f"data.{key}.{number}") for number, pair in numbered)
+        return tuple(pin_source(*pair, f"data.{key}.{number}") for number, pair in numbered)
 
-    sources = all_at("sources", data.sources, identities)
-    held_out = all_at("validation_sources", data.validation_sources, validation)
+    sources = pin_sources("sources", data.sources, identities)
+    held_out = pin_sources("validation_sources", data.validation_sources, validation)
     return data.model_copy(update={"sources": sources, "validation_sources": held_out})
 
 
-def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
-    """Name, size and version of each file. The version is a local file's digest, or what the server reports."""
-    local = {name: Path(_local(name)) for name in names if "://" not in _local(name)}
+def _file_versions(names: Sequence[str], key: str) -> list[list[Any]]:
+    """Name, size and version of each file. The version is the digest of a local file, or what the server reports."""
+    local = {name: Path(_strip_file_scheme(name)) for name in names if "://" not in _strip_file_scheme(name)}
     try:
         known = dict(zip(local, files.digests(list(local.values())), strict=True))
     except OSError as error:
@@ -119,7 +119,7 @@ def _versions(names: Sequence[str], key: str) -> list[list[Any]]:
     ]
 
 
-def _local(name: str) -> str:
+def _strip_file_scheme(name: str) -> str:
     return name.removeprefix("file://")
 
 
@@ -139,14 +139,14 @@ def _remote_version(url: str, key: str) -> list[Any]:
         message = (
             f"the server of {url} sends neither ETag nor Last-Modified, so a change of the file would go unnoticed"
         )
-        raise RecipeError.at(f"{key}.data_files", f"{message}; copy the file to this machine")
+        raise RecipeError.at(f"{key}.data_files", f"{message}; download the file to this machine")
     return [str(info.get("size")), *found]
 
 
 def tokenizer_identity(section: TokenizerSection) -> list[Any]:
-    """Names and digests of a pretrained tokenizer's files; empty for one that is trained on the text.
+    """Names and digests of a pretrained tokenizer's files; empty for a tokenizer that is trained on the text.
 
-    For a Hub tokenizer they are the files of its revision; in offline mode, those in the local cache.
+    For a Hub tokenizer, the files of its revision; in offline mode, those in the local cache.
     """
     if section.pretrained is None:
         return []
@@ -161,11 +161,11 @@ def tokenizer_identity(section: TokenizerSection) -> list[Any]:
                     section.pretrained, revision=section.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
                 )
             )
-        except Exception as error:  # from the Hub, the network, or for a name that is neither folder nor id
+        except Exception as error:  # from the Hub or the network, or since it is neither a folder nor an id
             message = f"{type(error).__name__}: {first_line(error)}"
-            advice = "" if huggingface_hub.is_offline_mode() else "; with HF_HUB_OFFLINE=1 the local cache is used"
-            where = f"cannot read {section.pretrained!r}, which is no folder here, from the Hub"
-            raise RecipeError.at("tokenizer.pretrained", f"{where}: {message}{advice}") from error
+            advice = "" if huggingface_hub.is_offline_mode() else "; set HF_HUB_OFFLINE=1 to use the local cache"
+            what = f"there is no folder {section.pretrained!r}, and it can't be read from the Hub"
+            raise RecipeError.at("tokenizer.pretrained", f"{what}: {message}{advice}") from error
     found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_TOKENIZER_SUFFIXES) and file.is_file()]
     return [[file.name, files.sha256(file)] for file in found]
 
@@ -173,26 +173,26 @@ def tokenizer_identity(section: TokenizerSection) -> list[Any]:
 def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list[Any], has_prefix: bool = False) -> str:
     """Name of the prepared folder: a hash of everything that decides its content.
 
-    A changed source, tokenizer or block size gives another name, so nothing stale is ever used.
+    A changed source, tokenizer or block size gives another name, so outdated data is never used.
 
-    `identities`: of the sources and the tokenizer, instead of the names that the recipe has for them. `has_prefix`:
-    whether documents begin with what calling the tokenizer adds before a text; older versions left that out.
+    `identities`: of the sources and the tokenizer; they stand for the names in the recipe. `has_prefix`: whether
+    documents begin with what calling the tokenizer adds before a text. Older versions did not add it.
     """
     content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
     for source in (*content["sources"], *content["validation_sources"]):
         for name in ("path", "data_files", "data_dir", "revision"):
             del source[name]
-        if source["special_tokens"] == "text":  # as in versions that had no such key
+        if source["special_tokens"] == "text":  # older versions had no such key
             del source["special_tokens"]
     for source in content["sources"]:
-        # Weights decide the order of training; on disk only matters whether there are any, since each source then has
-        # blocks of its own.
+        # Weights decide the order of training. On disk it only matters whether there are any: each source then has its
+        # own blocks.
         source["weight"] = source["weight"] is not None
         del source["max_epochs"]
-    # A chat template changes no document, a pretrained tokenizer is one of `identities`, `has_prefix` covers `add_bos`.
-    made_by = tokenizer.model_dump(
+    # A chat template changes no document. `identities` has a pretrained tokenizer, and `has_prefix` covers `add_bos`.
+    tokenizer_content = tokenizer.model_dump(
         mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos", "max_unknown"}
     )
     framed = ["document prefix"] if has_prefix else []
-    text = json.dumps([prepared.FORMAT, content, made_by, identities, *framed], sort_keys=True)
+    text = json.dumps([prepared.FORMAT, content, tokenizer_content, identities, *framed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

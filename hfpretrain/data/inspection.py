@@ -1,4 +1,4 @@
-"""Show what a step of a run trained on: the documents and the decoded text of every sequence."""
+"""Show the data of one training step: the documents and the decoded text of every sequence."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from hfpretrain.data.prepared import PreparedData
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
 
-def step_lines(recipe: Recipe, step: int, skipped: Sequence[Sequence[int]]) -> Iterator[str]:
-    """Lines that show each sequence of an optimizer step: its documents, with file and line, and their text.
+def describe_step(recipe: Recipe, step: int, skipped: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Lines that show each sequence of an optimizer step: its documents with file and line, and their text.
 
-    `step`: counted from 1, as in `metrics.jsonl`. `skipped`: data that rollbacks of the run have left out, as
-    `order.data_step` takes them. Raises `RecipeError` if the data are not prepared or there is no such step.
+    `step`: counted from 1, as in `metrics.jsonl`. `skipped`: data steps that the run has left out, as in
+    `order.data_step`. Raises `RecipeError` if the data is not prepared or there is no such step.
     """
     if recipe.data.streaming:
-        raise RecipeError.at("data.streaming", "a stream keeps no index of its documents; prepare the data to trace it")
+        raise RecipeError.at(
+            "data.streaming",
+            "streamed data has no index of its documents; only the steps of prepared data can be shown",
+        )
     if not 1 <= step <= recipe.training.num_steps:
-        raise RecipeError.at("--step", f"{step} is not a step of this run, which has 1 to {recipe.training.num_steps}")
+        raise RecipeError.at(
+            "--step", f"{step} is not a step of this run, whose steps are 1 to {recipe.training.num_steps}"
+        )
     path = prepared_path(recipe)
     if not path.exists():
-        raise RecipeError.at("data", f"{path} is not prepared, or its sources changed since; run `hfpretrain prepare`")
+        raise RecipeError.at(
+            "data",
+            f"there is no {path}; the data is not prepared, or its sources changed since; run `hfpretrain prepare`",
+        )
     prepared = open_verified(path)
     block_size = recipe.data.block_size
     data = training_data(
@@ -43,7 +51,7 @@ def step_lines(recipe: Recipe, step: int, skipped: Sequence[Sequence[int]]) -> I
     )
     tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
     index = data_step(step - 1, skipped)
-    found = list(sequences(prepared, data, tokenizer, index))
+    found = list(sequences_of_step(prepared, data, tokenizer, index))
     yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(index):016x}"
     for number, sequence in enumerate(found):
         shift = f", shifted by {sequence['shift']} tokens" if sequence["shift"] else ""
@@ -53,29 +61,31 @@ def step_lines(recipe: Recipe, step: int, skipped: Sequence[Sequence[int]]) -> I
             yield "    | " + document["text"].replace("\n", "\n    | ")
 
 
-def sequences(prepared: PreparedData, data: TrainingData, tokenizer: Any, step: int) -> Iterator[dict[str, Any]]:
+def sequences_of_step(
+    prepared: PreparedData, data: TrainingData, tokenizer: Any, step: int
+) -> Iterator[dict[str, Any]]:
     """Block and documents of each sequence of data step `step`, counted from 0, over all processes."""
-    for (stream, row, shift), ids in zip(data.places(step), data.rows(step), strict=True):
+    for (stream, row, shift), ids in zip(data.locate_sequences(step), data.rows(step), strict=True):
         split = prepared.train_splits[stream]
         following = (row + 1) % prepared.manifest["splits"][split]["rows"]
-        here, there = ids[: len(ids) - shift], ids[len(ids) - shift :]
-        pieces = _by_document(here, tokenizer.eos_token_id)
-        found = list(zip(prepared.documents(split, row)[-len(pieces) :], pieces, strict=False))
+        from_row, from_next_row = ids[: len(ids) - shift], ids[len(ids) - shift :]
+        texts = _split_at_eos(from_row, tokenizer.eos_token_id)
+        found = list(zip(prepared.documents(split, row)[-len(texts) :], texts, strict=False))
         if shift:
             found += zip(
-                prepared.documents(split, following), _by_document(there, tokenizer.eos_token_id), strict=False
+                prepared.documents(split, following), _split_at_eos(from_next_row, tokenizer.eos_token_id), strict=False
             )
         documents = [
             {
                 "origin": f"{origin}:{line}",
-                "tokens": len(piece),
-                "text": tokenizer.decode(piece, skip_special_tokens=True),
+                "tokens": len(text_ids),
+                "text": tokenizer.decode(text_ids, skip_special_tokens=True),
             }
-            for (origin, line), piece in found
+            for (origin, line), text_ids in found
         ]
         yield {"split": split, "block": row, "shift": shift, "documents": documents}
 
 
-def _by_document(ids: np.ndarray, eos_token_id: int) -> list[np.ndarray]:
+def _split_at_eos(ids: np.ndarray, eos_token_id: int) -> list[np.ndarray]:
     """Cut a sequence, int64 (n,), after every EOS."""
     return np.split(ids, np.flatnonzero(ids[:-1] == eos_token_id) + 1)

@@ -1,4 +1,4 @@
-"""What a run has trained on so far: a checksum for each step, and tokens and documents of each source."""
+"""Record what a run has trained on: a checksum for each step, and the tokens and documents of each source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ LEDGER = "ledger.npy"
 
 
 def sequence_checksum(rows: np.ndarray, positions: np.ndarray) -> int:
-    """Sum modulo 2^64 of the XXH3 hashes of sequences, int64 (n, block_size); the seed is the position in the run."""
+    """Sum modulo 2^64 of the XXH3 hashes of sequences, int64 (n, block_size).
+
+    `positions`: the position of each sequence in the run, int64 (n,), which is the seed of its hash.
+    """
     narrow = rows.astype("<u4")
     hashes = (xxhash.xxh3_64_intdigest(row, seed=int(at)) for row, at in zip(narrow, positions, strict=True))
     return sum(hashes) % 2**64
@@ -51,10 +54,12 @@ class Ledger:
         """The rolling hash over all steps so far."""
         return self._rolling.copy().hexdigest()
 
-    def mismatch(self, checksum_of: Callable[[int], int], tokens_per_step: int, max_tokens: int = 2**28) -> int | None:
-        """The first step whose data now have another checksum; None if there is none.
+    def first_mismatch(
+        self, checksum_of: Callable[[int], int], tokens_per_step: int, max_tokens: int = 2**28
+    ) -> int | None:
+        """The first step whose data now has another checksum; None if there is none.
 
-        `checksum_of`: returns the checksum that a step's data have now. In a run of up to `max_tokens` tokens, all
+        `checksum_of`: returns the checksum that a step's data has now. In a run of up to `max_tokens` tokens, all
         steps are compared. In a longer run, about `max_tokens` tokens are compared: those of the newest eight steps,
         and of others spread evenly over the run.
         """
@@ -79,14 +84,14 @@ class Consumption:
         self._not_gathered: list[list[int]] = []
 
     def add(self, data: StepData) -> None:
-        """Count this process's share of a step that is done."""
+        """Count this process's data of a step that is done."""
         signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
         self._not_gathered.append([signed, data.documents_dropped, *data.tokens.tolist(), *data.documents.tolist()])
 
     def gather(self, sum_over_processes: Callable[[list[list[int]]], list[list[int]]]) -> None:
         """Sum what the processes have added since the last call. All ranks must call it after the same step.
 
-        `sum_over_processes`: adds up a table of 64-bit integers, which wrap, over all processes.
+        `sum_over_processes`: sums a table of 64-bit integers over all processes; sums wrap.
         """
         if not self._not_gathered:
             return
@@ -107,7 +112,7 @@ class Consumption:
         return {"ledger": self.ledger.digest, **self.by_source(), "documents_dropped": self.documents_dropped}
 
     def restore(self, stored: dict[str, Any], checkpoint: Path) -> str:
-        """Take over a checkpoint's counts, removing the entries of `state` from `stored`.
+        """Load a checkpoint's counts, and remove the entries of `state` from `stored`.
 
         Returns the digest that the checkpoint's ledger must have. Raises `KeyError` if an entry is missing.
         """

@@ -1,4 +1,4 @@
-"""Decide which sequence is at which position of a run: a function of seed and position, so nothing has to be stored."""
+"""Compute which sequence is at which position of a run from seed and position, so that nothing has to be stored."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class TrainingOrder:
-    """Maps each position of a run, which holds one sequence, to a stream and a row of it.
+    """Maps each position of a run, which is one sequence, to a stream and one of its rows.
 
     `sizes`: rows of each stream. `stages`: (first position, weights of the streams), the first one at position 0; empty
-    for a single stream. Streams are interleaved evenly in rounds of 10,000 sequences, so that at any moment of a stage
-    each stream's share is its weight to within 1e-4. A stream is shuffled again in each of its own epochs.
+    for a single stream. Streams are interleaved evenly in rounds of 10,000 sequences, so that at any time in a stage
+    the proportion of each stream is its weight to within 1e-4. Each stream is shuffled again in each of its epochs.
     """
 
     def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
@@ -61,9 +61,11 @@ class TrainingOrder:
         # For each stage, the sequences of each stream before it.
         self._base = [np.zeros(len(stages[0][1]), dtype=np.int64)]
         for stage in range(1, len(stages)):
-            self._base.append(self._base[-1] + self._within(stage - 1, self._first[stage] - self._first[stage - 1]))
+            self._base.append(
+                self._base[-1] + self._counts_within(stage - 1, self._first[stage] - self._first[stage - 1])
+            )
 
-    def _within(self, stage: int, count: int) -> np.ndarray:
+    def _counts_within(self, stage: int, count: int) -> np.ndarray:
         """Sequences of each stream among the first `count` of a stage."""
         streams, _, counts = self._tables[stage]
         rounds, slots = divmod(int(count), len(streams))
@@ -72,7 +74,7 @@ class TrainingOrder:
     def counts(self, position: int) -> np.ndarray:
         """Sequences of each stream before a position of the run: int64 (streams,)."""
         stage = int(np.searchsorted(self._first, position, side="right")) - 1
-        return self._base[stage] + self._within(stage, position - self._first[stage])
+        return self._base[stage] + self._counts_within(stage, position - self._first[stage])
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each position, int64 (n,): its stream, and how many sequences of it come before. Two int64 (n,)."""
@@ -87,7 +89,7 @@ class TrainingOrder:
         return streams, counts
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each position, int64 (n,): its stream, the row of it, and the stream's epoch. Three int64 (n,)."""
+        """For each position, int64 (n,): its stream, the stream's row, and the stream's epoch. Three int64 (n,)."""
         streams, counts = self.draw(positions)
         rows, all_epochs = np.empty_like(positions), np.empty_like(positions)
         for stream in np.unique(streams):
@@ -104,19 +106,19 @@ class TrainingOrder:
 def epoch_shifts(epochs: np.ndarray, block_size: int) -> np.ndarray:
     """By how many tokens blocks are shifted in each of these epochs: int64 (n,) to int64 (n,).
 
-    Multiples of the golden ratio modulo 1, which for any number of epochs are spread almost evenly. Random shifts would
-    often be nearly equal.
+    They are multiples of the golden ratio modulo 1, which are spread almost evenly for any number of epochs. Random
+    shifts would often be nearly equal.
     """
     return (epochs * ((5**0.5 - 1) / 2) % 1 * block_size).astype(np.int64)
 
 
 def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One round: the stream of each slot, how many of its slots come before, and the number of slots of each stream."""
+    """One round: each slot's stream, how many slots of that stream come before, and each stream's number of slots."""
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
-    share = np.asarray(weights, dtype=np.float64) / sum(weights) * _ROUND
-    counts = np.floor(share).astype(np.int64)
-    counts[np.argsort(counts - share, kind="stable")[: _ROUND - counts.sum()]] += 1
+    slots = np.asarray(weights, dtype=np.float64) / sum(weights) * _ROUND
+    counts = np.floor(slots).astype(np.int64)
+    counts[np.argsort(counts - slots, kind="stable")[: _ROUND - counts.sum()]] += 1
     streams = np.repeat(np.arange(len(counts)), counts)
     ranks = np.concatenate([np.arange(count) for count in counts])
     order = np.argsort((ranks + 0.5) / counts[streams], kind="stable")
@@ -126,7 +128,7 @@ def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.n
 def data_step(step: int, skipped: Sequence[Sequence[int]]) -> int:
     """Number of the data step that optimizer step `step` trains on. Both are counted from 0.
 
-    They differ if data was skipped. `skipped`: pairs (first, count). Optimizer steps from `first` on take their data
-    from `count` steps further ahead.
+    They differ if the run has left out data. `skipped`: pairs (first, count). Optimizer steps from `first` on take
+    their data from `count` steps further ahead.
     """
     return step + sum(count for first, count in skipped if first <= step)

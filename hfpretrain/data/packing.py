@@ -1,9 +1,9 @@
-"""Tokenize documents and cut them into blocks of fixed size on disk, accounting for every document and token.
+"""Tokenize documents and write them to disk in blocks of fixed size, counting every document and token.
 
-A document begins with what calling the tokenizer adds before a text (often BOS) and ends with one EOS. The corpus is
-divided into parts, whose bounds depend only on the text. Each part is packed alone and is done when its account is in
-`parts/`, so preparation can stop anywhere, and several machines can do different parts. At the end of a part,
-fewer tokens than a block may be left over. `assemble.assemble` joins these remainders of all parts into blocks.
+A document begins with what calling the tokenizer adds before a text (often BOS), and ends with one EOS. The corpus is
+divided into parts, whose bounds depend only on the text. Each part is packed separately, and is done when its account
+is in `parts/`. So preparation can be stopped at any time, and several machines can make different parts. Fewer tokens
+than a block may be left over at the end of a part. `assemble.assemble` joins these remainders of all parts into blocks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SplitText(NamedTuple):
 
 @dataclass
 class TextBatch:
-    """Texts that are tokenized together, in their order and all of one part, and counts of what was read for them."""
+    """Consecutive texts of one part that are tokenized together, and counts of what was read for them."""
 
     part: str
     items: list[SplitText] = field(default_factory=list)
@@ -80,9 +80,9 @@ def pack(
 ) -> None:
     """Tokenize `batches` on `num_workers` threads and write their parts into the folder `work`.
 
-    `encoder`: gives the encoder of a part, by the part's key. `bytes_of_token`: int64 (vocabulary,). `unknown_id`: the
-    token for text that the tokenizer does not know. `progress`: called with each batch and its number of tokens. A part
-    that is not finished has no account and is done again next time. The bytes written depend only on the documents.
+    `encoder`: returns the encoder of the part with this key. `bytes_of_token`: int64 (vocabulary,). `unknown_id`: the
+    token for text that the tokenizer does not know. `progress`: called with each batch and its number of tokens. An
+    unfinished part has no account and is made again next time. The bytes written depend only on the documents.
     """
     for folder in ("parts", "documents"):
         (work / folder).mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,8 @@ def pack(
             part = None
         progress(batch, sum(map(len, encoded.ids)))
 
-    # `tokenizers` releases the GIL, so our threads run in parallel. With threads of its own in each call, they would
-    # wait for the longest document of the batch.
+    # `tokenizers` releases the GIL, so these threads run in parallel. If `tokenizers` started its own threads in each
+    # call, they would wait for the longest document of the batch.
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -128,14 +128,14 @@ def pack(
 
 
 class _Encoded(NamedTuple):
-    """Token ids of each text of a batch, as `Encoder` gives them, and how often the texts spell each special token."""
+    """Token ids of each text of a batch from `Encoder`, and how often the texts contain each special token's name."""
 
     ids: list[np.ndarray]
     special: Counter[str]
 
 
 class _Part:
-    """Packs one part: writes the blocks of each split, and at the end the account."""
+    """Packs one part: writes the blocks of each split, and finally the account."""
 
     def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder, unknown_id: int | None):
         self._work, self._key, self._data, self._encoder = work, key, data, encoder
@@ -154,13 +154,13 @@ class _Part:
         self._dropped.update(batch.dropped)
         for item, ids in zip(batch.items, encoded.ids, strict=True):
             self._sample_lost_text(item.text)
-            if len(ids) == len(self._encoder.prefix) + 1:  # the normalizer has removed all of the text
+            if len(ids) == len(self._encoder.prefix) + 1:  # the normalizer has removed the whole text
                 self._read["bytes_dropped"] += item.num_bytes
                 if item.is_whole:
                     self._read["documents_kept"] -= 1
                     self._dropped["no_tokens"] += 1
                 continue
-            stream = self._streams.get(item.split) or self._open(item.split)
+            stream = self._streams.get(item.split) or self._open_stream(item.split)
             origin = self._origins.setdefault(item.origin, len(self._origins))
             stream.add(ids, item, origin)
             if self._unknown_id is not None:
@@ -174,7 +174,7 @@ class _Part:
             found = self._encoder.lost_characters(text[:SAMPLE_CHARS])
             self._sample.update(dict(zip(("characters", "lost", "replaced"), found, strict=True)))
 
-    def _open(self, split: str) -> _Stream:
+    def _open_stream(self, split: str) -> _Stream:
         # Validation is always `concat`, so that its loss does not depend on how the training text is packed.
         best_fit = self._data.packing == "best_fit" and not is_validation(split)
         kind = _BestFit if best_fit else _Stream
@@ -183,7 +183,7 @@ class _Part:
         return stream
 
     def close(self, ends_group: bool) -> None:
-        """Write the blocks that are left, then the account, with which the part is done."""
+        """Write the remaining blocks, then the account, which marks the part as done."""
         splits = {name: stream.close() for name, stream in sorted(self._streams.items())}
         written = sorted(path for stream in self._streams.values() for path in stream.paths)
         account = {
@@ -192,7 +192,7 @@ class _Part:
             "splits": splits,
             "origins": list(self._origins),
             "ends_group": ends_group,
-            # Most text has none of these, so they are written only if there are some.
+            # Left out where there are none, as in most text.
             **({"special_tokens": dict(sorted(self._special.items()))} if self._special else {}),
             **({"unknown": self._unknown} if self._unknown else {}),
             **({"sample": dict(self._sample)} if self._sample["lost"] or self._sample["replaced"] else {}),
@@ -225,8 +225,8 @@ class _Stream:
 
     def add(self, ids: np.ndarray, item: SplitText, origin: int) -> None:
         """Append one document, prefix and separator included."""
-        self._locate(self.tokens + self.separators + self.bos, 0, origin, item.row, item.digest)
-        self._count(ids, item)
+        self._record_document(self.tokens + self.separators + self.bos, 0, origin, item.row, item.digest)
+        self._count_tokens(ids, item)
         self._pending.append(ids)
         self._num_pending += len(ids)
         if self._num_pending >= prepared.ROWS_PER_BATCH * self._block_size:
@@ -236,20 +236,20 @@ class _Stream:
             self._pending = [stream[rows * self._block_size :].copy()]
             self._num_pending = len(self._pending[0])
 
-    def _count(self, ids: np.ndarray, item: SplitText) -> None:
+    def _count_tokens(self, ids: np.ndarray, item: SplitText) -> None:
         self.documents += 1
         self.bytes += item.num_bytes
         self.tokens += len(ids) - 1 - self._prefix_size
         self.bos += self._prefix_size
         self.separators += 1
 
-    def _locate(self, start: int, offset: int, origin: int, row: int, digest: int) -> None:
+    def _record_document(self, start: int, offset: int, origin: int, row: int, digest: int) -> None:
         for name, value in (("start", start), ("offset", offset), ("origin", origin), ("row", row)):
             self._columns[name].append(value)
         self.digests.append(digest)
 
     def _write_rows(self) -> np.ndarray:
-        """Write all whole rows; returns the tokens that are left."""
+        """Write all full rows; returns the tokens that are left over."""
         stream = np.concatenate([np.zeros(0, self._dtype), *self._pending])
         whole = len(stream) // self._block_size * self._block_size
         if whole:
@@ -257,13 +257,13 @@ class _Stream:
         return stream[whole:]
 
     def close(self) -> dict[str, Any]:
-        """Write all tokens that are left; returns the account of this split."""
+        """Write all remaining rows; returns this split's entry of the account."""
         remainder = self._write_rows()
         self._writer.close()
         table = {name: np.frombuffer(values, dtype=np.int64) for name, values in self._columns.items()}
         end = self.rows * self._block_size
-        into = self.tokens + self.separators + self.bos + self.padding
-        assert end + len(remainder) == into, "tokens in and out differ"
+        tokens_in = self.tokens + self.separators + self.bos + self.padding
+        assert end + len(remainder) == tokens_in, "tokens in and out differ"
         first = max(0, int(np.searchsorted(table["start"], end, side="right")) - 1)
         in_remainder = [
             [max(0, int(start) - end), int(offset) + max(0, end - int(start)), int(origin), int(row)]
@@ -290,36 +290,37 @@ class _Stream:
 class _BestFit(_Stream):
     """Packs documents by best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
 
-    Cuts only documents that are longer than a block. A row that isn't full is filled with EOS. Since no document is
-    empty, the first EOS at the end of such a row belongs to its last document, and the others are padding.
+    Cuts only documents that are longer than a block, into chunks of a block. A row that isn't full is filled with EOS.
+    Since no document is empty, the first EOS at the end of such a row belongs to its last document, and the others are
+    padding.
     """
 
     def add(self, ids: np.ndarray, item: SplitText, origin: int) -> None:
         """Append one document, prefix and separator included."""
-        self._count(ids, item)
+        self._count_tokens(ids, item)
         size = self._block_size
         if len(ids) % size == 1:
-            # EOS alone in the next block would look like padding. The end of the block separates the documents instead.
+            # A single EOS in the next block would look like padding, so the end of the block separates the documents.
             ids = ids[:-1]
             self.separators -= 1
         for start in range(0, len(ids), size):
-            self._pieces.append((ids[start : start + size], start, origin, item.row, item.digest))
+            self._chunks.append((ids[start : start + size], start, origin, item.row, item.digest))
         self._num_pending += len(ids)
         if self._num_pending >= _BEST_FIT_TOKENS:
-            self._flush()
+            self._pack_chunks()
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self._pieces: list[tuple[np.ndarray, int, int, int, int]] = []
+        self._chunks: list[tuple[np.ndarray, int, int, int, int]] = []
 
-    def _flush(self) -> None:
+    def _pack_chunks(self) -> None:
         size = self._block_size
         used: list[int] = []
         by_room: dict[int, list[int]] = {}
         rooms: list[int] = []
-        places: list[tuple[int, int]] = [(0, 0)] * len(self._pieces)
-        for index in sorted(range(len(self._pieces)), key=lambda i: -len(self._pieces[i][0])):
-            length = len(self._pieces[index][0])
+        slots: list[tuple[int, int]] = [(0, 0)] * len(self._chunks)
+        for index in sorted(range(len(self._chunks)), key=lambda i: -len(self._chunks[i][0])):
+            length = len(self._chunks[index][0])
             fits = bisect.bisect_left(rooms, length)
             if fits < len(rooms):
                 room = rooms[fits]
@@ -329,21 +330,21 @@ class _BestFit(_Stream):
             else:
                 bin_index, room = len(used), size
                 used.append(0)
-            places[index] = (bin_index, used[bin_index])
+            slots[index] = (bin_index, used[bin_index])
             used[bin_index] += length
             if room > length:
                 if room - length not in by_room:
                     bisect.insort(rooms, room - length)
                 by_room.setdefault(room - length, []).append(bin_index)
         rows = np.full((len(used), size), self._eos_token_id, dtype=self._dtype)
-        for (ids, offset, origin, row, digest), (bin_index, at) in zip(self._pieces, places, strict=True):
+        for (ids, offset, origin, row, digest), (bin_index, at) in zip(self._chunks, slots, strict=True):
             rows[bin_index, at : at + len(ids)] = ids
-            self._locate((self.rows + bin_index) * size + at, offset, origin, row, digest)
+            self._record_document((self.rows + bin_index) * size + at, offset, origin, row, digest)
         self.padding += rows.size - sum(used)
         if len(rows):
             self.rows += self._writer.write(rows.reshape(-1))
-        self._pieces, self._num_pending = [], 0
+        self._chunks, self._num_pending = [], 0
 
     def _write_rows(self) -> np.ndarray:
-        self._flush()
+        self._pack_chunks()
         return np.zeros(0, self._dtype)

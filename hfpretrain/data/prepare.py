@@ -1,4 +1,4 @@
-"""Prepare the data of a recipe: read the sources, train or load the tokenizer, pack, assemble. Done once and reused."""
+"""Prepare the data of a recipe once: read the sources, train or load the tokenizer, pack, and assemble."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hfpretrain.data.packing import SplitText, TextBatch
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
 from hfpretrain.data.remote_copy import RemoteCopy, remote_copy_of
 from hfpretrain.data.shards import Shard, ShardRegistry
-from hfpretrain.data.summary import require_known
+from hfpretrain.data.summary import check_unknown_share
 from hfpretrain.data.tokenizer import (
     document_prefix,
     load_tokenizer,
@@ -36,7 +36,7 @@ from hfpretrain.data.tokenizer import (
     train_tokenizer,
 )
 from hfpretrain.recipe.machine import num_cores
-from hfpretrain.recipe.redaction import redacted
+from hfpretrain.recipe.redaction import redact_all
 from hfpretrain.recipe.schema import (
     DataSection,
     Problem,
@@ -49,17 +49,17 @@ from hfpretrain.recipe.schema import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Every tokenizer has this file. It is uploaded last, so where it is, the tokenizer is complete.
+# Every tokenizer has this file. It is uploaded last, so a tokenizer with this file is complete.
 _LAST_TOKENIZER_FILE = "tokenizer/tokenizer_config.json"
-_GROUPS_PER_SOURCE = 10_000
+_MAX_GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
 
 def prepared_path(recipe: Recipe) -> Path:
     """The folder of this recipe's prepared data, whether it exists or not.
 
-    Only the main process of a run calls it: it reads all local source files that changed since this machine last read
-    them, and asks the Hub.
+    Call it only on the main process of a run: it reads all local source files that changed since this machine last
+    read them, and asks the Hub.
     """
     return _path(recipe.data, recipe.tokenizer, recipe.prepared_dir)
 
@@ -75,9 +75,9 @@ def _path(data: DataSection, section: TokenizerSection, prepared_dir: Path) -> P
 
 
 def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
-    """Whether calling the tokenizer adds tokens before a text, with which documents then begin (often BOS).
+    """Whether documents begin with tokens that calling the tokenizer adds before a text (often BOS).
 
-    `path`: returns the prepared folder, given the answer. If a folder was made with this section, its
+    `path`: returns the prepared folder for either answer. If a folder was prepared with this tokenizer section, its
     manifest has the answer, and the tokenizer is not loaded. Older versions added no tokens and recorded no answer.
     """
     if section.pretrained is None or section.add_bos is False:
@@ -99,56 +99,56 @@ def _identities(data: DataSection, section: TokenizerSection) -> tuple[list[Any]
 
 
 def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
-    """Open the prepared data of a recipe. If they are missing or incomplete, create or finish them.
+    """Open the prepared data of a recipe, or create or finish it first.
 
-    `num_workers` threads tokenize, by default one for each core; their number changes no byte of the result. If a call
-    is stopped anywhere, the next one resumes after the last finished part. Raises `RecipeError` if a source is missing,
+    `num_workers` threads tokenize, by default one for each core. Their number does not change the result. If a call is
+    stopped at any time, the next one resumes after the last finished part. Raises `RecipeError` if a source is missing,
     has no text, or has a bad document.
     """
     path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer
-    if PreparedData.open(path) is None:  # else no lock is needed, and the folder may be read-only
-        with _locked(path, ".lock"):
+    if PreparedData.open(path) is None:  # finished data needs no lock, and its folder may be read-only
+        with _lock_folder(path, ".lock"):
             prepared = PreparedData.open(path) or _download(data.prepared_dir, path)
             if prepared is None:
                 if (path / files.MANIFEST).exists():
                     return open_verified(path)
                 registry = ShardRegistry(data, section, recipe.prepared_dir)
-                _check_shards(registry, _made_from(data, section), path)
+                _check_shards(registry, _shard_inputs(data, section), path)
                 prepared = _Preparation(data, section, path, num_workers or num_cores()).finish()
                 registry.remove(path.name)
-                require_known(prepared, section.max_unknown)
+                check_unknown_share(prepared, section.max_unknown)
                 return prepared
     prepared = open_verified(path)
-    require_known(prepared, section.max_unknown)
+    check_unknown_share(prepared, section.max_unknown)
     return prepared
 
 
 def open_verified(path: Path, file_read: Callable[[], None] = lambda: None) -> PreparedData:
-    """Open prepared data. Raises `RecipeError` that names the file if one is missing or has another checksum."""
+    """Open prepared data. If a file is missing or has another checksum, raises `RecipeError` with its name."""
     reason = files.damage_if_changed(path, file_read)
     prepared = PreparedData.open(path) if reason is None else None
     if prepared is None:
-        raise RecipeError.at("data", f"prepared data are damaged: {reason}; delete {path} to prepare them again")
+        raise RecipeError.at("data", f"the prepared data is damaged: {reason}; delete {path} to prepare it again")
     return prepared
 
 
 def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | None = None) -> Path:
-    """Make shard `index`, counted from 0, of the `count` shards of one preparation; `prepare` then joins all shards.
+    """Make shard `index`, counted from 0, of `count` shards of one preparation. `prepare` then joins all shards.
 
-    Returns the prepared folder that the shard is part of. Raises `RecipeError` if another shard is made from other
-    sources, tokenizer or library versions.
+    Returns the prepared folder of the joined shards. Raises `RecipeError` if another shard is made from other sources,
+    another tokenizer, or with other library versions.
     """
     path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer
-    with _locked(path, f".shard-{index + 1}-of-{count}.lock"):
+    with _lock_folder(path, f".shard-{index + 1}-of-{count}.lock"):
         if (PreparedData.open(path) or _download(data.prepared_dir, path)) is None:
             registry = ShardRegistry(data, section, recipe.prepared_dir)
-            registry.add(Shard(path.name, _made_from(data, section), index, count))
+            registry.add(Shard(path.name, _shard_inputs(data, section), index, count))
             _Preparation(data, section, path, num_workers or num_cores()).make_parts(index, count)
     return path
 
 
-def _made_from(data: DataSection, section: TokenizerSection) -> dict[str, Any]:
-    """Everything that decides a shard's content, by the recipe's key or the library's name."""
+def _shard_inputs(data: DataSection, section: TokenizerSection) -> dict[str, Any]:
+    """Everything that decides a shard's content, by recipe key or library name."""
     sources, validation, of_tokenizer = _identities(data, section)
     libraries = ("datasets", "pyarrow", "tokenizers", "transformers")
     return {
@@ -161,30 +161,30 @@ def _made_from(data: DataSection, section: TokenizerSection) -> dict[str, Any]:
 
 
 def _check_shards(registry: ShardRegistry, made_from: dict[str, Any], path: Path) -> None:
-    """Log which other machines' shards are not used, and why.
+    """Log which shards of other machines are not used, and why.
 
-    Raises `RecipeError` if a shard of this folder was made with other versions of the libraries.
+    Raises `RecipeError` if a shard of this folder was made with other library versions.
     """
     ours = Shard(path.name, json.loads(json.dumps(made_from)))
     others = registry.others(ours)
     for other in others:
-        differing = [problem for problem in other.differences(ours) if problem.path != "--shard"]
+        differing = [problem for problem in ours.differences(other) if problem.path != "--shard"]
         if differing and other.folder == path.name:
-            message = f"{other} was made by other library versions; delete {path}*"
+            message = f"{other} was made with other library versions; delete {path}*"
             raise RecipeError([Problem("prepare", message), *differing])
         if differing:
-            logger.warning("%s is not used: it was made from other data: %s", other, differing[0])
+            logger.warning("%s is not used, because it was made from other data: %s", other, differing[0])
     joined = [other for other in others if other.folder == path.name]
     missing = {n + 1 for n in range(max((other.count for other in joined), default=0))} - {s.index + 1 for s in joined}
     if missing:
         names = ", ".join(map(str, sorted(missing)))
-        logger.warning("shard(s) %s were never started; their parts are prepared here", names)
+        logger.warning("no machine has started shard(s) %s; this machine prepares their parts", names)
 
 
 def _download(
     prepared_dir: str | None, path: Path, file_read: Callable[[], None] = lambda: None
 ) -> PreparedData | None:
-    """Copy the finished folder from the URL `prepared_dir` and verify it; None if it is not finished, or no URL."""
+    """Copy the finished folder from the URL `prepared_dir` and verify it. None if it is not finished, or no URL."""
     remote = remote_copy_of(path, prepared_dir)
     names = remote.list_files() if remote is not None else set()
     if remote is None or files.MANIFEST not in names:
@@ -196,7 +196,9 @@ def _download(
     reason = files.damage(work, file_read=file_read)
     if reason is not None:
         shutil.rmtree(work)
-        raise RecipeError.at("data.prepared_dir", f"what came from {remote.url} is damaged: {reason}; run again")
+        raise RecipeError.at(
+            "data.prepared_dir", f"the copy from {remote.url} is damaged: {reason}; run the command again"
+        )
     files.put_in_place(work, path)
     files.remember(path)
     return PreparedData.open(path)
@@ -212,32 +214,32 @@ def wait_for_prepared(
 ) -> PreparedData:
     """Open the folder `path` that the main process of this run has prepared, in another process.
 
-    A machine without the main process may have a disk of its own. If `prepared_dir`, the recipe's `data.prepared_dir`,
-    is a URL, the machine's first process copies the folder from there. `checksum`: that of the main process's folder.
-    `file_read` is called after each file that is read. Raises `RecipeError` if the folder does not appear within
+    Another machine may have its own disk. If the recipe's `data.prepared_dir`, given as `prepared_dir`, is a URL, the
+    first process of each machine copies the folder from there. `checksum`: of the main process's folder. `file_read`
+    is called after each file that is read. Raises `RecipeError` if the folder does not appear within
     `wait_seconds`, or has another checksum.
     """
-    is_url, first_here = "://" in (prepared_dir or ""), os.environ.get("LOCAL_RANK") == "0"
+    is_url, is_first_of_machine = "://" in (prepared_dir or ""), os.environ.get("LOCAL_RANK") == "0"
     start = time.monotonic()
     while PreparedData.open(path) is None:
         time.sleep(poll_seconds)
-        if is_url and first_here:
-            with _locked(path, ".lock"):
+        if is_url and is_first_of_machine:
+            with _lock_folder(path, ".lock"):
                 _ = PreparedData.open(path) or _download(prepared_dir, path, file_read)
         elif not is_url and time.monotonic() - start > wait_seconds:
-            place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
-            advice = "put prepared_dir on a disk that all machines share, or make it a URL that all can reach"
-            message = f"{place} does not see {path}, which rank 0 prepared; {advice}"
+            rank = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
+            advice = "set it to a folder on a disk that all machines share, or to a URL that all can reach"
+            message = f"{rank} does not see {path}, which rank 0 prepared; {advice}"
             raise RecipeError.at("data.prepared_dir", message)
     prepared = open_verified(path, file_read)
     if checksum not in (None, prepared.checksum):
-        message = f"{path} on {platform.node()} differs from that of rank 0; delete the one that is out of date"
+        message = f"{path} on {platform.node()} differs from the same folder of rank 0; delete the outdated one"
         raise RecipeError.at("data.prepared_dir", message)
     return prepared
 
 
 def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of the prepared data. Calling it adds what every document begins with."""
+    """The tokenizer of the prepared data. Calling it adds the tokens that every document begins with."""
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(prepared.path / "tokenizer", trust_remote_code=trust_remote_code)
@@ -246,8 +248,8 @@ def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = Fa
 
 
 @contextlib.contextmanager
-def _locked(path: Path, suffix: str) -> Iterator[None]:
-    """Hold the lock of `path`. Turns errors of the disk into `RecipeError`."""
+def _lock_folder(path: Path, suffix: str) -> Iterator[None]:
+    """Hold the lock of `path`. Raises errors of the disk as `RecipeError`."""
     from filelock import FileLock, Timeout
 
     try:
@@ -267,13 +269,13 @@ def _locked(path: Path, suffix: str) -> Iterator[None]:
             raise
         raise RecipeError.at(
             "data.prepared_dir",
-            f"cannot write {error.filename or path}: {error.strerror or error}; finished parts are kept, and the same "
-            "command goes on from there",
+            f"cannot write {error.filename or path}: {error.strerror or error}; finished parts are kept; run the "
+            "same command again to continue",
         ) from error
 
 
 class _Preparation:
-    """One preparation: makes the tokenizer and the parts that are not done yet, and assembles the folder."""
+    """One preparation: makes the tokenizer and the unfinished parts, and assembles the folder."""
 
     def __init__(self, data: DataSection, section: TokenizerSection, path: Path, num_workers: int):
         import datasets
@@ -283,20 +285,20 @@ class _Preparation:
         self.work = path.with_name(path.name + files.INCOMPLETE)
         self.work.mkdir(exist_ok=True)
         self.remote = remote_copy_of(path, data.prepared_dir)
-        if self.remote is not None:  # take over what other machines have done
+        if self.remote is not None:  # use what other machines have finished
             there = self.remote.list_files()
             folders = ("tokenizer/", "parts/") if _LAST_TOKENIZER_FILE in there else ("parts/",)
             self.remote.download(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
         self.readers = corpus.training_readers(self.data)
         self.validation_readers = corpus.validation_readers(self.data)
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = self._load_or_make_tokenizer()
         if self.remote is not None:
             self._upload_missing(self.remote, there)
         self.vocab_size = padded_vocab_size(section, self.tokenizer)
 
     def _upload_missing(self, remote: RemoteCopy, there: set[str]) -> None:
-        """Upload what an earlier call on this machine finished but did not upload completely."""
+        """Upload what an earlier call on this machine finished but did not upload."""
         if _LAST_TOKENIZER_FILE not in there:
             names = {f"tokenizer/{file.name}" for file in (self.work / "tokenizer").iterdir()}
             remote.upload(self.work, [*sorted(names - {_LAST_TOKENIZER_FILE}), _LAST_TOKENIZER_FILE])
@@ -306,17 +308,17 @@ class _Preparation:
                 remote.upload(self.work, [*account["files"], f"parts/{file.name}"])
 
     def finish(self) -> PreparedData:
-        """Make all parts that are not done and assemble the prepared folder."""
+        """Make all unfinished parts and assemble the prepared folder."""
         sources, validation, of_tokenizer = _identities(self.data, self.section)
         parts = self.make_parts(0, 1)
         if _path(self.data, self.section, self.path.parent) != self.path:
-            raise RecipeError.at("data.sources", "a source changed while it was prepared; run again")
+            raise RecipeError.at("data.sources", "a source changed while it was prepared; run the command again")
         extra = {
             "vocab_size": self.vocab_size,
             "tokenizer_size": tokenizer_size(self.tokenizer),
             "add_bos": self.section.add_bos,
             "vocab_size_asked": self.section.vocab_size,
-            "recipe": redacted(self.data.model_dump(mode="json", exclude_none=True)),
+            "recipe": redact_all(self.data.model_dump(mode="json", exclude_none=True)),
             "source_identities": sources,
             "validation_identities": validation,
             "tokenizer_identity": of_tokenizer,
@@ -349,8 +351,8 @@ class _Preparation:
         logger.info("prepared %s in %.1f s on %d thread(s)", self.path, seconds, self.num_workers)
         return prepared
 
-    def _tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer in the work folder, made if it is not there: one preparation uses one tokenizer to its end."""
+    def _load_or_make_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer in the work folder, made if there is none. A preparation never changes its tokenizer."""
         from transformers import AutoTokenizer
 
         folder = self.work / "tokenizer"
@@ -365,23 +367,22 @@ class _Preparation:
             try:
                 own.rename(folder)
                 return made
-            except OSError:  # another shard on this disk was first
+            except OSError:  # another shard on this disk has made it meanwhile
                 shutil.rmtree(own)
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.section.trust_remote_code)
         except Exception as error:  # a broken file may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-            raise RecipeError.at(
-                "data", f"the tokenizer in {folder} does not load: {what}; delete {self.work}"
-            ) from error
+            message = f"the tokenizer in {folder} can't be loaded: {what}; delete {self.work} to start over"
+            raise RecipeError.at("data", message) from error
 
     def make_parts(self, index: int, count: int) -> list[str]:
-        """Make the unfinished parts of shard `index` of `count`; returns the keys of all its parts, in their order."""
+        """Make the unfinished parts of shard `index` of `count`. Returns the keys of all its parts in order."""
         readers = [*self.validation_readers, *(() if self.data.streaming else self.readers)]
         groups = _validation_groups(self.validation_readers)
         groups += [] if self.data.streaming else _training_groups(self.readers)
         self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
-        self.is_first = self._first_with_text() if self.data.deduplicate else None
+        self.is_first = self._find_first_occurrences() if self.data.deduplicate else None
         bytes_of_token = token_bytes(self.tokenizer, self.vocab_size)
         logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
         done: list[str] = []
@@ -389,31 +390,31 @@ class _Preparation:
         with _Progress(readers) as progress:
 
             def encoder(part: str) -> Encoder:
-                return encoders[_section(self.data, part).special_tokens]
+                return encoders[_source_section(self.data, part).special_tokens]
 
-            def written(batch: TextBatch, tokens: int) -> None:
+            def on_written(batch: TextBatch, tokens: int) -> None:
                 progress.update(batch, tokens)
                 if self.remote is not None and batch.ends_part:
                     account = part_account(self.work, batch.part) or {}
                     self.remote.upload(self.work, [*account["files"], f"parts/{batch.part}.json"])
 
             batches = self._batches(groups, index, count, done)
-            packing.pack(self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, written)
+            packing.pack(self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, on_written)
         return done
 
     def _encoders(self) -> dict[Any, Encoder]:
-        """An encoder for each value of `special_tokens` that a source has."""
+        """An encoder for each value of `special_tokens` among the sources."""
         first = Encoder(self.tokenizer, token_dtype(self.vocab_size))
         require_special_tokens(self.data, self.tokenizer)
         chosen = {source.special_tokens for source in (*self.data.sources, *self.data.validation_sources)}
         return {special_tokens: first.for_source(special_tokens) for special_tokens in chosen}
 
     def _batches(self, groups: list[_FileGroup], index: int, count: int, done: list[str]) -> Iterator[TextBatch]:
-        """Batches of one shard's unfinished parts; appends the key of every part to `done`."""
-        # Shards take whole groups of files if there are enough of them, otherwise parts of each group.
+        """Batches of one shard's unfinished parts. Appends the key of every part, finished before or now, to `done`."""
+        # Shards get whole groups of files if there are enough of them, otherwise parts of each group.
         by_group = len(groups) >= count
-        for place, group in enumerate(groups):
-            if by_group and place % count != index:
+        for group_index, group in enumerate(groups):
+            if by_group and group_index % count != index:
                 continue
             finished = self._finished_group(group)
             if finished:
@@ -424,9 +425,9 @@ class _Preparation:
             ordinal, ends_group = 0, False
             while not ends_group:
                 key = part_key(group.source, group.number, ordinal)
-                is_ours = by_group or (place + ordinal) % count == index
+                is_ours = by_group or (group_index + ordinal) % count == index
                 is_wanted = is_ours and part_account(self.work, key) is None
-                for batch in self._part(key, group, documents):
+                for batch in self._part_batches(key, group, documents):
                     ends_group = batch.ends_group
                     if is_wanted:
                         yield batch
@@ -434,7 +435,7 @@ class _Preparation:
                 ordinal += 1
 
     def _finished_group(self, group: _FileGroup) -> list[str]:
-        """The keys of a group's parts if all of them are done, so that the group need not be read; else empty."""
+        """The keys of a group's parts if all are done, so that the group need not be read; otherwise empty."""
         keys: list[str] = []
         while True:
             keys.append(part_key(group.source, group.number, len(keys)))
@@ -444,12 +445,14 @@ class _Preparation:
             if account["ends_group"]:
                 return keys
 
-    def _part(self, key: str, group: _FileGroup, documents: Iterator[tuple[int, Document]]) -> Iterator[TextBatch]:
-        """The batches of one part. Where it ends depends on the characters and documents read, not on what is kept."""
+    def _part_batches(
+        self, key: str, group: _FileGroup, documents: Iterator[tuple[int, Document]]
+    ) -> Iterator[TextBatch]:
+        """The batches of one part. Its end depends on the characters and documents read, not on how many are kept."""
         chars = count = 0
         batch, source = TextBatch(key), group.source
         is_first = None if self.is_first is None or source is None else self.is_first[source, group.number]
-        held_out = self.data.validation_split(group.number // _GROUPS_PER_SOURCE) if source is None else ""
+        held_out = self.data.validation_split(group.number // _MAX_GROUPS_PER_SOURCE) if source is None else ""
         for number, document in documents:
             if is_first is not None and document.text and not is_first[number]:
                 splits = [("duplicate", "")]
@@ -457,7 +460,7 @@ class _Preparation:
                 splits = [(held_out, document.text)] if source is None else self.splitter(document)
                 if source is None and not document.text:
                     splits = [(document.problem[0] if document.problem else "empty", "")]
-            self._add(batch, document, splits, source)
+            self._add_document(batch, document, splits, source)
             chars, count = chars + len(document.text), count + 1
             if chars >= packing.PART_CHARS or count >= packing.PART_DOCUMENTS:
                 batch.ends_part = True
@@ -469,7 +472,9 @@ class _Preparation:
         batch.ends_part = batch.ends_group = True
         yield batch
 
-    def _add(self, batch: TextBatch, document: Document, splits: list[tuple[str, str]], source: int | None) -> None:
+    def _add_document(
+        self, batch: TextBatch, document: Document, splits: list[tuple[str, str]], source: int | None
+    ) -> None:
         batch.documents_read += 1
         batch.bytes_read += document.num_bytes
         batch.chars += len(document.text)
@@ -485,10 +490,10 @@ class _Preparation:
             num_bytes = document.num_bytes if whole else len(text.encode())
             batch.items.append(SplitText(name, text, num_bytes, digest, document.origin, document.row, whole))
 
-    def _first_with_text(self) -> dict[tuple[int, int], np.ndarray]:
+    def _find_first_occurrences(self) -> dict[tuple[int, int], np.ndarray]:
         """For every group of the training sources, which of its documents are the first with their text: bool (n,).
 
-        Reads all text once before it is tokenized. The hashes of each group are kept on disk for the next start.
+        Reads all text once before it is tokenized. The hashes of each group are kept on disk, for a call that resumes.
         """
         (self.work / "scan").mkdir(exist_ok=True)
         found = {}
@@ -508,21 +513,21 @@ class _Preparation:
         return dict(zip(found, np.split(first, bounds), strict=True))
 
 
-def _section(data: DataSection, part: str) -> SourceSection:
+def _source_section(data: DataSection, part: str) -> SourceSection:
     """The recipe's section of a part's source."""
     number = part_source(part)
     if number is not None:
         return data.sources[number]
-    return data.validation_sources[int(part.split("-")[1]) // _GROUPS_PER_SOURCE]
+    return data.validation_sources[int(part.split("-")[1]) // _MAX_GROUPS_PER_SOURCE]
 
 
 class _FileGroup(NamedTuple):
-    """Files of one source that are read one after another, as `Reader.groups` puts them together."""
+    """Files of one source that are read one after another: one of `Reader.groups`."""
 
     source: int | None
     """Number of the source, None for validation."""
     number: int
-    """As part keys have it. Validation source n begins at n * `_GROUPS_PER_SOURCE`."""
+    """The group's number in part keys. Validation source n begins at n * `_MAX_GROUPS_PER_SOURCE`."""
     reader: Reader
     pieces: range
 
@@ -537,14 +542,14 @@ def _training_groups(readers: list[Reader]) -> list[_FileGroup]:
 
 def _validation_groups(readers: list[Reader]) -> list[_FileGroup]:
     return [
-        _FileGroup(None, nth * _GROUPS_PER_SOURCE + number, reader, pieces)
+        _FileGroup(None, nth * _MAX_GROUPS_PER_SOURCE + number, reader, pieces)
         for nth, reader in enumerate(readers)
         for number, pieces in enumerate(reader.groups())
     ]
 
 
 class _Progress:
-    """A progress bar in bytes of the files, with documents and tokens per second; a line a minute in a log file."""
+    """A progress bar over the bytes of the files. Where stderr is no terminal, it prints a line a minute."""
 
     def __init__(self, readers: list[Reader]):
         from tqdm import tqdm
@@ -572,7 +577,7 @@ class _Progress:
         self._bar.close()
 
     def update(self, batch: TextBatch, tokens: int) -> None:
-        """Count a batch that has been written."""
+        """Count a batch that was written."""
         self._documents += batch.documents_read
         self._tokens += tokens
         rate = self._tokens / (time.perf_counter() - self._start)

@@ -1,4 +1,4 @@
-"""Read prepared data: blocks, the documents they came from, accounts of what was read, and a check of all of these."""
+"""Read and verify prepared data: blocks, the documents in them, and the counts of what was read."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FORMAT = 3
 VALIDATION = "validation"
 ROWS_PER_BATCH = 512
 SAMPLE_CHARS = 2**16
-"""Characters of each part in which text that the tokenizer leaves out or replaces is counted."""
+"""Size of each part's sample, in which text that the tokenizer leaves out or replaces is counted, in characters."""
 READ_COUNTS = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A prepared folder: `train-0`, `train-1`, ... (more than one for weighted sources), `validation`, `tokenizer`."""
+    """A prepared folder with `train-0`, `train-1`, ... (several if sources have weights), `validation`, `tokenizer`."""
 
     path: Path
     manifest: dict[str, Any]
 
     def __repr__(self) -> str:
-        """Leaves out the manifest, which grows with the corpus."""
+        """A short text, since the manifest grows with the corpus."""
         splits = {name: f"{split['rows']} blocks" for name, split in self.manifest.get("splits", {}).items()}
         return f"PreparedData({str(self.path)!r}, block_size={self.manifest.get('block_size')}, {splits})"
 
@@ -74,11 +74,11 @@ class PreparedData:
         ]
 
     def packs_documents(self) -> bool:
-        """Whether any block holds tokens of more than one document."""
+        """Whether any block has tokens of more than one document."""
         for split in self.manifest["splits"]:
             for rows in self.blocks(split):
                 ends = rows == self.manifest["eos_token_id"]
-                if (np.maximum.accumulate(ends, axis=1) & ~ends).any():  # padding is EOS, too
+                if (np.maximum.accumulate(ends, axis=1) & ~ends).any():  # padding is also EOS
                     return True
         return False
 
@@ -101,9 +101,9 @@ class PreparedData:
         return [(origins[table["origin"][i]], int(table["row"][i])) for i in range(first, end)]
 
     def document_starts(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where in the tokens of a split each document, or each later piece of one, begins, and the document's number.
+        """The position in a split's tokens at which each document, or chunk of one, begins, and the document's number.
 
-        Two arrays int64 (pieces,). Documents are numbered from 0 in their order.
+        Two arrays int64 (chunks,). A document is cut into chunks only by `best_fit`. Documents are numbered from 0.
         """
         starts, numbers = [], []
         known: dict[tuple[str, int], int] = {}
@@ -111,9 +111,9 @@ class PreparedData:
         for key, rows in self.manifest["splits"][split]["parts"]:
             table = read_table(self.path / "documents" / f"{split}-{key}.parquet")
             origins = json.loads((self.path / "parts" / f"{key}.json").read_text(encoding="utf-8"))["origins"]
-            places = zip(table["origin"].tolist(), table["row"].tolist(), strict=True)
+            documents = zip(table["origin"].tolist(), table["row"].tolist(), strict=True)
             starts.append(table["start"] + offset)
-            numbers.append([known.setdefault((origins[origin], row), len(known)) for origin, row in places])
+            numbers.append([known.setdefault((origins[origin], row), len(known)) for origin, row in documents])
             offset += rows * self.manifest["block_size"]
         return np.concatenate(starts).astype(np.int64), np.concatenate(numbers).astype(np.int64)
 
@@ -124,10 +124,10 @@ def is_validation(split: str) -> bool:
 
 
 def find_prepared(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
-    """Find the prepared folder that a run was trained on, in one of `roots`; None if none of them has it.
+    """Find the prepared folder that a run was trained on in one of `roots`; None if none of them has it.
 
-    `name`: its name, None if the run is of an older version, which did not record it. `checksum`: of the data that the
-    run was trained on. Raises `RecipeError` if the folder of that name has other data.
+    `name`: the folder's name; None if the run is of an older version, which did not record it. `checksum`: of the data
+    that the run was trained on. Raises `RecipeError` if the folder of that name has other data.
     """
     for root in roots:
         for path in [root / name] if name else sorted(root.glob("*")):
@@ -135,15 +135,15 @@ def find_prepared(roots: Iterable[Path], name: str | None, checksum: str) -> Pat
             if prepared is not None and prepared.checksum == checksum:
                 return path
             if name and path.is_dir():
-                reason = files.damage(path) or "its files are not those that the run was trained on"
+                reason = files.damage(path) or "its files are not the ones that the run was trained on"
                 raise RecipeError.at(str(path), reason)
     return None
 
 
 def verify(path: Path) -> dict[str, int]:
-    """Check a prepared folder against its manifest: checksums, and that all documents and tokens add up.
+    """Check a prepared folder against its manifest: all checksums, and the sums of documents and tokens.
 
-    Returns the numbers of files and tokens. Raises `RecipeError` that names what does not add up.
+    Returns the numbers of files and tokens. Raises `RecipeError` with what does not match.
     """
     reason = files.damage(path)
     if reason is not None:
@@ -156,28 +156,34 @@ def verify(path: Path) -> dict[str, int]:
 
     required = {"splits", "sources", "block_size", "eos_token_id"}
     require(
-        manifest.keys() >= required, f"is not that of prepared data: {', '.join(required - manifest.keys())} missing"
+        manifest.keys() >= required,
+        f"is not a manifest of prepared data: {', '.join(required - manifest.keys())} missing",
     )
-    prefix = manifest.get("document_prefix", [])  # older versions put nothing before a document
+    prefix = manifest.get("document_prefix", [])  # older versions added nothing before a document
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {files.MANIFEST}
     others = sorted(there.symmetric_difference(manifest["files"]))
-    require(not others, f"does not name {others[:1]}, which is in the folder")
+    require(not others, f"has no entry for {', '.join(others[:1])}, which is in the folder")
     for name, split in manifest["splits"].items():
-        tokens = rows = separators = begun = 0
+        tokens = rows = separators = prefix_tokens = 0
         for chunk in token_chunks(path / name, split):
             tokens, separators = tokens + len(chunk), separators + int((chunk == manifest["eos_token_id"]).sum())
-            begun += sum(int((chunk == token_id).sum()) for token_id in set(prefix))
+            prefix_tokens += sum(int((chunk == token_id).sum()) for token_id in set(prefix))
         rows = (tokens - split["remainder"]) // manifest["block_size"]
         bos = split.get("bos", 0)
-        out = split["tokens"] + split["separators"] + bos + split["padding"]
+        expected_tokens = split["tokens"] + split["separators"] + bos + split["padding"]
         require(rows == split["rows"], f"{name} has {rows} blocks on disk, {split['rows']} in the manifest")
-        require(tokens == out, f"{name} has {tokens} tokens on disk, {out} in the manifest")
-        require(split["remainder"] < manifest["block_size"], f"the remainder of {name} is a block or more")
-        require(split["remainder"] == len(split["remainder_ids"]), f"the remainder of {name} is not its ids")
-        require(split["rows"] == sum(count for _, count in split["parts"]), f"the parts of {name} are not its blocks")
+        require(tokens == expected_tokens, f"{name} has {tokens} tokens on disk, {expected_tokens} in the manifest")
+        require(split["remainder"] < manifest["block_size"], f"the remainder of {name} is not shorter than a block")
+        num_ids = len(split["remainder_ids"])
+        require(
+            split["remainder"] == num_ids, f"the remainder of {name} is {split['remainder']}, but has {num_ids} ids"
+        )
+        in_parts = sum(count for _, count in split["parts"])
+        require(split["rows"] == in_parts, f"{name} has {split['rows']} blocks, {in_parts} in its parts")
         expected = split["separators"] + split["padding"]
         require(separators == expected, f"{name} has {separators} separators on disk, {expected} in the manifest")
-        require(begun == bos, f"{name} has {begun} tokens that begin documents on disk, {bos} in the manifest")
+        message = f"{name} has {prefix_tokens} tokens that begin documents on disk, {bos} in the manifest"
+        require(prefix_tokens == bos, message)
         require(bos == len(prefix) * split["documents"], f"not every document of {name} begins with {prefix}")
     for number, source in enumerate(manifest["sources"]):
         what = (
@@ -199,7 +205,7 @@ def verify(path: Path) -> dict[str, int]:
 
 
 def part_account(work: Path, part: str) -> dict[str, Any] | None:
-    """The account of a part, None if the part is not done."""
+    """The account of a part; None if the part is not done."""
     try:
         account: dict[str, Any] = json.loads((work / "parts" / f"{part}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -208,7 +214,7 @@ def part_account(work: Path, part: str) -> dict[str, Any] | None:
 
 
 def part_key(source: int | None, group: int, ordinal: int) -> str:
-    """Name of part number `ordinal` of a group of files; `source`: number of the source, None for validation."""
+    """The key of part `ordinal` of a group of files. `source`: number of the source, None for validation."""
     return f"{'v' if source is None else source}-{group:05d}-{ordinal:05d}"
 
 
@@ -240,7 +246,7 @@ def token_chunks(folder: Path, split: dict[str, Any]) -> Iterator[np.ndarray]:
 
 
 def write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
-    """Columns of equal length (n,) as a parquet file."""
+    """Write columns of equal length (n,) to a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -248,7 +254,7 @@ def write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> dict[str, np.ndarray]:
-    """The columns of a parquet file (default: all), each (n,)."""
+    """Read columns of a parquet file (default: all), each (n,)."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path, columns=columns)
@@ -256,13 +262,13 @@ def read_table(path: Path, columns: list[str] | None = None) -> dict[str, np.nda
 
 
 def document_hashes(table: Path) -> np.ndarray:
-    """The hash of each document of a table: uint64 (n,), one for a document, even if it is cut into several pieces."""
+    """The hash of each document of a table: uint64 (n,). A document that is cut into several chunks has one hash."""
     columns = read_table(table, ["offset", "digest"])
     return columns["digest"][columns["offset"] == 0].astype(np.uint64)
 
 
 class RowWriter:
-    """Writes rows to an Arrow file, which it creates with the first row."""
+    """Writes rows to an Arrow file, which is created with the first row."""
 
     def __init__(self, path: Path, block_size: int, dtype: np.dtype[Any]):
         self._path, self._block_size = path, block_size
@@ -270,7 +276,7 @@ class RowWriter:
         self._schema = features(block_size, dtype).arrow_schema
 
     def write(self, flat: np.ndarray) -> int:
-        """Append ids (rows * block_size,) in record batches of equal size, but the last; returns the number of rows."""
+        """Append ids (rows * block_size,) in record batches of equal size, except for the last; returns the rows."""
         import pyarrow as pa
 
         if self._file is None:

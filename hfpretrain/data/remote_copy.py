@@ -1,4 +1,4 @@
-"""A copy of a local folder at a URL, by which machines without a common disk share their work."""
+"""Copy a local folder to a URL and back, for machines that share no disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfpretrain.recipe.schema import RecipeError
 
 
 class RemoteCopy:
-    """A folder at `url`, on any file system of fsspec, to which several machines add files; no file is ever changed.
+    """A folder at `url`, on any file system of fsspec. Several machines add files to it, and no file is ever changed.
 
     The manifest is uploaded last, so a folder with a manifest is complete. Raises `RecipeError` if the Python package
     for the file system is missing.
@@ -27,7 +27,7 @@ class RemoteCopy:
             raise RecipeError.at("data.prepared_dir", f"cannot open {url}: {error}") from error
 
     def list_files(self) -> set[str]:
-        """Names of all files there, relative to the folder."""
+        """Names of all files at the URL, relative to the folder."""
         self._filesystem.invalidate_cache()
         root = self._root.rstrip("/") + "/"
         try:
@@ -41,14 +41,14 @@ class RemoteCopy:
         names: Collection[str] | Mapping[str, dict[str, Any]],
         file_read: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy files that a local folder does not have yet into it. Each is copied whole or not at all.
+        """Copy files that a local folder does not have yet into it. A file appears only when it is complete.
 
         `names`: names, or a manifest's entries by name; with entries, a local file of another size is copied again.
         `file_read`: called after each file.
         """
         for name in names:
             if files.is_outside(name):
-                message = f"{self.url} names a file {name!r}, which is outside of the folder"
+                message = f"{self.url} has a file {name!r}, which is outside of the folder"
                 raise RecipeError.at("data.prepared_dir", message)
             path = folder / name
             size = names[name]["size"] if isinstance(names, Mapping) else None

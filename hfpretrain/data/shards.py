@@ -18,62 +18,66 @@ from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, Tokenize
 
 @dataclass(frozen=True)
 class Shard:
-    """One machine's part of a preparation."""
+    """The work of one machine in a preparation."""
 
     folder: str
-    """Name of the prepared folder that the shard is part of."""
+    """Name of the prepared folder of the joined shards."""
     made_from: dict[str, Any]
     """Identities of sources and tokenizer by the recipe's key, versions of libraries by their name."""
     index: int = 0
-    """From 0."""
+    """Counted from 0."""
     count: int = 1
     host: str = ""
 
     def __str__(self) -> str:
-        return f"shard {self.index + 1}/{self.count} of {self.host}"
+        return f"shard {self.index + 1} of {self.count} (made on {self.host})"
 
     def differences(self, other: Shard) -> Iterator[Problem]:
-        """What the two shards are made from that is not the same."""
+        """The inputs in which the two shards differ."""
         if self.count != other.count:
-            yield Problem("--shard", f"{self.count} shards here, {other.count} there; use the same number for all")
+            yield Problem(
+                "--shard",
+                f"this machine makes {self.count} shards, the other one {other.count}; use the same number on all",
+            )
         for key in sorted(self.made_from.keys() | other.made_from.keys()):
-            here, there = self.made_from.get(key), other.made_from.get(key)
-            if here != there:
-                yield Problem(key, f"{_first_difference(here, there)} here, {_first_difference(there, here)} there")
+            ours, theirs = self.made_from.get(key), other.made_from.get(key)
+            if ours != theirs:
+                mine, other_one = _first_difference(ours, theirs), _first_difference(theirs, ours)
+                yield Problem(key, f"is {mine} on this machine and {other_one} on the other one")
 
 
 def _first_difference(one: Any, other: Any) -> str:
-    """`one`; if both are lists, the first item that only `one` has."""
+    """`one` as text; if both are lists, the first item that only `one` has."""
     if isinstance(one, list) and isinstance(other, list):
         one = next((item for item in one if item not in other), f"{len(one)} files")
     return f"{one}"
 
 
 class ShardRegistry:
-    """Records what each shard of a recipe's preparation is made from, in a folder beside the prepared ones.
+    """Records what each shard of a recipe's preparation is made from, in a folder beside the prepared folders.
 
-    The folder is named after the recipe alone. So machines with the same recipe find each other even if their copies of
-    the text differ, which would give them different prepared folders.
+    The name of that folder depends only on the recipe. So machines with the same recipe find each other's records even
+    if their copies of the text differ, and with them the names of their prepared folders.
     """
 
     def __init__(self, data: DataSection, tokenizer: TokenizerSection, prepared_dir: Path):
-        said = [
+        settings = [
             data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"}),
             tokenizer.model_dump(mode="json", exclude={"chat_template"}),
         ]
-        key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self._folder = prepared_dir / f"shares-{key}"
-        self._copy = remote_copy_of(self._folder, data.prepared_dir)
+        self._remote = remote_copy_of(self._folder, data.prepared_dir)
 
     def others(self, ours: Shard) -> list[Shard]:
         """All other shards whose preparation is not finished."""
-        if self._copy is not None:
-            self._copy.download(self._folder, self._copy.list_files())
+        if self._remote is not None:
+            self._remote.download(self._folder, self._remote.list_files())
         found = []
         for path in sorted(self._folder.glob("*-of-*.json")):
             try:
                 shard = Shard(**json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):  # written by another version, or just being removed
+            except (OSError, ValueError, TypeError):  # written by another version, or removed meanwhile
                 continue
             is_other = (shard.index, shard.count) != (ours.index, ours.count)
             if is_other and files.manifest_of(self._folder.parent / shard.folder) is None:
@@ -81,22 +85,24 @@ class ShardRegistry:
         return found
 
     def add(self, shard: Shard) -> None:
-        """Record that this machine makes `shard`. Raises `RecipeError` if another shard is made from something else."""
+        """Record that this machine makes `shard`. Raises `RecipeError` if another shard is made from other inputs."""
         name = f"{shard.index + 1}-of-{shard.count}.json"
         shard = Shard(shard.folder, json.loads(json.dumps(shard.made_from)), shard.index, shard.count, platform.node())
         self._folder.mkdir(parents=True, exist_ok=True)
         files.write_whole(self._folder / name, json.dumps(asdict(shard), indent=1))
-        # Write before comparing: of two machines that begin at the same time, at least one then sees the other.
+        # Write before comparing, so that of two machines that begin at the same time, at least one sees the other.
         for other in self.others(shard):
             if problems := list(shard.differences(other)):
                 (self._folder / name).unlink()
-                advice = f"make the following the same on both, or delete {self._folder} to start over"
-                raise RecipeError([Problem("--shard", f"{shard} does not fit {other}; {advice}"), *problems])
-        if self._copy is not None:
-            self._copy.upload(self._folder, [name])
+                advice = f"make the following inputs equal on both machines, or delete {self._folder} to start over"
+                raise RecipeError(
+                    [Problem("--shard", f"{shard} and {other} are made from different inputs; {advice}"), *problems]
+                )
+        if self._remote is not None:
+            self._remote.upload(self._folder, [name])
 
     def remove(self, folder: str) -> None:
-        """Delete the records of a preparation that is finished; `folder`: its prepared folder's name."""
+        """Delete the records of a finished preparation; `folder`: name of its prepared folder."""
         for path in self._folder.glob("*-of-*.json"):
             if json.loads(path.read_text(encoding="utf-8")).get("folder") == folder:
                 path.unlink()

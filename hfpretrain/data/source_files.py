@@ -1,4 +1,4 @@
-"""Find the files of a source, and tell a file's format from its name and its first bytes."""
+"""Find the files of a source, and recognize a file's format by its name and its first bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from hfpretrain.recipe.addresses import IS_LFS_POINTER, LFS_POINTER
+from hfpretrain.recipe.addresses import LFS_POINTER, LFS_POINTER_PROBLEM
 from hfpretrain.recipe.schema import FILE_FORMATS, RecipeError, SourceSection
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -26,37 +26,37 @@ _SPLIT_WORDS = {
 }
 _SPLITS = {name: re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)") for name, words in _SPLIT_WORDS.items()}
 _SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}.*\.")
-# Files beside data that are not data. `datasets` leaves out the first ones; Spark and Hive write those with `_`.
+# Files that accompany data. `datasets` leaves out those of the first line. Spark and Hive write those with `_`.
 _MARKERS = re.compile(
     r"(README\.md|config\.json|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip"
     r"|_(SUCCESS|metadata|common_metadata|committed_\w*|started_\w*)"
     r"|(README|LICEN[SC]E|NOTICE|COPYING|CITATION|MD5SUMS|SHA256SUMS)([.-]\w+)*)"
 )
 _MAGIC = (
-    (LFS_POINTER, IS_LFS_POINTER),
+    (LFS_POINTER, LFS_POINTER_PROBLEM),
     (b"/annex/objects/", "is a git-annex pointer, not the file: get it with `git annex get`"),
-    (b"PK\x03\x04", "is a zip archive: unpack it and name its files"),
+    (b"PK\x03\x04", "is a zip archive: unpack it and give the unpacked files"),
     (b"PK\x05\x06", "is an empty zip archive"),
-    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it and name its files"),
-    (b"Rar!\x1a\x07", "is a rar archive: unpack it and name its files"),
-    (b"\x1f\x8b", "is compressed by gzip: end its name in .gz"),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstandard: end its name in .zst"),
-    (b"\xfd7zXZ\x00", "is compressed by xz: end its name in .xz"),
-    (b"BZh", "is compressed by bzip2: end its name in .bz2"),
-    (b"\x04\x22\x4d\x18", "is compressed by lz4: decompress it, or compress it as gz, zst, xz or bz2"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it and give the unpacked files"),
+    (b"Rar!\x1a\x07", "is a rar archive: unpack it and give the unpacked files"),
+    (b"\x1f\x8b", "is compressed with gzip: rename it to end in .gz"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstandard: rename it to end in .zst"),
+    (b"\xfd7zXZ\x00", "is compressed with xz: rename it to end in .xz"),
+    (b"BZh", "is compressed with bzip2: rename it to end in .bz2"),
+    (b"\x04\x22\x4d\x18", "is compressed with lz4: decompress it, or compress it as gz, zst, xz or bz2"),
     (b"PAR1\x15", "is a parquet file: read it with `path: parquet`"),
     (b"ARROW1\x00\x00", "is an Arrow file: read it with `path: arrow`"),
-    (b"%PDF-", "is a PDF: take the text out of it first"),
+    (b"%PDF-", "is a PDF: extract its text first"),
     (b"SQLite format 3\x00", "is an SQLite database: write its texts to a JSON Lines or parquet file"),
 )
 _CODEC_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
-_UTF16 = "is encoded as UTF-16 or UTF-32: convert it, `iconv -f UTF-16 -t UTF-8`"
+_UTF16 = "is encoded as UTF-16 or UTF-32: convert it, for example with `iconv -f UTF-16 -t UTF-8`"
 HEAD_BYTES = 512
 logger = logging.getLogger(__name__)
 
 
 class SourceFile(NamedTuple):
-    """A file of a source: its path or URL, its size in bytes where known, which of `FILE_FORMATS` it is read as."""
+    """A file of a source: its path or URL, its size in bytes or None if unknown, and its format in `FILE_FORMATS`."""
 
     origin: str
     size: int | None
@@ -64,7 +64,7 @@ class SourceFile(NamedTuple):
 
 
 def is_packaged(path: str) -> bool:
-    """Whether a source's path names a file format of `datasets`; such a name comes before folders and Hub ids."""
+    """Whether a source's path is a file format of `datasets`. Formats are looked up before folders and Hub ids."""
     return path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}") is not None
 
 
@@ -82,17 +82,17 @@ def find_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]] 
 
 
 def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] | None:
-    """The files of a split: patterns in their order, the files of each sorted. None if `datasets` finds and reads them.
+    """The files of a split, sorted within each pattern. None if `datasets` finds and reads them.
 
-    Raises `RecipeError` if a pattern matches nothing or something that can't be read, or if it isn't certain which
-    files belong to the split.
+    Raises `RecipeError` if a pattern matches no file, or one that can't be read, or if it is unclear which files belong
+    to the split.
     """
     _require_readable(source, key)
     if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
         return None
     found: dict[str, tuple[str, int | None]] = {}
     for pattern in source.patterns or ("**/*",):
-        matches = expand(source, pattern, key)
+        matches = expand_pattern(source, pattern, key)
         if PurePath(pattern).name in ("*", "**"):
             matches = _without_markers(source, matches)
         if not matches:
@@ -100,9 +100,9 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
             raise RecipeError.at(
                 where, f"no file matches {pattern if source.patterns else os.path.join(_below_name(source), pattern)}"
             )
-        for name, info in matches:  # a file that is named twice, even in other words, is read once
+        for name, info in matches:  # a file that is given twice, even by another path, is read once
             found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
-    named = _of_split(source, key, split, list(found.values()))
+    named = _files_of_split(source, key, split, list(found.values()))
     if source.path in FILE_FORMATS:
         return [SourceFile(name, size, source.path) for name, size in named]
     files = [(name, size, format_of(name)) for name, size in named]
@@ -111,13 +111,13 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
         return None
     if others:
         formats = ", ".join(_FORMATS)
-        what = f"{others[0]} is in none of the formats read from a folder ({formats}), but other files are"
-        raise RecipeError.at(f"{key}.data_files", f"{what}; name the files to train on")
+        what = f"{others[0]} has none of the formats that are read from a folder ({formats}), but other files have"
+        raise RecipeError.at(f"{key}.data_files", f"{what}; list the files to train on in data_files")
     return [SourceFile(name, size, str(kind)) for name, size, kind in files]
 
 
 def _require_readable(source: SourceSection, key: str) -> None:
-    """Raises `RecipeError` if `path` is a file, a folder that does not exist, or one of `Dataset.save_to_disk`."""
+    """Raises `RecipeError` if `path` is a file, a missing folder, or one that `Dataset.save_to_disk` wrote."""
     path = source.path
     if path in FILE_FORMATS:
         return
@@ -128,48 +128,51 @@ def _require_readable(source: SourceSection, key: str) -> None:
         return
     if os.path.isfile(path):
         what = f"`path: {format_of(path) or 'text'}`"
-        raise RecipeError.at(f"{key}.path", f"{path} is a file: name it in data_files, with {what}")
+        raise RecipeError.at(f"{key}.path", f"{path} is a file; give it as data_files, with {what}")
     if path.startswith((".", "~", "/")):
-        raise RecipeError.at(f"{key}.path", f"{path} is no folder")
+        raise RecipeError.at(f"{key}.path", f"there is no folder {path}")
 
 
 def format_of(name: str) -> str | None:
-    """The file's format by its name, one of `FILE_FORMATS`; None if it is none of them."""
+    """The format of `FILE_FORMATS` that a file's name ends in; None if it ends in none of them."""
     stem, suffix = os.path.splitext(name.lower())
     return _FORMATS.get(os.path.splitext(stem)[1] if suffix in CODECS else suffix)
 
 
 def codec_suffix(origin: str) -> str:
-    """The suffix of a file's compression, in lower case; empty if it is not compressed."""
+    """The suffix of a file's compression in lower case; empty if it is not compressed."""
     path = re.split("[?#]", origin)[0] if origin.startswith(("http://", "https://")) else origin
     suffix = os.path.splitext(path)[1].lower()
     return suffix if suffix in CODECS else ""
 
 
 def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str = "") -> None:
-    """Raises `RecipeError` if a file's first bytes show that it isn't what its name or its source says.
+    """Raises `RecipeError` if a file's first bytes show another format than its name or its source.
 
-    `suffix`: of the compression that the bytes still have. `kind`: the format of the decompressed file.
+    `suffix`: of the bytes' compression. `kind`: the format of the decompressed file.
     """
     for magic, what in _MAGIC:
         is_expected = magic == _CODEC_MAGIC.get(suffix) or (kind == "parquet" and magic.startswith(b"PAR1"))
         if head.startswith(magic) and not is_expected and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
             raise RecipeError.at(key, f"{origin} {what}")
     if suffix and head and not head.startswith(_CODEC_MAGIC[suffix]):
-        raise RecipeError.at(key, f"{origin} is not compressed as its name says: rename it without {suffix}")
+        raise RecipeError.at(
+            key, f"{origin} is not compressed, although its name ends in {suffix}: rename it without {suffix}"
+        )
     if suffix or kind == "parquet":
         return
     if head[257:262] == b"ustar":
-        raise RecipeError.at(key, f"{origin} is a tar archive: unpack it and name its files")
+        raise RecipeError.at(key, f"{origin} is a tar archive: unpack it and give the unpacked files")
     is_wide = len(head) >= 8 and (not head[1:64:2].strip(b"\0") or not head[0:64:2].strip(b"\0")) and any(head[:64])
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or is_wide:
         raise RecipeError.at(key, f"{origin} {_UTF16}")
 
 
-def expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
-    """The files that a pattern matches, sorted, each with its size and times as the file system reports them.
+def expand_pattern(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
+    """The files that a pattern matches, sorted, each with the size and times that the file system reports.
 
-    If there is a file of exactly this name, the pattern is that file. Raises `RecipeError` if a match can't be read.
+    If there is a file of exactly this name, the pattern stands for that file. Raises `RecipeError` if a
+    match can't be read.
     """
     if _is_remote(source, pattern):
         return _expand_remote(source, pattern, key)
@@ -177,13 +180,15 @@ def expand(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dic
     path = Path(_root(source), pattern)
     if os.path.lexists(path):
         if path.is_dir():
-            raise RecipeError.at(key, f"{path} is a folder; name its files, as in {path}/*, or give it as data_dir")
+            raise RecipeError.at(
+                key, f"{path} is a folder; give its files, for example {path}/*, or give it as data_dir"
+            )
         matches = [path]
     else:
         start = path.anchor if PurePath(pattern).is_absolute() else str(_root(source))
         parts = [part for part in PurePath(pattern).parts if part != path.anchor]
         matches = sorted({Path(match) for match in _matches(start, parts, key)})
-    stats = [(str(match), _stat(match, key)) for match in matches]
+    stats = [(str(match), _stat_regular_file(match, key)) for match in matches]
     return [(name, {"size": found.st_size, "mtime": found.st_mtime_ns}) for name, found in stats]
 
 
@@ -205,7 +210,7 @@ def _expand_remote(source: SourceSection, pattern: str, key: str) -> list[tuple[
 
 
 def _matches(folder: str, parts: list[str], key: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Like `glob.glob(recursive=True)`, but a folder that can't be read is an error, and a name that exists no pattern.
+    """Like `glob.glob(recursive=True)`, but an existing name is never a pattern, and an unreadable folder is an error.
 
     `above`: folders that `**` has passed, as (device, inode), to find links that lead back to them.
     """
@@ -222,7 +227,9 @@ def _matches(folder: str, parts: list[str], key: str, above: tuple[tuple[int, in
             return
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in above:
-            raise RecipeError.at(key, f"{folder} is a link to a folder above it; remove it, or name the files")
+            raise RecipeError.at(
+                key, f"{folder} is a link to a folder above it; remove it, or list the files in data_files"
+            )
         above = (*above, (status.st_dev, status.st_ino))
         for name in _names(folder, "*", key):
             below = os.path.join(folder, name)
@@ -243,7 +250,7 @@ def _matches(folder: str, parts: list[str], key: str, above: tuple[tuple[int, in
 
 
 def _names(folder: str, pattern: str, key: str) -> list[str]:
-    """Names in a folder that match; hidden ones only if the pattern begins with a dot."""
+    """Names in a folder that match `pattern`. Hidden names match only if it begins with a dot."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -255,10 +262,10 @@ def _names(folder: str, pattern: str, key: str) -> list[str]:
 
 def _is_folder(path: str, key: str) -> bool:
     """Whether a path is a folder. Raises `RecipeError` if it is a broken link."""
-    return os.path.lexists(path) and stat.S_ISDIR(_status(path, key).st_mode)
+    return os.path.lexists(path) and stat.S_ISDIR(_stat_path(path, key).st_mode)
 
 
-def _status(path: str | Path, key: str) -> os.stat_result:
+def _stat_path(path: str | Path, key: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
@@ -266,11 +273,11 @@ def _status(path: str | Path, key: str) -> os.stat_result:
         raise RecipeError.at(key, f"{path} {what} ({error.strerror})") from error
 
 
-def _stat(path: Path, key: str) -> os.stat_result:
+def _stat_regular_file(path: Path, key: str) -> os.stat_result:
     """Size and times of a file. Raises `RecipeError` if it is a pipe or a device."""
-    found = _status(path, key)
+    found = _stat_path(path, key)
     if not stat.S_ISREG(found.st_mode):
-        raise RecipeError.at(key, f"{path} is a pipe or a device, but data are read more than once: write a file")
+        raise RecipeError.at(key, f"{path} is a pipe or a device, but data is read more than once; write it to a file")
     return found
 
 
@@ -279,7 +286,7 @@ def _is_remote(source: SourceSection, pattern: str = "") -> bool:
 
 
 def _root(source: SourceSection) -> Path:
-    """The local folder that patterns are relative to."""
+    """The local folder to which patterns are relative."""
     below = (source.data_dir or "").removeprefix("file://")
     return Path(source.path, below) if is_folder(source) else Path(below)
 
@@ -288,8 +295,8 @@ def _below_name(source: SourceSection) -> str:
     return str(source.data_dir) if _is_remote(source) else str(_root(source))
 
 
-def below(folder: str, name: str) -> str:
-    """A file's path relative to a folder, which may be a URL that the file system spells differently."""
+def path_below(folder: str, name: str) -> str:
+    """A file's path relative to a folder. If it is a URL, the file system may spell it differently."""
     if "://" not in name:
         return Path(os.path.relpath(name, folder)).as_posix()
     last = folder.rstrip("/").rpartition("/")[2]
@@ -299,9 +306,9 @@ def below(folder: str, name: str) -> str:
 def _without_markers(
     source: SourceSection, matches: list[tuple[str, dict[str, Any]]]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Leave out files that stand beside data and are not data, with one log line."""
+    """Leave out files that accompany data, with one log line."""
     root = _below_name(source)
-    names = {name: PurePath(below(root, name)) for name, _ in matches}
+    names = {name: PurePath(path_below(root, name)) for name, _ in matches}
     saved = {path.parent for path in names.values() if path.name == "dataset_info.json"}  # by `Dataset.save_to_disk`
     left_out = {
         name
@@ -312,17 +319,17 @@ def _without_markers(
     }
     if left_out:
         more = " and more" if len(left_out) > 5 else ""
-        _say_once(f"not read, since their names are not those of data: {', '.join(sorted(left_out)[:5])}{more}")
+        _log_once(f"left out, because these names are not those of data files: {', '.join(sorted(left_out)[:5])}{more}")
     return [(name, info) for name, info in matches if name not in left_out]
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logger.info(message)
 
 
 def _has_configurations(source: SourceSection) -> bool:
-    """Whether a folder's README.md defines its splits, as it may in a dataset of the Hub."""
+    """Whether a folder's README.md defines its splits, as in a Hub dataset."""
     try:
         text = Path(source.path, "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -330,43 +337,47 @@ def _has_configurations(source: SourceSection) -> bool:
     return text.startswith("---\n") and "\nconfigs:" in text.split("\n---")[0]
 
 
-def _of_split(
+def _files_of_split(
     source: SourceSection, key: str, split: str, files: list[tuple[str, int | None]]
 ) -> list[tuple[str, int | None]]:
-    """The files that belong to a split. All of them are `train` if they are named, or if no name has a split's word."""
+    """The files that belong to a split. All are `train` if `data_files` lists them, or if no name contains a split."""
     if split == "all":
         return files
     if source.patterns:
         if split != "train":
-            raise RecipeError.at(f"{key}.split", f"files of data_files are the split train; there is no split {split}")
+            raise RecipeError.at(f"{key}.split", f"is {split}, but data_files has only the split train")
         return files
     root = _below_name(source)
-    splits = _by_split((name for name, _ in files), root)
-    advice = "name the files to train on in data_files" if split == "train" else "name the files in data_files"
+    splits = _splits_by_name((name for name, _ in files), root)
+    advice = "list the files to train on in data_files" if split == "train" else "list the files in data_files"
     if source.path in FILE_FORMATS and split == "train":
-        # `datasets` would leave these files out by their names. We don't guess whether to train on them.
+        # `datasets` would leave out these files because of their names. Don't guess whether to train on them.
         other = next((name for name, found in splits.items() if found - {"train"}), None)
         if other is not None:
-            raise RecipeError.at(f"{key}.data_dir", f"holds another split's file {other}; {advice}")
+            raise RecipeError.at(f"{key}.data_dir", f"contains {other}, whose name belongs to another split; {advice}")
         return files
     if not any(splits.values()):
         if split != "train":
-            raise RecipeError.at(f"{key}.split", f"no file below {root} is named after a split {split}; {advice}")
+            raise RecipeError.at(f"{key}.split", f"no file below {root} has {split} in its name; {advice}")
         return files
     unclear = next((name for name, found in splits.items() if len(found) != 1), None)
     if unclear is not None:
-        what = " and ".join(sorted(splits[unclear])) or "no split, where others do"
-        raise RecipeError.at(f"{key}.data_files", f"{unclear} belongs by its name to {what}; {advice}")
+        what = (
+            f"belongs to the splits {' and '.join(sorted(splits[unclear]))}"
+            if splits[unclear]
+            else "belongs to no split"
+        )
+        raise RecipeError.at(f"{key}.data_files", f"the name of {unclear} {what}, unlike other names; {advice}")
     mine = [(name, size) for name, size in files if split in splits[name]]
     if not mine:
         known = ", ".join(sorted(set().union(*splits.values())))
-        raise RecipeError.at(f"{key}.split", f"no file below {root} is named after {split}; there are: {known}")
+        raise RecipeError.at(f"{key}.split", f"no file below {root} has {split} in its name; the files have: {known}")
     return mine
 
 
-def _by_split(names: Iterable[str], root: str) -> dict[str, set[str]]:
-    """The splits that each file belongs to by its path below `root`, by the rules of `datasets`."""
-    paths = {name: below(root, name) for name in names}
+def _splits_by_name(names: Iterable[str], root: str) -> dict[str, set[str]]:
+    """The splits to which each file belongs by its path below `root`, with the rules of `datasets`."""
+    paths = {name: path_below(root, name) for name in names}
     shards = {name: match[1] for name, path in paths.items() if (match := _SHARD.match(path))}
     if shards:
         return {name: {shards[name]} if name in shards else set() for name in paths}

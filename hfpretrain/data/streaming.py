@@ -1,8 +1,8 @@
-"""Training straight from the sources: documents are tokenized and packed on the fly, without prepared training text.
+"""Stream training data from the sources: tokenize and pack documents during training, without preparing them.
 
-Files of about the same size are divided into groups, and each group is one endless stream of blocks. Files whose sizes
-differ more make one group. The group of a sequence depends only on the sequence's position in the step, so a step has
-the same text on any number of processes. A process reads only the groups that its sequences come from.
+Files of about the same size are divided into lanes, and each lane is an endless sequence of blocks. Files whose sizes
+differ more make one lane. The lane of a sequence depends only on the sequence's position in the step, so a step has the
+same text on any number of processes. A process reads only the lanes that its sequences come from.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from hfpretrain.data.order import TrainingOrder
 from hfpretrain.recipe.schema import DataSection, RecipeError
 
 _BATCH_CHARS = 2**16
-# Maximum ratio between the sizes of files that are read side by side. At a ratio of 2, the smallest file is seen twice
-# as often as the largest. With `max_epochs` the run ends when the first group of files is used up, so less is allowed.
+# Maximum ratio between the sizes of files in different lanes. At a ratio of 2, the smallest file is seen twice as often
+# as the largest. With `max_epochs`, the run ends when the first lane has been read, so the ratio must be smaller.
 _MAX_RATIO, _MAX_RATIO_CAPPED = 2.0, 1.05
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class GroupState:
-    """How far a group has been read."""
+class LaneState:
+    """How far a lane has been read. Checkpoints store these fields by name."""
 
     epoch: int = 0
-    """How often all files of the group have been read."""
+    """How often the whole lane has been read."""
     piece: int = 0
-    """Index of the file that is being read."""
+    """Index of the piece that is being read."""
     document: int = 0
-    """Documents of that file that are tokenized."""
+    """Number of documents of that piece that have been tokenized."""
     pending: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Tokens that are not yet in a block: int64 (n,)."""
 
 
-class _Group:
-    """Blocks of some files, which are read again and again; `max_epochs` limits how often.
+class _Lane:
+    """Blocks of some pieces, which are read again and again, at most `max_epochs` times.
 
-    `pieces`: (reader, number of the reader's piece). `is_alone`: the stream has no other group.
+    `pieces`: (reader, number of the reader's piece). `is_only_lane`: the stream has no other lane.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class _Group:
         encode: Encoder,
         block_size: int,
         max_epochs: int | None,
-        state: GroupState,
-        is_alone: bool,
+        state: LaneState,
+        is_only_lane: bool,
         max_unknown: float = 1.0,
     ):
-        self._is_alone = is_alone
+        self._is_only_lane = is_only_lane
         self._pieces, self._splitter, self._encode = pieces, splitter, encode
         self._block_size, self._max_epochs, self._at = block_size, max_epochs, replace(state)
         self._texts = self._batches()
@@ -71,26 +71,26 @@ class _Group:
         self.dropped = 0
 
     def _describe_end(self) -> str:
-        if self._is_alone:
-            return "all of it was"
+        if self._is_only_lane:
+            return "all of it has been read"
         files = [reader.pieces[piece].origin for reader, piece in self._pieces]
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        return f"{', '.join(files[:3])}{more}, the first to end of several groups of files read side by side, were"
+        return f"the files are read side by side, and {', '.join(files[:3])}{more} have been read"
 
-    def state(self) -> GroupState:
-        """How far the group has been read. Given to `__init__`, it makes a group that continues from here."""
+    def state(self) -> LaneState:
+        """How far the lane has been read. A lane that gets this state continues from here."""
         return replace(self._at)
 
-    def copy(self) -> _Group:
-        """A group that continues from here, without a limit of epochs."""
-        return _Group(
+    def copy(self) -> _Lane:
+        """A lane that continues from here, without a limit of epochs."""
+        return _Lane(
             self._pieces,
             self._splitter,
             self._encode,
             self._block_size,
             None,
             self.state(),
-            self._is_alone,
+            self._is_only_lane,
             self._max_unknown,
         )
 
@@ -110,10 +110,10 @@ class _Group:
         return stream[:end].reshape(count, self._block_size)
 
     def _check_first_texts(self, reader: Reader, encode: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
-        """Look once at the group's first texts.
+        """Check the lane's first texts once.
 
         Logs special tokens that are read as text. Raises `RecipeError` if the tokenizer does not know, or leaves out,
-        more than `max_unknown` of them.
+        a share of the texts above `max_unknown`.
         """
         self._is_checked = True
         characters, lost, _ = (sum(some) for some in zip(*map(encode.lost_characters, texts), strict=True))
@@ -127,10 +127,10 @@ class _Group:
                 raise RecipeError.at(reader.key, f"{share:.2%} {what}; use a tokenizer for this text, {advice}")
         if reader.source.special_tokens == "text" and (found := encode.count_special(texts)):
             listed = ", ".join(found)
-            logger.info("%s: names of special tokens in the text are read as ordinary text: %s", reader.key, listed)
+            logger.info("%s: special tokens in the text are read as ordinary text: %s", reader.key, listed)
 
     def _batches(self) -> Iterator[tuple[Reader, list[str]]]:
-        """Texts in batches, each of one source. `self._at` is always the place after the batch that came last."""
+        """Batches of texts, each of one source. `self._at` is always the state after the last batch."""
         at = self._at
         any_text = at.document > 0 or at.piece > 0
         while True:
@@ -162,84 +162,87 @@ class _Group:
             at.epoch, at.piece, at.document = at.epoch + 1, 0, 0
             if self._max_epochs is not None and at.epoch >= self._max_epochs:
                 raise RecipeError.at(
-                    f"{key}.max_epochs", f"the source has run out: {self._describe_end()} seen {at.epoch} time(s)"
+                    f"{key}.max_epochs",
+                    f"the source has run out: {self._describe_end()} {at.epoch} time(s); shorten the run or raise it",
                 )
 
 
-class Grouping(NamedTuple):
-    """How the files of one stream are divided into groups."""
+class Lanes(NamedTuple):
+    """How the pieces of one stream are divided into lanes."""
 
-    num_groups: int
+    num_lanes: int
     pieces: list[tuple[int, int]]
-    """(source, number of the piece) in their order. Piece i belongs to group i modulo `num_groups`."""
+    """(source, number of the piece) in order. The piece at index i belongs to lane i modulo `num_lanes`."""
 
 
-def group_files(data: DataSection, held_out: frozenset[bytes], sequences_per_step: int) -> list[Grouping]:
-    """How the files of each stream are divided into groups. Depends only on the files, and reads little of them.
+def assign_lanes(data: DataSection, held_out: frozenset[bytes], sequences_per_step: int) -> list[Lanes]:
+    """Divide the files of each stream into lanes. The result depends only on the files, and little of them is read.
 
-    Files of about the same size make several groups, which are read side by side. Files of other sizes make one group,
-    since the text of a small file would otherwise be seen much more often than that of a large one. If a group would
+    Files of about the same size make several lanes, which are read side by side. Files of other sizes make one lane,
+    because the text of a small file would otherwise be seen much more often than that of a large one. If a lane would
     have no text to train on, all files without such text are left out, with a log line.
 
-    `held_out`: digests of the validation documents. A mixture has one stream for each source, otherwise all sources are
-    one stream.
+    `held_out`: digests of the validation documents. A mixture has one stream for each source. Otherwise all sources
+    are one stream.
     """
     splitter = Splitter(data, held_out)
     readers = training_readers(data)
-    groupings = []
+    stream_lanes = []
     for sources in [[number] for number in range(len(readers))] if data.weights else [list(range(len(readers)))]:
         pieces = [(number, index) for number in sources for index in range(len(readers[number].pieces))]
-        # In a mixture a stream's sequences stand elsewhere in each step, so every process reads every stream.
+        # In a mixture, a stream's sequences are at other positions in each step, so every process reads every stream.
         if data.weights:
-            groupings.append(Grouping(1, pieces))
+            stream_lanes.append(Lanes(1, pieces))
             continue
         is_capped = any(data.sources[number].max_epochs for number in sources)
-        groupings.append(
-            _group_stream(readers, pieces, splitter, sequences_per_step, _MAX_RATIO_CAPPED if is_capped else _MAX_RATIO)
+        stream_lanes.append(
+            _assign_stream(
+                readers, pieces, splitter, sequences_per_step, _MAX_RATIO_CAPPED if is_capped else _MAX_RATIO
+            )
         )
-    return groupings
+    return stream_lanes
 
 
-def _group_stream(
+def _assign_stream(
     readers: list[Reader], pieces: list[tuple[int, int]], splitter: Splitter, sequences: int, max_ratio: float
-) -> Grouping:
-    num_groups = math.gcd(len(pieces), sequences) if len(pieces) > 1 else 1
-    if num_groups > 1:
-        with ThreadPoolExecutor(8) as pool:  # a request each where they are remote
+) -> Lanes:
+    num_lanes = math.gcd(len(pieces), sequences) if len(pieces) > 1 else 1
+    if num_lanes > 1:
+        with ThreadPoolExecutor(8) as pool:  # each remote file takes a request
             sizes = list(pool.map(lambda piece: readers[piece[0]].text_size(piece[1]), pieces))
-        num_groups = num_groups if _alike(sizes, max_ratio) else 1
-    if num_groups == 1:
-        return Grouping(1, pieces)
+        num_lanes = num_lanes if _have_similar_sizes(sizes, max_ratio) else 1
+    if num_lanes == 1:
+        return Lanes(1, pieces)
 
     def has_text(piece: tuple[int, int]) -> bool:
         reader, index = readers[piece[0]], piece[1]
         return any(split == "train" for document in reader.read([index]) for split, _ in splitter(document))
 
-    if all(any(map(has_text, pieces[group::num_groups])) for group in range(num_groups)):
-        return Grouping(num_groups, pieces)
+    if all(any(map(has_text, pieces[lane::num_lanes])) for lane in range(num_lanes)):
+        return Lanes(num_lanes, pieces)
     kept = [piece for piece in pieces if has_text(piece)]
     empty = [readers[number].pieces[index].origin for number, index in pieces if (number, index) not in kept]
-    logger.info("not read, because they hold no training text: %s", ", ".join(empty))
+    logger.info("left out, because these files have no training text: %s", ", ".join(empty))
     if not kept:
-        return Grouping(1, pieces)
-    return Grouping(math.gcd(len(kept), sequences), kept)
+        return Lanes(1, pieces)
+    return Lanes(math.gcd(len(kept), sequences), kept)
 
 
-def _alike(sizes: list[int | None], max_ratio: float) -> bool:
-    """Whether files are so alike in size that each group's text would be seen about equally often.
+def _have_similar_sizes(sizes: list[int | None], max_ratio: float) -> bool:
+    """Whether file sizes are so similar that the text of each lane would be seen about equally often.
 
-    The shards of a Hub dataset, whose sizes are not known, are taken to be alike.
+    The shards of a Hub dataset, whose sizes are unknown, count as similar.
     """
     known = [size for size in sizes if size is not None]
     return not known or (len(known) == len(sizes) and max(known) <= max_ratio * min(known))
 
 
 class StreamingData:
-    """The micro-batches of this process, step after step from data step `first_step` on.
+    """The micro-batches of this process, one step after another from data step `first_step`.
 
-    `states`: where all groups stand after the step before, by (stream, group); empty at the start of a run.
-    `held_out`: digests of the validation documents. `max_unknown`: as in `TokenizerSection`. `groupings`: the result of
-    `group_files`, equal on all processes; None: found here. The other arguments are those of `TrainingData`.
+    `states`: the states of all lanes after the step before, by (stream, lane); empty at the start of a run.
+    `held_out`: digests of the validation documents. `max_unknown`: as in `TokenizerSection`. `stream_lanes`: the
+    result of `assign_lanes`, equal on all processes; computed if None. The other arguments are those of `TrainingData`.
     """
 
     def __init__(
@@ -249,7 +252,7 @@ class StreamingData:
         held_out: frozenset[bytes],
         *,
         first_step: int,
-        states: dict[tuple[int, int], GroupState],
+        states: dict[tuple[int, int], LaneState],
         micro_batch_size: int,
         accumulation_steps: int,
         process_index: int,
@@ -257,40 +260,40 @@ class StreamingData:
         eos_token_id: int,
         document_masking: bool,
         max_unknown: float = 1.0,
-        groupings: list[Grouping] | None = None,
+        stream_lanes: list[Lanes] | None = None,
     ):
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
-        self._begins_after = eos_token_id if encode.prefix else None
+        self._eos_before_bos = eos_token_id if encode.prefix else None
         per_process = micro_batch_size * accumulation_steps
         self._per_step = per_process * num_processes
         self._mine = range(process_index * per_process, (process_index + 1) * per_process)
         readers = training_readers(data)
-        groupings = group_files(data, held_out, self._per_step) if groupings is None else groupings
-        groupings = _as_at_start(groupings, [len(reader.pieces) for reader in readers], states)
-        streams = [[(readers[number], index) for number, index in one.pieces] for one in groupings]
-        self._num_groups = [one.num_groups for one in groupings]
+        stream_lanes = assign_lanes(data, held_out, self._per_step) if stream_lanes is None else stream_lanes
+        stream_lanes = _restore_lanes(stream_lanes, [len(reader.pieces) for reader in readers], states)
+        streams = [[(readers[number], index) for number, index in one.pieces] for one in stream_lanes]
+        self._num_lanes = [one.num_lanes for one in stream_lanes]
         caps = [source.max_epochs for source in data.sources]
         stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
         if not stages:  # all sources are one stream
             caps = [min((cap for cap in caps if cap is not None), default=None)]
         self.order = TrainingOrder([0] * len(streams), stages, seed=0)
         splitter = Splitter(data, held_out)
-        self._groups: dict[tuple[int, int], _Group] = {}
-        for stream, number in enumerate(self._num_groups):
-            for group in range(number):
+        self._lanes: dict[tuple[int, int], _Lane] = {}
+        for stream, number in enumerate(self._num_lanes):
+            for lane in range(number):
                 size = self._per_step // number
-                if stages or (group * size < self._mine.stop and self._mine.start < (group + 1) * size):
-                    state = states.get((stream, group), GroupState())
-                    pieces = streams[stream][group::number]
-                    cap, alone = caps[stream], number == 1
-                    made = _Group(pieces, splitter, encode, data.block_size, cap, state, alone, max_unknown)
-                    self._groups[stream, group] = made
+                if stages or (lane * size < self._mine.stop and self._mine.start < (lane + 1) * size):
+                    state = states.get((stream, lane), LaneState())
+                    pieces = streams[stream][lane::number]
+                    cap, is_only_lane = caps[stream], number == 1
+                    made = _Lane(pieces, splitter, encode, data.block_size, cap, state, is_only_lane, max_unknown)
+                    self._lanes[stream, lane] = made
 
         self._example: dict[str, torch.Tensor] | None = None
 
     def step(self, step: int) -> StepData:
-        """This process's share of data step `step`, which must come after the last one; those between are skipped."""
+        """This process's data of data step `step`, which must come after the last one. Steps in between are skipped."""
         assert step >= self._next, "a stream has no random access"
         while self._next < step:
             self.step(self._next)
@@ -298,86 +301,86 @@ class StreamingData:
         first = step * self._per_step
         before, after = self.order.counts(first), self.order.counts(first + self._per_step)
         blocks = {
-            (stream, group): made.blocks((after[stream] - before[stream]) // self._num_groups[stream])
-            for (stream, group), made in self._groups.items()
+            (stream, lane): made.blocks((after[stream] - before[stream]) // self._num_lanes[stream])
+            for (stream, lane), made in self._lanes.items()
         }
         positions = first + np.arange(self._mine.start, self._mine.stop)
         streams, counts = self.order.draw(positions)
         rows = []
         for stream, index in zip(streams.tolist(), (counts - before[streams]).tolist(), strict=True):
-            per_group = (after[stream] - before[stream]) // self._num_groups[stream]
-            group, row = divmod(index, per_group)
-            rows.append(blocks[stream, group][row])
+            per_lane = (after[stream] - before[stream]) // self._num_lanes[stream]
+            lane, row = divmod(index, per_lane)
+            rows.append(blocks[stream, lane][row])
         stacked = np.stack(rows)
         return StepData(
-            batches=self._collated(stacked),
+            batches=self._collate_rows(stacked),
             checksum=sequence_checksum(stacked, positions),
             tokens=np.bincount(streams, minlength=len(before)) * stacked.shape[1],
             documents=count_by_source(streams, stacked == self._eos_token_id, len(before)),
-            state={key: made.state() for key, made in self._groups.items()},
-            documents_dropped=self._dropped(),
+            state={key: made.state() for key, made in self._lanes.items()},
+            documents_dropped=self._count_dropped(),
         )
 
-    def _dropped(self) -> int:
-        """Documents read since the last step and not trained on.
+    def _count_dropped(self) -> int:
+        """Number of documents that were read since the last step and left out.
 
-        Several processes may read one group. Only the first of them counts.
+        If several processes read a lane, only the first of them counts.
         """
         dropped = 0
-        for (stream, group), made in self._groups.items():
-            if group * (self._per_step // self._num_groups[stream]) in self._mine:
+        for (stream, lane), made in self._lanes.items():
+            if lane * (self._per_step // self._num_lanes[stream]) in self._mine:
                 dropped += made.dropped
             made.dropped = 0
         return dropped
 
-    def _collated(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
+    def _collate_rows(self, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
         size = self._micro_batch_size
         eos = self._eos_token_id if self._document_masking else None
         return [
-            collate(rows[start : start + size], eos, begins_after=self._begins_after)
+            collate(rows[start : start + size], eos, eos_before_bos=self._eos_before_bos)
             for start in range(0, len(rows), size)
         ]
 
     def example(self) -> dict[str, torch.Tensor]:
-        """A batch of one sequence, the same at each call. The sequence is still trained on later."""
+        """A batch of one sequence, the same at each call. Training still gets this sequence."""
         if self._example is None:
-            group = next(iter(self._groups.values()))
-            self._example = self._collated(group.copy().blocks(1))[0]
+            lane = next(iter(self._lanes.values()))
+            self._example = self._collate_rows(lane.copy().blocks(1))[0]
         return self._example
 
 
-def _as_at_start(
-    groupings: list[Grouping], num_pieces: list[int], states: dict[tuple[int, int], GroupState]
-) -> list[Grouping]:
-    """The groupings that a resumed run started with, of which `states` are part.
+def _restore_lanes(
+    stream_lanes: list[Lanes], num_pieces: list[int], states: dict[tuple[int, int], LaneState]
+) -> list[Lanes]:
+    """The lanes that a resumed run started with, to which `states` belong.
 
-    Earlier versions compared the files' sizes on the disk and left no file out.
+    Earlier versions compared compressed sizes and left out no file, so their runs may have other lanes.
     """
     at_start = []
-    for stream, one in enumerate(groupings):
-        num_groups = max((group + 1 for number, group in states if number == stream), default=one.num_groups)
-        if num_groups != one.num_groups:
+    for stream, one in enumerate(stream_lanes):
+        num_lanes = max((lane + 1 for number, lane in states if number == stream), default=one.num_lanes)
+        if num_lanes != one.num_lanes:
             every = [(number, index) for number, count in enumerate(num_pieces) for index in range(count)]
-            one = Grouping(num_groups, every)
+            one = Lanes(num_lanes, every)
         at_start.append(one)
     return at_start
 
 
-def load_states(checkpoint: Path) -> tuple[dict[tuple[int, int], GroupState], int]:
-    """What `save_states` wrote on all processes: the state of each (stream, group), and the data step that is next."""
-    states: dict[tuple[int, int], GroupState] = {}
+def load_lane_states(checkpoint: Path) -> tuple[dict[tuple[int, int], LaneState], int]:
+    """Read what `save_lane_states` wrote on all processes: the state of each (stream, lane), and the next data step."""
+    states: dict[tuple[int, int], LaneState] = {}
     next_step = 0
     for path in sorted(checkpoint.glob("data-*.pt")):
         content = torch.load(path, weights_only=True)
         next_step = content.pop("step")
         for key, values in content.items():
             pending = values.pop("pending").numpy()
-            states[key] = GroupState(**values, pending=pending)
+            states[key] = LaneState(**values, pending=pending)
     return states, next_step
 
 
-def save_states(states: dict[tuple[int, int], GroupState], next_step: int, path: Path) -> None:
-    """Write where this process's groups stand, and the data step that comes next."""
+def save_lane_states(states: dict[tuple[int, int], LaneState], next_step: int, path: Path) -> None:
+    """Write the states of this process's lanes, and the next data step."""
     content: dict[Any, Any] = {"step": next_step}
     for key, state in states.items():
         content[key] = {**vars(state), "pending": torch.from_numpy(state.pending)}

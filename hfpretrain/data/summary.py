@@ -1,4 +1,4 @@
-"""Describe prepared data: counts by split and source, and what the tokenizer did to the text."""
+"""Describe prepared data: counts of each split and source, and what the tokenizer did to the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hfpretrain.recipe.schema import RecipeError
 
 
 def summary(prepared: PreparedData) -> str:
-    """Lines on each split, on what was dropped of each source, on the tokenizer, and on duplicates."""
+    """Lines about each split, the documents dropped from each source, the tokenizer, and duplicates."""
     manifest = prepared.manifest
     lines = [f"prepared data    {prepared.path}"]
     for name, entry in manifest["splits"].items():
@@ -27,7 +27,7 @@ def summary(prepared: PreparedData) -> str:
             lines.append(f"  dropped        source {number}: {dropped}")
         if special := source.get("special_tokens"):
             listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
-            lines.append(f"  special tokens source {number}: {listed} in its text")
+            lines.append(f"  special tokens source {number}: its text contains {listed}")
     lines += [f"  tokenizer      {text}" for text in preparation_notes(prepared)]
     found = manifest["hygiene"]
     if found["train_duplicates"]:
@@ -35,38 +35,38 @@ def summary(prepared: PreparedData) -> str:
     ngrams = found.get("validation_ngrams")
     if ngrams and ngrams["looked_for"]:
         lines.append(
-            f"  overlap        {ngrams['share_in_train']:.2%} of the validation's {ngrams['n']}-token sequences stand "
+            f"  overlap        {ngrams['share_in_train']:.2%} of the validation's {ngrams['n']}-token sequences occur "
             "in train"
         )
     return "\n".join(lines)
 
 
 def preparation_notes(prepared: PreparedData) -> list[str]:
-    """Sentences on what the user should know: text that the tokenizer changed, a vocabulary smaller than asked."""
+    """Sentences for the user: text that the tokenizer changed, or a vocabulary smaller than requested."""
     found = []
-    asked, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
-    if asked is not None and size < asked:
-        found.append(f"the text gives a vocabulary of {size:,} tokens, not the {asked:,} of tokenizer.vocab_size")
+    requested, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
+    if requested is not None and size < requested:
+        found.append(f"the trained tokenizer has {size:,} tokens, not the {requested:,} of tokenizer.vocab_size")
     data = prepared.manifest["recipe"]
     number_of_sources = len(prepared.manifest["source_identities"])
     for number, source in enumerate(prepared.manifest["sources"]):
         name = f"source {number}" if number < number_of_sources else "validation"
         chosen = data["sources"][number].get("special_tokens", "text") if number < number_of_sources else "text"
         special = source.get("special_tokens", {})
-        letters = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
-        if letters and name != "validation":
-            listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(letters.items())[:8])
-            found.append(f"{name}: names of special tokens in the text are read as ordinary text: {listed}")
-        found += [f"{name}: {what}" for share, what in _lost(source) if share]
+        as_text = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
+        if as_text and name != "validation":
+            listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(as_text.items())[:8])
+            found.append(f"{name}: special tokens in the text are read as ordinary text: {listed}")
+        found += [f"{name}: {what}" for share, what in _lost_shares(source) if share]
         if replaced := source.get("replaced_share"):
             found.append(f"{name}: the tokenizer's normalizer replaces {replaced:.2%} of the characters")
     return found
 
 
-def require_known(prepared: PreparedData, max_unknown: float) -> None:
-    """Raises `RecipeError` if the tokenizer does not know, or leaves out, more than `max_unknown` of a source."""
+def check_unknown_share(prepared: PreparedData, max_unknown: float) -> None:
+    """Raises `RecipeError` if the tokenizer does not know, or leaves out, a share of a source above `max_unknown`."""
     for number, source in enumerate(prepared.manifest["sources"]):
-        for share, what in _lost(source):
+        for share, what in _lost_shares(source):
             if share > max_unknown:
                 key = "data.sources" if number < len(prepared.manifest["source_identities"]) else "data"
                 where = f"{key}.{number}" if key == "data.sources" else "data.validation_sources"
@@ -74,7 +74,7 @@ def require_known(prepared: PreparedData, max_unknown: float) -> None:
                 raise RecipeError.at(where, f"{what}; {advice}")
 
 
-def _lost(source: dict[str, Any]) -> list[tuple[float, str]]:
+def _lost_shares(source: dict[str, Any]) -> list[tuple[float, str]]:
     """Pairs (share, sentence): how much of a source the tokenizer does not know, and how much it leaves out."""
     tokens = sum(source[kind]["tokens"] for kind in ("train", VALIDATION))
     unknown, lost = source.get("unknown", 0) / max(1, tokens), source.get("lost_share", 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpretrain.data import threads
-from hfpretrain.recipe.addresses import missing_path, not_loaded
+from hfpretrain.recipe.addresses import load_error_message, missing_path_problem
 from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 UNKNOWN = "<|unknown|>"
-# More letters, digits or other signs in a row than any word has.
+# More letters, digits or other characters in a row than any word has.
 _LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\s\w]{256}")
 logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
-    """The tokenizer that `section.pretrained` names. Raises `RecipeError` if it is not fast or has no EOS token."""
+    """Load the tokenizer `section.pretrained`. Raises `RecipeError` if it is not a fast one or has no EOS token."""
     from transformers import AutoTokenizer
 
-    if problem := missing_path(section.pretrained or ""):
+    if problem := missing_path_problem(section.pretrained or ""):
         raise RecipeError.at("tokenizer.pretrained", problem)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:  # a broken file may raise anything
-        raise RecipeError.at("tokenizer.pretrained", not_loaded(section.pretrained or "", error)) from error
+        raise RecipeError.at("tokenizer.pretrained", load_error_message(section.pretrained or "", error)) from error
     if not tokenizer.is_fast:
         raise RecipeError.at("tokenizer.pretrained", f"{section.pretrained!r} has no fast version; convert it first")
     if tokenizer.eos_token_id is None:
@@ -50,32 +50,32 @@ def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
 def document_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """The ids with which every document begins: what calling the tokenizer adds before a text, such as Llama's BOS.
 
-    Empty if it adds nothing, or EOS, since EOS stands between documents anyway.
+    Empty if it adds nothing, or EOS, which is between documents in any case.
     """
     prefix, _ = _added_ids(tokenizer)
     return () if tokenizer.eos_token_id in prefix else prefix
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids before a document's text in training: `document_prefix`, or the EOS of the document before it."""
+    """The ids before a document's text in training: `document_prefix`, or the EOS of the previous document."""
     return list(document_prefix(tokenizer)) or [tokenizer.eos_token_id]
 
 
 def set_add_bos(tokenizer: PreTrainedTokenizerFast, add_bos: bool, add_eos: bool | None = None) -> None:
-    """Set whether calling the tokenizer adds BOS before a text, and EOS after it (None: as it does now).
+    """Set whether calling the tokenizer adds BOS before a text, and EOS after it (None: as now).
 
     Raises `RecipeError` if the tokenizer has no BOS to add.
     """
     prefix, suffix = _added_ids(tokenizer)
     has_eos = tokenizer.eos_token_id in suffix
     wanted = has_eos if add_eos is None else add_eos
-    is_eos = tokenizer.bos_token_id == tokenizer.eos_token_id  # it stands before every document anyway
+    is_eos = tokenizer.bos_token_id == tokenizer.eos_token_id  # then it is before every document in any case
     if (add_bos == bool(prefix) or is_eos) and wanted == has_eos:
         return
     if add_bos and tokenizer.bos_token_id is None:
         message = f"{tokenizer.name_or_path!r} has no BOS token; leave the key out"
         raise RecipeError.at("tokenizer.add_bos", message)
-    # Also in `init_kwargs`, which is saved, and from which a loaded tokenizer takes them.
+    # Also set them in `init_kwargs`, which is saved and read when the tokenizer is loaded.
     for name, value in (("add_eos_token", wanted), ("add_bos_token", bool(prefix) if is_eos else add_bos)):
         tokenizer.init_kwargs[name] = value
         setattr(tokenizer, name, value)
@@ -85,7 +85,7 @@ def _added_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tup
     """The ids that calling the tokenizer adds before a text, and after it."""
     backend = tokenizer.backend_tokenizer
     special = set(tokenizer.all_special_tokens)
-    # A vocabulary of fixed words may not know the letter.
+    # A vocabulary of fixed words may not have this letter.
     for text in ("a", *(token for token in tokenizer.get_vocab() if token not in special)):
         try:
             ids, whole = (backend.encode(text, add_special_tokens=wanted).ids for wanted in (False, True))
@@ -98,14 +98,14 @@ def _added_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tup
 
 
 def describe_framing(tokenizer: PreTrainedTokenizerFast) -> str:
-    """One line that says with which tokens a document begins and ends."""
+    """One line about the tokens with which a document begins and ends."""
     prefix = document_prefix(tokenizer)
     begin = f"begin with {tokenizer.decode(list(prefix))}, which calling the tokenizer adds to a text, and "
     return f"documents {begin if prefix else ''}end with {tokenizer.eos_token}"
 
 
 def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a tokenizer. It has one special token for both BOS and EOS, and one for padding.
+    """Train a tokenizer with one special token for both BOS and EOS, and one for padding.
 
     The same documents in the same order give the same vocabulary.
     """
@@ -125,7 +125,7 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        _train(backend, documents, trainer)
+        _train_in_thread(backend, documents, trainer)
     else:
         unknown = UNKNOWN
         characters = sorted({character for text in documents for character in set(text)})
@@ -144,8 +144,8 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
     )
 
 
-def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
-    """Train in a thread, so that the main thread can be interrupted and logs progress; `tokenizers` blocks signals."""
+def _train_in_thread(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
+    """Train in a thread, because `tokenizers` blocks signals. The main thread can be interrupted, and logs progress."""
     read = [0, 0]
     stopped = threading.Event()
 
@@ -160,32 +160,32 @@ def _train(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
 
     def work() -> None:
         try:
-            backend.train_from_iterator(_batched(texts()), trainer)
+            backend.train_from_iterator(_in_batches(texts()), trainer)
         except BaseException as error:  # raised again in the main thread
             failed.append(error)
 
-    start = told = time.monotonic()
+    start = logged = time.monotonic()
     try:
-        # A daemon, so that a training that was interrupted does not keep the process alive.
+        # A daemon thread, so that an interrupted training does not keep the process alive.
         worker = threads.start_daemon(work, "tokenizer")
         while worker.is_alive():
             worker.join(0.2)
-            if time.monotonic() - told > 30:
-                told = time.monotonic()
+            if time.monotonic() - logged > 30:
+                logged = time.monotonic()
                 done = f"{read[0]:,} documents with {read[1]:,} characters read"
-                logger.info("training the tokenizer: %s, %.0f s", done, told - start)
+                logger.info("training the tokenizer: %s, %.0f s", done, logged - start)
     except BaseException:
-        stopped.set()  # it ends at the next text; while it merges it can't be stopped
+        stopped.set()  # the thread ends at the next text; it can't be stopped while it merges
         raise
     if failed:
         raise failed[0]
 
 
 def split_long_words(text: str) -> Iterator[str]:
-    """The text in pieces, so that no run of letters, digits or signs is longer than 256 characters.
+    """Cut a text so that no run of letters, digits or other characters is longer than 256 characters.
 
-    The trainer takes text without spaces for one word, and the time of a merge grows with the length of the words that
-    contain it: hours for megabytes. Only the trainer's input is cut; encoding has no such limit.
+    The trainer reads text without spaces as one word. The time of a merge grows with the length of the words that
+    contain it, and is hours for megabytes. Only the trainer's input is cut; encoding has no such limit.
     """
     start = 0
     for match in _LONG_WORD.finditer(text):
@@ -201,9 +201,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, section: TokenizerSect
 
 
 def chat_template_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
-    """What is wrong with `tokenizer.chat_template` in a recipe's mapping.
+    """Problems of `tokenizer.chat_template` in a recipe's mapping.
 
-    Either its file can't be read, or it does not turn a question and an answer into text that contains both.
+    Its file can't be read, or it does not render a question and an answer as text that contains both.
     """
     section = mapping.get("tokenizer")
     given = section.get("chat_template") if isinstance(section, dict) else None
@@ -218,15 +218,16 @@ def chat_template_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
         (text,), _ = render_jinja_template([messages], chat_template=_template_text(given), **special)
     except OSError as error:
         yield Problem(
-            "tokenizer.chat_template", f"{given!r} has no {{ so it names a file, which cannot be read: {error.strerror}"
+            "tokenizer.chat_template",
+            f"{given!r} contains no {{, so it must be a file, which can't be read: {error.strerror}",
         )
     except (TemplateError, TypeError, ValueError, LookupError) as error:
         line = f" in line {error.lineno}" if hasattr(error, "lineno") else ""
-        yield Problem("tokenizer.chat_template", f"does not render a question and its answer: {error}{line}")
+        yield Problem("tokenizer.chat_template", f"can't render a question and its answer: {error}{line}")
     else:
         if not all(message["content"] in text for message in messages):
             yield Problem(
-                "tokenizer.chat_template", f"leaves out what is said: a question and its answer give {text!r}"
+                "tokenizer.chat_template", f"leaves out a message: a question and its answer are rendered as {text!r}"
             )
 
 
@@ -234,7 +235,7 @@ def _template_text(given: str) -> str:
     return given if "{" in given else Path(given).read_text(encoding="utf-8")
 
 
-def _batched(documents: Iterable[str], size: int = 1000) -> Iterator[list[str]]:
+def _in_batches(documents: Iterable[str], size: int = 1000) -> Iterator[list[str]]:
     batch: list[str] = []
     for text in documents:
         batch.append(text)

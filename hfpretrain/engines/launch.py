@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from hfpretrain.engines.start import end_with_parent
-from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.machine import has_gpu
 from hfpretrain.recipe.schema import Problem, RecipeError
 
@@ -258,7 +258,7 @@ def _file_problems() -> Iterator[Problem]:
     for section in ("fsdp_config", "deepspeed_config", "parallelism_config"):
         for key in settings.get(section) or {}:
             if key not in vars(options):
-                yield Problem(f"{section}.{key}", unknown_key(key, list(vars(options))))
+                yield Problem(f"{section}.{key}", unknown_key_message(key, list(vars(options))))
 
 
 def _parallelism_problems() -> Iterator[Problem]:

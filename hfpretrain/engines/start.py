@@ -51,7 +51,7 @@ def choose_engine(engine: str | None, num_processes: int | None) -> tuple[str, i
         )
     if num_processes is not None:
         return engine, num_processes
-    is_shipped = engine in shipped.names("engine") and not Path(engine).is_file()
+    is_shipped = engine in shipped.file_names("engine") and not Path(engine).is_file()
     takes_any_number = settings.get("distributed_type") != "NO" and "parallelism_config" not in settings
     gpus = _num_gpus() if is_shipped and takes_any_number else 0
     return engine, gpus or process_count(engine, None)
@@ -187,4 +187,4 @@ def _read_settings(engine: str) -> dict[str, Any]:
 
 
 def _find_file(engine: str) -> Path:
-    return shipped.find(engine, "engine", path="--engine")
+    return shipped.find_file(engine, "engine", path="--engine")

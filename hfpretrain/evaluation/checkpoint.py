@@ -8,7 +8,7 @@ import torch
 
 from hfpretrain.checkpoints import locate
 from hfpretrain.data.tokenizer import load_tokenizer
-from hfpretrain.recipe.addresses import not_loaded
+from hfpretrain.recipe.addresses import load_error_message
 from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
 
 
@@ -35,7 +35,7 @@ def load_checkpoint(model: str) -> tuple[Any, Any]:
                 trust_remote_code=False,
             )
         except Exception as error:  # a broken file may raise anything
-            raise RecipeError.at("model", not_loaded(source.path, error)) from error
+            raise RecipeError.at("model", load_error_message(source.path, error)) from error
     if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of a {type(network).__name__}: {names}")

@@ -229,11 +229,11 @@ def _batches(
     has_prefix: bool,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of windows over the token ids of each set's documents, laid end to end."""
-    document_end, begins_after = eos_token_id if masking else None, eos_token_id if has_prefix else None
+    document_end, eos_before_bos = eos_token_id if masking else None, eos_token_id if has_prefix else None
     windows = _windows(streams, block_size, stride, eos_token_id)
     while rows := list(itertools.islice(windows, batch_size)):
         ids, numbers, scored = (np.stack(part) for part in zip(*rows, strict=True))
-        yield sums.scored_batch(ids, numbers, scored, eos_token_id=document_end, begins_after=begins_after)
+        yield sums.scored_batch(ids, numbers, scored, eos_token_id=document_end, eos_before_bos=eos_before_bos)
 
 
 def _windows(

@@ -33,13 +33,13 @@ class Sums:
 
 
 def scored_batch(
-    ids: np.ndarray, documents: np.ndarray, scored: np.ndarray, *, eos_token_id: int | None, begins_after: int | None
+    ids: np.ndarray, documents: np.ndarray, scored: np.ndarray, *, eos_token_id: int | None, eos_before_bos: int | None
 ) -> dict[str, torch.Tensor]:
     """A batch for `loss_sums`, of token ids, the number of each token's document, and whether a token is scored.
 
-    The three have the shape (batch, length). For `eos_token_id` and `begins_after` see `batches.collate`.
+    The three have the shape (batch, length). For `eos_token_id` and `eos_before_bos` see `batches.collate`.
     """
-    batch = collate(ids, eos_token_id, begins_after=begins_after)
+    batch = collate(ids, eos_token_id, eos_before_bos=eos_before_bos)
     batch["labels"][torch.from_numpy(~scored)] = IGNORE_INDEX
     return {**batch, DOCUMENTS: torch.from_numpy(documents)}
 

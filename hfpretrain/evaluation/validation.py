@@ -21,7 +21,7 @@ class ValidationSets:
     def __init__(self, prepared: PreparedData):
         manifest = prepared.manifest
         self._block_size, self._eos_token_id = manifest["block_size"], manifest["eos_token_id"]
-        self._begins_after = self._eos_token_id if prepared.document_prefix else None
+        self._eos_before_bos = self._eos_token_id if prepared.document_prefix else None
         self.names = prepared.validation_splits
         self._sets: list[tuple[Blocks, list[int], np.ndarray, np.ndarray]] = []
         self._ends = [0]
@@ -64,8 +64,8 @@ class ValidationSets:
                 ids[slot, : len(tokens)], valid[slot, : len(tokens)] = tokens, True
                 documents[slot, : len(tokens)] = numbers[np.searchsorted(starts, place, side="right") - 1]
             eos_token_id = self._eos_token_id if document_masking else None
-            begins_after = self._begins_after
-            yield sums.scored_batch(ids, documents, valid, eos_token_id=eos_token_id, begins_after=begins_after)
+            eos_before_bos = self._eos_before_bos
+            yield sums.scored_batch(ids, documents, valid, eos_token_id=eos_token_id, eos_before_bos=eos_before_bos)
 
     def figures(self, documents: np.ndarray) -> dict[str, Any]:
         """Figures of all sets together, and of each domain as `DOMAIN/...`. For `documents` see `sums.Sums`."""

@@ -13,7 +13,7 @@ from hfpretrain.data.prepare import prepare
 from hfpretrain.ladder import laws
 from hfpretrain.ladder.family import Family, Member
 from hfpretrain.modeling.config import config_problems
-from hfpretrain.recipe.redaction import secrets_of
+from hfpretrain.recipe.redaction import find_secrets
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 from hfpretrain.training import run_folder
@@ -68,7 +68,7 @@ class Rung:
     @property
     def secrets(self) -> list[str]:
         """Addresses of its recipe whose secrets are not in its file."""
-        return secrets_of(self.recipe.model_dump(mode="json"))
+        return find_secrets(self.recipe.model_dump(mode="json"))
 
     def read(self) -> bool:
         """Return whether the run is finished. If so, `loss` and `bits_per_byte` are set."""

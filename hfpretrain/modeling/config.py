@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain.recipe.addresses import missing_path, not_loaded
-from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.addresses import load_error_message, missing_path_problem
+from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
         return
     model_type = str(keywords["model_type"])
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        message = unknown_key(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).replace(
+        message = unknown_key_message(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).replace(
             "unknown key", "not the type of a causal language model"
         )
         yield Problem("model.config.model_type", f"{message} (got {model_type!r})")
@@ -169,7 +169,11 @@ def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
         return f"unknown key; in {model_type} it is `{found}`"
     # Suggest keys of this class only, not those that every config has.
     sizes = [name for name in getattr(CONFIG_MAPPING[model_type], "__annotations__", {}) if not name.startswith("_")]
-    return unknown_key(key, known) if difflib.get_close_matches(key, known, 1, 0.5) else unknown_key(key, sizes)
+    return (
+        unknown_key_message(key, known)
+        if difflib.get_close_matches(key, known, 1, 0.5)
+        else unknown_key_message(key, sizes)
+    )
 
 
 def _is_read_by_model(model_type: str, key: str) -> bool:
@@ -194,12 +198,12 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         if (reason := _export_problem(config)) is not None:
             raise RecipeError.at("model.config.model_type", f"{reason}; use another model")
         return config
-    if problem := missing_path(section.pretrained or ""):
+    if problem := missing_path_problem(section.pretrained or ""):
         raise RecipeError.at("model.pretrained", problem)
     try:
         config = whole_config(section)
     except Exception as error:  # a broken file may raise anything
-        raise RecipeError.at("model.pretrained", not_loaded(section.pretrained or "", error)) from error
+        raise RecipeError.at("model.pretrained", load_error_message(section.pretrained or "", error)) from error
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return config
     # If a checkpoint has parts for images or sound, only its text model is trained.

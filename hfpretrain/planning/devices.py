@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from hfpretrain.engines.precision import has_bf16
-from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import RecipeError
 
@@ -82,7 +82,7 @@ def device_by_name(name: str) -> Device:
         found = device_by_torch_name(name)
     if found is None:
         known = ["cpu", *(device.name for device in DEVICES)]
-        message = unknown_key(name.upper(), known).replace("unknown key", "unknown device")
+        message = unknown_key_message(name.upper(), known).replace("unknown key", "unknown device")
         raise RecipeError.at("--device", f"{message} (got {name!r}; known: {', '.join(known)})")
     return found
 

@@ -167,7 +167,7 @@ def simulate_scaling(
     """
     cluster = cluster or Cluster()
     if shard_size is None:
-        file = yaml.safe_load(shipped.find("hsdp", "engine").read_text(encoding="utf-8"))
+        file = yaml.safe_load(shipped.find_file("hsdp", "engine").read_text(encoding="utf-8"))
         shard_size = int(file["parallelism_config"]["parallelism_config_dp_shard_size"])
     if min(numbers) < 2 or min(shard_size, cluster.devices_per_node) < 1 or not cluster.nvlink * cluster.infiniband > 0:
         given = ", ".join(map(str, numbers))

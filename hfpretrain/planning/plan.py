@@ -24,7 +24,7 @@ from hfpretrain.modeling.structure import Parameters, decoder_layers, parameters
 from hfpretrain.modeling.trainable import freeze_outside_loss
 from hfpretrain.planning import devices, memory
 from hfpretrain.planning.memory import Memory, MicroStepMemory, ModelSizes, Sharding
-from hfpretrain.recipe.keys import unknown_key
+from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps
 
@@ -225,7 +225,7 @@ def make_plan(
     engines = [sharding for sharding in memory.SHARDINGS if engine in (None, sharding.name)]
     if not engines:
         known = [sharding.name for sharding in memory.SHARDINGS]
-        message = unknown_key(engine or "", known).replace("unknown key", "unknown engine")
+        message = unknown_key_message(engine or "", known).replace("unknown key", "unknown engine")
         raise RecipeError.at("--engine", f"{message} (got {engine!r}; known: {', '.join(known)})")
     training, block_size = recipe.training, recipe.data.block_size
     resolved = resolved or ResolvedSettings()

@@ -22,7 +22,7 @@ import yaml
 from hfpretrain import files
 from hfpretrain.planning import table
 from hfpretrain.recipe.addresses import repo_id_problem
-from hfpretrain.recipe.redaction import redact, without_folders
+from hfpretrain.recipe.redaction import redact, strip_folders
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_mapping, read_recipe
 from hfpretrain.training import run_folder, segments
@@ -322,7 +322,7 @@ def _blocks(records: _Records, name: str | None, title: str, step: int | None) -
 
 def _summary(records: _Records, name: str | None, title: str, step: int | None) -> str:
     recipe = records.recipe
-    kind = without_folders(recipe.model.pretrained) or (recipe.model.config or {})["model_type"]
+    kind = strip_folders(recipe.model.pretrained) or (recipe.model.config or {})["model_type"]
     origin = f"{kind}, trained further" if recipe.model.pretrained else f"{kind}, trained from scratch"
     size = f"{records.environment['num_parameters']:,} parameters, {records.history.tokens:,} tokens"
     text = f"# {title}\n\nA causal language model ({origin}, {size}), pretrained with hfpretrain."
@@ -394,7 +394,7 @@ def _samples(records: _Records, step: int | None) -> str:
 def _sources(data: dict[str, Any]) -> str:
     """A line for each source: its name, what was read of it, the revision of a Hub dataset."""
     lines = []
-    sources = without_folders(data["sources"])
+    sources = strip_folders(data["sources"])
     for number, (source, identity) in enumerate(zip(sources, data["identities"], strict=True)):
         details = ["held out"] if number >= data["num_training_sources"] else []
         details += [
@@ -460,7 +460,7 @@ def _reproduce(recipe: Recipe, environment: dict[str, Any]) -> str:
         "-m hfpretrain.train recipe.yaml",
     ]
     mapping = recipe.model_dump(mode="json")
-    public = without_folders(mapping, texts=("prompts",))
+    public = strip_folders(mapping, texts=("prompts",))
     cut = "" if public == mapping else ", in which folders of the machine are left out"
     intro = f"## Reproduce\n\nWith the recipe below as `recipe.yaml`{cut}:"
     details = f"<details><summary>recipe.yaml</summary>\n\n{_fenced(dump_mapping(public), 'yaml')}\n\n</details>"

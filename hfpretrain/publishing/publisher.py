@@ -30,7 +30,7 @@ from hfpretrain.publishing.outbox import Begun, Event, Failed, Pushed, RevisionS
 from hfpretrain.publishing.repository import Repo
 from hfpretrain.recipe import redaction
 from hfpretrain.recipe.addresses import repo_id_problem
-from hfpretrain.recipe.hub import Failure, NotPushableError, explain, limit_waiting
+from hfpretrain.recipe.hub import Failure, NotPushableError, explain_failure, limit_request_time
 from hfpretrain.recipe.schema import HubSection, RecipeError
 from hfpretrain.recipe.yaml import read_recipe
 
@@ -67,7 +67,7 @@ class Pusher:
         try:
             self._repo.open()
         except Exception as error:  # a network and a server can fail in any way
-            return Failed(_REPO, explain(error).text)
+            return Failed(_REPO, explain_failure(error).text)
         return None
 
     def follow(self, finish: threading.Event) -> Iterator[Event]:
@@ -119,7 +119,7 @@ class Pusher:
             outbox.note_published(self._outbox, repo_id, name, commit)
             self._close(name)
         except Exception as error:  # a network, a server and a disk can fail in any way
-            yield self._note_failure(name, explain(error))
+            yield self._note_failure(name, explain_failure(error))
             return
         self._failures, self._retry_at, self._hub_set_retry, self._last_success = 0, 0.0, False, time.monotonic()
         yield Pushed(name, commit, repo_id, round(time.monotonic() - start, 3))
@@ -128,7 +128,7 @@ class Pusher:
 
     def _note_failure(self, name: str, failure: Failure) -> Failed:
         self._attempts[name] = self._attempts.get(name, 0) + 1
-        if failure.final:
+        if failure.is_final:
             self._close(name)
             return Failed(name, failure.text)
         first, most = _RETRY_SECONDS
@@ -167,7 +167,7 @@ class Pusher:
                 try:
                     export_checkpoint(self._run, place, self._section.repo_id)
                 except Exception as error:  # a full disk, too little memory, or a damaged file
-                    yield Failed(place.name, f"not exported: {explain(error).text}")
+                    yield Failed(place.name, f"not exported: {explain_failure(error).text}")
                     self._close(place.name)
                     continue
                 if not self._section.push_state:
@@ -342,7 +342,7 @@ def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
     """
     if (problem := repo_id_problem(repo_id)) is not None:
         raise RecipeError.at("repo_id", problem)
-    limit_waiting()
+    limit_request_time()
     repo, section = Repo(repo_id, private), HubSection(repo_id=repo_id, push_state=push_state)
     if (run / "config.json").is_file():  # an exported folder alone
         if push_state:
@@ -403,7 +403,7 @@ def _put_if_missing(checkpoint: Path, box: Path, repo: Repo, required_file: str)
     try:
         commit = repo.revision(checkpoint.name, title, required_file)
     except Exception as error:
-        if (failure := explain(error)).final:
+        if (failure := explain_failure(error)).is_final:
             return failure.text
         commit = None  # `Pusher` asks again before it pushes
     if commit is not None:
@@ -419,7 +419,7 @@ def _or_recipe_error(repo_id: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:  # its HTTP library raises classes of its own
-        raise RecipeError.at(repo_id, f"the Hub does not take it: {explain(error).text}") from error
+        raise RecipeError.at(repo_id, f"the Hub does not take it: {explain_failure(error).text}") from error
 
 
 def main(run: Path) -> int:
@@ -432,9 +432,9 @@ def main(run: Path) -> int:
         os._exit(0)  # the run has ended, or does not wait any longer; the rest stays in the outbox
 
     threading.Thread(target=listen, daemon=True).start()
-    redaction.install()
+    redaction.redact_logs()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    limit_waiting()
+    limit_request_time()
     section = read_recipe(run / "recipe.yaml").hub
     assert section.repo_id is not None
     pusher, status, folder = Pusher(run, section, Repo(section.repo_id, section.private)), Status(), run / "outbox"

@@ -18,7 +18,7 @@ from hfpretrain.recipe.hub import NotPushableError
 class Repo:
     """A model repo, created by the first call that needs it.
 
-    Methods raise the errors of huggingface_hub; `recipe.hub.explain` says what they mean.
+    Methods raise the errors of huggingface_hub; `recipe.hub.explain_failure` says what they mean.
     """
 
     def __init__(self, repo_id: str, private: bool):

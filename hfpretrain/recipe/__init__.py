@@ -1,1 +1,1 @@
-"""The vocabulary of a run: the sections and keys of a recipe, YAML and overrides, recipes by name."""
+"""The recipe of a run: its sections and keys, YAML and overrides, and the recipes that come with the package."""

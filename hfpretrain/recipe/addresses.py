@@ -1,4 +1,4 @@
-"""Ids of the Hub and paths: which of the two a value of a recipe is, and why it can't be loaded."""
+"""Tell paths from Hub ids in a recipe's values, and explain why one of them can't be loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-IS_LFS_POINTER = "is a Git LFS pointer, not the file: get it with `git lfs pull`"
+LFS_POINTER_PROBLEM = "is a Git LFS pointer, not the file: get it with `git lfs pull`"
 
 
 # The pattern of `huggingface_hub.utils.validate_repo_id`; importing that would make `hfpretrain check` slower.
@@ -24,8 +24,8 @@ def repo_id_problem(repo_id: str) -> str | None:
 _SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt", ".gguf", ".txt", ".yaml", ".yml")
 
 
-def missing_path(given: str) -> str | None:
-    """Why `given` is neither an existing path nor possibly an id of the Hub; None if it is one of the two."""
+def missing_path_problem(given: str) -> str | None:
+    """Why `given` is neither an existing path nor possibly a Hub id; None if it is one of the two."""
     path = Path(given)
     if path.exists():
         return None
@@ -40,8 +40,8 @@ def missing_path(given: str) -> str | None:
     return f"there is no file or folder {given!r}{hint}"
 
 
-def not_loaded(given: str, error: Exception) -> str:
-    """The message for a folder or an id of the Hub that a library could not load with `error`."""
+def load_error_message(given: str, error: Exception) -> str:
+    """The message for a folder or a Hub id that could not be loaded; `error` is what the library raised."""
     line = (str(error).splitlines() or [""])[0]
     line = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
     path = Path(given)
@@ -50,21 +50,21 @@ def not_loaded(given: str, error: Exception) -> str:
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
         return f"{given!r} is a run; did you mean {path / 'model'}?"
     if path.exists():
-        return f"cannot load {given!r}: {_absent_file(path) or line}"
+        return f"cannot load {given!r}: {_missing_file_problem(path) or line}"
     return f"there is no folder {given!r}, and it does not load from the Hub either: {line}"
 
 
-def _absent_file(folder: Path) -> str | None:
-    """The first file of a folder that is a broken link or a Git LFS pointer, and what is wrong; or None."""
+def _missing_file_problem(folder: Path) -> str | None:
+    """What is wrong with the first file of a folder that is a broken link or a Git LFS pointer; None if none is."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.is_symlink() and not file.exists():
             return f"{file} is a link to {file.readlink()}, which is missing"
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
-            return f"{file} {IS_LFS_POINTER}"
+            return f"{file} {LFS_POINTER_PROBLEM}"
     return None
 
 
-def hub_address(address: str) -> tuple[str, str] | None:
+def parse_hub_address(address: str) -> tuple[str, str] | None:
     """Repo id and revision of `hub://USER/NAME@REVISION`; None if `address` does not begin with `hub://`."""
     if not address.startswith("hub://"):
         return None

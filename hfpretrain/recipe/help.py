@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from hfpretrain.recipe.keys import section_of, unknown_key
+from hfpretrain.recipe.keys import section_of, unknown_key_message
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
 _WIDTH = 100
 
 
-def describe(name: str = "") -> str:
+def describe_keys(name: str = "") -> str:
     """Help text of the section `name`, for example `optimizer` or `evaluation.lm_eval`; of all sections by default.
 
     Raises `RecipeError` if there is no such section.
@@ -28,15 +28,15 @@ def describe(name: str = "") -> str:
     for part in name.split(".") if name else ():
         sections = [key for key, field in section.model_fields.items() if section_of(field.annotation)[0]]
         if part not in sections:
-            raise RecipeError.at(name, f"is not a section of a recipe: {unknown_key(part, sections)}")
+            raise RecipeError.at(name, f"is not a section of a recipe: {unknown_key_message(part, sections)}")
         section = typing.cast(Any, section_of(section.model_fields[part].annotation)[0])
     return "\n".join(_section_lines(section, name, {}))
 
 
 def _section_lines(section: type[BaseModel], name: str, described: dict[type[BaseModel], str]) -> Iterator[str]:
-    """`described`: name of each section that already stands above, whose keys are not repeated."""
+    """`described`: names of the sections that are already described, whose keys are not repeated."""
     if section in described:
-        yield f"{name}: the keys of {described[section]}"
+        yield f"{name}: has the same keys as {described[section]}"
         return
     described[section] = name
     title = f"{name or 'recipe'}: {' '.join((section.__doc__ or '').split())}"
@@ -69,7 +69,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """A field's type in words that someone who writes YAML knows, for example `auto | true | false`."""
+    """A field's type as someone who writes YAML knows it, for example `auto | true | false`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type_name(arguments[0])

@@ -1,4 +1,4 @@
-"""What all requests to the Hub share: how long they may wait, and what their errors mean."""
+"""How long requests to the Hub may wait, and what their errors mean."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import RecipeError
 
 TIMEOUT_SECONDS = 60
-"""A connection fails after so long without an answer; huggingface_hub itself would wait for ever."""
+"""A request fails after this time without an answer. huggingface_hub itself would wait forever."""
 
 
 class NotPushableError(Exception):
-    """Something that can't be pushed, however often it is tried."""
+    """A file or folder that can't be pushed; a retry would fail as well."""
 
 
 class Failure(NamedTuple):
@@ -22,36 +22,36 @@ class Failure(NamedTuple):
 
     text: str
     retry_after: int | None
-    """Seconds after which the Hub wants to be asked again, where it said so."""
-    final: bool
-    """Whether trying again is of no use."""
+    """Seconds to wait before a retry, if the Hub sent a `Retry-After` header."""
+    is_final: bool
+    """Whether a retry would fail as well."""
 
 
-def limit_waiting() -> None:
-    """From now on this process's requests to the Hub fail after `TIMEOUT_SECONDS` without an answer.
+def limit_request_time() -> None:
+    """Make this process's requests to the Hub fail after `TIMEOUT_SECONDS` without an answer.
 
-    huggingface_hub also stops logging, since the addresses of its storage are signed.
+    Also silences huggingface_hub's log, because it holds signed addresses.
     """
     import huggingface_hub
     from huggingface_hub.utils import _http
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    def client() -> Any:
-        made = _http.default_client_factory()
-        made.timeout = TIMEOUT_SECONDS
-        return made
+    def make_client() -> Any:
+        client = _http.default_client_factory()
+        client.timeout = TIMEOUT_SECONDS
+        return client
 
     # `get_session().timeout = ...` would need no private name, but holds only until the first connection error, after
     # which huggingface_hub makes a new client.
-    huggingface_hub.set_client_factory(client)
+    huggingface_hub.set_client_factory(make_client)
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def explain(error: Exception) -> Failure:
-    """What to say about an error of a request, and whether and when to try again.
+def explain_failure(error: Exception) -> Failure:
+    """Describe an error of a request, and whether and when to try again.
 
-    The text holds no token and no signed address.
+    The text contains no token and no signed address.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -64,5 +64,5 @@ def explain(error: Exception) -> Failure:
         where = f"{response.request.method} {response.request.url.path}"
         text = f"{response.status_code} {' '.join(message.split()):.200} ({where}){advice}"
         return Failure(text, int(wait) if wait.isdigit() else None, False)
-    final = isinstance(error, (NotPushableError, RecipeError, HFValidationError, OfflineModeIsEnabled))
-    return Failure(text if final else f"{type(error).__name__}: {text}", None, final)
+    is_final = isinstance(error, (NotPushableError, RecipeError, HFValidationError, OfflineModeIsEnabled))
+    return Failure(text if is_final else f"{type(error).__name__}: {text}", None, is_final)

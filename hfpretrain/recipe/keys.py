@@ -1,4 +1,4 @@
-"""The keys of a recipe: which there are, and which one a user meant."""
+"""List the keys of a recipe, and find the one that a user probably meant."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from pydantic import BaseModel
 from hfpretrain.recipe.schema import Recipe
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message for an unknown key; it names the nearest known one, or all of them."""
+def unknown_key_message(key: str, known: Iterable[str]) -> str:
+    """The message for an unknown key: the nearest known one, or all of them if none is near."""
     known = sorted(known)
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if nearest:
         return f"unknown key; did you mean `{nearest[0]}`?"
-    return "unknown key; known: " + (", ".join(known) if len(known) <= 30 else f"{len(known)} others")
+    if len(known) <= 30:
+        return f"unknown key; known: {', '.join(known)}"
+    return f"unknown key; there are {len(known)} known ones"
 
 
 # What other training scripts call a key: transformers' TrainingArguments, run_clm, TRL and nanoGPT.
@@ -42,9 +44,9 @@ COUNTERPARTS = {
     "tf32": "training.mixed_precision: tf32",
     "fp8": "training.mixed_precision: fp8",
     "precision": "training.mixed_precision",
-    "num_train_epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
-    "num_epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
-    "epochs": "training.max_tokens or training.max_steps; the run says how many epochs they are",
+    "num_train_epochs": "training.max_tokens or training.max_steps; the run logs how many epochs that is",
+    "num_epochs": "training.max_tokens or training.max_steps; the run logs how many epochs that is",
+    "epochs": "training.max_tokens or training.max_steps; the run logs how many epochs that is",
     "max_train_steps": "training.max_steps",
     "max_iters": "training.max_steps",
     "num_steps": "training.max_steps",
@@ -115,26 +117,28 @@ COUNTERPARTS = {
 }  # fmt: skip
 
 
-def place_of(key: str) -> str | None:
-    """The dotted path of the recipe's key that `key` probably means: what another training script calls it, or a key of
-    another section. None if there is none."""
+def find_counterpart(key: str) -> str | None:
+    """What to use instead of the unknown key `key`: the dotted path of a recipe key, or an option. None if unknown.
+
+    `key` may be the name in another training script, or a key of another section.
+    """
     if key in COUNTERPARTS:
         return COUNTERPARTS[key]
-    places = [path for path in paths(Recipe) if path.rpartition(".")[2] == key]
-    return " or ".join(places) if 0 < len(places) <= 4 else None
+    found = [path for path in key_paths(Recipe) if path.rpartition(".")[2] == key]
+    return " or ".join(found) if 0 < len(found) <= 4 else None
 
 
-def paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all keys; of a list of sections, those of its first entry."""
+def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all keys. A list of sections gives the keys of its first entry, such as `data.sources.0.path`."""
     for name, field in section.model_fields.items():
         yield prefix + name
         kind, entry = section_of(field.annotation)
         if kind is not None:
-            yield from paths(kind, f"{prefix}{name}.{entry}")
+            yield from key_paths(kind, f"{prefix}{name}.{entry}")
 
 
 def section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """The section class that a field holds or None; and `0.` where it holds a list of them, else an empty string."""
+    """The section class that a field holds, or None; and `0.` if it holds a list of them, else an empty string."""
     entry = ""
     while typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
         entry = "0." if typing.get_origin(annotation) is tuple else entry

@@ -1,4 +1,4 @@
-"""What the labels of a batch mean, which data, loss, engines and evaluation agree on."""
+"""The label that marks a token without a loss, for data, loss, engines and evaluation."""
 
 IGNORE_INDEX = -100
-"""A label of this value is no target: it adds nothing to a loss and is not counted. Transformers and torch use it."""
+"""A token with this label adds nothing to the loss and is not counted. Transformers and torch use the same value."""

@@ -1,4 +1,4 @@
-"""What this machine gives a process."""
+"""CPU cores and GPUs of this machine, found without importing torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def num_cores() -> int:
-    """Number of CPU cores this process may use; a batch system or `taskset` may give it fewer than there are."""
+    """Number of CPU cores that this process may use. A batch system or `taskset` may limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_gpu() -> bool:
-    """Whether this machine has a GPU of NVIDIA or AMD, told by its device files and so without importing torch."""
+    """Whether this machine has device files of an NVIDIA or AMD GPU."""
     return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd"))

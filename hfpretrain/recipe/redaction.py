@@ -1,4 +1,4 @@
-"""Secrets in addresses: what is written, logged or published has `***` in their place."""
+"""Replace secrets in addresses by `***` before a text is written, logged or published."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 SECRETS = "HFPRETRAIN_SECRETS"
-"""Environment variable of a training that another command starts: a JSON list of the addresses whose secrets are not in
-the recipe's file."""
+"""Environment variable by which a command passes secrets to a training that it starts: a JSON list of the addresses
+whose secrets are missing from the recipe's file."""
 _USER = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#'\"<>`\\]+)@")
 _QUERY = re.compile(r"([?#])([^\s'\"<>`\\?#]*=[^\s'\"<>`\\?#]*)")
 _TOKEN = re.compile(r"\b(hf_)[A-Za-z0-9]{16,}|\b([Bb]earer )[A-Za-z0-9._~+/=-]{16,}")
@@ -26,7 +26,7 @@ _SIGNED = re.compile(
 
 
 def redact(text: str) -> str:
-    """`text` with `***` for each user and password, signature, token or key that an address in it holds.
+    """`text` with `***` for each user and password, signature, token or key in an address.
 
     In a signed address, everything that a new signature changes is replaced, so that the result stays the same.
     """
@@ -38,7 +38,7 @@ def redact(text: str) -> str:
 
 def _without_user(match: re.Match[str]) -> str:
     scheme, user = match[1], match[2]
-    # In other schemes this part names a bucket, a container or a user, and in `hub://` a repo.
+    # In other schemes this part is a bucket, a container or a user; in `hub://` it is a repo.
     is_secret = ":" in user or scheme in ("http", "https")
     return f"{scheme}://{HIDDEN}@" if is_secret and scheme != "hub" else match[0]
 
@@ -55,63 +55,63 @@ def _without_values(match: re.Match[str]) -> str:
     return match[1] + "".join(parts)
 
 
-def redacted(value: Any) -> Any:
+def redact_all(value: Any) -> Any:
     """A copy of nested mappings and lists in which every string is redacted."""
     if isinstance(value, dict):
-        return {redacted(key): redacted(item) for key, item in value.items()}
+        return {redact_all(key): redact_all(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
+        return [redact_all(item) for item in value]
     return redact(value) if isinstance(value, str) else value
 
 
-def secrets_of(value: Any) -> list[str]:
-    """The strings of nested mappings and lists that hold a secret, which `redacted` would change."""
+def find_secrets(value: Any) -> list[str]:
+    """The strings with a secret in nested mappings and lists: those that `redact_all` would change."""
     if isinstance(value, dict):
-        return [found for item in value.values() for found in secrets_of(item)]
+        return [found for item in value.values() for found in find_secrets(item)]
     if isinstance(value, (list, tuple)):
-        return [found for item in value for found in secrets_of(item)]
+        return [found for item in value for found in find_secrets(item)]
     return [value] if isinstance(value, str) and redact(value) != value else []
 
 
-def restored(value: Any, secrets: Collection[str]) -> Any:
-    """The inverse of `redacted`: put the strings that `secrets_of` returned back in their places."""
+def restore_secrets(value: Any, secrets: Collection[str]) -> Any:
+    """The inverse of `redact_all`: put back the strings that `find_secrets` returned."""
     if isinstance(value, dict):
-        return {key: restored(item, secrets) for key, item in value.items()}
+        return {key: restore_secrets(item, secrets) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [restored(item, secrets) for item in value]
+        return [restore_secrets(item, secrets) for item in value]
     return next((secret for secret in secrets if redact(secret) == value), value)
 
 
-def without_folders(value: Any, texts: Collection[str] = ()) -> Any:
+def strip_folders(value: Any, texts: Collection[str] = ()) -> Any:
     """A copy of nested mappings and lists in which absolute paths are cut to their last part.
 
     `texts`: keys below which strings are not paths.
     """
     if isinstance(value, dict):
-        return {key: item if key in texts else without_folders(item, texts) for key, item in value.items()}
+        return {key: item if key in texts else strip_folders(item, texts) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_folders(item, texts) for item in value]
+        return [strip_folders(item, texts) for item in value]
     is_path = isinstance(value, str) and re.match(r"(file://)?(/|~|[A-Za-z]:\\)[^\n]*$", value)
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
 
 
 def is_redacted(address: str) -> bool:
-    """Whether `***` stands in an address for its secret, so that the address can't be opened."""
+    """Whether an address has `***` instead of its secret, so that it can't be opened."""
     return f"://{HIDDEN}@" in address or f"={HIDDEN}" in address
 
 
-def install() -> None:
-    """From now on this process logs no secrets of addresses and prints none with an uncaught exception."""
+def redact_logs() -> None:
+    """Redact all log records of this process, and the message of an uncaught exception."""
     import logging
     import sys
     import traceback
 
-    make, hook = logging.getLogRecordFactory(), sys.excepthook
-    if getattr(make, "redacts", False):
+    make_record, hook = logging.getLogRecordFactory(), sys.excepthook
+    if getattr(make_record, "redacts", False):
         return
 
-    def record(*arguments: Any, **keywords: Any) -> logging.LogRecord:
-        made = make(*arguments, **keywords)
+    def redacted_record(*arguments: Any, **keywords: Any) -> logging.LogRecord:
+        made = make_record(*arguments, **keywords)
         try:
             text = made.getMessage()
         except (TypeError, ValueError):  # logging itself reports wrong arguments
@@ -123,13 +123,13 @@ def install() -> None:
             made.exc_text = redact(text) if redact(text) != text else None
         return made
 
-    def uncaught(kind: Any, error: Any, trace: Any) -> None:
+    def print_redacted(kind: Any, error: Any, trace: Any) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
         if redact(text) == text:
             hook(kind, error, trace)
         else:
             print(redact(text), end="", file=sys.stderr)
 
-    record.redacts = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(record)
-    sys.excepthook = uncaught
+    redacted_record.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacted_record)
+    sys.excepthook = print_redacted

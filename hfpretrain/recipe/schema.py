@@ -1,4 +1,4 @@
-"""The sections and keys of a recipe, and what is checked of them.
+"""The sections and keys of a recipe, and the checks of their values.
 
 Neither torch nor a Hugging Face library is imported here, so that `hfpretrain check` works without them.
 """
@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from hfpretrain.recipe.addresses import hub_address, repo_id_problem
+from hfpretrain.recipe.addresses import parse_hub_address, repo_id_problem
 from hfpretrain.recipe.redaction import redact
 
 MixedPrecision = Literal["auto", "no", "tf32", "bf16", "fp16", "fp8"]
@@ -45,7 +45,7 @@ class Problem:
 
 
 class RecipeError(ValueError):
-    """The user's input is wrong; `problems` lists every place. Commands print it and exit with code 2."""
+    """The user's input is wrong; `problems` lists everything. Commands print it and exit with code 2."""
 
     def __init__(self, problems: Problem | Sequence[Problem]):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
@@ -66,7 +66,7 @@ class Section(BaseModel):
 
 
 def _with_revision(given: Any) -> Any:
-    """A section with `pretrained: ID@REVISION` of the Hub as one with `pretrained` and `revision`."""
+    """Split `pretrained: ID@REVISION` of a section into `pretrained` and `revision`."""
     pretrained = given.get("pretrained") if isinstance(given, dict) else None
     if not isinstance(pretrained, str) or "@" not in pretrained or Path(pretrained).exists():
         return given
@@ -116,7 +116,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
         if (self.config is None) == (self.pretrained is None):
-            raise ValueError("give exactly one of `config` (a new model) and `pretrained` (go on from a checkpoint)")
+            raise ValueError("give exactly one of `config` (a new model) and `pretrained` (train a checkpoint further)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("`config` needs `model_type`, for example llama, qwen3, gpt2")
         if self.pretrained is not None and self.depth_scaled_init:
@@ -166,9 +166,11 @@ class TokenizerSection(Section):
         if (self.pretrained is None) == (self.algorithm is None):
             raise ValueError("give exactly one of `pretrained` (load) and `algorithm` (train)")
         if (self.algorithm == "byte_level_bpe") != (self.vocab_size is not None):
-            raise ValueError("`vocab_size` goes with `algorithm: byte_level_bpe`, and is needed there")
+            raise ValueError("`algorithm: byte_level_bpe` needs `vocab_size`; other tokenizers do not take it")
         if self.add_bos is not None and self.pretrained is None:
-            raise ValueError("`add_bos` goes with `pretrained`: a trained tokenizer has one token that begins and ends")
+            raise ValueError(
+                "`add_bos` is only for `pretrained`: a tokenizer trained here has the same token for BOS and EOS"
+            )
         if self.revision is not None and self.pretrained is None:
             raise ValueError("`revision` belongs to `pretrained`, which is not given")
         return self
@@ -226,7 +228,7 @@ class SourceSection(Section):
         if self.path == "text" and self.sample_by is None:
             raise ValueError("`path: text` needs `sample_by`: line, paragraph or document")
         if self.sample_by is not None and (self.path in FILE_FORMATS[1:] or self.path.startswith("builtin:")):
-            raise ValueError(f"`sample_by` goes with text files, which `path: {self.path}` does not read")
+            raise ValueError(f"`sample_by` is only for text files, and `path: {self.path}` reads none")
         return self
 
     @property
@@ -236,7 +238,7 @@ class SourceSection(Section):
 
 
 class StageSection(Section):
-    """A later part of the run with other weights of the sources, for example a last stretch on the best ones."""
+    """A later part of the run with other weights of the sources, for example only the best ones at the end."""
 
     from_tokens: PositiveInt
     """The stage begins with the first sequence after this number of training tokens."""
@@ -269,8 +271,8 @@ class DataSection(Section):
     Truncations Improve Language Modeling"). With `best_fit`, a document that fills one or more blocks exactly has no
     EOS after it."""
     shift_blocks: bool = False
-    """Start the blocks at another place of the text in each epoch after the first, so that a corpus that is read many
-    times is not always cut at the same places. Every token is still seen once per epoch."""
+    """Start the blocks at another position of the text in each epoch after the first, so that a corpus that is read
+    many times is not always cut at the same positions. Every token is still seen once per epoch."""
     deduplicate: bool = False
     """Keep only the first of several training documents with the same text. Duplicates are counted in any case."""
     on_bad_document: Literal["error", "skip"] = "error"
@@ -292,9 +294,9 @@ class DataSection(Section):
         if any(weighted) and not all(weighted):
             raise ValueError("give every source a `weight` or none")
         if any(source.weight is not None or source.max_epochs is not None for source in self.validation_sources):
-            raise ValueError("`weight` and `max_epochs` have no meaning in `validation_sources`")
+            raise ValueError("`weight` and `max_epochs` are only for `sources`, not for `validation_sources`")
         if any(source.domain is not None for source in self.sources):
-            raise ValueError("`domain` names a set of `validation_sources`")
+            raise ValueError("`domain` is only for `validation_sources`")
         if len({source.domain is None for source in self.validation_sources}) > 1:
             raise ValueError("give every validation source a `domain` or none")
         if self.stages and not any(weighted):
@@ -308,12 +310,14 @@ class DataSection(Section):
         if starts != sorted(set(starts)):
             raise ValueError("`stages` must be in the order of their `from_tokens`")
         if self.streaming and self.validation_fraction:
-            raise ValueError("`streaming` cannot draw `validation_fraction`: name `validation_sources`")
+            raise ValueError("`validation_fraction` needs prepared data; with `streaming`, give `validation_sources`")
         if self.streaming and (self.deduplicate or self.packing != "concat"):
-            raise ValueError("`streaming` sees each document once: `deduplicate` and `best_fit` need prepared data")
+            raise ValueError(
+                "`deduplicate` and `packing: best_fit` need prepared data; `streaming` does not support them"
+            )
         if self.shift_blocks and (self.streaming or self.packing != "concat"):
             raise ValueError(
-                "`shift_blocks` moves the cuts of prepared `concat` blocks; `best_fit` and `streaming` have none"
+                "`shift_blocks` needs prepared data with `packing: concat`; leave it out with `streaming` or `best_fit`"
             )
         if self.validation_sources and self.validation_fraction:
             raise ValueError("give `validation_sources` or `validation_fraction`, not both")
@@ -399,17 +403,17 @@ class OptimizerSection(Section):
         name = given.get("name", "adamw") if isinstance(given, dict) else None
         if isinstance(name, str) and name in cls._KEYS:
             for key in sorted(set().union(*cls._KEYS.values()) & set(given) - cls._KEYS[name]):
-                raise ValueError(f"`{key}` is no keyword of {name}")
+                raise ValueError(f"`{key}` is not a keyword of {name}")
         return given
 
     @model_validator(mode="after")
-    def _interpolates(self) -> OptimizerSection:
+    def _check_first_beta(self) -> OptimizerSection:
         if self.name == "adamw_schedule_free" and self.betas[0] == 0:
-            raise ValueError("`adamw_schedule_free` divides by the first of `betas`; 0.9 is its default")
+            raise ValueError("`adamw_schedule_free` needs a first value of `betas` above 0, for example 0.9")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_others(self, dump: Any) -> dict[str, Any]:
+    def _drop_keys_of_other_optimizers(self, dump: Any) -> dict[str, Any]:
         others = set().union(*self._KEYS.values()) - self._KEYS[self.name]
         return {key: value for key, value in dump(self).items() if key not in others}
 
@@ -527,7 +531,7 @@ class LmEvalSection(Section):
     """Folder with your own task files. If it has all of `tasks`, no other task files are read. Task files can run code,
     so this needs `evaluation.trust_remote_code: true`."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples in the prompt. null: what each task says, or else none."""
+    """Examples in the prompt. null: the number that each task sets, otherwise 0."""
     limit: PositiveInt | None = None
     """Number of documents of each task. null: all."""
 
@@ -543,7 +547,7 @@ class EvaluationSection(Section):
     a time. Give a name that `evaluate` hosts (`accuracy`, `f1`, ...) or, with `trust_remote_code`, a script, its folder
     or a Hub Space."""
     metric_revisions: dict[str, str] = Field(default_factory=dict)
-    """Commit hash of each Hub Space in `metrics`. The keys are the names that stand in `metrics`. Required for every
+    """Commit hash of each Hub Space in `metrics`. The keys are names from `metrics`. Required for every
     Space that `evaluate` does not host, so that the code you trust can't change. Default: none."""
     trust_remote_code: bool = False
     """Run the code of scripts and Hub Spaces in `metrics`, and of the task files in `lm_eval.include_path`. Default:
@@ -583,7 +587,7 @@ class CheckpointSection(Section):
     @field_validator("resume_from")
     @classmethod
     def _address(cls, given: str | None) -> str | None:
-        hub_address(given or "")
+        parse_hub_address(given or "")
         return given
 
 
@@ -619,7 +623,7 @@ class LoggingSection(Section):
     @model_validator(mode="after")
     def _in_order(self) -> LoggingSection:
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
-            raise ValueError("`profile_steps` are the first and the last step")
+            raise ValueError("`profile_steps` must be the first and the last step, in this order")
         return self
 
 
@@ -677,18 +681,18 @@ class Recipe(Section):
     def _paths(self) -> Recipe:
         for path in (self.output_dir, self.data.prepared_dir or ""):
             if path.startswith("~"):
-                raise ValueError(f"`~` in {path!r} is expanded by the shell only; write the whole path")
+                raise ValueError(f"only the shell expands `~` (got {path!r}); write the whole path")
         return self
 
     @property
     def prepared_dir(self) -> Path:
-        """Local root of prepared data: `data.prepared_dir`, or `prepared` beside `output_dir`."""
+        """Local folder of all prepared data: `data.prepared_dir`, or `prepared` beside `output_dir`."""
         given = self.data.prepared_dir
         return Path(given) if given and "://" not in given else Path(self.output_dir).parent / "prepared"
 
 
-def cross_problems(recipe: Recipe) -> Iterator[Problem]:
-    """What is wrong between sections. One process is assumed; `accumulation_steps` checks the real number."""
+def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Problems between sections. Assumes one process; `accumulation_steps` checks the real number."""
     training, scheduler, block_size = recipe.training, recipe.scheduler, recipe.data.block_size
     try:
         accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, num_processes=1)
@@ -698,36 +702,42 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
     if scheduler.num_warmup_steps >= training.num_steps:
         yield Problem(
             "scheduler.num_warmup_steps",
-            f"{scheduler.num_warmup_steps} warm-up steps do not fit into a run of {training.num_steps} steps",
+            f"{scheduler.num_warmup_steps} warm-up steps do not fit into a run of {training.num_steps} steps; use "
+            "fewer warm-up steps, or lengthen the run",
         )
     elif isinstance(decay_steps, int) and scheduler.num_warmup_steps + decay_steps > training.num_steps:
         yield Problem(
             "scheduler.scheduler_specific_kwargs.num_decay_steps",
             f"{scheduler.num_warmup_steps} warm-up and {decay_steps} decay steps do not fit into "
-            f"{training.num_steps} steps",
+            f"{training.num_steps} steps; use fewer, or lengthen the run",
         )
     if recipe.optimizer.name == "adamw_schedule_free" and not scheduler.name.startswith("constant"):
         yield Problem(
             "scheduler.name",
-            f"adamw_schedule_free averages instead of lowering the rate as {scheduler.name} does; take `constant` or "
-            "`constant_with_warmup`",
+            f"{scheduler.name} lowers the learning rate, but adamw_schedule_free averages the weights instead; "
+            "use `constant` or `constant_with_warmup`",
         )
     if recipe.model.pretrained is not None and recipe.tokenizer.pretrained is None:
-        yield Problem("tokenizer.pretrained", "a pretrained model needs the tokenizer it was trained with; give it")
+        yield Problem("tokenizer.pretrained", "is missing; a pretrained model needs the tokenizer it was trained with")
     for _, weights in recipe.data.weights:
         for number, weight in enumerate(weights):
             if 0 < weight < 1e-4 * sum(weights):
-                yield Problem(
-                    f"data.sources.{number}.weight", f"{weight} is a share below 1 in 10,000, the finest there is"
-                )
+                message = f"{weight} is less than 1/10,000 of all weights, too little to be drawn; raise it, or use 0"
+                yield Problem(f"data.sources.{number}.weight", message)
     for number, stage in enumerate(recipe.data.stages):
         if stage.from_tokens >= training.num_steps * training.tokens_per_step:
-            yield Problem(f"data.stages.{number}.from_tokens", f"{stage.from_tokens} is after the end of the run")
+            yield Problem(
+                f"data.stages.{number}.from_tokens",
+                f"{stage.from_tokens} tokens are only reached after the end of the run; lower it",
+            )
     if recipe.data.streaming and recipe.tokenizer.pretrained is None:
-        yield Problem("tokenizer.pretrained", "`data.streaming` needs a tokenizer that exists: training one reads all")
+        yield Problem(
+            "tokenizer.pretrained",
+            "is missing; `data.streaming` needs an existing tokenizer, since training one reads all text",
+        )
     evaluation = recipe.evaluation
     for key in ("every_steps", "metrics"):
-        # Prompts need no text.
+        # Prompts need no validation text.
         if getattr(evaluation, key) and not recipe.data.has_validation and (key == "metrics" or not evaluation.prompts):
             yield Problem(
                 f"evaluation.{key}",
@@ -738,7 +748,7 @@ def cross_problems(recipe: Recipe) -> Iterator[Problem]:
 def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: int, num_processes: int) -> int:
     """Micro-steps per optimizer step on each process.
 
-    Raises `RecipeError` where the division has a remainder, with the values that have none.
+    Raises `RecipeError` with possible values if a step's tokens can't be divided evenly.
     """
     sequences, remainder = divmod(tokens_per_step, block_size)
     if remainder:
@@ -752,11 +762,9 @@ def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: 
     if remainder or not steps:
         per_process, uneven = divmod(sequences, num_processes)
         if uneven or not per_process:
-            fix = f"that does not divide by {num_processes} processes; possible numbers of processes: " + _listed(
-                _divisors(sequences)
-            )
+            fix = "possible numbers of processes: " + _join_numbers(_divisors(sequences))
         else:
-            fix = "possible micro_batch_size: " + _listed(_divisors(per_process))
+            fix = "possible micro_batch_size: " + _join_numbers(_divisors(per_process))
         raise RecipeError.at(
             "training.micro_batch_size",
             f"a step has {sequences} sequences (tokens_per_step {tokens_per_step} / block_size {block_size}), not a "
@@ -770,5 +778,5 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // candidate for candidate in small)})
 
 
-def _listed(numbers: list[int]) -> str:
+def _join_numbers(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers if len(numbers) <= 16 else [*numbers[:15], "...", numbers[-1]]))

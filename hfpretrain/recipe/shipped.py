@@ -1,4 +1,4 @@
-"""The recipes and accelerate files that come with the package, by name."""
+"""Find the recipes and accelerate config files that come with the package by name."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _HOME = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 _FOLDERS = {"recipe": _HOME / "recipes", "engine": _HOME / "accelerate_configs"}
 
 
-def names(kind: str) -> list[str]:
-    """Names of all shipped files of a `kind`: "recipe" or "engine"."""
+def file_names(kind: str) -> list[str]:
+    """Names of all shipped files of a `kind`, which is "recipe" or "engine"."""
     return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
 
 
-def find(given: str | Path, *kinds: str, path: str = "recipe") -> Path:
-    """The path `given` if it is a file, or else the shipped file of that name among `kinds`.
+def find_file(given: str | Path, *kinds: str, path: str = "recipe") -> Path:
+    """The path `given` if it is a file, otherwise the shipped file of that name among `kinds`.
 
-    Raises `RecipeError` at the key `path` if there is neither; the message has the nearest names.
+    Raises `RecipeError` with the nearest names if there is neither. `path`: what the error names as its key.
     """
     if Path(given).is_file():
         return Path(given)
     for kind in kinds:
-        if given in names(kind):
+        if given in file_names(kind):
             return _FOLDERS[kind] / f"{given}.yaml"
     if Path(given).is_dir():
         inside = [file.name for file in sorted(Path(given).glob("*.yaml"))]
         advice = f"give one of its files: {', '.join(inside[:5])}" if inside else "give a file"
         raise RecipeError.at(path, f"{str(given)!r} is a folder; {advice}")
-    known = [name for kind in kinds for name in names(kind)]
+    known = [name for kind in kinds for name in file_names(kind)]
     nearest = difflib.get_close_matches(Path(given).stem, known, n=3, cutoff=0.5) or known
-    message = f"no such {' or '.join(kinds)} file, nor one shipped under that name (got {str(given)!r})"
+    message = f"there is no such {' or '.join(kinds)} file, and none of that name is shipped (got {str(given)!r})"
     raise RecipeError.at(path, f"{message}; shipped: {', '.join(nearest)}")

@@ -1,4 +1,4 @@
-"""A recipe as YAML: reading it, with overrides of single keys, writing it, and comparing two."""
+"""Read a recipe from YAML with overrides of single keys, write one, and compare two."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from hfpretrain.recipe.keys import known_keys, place_of, unknown_key
-from hfpretrain.recipe.redaction import redacted
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, cross_problems
+from hfpretrain.recipe.keys import find_counterpart, known_keys, unknown_key_message
+from hfpretrain.recipe.redaction import redact_all
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, cross_section_problems
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.MarkedYAMLError(
-                problem="anchors and aliases are not allowed: write the value out, a recipe is read by people",
+                problem="anchors and aliases are not allowed; write the value out",
                 problem_mark=event.start_mark,
             )
         return super().compose_node(parent, index)
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a string", problem_mark=key_node.start_mark)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -75,9 +75,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
+        location = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
         fix = "; indent with spaces, tabs are not allowed" if "'\\t'" in str(error.problem) else ""
-        raise RecipeError.at(place, f"{error.problem or error}{fix}") from None
+        raise RecipeError.at(location, f"{error.problem or error}{fix}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError.at(origin, f"not valid YAML: {error}") from None
 
@@ -111,20 +111,22 @@ def _apply_override(mapping: dict[str, Any], override: str, following: str) -> N
     """
     match = re.fullmatch(r"--([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
     if match is None:
-        raise RecipeError.at(override, f"not an override; write {_as_override(override, following)}")
+        raise RecipeError.at(override, f"not an override; write {_suggest_override(override, following)}")
     keys, node = match[1].split("."), typing.cast(Any, mapping)
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a list of {len(node)}; no entry {key!r}")
+                raise RecipeError.at(
+                    override, f"{'.'.join(keys[:depth])} is a list of {len(node)} entries; it has no entry {key!r}"
+                )
             slot: Any = int(key)
         elif isinstance(node, dict):
             slot = key
             if not last and node.get(key) is None:
                 node[key] = {}
         else:
-            raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value, it has no key {key!r}")
+            raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value; it has no key {key!r}")
         if last:
             # A glob such as `*.txt`, which YAML would read as an alias.
             node[slot] = match[2] if match[2].startswith("*") else parse_yaml(match[2], override)
@@ -132,15 +134,15 @@ def _apply_override(mapping: dict[str, Any], override: str, following: str) -> N
             node = node[slot]
 
 
-def _as_override(argument: str, following: str) -> str:
-    """The correct override for a wrong argument such as `--max_steps`; `following`: the next argument."""
+def _suggest_override(argument: str, following: str) -> str:
+    """The override that a wrong argument such as `--max_steps` probably means; `following`: the next argument."""
     name = argument.removeprefix("--")
     if name == argument or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
         return "--section.key=value"
-    place = name if "." in name else place_of(name) or name
-    key, _, value = place.partition(": ")
+    meant = name if "." in name else find_counterpart(name) or name
+    key, _, value = meant.partition(": ")
     value = value or ("VALUE" if not following or following.startswith("--") else following)
-    return f"--{key}={value}" if re.fullmatch(r"[\w.]+", key) else f"{place}, as --section.key=value"
+    return f"--{key}={value}" if re.fullmatch(r"[\w.]+", key) else f"{meant}, as --section.key=value"
 
 
 def read_recipe(
@@ -150,7 +152,7 @@ def read_recipe(
 ) -> Recipe:
     """Read, override and validate a recipe.
 
-    `checks` get the raw mapping and return further problems: those that need a library which this room does not import.
+    `checks`: called with the raw mapping, they return further problems, which only other libraries can find.
     Raises `RecipeError` with all problems at once.
     """
     mapping = read_mapping(path, overrides)
@@ -158,14 +160,14 @@ def read_recipe(
     recipe = None
     try:
         recipe = Recipe.model_validate(mapping)
-        problems += [*_value_problems(mapping, recipe), *cross_problems(recipe)]
+        problems += [*_value_problems(mapping, recipe), *cross_section_problems(recipe)]
     except ValidationError as error:
         details = error.errors()
-        # A list whose only entry is wrong counts as empty for pydantic.
+        # pydantic calls a list empty if its only entry is wrong.
         nested = {detail["loc"][:-1] for detail in details} | {
             detail["loc"][:2] for detail in details if len(detail["loc"]) > 2
         }
-        problems += [_problem(d) for d in details if not (d["type"] == "too_short" and d["loc"] in nested)]
+        problems += [_problem_of(d) for d in details if not (d["type"] == "too_short" and d["loc"] in nested)]
     for check in checks:
         problems += check(mapping)
     if problems or recipe is None:
@@ -174,29 +176,29 @@ def read_recipe(
 
 
 def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
-    """Problems of values that pydantic converts silently, and of values that no run can use."""
-    taken = dict(flatten(recipe.model_dump(mode="json")))
+    """Problems that pydantic does not report: values that it would convert silently, and values that no run can use."""
+    converted = dict(flatten(recipe.model_dump(mode="json")))
     for path, value in flatten(mapping):
-        if isinstance(value, bool) and not isinstance(taken.get(path, value), bool):
+        if isinstance(value, bool) and not isinstance(converted.get(path, value), bool):
             yield Problem(path, f"needs a number (got {str(value).lower()})")
         elif isinstance(value, int) and abs(value) >= 2**53:
             yield Problem(path, f"is too large; integers must be below 2**53 (got {value:.3e})")
         elif isinstance(value, str) and "\0" in value:
-            yield Problem(path, f"holds a NUL character (got {value!r:.100})")
+            yield Problem(path, f"contains a NUL character (got {value!r:.100})")
         elif value == "" and not path.startswith(("evaluation.prompts.", "model.config.")):
             yield Problem(path, "is an empty string; give a value, or leave the key out")
 
 
-def _problem(detail: Any) -> Problem:
-    """The problem of one pydantic error: the dotted path, what is wrong, and the value."""
+def _problem_of(detail: Any) -> Problem:
+    """One pydantic error as a problem: the dotted path, what is wrong, and the value."""
     location = list(detail["loc"])
     if detail["type"] != "extra_forbidden":  # pydantic appends the branch of a union to the path
         location = [p for p in location if not re.fullmatch(r"bool|str|literal\[.*\]|tuple\[.*\]", str(p))]
     path = ".".join(str(part) for part in location) or "recipe"
     if detail["type"] == "extra_forbidden":
         key, known = str(location[-1]), known_keys(location[:-1])
-        place = place_of(key)
-        return Problem(path, unknown_key(key, known) if place is None else f"unknown key; in a recipe it is {place}")
+        meant = find_counterpart(key)
+        return Problem(path, unknown_key_message(key, known) if meant is None else f"unknown key; use {meant}")
     if detail["type"] == "missing":
         return Problem(path, "is required")
     message = detail["msg"].removeprefix("Value error, ")
@@ -215,10 +217,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def dump_mapping(mapping: dict[str, Any]) -> str:
     """A recipe's mapping as YAML, with `***` for secrets in addresses."""
-    return yaml.safe_dump(redacted(mapping), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redact_all(mapping), sort_keys=False, allow_unicode=True)
 
 
-MAY_DIFFER = (
+CHANGEABLE_ON_RESUME = (
     "output_dir",
     "data.prepared_dir",
     "model.attn_implementation",
@@ -226,7 +228,7 @@ MAY_DIFFER = (
     "model.dtype",
     "model.use_liger_kernel",
     "tokenizer.chat_template",
-    "tokenizer.add_bos",  # what documents begin with is compared
+    "tokenizer.add_bos",  # the tokens that documents begin with are compared instead
     "tokenizer.max_unknown",
     "training.max_steps",
     "training.max_tokens",
@@ -241,25 +243,26 @@ MAY_DIFFER = (
     "logging",
     "hub",
 )
-"""Keys and sections that may change when a run is resumed: none changes which text is trained on in which step."""
+"""Keys and sections that may change when a run is resumed. None of them changes the text of a step."""
 
 
-def differences(ours: Recipe, theirs: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
-    """Keys in which two recipes differ, as problems; `ignore` holds dotted paths of keys or sections.
+def differences(now: Recipe, before: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
+    """Keys in which a recipe differs from the one of an earlier run, as problems.
 
-    Secrets of addresses are not compared: an address with a new signature is the same address.
+    `ignore`: dotted paths of keys or sections. Secrets of addresses are not compared, because an address with a new
+    signature is the same address.
     """
-    flat_ours, flat_theirs = (dict(flatten(redacted(recipe.model_dump(mode="json")))) for recipe in (ours, theirs))
+    flat_now, flat_before = (dict(flatten(redact_all(recipe.model_dump(mode="json")))) for recipe in (now, before))
     return [
-        Problem(path, f"is {flat_ours.get(path)!r} here, {flat_theirs.get(path)!r} there")
-        for path in sorted(flat_ours.keys() | flat_theirs.keys())
-        if flat_ours.get(path) != flat_theirs.get(path)
+        Problem(path, f"is {flat_now.get(path)!r} now, was {flat_before.get(path)!r}")
+        for path in sorted(flat_now.keys() | flat_before.keys())
+        if flat_now.get(path) != flat_before.get(path)
         and not any(path == skipped or path.startswith(skipped + ".") for skipped in ignore)
     ]
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf of nested mappings and lists."""
+    """Pairs (dotted path, value) of all leaves of nested mappings and lists."""
     if isinstance(value, (dict, list)) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:

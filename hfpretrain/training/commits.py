@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hfpretrain.recipe.addresses import missing_path
-from hfpretrain.recipe.hub import explain
+from hfpretrain.recipe.addresses import missing_path_problem
+from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.training.run_folder import ENVIRONMENT
 
@@ -32,7 +32,7 @@ def find(
     asked: dict[tuple[str, str | None], str | None] = {}
     for key, section in _sections(model, tokenizer):
         of = (section.pretrained or "", section.revision)
-        if Path(of[0]).exists() or missing_path(of[0]):
+        if Path(of[0]).exists() or missing_path_problem(of[0]):
             found[key] = None
         elif known.get(key):
             found[key] = known[key]
@@ -52,7 +52,7 @@ def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
     updates = {}
     for key, section in _sections(recipe.model, recipe.tokenizer):
         is_folder = Path(section.pretrained or "").exists()
-        if is_folder != (found[key] is None) and not missing_path(section.pretrained or ""):
+        if is_folder != (found[key] is None) and not missing_path_problem(section.pretrained or ""):
             place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
             here, there = ("a folder", "none") if is_folder else ("no folder", "one")
             message = f"{section.pretrained} is {here} for {place} and {there} for rank 0; all must load the same"
@@ -106,5 +106,5 @@ def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
         return HfApi().model_info(repo_id, revision=revision, timeout=60).sha
     except Exception as error:  # its HTTP library has exceptions of its own
         at = f"@{revision}" if revision else ""
-        message = f"cannot ask the Hub for {repo_id}{at}, which is no folder here: {explain(error).text}"
+        message = f"cannot ask the Hub for {repo_id}{at}, which is no folder here: {explain_failure(error).text}"
         raise RecipeError.at(key, f"{message}; with HF_HUB_OFFLINE=1 the local cache is used") from error

@@ -11,8 +11,8 @@ import torch
 from hfpretrain.data.batches import Prefetcher, StepData, T, TrainingData, run_in_thread, training_data
 from hfpretrain.data.corpus import held_out_digests
 from hfpretrain.data.encode import Encoder, token_dtype
-from hfpretrain.data.identity import at_commits
-from hfpretrain.data.streaming import Grouping, StreamingData, group_files, load_states
+from hfpretrain.data.identity import pin_to_commits
+from hfpretrain.data.streaming import Lanes, StreamingData, assign_lanes, load_lane_states
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops
@@ -48,19 +48,19 @@ class Feed:
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
         # The recipe's sources at the commits that the data were identified by.
         identities = (manifest["source_identities"], manifest["validation_identities"])
-        section = self._read(lambda: at_commits(recipe.data, *identities))
+        section = self._read(lambda: pin_to_commits(recipe.data, *identities))
         held_out = self._read(lambda: held_out_digests(section))
-        groupings = self._watch.from_main(
+        stream_lanes = self._watch.from_main(
             "look at the files to stream",
             lambda: [
-                [one.num_groups, one.pieces] for one in self._read(lambda: group_files(section, held_out, sequences))
+                [one.num_lanes, one.pieces] for one in self._read(lambda: assign_lanes(section, held_out, sequences))
             ],
         )
-        keywords["groupings"] = [
-            Grouping(groups, [(number, index) for number, index in pieces]) for groups, pieces in groupings
+        keywords["stream_lanes"] = [
+            Lanes(num_lanes, [(number, index) for number, index in pieces]) for num_lanes, pieces in stream_lanes
         ]
         encode = Encoder(setup.tokenizer, token_dtype(manifest["vocab_size"]))
-        states, first_step = ({}, 0) if checkpoint is None else load_states(checkpoint)
+        states, first_step = ({}, 0) if checkpoint is None else load_lane_states(checkpoint)
         keywords |= {"first_step": first_step, "states": states, "max_unknown": recipe.tokenizer.max_unknown}
         return self._read(lambda: StreamingData(section, encode, held_out, **keywords))
 

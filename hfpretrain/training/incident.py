@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 
 from hfpretrain import files
 from hfpretrain.data.batches import StepData, TrainingData
-from hfpretrain.data.inspection import sequences
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.engines.base import Engine

@@ -25,4 +25,4 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         from hfpretrain.modeling.config import config_problems
 
         checks += [config_problems, chat_template_problems]
-    return read_recipe(shipped.find(path, "recipe"), overrides, checks)
+    return read_recipe(shipped.find_file(path, "recipe"), overrides, checks)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfpretrain.checkpoints.recipe_changes import changes
 from hfpretrain.data import corpus
-from hfpretrain.recipe.addresses import hub_address, missing_path, not_loaded
-from hfpretrain.recipe.hub import explain
+from hfpretrain.recipe.addresses import load_error_message, missing_path_problem, parse_hub_address
+from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.schema import (
     FILE_FORMATS,
     DataSection,
@@ -181,7 +181,7 @@ def _source(key: str, source: SourceSection, on_bad_document: str) -> Iterator[P
     if source.path == corpus.PYTHON_STDLIB:
         return
     if source.path not in FILE_FORMATS and not Path(source.path).exists():
-        if problem := missing_path(source.path) if "://" not in source.path else None:
+        if problem := missing_path_problem(source.path) if "://" not in source.path else None:
             yield Problem(f"{key}.path", problem)
         elif "://" not in source.path:
             yield from _repo(f"{key}.path", source.path, source.revision, "dataset", ())
@@ -203,7 +203,7 @@ def _pretrained(
 ) -> Iterator[Problem]:
     if given is None:
         return
-    if problem := missing_path(given):
+    if problem := missing_path_problem(given):
         yield Problem(key, problem)
     elif Path(given).exists():
         yield from look(key, Path(given))
@@ -224,7 +224,7 @@ def _tokenizer(key: str, folder: Path) -> Iterator[Problem]:
 def _weights(key: str, folder: Path) -> Iterator[Problem]:
     """Problems of a model's folder: no config, no weights, a missing or a damaged file of them."""
     if not (folder / "config.json").is_file():
-        yield Problem(key, not_loaded(str(folder), OSError(f"{folder} has no config.json")))
+        yield Problem(key, load_error_message(str(folder), OSError(f"{folder} has no config.json")))
         return
     names = [name for name in _WEIGHTS if (folder / name).is_file()]
     for index in (folder / f"{name}.index.json" for name in _WEIGHTS):
@@ -269,7 +269,8 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
     except Exception as error:  # its HTTP library has exceptions of its own
         at = f"@{revision}" if revision else ""
         yield Problem(
-            key, f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {explain(error).text}"
+            key,
+            f"there is no folder {repo_id!r}, and the Hub has no {kind} {repo_id}{at}: {explain_failure(error).text}",
         )
         return
     names = {sibling.rfilename for sibling in info.siblings or ()}
@@ -288,7 +289,7 @@ def _prepared_by_datasets(repo_id: str) -> bool:
 
 def _evaluation(section: EvaluationSection) -> Iterator[Problem]:
     for number, metric in enumerate(section.metrics):
-        if problem := missing_path(metric):
+        if problem := missing_path_problem(metric):
             yield Problem(f"evaluation.metrics.{number}", problem)
     if section.metrics and find_spec("evaluate") is None:
         yield Problem("evaluation.metrics", "the package is not installed: pip install evaluate")
@@ -305,7 +306,7 @@ def _resume_from(recipe: Recipe) -> Iterator[Problem]:
     given, key = recipe.checkpoint.resume_from, "checkpoint.resume_from"
     if given is None or any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         return
-    if (address := hub_address(given)) is not None:
+    if (address := parse_hub_address(given)) is not None:
         yield from _repo(key, *address, "model", ())
     elif not (Path(given) / "manifest.json").is_file():
         yield Problem(key, f"{given!r} is no checkpoint: it has no manifest.json")

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from hfpretrain import files
-from hfpretrain.recipe.redaction import redact, redacted
+from hfpretrain.recipe.redaction import redact, redact_all
 from hfpretrain.training import console
 from hfpretrain.training.history import History
 from hfpretrain.training.metrics_file import MetricsFile
@@ -183,7 +183,7 @@ class Records:
     def event(self, step: int, text: str, **values: Any) -> None:
         """Write a line into `metrics.jsonl` that a resume from an earlier step keeps."""
         if self._file is not None:
-            self._file.write(redacted({"step": step, "event": text, **values}))
+            self._file.write(redact_all({"step": step, "event": text, **values}))
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

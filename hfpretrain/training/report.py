@@ -13,7 +13,7 @@ from hfpretrain.checkpoints import export
 from hfpretrain.data.summary import summary
 from hfpretrain.data.tokenizer import describe_framing, document_prefix, document_start
 from hfpretrain.evaluation.validation import domains
-from hfpretrain.recipe.redaction import redacted, without_folders
+from hfpretrain.recipe.redaction import redact_all, strip_folders
 from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training import segments
 from hfpretrain.training.history import History
@@ -64,7 +64,7 @@ def describe(setup: Setup, state: TrainState) -> None:
         setup.generation_config.to_json_file(folder / export.CONFIG_FOLDER / export.GENERATION_CONFIG)
     _, _, account = summary(setup.prepared).partition("\n")
     if setup.recipe.data.streaming:
-        sources = ", ".join(without_folders(source.path) for source in setup.recipe.data.sources)
+        sources = ", ".join(strip_folders(source.path) for source in setup.recipe.data.sources)
         account = f"  streamed from   {sources}\n{account}".rstrip()
     manifest = setup.prepared.manifest
     data = {
@@ -78,7 +78,7 @@ def describe(setup: Setup, state: TrainState) -> None:
         "tokenizer_begins_documents": bool(document_prefix(setup.tokenizer)),
         "framing": describe_framing(setup.tokenizer),
     }
-    for name, content in ((DATA, json.dumps(redacted(data), indent=1)), ("recipe.yaml", dump_recipe(setup.recipe))):
+    for name, content in ((DATA, json.dumps(redact_all(data), indent=1)), ("recipe.yaml", dump_recipe(setup.recipe))):
         files.write_whole(folder / name, content)
     files.write_whole(folder / "optimizer.json", json.dumps(setup.optimizer_groups, indent=1))
     path = folder / ENVIRONMENT
@@ -97,7 +97,7 @@ def run_summary(
     epochs: str | None,
     notes: Sequence[str],
 ) -> str:
-    """What a finished run prints. `report`: see `verify.verify_export`. `epochs`: what `epochs_text` returned, None for
+    """What a finished run prints. `report`: see `verify.verify_export`. `epochs`: what `format_epochs` returned, None for
     a stream."""
     where = ", ".join(
         text if (first, last) == (1, state.step) else f"{text} (steps {first:,} to {last:,})"

@@ -18,7 +18,7 @@ from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.modeling import optim
 from hfpretrain.recipe.schema import Recipe, RecipeError
-from hfpretrain.recipe.yaml import MAY_DIFFER, differences, read_recipe
+from hfpretrain.recipe.yaml import CHANGEABLE_ON_RESUME, differences, read_recipe
 from hfpretrain.training import segments
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
@@ -26,7 +26,7 @@ from hfpretrain.training.watchdog import Watch
 
 # Keys that may differ between two starts of a run and change nothing in a step.
 _NOT_OF_STEPS = (
-    *(key for key in MAY_DIFFER if not key.startswith(("model.", "training.", "stability"))),
+    *(key for key in CHANGEABLE_ON_RESUME if not key.startswith(("model.", "training.", "stability"))),
     "model.attn_implementation",  # the implementation in use is compared, which `auto` may also have chosen
     "model.dtype",
     "training.max_steps",
@@ -170,7 +170,9 @@ def _check_ledger(
             watch.unit_done()
             return data.checksum(state.data_step(step))
 
-        wrong = watch.from_main("compare the ledger with the data", lambda: ledger.mismatch(checksum, tokens_per_step))
+        wrong = watch.from_main(
+            "compare the ledger with the data", lambda: ledger.first_mismatch(checksum, tokens_per_step)
+        )
     if wrong is not None or ledger.digest != digest:
         raise RecipeError.at(
             "data",

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from hfpretrain.checkpoints import export, verify
-from hfpretrain.data.batches import epochs_text
+from hfpretrain.data.batches import format_epochs
 from hfpretrain.data.ledger import Consumption
 from hfpretrain.engines import distributed, launch
 from hfpretrain.engines.base import Engine, is_out_of_memory
@@ -23,7 +23,7 @@ from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
 from hfpretrain.planning.plan import ResolvedSettings
-from hfpretrain.recipe.redaction import redacted
+from hfpretrain.recipe.redaction import redact_all
 from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, TrainingSection
 from hfpretrain.recipe.yaml import flatten
 from hfpretrain.training import report, run_folder
@@ -256,7 +256,7 @@ def _finish(
             verified,
             output_dir=output_dir,
             num_parameters=setup.parameters.total,
-            epochs=None if setup.epochs is None else epochs_text(recipe.data.sources, setup.epochs),
+            epochs=None if setup.epochs is None else format_epochs(recipe.data.sources, setup.epochs),
             notes=setup.notes,
         )
         print(summary, flush=True)
@@ -307,7 +307,7 @@ def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None =
 
 def _trackers(recipe: Recipe, accelerator: Accelerator, run_id: str) -> dict[str, Any]:
     """Functions that start the trackers of the recipe, by tracker name."""
-    config = {key: str(value) for key, value in flatten(redacted(recipe.model_dump(mode="json")))}
+    config = {key: str(value) for key, value in flatten(redact_all(recipe.model_dump(mode="json")))}
     return {
         name: functools.partial(start_tracker, accelerator, name, recipe.logging.project_name, config, run_id)
         for name in recipe.logging.trackers

@@ -39,7 +39,7 @@ def claimed(recipe: Recipe, is_main: bool) -> Iterator[None]:
 
 
 def refuse_other_run(recipe: Recipe) -> None:
-    """Raise `RecipeError` if the output folder has the run of a recipe that differs in more than `MAY_DIFFER`."""
+    """Raise `RecipeError` if the output folder has a run whose recipe differs in more than `CHANGEABLE_ON_RESUME`."""
     path = Path(recipe.output_dir) / "recipe.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from hfpretrain.checkpoints import saver
 from hfpretrain.data.ledger import LEDGER
-from hfpretrain.data.streaming import save_states
+from hfpretrain.data.streaming import save_lane_states
 from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training.publisher import Publisher, record_news
 from hfpretrain.training.records import Records
@@ -78,7 +78,7 @@ class RunSaver:
             writers["recipe.yaml"] = lambda path: path.write_bytes(self._recipe)
         if self._is_stream and self._engine.counts_its_data:
             states, next_step = self._state.data_state, self._state.data_step(self._state.step - 1) + 1
-            writers[f"data-{self._engine.data_index}.pt"] = lambda path: save_states(states, next_step, path)
+            writers[f"data-{self._engine.data_index}.pt"] = lambda path: save_lane_states(states, next_step, path)
         return writers
 
     def wait(self) -> None:

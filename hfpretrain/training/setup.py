@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpretrain.checkpoints import resume
-from hfpretrain.data.batches import epochs, epochs_text
+from hfpretrain.data.batches import epochs_by_source, format_epochs
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
@@ -39,7 +39,7 @@ from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.structure import Parameters, count_parameters, has_experts
 from hfpretrain.modeling.trainable import UntrainedParameters, freeze_outside_loss, train_padding_rows
 from hfpretrain.planning import devices
-from hfpretrain.recipe.redaction import redacted
+from hfpretrain.recipe.redaction import redact_all
 from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
 from hfpretrain.recipe.yaml import flatten
 from hfpretrain.training import commits, preflight, vocabulary
@@ -164,7 +164,7 @@ def check_ranks_agree(recipe: Recipe, engine: Engine, watch: Watch) -> None:
         **{name: version_of(name) for name in (*LIBRARIES, "deepspeed")},
         "engine": engine.name,
         "precision": engine.precision,
-        **dict(flatten(redacted(recipe.model_dump(mode="json")))),
+        **dict(flatten(redact_all(recipe.model_dump(mode="json")))),
     }
     watch.start(engine.process_index, engine.num_processes, recipe.training.timeout_seconds, facts)
 
@@ -339,8 +339,8 @@ def _check_model(recipe: Recipe, engine: Engine) -> None:
 def _epochs(recipe: Recipe, prepared: PreparedData) -> list[float] | None:
     if recipe.data.streaming:
         return None
-    found = epochs(recipe.data, recipe.training, recipe.seed, prepared)
-    logger.info("epochs of the training text: %s", epochs_text(recipe.data.sources, found))
+    found = epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared)
+    logger.info("epochs of the training text: %s", format_epochs(recipe.data.sources, found))
     return found
 
 

@@ -22,7 +22,7 @@ EOS = 0
 
 
 def numbered(rows, block_size=4):
-    """Blocks whose first token tells the row."""
+    """Blocks whose first token is ten times the row number, counted from 1."""
     return np.arange(1, rows + 1)[:, None] * 10 + np.arange(block_size)
 
 
@@ -54,16 +54,16 @@ def test_permutation_is_a_bijection_that_depends_on_its_key(size):
 
 
 def test_permutation_is_uniform_and_needs_no_memory():
-    places = np.zeros((50, 50))
+    counts = np.zeros((50, 50))
     for key in range(4000):
-        places[np.arange(50), Permutation(50, key)(np.arange(50))] += 1
-    chi_square = ((places - 80) ** 2 / 80).sum()
+        counts[np.arange(50), Permutation(50, key)(np.arange(50))] += 1
+    chi_square = ((counts - 80) ** 2 / 80).sum()
     # 2,401 degrees of freedom: mean 2,401, standard deviation 69.
     assert abs(chi_square - 2401) < 5 * 69
     assert Permutation(10**12, 0)(np.array([0, 10**12 - 1])).max() < 10**12
 
 
-def test_an_epoch_has_every_row_once_and_the_next_another_order():
+def test_an_epoch_has_every_row_once_and_the_next_has_another_order():
     order = TrainingOrder([23], [], seed=0)
     epochs = [order(np.arange(23) + 23 * epoch)[1].tolist() for epoch in range(3)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
@@ -97,7 +97,7 @@ def test_mixture_has_its_weights_at_any_moment_and_shuffles_each_stream():
     assert order(np.array([29_999]))[1][0] == rows[-1]
 
 
-def test_positions_restart_at_the_separator_which_opens_the_next_document():
+def test_positions_restart_at_eos():
     rows = np.array([[5, 6, EOS, 7, 8, EOS, EOS, 9]])
     assert document_positions(rows, EOS).tolist() == [[0, 1, 0, 1, 2, 0, 0, 1]]
     batch = collate(rows, EOS)
@@ -106,14 +106,14 @@ def test_positions_restart_at_the_separator_which_opens_the_next_document():
     assert "position_ids" not in collate(rows, None)
 
 
-def test_stages_change_the_weights_and_go_on_with_each_stream():
+def test_stages_change_the_weights_and_continue_each_stream():
     order = TrainingOrder([1000, 77, 500], [(0, [0.7, 0.3, 0]), (20_000, [0.2, 0.2, 0.6])], seed=0)
     streams, rows, _ = order(np.arange(50_000))
     assert np.allclose(np.bincount(streams[:20_000], minlength=3) / 20_000, [0.7, 0.3, 0], atol=1e-4)
     assert np.allclose(np.bincount(streams[20_000:]) / 30_000, [0.2, 0.2, 0.6], atol=1e-4)
     for position in (0, 1, 19_999, 20_000, 20_001, 43_210):
         assert order.counts(position).tolist() == np.bincount(streams[:position], minlength=3).tolist()
-    # No row of a stream is seen a second time before all were seen once, over the change of stages too.
+    # No row of a stream is seen again before all were seen once, also across the change of stages.
     second = rows[streams == 1]
     for epoch in range(len(second) // 77):
         assert sorted(second[epoch * 77 : (epoch + 1) * 77]) == list(range(77))
@@ -128,7 +128,7 @@ def test_realized_tokens_agree_with_the_weights():
 
 def test_padding_is_not_predicted_and_not_counted():
     rows = np.array([[5, 6, EOS, EOS, EOS], [5, EOS, 7, 8, EOS], [1, 2, 3, 4, 5]])
-    batch = collate(rows, EOS, padded_with=EOS)
+    batch = collate(rows, EOS, pad_token_id=EOS)
     assert (batch["labels"] == IGNORE_INDEX).int().tolist() == [[0, 0, 0, 1, 1], [0] * 5, [0] * 5]
     blocks = Blocks([np.array([[5, 6, EOS, EOS]] * 8)])
     padded = TrainingData(
@@ -141,7 +141,7 @@ def test_padding_is_not_predicted_and_not_counted():
         num_processes=1,
         eos_token_id=EOS,
         document_masking=True,
-        padded_with=EOS,
+        pad_token_id=EOS,
     )
     assert padded.step(0).tokens.tolist() == [12]
     assert padded.step(0).documents.tolist() == [4]
@@ -159,14 +159,14 @@ def test_the_ledger_is_equal_on_any_number_of_processes_and_notices_a_changed_to
         assert ledger.digest == expected.digest
         assert ranks[0].checksum(7) == expected.checksums[7]
     assert Ledger(expected.checksums).digest == expected.digest
-    assert expected.mismatch(alone.checksum, 32) is None
+    assert expected.first_mismatch(alone.checksum, 32) is None
     changed = data(weights=[0.5, 0.5], change=1)
-    assert expected.mismatch(changed.checksum, 32) is not None
+    assert expected.first_mismatch(changed.checksum, 32) is not None
     other = Ledger([*expected.checksums[:3], 1, *expected.checksums[4:]])
-    assert other.digest != expected.digest and other.mismatch(alone.checksum, 32) == 3
-    # Of a long run not every step is looked at, but always the newest.
+    assert other.digest != expected.digest and other.first_mismatch(alone.checksum, 32) == 3
+    # In a long run not every step is compared, but the newest ones always are.
     recent = Ledger([*expected.checksums[:-1], 1])
-    assert recent.mismatch(alone.checksum, 32, max_tokens=1) == 19
+    assert recent.first_mismatch(alone.checksum, 32, max_tokens=1) == 19
 
 
 def test_prefetched_data_equal_the_steps_and_errors_are_raised():
@@ -185,7 +185,7 @@ def test_prefetched_data_equal_the_steps_and_errors_are_raised():
 
 
 def test_a_blocked_reader_does_not_delay_stopping(monkeypatch):
-    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(batches, "STOP_WAIT_SECONDS", 0.2)
     answer = threading.Event()
     start = time.monotonic()
     prefetcher = Prefetcher(lambda step: answer.wait(60), range(9), pin_memory=False)
@@ -200,7 +200,7 @@ def test_a_blocked_reader_does_not_delay_stopping(monkeypatch):
 
 
 def shifting(num_processes=1, process_index=0):
-    """Three blocks of one text, two of another, [10 11 12 13] [20 ..."""
+    """Training data with three blocks of one text and two of another: [10 11 12 13] [20 ..."""
     return TrainingData(
         [Blocks([numbered(3), numbered(2) + 100], last_rows=np.array([2, 4]))],
         [],
@@ -215,16 +215,16 @@ def shifting(num_processes=1, process_index=0):
     )
 
 
-def test_shifted_blocks_have_every_token_once_an_epoch_at_other_places():
+def test_shifted_blocks_have_every_token_once_per_epoch_at_other_positions():
     shifted, plain = shifting(), Blocks([numbered(3), numbered(2) + 100])
     first, second = np.split(shifted.rows(0), 2)
-    assert np.array_equal(first[np.argsort(first[:, 0])], plain[np.arange(5)])  # as without the shift
+    assert np.array_equal(first[np.argsort(first[:, 0])], plain[np.arange(5)])  # as without a shift
     assert np.array_equal(np.sort(second, axis=None), np.sort(first, axis=None))
-    assert [shift for *_, shift in shifted.places(0)] == [0] * 5 + [2] * 5
+    assert [shift for *_, shift in shifted.locate_sequences(0)] == [0] * 5 + [2] * 5
     shifts = epoch_shifts(np.arange(20), 256)
     apart = [abs(a - b) % 256 for a in shifts for b in shifts if a != b]
     assert len(set(shifts)) == 20 and min(min(gap, 256 - gap) for gap in apart) >= 256 // 20 // 2
-    for (_, row, shift), ids in zip(shifted.places(1), shifted.rows(1), strict=True):
+    for (_, row, shift), ids in zip(shifted.locate_sequences(1), shifted.rows(1), strict=True):
         here, there = plain[np.array([row, (row + 1) % 5])]
         assert ids.tolist() == [*here[shift:], *there[:shift]]
 
@@ -238,7 +238,9 @@ def test_shifted_blocks_are_the_same_on_two_processes():
 def test_a_shifted_block_of_two_texts_has_no_loss_between_them():
     seams = 0
     for step in range(4):
-        for (_, row, shift), batch in zip(shifting().places(step), shifting().step(step).batches, strict=True):
+        for (_, row, shift), batch in zip(
+            shifting().locate_sequences(step), shifting().step(step).batches, strict=True
+        ):
             positions, labels = batch["position_ids"][0].tolist(), batch["labels"][0, 1:]
             if shift and row in (2, 4):
                 seams += 1

@@ -14,7 +14,7 @@ from conftest import small_text, write_jsonl
 
 from hfpretrain import files
 from hfpretrain.data import corpus
-from hfpretrain.data.identity import at_commits, source_identity
+from hfpretrain.data.identity import pin_to_commits, source_identity
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 TEXTS = ["first document", "zweites\nDokument", "第三", ""]
@@ -38,7 +38,7 @@ def test_formats_and_compressions_give_the_same_documents(tmp_path):
     assert read(path="json", data_files=str(tmp_path / "a.jsonl"), split="train[:50%]") == TEXTS[:2]
 
 
-def test_globs_folders_and_lists(tmp_path):
+def test_globs_folders_and_lists_select_files(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
     expected = ["text a", "text b", "text c"]
@@ -56,7 +56,7 @@ def test_globs_folders_and_lists(tmp_path):
         ("paragraph", ["one\ntwo", "three"]),
     ],
 )
-def test_a_text_file_is_one_document_or_one_per_line_or_per_blank_line(tmp_path, sample_by, expected):
+def test_sample_by_divides_a_text_file_into_documents(tmp_path, sample_by, expected):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     assert read(path="text", data_files=str(tmp_path / "a.txt"), sample_by=sample_by) == expected
 
@@ -105,13 +105,13 @@ def test_duplicates_are_in_the_same_split(tmp_path):
     assert parts["validation"] and not set(parts["validation"]) & set(parts["train"])
 
 
-def test_tail_of_one_long_text_is_the_published_character_split(tmp_path):
+def test_validation_by_tail_takes_the_end_of_the_text(tmp_path):
     text = "".join(chr(97 + index % 26) for index in range(1115394))
     parts = split(section(tmp_path, [text], validation_fraction=0.1, validation_by="tail"))
     assert parts["train"] == [text[:1003854]] and parts["validation"] == [text[1003854:]]
 
 
-def test_own_validation_split_never_overlaps_training(tmp_path):
+def test_validation_sources_never_overlap_training(tmp_path):
     documents = small_text(50)
     held_out = write_jsonl(tmp_path / "held_out.jsonl", documents[40:])
     data = section(tmp_path, documents, validation_sources=({"path": "json", "data_files": str(held_out)},))
@@ -126,7 +126,7 @@ def refusal(**keywords):
     return str(error.value)
 
 
-def test_bad_input_is_named(tmp_path):
+def test_bad_input_is_refused_with_file_and_line(tmp_path):
     assert "none.jsonl" in refusal(path="json", data_files=str(tmp_path / "none.jsonl"))
     (tmp_path / "latin.txt").write_bytes("schöner Text\n".encode("latin-1"))
     message = refusal(path="text", data_files=str(tmp_path / "latin.txt"), sample_by="line")
@@ -135,7 +135,7 @@ def test_bad_input_is_named(tmp_path):
     message = refusal(path="json", data_files=str(tmp_path / "a.jsonl"), text_column="body")
     assert "no column 'body'" in message and "text" in message
     (tmp_path / "null.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
-    assert "null.jsonl:2: None where text is expected" in refusal(path="json", data_files=str(tmp_path / "null.jsonl"))
+    assert "null.jsonl:2: expected text" in refusal(path="json", data_files=str(tmp_path / "null.jsonl"))
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text": \n')
     assert "broken.jsonl" in refusal(path="json", data_files=str(tmp_path / "broken.jsonl"))
     good = gzip.compress(b'{"text": "x"}\n' * 5000)
@@ -143,7 +143,7 @@ def test_bad_input_is_named(tmp_path):
     assert "cut.jsonl.gz" in refusal(path="json", data_files=str(tmp_path / "cut.jsonl.gz"))
 
 
-def test_identity_is_the_content_of_files_wherever_they_are(tmp_path):
+def test_identity_depends_on_the_content_of_files_and_not_on_their_folder(tmp_path):
     (tmp_path / "a").mkdir()
     path = write_jsonl(tmp_path / "a" / "x.jsonl", ["one", "two"])
     source = SourceSection(path="json", data_files=str(path))
@@ -153,10 +153,10 @@ def test_identity_is_the_content_of_files_wherever_they_are(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert source_identity(SourceSection(path="json", data_dir=str(tmp_path / "b"))) == before
     stat = path.stat()
-    path.write_text(path.read_text().replace("two", "TWO"))  # the same size and, below, the same time
+    path.write_text(path.read_text().replace("two", "TWO"))  # with the same size and, in the next line, the same time
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert source_identity(source) != before
-    path.rename(tmp_path / "a" / "x.jsonl.gz")  # other bytes would be read of it
+    path.rename(tmp_path / "a" / "x.jsonl.gz")  # the suffix changes how the file is read
     assert source_identity(SourceSection(path="json", data_files=str(tmp_path / "a" / "x.jsonl.gz"))) != before
 
 
@@ -273,18 +273,18 @@ def test_fields_of_csv_are_text_and_files_may_be_empty(tmp_path):
     pandas.DataFrame({"text": pandas.Series([], dtype=str)}).to_parquet(tmp_path / "a.parquet")
     pandas.DataFrame({"text": ["x", None]}).to_parquet(tmp_path / "b.parquet")
     message = refusal(path="parquet", data_files=str(tmp_path / "*.parquet"))
-    assert "b.parquet:2: None where text is expected" in message
+    assert "b.parquet:2: expected text" in message
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"text": "2020-01-01"}, {"text": "x"}]')
     assert read(path="json", data_files=str(tmp_path / "a.json")) == ["2020-01-01", "x"]
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx\ry\r\nz")
     assert read(path="text", data_files=str(tmp_path / "a.txt"), sample_by="line") == ["x", "y", "z"]
 
 
-def test_rows_of_csv_have_the_fields_of_the_header_or_are_bad(tmp_path):
+def test_a_csv_row_with_more_fields_than_the_header_is_bad(tmp_path):
     path = tmp_path / "a.csv"
     good = "".join(f'{n},"row {n},\nof two lines"\n' for n in range(2500))
     path.write_bytes(b"id,text\n" + good.encode() + b"1,hello, world\n2,sch\xf6n\n\n3,last\n")
-    assert "a.csv:5002: 3 fields where the header has 2" in refusal(path="csv", data_files=str(path))
+    assert "a.csv:5002: the row has 3 fields" in refusal(path="csv", data_files=str(path))
     found = list(corpus.Reader(SourceSection(path="csv", data_files=str(path)), on_bad_document="skip").read())
     assert [d.problem[0] for d in found if d.problem] == ["broken_csv", "invalid_utf8"]
     assert [d.text for d in found if not d.problem] == [*(f"row {n},\nof two lines" for n in range(2500)), "last"]
@@ -293,13 +293,13 @@ def test_rows_of_csv_have_the_fields_of_the_header_or_are_bad(tmp_path):
 def test_a_folder_with_files_of_other_splits_is_refused(tmp_path, monkeypatch):
     for name in ("train", "validation", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", [name])
-    assert "another split's file" in refusal(path="json", data_dir=str(tmp_path))
+    assert "belongs to another split" in refusal(path="json", data_dir=str(tmp_path))
     assert read(path="json", data_dir=str(tmp_path), data_files="train*") == ["train"]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "README.md").write_text("not a text to learn")
     (tmp_path / "texts" / "a.txt").write_text("x")
     assert read(path="text", data_dir=str(tmp_path / "texts"), sample_by="document") == ["x"]
-    # Only what is below the folder counts, not where it stands.
+    # Only names below the folder count, not the name of the folder itself.
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "a.txt").write_text("y")
     monkeypatch.chdir(tmp_path)
@@ -323,7 +323,7 @@ def test_a_file_that_cannot_be_opened_is_not_skipped_as_a_bad_one(monkeypatch, e
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.json"])
-def test_a_broken_file_is_named_and_may_be_skipped(tmp_path, name):
+def test_a_broken_file_is_refused_by_name_or_skipped(tmp_path, name):
     kind = name.split(".")[1]
     contents = {"parquet": b"PAR1 and no more", "json": b'[{"text": "x"}, '}
     (tmp_path / name).write_bytes(contents[kind])
@@ -356,7 +356,7 @@ def test_the_name_of_an_existing_file_is_never_a_pattern(tmp_path, name, monkeyp
     assert read(path="json", data_files="[x]/*.jsonl") == ["in a folder"]
 
 
-def test_a_match_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_matching_file_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     import os
 
     jsonl(tmp_path / "d" / "a.jsonl", ["x"])
@@ -388,7 +388,7 @@ def test_a_match_that_cannot_be_read_is_named(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return listdir(path)
 
-    monkeypatch.setattr(os, "listdir", refuse)  # the tests may run as root, whom nothing is denied
+    monkeypatch.setattr(os, "listdir", refuse)  # the tests may run as root, who may read every folder
     assert "cannot read the folder" in refusal(path="json", data_dir=str(tmp_path / "d"))
     assert "is a folder" in refusal(path="json", data_files=str(tmp_path / "d"))
 
@@ -416,7 +416,7 @@ def test_a_text_file_gives_the_same_documents_by_every_spelling_of_its_source(tm
     assert "sample_by: " in refusal(path=str(path.parent))
 
 
-def test_slices_are_of_all_files_together(tmp_path):
+def test_a_slice_counts_the_documents_of_all_files_together(tmp_path):
     for number in range(3):
         jsonl(tmp_path / f"{number}.jsonl", [f"{number}{n}" for n in range(4)])
     whole = read(path=str(tmp_path))
@@ -429,7 +429,7 @@ def test_slices_are_of_all_files_together(tmp_path):
     ):
         for source in ({"path": str(tmp_path)}, {"path": "json", "data_files": str(tmp_path / "*.jsonl")}):
             assert read(**source, split=split) == expected, split
-    assert "no slice" in refusal(path=str(tmp_path), split="train[a:b]")
+    assert "not a valid slice" in refusal(path=str(tmp_path), split="train[a:b]")
     assert "data.sources.split" in refusal(path=str(tmp_path), split="validation")
 
 
@@ -441,9 +441,9 @@ def test_files_of_a_folder_are_assigned_to_splits_by_name_or_refused(tmp_path):
     assert read(path=str(tmp_path / "d"), split="test") == ["test-0"]
     assert read(path="json", data_dir=str(tmp_path / "d"), split="test") == ["test-0"]
     assert read(path=str(tmp_path / "shards"), split="extra") == ["extra"]
-    assert "there are: test, train" in refusal(path=str(tmp_path / "d"), split="validation")
+    assert "the files have: test, train" in refusal(path=str(tmp_path / "d"), split="validation")
     jsonl(tmp_path / "d" / "more.jsonl", ["more"])
-    assert "more.jsonl belongs by its name to no split" in refusal(path=str(tmp_path / "d"))
+    assert "more.jsonl belongs to no split" in refusal(path=str(tmp_path / "d"))
 
 
 def test_each_file_of_a_folder_is_read_in_the_format_of_its_name(tmp_path):
@@ -453,7 +453,7 @@ def test_each_file_of_a_folder_is_read_in_the_format_of_its_name(tmp_path):
     (tmp_path / "d.TXT.GZ").write_bytes(gzip.compress(b"text"))
     assert read(path=str(tmp_path), sample_by="document") == ["json", "csv", "parquet", "text"]
     (tmp_path / "e.docx").write_bytes(b"x")
-    assert "e.docx is in none of the formats" in refusal(path=str(tmp_path), sample_by="document")
+    assert "e.docx has none of the formats" in refusal(path=str(tmp_path), sample_by="document")
 
 
 def test_files_that_are_not_data_are_left_out_of_a_folder(tmp_path, caplog):
@@ -470,7 +470,7 @@ def test_files_that_are_not_data_are_left_out_of_a_folder(tmp_path, caplog):
             {"path": "json", "data_files": str(tmp_path / "*")},
         ):
             assert read(**source) == ["x"]
-    assert "LICENSE" in caplog.text and "not read" in caplog.text
+    assert "LICENSE" in caplog.text and "left out" in caplog.text
     assert read(path="text", data_files=str(tmp_path / "LICENSE"), sample_by="document") == ["no data"]
 
 
@@ -487,7 +487,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         ("a.csv", "text\nsome text\n".encode("utf-16-le"), "UTF-16"),
         ("a.jsonl", json.dumps({"text": "x"}).encode("utf-16"), "UTF-16"),
         ("a.txt", b"PK\x03\x04\x14\x00", "zip archive"),
-        ("a.jsonl", gzip.compress(b'{"text": "x"}', mtime=0), "compressed by gzip: end its name in .gz"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}', mtime=0), "compressed with gzip"),
         ("a.txt.gz", b"never compressed", "rename it without .gz"),
         ("a.json", json.dumps({"text": "x", "id": 1}, indent=1).encode(), "spans several lines"),
         ("a.json", b'\n\n{\n"text": "x"\n}', "spans several lines"),
@@ -513,31 +513,31 @@ def test_hub_datasets_are_read_at_the_commits_of_their_identities(monkeypatch):
     )
     known = [[{"dataset": "user/data", "commit": "a" * 40}], ["json", ["a.jsonl", 1, "b"]]]
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    read = at_commits(data, known, known[:1])
+    read = pin_to_commits(data, known, known[:1])
     assert [source.revision for source in (*read.sources, *read.validation_sources)] == ["a" * 40, None, "a" * 40]
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="b" * 40))
-    with pytest.raises(RecipeError, match=r"data.sources.0: the local cache has user/data at b+, the data are of a+"):
-        at_commits(data, known, known[:1])
+    with pytest.raises(RecipeError, match=r"data.sources.0: the local cache has user/data at b+, .* a+"):
+        pin_to_commits(data, known, known[:1])
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "pattern"),
     [
-        (json.dumps({"text": "a long, long document " * 200}), "does not look like csv"),
-        ("A letter of many words, and of many more. " * 200, "does not look like csv"),
+        (json.dumps({"text": "a long, long document " * 200}), "does not look like CSV"),
+        ("A letter of many words, and of many more. " * 200, "does not look like CSV"),
         (",".join(f"column {number}" for number in range(500)) + "\n", "column 3, .* more"),
     ],
 )
-def test_columns_that_are_documents_are_not_listed_whole(tmp_path, content, said):
+def test_long_column_names_are_shortened_in_messages(tmp_path, content, pattern):
     (tmp_path / "a.csv").write_text(content)
     message = refusal(path="csv", data_files=str(tmp_path / "a.csv"))
-    assert re.search(said, message) and len(message) < 1200
+    assert re.search(pattern, message) and len(message) < 1200
     (tmp_path / "a.jsonl").write_text(json.dumps({content: 1, "b": 2}))
     assert len(refusal(path="json", data_files=str(tmp_path / "a.jsonl"))) < 300 + len(str(tmp_path))
 
 
-def test_files_of_a_tokenizer_that_are_not_here_are_named(tmp_path):
+def test_a_missing_tokenizer_file_is_named(tmp_path):
     from hfpretrain.data.tokenizer import TokenizerSection, load_tokenizer
 
     (tmp_path / "tokenizer_config.json").write_text("{}")
@@ -550,7 +550,7 @@ def test_files_of_a_tokenizer_that_are_not_here_are_named(tmp_path):
         load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
 
 
-def test_remote_files_are_read_line_by_line_without_copying_blocks(tmp_path):
+def test_remote_files_are_read_line_by_line(tmp_path):
     import fsspec
 
     lines = "".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(3000))
@@ -590,5 +590,5 @@ def test_a_folder_named_like_a_format_does_not_shadow_it(tmp_path, monkeypatch, 
     for part in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
         (tmp_path / "saved" / part).write_text("{}")
     assert "read it with `path: arrow`" in refusal(path="saved")
-    assert "nowhere is no folder" in refusal(path="./nowhere")
+    assert "there is no folder ./nowhere" in refusal(path="./nowhere")
     assert "is a file" in refusal(path=f"{name}/a.txt")

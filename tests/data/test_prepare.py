@@ -1,4 +1,4 @@
-"""Preparation as a whole: interrupted, shared out, remote, mixed, with bad documents."""
+"""Preparation from sources to folder: interrupted, divided into shards, remote, and with bad documents."""
 
 import gzip
 import importlib
@@ -22,12 +22,12 @@ from hfpretrain import files
 from hfpretrain.data import encode as encoding
 from hfpretrain.data import packing, prepared, tokenizer
 from hfpretrain.data.batches import collate, training_data
-from hfpretrain.data.inspection import sequences
+from hfpretrain.data.inspection import sequences_of_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepare_shard, prepared_path, wait_for_prepared
 from hfpretrain.data.summary import summary
 from hfpretrain.recipe.schema import RecipeError, TokenizerSection
 
-# Parts and batches as a large corpus has them, with a small one.
+# Small parts and batches, so that a small corpus has as many as a large one.
 SMALL = (
     "import hfpretrain.data.packing as p; p.PART_CHARS = 20_000; p.BATCH_CHARS = 4_000; p.prepared.ROWS_PER_BATCH = 8"
 )
@@ -43,12 +43,12 @@ def small_parts(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "packed"),
     [
-        ([[5, 6, 7, 8], [5, 6, 7, 0]], False),  # documents that end with their block
-        ([[5, 6, 7, 8], [5, 0, 0, 0]], False),  # padding is the separator, too
+        ([[5, 6, 7, 8], [5, 6, 7, 0]], False),  # documents that end where the block ends
+        ([[5, 6, 7, 8], [5, 0, 0, 0]], False),  # padding is also EOS
         ([[5, 6, 7, 8], [5, 0, 6, 7]], True),
     ],
 )
-def test_packs_documents_tells_whether_a_block_has_several(rows, packed, tmp_path):
+def test_packs_documents_finds_blocks_with_several_documents(rows, packed, tmp_path):
     class Rows(prepared.PreparedData):
         def blocks(self, split):
             return [np.array(rows, dtype=np.uint16)]
@@ -56,13 +56,13 @@ def test_packs_documents_tells_whether_a_block_has_several(rows, packed, tmp_pat
     assert Rows(tmp_path, {"splits": {"train-0": {}}, "eos_token_id": 0}).packs_documents() == packed
 
 
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, small_parts):
+def test_a_killed_preparation_resumes_and_ends_with_the_same_bytes(folder, small_parts):
     write_jsonl(folder / "corpus.jsonl", small_text(1500))
     straight = prepare(recipe(folder, data__prepared_dir=str(folder / "straight")))
     expected = checksums(straight.path)
     assert sum("train-0/data" in name for name in expected) > 20
     interrupted = recipe(folder)
-    # Slow down the end of each part a little, so that kills fall into it.
+    # Slow down the end of each part a little, so that kills are likely to hit it.
     program = (
         f"{SMALL}; import sys, time; entries = p.files.entries\n"
         "def slow(folder, paths):\n    time.sleep(0.03); return entries(folder, paths)\n"
@@ -89,8 +89,8 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, small
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments(folder, small_parts):
-    """The long version: also while the tokenizer is trained, between the files of a part, and while assembling."""
+def test_a_preparation_survives_ten_kills_at_random_moments(folder, small_parts):
+    """Kills also while the tokenizer is trained, between the files of a part, and while assembling."""
     write_jsonl(folder / "corpus.jsonl", small_text(4000))
     changes = {"data__deduplicate": True, "data__packing": "best_fit", "tokenizer__vocab_size": 2000}
     expected = checksums(prepare(recipe(folder, **changes, data__prepared_dir=str(folder / "straight"))).path)
@@ -106,7 +106,7 @@ def test_ten_kills_at_random_moments(folder, small_parts):
     draw = random.Random(1)
     for kill in range(10):
         process = subprocess.Popen([sys.executable, "-c", program, path], cwd=ROOT, env=environment())
-        # The first ones early, while imports, scan and tokenizer are under way; seal and parts are slowed down.
+        # The first kills come early, during imports, the search for duplicates, and tokenizer training.
         time.sleep(draw.uniform(0.5, 2.0) if kill < 3 else draw.uniform(2.5, 4.0))
         assert process.poll() is None, "the preparation ended before the kills did"
         process.send_signal(signal.SIGKILL)
@@ -146,27 +146,27 @@ def test_shards_made_from_other_inputs_are_refused_before_work(folder, monkeypat
     )
     monkeypatch.chdir(machines["a"])
     prepare_shard(shared, 0, 2)
-    with pytest.raises(RecipeError, match="3 shards here, 2 there"):
+    with pytest.raises(RecipeError, match=r"--shard: .*3 shards"):
         prepare_shard(shared, 1, 3)
     monkeypatch.chdir(machines["b"])
     prepare_module = importlib.import_module("hfpretrain.data.prepare")
     version = prepare_module.version
     monkeypatch.setattr(prepare_module, "version", lambda name: "0.1" if name == "tokenizers" else version(name))
-    with pytest.raises(RecipeError, match=r"tokenizers: 0\.1 here"):
+    with pytest.raises(RecipeError, match=r"tokenizers: is 0\.1 on this machine"):
         prepare_shard(shared, 1, 2)
     monkeypatch.setattr(prepare_module, "version", version)
     text = (machines["b"] / "corpus.jsonl").read_text()
     (machines["b"] / "corpus.jsonl").write_text(text.replace("river", "RIVER", 1))
-    with pytest.raises(RecipeError, match=r"data\.sources\.0: \['corpus\.jsonl'.* there"):
+    with pytest.raises(RecipeError, match=r"data\.sources\.0: .*'corpus\.jsonl'.* other"):
         prepare_shard(shared, 1, 2)
-    prepare(shared)  # the text of this machine alone, which is said
-    assert "shard 1/2" in caplog.text and "other data" in caplog.text
+    prepare(shared)  # only from the text of this machine, with a warning
+    assert "shard 1 of 2" in caplog.text and "other data" in caplog.text
     (machines["b"] / "corpus.jsonl").write_text(text)
     path = prepare_shard(shared, 1, 2)
     assert prepare(shared).path == path and len(list(path.parent.glob("shares-*"))) == 0
 
 
-def test_shards_of_many_files_are_whole_groups(folder, monkeypatch):
+def test_shards_of_many_files_get_whole_groups(folder, monkeypatch):
     from hfpretrain.data import corpus
 
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
@@ -185,13 +185,13 @@ def test_shards_of_many_files_are_whole_groups(folder, monkeypatch):
 
 def test_the_command_makes_shards_and_joins_them(folder):
     path = str(write_recipe(folder))
-    for share in ("1/2", "2/2"):
-        result = hfpretrain("prepare", path, "--shard", share)
-        assert result.returncode == 0 and "without --shard joins all" in result.stdout, result.stderr
+    for shard in ("1/2", "2/2"):
+        result = hfpretrain("prepare", path, "--shard", shard)
+        assert result.returncode == 0 and "without --shard" in result.stdout, result.stderr
     result = hfpretrain("prepare", path, "--num-workers", "1")
     assert result.returncode == 0 and "separators" in result.stdout
     assert hfpretrain("verify", result.stdout.split()[2]).returncode == 0
-    assert "not I/N" in hfpretrain("prepare", path, "--shard", "3/2").stderr
+    assert "error: --shard: " in hfpretrain("prepare", path, "--shard", "3/2").stderr
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
@@ -206,7 +206,7 @@ def test_a_part_whose_file_changed_is_made_again(folder, small_parts, damage):
     victim.write_bytes(content if damage == "flipped" else content[:-300])
     if damage == "gone":
         victim.unlink()
-    with pytest.raises(RecipeError, match="is not what was written; run again"):
+    with pytest.raises(RecipeError, match="changed after it was written"):
         prepare(shared)
     assert checksums(prepare(shared).path) == expected
 
@@ -221,7 +221,7 @@ def test_unfinished_files_of_a_killed_preparation_are_removed(folder):
     prepared.verify(data.path)
 
 
-def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
+def test_a_long_document_has_the_tokens_of_the_uncut_text(monkeypatch):
     monkeypatch.setattr(encoding, "LONG_CHARS", 2_000)
     section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
     draw = random.Random(0)
@@ -238,12 +238,12 @@ def test_a_long_document_has_the_tokens_of_the_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["prefix", "metaspace"])
-def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
+def test_text_is_not_cut_if_the_tokenizer_adds_a_space_before_every_text(monkeypatch, how):
     from tokenizers import pre_tokenizers
 
     monkeypatch.setattr(encoding, "LONG_CHARS", 1_000)
     trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
-    # A space before every text, as many tokenizers have it, makes each piece another text.
+    # Many tokenizers add a space before every text, which would add one to every chunk.
     prefix = {"prefix": pre_tokenizers.ByteLevel(add_prefix_space=True), "metaspace": pre_tokenizers.Metaspace()}[how]
     trained.backend_tokenizer.pre_tokenizer = prefix
     encode = encoding.Encoder(trained, np.dtype(np.uint16))
@@ -252,7 +252,7 @@ def test_a_tokenizer_that_cannot_be_cut_is_not_cut(monkeypatch, how):
         assert encode([text])[0].tolist()[:-1] == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_a_vocabulary_with_tokens_across_lines_is_not_cut_there():
+def test_text_is_not_cut_at_lines_if_a_token_contains_a_line_break():
     from tokenizers import AddedToken
 
     trained = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=400), small_text(300))
@@ -286,12 +286,12 @@ def test_best_fit_cuts_only_documents_longer_than_a_block(folder):
     assert len(short) > 100 and not set(short) - set(found)
     (long,) = set(documents) - set(short)
     assert len(found) - len(short) == -(-(len(fast(long)["input_ids"]) + 1) // 256)
-    # Best fit wastes little where documents are short.
+    # Best fit leaves little padding where documents are short.
     assert entry["padding"] < 0.15 * entry["rows"] * 256
     assert f"{entry['padding']:,} padding" in summary(data)
 
 
-def test_best_fit_at_the_bounds_of_a_block(folder):
+def test_best_fit_packs_documents_as_long_as_a_block(folder):
     sizes = [7, 8, 9, 15, 16, 17, 1, 8, 24, 25]
     texts = ["".join(chr(97 + (i + j) % 26) for j in range(size)) for i, size in enumerate(sizes)]
     write_jsonl(folder / "corpus.jsonl", texts)
@@ -299,10 +299,10 @@ def test_best_fit_at_the_bounds_of_a_block(folder):
     data = prepare(recipe(folder, data__packing="best_fit", **changes))
     prepared.verify(data.path)
     rows, fast = rows_of(data), load_prepared_tokenizer(data)
-    batch = collate(rows.copy(), None, padded_with=fast.eos_token_id)
+    batch = collate(rows.copy(), None, pad_token_id=fast.eos_token_id)
     entry = data.manifest["splits"]["train-0"]
     assert int((batch["labels"] == -100).sum()) == entry["padding"] == rows.size - sum(sizes) - entry["separators"]
-    # 8, 16, 8 and 24 characters fill their blocks; no other row is without a separator but those inside a document.
+    # Documents of 8, 16, 8 and 24 characters fill their blocks, so they have no separator.
     assert entry["separators"] == len(sizes) - 4
     decoded = [fast.decode(row) for row in rows]
     for text in texts:
@@ -310,7 +310,7 @@ def test_best_fit_at_the_bounds_of_a_block(folder):
         assert all(any(piece in row for row in decoded) for piece in whole)
 
 
-def test_text_of_which_the_tokenizer_leaves_nothing_is_counted(folder):
+def test_documents_without_any_token_are_dropped_and_counted(folder):
     from tokenizers import normalizers
 
     made = tokenizer.train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), small_text(50))
@@ -323,7 +323,7 @@ def test_text_of_which_the_tokenizer_leaves_nothing_is_counted(folder):
 
 
 @pytest.mark.parametrize("packing_name", ["concat", "best_fit"])
-def test_every_block_knows_its_documents(folder, packing_name, small_parts):
+def test_the_documents_of_every_block_are_known(folder, packing_name, small_parts):
     documents = small_text(200)
     data = prepare(recipe(folder, data__packing=packing_name))
     fast = load_prepared_tokenizer(data)
@@ -332,13 +332,13 @@ def test_every_block_knows_its_documents(folder, packing_name, small_parts):
         sources = data.documents("train-0", row)
         assert all(origin.endswith("corpus.jsonl") for origin, _ in sources)
         lines = [documents[number - 1] for _, number in sources]
-        # Half a character may stand at a cut; behind the last document there is nothing but padding.
+        # A cut may leave half a character. After the last document there is only padding.
         pieces = [text.strip("\ufffd") for text in texts]
         assert all(piece in line for piece, line in zip(pieces, lines, strict=False))
         assert len(pieces) >= len(lines) and not any(pieces[len(lines) :])
 
 
-def test_duplicates_are_counted_always_and_dropped_on_request(folder, small_parts):
+def test_duplicates_are_always_counted_and_dropped_on_request(folder, small_parts):
     write_jsonl(folder / "corpus.jsonl", [*small_text(100), "", "", *small_text(150)])
     counted = prepare(recipe(folder))
     found = counted.manifest["hygiene"]
@@ -367,15 +367,15 @@ def test_validation_text_inside_training_documents_is_reported(folder):
 BAD_LINES = {
     "broken_json": (b'{"text": "half', "broken JSON"),
     "missing_text": (b'{"body": "x"}', "no column 'text'; there are: body"),
-    "null_text": (b'{"text": null}', "None where text is expected"),
-    "not_text": (b'{"text": 3}', "3 where text is expected"),
+    "null_text": (b'{"text": null}', "expected text, got None"),
+    "not_text": (b'{"text": 3}', "expected text, got 3"),
     "invalid_utf8": (b'{"text": "sch\xf6n"}', "not valid UTF-8"),
     "nul_bytes": (b'{"text": "a\\u0000b"}', "NUL"),
 }
 
 
 @pytest.mark.parametrize("reason", BAD_LINES)
-def test_a_bad_document_is_named_or_counted(folder, reason):
+def test_a_bad_document_is_an_error_or_is_skipped_and_counted(folder, reason):
     line, message = BAD_LINES[reason]
     good = (folder / "corpus.jsonl").read_bytes()
     (folder / "corpus.jsonl").write_bytes(good + line + b"\n" + good)
@@ -390,7 +390,7 @@ def test_a_bad_document_is_named_or_counted(folder, reason):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
-def test_a_truncated_file_is_named_or_counted(folder, suffix):
+def test_a_truncated_file_is_an_error_or_is_skipped_and_counted(folder, suffix):
     import bz2
     import lzma
 
@@ -411,7 +411,7 @@ def test_a_truncated_file_is_named_or_counted(folder, suffix):
 
 
 @pytest.mark.parametrize("error", [ConnectionError("reset"), OSError(5, "Input/output error"), ValueError("remote")])
-def test_documents_behind_a_failing_network_are_an_error_and_not_skipped(folder, monkeypatch, error):
+def test_a_failing_network_is_an_error_and_skips_no_document(folder, monkeypatch, error):
     class Breaking(io.BytesIO):
         def read(self, size=-1):
             if self.tell() > 10_000:
@@ -440,13 +440,13 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(folder, monkeypatch):
         prepare(recipe(folder))
 
 
-def test_a_full_disk_is_an_error_and_what_is_finished_stays(folder, small_parts):
+def test_a_full_disk_is_an_error_and_finished_parts_are_kept(folder, small_parts):
     limited = recipe(folder)
     program = (
         f"{SMALL}; import sys, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))\n"
         "from hfpretrain.cli import main; sys.exit(main(['prepare', sys.argv[1], '--num-workers', '1']))"
     )
-    prepare_shard(limited, 0, 10)  # the tokenizer, which is larger, is there
+    prepare_shard(limited, 0, 10)  # makes the tokenizer, which is larger than the limit
     work = prepared_path(limited).with_suffix(files.INCOMPLETE)
     result = subprocess.run(
         [sys.executable, "-c", program, str(write_recipe(folder))],
@@ -492,7 +492,7 @@ def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeyp
     ]
     prepare_shard(machines[0], 0, 2)
     remote = fsspec.filesystem("memory")
-    # What was not pushed before a kill is pushed by the next call, and half a tokenizer is not taken for one.
+    # The next call uploads what was not uploaded before a kill. Half a tokenizer does not count as one.
     lost = [
         n for n in remote.find(f"/{folder.name}") if "/train-0/" in n or "/parts/" in n or n.endswith("_config.json")
     ]
@@ -502,11 +502,11 @@ def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeyp
     assert set(lost) <= set(remote.find(f"/{folder.name}"))
     there = set(remote.find(f"/{folder.name}"))
     assert any("/parts/" in name for name in there) and not any(name.endswith("/manifest.json") for name in there)
-    # A machine that starts anew knows what is done, and does the rest.
+    # A new machine uses what is finished, and does the rest.
     joined = prepare(machines[1])
     assert checksums(joined.path) == expected
     assert there < set(remote.find(f"/{folder.name}"))
-    # A third one only copies.
+    # A third machine only copies.
     third = prepare(machines[2])
     assert checksums(third.path) == expected and third.path.is_relative_to(folder / "c")
     assert prepare_shard(machines[2], 1, 2) == third.path
@@ -514,7 +514,7 @@ def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeyp
     monkeypatch.setenv("LOCAL_RANK", "0")
     fourth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "e" / "run"))
     assert checksums(wait_for_prepared(prepared_path(fourth), url).path) == expected
-    # A half-written file of an earlier attempt is not taken for a part.
+    # A half-written file of an earlier attempt does not count as a part.
     fifth = recipe(folder, data__prepared_dir=url, output_dir=str(folder / "f" / "run"))
     half = prepared_path(fifth).with_suffix(files.INCOMPLETE) / "train-0" / "data-0-00000-00000.arrow"
     half.parent.mkdir(parents=True)
@@ -544,7 +544,7 @@ def test_memory_stays_flat(folder):
     assert peaks[1] < 1.3 * peaks[0] and peaks[1] < 1024
 
 
-def test_shifted_blocks_are_the_corpus_in_pieces_whose_documents_are_known(folder, small_parts):
+def test_the_documents_of_shifted_blocks_are_known(folder, small_parts):
     write_jsonl(folder / "corpus.jsonl", small_text(400))
     texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
     with_shift = recipe(folder, data__shift_blocks=True, training__max_steps=400)
@@ -552,12 +552,12 @@ def test_shifted_blocks_are_the_corpus_in_pieces_whose_documents_are_known(folde
     assert made.path == prepare(recipe(folder)).path  # nothing on disk depends on it
     assert len(made.last_rows("train-0")) > 3
     rows = made.manifest["splits"]["train-0"]["rows"]
-    places = {"micro_batch_size": 1, "accumulation_steps": 8, "process_index": 0, "num_processes": 1}
+    process = {"micro_batch_size": 1, "accumulation_steps": 8, "process_index": 0, "num_processes": 1}
     order = with_shift.data, with_shift.training, with_shift.seed
-    data = training_data(*order, made, eos_token_id=made.manifest["eos_token_id"], document_masking=True, **places)
+    data = training_data(*order, made, eos_token_id=made.manifest["eos_token_id"], document_masking=True, **process)
     tokenizer = load_prepared_tokenizer(made)
     for step in range(rows // 8 + 1, 2 * rows // 8):  # the second epoch
-        for sequence in sequences(made, data, tokenizer, step):
+        for sequence in sequences_of_step(made, data, tokenizer, step):
             assert 0 < sequence["shift"] < 32
             assert sum(document["tokens"] for document in sequence["documents"]) == 32
             for document in sequence["documents"]:
@@ -592,7 +592,7 @@ def test_a_flipped_bit_in_prepared_data_is_an_error_that_names_the_file(folder, 
     path = prepare(recipe(folder)).path
     flip(path / name, offset=20)
     for opens in (prepare, wait) if name != "manifest.json" else (prepare,):
-        with pytest.raises(RecipeError, match=rf"(?s)data: prepared data are damaged: .*{name}.*delete"):
+        with pytest.raises(RecipeError, match=rf"(?s)data: the prepared data is damaged: .*{name}.*delete"):
             opens(recipe(folder))
     with pytest.raises(RecipeError, match=name):
         prepared.verify(path)
@@ -604,7 +604,7 @@ def test_checksums_of_prepared_data_are_verified_once_and_again_after_a_change(f
     checksum = files.sha256
     monkeypatch.setattr(files, "sha256", lambda file: read.append(file.name) or checksum(file))
     prepare(recipe(folder))
-    assert "state.json" not in read, "what was just made needs no verification"
+    assert "state.json" not in read, "new data needs no verification"
     os.utime(path / "train-0" / "state.json")
     prepare(recipe(folder))
     assert {"state.json", "data-0-00000-00000.arrow"} <= set(read)
@@ -633,7 +633,7 @@ def test_records_of_verified_folders_are_dropped_with_the_folder_or_when_old(tmp
     shutil.rmtree(tmp_path / "gone")
     for path in (record["old"], record["used"], foreign):
         os.utime(path, (1e9, 1e9))
-    assert files.damage_if_changed(tmp_path / "used") is None  # which makes its record new
+    assert files.damage_if_changed(tmp_path / "used") is None  # which renews its record
     sealed("last")
     there = {path for path in cache.iterdir() if path.suffix != ".lock"}
     assert there == {record["kept"], record["used"], files._record(tmp_path / "last"), foreign}
@@ -651,5 +651,5 @@ def test_a_damaged_tokenizer_of_an_unfinished_preparation_is_named(folder):
     prepare_shard(recipe(folder), 0, 2)
     (damaged,) = (folder / "prepared").glob("*.incomplete/tokenizer/tokenizer.json")
     damaged.write_text("{")
-    with pytest.raises(RecipeError, match=r"data: the tokenizer in .* does not load.*; delete "):
+    with pytest.raises(RecipeError, match=r"data: the tokenizer in .*; delete "):
         prepare(recipe(folder))

@@ -1,4 +1,4 @@
-"""Text that spells a tokenizer's special tokens, and text that a tokenizer does not know, drops or cuts elsewhere."""
+"""Text that contains names of special tokens, and text that a tokenizer does not know or leaves out."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def source(folder, name="corpus.jsonl", **keywords):
 @pytest.mark.parametrize(
     ("chosen", "as_tokens"), [("text", []), ("tokens", MARKS), (["<fim_suffix>"], ["<fim_suffix>"])]
 )
-def test_a_source_says_whether_special_tokens_in_its_text_are_tokens(folder, chosen, as_tokens):
+def test_a_source_decides_whether_special_tokens_in_its_text_are_tokens(folder, chosen, as_tokens):
     own = marked(folder / "tokenizer")
     write_jsonl(folder / "corpus.jsonl", [CODE] * 60)
     made = prepare(recipe(folder, data__sources=[source(folder, special_tokens=chosen)], data__validation_fraction=0.0))
@@ -52,8 +52,8 @@ def test_a_source_says_whether_special_tokens_in_its_text_are_tokens(folder, cho
     assert load_prepared_tokenizer(made).decode(ids[: ids.index(own.eos_token_id)]) == CODE
     counted = dict.fromkeys(sorted([*MARKS, "<|endoftext|>"]), 60)
     assert made.manifest["sources"][0]["special_tokens"] == counted and "60 <fim_middle>" in summary(made)
-    told = " ".join(preparation_notes(made))
-    assert [token in told for token in MARKS] == [chosen != "tokens" and token not in as_tokens for token in MARKS]
+    notes = " ".join(preparation_notes(made))
+    assert [token in notes for token in MARKS] == [chosen != "tokens" and token not in as_tokens for token in MARKS]
     prepared.verify(made.path)
     entry = made.manifest["splits"]["train-0"]
     assert entry["bytes"] == entry["token_bytes"] == 60 * len(CODE)
@@ -65,8 +65,8 @@ def test_special_tokens_must_exist_and_not_begin_or_end_documents(folder):
     assert plain == prepared_path(recipe(folder, data__sources=[source(folder, special_tokens="text")]))
     assert plain != prepared_path(recipe(folder, data__sources=[source(folder, special_tokens="tokens")]))
     for chosen, message in (
-        (["<fim>"], "is not a special token of the tokenizer; possible are: .*<fim_prefix>"),
-        (["<|endoftext|>"], "separates documents and is always text"),
+        (["<fim>"], "is not a special token of the tokenizer; .*<fim_prefix>"),
+        (["<|endoftext|>"], "separates documents"),
     ):
         with pytest.raises(RecipeError, match=rf"data.sources.0.special_tokens: .*{message}"):
             prepare(recipe(folder, data__sources=[source(folder, special_tokens=chosen)]))
@@ -75,7 +75,7 @@ def test_special_tokens_must_exist_and_not_begin_or_end_documents(folder):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_check_knows_the_names_that_the_tokenizer_lacks(folder, trained):
+def test_check_refuses_special_tokens_that_the_tokenizer_lacks(folder, trained):
     marked(folder / "tokenizer")
     changes = {"tokenizer": {"algorithm": "byte_level_bpe", "vocab_size": 320}} if trained else {}
     right = recipe(folder, data__sources=[source(folder, special_tokens=["<fim_prefix>"])], **changes)
@@ -99,11 +99,11 @@ def test_streams_and_evaluation_read_special_tokens_as_preparation_does(folder):
     made = prepare(recipe(folder, **changes))
     encode = Encoder(own, np.dtype(np.int64))
     ids = [encode.for_source(text.special_tokens)([text])[0] for text in texts]
-    assert sorted(np.concatenate(ids).tolist()) == sorted(token_stream(made, "validation"))  # in other blocks
+    assert sorted(np.concatenate(ids).tolist()) == sorted(token_stream(made, "validation"))  # the blocks differ
     data = DataSection(sources=sources, block_size=32, streaming=True)
     sizes = {"first_step": 0, "states": {}, "micro_batch_size": 2, "accumulation_steps": 2}
-    places = {"process_index": 0, "num_processes": 1, "eos_token_id": own.eos_token_id, "document_masking": False}
-    streamed = StreamingData(data, encode, frozenset(), **sizes, **places)
+    process = {"process_index": 0, "num_processes": 1, "eos_token_id": own.eos_token_id, "document_masking": False}
+    streamed = StreamingData(data, encode, frozenset(), **sizes, **process)
     found = np.concatenate([batch["input_ids"].numpy() for batch in streamed.step(0).batches])
     assert (found == own.convert_tokens_to_ids("<fim_prefix>")).any()
 
@@ -122,7 +122,7 @@ def closed(folder, words, unknown=None, **names):
 
 
 @pytest.mark.parametrize("names", [{}, {"unk_token": "<e>"}])
-def test_a_vocabulary_of_fixed_words_encodes_only_the_text(folder, names):
+def test_a_vocabulary_of_fixed_words_encodes_its_words_and_refuses_others(folder, names):
     own = closed(folder / "tokenizer", ["<e>", *MOVES], names.get("unk_token"), **names)
     write_jsonl(folder / "corpus.jsonl", [" ".join(MOVES)] * 50)
     made = prepare(recipe(folder, data__validation_fraction=0.0))
@@ -137,10 +137,10 @@ def test_unknown_text_is_counted_and_too_much_is_an_error_unless_allowed(folder)
     closed(folder / "tokenizer", ["<e>", "<unk>", *MOVES], "<unk>", unk_token="<unk>")
     write_jsonl(folder / "corpus.jsonl", [*[" ".join(MOVES)] * 50, "e4 Qh5 Qh6"])
     made = prepare(recipe(folder, data__validation_fraction=0.0))
-    assert made.manifest["sources"][0]["unknown"] == 2 and "0.40% of its tokens are the unknown token" in summary(made)
+    assert made.manifest["sources"][0]["unknown"] == 2 and "0.40% of its tokens" in summary(made)
     prepared.verify(made.path)
     write_jsonl(folder / "corpus.jsonl", [*[" ".join(MOVES)] * 50, "Qh5 " * 50])
-    for _ in range(2):  # while it is prepared, and when it is there
+    for _ in range(2):  # while the data is prepared, and when it is opened
         with pytest.raises(RecipeError, match=r"data.sources.0: 9.09% of its tokens .*tokenizer.max_unknown"):
             prepare(recipe(folder, data__validation_fraction=0.0))
     with pytest.raises(RecipeError, match=r"tokenizer.max_unknown"):  # what `check` prints below the recipe
@@ -150,9 +150,9 @@ def test_unknown_text_is_counted_and_too_much_is_an_error_unless_allowed(folder)
     data = DataSection(sources=[source(folder)], block_size=32, streaming=True)
     own = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     sizes = {"first_step": 0, "states": {}, "micro_batch_size": 1, "accumulation_steps": 1, "max_unknown": 0.01}
-    places = {"process_index": 0, "num_processes": 1, "eos_token_id": 0, "document_masking": False}
+    process = {"process_index": 0, "num_processes": 1, "eos_token_id": 0, "document_masking": False}
     with pytest.raises(RecipeError, match="of its first tokens are the unknown token"):
-        StreamingData(data, Encoder(own, np.dtype(np.int64)), frozenset(), **sizes, **places).example()
+        StreamingData(data, Encoder(own, np.dtype(np.int64)), frozenset(), **sizes, **process).example()
 
 
 def test_text_that_a_tokenizer_leaves_out_or_replaces_is_reported(folder):
@@ -168,8 +168,8 @@ def test_text_that_a_tokenizer_leaves_out_or_replaces_is_reported(folder):
             tokenizer={"pretrained": str(folder / "tokenizer"), "max_unknown": 0.02},
         )
     )
-    told = " ".join(preparation_notes(made))
-    assert "leaves out 0.66% of its characters" in told and "the tokenizer's normalizer replaces" in told
+    notes = " ".join(preparation_notes(made))
+    assert "leaves out 0.66%" in notes and "normalizer replaces" in notes
     write_jsonl(folder / "corpus.jsonl", ["Abc xyz"] * 50)
     with pytest.raises(RecipeError, match=r"the tokenizer leaves out 50.00% of its characters"):
         prepare(recipe(folder, data__validation_fraction=0.0))
@@ -183,7 +183,7 @@ def test_text_is_not_cut_beside_a_token_that_strips_spaces():
     assert ids[:-1].tolist() == made(text, add_special_tokens=False)["input_ids"]
 
 
-def test_text_that_spells_eos_under_metaspace_has_no_space_of_its_own():
+def test_text_that_contains_the_name_of_eos_gets_no_extra_space_under_metaspace():
     characters = [(character, -3.0) for character in "abcdefgh</s>▁ x"]
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *characters], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -192,12 +192,12 @@ def test_text_that_spells_eos_under_metaspace_has_no_space_of_its_own():
     assert made.convert_ids_to_tokens(ids[:-1]) == list("▁ab</s>cd</s>▁e")
 
 
-def test_a_run_reports_special_tokens_read_as_text_once_and_records_it(folder):
+def test_a_run_reports_special_tokens_read_as_text_once_and_records_them(folder):
     marked(folder / "tokenizer")
     write_jsonl(folder / "corpus.jsonl", [*small_text(150), *[CODE] * 20])
     result = train(write_recipe(folder, tokenizer={"pretrained": str(folder / "tokenizer")}))
     assert result.returncode == 0, result.stderr
-    line = "names of special tokens in the text are read as ordinary text: <fim_middle> (20 times)"
+    line = "special tokens in the text are read as ordinary text: <fim_middle> (20 times)"
     assert result.stderr.count(line) == 1
     assert line in (folder / "run" / "environment.json").read_text()
     assert token_bytes(marked(folder / "tokenizer"), 384)[0] == 0

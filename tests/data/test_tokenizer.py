@@ -41,14 +41,14 @@ def test_byte_level_bpe_round_trips_any_unicode():
 
 
 @pytest.mark.parametrize("config", [{"eos_token": ["</s>"]}, {"eos_token": {"a": 1}}, {"eos_token": 3}, [], None])
-def test_a_tokenizer_config_with_the_wrong_types_is_a_message(tmp_path, config):
+def test_a_tokenizer_config_with_wrong_types_is_refused_with_a_message(tmp_path, config):
     train_tokenizer(BPE, small_text(10)).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match=r"tokenizer.pretrained: cannot load .*Error: "):
         load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
 
 
-def test_training_is_deterministic_and_has_the_asked_size():
+def test_training_is_deterministic_and_gives_the_requested_size():
     first, second = (train_tokenizer(BPE, small_text(100)) for _ in range(2))
     assert first.get_vocab() == second.get_vocab() and len(first) == 400
     assert first.eos_token == first.bos_token == END_OF_TEXT and first.pad_token_id != first.eos_token_id
@@ -88,12 +88,12 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
     ("given", "message"),
     [
         (TEMPLATE, None),
-        # TRL's mark of what the assistant said, which Jinja alone does not know.
+        # TRL marks the assistant's text with this tag, which plain Jinja does not know.
         ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", None),
-        ("{% for message in messages %}{{ message.content }}", "does not render a question and its answer: Unexpected"),
-        ("{{ raise_exception('system first') }}", "does not render a question and its answer: system first"),
-        ("{{ messages[0].content }}", "leaves out what is said"),
-        ("nowhere.jinja", "'nowhere.jinja' has no { so it names a file, which cannot be read: No such file"),
+        ("{% for message in messages %}{{ message.content }}", "can't render a question and its answer: Unexpected"),
+        ("{{ raise_exception('system first') }}", "can't render a question and its answer: system first"),
+        ("{{ messages[0].content }}", "leaves out a message"),
+        ("nowhere.jinja", "'nowhere.jinja' contains no {"),
     ],
 )
 def test_a_chat_template_must_render_messages(given, message):
@@ -102,7 +102,7 @@ def test_a_chat_template_must_render_messages(given, message):
     assert not list(chat_template_problems({"tokenizer": None}))
 
 
-def test_a_chat_template_asks_for_no_new_preparation_or_run(folder):
+def test_a_chat_template_needs_no_new_preparation_and_no_new_run(folder):
     (folder / "chat.jinja").write_text(TEMPLATE)
     without = load_recipe(write_recipe(folder))
     given = load_recipe(write_recipe(folder, tokenizer__chat_template=str(folder / "chat.jinja")))
@@ -124,7 +124,7 @@ def test_very_long_words_are_cut_only_for_the_trainer():
     assert tokenizer.decode(encode(tokenizer, bases)) == bases
 
 
-def test_training_a_tokenizer_can_be_interrupted_and_tells_what_is_wrong_with_the_text():
+def test_training_a_tokenizer_can_be_interrupted_and_raises_errors_of_the_text():
     draw = random.Random(0)
     documents = ["".join(draw.choices("ACGT", k=100_000)) for _ in range(20)] * 10
     section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=30_000)
@@ -152,15 +152,14 @@ def test_training_a_tokenizer_can_be_interrupted_and_tells_what_is_wrong_with_th
         train_tokenizer(BPE, broken())
 
 
-def test_a_vocabulary_smaller_than_asked_is_reported_and_sizes_the_model(folder):
+def test_a_vocabulary_smaller_than_requested_is_reported_and_sizes_the_model(folder):
     path = write_recipe(folder, tokenizer__vocab_size=32_000)
     before = hfpretrain("check", str(path)).stdout
     assert "# parameters       at most 2," in before
     made = prepare(load_recipe(path))
     size = made.manifest["tokenizer_size"]
-    assert preparation_notes(made) == [
-        f"the text gives a vocabulary of {size:,} tokens, not the 32,000 of tokenizer.vocab_size"
-    ]
+    (note,) = preparation_notes(made)
+    assert f"{size:,} tokens" in note and "32,000" in note and "tokenizer.vocab_size" in note
     assert model_config(load_recipe(path)).vocab_size == made.manifest["vocab_size"] < 2000
     after = hfpretrain("check", str(path)).stdout
     assert "# parameters       at most" not in after and "# parameters       51," in after

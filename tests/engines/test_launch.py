@@ -227,4 +227,4 @@ def test_the_launchers_report_ends_with_what_went_wrong(folder):
     result = train(write_recipe(folder), "--learning_rate=1", engine="ddp")
     assert result.returncode == 1 and result.stderr.startswith("error in ")
     first, *_, message, _ = [line for line in result.stderr.splitlines() if line.strip()]
-    assert first.startswith("error in ") and message.strip().startswith("learning_rate: unknown key; in a recipe it is")
+    assert first.startswith("error in ") and message.strip().startswith("learning_rate: unknown key; use ")

@@ -11,14 +11,14 @@ from hfpretrain.recipe import hub
 
 @pytest.fixture
 def client():
-    """The client after `limit_waiting`; everything is undone afterwards."""
+    """The client after `limit_request_time`; everything is undone afterwards."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     assert hasattr(_http, "default_client_factory"), (
         "huggingface_hub has no utils._http.default_client_factory any more: see what makes its default client now, "
         "and call that in recipe/hub.py"
     )
-    hub.limit_waiting()
+    hub.limit_request_time()
     yield get_session()
     huggingface_hub.set_client_factory(_http.default_client_factory)
     huggingface_hub.close_session()
@@ -35,6 +35,10 @@ def test_a_request_fails_after_the_time_limit(client):
 
 def test_a_failure_tells_no_signed_address():
     error = ConnectionError("refused: https://storage.host/file?X-Amz-Signature=0123 with hf_abcdefghijklmnopqrst")
-    text = hub.explain(error).text
+    text = hub.explain_failure(error).text
     assert "https://storage.host/file" in text and "0123" not in text and "abcdefgh" not in text
-    assert not hub.explain(error).final and hub.explain(hub.NotPushableError("damaged")) == ("damaged", None, True)
+    assert not hub.explain_failure(error).is_final and hub.explain_failure(hub.NotPushableError("damaged")) == (
+        "damaged",
+        None,
+        True,
+    )

@@ -10,7 +10,7 @@ from conftest import ROOT, environment, recipe_mapping, write_recipe
 
 from hfpretrain.modeling.config import config_problems
 from hfpretrain.recipe import keys
-from hfpretrain.recipe.addresses import missing_path
+from hfpretrain.recipe.addresses import missing_path_problem
 from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
 from hfpretrain.recipe.yaml import differences, dump_recipe, parse_yaml, read_recipe
 
@@ -27,7 +27,7 @@ def test_dump_reads_back_as_the_same_recipe(folder):
     assert read_recipe(folder / "again.yaml") == recipe
 
 
-def test_overrides_are_written_before_the_one_validation(folder):
+def test_overrides_are_applied_before_validation(folder):
     path = write_recipe(folder)
     recipe = read_recipe(
         path, ["--training.max_steps=20", "--data.sources.0.text_column=body", "--model.config.hidden_size=64"]
@@ -39,7 +39,7 @@ def test_overrides_are_written_before_the_one_validation(folder):
     assert "oops" in problems(path, "oops")
 
 
-def test_every_unknown_key_names_the_nearest_and_all_errors_come_at_once(folder):
+def test_unknown_keys_are_reported_all_at_once_with_the_nearest_known_ones(folder):
     path = write_recipe(folder, training__micro_batchsize=3, model__config__hidden_sizee=1, trainning={}, optimizer={})
     found = problems(path)
     assert "`micro_batch_size`" in found["training.micro_batchsize"]
@@ -49,7 +49,7 @@ def test_every_unknown_key_names_the_nearest_and_all_errors_come_at_once(folder)
 
 
 @pytest.mark.parametrize(
-    ("key", "place"),
+    ("key", "meant"),
     [
         ("learning_rate", "optimizer.lr"),
         ("lr", "optimizer.lr"),
@@ -68,15 +68,15 @@ def test_every_unknown_key_names_the_nearest_and_all_errors_come_at_once(folder)
         ("model.hidden_size", "model.config.hidden_size"),
     ],
 )
-def test_a_key_of_other_scripts_or_another_section_gets_its_counterpart(folder, key, place):
-    assert f"in a recipe it is {place}" in problems(write_recipe(folder), f"--{key}=1")[key]
+def test_a_key_of_another_script_or_section_is_answered_with_the_recipe_key(folder, key, meant):
+    assert f"use {meant}" in problems(write_recipe(folder), f"--{key}=1")[key]
 
 
-def test_every_counterpart_is_a_key():
-    for name, place in keys.COUNTERPARTS.items():
-        for key in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", place):
-            assert key in set(keys.paths(Recipe)) or key.startswith("model.config."), (name, key)
-        assert name not in set(keys.paths(Recipe))
+def test_every_counterpart_is_a_key_of_the_recipe():
+    for name, meant in keys.COUNTERPARTS.items():
+        for key in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", meant):
+            assert key in set(keys.key_paths(Recipe)) or key.startswith("model.config."), (name, key)
+        assert name not in set(keys.key_paths(Recipe))
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,14 @@ def test_every_counterpart_is_a_key():
         (["max_steps=10"], "write --section.key=value"),
     ],
 )
-def test_an_argument_that_is_no_override_is_spelled_as_one(folder, arguments, fix):
+def test_an_argument_that_is_no_override_is_answered_with_the_right_one(folder, arguments, fix):
     assert fix in problems(write_recipe(folder), *arguments)[arguments[0]]
 
 
 @pytest.mark.parametrize(
     ("key", "name"), [("n_embd", "hidden_size"), ("n_inner", "intermediate_size"), ("n_heads", "num_attention_heads")]
 )
-def test_a_config_key_of_another_class_gets_this_class_s_name(folder, key, name):
+def test_a_config_key_of_another_class_is_answered_with_the_key_of_this_class(folder, key, name):
     path = f"model.config.{key}"
     assert f"in llama it is `{name}`" in problems(write_recipe(folder), f"--{path}=4")[path]
     gpt2 = write_recipe(folder, model__config={"model_type": "gpt2", "num_layers": 2, "intermediate_size": 8})
@@ -109,12 +109,12 @@ def test_a_config_key_of_another_class_gets_this_class_s_name(folder, key, name)
 @pytest.mark.parametrize(
     "text", ["a: &x 1\nb: *x", "a: &x 1", "a: 1\na: 2", "a: {b: 1, b: 2}", "1: 2", "a: [", "a: !!python/name:os.x"]
 )
-def test_yaml_that_is_refused(text):
+def test_anchors_duplicate_keys_and_broken_yaml_are_refused(text):
     with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         parse_yaml(text, "recipe.yaml")
 
 
-def test_yaml_scalars_are_those_of_yaml_1_2():
+def test_scalars_are_read_as_in_yaml_1_2():
     text = "a: no\nb: 3e-4\nc: 1_000\nd: .5\ne: 010\nf: true\ng: 12:30\nh: 2026-01-02\ni: ~\nj: -1.5e3"
     assert parse_yaml(text, "x") == {
         "a": "no", "b": 3e-4, "c": 1000, "d": 0.5, "e": 10, "f": True, "g": "12:30",
@@ -154,10 +154,10 @@ def test_yaml_scalars_are_those_of_yaml_1_2():
         ({"checkpoint__every_steps": 2**70}, "checkpoint.every_steps", "too large"),
         ({"output_dir": ""}, "output_dir", "empty"),
         ({"data__prepared_dir": "a\0b"}, "data.prepared_dir", "NUL"),
-        ({"data__shift_blocks": True, "data__packing": "best_fit"}, "data", "`concat`"),
+        ({"data__shift_blocks": True, "data__packing": "best_fit"}, "data", "packing: concat"),
     ],
 )
-def test_cross_checks_name_path_and_fix(folder, changes, path, fragment):
+def test_wrong_values_are_refused_with_path_and_fix(folder, changes, path, fragment):
     found = problems(write_recipe(folder, **changes))
     assert path in found, found
     assert fragment in found[path]
@@ -170,34 +170,34 @@ def test_cross_checks_name_path_and_fix(folder, changes, path, fragment):
         (b"# a comment\n", "is empty"),
         (b"- a\n", "a recipe is a mapping"),
         (b"a:\n\tb: 1\n", "indent with spaces"),
-        (b"seed: 1\nseed: 2\n", "'seed' stands twice"),
+        (b"seed: 1\nseed: 2\n", "'seed' is given twice"),
         (b"\x89PNG\r\n", "not UTF-8 text: invalid start byte 0x89 at byte 0"),
         (b"a: 1\n---\nb: 2\n", "another document"),
         (b"a: " + b"[" * 3000, "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_told_as_such(tmp_path, content, message):
+def test_a_file_that_is_no_recipe_is_refused_with_the_reason(tmp_path, content, message):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(RecipeError, match=re.escape(message)):
         read_recipe(tmp_path / "recipe.yaml")
 
 
-def test_a_path_that_is_not_there_is_no_id_of_the_hub(tmp_path, monkeypatch):
+def test_a_missing_path_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "first").mkdir(parents=True)
     for given in ("runs/second", "./x", "/no/where", "a/b/c", "model.safetensors", "~/model"):
-        assert f"there is no {'file or folder ' if given[0] != '~' else ''}{given!r}" in missing_path(given)
-    assert missing_path("runs/frist").endswith("did you mean runs/first?")
+        assert f"there is no {'file or folder ' if given[0] != '~' else ''}{given!r}" in missing_path_problem(given)
+    assert missing_path_problem("runs/frist").endswith("did you mean runs/first?")
     for given in ("gpt2", "Qwen/Qwen3-0.6B", "runs/first"):
-        assert missing_path(given) is None
+        assert missing_path_problem(given) is None
 
 
 def test_a_weight_too_small_to_be_drawn_is_refused(folder):
     sources = [{"path": "json", "data_files": "a", "weight": weight} for weight in (1, 4e-5)]
-    assert "below 1 in 10,000" in problems(write_recipe(folder, data__sources=sources))["data.sources.1.weight"]
+    assert "too little to be drawn" in problems(write_recipe(folder, data__sources=sources))["data.sources.1.weight"]
 
 
-def test_accumulation_is_derived_and_an_impossible_division_lists_the_possible():
+def test_accumulation_steps_are_computed_or_the_possible_values_are_listed():
     assert accumulation_steps(4096, 64, 4, num_processes=2) == 8
     with pytest.raises(RecipeError, match="1, 2, 4, 8, 16, 32"):
         accumulation_steps(4096, 64, 3, num_processes=2)
@@ -205,14 +205,14 @@ def test_accumulation_is_derived_and_an_impossible_division_lists_the_possible()
         accumulation_steps(256, 64, 1, num_processes=3)
 
 
-def test_differences_are_shown_key_by_key(folder):
+def test_differences_lists_the_keys_that_changed(folder):
     ours = read_recipe(write_recipe(folder))
     theirs = read_recipe(write_recipe(folder, optimizer__lr=1e-3, training__max_steps=9))
     assert {problem.path for problem in differences(ours, theirs)} == {"optimizer.lr", "training.max_steps"}
     assert [problem.path for problem in differences(ours, theirs, ignore=("training",))] == ["optimizer.lr"]
 
 
-def test_a_mutated_recipe_is_an_error_with_a_path_or_a_recipe(folder):
+def test_a_mutated_recipe_is_valid_or_refused_with_a_path(folder):
     draw = random.Random(0)
     values = [None, -1, 0, 1e400, "x", "", [], {}, [1], {"a": {}}, True, "é" * 5, 2**70, "../..", [[[]]], {"path": 3}]
     mapping = recipe_mapping(folder)
@@ -239,8 +239,8 @@ def test_schema_file_is_current():
     assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == Recipe.model_json_schema()
 
 
-def test_every_key_is_explained():
-    for path in keys.paths(Recipe):
+def test_every_key_has_a_description():
+    for path in keys.key_paths(Recipe):
         *sections, key = (part for part in path.split(".") if part != "0")
         section = Recipe
         for part in sections:
@@ -249,7 +249,7 @@ def test_every_key_is_explained():
         assert section.model_fields[key].description or kind.__doc__, path
 
 
-def test_recipe_needs_no_torch_and_no_hugging_face_library(folder):
+def test_reading_a_recipe_imports_no_torch_and_no_hugging_face_library(folder):
     code = (
         "import sys\nfrom hfpretrain.recipe.yaml import read_recipe\nread_recipe(sys.argv[1])\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'datasets', 'accelerate')])"
