@@ -425,7 +425,7 @@ def _make_document(value: Any, origin: str, row: int) -> Document:
 
 
 def _missing_column_message(column: str, columns: Iterable[str], csv: str = "") -> str:
-    """The message for a missing column. `csv`: the file, if it was read as CSV, which it may not be."""
+    """The message for a missing column. `csv`: name of the file if it is read as CSV; it may not look like CSV."""
     names = list(columns)
     listed = [name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]!r}..." for name in names[:_MAX_NAMES]]
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""

@@ -86,7 +86,7 @@ def pack(
     """
     for folder in ("parts", "documents"):
         (work / folder).mkdir(parents=True, exist_ok=True)
-    part: _Part | None = None
+    part: _PartPacker | None = None
 
     def encode(batch: TextBatch) -> _Encoded:
         texts, encode_texts = [item.text for item in batch.items], encoder(batch.part)
@@ -94,7 +94,7 @@ def pack(
 
     def write(batch: TextBatch, encoded: _Encoded) -> None:
         nonlocal part
-        part = part or _Part(work, batch.part, data, encoder(batch.part), unknown_id)
+        part = part or _PartPacker(work, batch.part, data, encoder(batch.part), unknown_id)
         part.add(batch, encoded, bytes_of_token)
         if batch.ends_part:
             part.close(batch.ends_group)
@@ -134,12 +134,12 @@ class _Encoded(NamedTuple):
     special: Counter[str]
 
 
-class _Part:
+class _PartPacker:
     """Packs one part: writes the blocks of each split, and finally the account."""
 
     def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder, unknown_id: int | None):
         self._work, self._key, self._data, self._encoder = work, key, data, encoder
-        self._streams: dict[str, _Stream] = {}
+        self._packers: dict[str, _ConcatPacker] = {}
         self._origins: dict[str, int] = {}
         self._read: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
@@ -160,12 +160,12 @@ class _Part:
                     self._read["documents_kept"] -= 1
                     self._dropped["no_tokens"] += 1
                 continue
-            stream = self._streams.get(item.split) or self._open_stream(item.split)
+            packer = self._packers.get(item.split) or self._open_packer(item.split)
             origin = self._origins.setdefault(item.origin, len(self._origins))
-            stream.add(ids, item, origin)
+            packer.add(ids, item, origin)
             if self._unknown_id is not None:
                 self._unknown += int((ids == self._unknown_id).sum())
-            stream.token_bytes += int(bytes_of_token[ids].sum())
+            packer.token_bytes += int(bytes_of_token[ids].sum())
 
     def _sample_lost_text(self, text: str) -> None:
         """Count characters that the tokenizer leaves out or replaces, in the first documents of the part."""
@@ -174,18 +174,18 @@ class _Part:
             found = self._encoder.lost_characters(text[:SAMPLE_CHARS])
             self._sample.update(dict(zip(("characters", "lost", "replaced"), found, strict=True)))
 
-    def _open_stream(self, split: str) -> _Stream:
+    def _open_packer(self, split: str) -> _ConcatPacker:
         # Validation is always `concat`, so that its loss does not depend on how the training text is packed.
         best_fit = self._data.packing == "best_fit" and not is_validation(split)
-        kind = _BestFit if best_fit else _Stream
-        stream = kind(self._work, split, self._key, self._data.block_size, self._encoder)
-        self._streams[split] = stream
-        return stream
+        kind = _BestFitPacker if best_fit else _ConcatPacker
+        packer = kind(self._work, split, self._key, self._data.block_size, self._encoder)
+        self._packers[split] = packer
+        return packer
 
     def close(self, ends_group: bool) -> None:
         """Write the remaining blocks, then the account, which marks the part as done."""
-        splits = {name: stream.close() for name, stream in sorted(self._streams.items())}
-        written = sorted(path for stream in self._streams.values() for path in stream.paths)
+        splits = {name: packer.close() for name, packer in sorted(self._packers.items())}
+        written = sorted(path for packer in self._packers.values() for path in packer.paths)
         account = {
             **{name: self._read[name] for name in READ_COUNTS},
             "dropped": dict(sorted(self._dropped.items())),
@@ -202,7 +202,7 @@ class _Part:
         files.write_whole(self._work / "parts" / f"{self._key}.json", json.dumps(account, indent=1))
 
 
-class _Stream:
+class _ConcatPacker:
     """Cuts the tokens of one split of one part into rows of a block, one document after another (`concat`)."""
 
     def __init__(self, work: Path, split: str, key: str, block_size: int, encoder: Encoder):
@@ -220,7 +220,7 @@ class _Stream:
 
     @property
     def paths(self) -> list[Path]:
-        """The files that this stream writes."""
+        """The files that this packer writes."""
         return [self._path, self._table] if self.rows else [self._table]
 
     def add(self, ids: np.ndarray, item: SplitText, origin: int) -> None:
@@ -230,10 +230,10 @@ class _Stream:
         self._pending.append(ids)
         self._num_pending += len(ids)
         if self._num_pending >= prepared.ROWS_PER_BATCH * self._block_size:
-            stream = np.concatenate(self._pending)
-            rows = len(stream) // self._block_size // prepared.ROWS_PER_BATCH * prepared.ROWS_PER_BATCH
-            self.rows += self._writer.write(stream[: rows * self._block_size])
-            self._pending = [stream[rows * self._block_size :].copy()]
+            tokens = np.concatenate(self._pending)
+            rows = len(tokens) // self._block_size // prepared.ROWS_PER_BATCH * prepared.ROWS_PER_BATCH
+            self.rows += self._writer.write(tokens[: rows * self._block_size])
+            self._pending = [tokens[rows * self._block_size :].copy()]
             self._num_pending = len(self._pending[0])
 
     def _count_tokens(self, ids: np.ndarray, item: SplitText) -> None:
@@ -250,11 +250,11 @@ class _Stream:
 
     def _write_rows(self) -> np.ndarray:
         """Write all full rows; returns the tokens that are left over."""
-        stream = np.concatenate([np.zeros(0, self._dtype), *self._pending])
-        whole = len(stream) // self._block_size * self._block_size
+        tokens = np.concatenate([np.zeros(0, self._dtype), *self._pending])
+        whole = len(tokens) // self._block_size * self._block_size
         if whole:
-            self.rows += self._writer.write(stream[:whole])
-        return stream[whole:]
+            self.rows += self._writer.write(tokens[:whole])
+        return tokens[whole:]
 
     def close(self) -> dict[str, Any]:
         """Write all remaining rows; returns this split's entry of the account."""
@@ -287,7 +287,7 @@ class _Stream:
         }
 
 
-class _BestFit(_Stream):
+class _BestFitPacker(_ConcatPacker):
     """Packs documents by best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
 
     Cuts only documents that are longer than a block, into chunks of a block. A row that isn't full is filled with EOS.

@@ -171,8 +171,8 @@ def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str
 def expand_pattern(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
     """The files that a pattern matches, sorted, each with the size and times that the file system reports.
 
-    If there is a file of exactly this name, the pattern stands for that file. Raises `RecipeError` if a
-    match can't be read.
+    If there is a file of exactly this name, the pattern stands for that file. Raises
+    `RecipeError` if a match can't be read.
     """
     if _is_remote(source, pattern):
         return _expand_remote(source, pattern, key)

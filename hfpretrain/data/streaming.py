@@ -56,7 +56,7 @@ class _Lane:
         self,
         pieces: list[tuple[Reader, int]],
         splitter: Splitter,
-        encode: Encoder,
+        encoder: Encoder,
         block_size: int,
         max_epochs: int | None,
         state: LaneState,
@@ -64,7 +64,7 @@ class _Lane:
         max_unknown: float = 1.0,
     ):
         self._is_only_lane = is_only_lane
-        self._pieces, self._splitter, self._encode = pieces, splitter, encode
+        self._pieces, self._splitter, self._encoder = pieces, splitter, encoder
         self._block_size, self._max_epochs, self._at = block_size, max_epochs, replace(state)
         self._texts = self._batches()
         self._max_unknown, self._is_checked = max_unknown, False
@@ -86,7 +86,7 @@ class _Lane:
         return _Lane(
             self._pieces,
             self._splitter,
-            self._encode,
+            self._encoder,
             self._block_size,
             None,
             self.state(),
@@ -99,25 +99,25 @@ class _Lane:
         parts, size, end = [self._at.pending], len(self._at.pending), count * self._block_size
         while size < end:
             reader, texts = next(self._texts)
-            encode = self._encode.for_source(reader.source.special_tokens)
-            ids = encode(texts)
+            encoder = self._encoder.for_source(reader.source.special_tokens)
+            ids = encoder(texts)
             if not self._is_checked:
-                self._check_first_texts(reader, encode, texts, ids)
+                self._check_first_texts(reader, encoder, texts, ids)
             parts += ids
             size += sum(map(len, ids))
         stream = np.concatenate(parts).astype(np.int64)
         self._at.pending = stream[end:].copy()
         return stream[:end].reshape(count, self._block_size)
 
-    def _check_first_texts(self, reader: Reader, encode: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
+    def _check_first_texts(self, reader: Reader, encoder: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
         """Check the lane's first texts once.
 
         Logs special tokens that are read as text. Raises `RecipeError` if the tokenizer does not know, or leaves out,
         a share of the texts above `max_unknown`.
         """
         self._is_checked = True
-        characters, lost, _ = (sum(some) for some in zip(*map(encode.lost_characters, texts), strict=True))
-        unknown = sum(map(encode.count_unknown, ids)) / max(1, sum(map(len, ids)))
+        characters, lost, _ = (sum(some) for some in zip(*map(encoder.lost_characters, texts), strict=True))
+        unknown = sum(map(encoder.count_unknown, ids)) / max(1, sum(map(len, ids)))
         for share, what in (
             (unknown, "of its first tokens are the unknown token"),
             (lost / max(1, characters), "of its first characters are left out by the tokenizer"),
@@ -125,7 +125,7 @@ class _Lane:
             if share > self._max_unknown:
                 advice = f"or raise tokenizer.max_unknown (now {self._max_unknown:g})"
                 raise RecipeError.at(reader.key, f"{share:.2%} {what}; use a tokenizer for this text, {advice}")
-        if reader.source.special_tokens == "text" and (found := encode.count_special(texts)):
+        if reader.source.special_tokens == "text" and (found := encoder.count_special(texts)):
             listed = ", ".join(found)
             logger.info("%s: special tokens in the text are read as ordinary text: %s", reader.key, listed)
 
@@ -161,10 +161,8 @@ class _Lane:
                 raise RecipeError.at(key, f"the corpus is empty: no document with text in {files}")
             at.epoch, at.piece, at.document = at.epoch + 1, 0, 0
             if self._max_epochs is not None and at.epoch >= self._max_epochs:
-                raise RecipeError.at(
-                    f"{key}.max_epochs",
-                    f"the source has run out: {self._describe_end()} {at.epoch} time(s); shorten the run or raise it",
-                )
+                message = f"the source has run out: {self._describe_end()} {at.epoch} time(s)"
+                raise RecipeError.at(f"{key}.max_epochs", f"{message}; shorten the run or raise max_epochs")
 
 
 class Lanes(NamedTuple):
@@ -248,7 +246,7 @@ class StreamingData:
     def __init__(
         self,
         data: DataSection,
-        encode: Encoder,
+        encoder: Encoder,
         held_out: frozenset[bytes],
         *,
         first_step: int,
@@ -264,7 +262,7 @@ class StreamingData:
     ):
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
-        self._eos_before_bos = eos_token_id if encode.prefix else None
+        self._eos_before_bos = eos_token_id if encoder.prefix else None
         per_process = micro_batch_size * accumulation_steps
         self._per_step = per_process * num_processes
         self._mine = range(process_index * per_process, (process_index + 1) * per_process)
@@ -287,7 +285,7 @@ class StreamingData:
                     state = states.get((stream, lane), LaneState())
                     pieces = streams[stream][lane::number]
                     cap, is_only_lane = caps[stream], number == 1
-                    made = _Lane(pieces, splitter, encode, data.block_size, cap, state, is_only_lane, max_unknown)
+                    made = _Lane(pieces, splitter, encoder, data.block_size, cap, state, is_only_lane, max_unknown)
                     self._lanes[stream, lane] = made
 
         self._example: dict[str, torch.Tensor] | None = None
