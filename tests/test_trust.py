@@ -438,7 +438,7 @@ def test_a_run_goes_on_with_an_address_that_is_signed_anew(secret_run):
     assert list((folder / "prepared").glob("*/manifest.json")) == prepared and len(prepared) == 1
     missing = run("third", "--data.sources.0.path=csv", "--data.sources.0.text_column=none")
     assert missing.returncode == 2 and "planted" not in missing.stderr, missing.stderr
-    with pytest.raises(RecipeError, match="instead of its secret"):
+    with pytest.raises(RecipeError, match=r"\*\*\*"):
         corpus.Reader(load_recipe(folder / "run" / "recipe.yaml").data.sources[0])
 
 
@@ -460,7 +460,7 @@ def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(se
     found = [path for path in (folder / "ladder").rglob("*") if path.is_file()]
     assert rung.path in found and [path for path in found if b"planted" in path.read_bytes()] == []
     alone = small.train(rung.path, f"--output_dir={folder / 'alone'}")
-    assert alone.returncode == 2 and "instead of its secret" in alone.stderr
+    assert alone.returncode == 2 and "***" in alone.stderr
 
 
 def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
