@@ -97,8 +97,8 @@ def run_summary(
     epochs: str | None,
     notes: Sequence[str],
 ) -> str:
-    """What a finished run prints. `report`: see `verify.verify_export`. `epochs`: what `format_epochs` returned, None for
-    a stream."""
+    """What a finished run prints. `report`: see `verify.verify_export`. `epochs`: text of `format_epochs`, None for a
+    stream."""
     where = ", ".join(
         text if (first, last) == (1, state.step) else f"{text} (steps {first:,} to {last:,})"
         for text, first, last in segments.places(state.segments)
