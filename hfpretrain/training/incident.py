@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from hfpretrain import files
 from hfpretrain.data.batches import StepData, TrainingData
+from hfpretrain.data.inspection import sequences_of_step
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.engines.base import Engine
