@@ -64,8 +64,8 @@ def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.
     }
 
 
-def goes_on(recipe: Path, engine: str, run: Path) -> bool:
-    """Whether the same command ends the run."""
+def runs_to_end(recipe: Path, engine: str, run: Path) -> bool:
+    """Run the same command again, and return whether the run ends well."""
     env = environment(PYTHONPATH=str(ROOT), FAULT="")
     result = subprocess.run(start(recipe, engine, run), env=env, cwd=ROOT, capture_output=True, text=True)
     return result.returncode == 0
@@ -93,11 +93,11 @@ def main() -> None:
         recipe = write(Path(folder))
         for engine in args.engines:
             straight = Path(folder) / f"{engine}-straight"
-            assert goes_on(recipe, engine, straight)
+            assert runs_to_end(recipe, engine, straight)
             for phase in PHASES:
                 run = Path(folder) / f"{engine}-{phase}"
                 row = stop(recipe, engine, phase, run)
-                same = goes_on(recipe, engine, run) and losses(run) == losses(straight)
+                same = runs_to_end(recipe, engine, run) and losses(run) == losses(straight)
                 print(
                     f"| {engine} | {phase} | {row['seconds']:.1f} | {row['exit code']} | step {row['saved at step']} | "
                     f"{'yes' if row['verified'] else 'NO'} | {'yes' if same else 'NO'} |",

@@ -60,11 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; what is finished stays, and the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, for example `head`, has seen enough
-        console.drop_output()
+        console.flush_stdout()
     except OSError as error:
         from hfpretrain import files
 
-        console.drop_output()
+        console.flush_stdout()
         if (text := files.refusal(error)) is None:
             raise
         print(f"error: {text}; make room or allow access there", file=sys.stderr)
@@ -85,7 +85,7 @@ class _RecipeHelp(argparse.Action):
         try:
             print(text if section else f"{parser.format_help()}\n{text}", flush=True)
         except BrokenPipeError:  # the reader, for example `head`, has seen enough
-            console.drop_output()
+            console.flush_stdout()
         parser.exit()
 
 
@@ -236,7 +236,7 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.training import preflight
 
     recipe = _load(args, overrides)
-    problems = preflight.world_problems(recipe)
+    problems = preflight.resource_problems(recipe)
     if args.engine is not None:
         problems += preflight.engine_problems(
             recipe.training,
@@ -273,9 +273,9 @@ def _related(recipe: Recipe) -> list[str]:
     """Notes on whether tokenizer and model belong together; none without transformers or where one is on the Hub."""
     if find_spec("transformers") is None:
         return []
-    from hfpretrain.training.vocabulary import check
+    from hfpretrain.training.vocabulary import check_tokenizer
 
-    return check(recipe.model, recipe.tokenizer, recipe.data, local_only=True)
+    return check_tokenizer(recipe.model, recipe.tokenizer, recipe.data, local_only=True)
 
 
 def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
@@ -292,12 +292,12 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     optim.require_library(recipe.optimizer)
     # Raises if transformers does not take the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
-    preflight.require_model(recipe.model, recipe.optimizer.no_decay)
+    preflight.require_buildable_model(recipe.model, recipe.optimizer.no_decay)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
     if prepared is not None:
         check_unknown_share(prepared, recipe.tokenizer.max_unknown)
     packs_documents = None if prepared is None else prepared.packs_documents()
-    tried = preflight.try_model(recipe.model, recipe.training, recipe.data, packs_documents)
+    tried = preflight.check_small_model(recipe.model, recipe.training, recipe.data, packs_documents)
     notes = [f"note             {text}" for text in tried]
     seen = "known once the text is prepared"
     if prepared is not None:
@@ -374,7 +374,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
 
     recipe = _load(args, overrides)
     saved = files.steps(Path(recipe.output_dir) / "checkpoints")
-    skipped = saver.train_state(saved[0])["skipped"] if saved else []
+    skipped = saver.read_train_state(saved[0])["skipped"] if saved else []
     for line in describe_step(recipe, args.step, skipped):
         print(line)
 
@@ -562,10 +562,10 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
-    from hfpretrain.checkpoints.export import export_to
+    from hfpretrain.checkpoints.export import export_checkpoint
     from hfpretrain.publishing.card import describe_export
 
-    print(*export_to(Path(args.checkpoint), Path(args.out), describe_export), sep="\n")
+    print(*export_checkpoint(Path(args.checkpoint), Path(args.out), describe_export), sep="\n")
 
 
 def _path(args: argparse.Namespace, _: list[str]) -> None:
@@ -580,7 +580,7 @@ def _repair(run: Path) -> None:
     from hfpretrain.training import run_folder
 
     if (run / "recipe.yaml").is_file() and not run_folder.is_in_use(run):
-        export.repair(run)
+        export.finish_interrupted_export(run)
 
 
 def _push(args: argparse.Namespace, _: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The entry of a training: `python -m hfpretrain.train RECIPE`."""
+"""The entry point of a training run: `python -m hfpretrain.train RECIPE`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
 from hfpretrain.training.run import run
-from hfpretrain.training.saving import GOES_ON, NotSavedError
+from hfpretrain.training.saving import RESUME_ADVICE, NotSavedError
 from hfpretrain.training.stability import TrainingDivergedError
 from hfpretrain.training.stopping import StoppedEarlyError
 
@@ -37,7 +37,7 @@ STOPPED = 75
 def train(recipe: Recipe) -> Path | None:
     """Run a recipe to its end, from the newest checkpoint in its output folder if there is one.
 
-    In a process that plain Python started it may be called again. Under `accelerate launch` every process must call it,
+    In a process started by plain Python, it may be called again. Under `accelerate launch` every process must call it,
     once. Returns the folder of the exported model, or None if the run was stopped before its end, with everything
     saved. Raises `RecipeError` for what is wrong with the recipe, the launcher or the machine, `TrainingDivergedError`
     if an unstable step must stop the run, `NotSavedError` if the last checkpoint could not be written.
@@ -78,30 +78,30 @@ def _main(arguments: list[str], rank: int) -> int:
     except RecipeError as error:
         if rank:
             time.sleep(5)  # the launcher ends all ranks with the first, and rank 0 has the same error and prints it
-        _tell("\n  ".join([f"error in {arguments[0]}:", *map(str, error.problems)]))
+        _report("\n  ".join([f"error in {arguments[0]}:", *map(str, error.problems)]))
         return 2
     except KeyboardInterrupt:
         if rank == 0:
-            print(f"interrupted; {GOES_ON}", file=sys.stderr)
+            print(f"interrupted; {RESUME_ADVICE}", file=sys.stderr)
         return 130
     except StoppedEarlyError as error:
-        _tell(f"stopped by {error}; what is finished stays, and the same command goes on from there")
+        _report(f"stopped by {error}; finished work is kept, and the same command continues from there")
         return STOPPED
     except (TrainingDivergedError, NotSavedError) as error:
         if rank == 0:
-            _tell(f"stopped: {error}")
+            _report(f"stopped: {error}")
         return 1
     except Exception as error:
         if (text := files.refusal(error)) is None:
             raise
-        advice = "make room or allow access there: what is finished stays, and the same command goes on from there"
-        _tell(f"stopped: {text}; {advice}")
+        advice = "free disk space or allow access there, then run the same command again: it keeps finished work"
+        _report(f"stopped: {text}; {advice}")
         return 1
     return STOPPED if path is None else 0
 
 
 def _help(arguments: list[str]) -> int:
-    """Print the keys of a recipe, or of the section that follows `-h`; the usage alone where no recipe is given."""
+    """Print the keys of a recipe, or of the section after `-h`; if no recipe is given, only the usage."""
     usage = "usage: accelerate launch -m hfpretrain.train [-h [SECTION]] RECIPE [--section.key=value ...]"
     if arguments[:1] not in (["-h"], ["--help"]):
         print(usage, file=sys.stderr)
@@ -115,15 +115,15 @@ def _help(arguments: list[str]) -> int:
 
 
 def _with_secrets(recipe: Recipe) -> Recipe:
-    """The recipe with the secrets in its addresses, which the command that started this process hands over."""
+    """The recipe with the secrets in its addresses, which come from the command that started this process."""
     secrets = json.loads(os.environ.pop(redaction.SECRETS, "[]"))
     return (
         Recipe.model_validate(redaction.restore_secrets(recipe.model_dump(mode="json"), secrets)) if secrets else recipe
     )
 
 
-def _tell(text: str) -> None:
-    """Print why the run ends, also at the end of the report of torch's launcher."""
+def _report(text: str) -> None:
+    """Print why the run ends, and have torch's launcher repeat it at the end of its report."""
     launch.leave_message(text)
     print(text, file=sys.stderr)
 

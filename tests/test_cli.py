@@ -65,7 +65,7 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
         (["plan", "quickstart", "--num_processes", "2"], "did you mean --num-processes?"),
         (["generate", "x", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
         (["plan", "quickstart", "--engine", "single", "--num-processes", "2"], "single runs one process"),
-        (["generate", "tests@main", "x"], "tests is a folder here, and folders have no revisions"),
+        (["generate", "tests@main", "x"], "tests is a local folder, which has no revisions"),
         (["verify", "x", "--oops"], "unknown arguments: --oops"),
     ],
 )

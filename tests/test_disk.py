@@ -59,9 +59,9 @@ def test_training_goes_on_if_a_checkpoint_can_not_be_written(warm, half_done):
     result = warm.run(*command, "--training.max_steps=12", max_file_size=300_000)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for step in (6, 9):
-        assert f"the checkpoint of step {step} is not saved: File too large" in result.stderr
-    assert "training goes on, older checkpoints are as they were" in result.stderr
-    assert "stopped: the checkpoint of step 12 is not saved: File too large" in result.stderr
+        assert f"the checkpoint of step {step} was not saved: File too large" in result.stderr
+    assert "training continues, and older checkpoints are unchanged" in result.stderr
+    assert "stopped: the checkpoint of step 12 was not saved: File too large" in result.stderr
     assert list(rows(run, "loss")) == list(range(1, 13)) and len(rows(run, "event")) == 3
     assert checkpoints(run) == ["step-00000003"] and files.damage(run / "checkpoints" / "step-00000003") is None
     assert (run / "checkpoints" / "step-00000003" / "manifest.json").read_bytes() == before
@@ -76,7 +76,7 @@ def test_a_run_whose_export_does_not_fit_stops_and_exports_later(warm, half_done
     shutil.rmtree(run / "model")
     result = warm.run(*command, max_file_size=weights - 1000)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "stopped: File too large" in result.stderr and "the same command goes on from there" in result.stderr
+    assert "stopped: File too large" in result.stderr and "run the same command again" in result.stderr
     assert warm.run(*command).returncode == 0 and (run / "model" / "model.safetensors").exists()
 
 
@@ -97,7 +97,7 @@ def test_lines_wait_in_memory_if_the_disk_is_full(warm, tmp_path):
     result = warm.run("-c", code, path)
     assert result.returncode == 0, result.stderr
     assert len(path.read_text().splitlines()) == 11
-    assert result.stderr.count("can't be written, its lines wait in memory: File too large") == 1
+    assert result.stderr.count("can't be written; new lines are kept in memory until it can: File too large") == 1
 
 
 def test_a_rollback_removes_lines_although_the_disk_is_full(warm, tmp_path):
@@ -153,7 +153,7 @@ def test_a_full_disk(warm, folder, small_disk):
     prepared = f"--data.prepared_dir={folder / 'prepared'}"
     result = warm.run("hfpretrain.train", recipe, f"--output_dir={small_disk / 'run'}", prepared)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "is not saved: No space left on device" in result.stderr and "training goes on" in result.stderr
+    assert "was not saved: No space left on device" in result.stderr and "training continues" in result.stderr
     found = checkpoints(small_disk / "run")
     assert found[0] == "step-00000002" and all("incomplete" not in name for name in found)
     assert all(files.damage(small_disk / "run" / "checkpoints" / name) is None for name in found)
@@ -175,8 +175,8 @@ def test_a_folder_that_becomes_read_only(warm, half_done):
     finally:
         subprocess.run(["umount", str(run / "checkpoints")], check=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "the checkpoint of step 6 is not saved: Read-only file system" in result.stderr
-    assert "stopped: the checkpoint of step 8 is not saved: Read-only file system" in result.stderr
+    assert "the checkpoint of step 6 was not saved: Read-only file system" in result.stderr
+    assert "stopped: the checkpoint of step 8 was not saved: Read-only file system" in result.stderr
     assert checkpoints(run) == ["step-00000003"]
 
 
@@ -202,7 +202,7 @@ def killed_at(monkeypatch, number):
 
 
 def export_folder(path, weights):
-    """Write an export as `export.write` does, but without a model."""
+    """Write an export as `export.write_model` does, but without a model."""
     work = files.work_folder(path)
     (work / "model.safetensors").write_text(weights)
     (work / "config.json").write_text("{}")
@@ -231,7 +231,7 @@ def test_a_kill_at_any_point_of_replacing_an_export_loses_nothing(tmp_path, monk
             with contextlib.suppress(Killed):
                 export_folder(run / "model", "new")
             survived = next(calls) <= number
-        export.repair(run)
+        export.finish_interrupted_export(run)
         found = content(run / "model")
         assert found.items() >= THEIRS.items() and found["model.safetensors"] in ("old", "new"), number
         assert files.sums_damage(run / "model") is None and [path.name for path in run.iterdir()] == ["model"]
@@ -261,7 +261,7 @@ def test_a_kill_at_any_point_of_saving_a_step_again_loses_nothing(tmp_path, monk
             with contextlib.suppress(Killed):
                 sealed(folder, 3, "new")
             survived = next(calls) <= number
-        path, reasons = resume.newest(folder)
+        path, reasons = resume.find_newest(folder)
         assert path == folder / "step-00000003" and reasons == [], number
         assert (path / "__0_0.distcp").read_text() in ("old", "new") and (path / "notes.txt").read_text() == "mine"
         assert list(folder.iterdir()) == [path]

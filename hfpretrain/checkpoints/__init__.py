@@ -1,1 +1,1 @@
-"""The full state of a run in pieces: saving, verifying, resuming, and the export as a plain Hugging Face folder."""
+"""The full state of a run: saving, verifying and resuming it, and exporting it as a plain Hugging Face folder."""

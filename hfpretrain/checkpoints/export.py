@@ -26,7 +26,7 @@ CONFIG_FOLDER = "config"
 GENERATION_CONFIG = "generation_config.json"
 
 
-def write(
+def write_model(
     config: PretrainedConfig,
     state_dict: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerFast,
@@ -38,8 +38,8 @@ def write(
 
     `generation_config`: that of the pretrained model; None makes one from the special tokens of `config`.
 
-    The weights go through a new model of `config`, so the files hold nothing of how the engine wraps the model. A
-    folder at `path` is replaced; its card and the files that no export wrote are kept.
+    The weights are loaded into a new model of `config`, so that the files contain no wrappers of the engine. A folder
+    at `path` is replaced; its card and the files that no export wrote are kept.
     """
     from transformers import AutoModelForCausalLM
 
@@ -63,13 +63,13 @@ def write(
 
 
 def _tied_weights(model: Any, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of `state_dict` by every name that the model has for them; `state_dict` has a tied tensor once."""
+    """The tensors of `state_dict` under all their names in the model; `state_dict` contains each tied tensor once."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     known = {id(tensor): state_dict[name] for name, tensor in named if name in state_dict}
     return {name: known[id(tensor)] for name, tensor in named if id(tensor) in known}
 
 
-def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+def write_checkpoint_model(run: Path, checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
     """Write the model of a run's checkpoint, saved under any engine, and the tokenizer to `folder`.
 
     Takes twice the memory of the weights. Returns the float32 weights by name. Raises `RecipeError` if the checksums of
@@ -83,7 +83,9 @@ def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> dict[str, tor
         raise RecipeError.at(str(checkpoint), reason)
     configs = run / CONFIG_FOLDER
     if not configs.is_dir():
-        raise RecipeError.at(str(configs), "is missing: it holds the config and the tokenizer of the checkpoint")
+        raise RecipeError.at(
+            str(configs), "is missing; it should contain the config and the tokenizer of the checkpoint"
+        )
     recipe = read_recipe(run / "recipe.yaml")
     config = AutoConfig.from_pretrained(configs, trust_remote_code=recipe.model.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(configs, trust_remote_code=recipe.tokenizer.trust_remote_code)
@@ -93,11 +95,11 @@ def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> dict[str, tor
     generation_config = None
     if (configs / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(configs)
-    write(config, weights, tokenizer, folder, recipe.model.dtype, generation_config)
+    write_model(config, weights, tokenizer, folder, recipe.model.dtype, generation_config)
     return weights
 
 
-def export_to(given: Path, folder: Path, describe: Callable[[Path, Path, int], None]) -> list[str]:
+def export_checkpoint(given: Path, folder: Path, describe: Callable[[Path, Path, int], None]) -> list[str]:
     """Export a checkpoint, or the newest checkpoint of a run that verifies, to a new `folder`.
 
     `describe(run, folder, step)` adds files about the run at that step, such as the card. `folder` appears only after
@@ -105,15 +107,15 @@ def export_to(given: Path, folder: Path, describe: Callable[[Path, Path, int], N
     `RecipeError` if `folder` is not empty, or `given` is neither a checkpoint nor a run with one.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError.at("OUT", f"{folder} already exists and is not overwritten; name a new folder")
+        raise RecipeError.at("OUT", f"{folder} already exists and is not overwritten; choose a new folder")
     checkpoint = given if saver.is_checkpoint(given) else resume.newest_undamaged(given)
     if checkpoint is None:
         neither = f"{given} is neither a checkpoint (runs/NAME/checkpoints/step-...) nor a run with an undamaged one"
         raise RecipeError.at("CHECKPOINT", missing_path_problem(str(given)) or neither)
-    run, step = run_of(checkpoint), _step(checkpoint)
+    run, step = run_of(checkpoint), _read_step(checkpoint)
     work = files.work_folder(folder)
     try:
-        weights = write_checkpoint(run, checkpoint, work)
+        weights = write_checkpoint_model(run, checkpoint, work)
         describe(run, work, step)
         trust_remote_code = read_recipe(run / "recipe.yaml").model.trust_remote_code
         number = verify.compare_weights(work, weights, trust_remote_code)
@@ -124,7 +126,7 @@ def export_to(given: Path, folder: Path, describe: Callable[[Path, Path, int], N
         shutil.rmtree(work, ignore_errors=True)
     return [
         f"{folder}: step {step:,} of {run}",
-        f"  verified       loaded with plain transformers, its {number} tensors are those of {checkpoint}",
+        f"  verified       loaded with plain transformers, its {number} tensors equal those of {checkpoint}",
     ]
 
 
@@ -137,15 +139,15 @@ def run_of(checkpoint: Path) -> Path:
     return run
 
 
-def _step(checkpoint: Path) -> int:
+def _read_step(checkpoint: Path) -> int:
     try:
-        return int(saver.train_state(checkpoint)["step"])
+        return int(saver.read_train_state(checkpoint)["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError.at(str(checkpoint), f"its {saver.TRAIN_STATE} can't be read: {error}") from error
 
 
-def repair(run: Path) -> None:
-    """Finish an export of a run folder during which the process was killed. No other process may use the folder."""
+def finish_interrupted_export(run: Path) -> None:
+    """Finish or undo an export to a run folder whose process was killed. No other process may use the folder."""
     files.restore(run / "model")
     shutil.rmtree(run / f"model{files.INCOMPLETE}", ignore_errors=True)
     for folder in (run, run / "model"):

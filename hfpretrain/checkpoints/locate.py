@@ -22,8 +22,8 @@ class Source(NamedTuple):
 
 
 @contextlib.contextmanager
-def located(given: str, key: str = "model") -> Iterator[Source]:
-    """What to give to `from_pretrained` for a model that a user named, while the context is open.
+def locate_model(given: str, key: str = "model") -> Iterator[Source]:
+    """Find what to give to `from_pretrained` for the model `given`. It exists while the context is open.
 
     `given`: an exported folder, a run (its export, or else its newest checkpoint), a checkpoint (exported to a
     temporary folder), or `ID@REVISION` of the Hub. Raises `RecipeError` at `key` where it is none of these.
@@ -32,14 +32,14 @@ def located(given: str, key: str = "model") -> Iterator[Source]:
     if (path / "config.json").is_file():
         yield Source(given)
     elif saver.is_checkpoint(path):
-        with _exported(path) as folder:
+        with _temporary_export(path) as folder:
             yield Source(folder)
     elif (path / "model" / "config.json").is_file():
-        print(f"{given}: its export, {path / 'model'}", file=sys.stderr)
+        print(f"{given}: using its export, {path / 'model'}", file=sys.stderr)
         yield Source(str(path / "model"))
     elif (newest := resume.newest_undamaged(path)) is not None:
-        print(f"{given}: its newest checkpoint, {newest}", file=sys.stderr)
-        with _exported(newest) as folder:
+        print(f"{given}: using its newest checkpoint, {newest}", file=sys.stderr)
+        with _temporary_export(newest) as folder:
             yield Source(folder)
     elif path.exists():
         runs = [
@@ -49,17 +49,17 @@ def located(given: str, key: str = "model") -> Iterator[Source]:
         near = [*parents[:1], *runs[:1]]
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError.at(
-            key, f"{given} holds no model: it is neither an exported folder, nor a checkpoint, nor a run{hint}"
+            key, f"{given} contains no model: it is neither an exported folder, nor a checkpoint, nor a run{hint}"
         )
     else:
-        yield _on_the_hub(given, key)
+        yield _hub_source(given, key)
 
 
-def _on_the_hub(given: str, key: str) -> Source:
+def _hub_source(given: str, key: str) -> Source:
     repo_id, _, revision = given.removeprefix("hub://").partition("@")
     problem = None if given.startswith("hub://") else missing_path_problem(given)
     if revision and Path(repo_id).exists():
-        problem = f"{repo_id} is a folder here, and folders have no revisions (got {given!r})"
+        problem = f"{repo_id} is a local folder, which has no revisions (got {given!r})"
     problem = problem or repo_id_problem(repo_id)
     if problem is not None:
         raise RecipeError.at(key, problem)
@@ -67,9 +67,9 @@ def _on_the_hub(given: str, key: str) -> Source:
 
 
 @contextlib.contextmanager
-def _exported(checkpoint: Path) -> Iterator[str]:
+def _temporary_export(checkpoint: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
-        export.write_checkpoint(export.run_of(checkpoint), checkpoint, folder)
+        export.write_checkpoint_model(export.run_of(checkpoint), checkpoint, folder)
         yield str(folder)

@@ -1,4 +1,4 @@
-"""Whether a recipe may resume the run of another: without torch, since `hfpretrain check` asks it too."""
+"""Whether a recipe may resume the run of another. Does not import torch, since `hfpretrain check` uses it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hfpretrain.recipe.schema import Problem, Recipe, TokenizerSection
 from hfpretrain.recipe.yaml import CHANGEABLE_ON_RESUME, differences
 
 
-def changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
+def forbidden_changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
     """Keys in which `recipe` differs from the recipe `begun` of the run that it resumes.
 
     `CHANGEABLE_ON_RESUME` keys are left out.
@@ -22,9 +22,9 @@ def changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
 
 
 def _framing_changes(now: TokenizerSection, then: TokenizerSection) -> Iterator[Problem]:
-    """A problem if documents begin with another token under `now` than under `then`; null equals what it stands for."""
+    """A problem if documents begin differently under `now` and `then`. Null equals the value that it stands for."""
     first, second = (document_prefix(load_tokenizer(section)) for section in (now, then))
     if first != second:
         names = ["BOS" if prefix else "no BOS" for prefix in (first, second)]
-        message = f"documents begin with {names[0]} here, with {names[1]} there"
+        message = f"documents begin with {names[0]} here, but with {names[1]} there"
         yield Problem("tokenizer.add_bos", f"{message} (got {now.add_bos!r}, there {then.add_bos!r})")

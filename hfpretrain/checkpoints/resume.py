@@ -1,4 +1,4 @@
-"""Finding the checkpoint to resume from: the newest of a run that verifies, or that of `checkpoint.resume_from`."""
+"""Finding the checkpoint to resume from: the newest intact one of a run, or that of `checkpoint.resume_from`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hfpretrain import files
 from hfpretrain.checkpoints import saver
-from hfpretrain.checkpoints.recipe_changes import changes
+from hfpretrain.checkpoints.recipe_changes import forbidden_changes
 from hfpretrain.engines import pieces
 from hfpretrain.recipe.addresses import parse_hub_address
 from hfpretrain.recipe.hub import explain_failure
@@ -21,10 +21,10 @@ _KEY = "checkpoint.resume_from"
 logger = logging.getLogger(__name__)
 
 
-def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint in `folder` whose checksums all match.
 
-    Returns its path, None if there are no checkpoints at all, and why each newer one was passed over. Those are renamed
+    Returns its path, None if there are no checkpoints at all, and why each newer one is not used. Those are renamed
     to `step-XXXXXXXX.damaged`, so that rotation neither counts nor deletes them. `file_read` is called after each file.
 
     Raises `RecipeError` if there are checkpoints but none verifies: starting from scratch is the user's decision.
@@ -37,18 +37,18 @@ def newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[
     for path in files.steps(folder):
         reason = files.damage(path, file_read=file_read)
         if reason is None and (files.manifest_of(path) or {}).get("step") != files.step_of(path):
-            reason = f"{path / files.MANIFEST} is that of another step"
+            reason = f"{path / files.MANIFEST} belongs to another step"
         if reason is None:
             return path, reasons
-        logger.warning("checkpoint %s is passed over: %s", path.name, reason)
-        reasons.append(f"checkpoint {path.name} is passed over: {reason}")
+        logger.warning("checkpoint %s is not used: %s", path.name, reason)
+        reasons.append(f"checkpoint {path.name} is not used: {reason}")
         damaged = path.with_name(path.name + ".damaged")
         with contextlib.suppress(OSError):  # a disk that can't be written to can still be read
             if damaged.is_dir():
                 files.discard(damaged)
             path.rename(damaged)
     if reasons or any(folder.glob("step-*.damaged")):
-        advice = "restore one, or delete the folder to start anew"
+        advice = "restore one, or delete the folder to start from scratch"
         raise RecipeError.at(str(folder), f"no checkpoint verifies: {'; '.join(reasons) or 'all damaged'}. {advice}")
     return None, reasons
 
@@ -58,7 +58,7 @@ def newest_undamaged(run: Path) -> Path | None:
     return next((path for path in files.steps(run / "checkpoints") if files.damage(path) is None), None)
 
 
-def fetch_start(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
+def fetch_initial_checkpoint(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
     """Copy or download the checkpoint of `checkpoint.resume_from` into the run's `checkpoints`, if the run has none.
 
     `file_read` is called after each file whose checksum is compared. A download that was stopped resumes.
@@ -78,16 +78,16 @@ def fetch_start(recipe: Recipe, file_read: Callable[[], None] = lambda: None) ->
         logger.info("reading %s", given)
         state = _download(*address, work)
     try:
-        _require_sound(given, state, recipe, file_read)
+        _require_intact(given, state, recipe, file_read)
     except RecipeError:
         shutil.rmtree(work, ignore_errors=True)
         raise
     step = (files.manifest_of(state) or {})["step"]
-    # Checkpoints must never stand in a folder without the recipe they belong to.
+    # A run folder must never contain checkpoints without the recipe they belong to.
     files.write_whole(folder.parent / "recipe.yaml", dump_recipe(recipe))
     state.rename(folder / f"step-{step:08d}")
     shutil.rmtree(work, ignore_errors=True)
-    logger.info("the run goes on from step %d of %s", step, given)
+    logger.info("the run continues from step %d of %s", step, given)
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -96,7 +96,9 @@ def _has_checkpoint(folder: Path) -> bool:
 
 def _copy(given: Path, state: Path) -> Path:
     if files.manifest_of(given) is None:
-        raise RecipeError.at(_KEY, f"{given} is no checkpoint; give a folder like runs/NAME/checkpoints/step-00001000")
+        raise RecipeError.at(
+            _KEY, f"{given} is not a checkpoint; give a folder such as runs/NAME/checkpoints/step-00001000"
+        )
     shutil.rmtree(state, ignore_errors=True)
     shutil.copytree(given, state, copy_function=files.link_or_copy)
     above = given.absolute().parent.parent / "recipe.yaml"
@@ -105,22 +107,24 @@ def _copy(given: Path, state: Path) -> Path:
     return state
 
 
-def _require_sound(given: str, state: Path, recipe: Recipe, file_read: Callable[[], None]) -> None:
+def _require_intact(given: str, state: Path, recipe: Recipe, file_read: Callable[[], None]) -> None:
     if (reason := files.damage(state, file_read=file_read)) is not None:
-        raise RecipeError.at(_KEY, f"{given} is not what was saved: {reason}; run again to read it anew")
-    if (files.manifest_of(state) or {}).get("step") != saver.train_state(state)["step"]:
-        raise RecipeError.at(_KEY, f"{given} is no checkpoint of a run: its manifest and its train_state.json differ")
+        raise RecipeError.at(_KEY, f"{given} is damaged: {reason}; run the same command again to read it again")
+    if (files.manifest_of(state) or {}).get("step") != saver.read_train_state(state)["step"]:
+        raise RecipeError.at(
+            _KEY, f"{given} is not a valid checkpoint: manifest.json and train_state.json have different steps"
+        )
     try:
         pieces.load_whole_tensors(state, ())
-    except Exception as error:  # a file that somebody else wrote may raise anything
-        raise RecipeError.at(_KEY, f"{given} is not read: {' '.join(str(error).split()):.300}") from error
+    except Exception as error:  # a file of unknown origin may raise anything
+        raise RecipeError.at(_KEY, f"{given} can't be loaded: {' '.join(str(error).split()):.300}") from error
     try:
         begun = read_recipe(state / "recipe.yaml")
     except RecipeError as error:
-        raise RecipeError.at(_KEY, f"{given} does not tell its recipe: {error}") from error
-    if changed := changes(recipe, begun):
-        advice = "undo the changes, or go on from its weights alone by `model.pretrained`"
-        raise RecipeError([Problem(_KEY, f"{given} is of another recipe; {advice}"), *changed])
+        raise RecipeError.at(_KEY, f"the recipe.yaml of {given} can't be read: {error}") from error
+    if changed := forbidden_changes(recipe, begun):
+        advice = "undo the changes, or start from its weights alone with `model.pretrained`"
+        raise RecipeError([Problem(_KEY, f"{given} was saved with another recipe; {advice}"), *changed])
 
 
 def _download(repo_id: str, revision: str, folder: Path) -> Path:
@@ -136,6 +140,6 @@ def _download(repo_id: str, revision: str, folder: Path) -> Path:
     except Exception as error:  # its HTTP library raises classes of its own
         raise RecipeError.at(_KEY, f"{where} can't be read: {explain_failure(error).text}") from error
     if not (folder / saver.STATE).is_dir():
-        advice = "push with `hub.push_state: true`, or go on from its weights alone by `model.pretrained`"
-        raise RecipeError.at(_KEY, f"{where} holds no state; {advice}")
+        advice = "push with `hub.push_state: true`, or start from its weights alone with `model.pretrained`"
+        raise RecipeError.at(_KEY, f"{where} contains no training state; {advice}")
     return folder / saver.STATE

@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """How a save went."""
+class SaveResult:
+    """The result of a save."""
 
     step: int
     error: str | None
-    """Why there is no checkpoint; None if it was saved."""
+    """Why the save failed; None if it succeeded."""
     stall_seconds: float
-    """Time that training stood still, waiting for the previous save and copying the state."""
+    """Time that training stopped, to wait for the previous save and to copy the state."""
     waited_seconds: float
     """Part of `stall_seconds`: the wait for the previous save."""
     seconds: float
-    """Time from the start until everything is on the disk."""
+    """Time from the start until all files are on the disk."""
     bytes: int
 
 
@@ -47,16 +47,16 @@ class Saver:
     """Writes checkpoints into `folder` while training continues. All ranks must call the same methods.
 
     `group`: a process group that only this saver uses, since it works in a thread; None if there is one process.
-    `sealed`: called on the main process with each new checkpoint, before old ones are deleted.
+    `on_sealed`: called on the main process with each new checkpoint, before old ones are deleted.
     """
 
     def __init__(
-        self, folder: Path, section: CheckpointSection, group: Any, sealed: Callable[[Path], None] | None = None
+        self, folder: Path, section: CheckpointSection, group: Any, on_sealed: Callable[[Path], None] | None = None
     ):
-        self._folder, self._section, self._group, self._sealed = folder, section, group, sealed
+        self._folder, self._section, self._group, self._on_sealed = folder, section, group, on_sealed
         self._rank = 0 if group is None else dist.get_rank(group)
         self._thread: threading.Thread | None = None
-        self._done: list[Saved] = []
+        self._done: list[SaveResult] = []
 
     def save(
         self,
@@ -86,7 +86,7 @@ class Saver:
                 error, size = _reason(raised, self._folder), 0
             seconds = time.perf_counter() - start
             standstill = stall if in_background else seconds
-            self._done.append(Saved(train_state["step"], error, standstill, waited, seconds, size))
+            self._done.append(SaveResult(train_state["step"], error, standstill, waited, seconds, size))
 
         self._thread = threading.Thread(target=work, name="save")
         self._thread.start()
@@ -94,13 +94,13 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the save that was started is written."""
+        """Wait until the current save has ended."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def done(self) -> list[Saved]:
-        """The saves that have ended since the last call on this process; other ranks may see them later."""
+    def take_results(self) -> list[SaveResult]:
+        """The results of the saves that have ended since the last call. Other ranks may get them later."""
         done, self._done = self._done, []
         return done
 
@@ -129,10 +129,10 @@ class Saver:
             manifest = files.seal(work, path, content, known)
             written["size"] = sum(entry["size"] for entry in manifest["files"].values())
             try:
-                if self._sealed is not None:
-                    self._sealed(path)
+                if self._on_sealed is not None:
+                    self._on_sealed(path)
                 _remove_old(self._folder, self._section)
-            except OSError as error:  # the new checkpoint is complete all the same
+            except OSError as error:  # the new checkpoint is complete nevertheless
                 logger.warning("older checkpoints can't be removed: %s", error)
 
         main = self._rank == 0
@@ -148,11 +148,11 @@ class Saver:
             try:
                 if ours:
                     step()
-            # Any error must reach the other ranks, which wait for this one, also one that is no `Exception`, as torch's
-            # `CheckpointException` is.
+            # Any error must reach the other ranks, which wait for this one. That includes errors that are not an
+            # `Exception`, such as torch's `CheckpointException`.
             except BaseException as raised:
                 error = _reason(raised, self._folder)
-            answers = self._exchange((error, dict(written)))
+            answers = self._gather_values((error, dict(written)))
             self._gathered = [entries for _, entries in answers]
             error = next((error for error, _ in answers if error is not None), None)
             if error is not None:
@@ -161,7 +161,7 @@ class Saver:
                 return error, 0
         return None, written.get("size", 0)
 
-    def _exchange(self, value: Any) -> list[Any]:
+    def _gather_values(self, value: Any) -> list[Any]:
         """The values of all ranks."""
         if self._group is None:
             return [value]
@@ -171,10 +171,10 @@ class Saver:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """The operating system's message in an error or its causes; else the error itself and the free space."""
+    """The operating system's message in an error or its causes; otherwise the error itself and the free space."""
     text = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     with contextlib.suppress(OSError):  # the folder itself may be missing
-        text += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
+        text += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free in {folder})"
     return files.refusal(error) or text
 
 
@@ -192,7 +192,7 @@ def _remove_old(folder: Path, section: CheckpointSection) -> None:
             files.discard(path)
 
 
-def train_state(path: Path) -> dict[str, Any]:
+def read_train_state(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's `train_state.json`: counters, seeds and what the run was trained on."""
     state: dict[str, Any] = json.loads((path / TRAIN_STATE).read_text(encoding="utf-8"))
     return state

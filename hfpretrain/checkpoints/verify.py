@@ -1,4 +1,4 @@
-"""Verifying an export: its checksums, its weights, and its loss on a batch of the training process.
+"""Verifying an export: its checksums, its weights, and its loss on a batch from the training process.
 
 Checkpoints are not verified here: `files.damage` checks them.
 """
@@ -91,7 +91,7 @@ def verify_export(model_path: Path, reference: Path, trust_remote_code: bool = F
     if not difference <= tolerance:  # also where it is NaN
         raise RecipeError.at(
             str(model_path),
-            f"its loss on the stored batch is {losses[1].mean():.6f}, that of the training process was "
+            f"its loss on the stored batch is {losses[1].mean():.6f}, but that of the training process was "
             f"{losses[0].mean():.6f}: these are not the trained weights",
         )
     return {
@@ -106,8 +106,8 @@ def verify_export(model_path: Path, reference: Path, trust_remote_code: bool = F
 
 
 def _sample(model: Any, tokenizer: Any) -> dict[str, str | None]:
-    """`sample`: a text that the model generates; None with a `sample_error` if its class can't generate, which says
-    nothing about the weights."""
+    """A `sample` that the model generates. If its class can't generate, which says nothing about the weights, `sample`
+    is None and `sample_error` says why."""
     torch.manual_seed(0)
     prompt = torch.tensor([document_start(tokenizer)])  # as a document begins in training
     try:
@@ -175,7 +175,7 @@ def verify_in_fresh_process(
     command = [sys.executable, "-m", "hfpretrain.cli", "verify", str(run), "--json"]
     if trust_remote_code:
         command.append("--trust-remote-code")
-    # In a session of its own: a signal to all processes of the run must not make a good export look like a bad one.
+    # It runs in a session of its own: a signal to all processes of the run must not make a good export look bad.
     pipe, used = subprocess.PIPE, 0.0
     environment = launch.environment_without_launcher()
     process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)

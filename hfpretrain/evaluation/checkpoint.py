@@ -21,7 +21,7 @@ def load_checkpoint(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
-    with locate.located(model) as source:
+    with locate.locate_model(model) as source:
         try:
             tokenizer = load_tokenizer(TokenizerSection(pretrained=source.path, revision=source.revision))
         except RecipeError as error:

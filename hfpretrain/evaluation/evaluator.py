@@ -29,16 +29,16 @@ def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:
 class Recorder(Protocol):
     """Where an evaluator writes its results, as `training.records.Records` does."""
 
-    def row(self, row: dict[str, Any]) -> None:
+    def write_row(self, row: dict[str, Any]) -> None:
         """Write a row into `metrics.jsonl` and the trackers."""
 
-    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+    def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Write the continuations of prompts."""
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line."""
 
-    def plot(self) -> None:
+    def draw_plot(self) -> None:
         """Draw the loss plot again."""
 
 
@@ -129,17 +129,17 @@ class Evaluator:
         figures = self._sets.figures(documents) | self._metrics.compute()
         figures["loss_by_context"] = sums.loss_by_context(contexts)
         row = {f"eval/{name}": value for name, value in figures.items()}
-        records.row({"step": step, "tokens": tokens, **row})
-        records.say(
+        records.write_row({"step": step, "tokens": tokens, **row})
+        records.print_line(
             f"step {step}: validation loss {figures['loss']:.4f}, perplexity "
             f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
         )
         for name in domains(row):  # one set may get worse while the total improves
-            records.say(
+            records.print_line(
                 f"  {name}: loss {figures[f'{name}/loss']:.4f}, perplexity {figures[f'{name}/perplexity']:.2f}, "
                 f"bits per byte {figures[f'{name}/bits_per_byte']:.4f}"
             )
-        records.plot()
+        records.draw_plot()
         return loss
 
     def _observed(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -175,7 +175,7 @@ class Evaluator:
                     made = prompts.continue_text(engine.model, ids, section.sample_tokens, **keywords, **drawing)
                 sample[kind] = str(tokenizer.decode(made))
             samples.append(sample)
-        self._records.samples(step, samples)
+        self._records.write_samples(step, samples)
 
     def _run_tasks(self, tasks: lm_eval_tasks.Tasks, step: int, tokens: int) -> None:
         engine = self._engine
@@ -195,11 +195,11 @@ class Evaluator:
             return
         figures = lm_eval_tasks.figures(tasks.run(self._language_model)["results"])
         row = {f"tasks/{name}": value for name, value in figures.items()}
-        self._records.row({"step": step, "tokens": tokens, **row})
+        self._records.write_row({"step": step, "tokens": tokens, **row})
         for name, value in figures.items():
             if not name.endswith("_stderr"):
                 error = figures.get(f"{name}_stderr")
-                self._records.say(f"  {name} {value:.4f}" + ("" if error is None else f" +- {error:.4f}"))
+                self._records.print_line(f"  {name} {value:.4f}" + ("" if error is None else f" +- {error:.4f}"))
 
     def _any_computes(self, computes: bool) -> bool:
         self._pause()

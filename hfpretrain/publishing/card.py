@@ -414,7 +414,7 @@ def _training(records: _Records) -> str:
     recipe, environment, history = records.recipe, records.environment, records.history
     last, tokens_per_step = history.logged, recipe.training.tokens_per_step
     parts = segments.segments_of(environment, last.get("step", 0))
-    places, hardware, speeds, hours = segments.places(parts), [], [], 0.0
+    places, hardware, speeds, hours = segments.hardware_ranges(parts), [], [], 0.0
     for place, first, end in places:
         steps = f"steps {first:,} to {end:,}: " if len(places) > 1 else ""
         hardware.append(f"{steps}{place}")

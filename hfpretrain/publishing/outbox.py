@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hfpretrain import files
-from hfpretrain.checkpoints.saver import STATE, TRAIN_STATE, train_state
+from hfpretrain.checkpoints.saver import STATE, TRAIN_STATE, read_train_state
 
 MODEL = "model"
 LOCK = ".lock"
@@ -144,7 +144,7 @@ def identity(place: Path) -> str | None:
     None if they can't be read: the folder is being replaced, or is damaged.
     """
     try:
-        state = train_state(place)
+        state = read_train_state(place)
         return f"run {state['run_id']}, ledger {state['ledger'][:16]}"
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -193,7 +193,7 @@ def export_checkpoint(run: Path, place: Path, repo_id: str | None) -> None:
     Takes twice the memory of the weights. Raises `RecipeError` if the checksums of the checkpoint don't match.
     """
     work = files.work_folder(place / outbox.MODEL)
-    export.write_checkpoint(run, place / STATE, work)
+    export.write_checkpoint_model(run, place / STATE, work)
     card.describe_export(run, work, files.step_of(place), repo_id)
     work.rename(place / outbox.MODEL)
 

@@ -1,4 +1,4 @@
-"""The commits at which a run loads model and tokenizer from the Hub: found by one process, used by all."""
+"""The commits at which a run loads model and tokenizer from the Hub. One process finds them, and all use them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.training.run_folder import ENVIRONMENT
 
-RECORD = "hub_commits"
-"""Key of `environment.json` under which a run keeps what `find` returned."""
+ENVIRONMENT_KEY = "hub_commits"
+"""Key of `environment.json` under which a run stores the result of `find`."""
 
 
 def find(
@@ -28,35 +28,35 @@ def find(
     Otherwise the Hub is asked. Only the main process calls this: if every rank asked, a push between two requests could
     give them different commits. Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
     """
-    known, found = _recorded(output_dir, resume_from), dict[str, str | None]()
+    known, found = _recorded_commits(output_dir, resume_from), dict[str, str | None]()
     asked: dict[tuple[str, str | None], str | None] = {}
     for key, section in _sections(model, tokenizer):
-        of = (section.pretrained or "", section.revision)
-        if Path(of[0]).exists() or missing_path_problem(of[0]):
+        name, revision = section.pretrained or "", section.revision
+        if Path(name).exists() or missing_path_problem(name):
             found[key] = None
         elif known.get(key):
             found[key] = known[key]
         else:
-            if of not in asked:
-                asked[of] = _commit(key, *of)
-            found[key] = asked[of]
+            if (name, revision) not in asked:
+                asked[name, revision] = _find_commit(key, name, revision)
+            found[key] = asked[name, revision]
     return found
 
 
-def pinned(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
+def pin_revisions(recipe: Recipe, found: dict[str, str | None]) -> Recipe:
     """The recipe with the commits of `find` as revisions.
 
-    Raises `RecipeError` if a name is a folder on this machine but not on the one where the commits were found, or the
-    other way round.
+    Raises `RecipeError` if a name is a folder on this machine but not on the one where the commits were found, or vice
+    versa.
     """
     updates = {}
     for key, section in _sections(recipe.model, recipe.tokenizer):
         is_folder = Path(section.pretrained or "").exists()
         if is_folder != (found[key] is None) and not missing_path_problem(section.pretrained or ""):
-            place = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
-            here, there = ("a folder", "none") if is_folder else ("no folder", "one")
-            message = f"{section.pretrained} is {here} for {place} and {there} for rank 0; all must load the same"
-            raise RecipeError.at(key, message)
+            ranks = [f"rank {os.environ.get('RANK', '0')} on {platform.node()}", "rank 0"]
+            has_it, lacks_it = ranks if is_folder else reversed(ranks)
+            message = f"{section.pretrained} is a local folder for {has_it}, but not for {lacks_it}"
+            raise RecipeError.at(key, f"{message}; all ranks must load the same folder or the same repo")
         if found[key]:
             updates[key.partition(".")[0]] = section.model_copy(update={"revision": found[key]})
     return recipe.model_copy(update=updates)
@@ -76,7 +76,7 @@ def _sections(
     return ((key, section) for key, section in sections if section.pretrained is not None)
 
 
-def _recorded(output_dir: Path, resume_from: str | None) -> dict[str, str | None]:
+def _recorded_commits(output_dir: Path, resume_from: str | None) -> dict[str, str | None]:
     """The recorded commits of the run in the output folder, or else of the run of `checkpoint.resume_from`."""
     folders = [output_dir]
     if resume_from is not None:
@@ -85,14 +85,15 @@ def _recorded(output_dir: Path, resume_from: str | None) -> dict[str, str | None
         path = folder / ENVIRONMENT
         if path.is_file():
             try:
-                return dict(json.loads(path.read_text(encoding="utf-8")).get(RECORD, {}))
+                return dict(json.loads(path.read_text(encoding="utf-8")).get(ENVIRONMENT_KEY, {}))
             except (ValueError, TypeError, AttributeError) as error:
                 raise RecipeError.at(str(path), f"is damaged, so the commits of the run are unknown: {error}") from None
     return {}
 
 
-def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
-    """The commit hash of a revision. In offline mode the cached one, or "" if there is none: loading then says why."""
+def _find_commit(key: str, repo_id: str, revision: str | None) -> str | None:
+    """The commit hash of a revision. In offline mode, that of the cached files, or "" if there are none: loading then
+    fails with the reason."""
     from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
@@ -106,5 +107,5 @@ def _commit(key: str, repo_id: str, revision: str | None) -> str | None:
         return HfApi().model_info(repo_id, revision=revision, timeout=60).sha
     except Exception as error:  # its HTTP library has exceptions of its own
         at = f"@{revision}" if revision else ""
-        message = f"cannot ask the Hub for {repo_id}{at}, which is no folder here: {explain_failure(error).text}"
-        raise RecipeError.at(key, f"{message}; with HF_HUB_OFFLINE=1 the local cache is used") from error
+        message = f"{repo_id}{at} is not a local folder, and the Hub request failed: {explain_failure(error).text}"
+        raise RecipeError.at(key, f"{message}; set HF_HUB_OFFLINE=1 to use the local cache") from error

@@ -1,4 +1,4 @@
-"""Keeps a closed or full standard output from ending a training: what can't be written is dropped."""
+"""Keeps a closed or full standard output from ending a training run: text that can't be written is dropped."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import sys
 from typing import Any, TextIO
 
 # Writing may work again after these errors, as on a full disk. After any other error nobody reads the output.
-_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EINTR}
-lost: dict[str, str] = {}
-"""The first error in writing to `stdout` and to `stderr`, by that name."""
+_TEMPORARY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EINTR}
+write_errors: dict[str, str] = {}
+"""The first error in writing to each stream, by its name, `stdout` or `stderr`."""
 
 
 class _Descriptor(io.FileIO):
@@ -24,30 +24,30 @@ class _Descriptor(io.FileIO):
         self._label = label
 
     def write(self, data: Any) -> int:
-        """Like `io.FileIO.write`, but what can't be written counts as written."""
+        """Like `io.FileIO.write`, but data that can't be written count as written."""
         try:
             return super().write(data) or 0
         except OSError as error:
-            lost.setdefault(self._label, error.strerror or str(error))
-            if error.errno not in _PASSING:
+            write_errors.setdefault(self._label, error.strerror or str(error))
+            if error.errno not in _TEMPORARY_ERRORS:
                 # C libraries and child processes write there too, and a closed pipe would end them.
                 with contextlib.suppress(OSError):
-                    _point_at_nothing(self.fileno())
+                    _redirect_to_null(self.fileno())
             return memoryview(data).nbytes
 
 
 def keep_from_failing(*names: str) -> None:
     """Make writes to `sys.stdout` and `sys.stderr` (those in `names`) never raise again in this process.
 
-    That holds for `print`, logging, warnings, progress bars and the interpreter's flush at its end. Writes fail when
-    the reader is gone (`| head -1`, a closed terminal) or a disk is full. The first error is kept in `lost`.
+    This covers `print`, logging, warnings, progress bars and the interpreter's flush when it exits. Writes fail when
+    the reader is gone (`| head -1`, a closed terminal) or a disk is full. The first error is kept in `write_errors`.
     """
     for name in names:
         old = getattr(sys, name)
         if old is not getattr(sys, f"__{name}__"):
             continue  # replaced by a notebook or a test
         if old is None:  # closed by `2>&-`
-            _set(name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+            _replace_stream(name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
         elif not isinstance(getattr(old.buffer, "raw", old.buffer), _Descriptor):
             with contextlib.suppress(OSError):
                 old.flush()
@@ -60,27 +60,27 @@ def keep_from_failing(*names: str) -> None:
                 line_buffering=old.line_buffering or descriptor.isatty(),
                 write_through=old.write_through,
             )
-            _set(name, new)
+            _replace_stream(name, new)
             _redirect_logging(old, new)
 
 
-def drop_output() -> None:
-    """Flush standard output, and drop what can't be written, since the interpreter would fail at its end."""
+def flush_stdout() -> None:
+    """Flush standard output. Drop text that can't be written, since the interpreter would fail when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
-        _point_at_nothing(sys.stdout.fileno())
+        _redirect_to_null(sys.stdout.fileno())
 
 
-def _point_at_nothing(descriptor: int) -> None:
+def _redirect_to_null(descriptor: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
 
 
-def _set(name: str, stream: TextIO) -> None:
+def _replace_stream(name: str, stream: TextIO) -> None:
     setattr(sys, name, stream)
-    setattr(sys, f"__{name}__", stream)  # what the interpreter flushes at the very end
+    setattr(sys, f"__{name}__", stream)  # the interpreter flushes this one when it exits
 
 
 def _redirect_logging(old: TextIO, new: TextIO) -> None:

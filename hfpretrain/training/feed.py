@@ -20,7 +20,7 @@ from hfpretrain.training.watchdog import Watch
 
 
 class Feed:
-    """Opens a run's data at a checkpoint, and gives the loop this process's share of one step after the other.
+    """Opens a run's data at a checkpoint, and gives the training loop this process's data, step by step.
 
     Reads happen in threads, so that signals stop the run even while a source does not answer. `checkpoint`: where a
     stream resumes; prepared data need none.
@@ -50,8 +50,8 @@ class Feed:
         identities = (manifest["source_identities"], manifest["validation_identities"])
         section = self._read(lambda: pin_to_commits(recipe.data, *identities))
         held_out = self._read(lambda: held_out_digests(section))
-        stream_lanes = self._watch.from_main(
-            "look at the files to stream",
+        stream_lanes = self._watch.run_on_main(
+            "list the files to stream",
             lambda: [
                 [one.num_lanes, one.pieces] for one in self._read(lambda: assign_lanes(section, held_out, sequences))
             ],
@@ -65,7 +65,10 @@ class Feed:
         return self._read(lambda: StreamingData(section, encode, held_out, **keywords))
 
     def _read(self, work: Callable[[], T]) -> T:
-        """What `work` reads. Raises `StoppedEarlyError` if this process must stop and a source does not answer."""
+        """Run `work` in a thread and return its result.
+
+        Raises `StoppedEarlyError` if this process must stop and a source does not answer.
+        """
         result = run_in_thread(work, self._stops.due)
         if result is None:
             raise StoppedEarlyError(self._stops.reason)
@@ -76,7 +79,7 @@ class Feed:
         return self._read(self.data.example)
 
     def start(self, state: TrainState) -> None:
-        """Begin to read the steps that follow `state`."""
+        """Start reading the data of the steps that follow `state`."""
         steps = range(state.step, self._setup.recipe.training.num_steps)
         data, pin_memory = self.data, self._setup.engine.device.type == "cuda"
         self._prefetcher = Prefetcher(lambda step: data.step(state.data_step(step)), steps, pin_memory=pin_memory)

@@ -27,7 +27,7 @@ def sequences_of(
 ) -> list[dict[str, Any]]:
     """The text of every sequence of a step; for prepared data also where each document comes from.
 
-    `step_data`: this process's share of data step `data_step`. All ranks must call it; the main process gets the texts.
+    `step_data`: this process's data of data step `data_step`. All ranks must call it; the main process gets the texts.
     """
     is_main = engine.process_index == 0
     if isinstance(data, TrainingData):
@@ -37,19 +37,20 @@ def sequences_of(
     return [{"text": tokenizer.decode(row)} for row in gathered] if is_main else []
 
 
-def write(output_dir: Path, content: dict[str, Any], num_events: int, records: Records) -> Path:
+def write(output_dir: Path, content: dict[str, Any], number: int, records: Records) -> Path:
     """Write `incidents/step-XXXXXXXX.json` into the run folder on the main process, named after `content["step"]`.
 
-    `num_events` numbers the incidents of the run: it is added to the name if the step had one before a rollback.
+    `number`: how many incidents the run has had. It is added to the name if this step already has a file, from before a
+    rollback.
     Returns the path. If the disk can't be written to, only a message is printed.
     """
     path = output_dir / "incidents" / f"step-{content['step']:08d}.json"
     if path.exists():
-        path = path.with_stem(f"{path.stem}-event-{num_events}")
+        path = path.with_stem(f"{path.stem}-event-{number}")
     if records.is_main:
         try:
             path.parent.mkdir(exist_ok=True)
             files.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
         except OSError as error:
-            records.say(f"{path} can't be written: {error.strerror}")
+            records.print_line(f"{path} can't be written: {error.strerror}")
     return path

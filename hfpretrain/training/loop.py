@@ -43,7 +43,7 @@ def fit(
     `Stability.handle` does, and `NotSavedError` if the last checkpoint could not be written.
     """
     recipe, engine, clock = setup.recipe, setup.engine, log.clock
-    num_steps, tokens_per_step, setting = recipe.training.num_steps, recipe.training.tokens_per_step, setup.setting
+    num_steps, tokens_per_step, settings = recipe.training.num_steps, recipe.training.tokens_per_step, setup.settings
 
     def before_micro_step(micro_step: int) -> None:
         watch.beat("train", state.step)
@@ -62,11 +62,11 @@ def fit(
         clock.mark("save")
         if is_last:
             return
-        profiler.at(state.step)
+        profiler.update(state.step)
         watch.beat("data", state.step)
         step_data = feed.next()
         clock.mark("data")
-        watch.beat("train", state.step)  # a rank that still waits for its data is behind the others
+        watch.beat("train", state.step)  # so that a rank that still waits for its data counts as behind the others
         loss, grad_norm = compute_gradients(engine, setup.step_loss, step_data, before_micro_step)
         clock.mark("forward_backward")
         lr = setup.scheduler.get_last_lr()
@@ -77,8 +77,8 @@ def fit(
             continue
         setup.scheduler.step()
         clock.mark("optimizer")
-        state.advance(step_data, loss, tokens_per_step, setting)
-        records.step_done()
+        state.advance(step_data, loss, tokens_per_step, settings)
+        records.advance_progress()
         if is_due(state.step, recipe.logging.every_steps, num_steps):
             log.write(records, grad_norm, lr)
 
@@ -109,7 +109,7 @@ def compute_gradients(
 
 
 def seed_dropout(engine: Engine, seed: int, sequence: int) -> None:
-    """Make dropout a function of the recipe's seed and of `sequence`, the number of sequences before a micro-batch.
+    """Seed dropout from the recipe's seed and from `sequence`, the number of sequences before a micro-batch.
 
     They are counted from the start of the run, over all processes. A resume then has no random state to restore, and
     the number of processes does not change what is dropped.
@@ -119,7 +119,10 @@ def seed_dropout(engine: Engine, seed: int, sequence: int) -> None:
 
 
 def rehearse(engine: Engine, step_loss: StepLoss, example: dict[str, torch.Tensor], micro_batch_size: int) -> None:
-    """Do a step that changes nothing, on `example` repeated, so that a model that does not compile or fit fails now."""
+    """Run one step on copies of `example` without changing the weights.
+
+    So a model that does not compile, or does not fit into memory, fails before training begins.
+    """
     batch = engine.to_device({name: tensor.repeat(micro_batch_size, 1) for name, tensor in example.items()})
     batch = engine.split_sequences(batch)
     with engine.rehearsal():

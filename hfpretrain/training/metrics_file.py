@@ -19,7 +19,7 @@ class MetricsFile:
     """A file with one JSON object per line.
 
     `resume_step`: lines of later steps are dropped, but events are kept; None: the file starts empty. While the file
-    can't be written, new lines wait in memory.
+    can't be written, new lines are kept in memory.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
@@ -37,7 +37,7 @@ class MetricsFile:
             if not self._path.exists():
                 raise
             # The file then has two lines for a step that is trained again; the later one counts.
-            logger.warning("%s keeps the lines after step %s: %s", self._path, step, error.strerror)
+            logger.warning("the lines after step %s could not be removed from %s: %s", step, self._path, error.strerror)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object."""
@@ -56,7 +56,9 @@ class MetricsFile:
             self._waiting = ""
         except OSError as error:
             if first:
-                logger.warning("%s can't be written, its lines wait in memory: %s", self._path, error.strerror)
+                logger.warning(
+                    "%s can't be written; new lines are kept in memory until it can: %s", self._path, error.strerror
+                )
 
 
 def _cut(path: Path, step: int) -> None:
@@ -68,7 +70,7 @@ def _cut(path: Path, step: int) -> None:
     """
     with path.open("r+b") as file:
         kept: list[bytes] = []
-        end, num_after = None, 0  # offset of the first line that goes; number of kept lines that follow it
+        end, num_after = None, 0  # offset of the first line to remove; number of kept lines after it
         for offset, line, is_whole in _lines_backwards(file):
             row = _object(line)
             stays = row is not None and ("event" in row or row["step"] <= step) and "export/loss_export" not in row

@@ -13,9 +13,9 @@ import torch
 class PeakMemory:
     """Memory that this process has needed since this object was made, in bytes. Make it before the model.
 
-    On an accelerator this is what torch's allocator gave out. On a CPU it is the resident memory above what the process
-    had before, so that the interpreter and the libraries do not count. Resident memory includes freed blocks that the C
-    library keeps for later, up to half as much again as what is used at one time.
+    On an accelerator this is the memory that torch has allocated. On a CPU it is the resident memory above what the
+    process had before, so that the interpreter and the libraries do not count. Resident memory includes freed
+    blocks that the C library keeps for later, up to 50% more than is used at one time.
     """
 
     def __init__(self) -> None:

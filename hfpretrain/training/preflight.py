@@ -1,6 +1,6 @@
-"""Checks, before a run, what its recipe names: files, folders, repos of the Hub, disks, and its model without weights.
+"""Checks of what a recipe names before a run: files, folders, Hub repos, disks, and the model without its weights.
 
-Nothing is tokenized, downloaded or written here. Only what looks at the model imports torch.
+Nothing is tokenized, downloaded or written here. Only the checks of the model import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain.checkpoints.recipe_changes import changes
+from hfpretrain.checkpoints.recipe_changes import forbidden_changes
 from hfpretrain.data import corpus
 from hfpretrain.recipe.addresses import load_error_message, missing_path_problem, parse_hub_address
 from hfpretrain.recipe.hub import explain_failure
@@ -41,26 +41,28 @@ if TYPE_CHECKING:
 # The first document of a text file or of a JSON array needs the whole file, so only small files are read.
 _SMALL_BYTES = 2**24
 # A model with so many parameters is built with random weights in about a second.
-_TRIED_PARAMETERS = 2**27
+_MAX_CHECKED_PARAMETERS = 2**27
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
-def world_problems(recipe: Recipe) -> list[Problem]:
-    """A problem, with its key, for everything that the recipe names and a run could not use."""
+def resource_problems(recipe: Recipe) -> list[Problem]:
+    """A problem, with its key, for each file, folder or Hub repo of the recipe that a run could not use."""
     data = recipe.data
     sections = (("data.sources", data.sources), ("data.validation_sources", data.validation_sources))
     named = [(f"{key}.{number}", source) for key, some in sections for number, source in enumerate(some)]
     tokenizer, model = recipe.tokenizer, recipe.model
     checks: list[Callable[[], Iterable[Problem]]] = [
-        functools.partial(_source, *each, data.on_bad_document) for each in named
+        functools.partial(_source_problems, *each, data.on_bad_document) for each in named
     ]
     checks += [
-        lambda: _pretrained("tokenizer.pretrained", tokenizer.pretrained, tokenizer.revision, _tokenizer),
-        lambda: _pretrained("model.pretrained", model.pretrained, model.revision, _weights),
-        lambda: _evaluation(recipe.evaluation),
-        lambda: _resume_from(recipe),
-        lambda: _folders(recipe),
+        lambda: _pretrained_problems(
+            "tokenizer.pretrained", tokenizer.pretrained, tokenizer.revision, _tokenizer_problems
+        ),
+        lambda: _pretrained_problems("model.pretrained", model.pretrained, model.revision, _model_problems),
+        lambda: _evaluation_problems(recipe.evaluation),
+        lambda: _resume_problems(recipe),
+        lambda: _folder_problems(recipe),
     ]
     found: list[Problem] = []
     for check in checks:
@@ -78,28 +80,28 @@ def engine_problems(training: TrainingSection, block_size: int, path: Path, num_
     try:
         config: Any = load_config_from_file(str(path))
         sizes = {key.rpartition("config_")[2]: int(size) for key, size in (config.parallelism_config or {}).items()}
-    except Exception as error:  # a file with anything in it
+    except Exception as error:  # the file may contain anything
         return [Problem("--engine", f"{path} is not an accelerate config file: {' '.join(str(error).split()):.300}")]
     number = config.num_processes if num_processes is None else num_processes
-    shares = max(1, number // (sizes.get("tp_size", 1) * sizes.get("sp_size", 1)))
+    num_data_ranks = max(1, number // (sizes.get("tp_size", 1) * sizes.get("sp_size", 1)))
     try:
-        accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, shares)
+        accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, num_data_ranks)
     except RecipeError as error:
         return error.problems
     return []
 
 
 def disk_problems(output_dir: Path, num_bytes: int) -> list[Problem]:
-    """A problem if a run that has not begun needs more than is free where it will write."""
-    folder = _existing(output_dir)
+    """A problem if a run that has not begun needs more disk space than is free in its output folder."""
+    folder = _nearest_existing(output_dir)
     free = shutil.disk_usage(folder).free
     if (output_dir / "checkpoints").exists() or num_bytes <= free:
         return []
-    message = f"the run will write {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free in {folder}"
+    message = f"the run will write {num_bytes / 2**30:,.1f} GiB, but only {free / 2**30:,.1f} GiB are free in {folder}"
     return [Problem("output_dir", f"{message}; make room, lower checkpoint.keep_last or choose another disk")]
 
 
-def require_model(section: ModelSection, no_decay: Sequence[str]) -> None:
+def require_buildable_model(section: ModelSection, no_decay: Sequence[str]) -> None:
     """Build the recipe's model on the meta device, which takes a fraction of a second at any size.
 
     Raises `RecipeError` if it can't be built or exported, or if a pattern of `optimizer.no_decay` matches no parameter.
@@ -107,15 +109,15 @@ def require_model(section: ModelSection, no_decay: Sequence[str]) -> None:
     """
     from hfpretrain.modeling import optim
 
-    model = _model(section, "meta")
+    model = _build_model(section, "meta")
     if model is not None:
         optim.decayed_names(model, no_decay)
 
 
-def try_model(
+def check_small_model(
     section: ModelSection, training: TrainingSection, data: DataSection, packs_documents: bool | None
 ) -> list[str]:
-    """Test a small model with random weights as training will test it. Returns a sentence for what was not tested.
+    """Run the tests of training on a small model with random weights. Returns a sentence for what was not tested.
 
     `packs_documents`: whether a block holds several documents, None if the text is not prepared. Raises `RecipeError`
     where training would: predictions see later tokens, documents of a block see each other, or the loss can't be
@@ -124,12 +126,12 @@ def try_model(
     from hfpretrain.modeling import checks
     from hfpretrain.modeling.structure import count_parameters
 
-    blueprint = _model(section, "meta")
-    if blueprint is None or count_parameters(blueprint).total > _TRIED_PARAMETERS:
+    blueprint = _build_model(section, "meta")
+    if blueprint is None or count_parameters(blueprint).total > _MAX_CHECKED_PARAMETERS:
         if training.document_masking is False:
             return []
-        return ["whether the model can keep the documents of a block apart is tested when training starts"]
-    model = _model(section, "cpu")
+        return ["whether the model can mask the documents of a block from each other is tested when training starts"]
+    model = _build_model(section, "cpu")
     assert model is not None
     checks.require_causal(model, section)
     leak = None if training.document_masking is False else checks.leak_reason(model, data.block_size)
@@ -138,10 +140,10 @@ def try_model(
     checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)
     if leak is None or packs_documents is not None:
         return []
-    return [f"if a block holds several documents, training asks for training.document_masking: false, since {leak}"]
+    return [f"if a block contains several documents, training requires training.document_masking: false, since {leak}"]
 
 
-def _model(section: ModelSection, device: str) -> PreTrainedModel | None:
+def _build_model(section: ModelSection, device: str) -> PreTrainedModel | None:
     """The recipe's model with random weights, or on the meta device; None if it has remote code."""
     from hfpretrain.modeling.build import build_model
     from hfpretrain.modeling.config import load_config
@@ -158,9 +160,9 @@ def _model(section: ModelSection, device: str) -> PreTrainedModel | None:
 
 
 def _packs_documents(data: DataSection) -> bool:
-    """Whether some block is sure to hold several documents, judged by the first eight documents of each source.
+    """Whether some block surely contains several documents, judged by the first eight documents of each source.
 
-    Documents laid end to end don't all fill blocks exactly, and with best-fit packing short ones share a block.
+    Concatenated documents rarely fill blocks exactly, and with best-fit packing, short documents share a block.
     """
     if data.streaming:
         return True
@@ -176,7 +178,7 @@ def _packs_documents(data: DataSection) -> bool:
     return False
 
 
-def _source(key: str, source: SourceSection, on_bad_document: str) -> Iterator[Problem]:
+def _source_problems(key: str, source: SourceSection, on_bad_document: str) -> Iterator[Problem]:
     """Problems of a source: it does not exist, can't be read, or its first document is bad."""
     if source.path == corpus.PYTHON_STDLIB:
         return
@@ -184,7 +186,7 @@ def _source(key: str, source: SourceSection, on_bad_document: str) -> Iterator[P
         if problem := missing_path_problem(source.path) if "://" not in source.path else None:
             yield Problem(f"{key}.path", problem)
         elif "://" not in source.path:
-            yield from _repo(f"{key}.path", source.path, source.revision, "dataset", ())
+            yield from _repo_problems(f"{key}.path", source.path, source.revision, "dataset", ())
         return
     reader = corpus.Reader(source, key, on_bad_document)
     local = [piece for piece in reader.pieces if "://" not in piece.origin and Path(piece.origin).is_file()]
@@ -198,30 +200,30 @@ def _source(key: str, source: SourceSection, on_bad_document: str) -> Iterator[P
             pass
 
 
-def _pretrained(
-    key: str, given: str | None, revision: str | None, look: Callable[[str, Path], Iterable[Problem]]
+def _pretrained_problems(
+    key: str, given: str | None, revision: str | None, folder_problems: Callable[[str, Path], Iterable[Problem]]
 ) -> Iterator[Problem]:
     if given is None:
         return
     if problem := missing_path_problem(given):
         yield Problem(key, problem)
     elif Path(given).exists():
-        yield from look(key, Path(given))
+        yield from folder_problems(key, Path(given))
     else:
-        needed = ("config.json",) if look is _weights else _TOKENIZER_FILES
-        yield from _repo(key, given, revision, "model", needed)
+        needed = ("config.json",) if folder_problems is _model_problems else _TOKENIZER_FILES
+        yield from _repo_problems(key, given, revision, "model", needed)
 
 
-def _tokenizer(key: str, folder: Path) -> Iterator[Problem]:
+def _tokenizer_problems(key: str, folder: Path) -> Iterator[Problem]:
     if not folder.is_dir() or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        yield Problem(key, f"{folder} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+        yield Problem(key, f"{folder} contains no tokenizer: it has none of {', '.join(_TOKENIZER_FILES)}")
     elif find_spec("transformers") is not None:
         from hfpretrain.data.tokenizer import load_tokenizer
 
         load_tokenizer(TokenizerSection(pretrained=str(folder)))
 
 
-def _weights(key: str, folder: Path) -> Iterator[Problem]:
+def _model_problems(key: str, folder: Path) -> Iterator[Problem]:
     """Problems of a model's folder: no config, no weights, a missing or a damaged file of them."""
     if not (folder / "config.json").is_file():
         yield Problem(key, load_error_message(str(folder), OSError(f"{folder} has no config.json")))
@@ -235,15 +237,17 @@ def _weights(key: str, folder: Path) -> Iterator[Problem]:
                 yield Problem(key, f"{index} can't be read: {error}")
                 return
     if not names:
-        yield Problem(key, f"{folder} has no weights: neither {' nor '.join(_WEIGHTS)}, nor an index of them")
+        yield Problem(
+            key, f"{folder} has no weights: it contains neither {' nor '.join(_WEIGHTS)}, nor an index file of them"
+        )
     for name in names:
         if not (folder / name).is_file():
-            yield Problem(key, f"{folder / name} is missing, but the index names it")
+            yield Problem(key, f"{folder / name} is missing, although the index lists it")
         elif name.endswith(".safetensors"):
-            yield from _broken(key, folder / name)
+            yield from _safetensors_problems(key, folder / name)
 
 
-def _broken(key: str, path: Path) -> Iterator[Problem]:
+def _safetensors_problems(key: str, path: Path) -> Iterator[Problem]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -253,7 +257,9 @@ def _broken(key: str, path: Path) -> Iterator[Problem]:
         yield Problem(key, f"{path} is damaged: {error}")
 
 
-def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple[str, ...]) -> Iterator[Problem]:
+def _repo_problems(
+    key: str, repo_id: str, revision: str | None, kind: str, needed: tuple[str, ...]
+) -> Iterator[Problem]:
     """Problems of a repo on the Hub: it does not exist, this user may not read it, or it has none of the files
     `needed`. Offline, one that is not in the cache."""
     from huggingface_hub import HfApi, constants
@@ -261,8 +267,8 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
     cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "snapshots"
     if constants.HF_HUB_OFFLINE:
         if not cached.is_dir() and not _prepared_by_datasets(repo_id):
-            message = f"there is no folder {repo_id!r}, and the Hub's cache has no such {kind} (HF_HUB_OFFLINE is set)"
-            yield Problem(key, f"{message}; download it first, or unset that variable")
+            message = f"there is no folder {repo_id!r}, and the local Hub cache has no such {kind}"
+            yield Problem(key, f"{message}; download it first, or unset HF_HUB_OFFLINE")
         return
     try:
         info: Any = HfApi().repo_info(repo_id, revision=revision, repo_type=kind, timeout=20)
@@ -275,7 +281,7 @@ def _repo(key: str, repo_id: str, revision: str | None, kind: str, needed: tuple
         return
     names = {sibling.rfilename for sibling in info.siblings or ()}
     if needed and not names & set(needed):
-        yield Problem(key, f"{repo_id} on the Hub has none of {', '.join(needed)}")
+        yield Problem(key, f"{repo_id} on the Hub has none of the files {', '.join(needed)}")
 
 
 def _prepared_by_datasets(repo_id: str) -> bool:
@@ -287,50 +293,50 @@ def _prepared_by_datasets(repo_id: str) -> bool:
     return (Path(home) / repo_id.replace("/", "___")).is_dir()
 
 
-def _evaluation(section: EvaluationSection) -> Iterator[Problem]:
+def _evaluation_problems(section: EvaluationSection) -> Iterator[Problem]:
     for number, metric in enumerate(section.metrics):
         if problem := missing_path_problem(metric):
             yield Problem(f"evaluation.metrics.{number}", problem)
     if section.metrics and find_spec("evaluate") is None:
-        yield Problem("evaluation.metrics", "the package is not installed: pip install evaluate")
+        yield Problem("evaluation.metrics", "needs the evaluate package: pip install evaluate")
     if section.lm_eval is None:
         return
     path = section.lm_eval.include_path
     if path is not None and not Path(path).is_dir():
         yield Problem("evaluation.lm_eval.include_path", f"there is no folder {path!r}")
     if find_spec("lm_eval") is None:
-        yield Problem("evaluation.lm_eval", "lm-eval is not installed: pip install hfpretrain[lm-eval]")
+        yield Problem("evaluation.lm_eval", "needs the lm-eval package: pip install hfpretrain[lm-eval]")
 
 
-def _resume_from(recipe: Recipe) -> Iterator[Problem]:
+def _resume_problems(recipe: Recipe) -> Iterator[Problem]:
     given, key = recipe.checkpoint.resume_from, "checkpoint.resume_from"
     if given is None or any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         return
     if (address := parse_hub_address(given)) is not None:
-        yield from _repo(key, *address, "model", ())
+        yield from _repo_problems(key, *address, "model", ())
     elif not (Path(given) / "manifest.json").is_file():
-        yield Problem(key, f"{given!r} is no checkpoint: it has no manifest.json")
+        yield Problem(key, f"{given!r} is not a checkpoint: it has no manifest.json")
     else:
         files = (Path(given) / "recipe.yaml", Path(given).absolute().parent.parent / "recipe.yaml")
         of_run = next((file for file in files if file.is_file()), None)
-        if of_run is not None and (changed := changes(recipe, read_recipe(of_run))):
-            yield Problem(key, f"{given} is of another recipe")
+        if of_run is not None and (changed := forbidden_changes(recipe, read_recipe(of_run))):
+            yield Problem(key, f"{given} was saved with another recipe")
             yield from changed
 
 
-def _folders(recipe: Recipe) -> Iterator[Problem]:
-    """Problems of the output and prepared folders: they can't be written to, or have another recipe's run."""
+def _folder_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Problems of the output and prepared folders: they can't be written to, or contain a run of another recipe."""
     if Path(recipe.output_dir).is_dir():
         refuse_other_run(recipe)
     prepared = "data.prepared_dir" if recipe.data.prepared_dir else "output_dir"
     for key, folder in (("output_dir", Path(recipe.output_dir)), (prepared, recipe.prepared_dir)):
-        there = _existing(folder)
-        if not there.is_dir():
-            yield Problem(key, f"{folder} can't be a folder: {there} is a file")
-        elif not os.access(there, os.W_OK | os.X_OK):
-            yield Problem(key, f"{folder} can't be written: permission denied in {there}")
+        existing = _nearest_existing(folder)
+        if not existing.is_dir():
+            yield Problem(key, f"{folder} can't be created: {existing} is a file")
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            yield Problem(key, f"{folder} can't be written to: permission denied in {existing}")
 
 
-def _existing(folder: Path) -> Path:
+def _nearest_existing(folder: Path) -> Path:
     """The folder itself if it exists, else the nearest folder above it that does."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -11,7 +11,7 @@ from accelerate.utils import ProfileKwargs
 
 
 class Profiler:
-    """Profiles from the first of `steps` to the last, both counted from 1; never if that is None.
+    """Profiles the steps from the first of `steps` to the last, both counted from 1; none if `steps` is None.
 
     Every process writes a Chrome trace `rank-N.json.gz` into `folder`, the main process also `operators.txt`, a table
     of the ten most expensive operators.
@@ -21,8 +21,8 @@ class Profiler:
         self._accelerator, self._steps, self._folder = accelerator, steps, folder
         self._profile: contextlib.ExitStack | None = None
 
-    def at(self, step: int) -> None:
-        """Start or end the profile if it is time to, after `step` steps."""
+    def update(self, step: int) -> None:
+        """Start or end the profile if that is due after `step` steps."""
         if self._steps is None:
             return
         first, last = self._steps

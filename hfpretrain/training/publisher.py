@@ -1,4 +1,4 @@
-"""What a run asks of the object that pushes it to the Hub."""
+"""The interface of the object that pushes a run to the Hub."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ class Publisher(Protocol):
     """Pushes a run to the Hub while it trains; `hfpretrain.publishing` implements it."""
 
     def start(self) -> None:
-        """Begin to push what waits."""
+        """Start pushing the checkpoints that are not on the Hub yet."""
 
     def keep(self, checkpoint: Path) -> None:
         """Keep a sealed checkpoint until it is pushed."""
 
     def news(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return what happened since the last call: sentences with figures."""
+        """Return what happened since the last call, as sentences with values."""
 
     def finish(self, stopped: Callable[[], bool]) -> None:
-        """Push the export and all that is missing, unless `stopped`."""
+        """Push the export and all missing checkpoints, until `stopped` returns True."""
 
     def table(self) -> str:
         """Return a table of what is on the Hub and what is missing."""
 
     def close(self) -> None:
-        """End at once."""
+        """Stop pushing at once."""
 
 
 def record_news(publisher: Publisher, records: Records, step: int) -> None:
     """Record and print what was pushed, or could not be, since the last call."""
     for text, values in publisher.news():
-        records.event(step, text, **values)
-        records.say(text)
+        records.write_event(step, text, **values)
+        records.print_line(text)

@@ -24,16 +24,16 @@ from hfpretrain.training.plot import plot_loss
 class _Tracker:
     """One of accelerate's trackers, which may fail at any time.
 
-    While it fails, its rows wait in memory, and it is retried less and less often, so that training spends little time
-    on it. `start` makes the tracker; `tell` is called with messages for the user.
+    While it fails, its rows stay in memory, and it is retried less and less often, so that training spends little time
+    on it. `start` makes the tracker; `report` is called with messages for the user.
     """
 
     _WAIT, _LONGEST_WAIT = 5.0, 600.0  # seconds after a failure; twice as many after each further one
-    _MANY = 3  # failures, after which the next row is tried: the first may be one that the tracker never takes
+    _FAILURES_BEFORE_SKIP = 3  # then the next row is tried, since the tracker may never accept the first
     _MOST_ROWS = 10_000
 
-    def __init__(self, name: str, start: Callable[[], Any], tell: Callable[[str], None]):
-        self._name, self._start, self._tell = name, start, tell
+    def __init__(self, name: str, start: Callable[[], Any], report: Callable[[str], None]):
+        self._name, self._start, self._report = name, start, report
         self._tracker: Any = None
         self._rows: deque[tuple[dict[str, Any], int]] = deque(maxlen=self._MOST_ROWS)
         self._failures, self._retry_at, self._num_lost = 0, 0.0, 0
@@ -53,11 +53,11 @@ class _Tracker:
                 self._tracker = self._start()
             self._send()
         except Exception as error:  # a tracker's server may be down in any way
-            self._note_failure(f"{type(error).__name__}: {error}", time.monotonic() - begin)
+            self._handle_failure(f"{type(error).__name__}: {error}", time.monotonic() - begin)
             return
         if self._failures:
-            lost = f", except for {self._num_lost} that only metrics.jsonl has" if self._num_lost else ""
-            self._tell(f"logging to {self._name} works again, and all rows that waited are sent{lost}")
+            lost = f", except for {self._num_lost}, which only metrics.jsonl has" if self._num_lost else ""
+            self._report(f"logging to {self._name} works again; all waiting rows were sent{lost}")
         self._failures, self._retry_at, self._num_lost = 0, 0.0, 0
 
     def _send(self) -> None:
@@ -65,9 +65,9 @@ class _Tracker:
             try:
                 self._send_row(0)
             except Exception:
-                if self._failures < self._MANY or len(self._rows) == 1:
+                if self._failures < self._FAILURES_BEFORE_SKIP or len(self._rows) == 1:
                     raise
-                self._send_row(1)  # if the tracker takes this row, the one before is what is wrong
+                self._send_row(1)  # if the tracker accepts this row, the row before it is the cause
                 self._rows.popleft()
                 self._num_lost += 1
             self._rows.popleft()
@@ -76,31 +76,33 @@ class _Tracker:
         values, step = self._rows[number]
         self._tracker.log(values, step=step)
 
-    def _note_failure(self, reason: str, seconds: float) -> None:
+    def _handle_failure(self, reason: str, seconds: float) -> None:
         self._failures += 1
         wait = max(min(self._WAIT * 2 ** (self._failures - 1), self._LONGEST_WAIT), 50 * seconds)
         self._retry_at = time.monotonic() + wait
         if self._failures == 1:
-            self._tell(f"logging to {self._name} fails, so its rows wait until a retry succeeds: {reason}")
+            self._report(
+                f"logging to {self._name} failed; its rows are kept in memory until a retry succeeds: {reason}"
+            )
         elif self._tracker is not None:  # TensorBoard's writer, once it has failed, never writes again
             with contextlib.suppress(Exception):
                 self._tracker.finish()
             self._tracker = None
 
     def finish(self) -> None:
-        """Send the rows that wait, or report how many are lost, and end the tracker."""
+        """Send the waiting rows, or report how many could not be sent, and end the tracker."""
         for _ in range(2):  # the second time with a new tracker
             if self._failures:
-                self._failures = max(self._failures, self._MANY)
+                self._failures = max(self._failures, self._FAILURES_BEFORE_SKIP)
                 self._deliver()
         if self._rows or self._tracker is None:
             missing = len(self._rows) + self._num_lost
-            self._tell(f"{self._name} could not be reached again, so it lacks {missing} rows that metrics.jsonl has")
+            self._report(f"logging to {self._name} did not work again; {missing} rows are only in metrics.jsonl")
             return
         try:
             self._tracker.finish()
         except Exception as error:  # as above
-            self._tell(f"{self._name} could not be closed: {type(error).__name__}: {error}")
+            self._report(f"{self._name} could not be closed: {type(error).__name__}: {error}")
 
 
 def start_tracker(accelerator: Accelerator, name: str, project: str, config: dict[str, str], run_id: str) -> Any:
@@ -119,10 +121,10 @@ def start_tracker(accelerator: Accelerator, name: str, project: str, config: dic
 
 
 class Records:
-    """Writes what happens in a run. Every rank has one and calls it alike; only the main process, `is_main`, writes.
+    """Writes what happens in a run. All ranks make the same calls; only the main process, `is_main`, writes.
 
-    `trackers`: for each tracker its name and a function that starts it. `step`: the step that the run resumes from: the
-    lines of an existing `metrics.jsonl` are kept up to there. None for a new run.
+    `trackers`: for each tracker its name and a function that starts it. `step`: the step that the run resumes from,
+    None for a new run. The lines of an existing `metrics.jsonl` are kept up to that step.
     """
 
     def __init__(
@@ -135,22 +137,22 @@ class Records:
     ):
         self._output_dir, self.is_main, self._num_steps = output_dir, is_main, num_steps
         self._file = MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
-        self._first_step, self._lost = step, 0
+        self._first_step, self._num_output_errors = step, 0
         self._samples: MetricsFile | None = None
         self._history: History | None = None
         disable = None if is_main else True
         self._step = step or 0
-        self._trackers = [_Tracker(name, start, self._tell) for name, start in trackers.items() if is_main]
+        self._trackers = [_Tracker(name, start, self._report) for name, start in trackers.items() if is_main]
         self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
 
-    def row(self, row: dict[str, Any]) -> None:
+    def write_row(self, row: dict[str, Any]) -> None:
         """Write a row into `metrics.jsonl` and the trackers."""
         if self._file is not None:
             self._file.write(row)
             if self._history is not None:
                 self._history.add(row)
         values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-        self._track(values, row["step"])
+        self._send_to_trackers(values, row["step"])
 
     def history(self) -> History:
         """The history of `metrics.jsonl`. Only the main process may ask for it."""
@@ -158,16 +160,16 @@ class Records:
             self._history = History.read(self._output_dir / "metrics.jsonl")
         return self._history
 
-    def _track(self, values: dict[str, Any], step: int) -> None:
+    def _send_to_trackers(self, values: dict[str, Any], step: int) -> None:
         self._step = step
         for tracker in self._trackers:
             tracker.log(values, step)
 
-    def _tell(self, text: str) -> None:
-        self.event(self._step, text)
-        self.say(text)
+    def _report(self, text: str) -> None:
+        self.write_event(self._step, text)
+        self.print_line(text)
 
-    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+    def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Write the continuations of prompts into `samples.jsonl`, the trackers and the console."""
         if not self.is_main:
             return
@@ -176,44 +178,44 @@ class Records:
         for sample in samples:
             self._samples.write({"step": step, **sample})
         for number, sample in enumerate(samples):
-            self._track({f"samples/{number}/{kind}": text for kind, text in sample.items()}, step)
+            self._send_to_trackers({f"samples/{number}/{kind}": text for kind, text in sample.items()}, step)
             for kind in ("greedy", "drawn"):
-                self.say(f"  {kind:<6} {sample['prompt']!r} -> {sample[kind]!r}")
+                self.print_line(f"  {kind:<6} {sample['prompt']!r} -> {sample[kind]!r}")
 
-    def event(self, step: int, text: str, **values: Any) -> None:
+    def write_event(self, step: int, text: str, **values: Any) -> None:
         """Write a line into `metrics.jsonl` that a resume from an earlier step keeps."""
         if self._file is not None:
             self._file.write(redact_all({"step": step, "event": text, **values}))
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.is_main:
             tqdm.write(redact(text), file=sys.stderr)
 
-    def step_done(self) -> None:
+    def advance_progress(self) -> None:
         """Move the progress bar by one step."""
         self._progress.update()
 
-    def training(self, row: dict[str, Any]) -> None:
+    def write_log_step(self, row: dict[str, Any]) -> None:
         """Write the row of a log step, and show it beside the progress bar, or as a line where there is no terminal."""
-        self.row(row)
-        self.note_console(row["step"])
+        self.write_row(row)
+        self.record_output_errors(row["step"])
         text = f"loss {row['loss']:.4f}"
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
         self._progress.set_postfix_str(f"{text}, {speed}")
         if self._progress.disable:
             left = tqdm.format_interval(row["seconds_left"])
-            self.say(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
+            self.print_line(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
 
-    def note_console(self, step: int) -> None:
-        """Record why the console takes no more output, if it does not."""
-        lost = list(console.lost.items())
-        for name, reason in lost[self._lost :]:
-            self.event(step, f"{name} takes no more output ({reason}); training goes on without it")
-        self._lost = len(lost)
+    def record_output_errors(self, step: int) -> None:
+        """Record why standard output or standard error can no longer be written to, if that is so."""
+        errors = list(console.write_errors.items())
+        for name, reason in errors[self._num_output_errors :]:
+            self.write_event(step, f"{name} can no longer be written to ({reason}); training continues without it")
+        self._num_output_errors = len(errors)
 
     def roll_back(self, step: int) -> None:
-        """Forget the steps after `step`: the run was rolled back."""
+        """Drop the lines of all steps after `step`, to which the run was rolled back."""
         self._first_step, self._history = step, None
         for file in (self._file, self._samples):
             if file is not None:
@@ -221,20 +223,20 @@ class Records:
         self._progress.reset()
         self._progress.update(step)
 
-    def plot(self) -> None:
+    def draw_plot(self) -> None:
         """Draw the loss plot again."""
         if not self.is_main:
             return
         try:
             plot_loss(self.history(), self._output_dir / "loss.png", self._output_dir.name)
         except OSError as error:
-            self.say(f"the loss plot is not drawn: {files.refusal(error) or error}")
+            self.print_line(f"the loss plot can't be written: {files.refusal(error) or error}")
 
     def close(self) -> None:
         """End the progress bar."""
         self._progress.close()
 
     def finish(self) -> None:
-        """End the trackers. Nothing may be recorded afterwards."""
+        """End the trackers. Nothing may be recorded afterward."""
         for tracker in self._trackers:
             tracker.finish()

@@ -24,7 +24,8 @@ from hfpretrain.training.versions import commit, versions
 
 
 def environment(setup: Setup) -> dict[str, Any]:
-    """What a run trains on, and what was found out when it began. No environment variables, no secrets."""
+    """The content of `environment.json`: what a run trains on, and what was found when it began. No environment
+    variables, no secrets."""
     engine = setup.engine
     is_measured = engine.device.type == "cpu"
     return {
@@ -54,7 +55,7 @@ def environment(setup: Setup) -> dict[str, Any]:
     }
 
 
-def describe(setup: Setup, state: TrainState) -> None:
+def write_run_files(setup: Setup, state: TrainState) -> None:
     """Write the files into the run folder that describe the run without its data: config, tokenizer, recipe, data,
     optimizer, environment."""
     folder = setup.output_dir
@@ -101,14 +102,14 @@ def run_summary(
     stream."""
     where = ", ".join(
         text if (first, last) == (1, state.step) else f"{text} (steps {first:,} to {last:,})"
-        for text, first, last in segments.places(state.segments)
+        for text, first, last in segments.hardware_ranges(state.segments)
     )
     lines = [
         "",
         f"{output_dir.name}: {num_parameters:,} parameters, {state.tokens:,} tokens in {state.step:,} steps, {where}",
     ]
     for row in history.evaluations:
-        lines.append(f"  {_moment(row['step'], state.step):<16} {evaluation_text(row)}")
+        lines.append(f"  {_evaluation_time(row['step'], state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
     if epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs}")
@@ -117,7 +118,7 @@ def run_summary(
         f"  {'model':<16} {output_dir / 'model'}",
         f"  {'loss plot':<16} {output_dir / 'loss.png'}",
         f"  {'metrics':<16} {output_dir / 'metrics.jsonl'}",
-        f"  {'export':<16} loaded in a fresh process; largest difference of a token's loss "
+        f"  {'export':<16} loaded in a fresh process; largest difference in a token's loss "
         f"{report['max_token_loss_difference']:.1e}",
         *(f"  {'note':<16} {text}" for text in notes),
         "  sample",
@@ -127,12 +128,12 @@ def run_summary(
 
 
 def evaluation_text(row: dict[str, Any], domain: str = "") -> str:
-    """The figures in the row of an evaluation, of all text or of one validation set."""
+    """The figures in the row of an evaluation: those of all text, or of the validation set `domain`."""
     prefix = f"eval/{domain}/" if domain else "eval/"  # `float`: metrics.jsonl has strings for NaN
     loss, perplexity, bits = (float(row[prefix + key]) for key in ("loss", "perplexity", "bits_per_byte"))
     return f"loss {loss:.4f}   perplexity {perplexity:,.2f}   bits per byte {bits:.4f}"
 
 
-def _moment(step: int, last_step: int) -> str:
-    """When an evaluation was; a run that started from another run's checkpoint has none before training."""
+def _evaluation_time(step: int, last_step: int) -> str:
+    """When an evaluation was made. A run that starts from another run's checkpoint has none before training."""
     return {0: "before training", last_step: "after training"}.get(step, f"at step {step:,}")

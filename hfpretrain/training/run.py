@@ -32,8 +32,8 @@ from hfpretrain.training.loop import fit, rehearse
 from hfpretrain.training.profiler import Profiler
 from hfpretrain.training.publisher import Publisher, record_news
 from hfpretrain.training.records import Records, start_tracker
-from hfpretrain.training.restore import newest_checkpoint, restore
-from hfpretrain.training.saving import GOES_ON, RunSaver
+from hfpretrain.training.restore import find_newest_checkpoint, restore
+from hfpretrain.training.saving import RESUME_ADVICE, RunSaver
 from hfpretrain.training.setup import Setup, check_launch, set_up, start_engine
 from hfpretrain.training.stability import Stability
 from hfpretrain.training.state import TrainState
@@ -60,14 +60,14 @@ def run(
         launch.require_first_run()
         launch.end_with_launcher()
         check_launch(recipe)
-        with run_folder.claimed(recipe, is_main):
+        with run_folder.claim(recipe, is_main):
             engine = start_engine(recipe, watch)
             timeout_seconds = recipe.training.timeout_seconds
             vote = StopVote(stops, distributed.new_control_group(engine.num_processes, timeout_seconds))
             saving_group = distributed.new_control_group(engine.num_processes, timeout_seconds)
-            with _explained(recipe, engine):
+            with _explain_errors(recipe, engine):
                 setup = set_up(recipe, engine, watch, stops.defer)
-            with _explained(setup.pinned, engine, setup.config):
+            with _explain_errors(setup.pinned, engine, setup.config):
                 return _train(setup, saving_group, watch, stops, vote, make_publisher, write_card)
 
 
@@ -82,7 +82,7 @@ def _train(
 ) -> Path | None:
     """Resume, train, and end the run."""
     recipe, output_dir, is_main = setup.recipe, setup.output_dir, setup.is_main
-    newest = newest_checkpoint(output_dir, setup.engine.process_index, watch)
+    newest = find_newest_checkpoint(output_dir, setup.engine.process_index, watch)
     feed = Feed(setup, newest.path, watch, stops)
     watch.beat("rehearse", 0)
     rehearse(setup.engine, setup.step_loss, feed.example(), recipe.training.micro_batch_size)
@@ -95,13 +95,13 @@ def _train(
     feed.start(state)
     publisher = make_publisher(output_dir, recipe.hub if is_main else HubSection())
     if is_main:
-        report.describe(setup, state)
+        report.write_run_files(setup, state)
         publisher.start()
     saved_step = None if newest.path is None else first_step
-    trackers = _trackers(recipe, setup.engine.accelerator, state.run_id)
+    trackers = _tracker_starters(recipe, setup.engine.accelerator, state.run_id)
     records = Records(output_dir, trackers, is_main, recipe.training.num_steps, saved_step)
     for text in (*setup.notes, *newest.passed_over, *changes):
-        records.event(first_step, text)
+        records.write_event(first_step, text)
     saver = RunSaver(
         setup,
         state,
@@ -168,7 +168,7 @@ def _train(
     watch.beat("export", state.step)
     close()
     model_path = _finish(setup, state, first_step, feed.example(), records, watch, write_card)
-    watch.leave()
+    watch.stop_watching()
     publisher.finish(stops.due)
     record_news(publisher, records, state.step)
     if (text := publisher.table()) != "":
@@ -178,8 +178,8 @@ def _train(
 
 def _stopped_before_first_step(training: TrainingSection, stops: Stops) -> RecipeError:
     used = (training.stop_after_seconds or 0) - (stops.seconds_left() or 0)
-    message = f"{training.stop_after} were over before the first step, {used:.0f} s after the start"
-    return RecipeError.at("training.stop_after", f"{message}; give more, or it never gets anywhere")
+    message = f"{training.stop_after} ended before the first step, {used:.0f} s after the start"
+    return RecipeError.at("training.stop_after", f"{message}; set a longer time")
 
 
 def _save_and_stop(
@@ -204,11 +204,11 @@ def _save_and_stop(
     left = stops.seconds_left()
     text = f"stopped by {stops.reason or 'another rank'} at step {state.step}"
     text += f"; saving took {time.perf_counter() - start:.1f} s"
-    text += "" if left is None else f", {left:.0f} s before the end of training.stop_after"
-    records.event(state.step, text)
+    text += "" if left is None else f", and {left:.0f} s of training.stop_after are left"
+    records.write_event(state.step, text)
     close()
-    records.say(f"{text}. {GOES_ON.capitalize()}")
-    records.note_console(state.step)
+    records.print_line(f"{text}; {RESUME_ADVICE}")
+    records.record_output_errors(state.step)
     records.finish()
 
 
@@ -234,7 +234,7 @@ def _finish(
         state_dict = engine.full_state_dict()
         if setup.is_main:
             with engine.plain_initialization():
-                export.write(
+                export.write_model(
                     setup.config, state_dict, setup.tokenizer, model_path, recipe.model.dtype, setup.generation_config
                 )
 
@@ -242,14 +242,14 @@ def _finish(
         trusts_code = recipe.model.trust_remote_code or recipe.tokenizer.trust_remote_code
         return verify.verify_in_fresh_process(output_dir, trusts_code, watch.unit_done)
 
-    verified = watch.from_main("verify the export", verify_export)
+    verified = watch.run_on_main("verify the export", verify_export)
     if setup.is_main:
         exported = {f"export/{key}": value for key, value in verified.items()}
-        records.row({"step": state.step, "tokens": state.tokens, **exported})
-        records.plot()
+        records.write_row({"step": state.step, "tokens": state.tokens, **exported})
+        records.draw_plot()
         write_card(output_dir, model_path)
-        if state.step > first_step:  # else nothing was trained, and nothing was measured
-            print("", _plan_and_measured(setup, first_step, peak_memory, records), sep="\n", flush=True)
+        if state.step > first_step:  # else nothing was trained or measured
+            print("", _plan_report(setup, first_step, peak_memory, records), sep="\n", flush=True)
         summary = report.run_summary(
             state,
             records.history(),
@@ -260,13 +260,13 @@ def _finish(
             notes=setup.notes,
         )
         print(summary, flush=True)
-        records.note_console(state.step)
+        records.record_output_errors(state.step)
     records.finish()
     engine.finish()
     return model_path
 
 
-def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records: Records) -> str:
+def _plan_report(setup: Setup, first_step: int, peak_memory: int, records: Records) -> str:
     """The plan of the run beside what it measured, as text. `peak_memory`: bytes, the largest of all processes."""
     # Only the steps of this process: earlier ones may have run under another engine.
     tokens_per_step = setup.recipe.training.tokens_per_step
@@ -285,9 +285,9 @@ def _plan_and_measured(setup: Setup, first_step: int, peak_memory: int, records:
 
 
 @contextlib.contextmanager
-def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None = None) -> Iterator[None]:
-    """Turn running out of memory into a `RecipeError` with the plan of the run and what would help most, and layers
-    that don't compile into one that says so. `config`: the model's, if it is known already."""
+def _explain_errors(recipe: Recipe, engine: Engine, config: PretrainedConfig | None = None) -> Iterator[None]:
+    """Turn two errors into a `RecipeError`: running out of memory, with the plan of the run and what would help most,
+    and layers that don't compile. `config`: that of the model, if it is known already."""
     try:
         yield
     except RuntimeError as error:
@@ -305,7 +305,7 @@ def _explained(recipe: Recipe, engine: Engine, config: PretrainedConfig | None =
         raise RecipeError.at("training.micro_batch_size", message) from None
 
 
-def _trackers(recipe: Recipe, accelerator: Accelerator, run_id: str) -> dict[str, Any]:
+def _tracker_starters(recipe: Recipe, accelerator: Accelerator, run_id: str) -> dict[str, Any]:
     """Functions that start the trackers of the recipe, by tracker name."""
     config = {key: str(value) for key, value in flatten(redact_all(recipe.model_dump(mode="json")))}
     return {

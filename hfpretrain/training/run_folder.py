@@ -1,4 +1,4 @@
-"""An output folder belongs to one recipe, and to one run at a time."""
+"""The run folder: it belongs to one recipe, and one process at a time uses it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from hfpretrain.checkpoints.recipe_changes import changes
+from hfpretrain.checkpoints.recipe_changes import forbidden_changes
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import read_recipe
 
 DATA = "data.json"
 """File of a run that describes its data."""
 ENVIRONMENT = "environment.json"
-"""File of a run that says what it was trained on."""
+"""File of a run that describes what it was trained on."""
 
 
 @contextlib.contextmanager
-def claimed(recipe: Recipe, is_main: bool) -> Iterator[None]:
-    """Keep the output folder for this run, as a context around all of it. Only the main process, `is_main`, locks it.
+def claim(recipe: Recipe, is_main: bool) -> Iterator[None]:
+    """Lock the output folder for this run while the context is open. Only the main process, `is_main`, locks it.
 
-    Raises `RecipeError` if the folder has another recipe's run, or if another run in it is alive.
+    Raises `RecipeError` if the folder contains a run of another recipe, or if another run is using it.
     """
     from hfpretrain.checkpoints import export  # imports torch, which `hfpretrain check` does without
 
@@ -30,12 +30,12 @@ def claimed(recipe: Recipe, is_main: bool) -> Iterator[None]:
         yield
         return
     refuse_other_run(recipe)
-    held = lock(Path(recipe.output_dir))
+    acquired = lock(Path(recipe.output_dir))
     try:
-        export.repair(Path(recipe.output_dir))
+        export.finish_interrupted_export(Path(recipe.output_dir))
         yield
     finally:
-        held.release()
+        acquired.release()
 
 
 def refuse_other_run(recipe: Recipe) -> None:
@@ -45,7 +45,7 @@ def refuse_other_run(recipe: Recipe) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             if any((path.parent / "checkpoints").glob("step-*")):
-                message = f"{recipe.output_dir} has checkpoints but no recipe.yaml that says what of; restore it"
+                message = f"{recipe.output_dir} has checkpoints but no recipe.yaml; restore that file"
                 raise RecipeError.at("output_dir", f"{message}, or choose another output_dir")
             return
     except OSError as error:
@@ -53,19 +53,23 @@ def refuse_other_run(recipe: Recipe) -> None:
     try:
         begun = read_recipe(path)
     except RecipeError as error:
-        raise RecipeError.at(str(path), f"cannot be read, so this folder is not touched: {error}") from None
+        raise RecipeError.at(str(path), f"can't be read, so this folder is left unchanged: {error}") from None
     masking = recipe.training.document_masking
-    changed = [problem for problem in changes(recipe, begun) if not _was_so(problem, masking, path.parent)]
+    changed = [
+        problem
+        for problem in forbidden_changes(recipe, begun)
+        if not _states_recorded_masking(problem, masking, path.parent)
+    ]
     if changed:
         advice = "choose another output_dir, or undo the changes to resume"
         raise RecipeError(
-            [Problem("output_dir", f"{recipe.output_dir} holds another recipe's run; {advice}"), *changed]
+            [Problem("output_dir", f"{recipe.output_dir} contains a run of another recipe; {advice}"), *changed]
         )
 
 
-def _was_so(problem: Problem, document_masking: Literal["auto"] | bool, run: Path) -> bool:
-    """Whether the recipe now only says what the run in the folder did: `document_masking: auto` once let documents see
-    each other, and the recipe may now say `false`."""
+def _states_recorded_masking(problem: Problem, document_masking: Literal["auto"] | bool, run: Path) -> bool:
+    """Whether the recipe only states the masking that the run in the folder used: with `document_masking: auto`, older
+    versions could leave documents unmasked, and the recipe may now say `false`."""
     if problem.path != "training.document_masking":
         return False
     try:
@@ -76,7 +80,7 @@ def _was_so(problem: Problem, document_masking: Literal["auto"] | bool, run: Pat
 
 
 def is_in_use(output_dir: Path) -> bool:
-    """Whether a run in this folder is alive on a machine that shares its disk."""
+    """Whether a process on any machine that shares the disk is running in this folder."""
     if not (output_dir / ".lock").exists():
         return False
     try:
@@ -88,12 +92,12 @@ def is_in_use(output_dir: Path) -> bool:
 
 def lock(output_dir: Path) -> Any:
     """Lock a run folder, since two runs in it would overwrite each other's files. The system releases the lock of a
-    process that is killed. Raises `RecipeError` if another process has it."""
+    process that is killed. Raises `RecipeError` if another process holds the lock."""
     from filelock import FileLock, Timeout
 
-    held = FileLock(output_dir / ".lock")
+    acquired = FileLock(output_dir / ".lock")
     try:
-        held.acquire(timeout=0)
+        acquired.acquire(timeout=0)
     except Timeout:
-        raise RecipeError.at("output_dir", f"{output_dir} is in use by a run that is alive") from None
-    return held
+        raise RecipeError.at("output_dir", f"{output_dir} is in use by another run") from None
+    return acquired

@@ -20,7 +20,7 @@ from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import Stops
 from hfpretrain.training.watchdog import Watch
 
-GOES_ON = "the same command goes on from the newest checkpoint"
+RESUME_ADVICE = "run the same command again to continue from the newest checkpoint"
 
 
 class NotSavedError(RuntimeError):
@@ -62,15 +62,15 @@ class RunSaver:
         self.saved_step = saved_step
 
     def save(self, in_background: bool) -> None:
-        """Write a checkpoint of the state as it is. All ranks must call it."""
+        """Write a checkpoint of the current state. All ranks must call it."""
         self._watch.beat("save", self._state.step)
         self._state.gather(self._engine)
-        content = {**self._state.stored(), **self._facts}
+        content = {**self._state.to_dict(), **self._facts}
         self._saver.save(content, self._engine.state_to_save(), self._writers(), in_background)
         self.saved_step = self._state.step
 
     def _writers(self) -> dict[str, Callable[[Path], object]]:
-        """Functions that write the other files of a checkpoint that this process has, as things stand now."""
+        """Functions that write this process's other files of a checkpoint, with the content of now."""
         writers: dict[str, Callable[[Path], object]] = {}
         if self._is_main:
             checksums = self._state.consumption.ledger.checksums
@@ -82,7 +82,7 @@ class RunSaver:
         return writers
 
     def wait(self) -> None:
-        """Wait for the save under way to end, and record it."""
+        """Wait until the current save ends, and record it."""
         self._saver.wait()
         self.record()
 
@@ -93,16 +93,18 @@ class RunSaver:
         `NotSavedError`.
         """
         record_news(self._publisher, self._records, self._state.step)
-        for saved in self._saver.done():
-            self._stops.note_save(saved.seconds)
+        for saved in self._saver.take_results():
+            self._stops.record_save_time(saved.seconds)
             if saved.error is None:
                 figures = {f"save/{k}": v for k, v in asdict(saved).items() if k not in ("step", "error")}
-                self._records.row({"step": saved.step, **figures})
+                self._records.write_row({"step": saved.step, **figures})
                 continue
-            message = f"the checkpoint of step {saved.step} is not saved: {saved.error}"
-            self._records.event(self._state.step, message)
+            message = f"the checkpoint of step {saved.step} was not saved: {saved.error}"
+            self._records.write_event(self._state.step, message)
             if saved.step == self.saved_step:
                 self.saved_step = None
             if is_last:
-                raise NotSavedError(f"{message}. Make room or allow writing in {self._output_dir}; {GOES_ON}")
-            self._records.say(f"{message}; training goes on, older checkpoints are as they were")
+                raise NotSavedError(
+                    f"{message}. Free disk space or allow writing in {self._output_dir}, then {RESUME_ADVICE}"
+                )
+            self._records.print_line(f"{message}; training continues, and older checkpoints are unchanged")

@@ -113,7 +113,7 @@ class Setup:
         return self.engine.process_index == 0
 
     @property
-    def setting(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The settings under which this process trains. They may differ after a resume."""
         return {
             "engine": self.engine.name,
@@ -135,8 +135,8 @@ class Setup:
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Raise `RecipeError` if the accelerate config file has an unsupported setting, if another number of processes
-    started than was asked for, or if the optimizer's library is missing."""
+    """Raise `RecipeError` if the accelerate config file has an unsupported setting, if the number of started processes
+    is not the one asked for, or if the optimizer's library is missing."""
     choose.require_supported()
     launch.require_asked_processes()
     optim.require_library(recipe.optimizer)
@@ -158,7 +158,7 @@ def start_engine(recipe: Recipe, watch: Watch) -> Engine:
 
 
 def check_ranks_agree(recipe: Recipe, engine: Engine, watch: Watch) -> None:
-    """Raise `RecipeError` on all ranks if they differ in recipe, engine or versions; else start to watch them."""
+    """Raise `RecipeError` on all ranks if they differ in recipe, engine or versions; otherwise start to watch them."""
     facts = {
         "python": platform.python_version(),
         **{name: version_of(name) for name in (*LIBRARIES, "deepspeed")},
@@ -179,15 +179,17 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     micro_steps = accumulation_steps(
         training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, engine.data_size
     )
-    start_from = recipe.checkpoint.resume_from
-    watch.from_main(f"fetch {start_from}", lambda: resume.fetch_start(given, watch.unit_done))
-    hub_commits: dict[str, str | None] = watch.from_main(
+    watch.run_on_main(
+        "fetch the checkpoint of checkpoint.resume_from",
+        lambda: resume.fetch_initial_checkpoint(given, watch.unit_done),
+    )
+    hub_commits: dict[str, str | None] = watch.run_on_main(
         "ask the Hub for commits",
-        lambda: commits.find(given.model, given.tokenizer, Path(given.output_dir), start_from),
+        lambda: commits.find(given.model, given.tokenizer, Path(given.output_dir), given.checkpoint.resume_from),
     )
     for text in commits.notes(recipe.model, recipe.tokenizer, hub_commits):
         notes.add(text)
-    recipe = commits.pinned(recipe, hub_commits)
+    recipe = commits.pin_revisions(recipe, hub_commits)
     choose.require_model(
         engine.name,
         engine.num_sharing,
@@ -195,7 +197,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         recipe.model.attn_implementation,
         recipe.data.block_size,
     )
-    watch.from_main("check the model", lambda: _check_model(recipe, engine))
+    watch.run_on_main("check the model", lambda: _check_model(recipe, engine))
     prepared, tokenizer = _load_data(recipe, engine.process_index == 0, watch, notes)
     before_building()
     watch.beat("build", 0)
@@ -206,14 +208,14 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     generation = generation_config(recipe.model, tokenizer)
     import_model_code(config)
     if recipe.model.attn_implementation.startswith("flex") and engine.device.type == "cpu":
-        raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; take sdpa")
+        raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; use sdpa")
     peak_memory = PeakMemory()
     with engine.plain_initialization():
         model = build_model(recipe.model, config, seed=recipe.seed)
         untrained = freeze_outside_loss(model, recipe.data.block_size)
     attention = model.config._attn_implementation
     if recipe.model.attn_implementation == "auto" and attention != "sdpa":
-        logger.info("attention is %s: %s has no sdpa", attention, type(model).__name__)
+        logger.info("attention is %s, since %s does not support sdpa", attention, type(model).__name__)
     for line in str(untrained).splitlines():
         notes.add(line)
     for row in train_padding_rows(model):
@@ -253,7 +255,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         probe = build_model(recipe.model, config, seed=recipe.seed)
         probe = initialization.fill(probe, weights).to(engine.device)
     require_causal(probe, recipe.model, half_precision=engine.accelerator.mixed_precision != "no")
-    packs = watch.from_main(
+    packs = watch.run_on_main(
         "look for blocks of several documents", lambda: recipe.data.streaming or prepared.packs_documents()
     )
     wanted = training.document_masking
@@ -301,39 +303,39 @@ def _load_data(
     recipe: Recipe, is_main: bool, watch: Watch, notes: Notes
 ) -> tuple[PreparedData, PreTrainedTokenizerFast]:
     """The prepared data and their tokenizer, with notes about both."""
-    texts = watch.from_main(
-        "check the vocabulary", lambda: vocabulary.check(recipe.model, recipe.tokenizer, recipe.data)
+    texts = watch.run_on_main(
+        "check the vocabulary", lambda: vocabulary.check_tokenizer(recipe.model, recipe.tokenizer, recipe.data)
     )
     prepared = _prepare(recipe, watch)
     tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
     set_chat_template(tokenizer, recipe.tokenizer)
     logger.info(describe_framing(tokenizer))
     if is_main and recipe.tokenizer.pretrained is None:
-        texts = vocabulary.require_related(recipe.model, recipe.tokenizer, tokenizer)
+        texts = vocabulary.require_matching_ids(recipe.model, recipe.tokenizer, tokenizer)
     for text in (*preparation_notes(prepared), *texts):
         notes.add(text)
     return prepared, tokenizer
 
 
 def _prepare(recipe: Recipe, watch: Watch) -> PreparedData:
-    """The main process prepares the data, and the others open the folder that it names."""
+    """Prepare the data on the main process; the other ranks open the folder that it has prepared."""
     prepared: list[PreparedData] = []
 
     def work() -> list[str]:
         prepared.append(prepare(recipe))
         return [prepared[0].path.name, prepared[0].checksum]
 
-    name, checksum = watch.from_main(f"prepare the data in {recipe.prepared_dir}", work)
+    name, checksum = watch.run_on_main(f"prepare the data in {recipe.prepared_dir}", work)
     if prepared:
         return prepared[0]
     return wait_for_prepared(recipe.prepared_dir / name, recipe.data.prepared_dir, checksum, watch.unit_done)
 
 
 def _check_model(recipe: Recipe, engine: Engine) -> None:
-    """Raise `RecipeError` if the model of a new run can't be built, before text is prepared for hours."""
+    """Raise `RecipeError` if the model of a new run can't be built, before hours are spent on preparing text."""
     if not any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         with engine.plain_initialization():
-            preflight.require_model(recipe.model, recipe.optimizer.no_decay)
+            preflight.require_buildable_model(recipe.model, recipe.optimizer.no_decay)
 
 
 def _epochs(recipe: Recipe, prepared: PreparedData) -> list[float] | None:
@@ -345,7 +347,7 @@ def _epochs(recipe: Recipe, prepared: PreparedData) -> list[float] | None:
 
 
 def _peak_flops(engine: Engine) -> float | None:
-    """FLOP/s of all devices together: of accelerators by their data sheets, of a CPU a measured matrix product."""
+    """FLOP/s of all devices together: data sheet values for accelerators, a measured matrix product for a CPU."""
     if engine.device.type != "cpu":
         peak = devices.peak_flops(engine.device_name, engine.precision)
         return peak and peak * engine.num_processes

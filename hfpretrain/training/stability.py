@@ -1,4 +1,4 @@
-"""Steps that must not update the weights: how they are found, and what is done with them."""
+"""Unstable steps, which must not update the weights: how they are found and handled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfpretrain.recipe.schema import StabilitySection
 from hfpretrain.training import incident
 from hfpretrain.training.feed import Feed
 from hfpretrain.training.records import Records
-from hfpretrain.training.restore import newest_checkpoint, restore
+from hfpretrain.training.restore import find_newest_checkpoint, restore
 from hfpretrain.training.saving import RunSaver
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
@@ -24,7 +24,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 def find_problem(section: StabilitySection, losses: list[float], loss: float, grad_norm: float) -> str | None:
-    """What is wrong with a step, or None. All ranks get the same answer, since they have the same numbers.
+    """The problem of an unstable step, or None. All ranks get the same answer, since they have the same numbers.
 
     `losses`: the losses of the last stable steps. If nothing is wrong, `loss` is added, and only the last
     `section.spike_window` are kept; the list stays empty if the recipe does not look for jumps.
@@ -51,7 +51,7 @@ def find_problem(section: StabilitySection, losses: list[float], loss: float, gr
 
 
 class Stability:
-    """Finds the steps that must not update the weights, and does with them what `stability.policy` says."""
+    """Finds the steps that must not update the weights, and applies `stability.policy` to them."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class Stability:
 
     def find_problem(self, loss: float, grad_norm: float) -> str | None:
         """Call the function `find_problem` for the current step, after its gradients are computed."""
-        # In fp16 some gradients overflow under the loss scale. The scaler leaves those steps out by itself.
+        # In fp16 some gradients overflow under the loss scale. The scaler already skips those steps.
         is_scaled = self._setup.engine.precision == "fp16"
         return find_problem(self._section, self._state.losses, loss, 0.0 if is_scaled else grad_norm)
 
     def handle(self, problem: str, step_data: StepData, loss: float, grad_norm: float) -> bool:
-        """Leave out a step that must not update the weights. All ranks must call it.
+        """Discard the gradients of an unstable step, and skip it, roll back or stop. All ranks must call it.
 
         Returns True if the run was rolled back: `state` is then the checkpoint's. Raises `TrainingDivergedError` if the
         run must stop.
@@ -86,9 +86,9 @@ class Stability:
         self._saver.wait()
         newest = None
         if policy == "rollback":
-            newest = newest_checkpoint(setup.output_dir, setup.engine.process_index, self._watch)
+            newest = find_newest_checkpoint(setup.output_dir, setup.engine.process_index, self._watch)
             for reason in newest.passed_over:
-                records.event(state.step, reason)
+                records.write_event(state.step, reason)
             policy = "stop" if newest.path is None else policy
         data_step = state.data_step(state.step)
         sequences = incident.sequences_of(
@@ -110,14 +110,14 @@ class Stability:
             records,
         )
         setup.engine.drop_gradients()
-        records.event(state.step, f"{problem}: {policy}", incident=str(path))
+        records.write_event(state.step, f"{problem}: {policy}", incident=str(path))
         if policy == "stop":
             raise TrainingDivergedError(
-                f"{problem} at step {state.step + 1}, before it could change the weights; {path} tells more, "
-                f"checkpoints are from before. stability.policy may skip such steps; this was number "
-                f"{state.num_events} of stability.max_events {self._section.max_events}"
+                f"{problem} at step {state.step + 1}. The weights and the checkpoints are from before this step; see "
+                f"{path}. Set stability.policy to skip such steps. This was unstable step {state.num_events}; "
+                f"stability.max_events is {self._section.max_events}"
             )
-        records.say(f"step {state.step + 1}: {problem}; {policy}, see {path}")
+        records.print_line(f"step {state.step + 1}: {problem}; stability.policy is {policy}, see {path}")
         if newest is None or newest.path is None:
             return False
         # Go back to the checkpoint, and leave out the data of all steps since, the unstable one included.

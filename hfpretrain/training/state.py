@@ -1,4 +1,4 @@
-"""What a run knows of the steps it has done."""
+"""The state of a run that changes with each step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hfpretrain.training import segments
 
 @dataclass
 class TrainState:
-    """What a run knows of the steps it has done. A checkpoint stores all of it, most in its `train_state.json`."""
+    """The state of a run that changes with each step. A checkpoint stores all of it, most in its `train_state.json`."""
 
     consumption: Consumption
     """The ledger, and the tokens and documents of each source."""
     data_state: Any = None
-    """Where a stream stands after this step; None if the data are prepared."""
+    """Position of a stream after this step; None if the data are prepared."""
     step: int = 0
     """Number of optimizer steps done."""
     tokens: int = 0
@@ -53,7 +53,7 @@ class TrainState:
         rollbacks."""
         return order.data_step(step, self.skipped)
 
-    def advance(self, data: StepData, loss: float, tokens: int, setting: dict[str, Any]) -> None:
+    def advance(self, data: StepData, loss: float, tokens: int, settings: dict[str, Any]) -> None:
         """Count a step that is done: its data on this process, its loss, its tokens on all processes, and the settings
         it was trained under."""
         self.consumption.add(data)
@@ -61,23 +61,23 @@ class TrainState:
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.window_loss, self.window_steps = self.window_loss + loss, self.window_steps + 1
         self.evaluated, self.evaluation_loss = False, None
-        segments.extend(self.segments, setting, self.step)
+        segments.extend(self.segments, settings, self.step)
 
     def gather(self, engine: Engine) -> None:
-        """Sum over all processes what each has consumed. All ranks must call it."""
+        """Sum the consumed data over all processes. All ranks must call it."""
 
         def total(table: list[list[int]]) -> list[list[int]]:
             return engine.total(torch.tensor(table, dtype=torch.int64, device=engine.device)).tolist()
 
         self.consumption.gather(total)
 
-    def stored(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The entries for `train_state.json`, after `gather`."""
         names = [entry.name for entry in fields(self) if entry.name not in ("consumption", "data_state")]
         return copy.deepcopy({name: getattr(self, name) for name in names}) | self.consumption.state()
 
     def restore(self, stored: dict[str, Any], checkpoint: Path) -> str:
-        """Become what `stored` says, which `stored` of another process returned.
+        """Set all entries to those of `stored`, which `to_dict` returned in an earlier process.
 
         Returns the digest that the checkpoint's ledger must have. Raises `KeyError` or `TypeError` if entries are
         missing or unknown.

@@ -1,4 +1,4 @@
-"""The row of a log step: loss, learning rate, throughput, memory, and what was trained on."""
+"""The row of a log step: loss, learning rate, throughput, memory and consumed data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfpretrain.training.state import TrainState
 
 
 class StepLog:
-    """Measures the time between log steps, and writes their rows. Make it when the first step is about to begin.
+    """Measures the time between log steps, and writes their rows. Create it right before the first step.
 
     `flops_per_token`, `peak_flops` and `peak_memory` as in `Setup`. `streaming`: whether the data are a stream.
     """
@@ -67,5 +67,5 @@ class StepLog:
             row["lr_by_group"] = lr
         if self._streaming:
             row["documents_dropped"] = state.consumption.documents_dropped
-        records.training(row)
+        records.write_log_step(row)
         state.window_loss, state.window_steps = 0.0, 0

@@ -1,4 +1,4 @@
-"""When a run must stop before its end: a signal, or the time it was given."""
+"""Stopping a run before its end: by a signal, or at the end of `training.stop_after`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hfpretrain.engines.start import SIGNALS
 
 
 class StoppedEarlyError(BaseException):
-    """A signal came while there was nothing to save.
+    """A signal arrived while there was nothing to save.
 
-    It is not an `Exception`, since code that runs when the signal comes, such as `logging`, may catch those and
+    It is not an `Exception`, since code that runs when the signal arrives, such as `logging`, may catch those and
     continue.
     """
 
@@ -29,9 +29,9 @@ class Stopping(Exception):  # noqa: N818 - not an error
 class Stops:
     """Handles the signals that ask this process to stop, as a context around a run.
 
-    Until `defer` is called, a signal raises `StoppedEarlyError` in the main thread. From then on it is only noted, and
-    `due` reports it. A second SIGINT ends the process at once. SIGHUP, which a closed terminal sends, stays ignored
-    under `nohup`.
+    Until `defer` is called, a signal raises `StoppedEarlyError` in the main thread. From then on it is only recorded,
+    and `due` returns True. A second SIGINT ends the process at once. SIGHUP, which a closed terminal sends, stays
+    ignored under `nohup`.
     """
 
     def __init__(self, stop_after_seconds: int | None):
@@ -45,16 +45,18 @@ class Stops:
     def __enter__(self) -> Stops:
         if threading.current_thread() is threading.main_thread():
             ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS if number not in ignored}
+            self._before = {
+                number: signal.signal(number, self._on_signal) for number in SIGNALS if number not in ignored
+            }
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
-            # A launcher and a scheduler may both signal: the second must not cut off what the first has begun.
+            # A launcher and a scheduler may both send a signal. The second must not interrupt what the first began.
             ending = kind is StoppedEarlyError and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ending else handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         # When a terminal closes, SIGHUP ends the launcher, and then SIGTERM comes: the first signal is the reason.
         self.reason = self.reason or signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -62,11 +64,11 @@ class Stops:
             raise StoppedEarlyError(self.reason)
 
     def defer(self) -> None:
-        """Only note signals from now on: there may be something to save first."""
+        """Only record signals from now on, since there may be something to save first."""
         self._deferred = True
 
-    def note_save(self, seconds: float) -> None:
-        """Note how long a save took. The run stops when its time left is at most twice that of the longest save."""
+    def record_save_time(self, seconds: float) -> None:
+        """Record how long a save took. The run stops when the time left is at most twice that of the longest save."""
         self._longest_save = max(seconds, self._longest_save or 0.0)
 
     def seconds_left(self) -> float | None:
@@ -86,7 +88,7 @@ class Stops:
 class StopVote:
     """Stops all ranks at the same micro-step after one of them was asked to stop.
 
-    `group`: a process group for these votes alone, None for a process alone.
+    `group`: a process group for these votes alone, None for a single process.
     """
 
     def __init__(self, stops: Stops, group: Any):
@@ -98,5 +100,5 @@ class StopVote:
             raise Stopping
 
     def close(self) -> None:
-        """Wait for the last vote, which is under way."""
+        """Wait for the last vote to end."""
         self._votes.wait()

@@ -13,10 +13,12 @@ from hfpretrain.recipe.schema import DataSection, ModelSection, Problem, RecipeE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_LEAST_RELATED = 0.9
+_MIN_MATCHING_SHARE = 0.9
 
 
-def check(model: ModelSection, section: TokenizerSection, data: DataSection, local_only: bool = False) -> list[str]:
+def check_tokenizer(
+    model: ModelSection, section: TokenizerSection, data: DataSection, local_only: bool = False
+) -> list[str]:
     """Check a pretrained tokenizer against the model and the data. Returns a sentence for each smaller difference.
 
     `local_only`: read only local folders, not the Hub. Raises `RecipeError` if ids have no embedding, if special ids
@@ -42,10 +44,12 @@ def check(model: ModelSection, section: TokenizerSection, data: DataSection, loc
     tokenizer = load_tokenizer(section)
     vocab_size = padded_vocab_size(section, tokenizer)
     resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), data.block_size)
-    return require_related(model, section, tokenizer)
+    return require_matching_ids(model, section, tokenizer)
 
 
-def require_related(model: ModelSection, section: TokenizerSection, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def require_matching_ids(
+    model: ModelSection, section: TokenizerSection, tokenizer: PreTrainedTokenizerFast
+) -> list[str]:
     """Compare the run's tokenizer with that of the model's checkpoint, whose ids should stand for the same tokens.
 
     Returns a sentence if some don't. Raises `RecipeError` if most don't.
@@ -57,18 +61,18 @@ def require_related(model: ModelSection, section: TokenizerSection, tokenizer: P
     try:
         own = load_tokenizer(base).get_vocab()
     except RecipeError:
-        return [f"the tokenizer of {model.pretrained} does not load, so the recipe's is not compared with it"]
+        return [f"the tokenizer of {model.pretrained} can't be loaded, so the recipe's was not compared with it"]
     known = set(own.values())
     both = [(token, number) for token, number in tokenizer.get_vocab().items() if number in known]
     same = sum(own.get(token) == number for token, number in both)
-    if same < _LEAST_RELATED * len(both):
+    if same < _MIN_MATCHING_SHARE * len(both):
         key = "tokenizer.pretrained" if section.pretrained else "tokenizer.algorithm"
         message = (
-            f"of the {len(both):,} ids that this tokenizer shares with that of {model.pretrained}, only {same:,} stand "
-            "for the same token, so the model would read other words. Use the model's own tokenizer; if the model was "
-            "trained with this one, save it in the model's folder"
+            f"of the {len(both):,} token ids that this tokenizer shares with that of {model.pretrained}, only {same:,} "
+            "stand for the same token, so the model would misread the text. Use the model's own tokenizer. If the "
+            "model was trained with this one, save it in the model's folder"
         )
         raise RecipeError(Problem(key, message))
     if same == len(both):
         return []
-    return [f"{len(both) - same:,} ids of the tokenizer stand for other tokens in that of {model.pretrained}"]
+    return [f"{len(both) - same:,} token ids stand for other tokens in the tokenizer of {model.pretrained}"]

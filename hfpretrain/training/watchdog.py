@@ -1,4 +1,4 @@
-"""A check that all ranks run the same, and a watch that ends the run on all ranks when one of them fails or hangs."""
+"""Checks that all ranks run the same, and ends the run on all ranks when one of them fails or hangs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hfpretrain.recipe.schema import Problem, RecipeError
 
 SILENCE_SECONDS = 30  # a rank that writes no new status for this long counts as lost
 _BROKEN_SILENCE_SECONDS = 4  # the same after a connection to a rank broke: some rank has just died
-_TELL_SECONDS = 30  # after this long, a rank that waits for rank 0 prints what it waits for
+_REPORT_SECONDS = 30  # after this long, a rank that waits for rank 0 prints what it waits for
 _GRACE_SECONDS = 3  # the launcher of a failed rank has this long to end its other ranks, since its report says more
 
 
@@ -42,19 +42,19 @@ class Status:
     units: int = 0
     """Number of calls of `unit_done`. It shows that the rank works, and is not compared between ranks."""
     task: str = ""
-    """What rank 0 does for all in `from_main`, if it is under way."""
+    """What rank 0 is doing for all ranks in `run_on_main`; empty if nothing."""
     waits: bool = False
-    """Whether it is waiting for rank 0 to do `task`."""
+    """Whether this rank is waiting for rank 0 to do `task`."""
     end: str | None = None
     """None while the rank runs, empty after it ended well, else its error."""
     disconnected: bool = False
     """Whether a connection to another rank broke."""
 
 
-class Judge:
-    """Finds the rank that holds up the run, from statuses that are looked at once a second.
+class FailureDetector:
+    """Finds the rank that blocks the run, from statuses that are read once a second.
 
-    It counts looks, not seconds of a clock: a process that was itself suspended has not waited for any other rank.
+    It counts its checks, not seconds of a clock: a process that was itself suspended has not waited for other ranks.
     """
 
     def __init__(self, timeout_seconds: int):
@@ -64,10 +64,10 @@ class Judge:
         self._failed: dict[int, int] = {}
         self._idle = 0
 
-    def look(self, statuses: Mapping[int, Status], disconnected: bool = False) -> tuple[str, list[int]] | None:
+    def find_failure(self, statuses: Mapping[int, Status], disconnected: bool = False) -> tuple[str, list[int]] | None:
         """Return why the run must end and which ranks are lost; None if it can continue.
 
-        `statuses`: those of all ranks, or of rank 0 alone. With rank 0 alone, no stall is looked for.
+        `statuses`: those of all ranks, or of rank 0 alone, in which case stalls are not detected.
         `disconnected`: whether a connection of this rank broke.
         """
         live = {rank: status for rank, status in statuses.items() if status.end is None}
@@ -85,24 +85,27 @@ class Judge:
         prepares = 0 in live and not live[0].count
         self._idle = 0 if moved or prepares else self._idle + 1
         self._last = dict(statuses)
-        if (found := self._lost(live, disconnected)) is not None:
+        if (found := self._find_lost(live, disconnected)) is not None:
             return found
-        text = self._broken(statuses) or (self._stalled(live) if len(statuses) > 1 else None)
+        text = self._find_failed(statuses) or (self._find_stalled(live) if len(statuses) > 1 else None)
         return None if text is None else (text, [])
 
-    def _lost(self, live: Mapping[int, Status], disconnected: bool) -> tuple[str, list[int]] | None:
+    def _find_lost(self, live: Mapping[int, Status], disconnected: bool) -> tuple[str, list[int]] | None:
         disconnected = disconnected or any(status.disconnected for status in live.values())
         limit = min(_BROKEN_SILENCE_SECONDS, self._silence) if disconnected else self._silence
         lost = [rank for rank in live if self._silent[rank] >= limit - 1]
         if not any(self._silent[rank] >= limit for rank in lost):
             return None
-        return f"no sign of life for {limit} s from {_places(lost, live)}: killed, stopped, or the host is gone", lost
+        return (
+            f"no status for {limit} s from {_describe_ranks(lost, live)}: killed or suspended, or its host is down",
+            lost,
+        )
 
-    def _broken(self, statuses: Mapping[int, Status]) -> str | None:
+    def _find_failed(self, statuses: Mapping[int, Status]) -> str | None:
         rank = next((rank for rank, looks in self._failed.items() if looks >= _GRACE_SECONDS), None)
-        return None if rank is None else f"{_places([rank], statuses)} failed: {statuses[rank].end}"
+        return None if rank is None else f"{_describe_ranks([rank], statuses)} failed: {statuses[rank].end}"
 
-    def _stalled(self, live: Mapping[int, Status]) -> str | None:
+    def _find_stalled(self, live: Mapping[int, Status]) -> str | None:
         if not live or self._idle < self._stall:
             return None
         least = min(status.count for status in live.values())
@@ -110,28 +113,25 @@ class Judge:
         if not all(live[rank].waits for rank in behind):
             behind = [rank for rank in behind if not live[rank].waits]
         if len(behind) == len(live):
-            place = _places(behind[:1], live)
-            return f"no rank has made progress for {self._stall} s (training.timeout_seconds); all are where {place} is"
-        return (
-            f"no progress for {self._stall} s (training.timeout_seconds), the others wait for {_places(behind, live)}"
-        )
+            text = f"all ranks are at the same point as {_describe_ranks(behind[:1], live)}"
+        else:
+            text = f"the other ranks wait for {_describe_ranks(behind, live)}"
+        return f"no progress for {self._stall} s (training.timeout_seconds); {text}"
 
 
-def _places(ranks: Sequence[int], statuses: Mapping[int, Status], most: int = 8) -> str:
+def _describe_ranks(ranks: Sequence[int], statuses: Mapping[int, Status], most: int = 8) -> str:
     shown = [(rank, statuses[rank]) for rank in ranks[:most]]
     tasks = {rank: f": {'waits for rank 0 to ' if s.waits else ''}{s.task}" if s.task else "" for rank, s in shown}
-    places = [
-        f"rank {rank} on {s.host}, pid {s.pid} (step {s.step}, phase {s.phase}{tasks[rank]})" for rank, s in shown
-    ]
-    return "; ".join(places) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
+    texts = [f"rank {rank} on {s.host}, pid {s.pid} (step {s.step}, phase {s.phase}{tasks[rank]})" for rank, s in shown]
+    return "; ".join(texts) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
 
 
 class Watch:
-    """Watches the other ranks, as a context around all work of this one. For a single process it does nothing.
+    """Watches the other ranks while the context is open. For a single process it does nothing.
 
     Every rank writes its status into the process group's store once a second. Rank 0 reads the statuses of all ranks;
-    the others read that of rank 0, and its verdict, so that the store's load grows linearly with the number of ranks. A
-    rank that finds the run held up prints why, and all ranks end with exit code 1.
+    the others read that of rank 0, and the failure that it found, so that the store's load grows linearly with the
+    number of ranks. A rank that finds a failure prints it, and all ranks end with exit code 1.
     """
 
     def __init__(self) -> None:
@@ -147,14 +147,14 @@ class Watch:
         self._ticks: dict[int, int] | None = None
 
     def beat(self, phase: str, step: int) -> None:
-        """Note that the main thread is in `phase` of `step`. All ranks must call it alike; it is cheap."""
+        """Record that the main thread is in `phase` of `step`. All ranks must make the same calls. It is cheap."""
         self._progress = (self._progress[0] + 1, phase, step)
 
     def unit_done(self) -> None:
-        """Note that this rank has done a part of a long task, such as reading one of many files."""
+        """Record that this rank has done a part of a long task, such as reading one of many files."""
         self._units += 1
 
-    def from_main(self, task: str, work: Callable[[], Any]) -> Any:
+    def run_on_main(self, task: str, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 alone, and return its result, a JSON value, on all ranks.
 
         If it raises a `RecipeError`, all ranks raise that. The others wait as long as it takes, even beyond the timeout
@@ -179,19 +179,22 @@ class Watch:
         return answer["value"]
 
     def _answer_all(self, key: str, answer: dict[str, Any]) -> None:
-        """Send all ranks the last answer of rank 0, and give them time to read it before the store may end."""
+        """Send all ranks the last answer of rank 0, and let them read it before the store may end."""
         self._answers.set(key, json.dumps(answer))
         deadline = time.monotonic() + 2 * _GRACE_SECONDS
         while time.monotonic() < deadline and int(self._answers.add(f"{key}/heard", 0)) < len(self._ranks) - 1:
             time.sleep(0.1)
 
     def _wait_for_answer(self, key: str) -> Any:
-        start, told = time.monotonic(), not self._speaks()
+        start, reported = time.monotonic(), not self._reports_for_host()
         while not self._answers.check([key]):
             time.sleep(0.1)
-            if not told and time.monotonic() - start > _TELL_SECONDS:
-                told = True
-                print(f"rank {self._rank} on {self._host} waits for {_places([0], {0: self._first})}", file=sys.stderr)
+            if not reported and time.monotonic() - start > _REPORT_SECONDS:
+                reported = True
+                print(
+                    f"rank {self._rank} on {self._host} waits for {_describe_ranks([0], {0: self._first})}",
+                    file=sys.stderr,
+                )
         answer = json.loads(self._answers.get(key))
         self._answers.add(f"{key}/heard", 1)
         return answer
@@ -216,12 +219,12 @@ class Watch:
         if rank == 0:
             self._store.set("verdict", "")
         _require_agreement(self._store, rank, num_ranks, self._host, facts, timeout_seconds)
-        self._judge = Judge(timeout_seconds)
+        self._detector = FailureDetector(timeout_seconds)
         for work in (self._watch, self._watch_store):
             self._threads.append(threading.Thread(target=work, daemon=True, name=f"ranks{work.__name__}"))
             self._threads[-1].start()
 
-    def leave(self) -> None:
+    def stop_watching(self) -> None:
         """Stop watching and being watched. Call it when the remaining work of this rank concerns no other rank."""
         self.__exit__(None, None, None)
         self._threads = []
@@ -241,25 +244,27 @@ class Watch:
                 self._write(tick)
                 *values, verdict = self._store.multi_get(keys)
             except dist.DistError as error:
-                # The store has ended, with the run or before it.
+                # The store has ended, with the run or earlier.
                 if not self._closed.wait(_GRACE_SECONDS):
-                    self._end(f"{self._store_place()} is gone ({error})", speaks=self._speaks())
+                    self._end(f"{self._store_text()} can't be reached ({error})", reports=self._reports_for_host())
                 return
             self._contacts += 1
             if verdict:
-                self._end(verdict.decode(), speaks=False)
+                self._end(verdict.decode(), reports=False)
             statuses = {rank: Status(**json.loads(value)) for rank, value in zip(others, values, strict=True)}
             self._first = statuses[0]
             self._note_new_statuses(statuses)
-            found = self._judge.look(statuses, self._disconnected)
+            found = self._detector.find_failure(statuses, self._disconnected)
             if found is not None and not self._closed.is_set():
                 text, lost = found
                 if self._rank == 0:
                     self._store.set("verdict", text)
-                self._end(text, speaks=self._rank == 0 or self._speaks(), lost=[statuses[rank] for rank in lost])
+                self._end(
+                    text, reports=self._rank == 0 or self._reports_for_host(), lost=[statuses[rank] for rank in lost]
+                )
 
     def _note_new_statuses(self, statuses: Mapping[int, Status]) -> None:
-        """Forget that this process was suspended, once all other ranks have written a new status since."""
+        """Forget that this process was suspended, once all other ranks have written a new status."""
         if self._paused:
             ticks = {rank: status.tick for rank, status in statuses.items() if status.end is None}
             if self._ticks is None:
@@ -268,7 +273,7 @@ class Watch:
                 self._paused = 0.0
 
     def _watch_store(self) -> None:
-        """End this rank if the store does not answer, since `_watch` would wait forever if its host is gone."""
+        """End this rank if the store does not answer: `_watch` would wait forever if the store's host is down."""
         last, looks, before = 0, 0, time.monotonic()
         while not self._closed.wait(1):
             paused, before = time.monotonic() - before - 1, time.monotonic()
@@ -276,33 +281,35 @@ class Watch:
                 self._paused, self._ticks = paused, None
             last, looks = self._contacts, looks + 1 if last == self._contacts else 0
             if looks > self._silence:
-                self._end(f"no answer for {self._silence} s from {self._store_place()}", speaks=self._speaks())
+                self._end(
+                    f"no answer for {self._silence} s from {self._store_text()}", reports=self._reports_for_host()
+                )
 
-    def _store_place(self) -> str:
-        return f"the launcher of {_places([0], {0: self._first})}"
+    def _store_text(self) -> str:
+        return f"the launcher of {_describe_ranks([0], {0: self._first})}"
 
-    def _speaks(self) -> bool:
+    def _reports_for_host(self) -> bool:
         """Whether this rank prints for its host when rank 0 does not: local rank 1 on the host of rank 0, local rank 0
         elsewhere."""
         return os.environ.get("LOCAL_RANK", "0") == (
             "1" if self._rank < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "0"
         )
 
-    def _end(self, text: str, speaks: bool, lost: Sequence[Status] = ()) -> None:
+    def _end(self, text: str, reports: bool, lost: Sequence[Status] = ()) -> None:
         if not self._ending.acquire(blocking=False):
             return
         if self._paused:
-            # The other ranks have not all written a status since this one was suspended, so they have ended.
+            # Some rank has written no status since this one was suspended, so the other ranks have ended.
             count, phase, step = self._progress
-            place = _places([self._rank], {self._rank: Status(self._host, os.getpid(), 0, count, phase, step)})
-            text = f"{place} was suspended for {self._paused:.0f} s, and the others have ended without it"
-            speaks, lost = True, ()
-        if speaks:
+            own = _describe_ranks([self._rank], {self._rank: Status(self._host, os.getpid(), 0, count, phase, step)})
+            text = f"{own} was suspended for {self._paused:.0f} s, and the other ranks ended meanwhile"
+            reports, lost = True, ()
+        if reports:
             print(f"\nerror: the run ends on all ranks: {text}", file=sys.stderr, flush=True)
             for status in lost:
                 _kill_local_rank(status, self._host)
         # When a rank ends, its launcher ends its other ranks. Wait, so that they can print or write first.
-        time.sleep(_GRACE_SECONDS - 1 if speaks else _GRACE_SECONDS)
+        time.sleep(_GRACE_SECONDS - 1 if reports else _GRACE_SECONDS)
         os._exit(1)
 
     def __enter__(self) -> Watch:
@@ -315,7 +322,7 @@ class Watch:
         if not self._threads:
             return
         if error is not None and _is_disconnection(error):
-            # Another rank has ended, and broke the connection. The watch is about to find out which.
+            # Another rank has ended, which broke the connection. The watch thread will soon find out which.
             self._disconnected = True
             time.sleep(_BROKEN_SILENCE_SECONDS + 2 * _GRACE_SECONDS)
         self._closed.set()
@@ -327,7 +334,7 @@ class Watch:
         except dist.DistError:
             return
         if error is not None and len(self._ranks) > int(os.environ.get("LOCAL_WORLD_SIZE", len(self._ranks))):
-            # This process's launcher ends with it, and perhaps the store too. Other hosts must read this status first.
+            # The launcher of this process ends with it, and perhaps the store. Other hosts must read this status first.
             time.sleep(_GRACE_SECONDS)
 
 
@@ -345,7 +352,7 @@ def _is_disconnection(error: BaseException) -> bool:
     )
 
 
-def _missing(store: Any, num_ranks: int, timeout_seconds: int) -> list[int]:
+def _missing_ranks(store: Any, num_ranks: int, timeout_seconds: int) -> list[int]:
     """Ranks that have not written their first status in time."""
     deadline = time.monotonic() + timeout_seconds
     while missing := [rank for rank in range(num_ranks) if not store.check([f"status/{rank}"])]:
@@ -358,9 +365,9 @@ def _missing(store: Any, num_ranks: int, timeout_seconds: int) -> list[int]:
 def _require_agreement(
     store: Any, rank: int, num_ranks: int, host: str, facts: Mapping[str, Any], timeout_seconds: int
 ) -> None:
-    missing = _missing(store, num_ranks, timeout_seconds)
+    missing = _missing_ranks(store, num_ranks, timeout_seconds)
     if missing:
-        raise RuntimeError(f"rank(s) {', '.join(map(str, missing))} did not begin within {timeout_seconds} s")
+        raise RuntimeError(f"rank(s) {', '.join(map(str, missing))} did not start within {timeout_seconds} s")
     if rank == 0:
         store.set("facts", json.dumps([host, dict(facts)]))
     first_host, first = json.loads(store.get("facts"))
@@ -378,5 +385,5 @@ def _require_agreement(
         # The store may end with rank 0, so that one goes last.
         store.set(f"read/{rank}", "")
         store.wait([f"read/{n}" for n in (range(num_ranks) if rank == 0 else [rank])])
-        advice = Problem("ranks", "start all with the same recipe, overrides, engine file and library versions")
+        advice = Problem("ranks", "start all ranks with the same recipe, overrides, engine file and library versions")
         raise RecipeError([advice, *(Problem(key, text) for key, text in found[:20])])

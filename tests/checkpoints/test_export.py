@@ -26,7 +26,7 @@ def checkpoint(run, step):
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def refused(*arguments):
+def refusal(*arguments):
     result = hfpretrain(*map(str, arguments))
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     return result.stderr
@@ -45,12 +45,12 @@ def test_an_export_of_the_last_checkpoint_equals_the_export_of_the_run(run, tmp_
     assert not list(tmp_path.glob("*.incomplete"))
 
 
-def test_a_checkpoint_is_scored_as_in_the_run(run):
+def test_a_checkpoint_gets_the_scores_of_the_run(run):
     recipe = load_recipe(run.parent / "recipe.yaml")
-    said = rows(run, "eval/loss")
+    recorded = rows(run, "eval/loss")
     for step in (4, 8):
         report = evaluate_perplexity(checkpoint(run, step), recipe)
-        assert report["loss"] == pytest.approx(said[step]["eval/loss"], abs=1e-5)
+        assert report["loss"] == pytest.approx(recorded[step]["eval/loss"], abs=1e-5)
     report = json.loads(
         hfpretrain("compare", str(run), str(checkpoint(run, 4)), recipe.output_dir + "/recipe.yaml").stdout
     )
@@ -60,31 +60,31 @@ def test_a_checkpoint_is_scored_as_in_the_run(run):
     assert hfpretrain("generate", str(run), "the river", "--temperature", "0").stdout == result.stdout
 
 
-def test_a_run_without_an_export_is_its_newest_checkpoint(run, tmp_path):
+def test_a_run_without_an_export_is_loaded_from_its_newest_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
-    with locate.located(str(tmp_path / "run")) as source, locate.located(str(checkpoint(run, 8))) as same:
+    with locate.locate_model(str(tmp_path / "run")) as source, locate.locate_model(str(checkpoint(run, 8))) as same:
         ours, theirs = (load_file(f"{found.path}/model.safetensors") for found in (source, same))
         assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-def test_what_can_not_be_exported_gives_a_message_and_replaces_nothing(run, tmp_path):
+def test_a_failed_export_reports_why_and_replaces_nothing(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert "already exists" in refused("export", checkpoint(run, 8), tmp_path / "mine")
+    assert "already exists" in refusal("export", checkpoint(run, 8), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
-    assert "there is no file or folder" in refused("export", run / "checkpoints" / "step-00000007", tmp_path / "x")
-    assert "neither a checkpoint" in refused("export", run / "model", tmp_path / "x")
+    assert "there is no file or folder" in refusal("export", run / "checkpoints" / "step-00000007", tmp_path / "x")
+    assert "neither a checkpoint" in refusal("export", run / "model", tmp_path / "x")
     shutil.copytree(checkpoint(run, 8), tmp_path / "step-00000008")
-    assert "not in the `checkpoints` folder of its run" in refused("export", tmp_path / "step-00000008", tmp_path / "x")
+    assert "not in the `checkpoints` folder of its run" in refusal("export", tmp_path / "step-00000008", tmp_path / "x")
     shutil.copytree(run, tmp_path / "run")
     weights = max(checkpoint(tmp_path / "run", 8).glob("*.distcp"), key=lambda path: path.stat().st_size)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert "checksum" in refused("export", checkpoint(tmp_path / "run", 8), tmp_path / "x")
-    assert "checksum" in refused("generate", checkpoint(tmp_path / "run", 8), "the river")
+    assert "checksum" in refusal("export", checkpoint(tmp_path / "run", 8), tmp_path / "x")
+    assert "checksum" in refusal("generate", checkpoint(tmp_path / "run", 8), "the river")
     assert not (tmp_path / "x").exists()
 
 
-def test_a_revision_of_the_hub_is_a_model(run, tmp_path):
+def test_generate_loads_a_revision_from_the_hub(run, tmp_path):
     local = hfpretrain("generate", str(checkpoint(run, 4)), "the river", "--temperature", "0")
     with HubServer() as hub, WarmProcess(hub.environment(tmp_path / "home")) as warm:
         assert warm.run("hfpretrain.cli", "push", run, "USER/NAME").returncode == 0

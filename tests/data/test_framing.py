@@ -24,7 +24,7 @@ from hfpretrain.evaluation.lm_eval_tasks import Processes, shared_language_model
 from hfpretrain.evaluation.score import Windows, evaluate_checkpoint
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
-from hfpretrain.training.preflight import world_problems
+from hfpretrain.training.preflight import resource_problems
 from hfpretrain.training.run_folder import refuse_other_run
 
 BOS, EOS = 320, 0
@@ -293,8 +293,8 @@ def test_a_run_reports_its_bos_and_refuses_a_change_of_it(framed):
     (state,) = (run / "checkpoints").glob("step-*")
     other = load_recipe(path, [overrides[0], f"--output_dir={framed / 'other'}", f"--checkpoint.resume_from={state}"])
     with pytest.raises(RecipeError, match=r"tokenizer\.add_bos"):
-        resume_from.fetch_start(other)
-    assert [problem.path for problem in world_problems(other)] == ["checkpoint.resume_from", "tokenizer.add_bos"]
+        resume_from.fetch_initial_checkpoint(other)
+    assert [problem.path for problem in resource_problems(other)] == ["checkpoint.resume_from", "tokenizer.add_bos"]
 
 
 def test_a_run_of_the_version_that_added_no_bos_is_refused_with_that_version(framed):

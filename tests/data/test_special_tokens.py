@@ -81,10 +81,10 @@ def test_check_refuses_special_tokens_that_the_tokenizer_lacks(folder, trained):
     right = recipe(folder, data__sources=[source(folder, special_tokens=["<fim_prefix>"])], **changes)
     wrong = [source(folder), source(folder, special_tokens=["<fim>"])]
     if not trained:
-        assert vocabulary.check(right.model, right.tokenizer, right.data, local_only=True) == []
+        assert vocabulary.check_tokenizer(right.model, right.tokenizer, right.data, local_only=True) == []
     with pytest.raises(RecipeError, match=r"data\.sources\.1\.special_tokens: '<fim>' is not a special token"):
         made = recipe(folder, data__sources=wrong, **changes)
-        vocabulary.check(made.model, made.tokenizer, made.data, local_only=True)
+        vocabulary.check_tokenizer(made.model, made.tokenizer, made.data, local_only=True)
 
 
 def test_streams_and_evaluation_read_special_tokens_as_preparation_does(folder):

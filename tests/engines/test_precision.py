@@ -90,7 +90,7 @@ def test_a_run_goes_on_where_auto_means_another_precision(folder):
         assert done.returncode == 0, done.stderr
         losses.append([row["loss"] for row in rows(folder / "run", "loss").values()])
     assert losses[1][:4] == losses[0] and len(losses[1]) == 6
-    assert "training goes on in no; up to step 4 it was in bf16" in done.stderr
+    assert "training continues in no; up to step 4 it was in bf16" in done.stderr
     assert "up to step 4 it was in bf16" in (folder / "run" / "metrics.jsonl").read_text()
 
 

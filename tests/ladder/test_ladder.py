@@ -126,7 +126,7 @@ def test_a_ladder_finds_the_law_of_its_runs_and_what_it_means_for_the_recipe(fol
     # A rung that fails ends the ladder with its own message.
     rung = made.rungs[-1]
     (rung.run / "metrics.jsonl").unlink()
-    with FileLock(rung.run / ".lock"), pytest.raises(RecipeError, match="in use by a run that is alive"):
+    with FileLock(rung.run / ".lock"), pytest.raises(RecipeError, match="in use by another run"):
         list(run_ladder(recipe, SIZES, RATIOS, None, None, None, output))
     with pytest.raises(RecipeError, match="are asked: its schedule would not be a whole one"):
         Ladder(target_recipe(folder, training__max_steps=600), SIZES, RATIOS, 1, output).write()

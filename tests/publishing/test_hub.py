@@ -299,11 +299,12 @@ FETCHES = """
 import sys
 from hfpretrain import load_recipe
 from hfpretrain.recipe.schema import RecipeError
-from hfpretrain.checkpoints.resume import fetch_start
+from hfpretrain.checkpoints.resume import fetch_initial_checkpoint
 for name in sys.argv[2:]:
     changes = ["--optimizer.lr=0.1"] if name == "step-00000004" else []
     try:
-        fetch_start(load_recipe(sys.argv[1], [f"--checkpoint.resume_from=hub://user/tiny@{name}", *changes]))
+        address = f"--checkpoint.resume_from=hub://user/tiny@{name}"
+        fetch_initial_checkpoint(load_recipe(sys.argv[1], [address, *changes]))
     except RecipeError as error:
         print(name, str(error).replace("\\n", " "))
 """
@@ -329,10 +330,12 @@ def test_a_damaged_or_malicious_state_is_refused_before_it_is_used(world):
     result = world.warm.run("-c", FETCHES, path, *names)
     assert result.returncode == 0, result.stderr
     told = dict(line.split(" ", 1) for line in result.stdout.splitlines())
-    assert "__0_0.distcp has another checksum than when it was sealed; run again to read it anew" in told["weights"]
+    assert "is damaged: " in told["weights"] and "__0_0.distcp has another checksum" in told["weights"]
     assert "builtins.print" in told["index"]
-    assert "holds no state; push with `hub.push_state: true`" in told["stateless"]
-    assert "is of another recipe; undo the changes" in told[STEPS[1]] and "optimizer.lr: is 0.1" in told[STEPS[1]]
+    assert "contains no training state; push with `hub.push_state: true`" in told["stateless"]
+    assert (
+        "was saved with another recipe; undo the changes" in told[STEPS[1]] and "optimizer.lr: is 0.1" in told[STEPS[1]]
+    )
     assert "can't be read: 404" in told["nowhere"]
     assert "can't be read: ValueError" in told["escaping"]
     assert not [path for path in world.folder.parent.rglob("escaped") if path.is_file()]

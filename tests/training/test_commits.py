@@ -1,4 +1,4 @@
-"""Which commits a run loads. With two ranks and a push between them: `tests/publishing/test_hub.py`."""
+"""Which commits a run loads. `tests/publishing/test_hub.py` tests two ranks with a push between their starts."""
 
 import json
 from pathlib import Path
@@ -32,11 +32,11 @@ def cached(tmp_path, monkeypatch):
     return repo
 
 
-def test_offline_it_is_the_commit_of_the_cache(tmp_path, cached):
+def test_offline_mode_uses_the_commit_in_the_cache(tmp_path, cached):
     given = recipe(tmp_path)
     found = find(given)
     assert found == {"model.pretrained": OID, "tokenizer.pretrained": OID}
-    pinned = commits.pinned(given, found)
+    pinned = commits.pin_revisions(given, found)
     assert (pinned.model.revision, pinned.tokenizer.revision) == (OID, OID)
     assert list(commits.notes(given.model, given.tokenizer, found)) == [
         f"{key}: user/base is loaded at commit {OID}" for key in ("model.pretrained", "tokenizer.pretrained")
@@ -45,7 +45,7 @@ def test_offline_it_is_the_commit_of_the_cache(tmp_path, cached):
     assert find(named)["model.pretrained"] == OTHER
 
 
-def test_a_run_keeps_its_commit_and_gives_it_to_the_run_that_goes_on_from_it(tmp_path, cached):
+def test_a_resumed_run_and_a_run_that_starts_from_its_checkpoint_use_the_same_commit(tmp_path, cached):
     record = {"hub_commits": {"model.pretrained": OTHER, "tokenizer.pretrained": OTHER}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "environment.json").write_text(json.dumps(record))
@@ -54,19 +54,19 @@ def test_a_run_keeps_its_commit_and_gives_it_to_the_run_that_goes_on_from_it(tmp
     other = {"output_dir": str(tmp_path / "other"), "checkpoint__resume_from": checkpoint}
     assert find(recipe(tmp_path, **other)) == record["hub_commits"]
     (tmp_path / "run" / "environment.json").write_text("{")
-    with pytest.raises(RecipeError, match="is damaged, so the commits of the run are unknown"):
+    with pytest.raises(RecipeError, match=r"environment\.json: is damaged"):
         find(recipe(tmp_path))
 
 
-def test_a_folder_of_that_name_on_one_machine_alone_is_refused(tmp_path, monkeypatch):
+def test_a_name_that_is_a_folder_on_only_one_machine_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     of_hub = {"model.pretrained": OID, "tokenizer.pretrained": OID}
     (tmp_path / "user" / "base").mkdir(parents=True)
     given = recipe(tmp_path)
-    assert find(given) == dict.fromkeys(of_hub) and commits.pinned(given, find(given)) == given
-    with pytest.raises(RecipeError, match=r"user/base is a folder for rank 0 .* all must load the same"):
-        commits.pinned(given, of_hub)
+    assert find(given) == dict.fromkeys(of_hub) and commits.pin_revisions(given, find(given)) == given
+    with pytest.raises(RecipeError, match=r"user/base is a local folder for rank 0 on .*, but not for rank 0"):
+        commits.pin_revisions(given, of_hub)
     (tmp_path / "user" / "base").rmdir()
     (tmp_path / "user").rmdir()
-    with pytest.raises(RecipeError, match="user/base is no folder for rank 0"):
-        commits.pinned(given, dict.fromkeys(of_hub))
+    with pytest.raises(RecipeError, match="user/base is a local folder for rank 0, but not for rank 0 on"):
+        commits.pin_revisions(given, dict.fromkeys(of_hub))

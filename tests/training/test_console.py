@@ -1,4 +1,4 @@
-"""What nobody reads any more, or no disk takes, ends nothing."""
+"""A closed or full standard output does not end a process."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ console.keep_from_failing("stdout", "stderr")
 logging.basicConfig(format="%(message)s")
 for number in range(3000):
     print("a line on standard output, flushed", flush=True)
-    print("and one that waits", number)
+    print("a line that is buffered", number)
     tqdm.tqdm.write("a line above the bar", file=sys.stderr)
     logging.warning("logged")
     logging.getLogger("library").warning("a library's")
@@ -28,12 +28,12 @@ bar.close()
 warnings.warn("a warning", stacklevel=1)
 print("the last line, \u6f22", end="")
 with open(sys.argv[1], "w") as file:
-    file.write(repr(console.lost))
+    file.write(repr(console.write_errors))
 """
 
 
-def write(folder, **streams):
-    """Exit code of a process that writes a lot, and what it was told of its streams."""
+def run_writer(folder, **streams):
+    """Exit code of a process that writes many lines, and its write errors by stream."""
     out = folder / "lost"
     process = subprocess.Popen([sys.executable, "-c", WRITE, str(out)], cwd=ROOT, env=environment(), **streams)
     if process.stdout is not None:
@@ -42,37 +42,37 @@ def write(folder, **streams):
     return process.wait(timeout=60), eval(out.read_text())
 
 
-def test_a_reader_that_has_gone_ends_nothing(folder):
-    code, lost = write(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def test_a_closed_pipe_does_not_end_a_process(folder):
+    code, lost = run_writer(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert code == 0 and lost == dict.fromkeys(("stdout", "stderr"), "Broken pipe")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_ends_nothing(folder):
+def test_a_full_disk_does_not_end_a_process(folder):
     with open("/dev/full", "w") as full:
-        code, lost = write(folder, stdout=full, stderr=full)
+        code, lost = run_writer(folder, stdout=full, stderr=full)
     assert code == 0 and lost == dict.fromkeys(("stdout", "stderr"), "No space left on device")
 
 
-def test_closed_descriptors_end_nothing(folder):
+def test_closed_descriptors_do_not_end_a_process(folder):
     command = f'exec "{sys.executable}" -c "$WRITE" "{folder / "lost"}" >&- 2>&-'
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment(WRITE=WRITE), timeout=60)
     assert result.returncode == 0 and (folder / "lost").read_text() == "{}"
 
 
-def test_what_is_read_arrives_whole_also_without_the_letters(folder):
+def test_an_ascii_terminal_gets_all_lines_with_escapes(folder):
     env = environment(PYTHONIOENCODING="ascii")
     command = [sys.executable, "-c", WRITE, str(folder / "lost")]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) == 6001 and lines[-1] == r"the last line, \u6f22" and lines[-2] == "and one that waits 2999"
+    assert len(lines) == 6001 and lines[-1] == r"the last line, \u6f22" and lines[-2] == "a line that is buffered 2999"
     for text in ("a line above the bar", "logged", "a library's", "UserWarning: a warning", "1/3"):
         assert text in result.stderr
 
 
 @pytest.mark.parametrize("engine", [None, pytest.param("ddp", marks=pytest.mark.slow)])
-def test_training_whose_output_nobody_reads_comes_to_its_end(folder, engine):
+def test_training_continues_when_nobody_reads_its_output(folder, engine):
     """`... 2>&1 | head -1`"""
     code = folder / "code"
     process = subprocess.Popen(
@@ -87,7 +87,8 @@ def test_training_whose_output_nobody_reads_comes_to_its_end(folder, engine):
     assert process.wait(timeout=300) == 0 and code.read_text() == "0\n"
     assert (folder / "run" / "model" / "model.safetensors").exists()
     assert any(
-        "stderr takes no more output (Broken pipe)" in row["event"] for row in rows(folder / "run", "event").values()
+        "stderr can no longer be written to (Broken pipe)" in row["event"]
+        for row in rows(folder / "run", "event").values()
     )
 
 
@@ -97,9 +98,9 @@ def command(text):
     )
 
 
-def test_commands_fail_where_their_output_is_lost_and_work_goes_on(folder):
+def test_a_command_fails_if_its_output_is_lost_but_prepare_finishes_its_work(folder):
     python, recipe = f"{sys.executable} -m hfpretrain.cli", write_recipe(folder)
-    assert command(f"{python} schema | true; exit ${{PIPESTATUS[0]}}").returncode == 0  # read by nobody
+    assert command(f"{python} schema | true; exit ${{PIPESTATUS[0]}}").returncode == 0  # nobody reads it
     full = command(f"{python} schema > /dev/full")
     assert full.returncode == 1 and "No space left on device" in full.stderr, full
     assert command(f"{python} schema >&-").returncode == 0

@@ -14,22 +14,22 @@ from hfpretrain.training.peak_memory import PeakMemory
 from hfpretrain.training.plot import plot_loss
 
 
-def test_resuming_forgets_later_lines_and_a_half_written_one(tmp_path):
+def test_a_resume_drops_later_lines_and_a_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n3\nnull\n{"loss": 1}\n\x00\xff\n{"step": 2}\n{"step": 3}\n{"st')
     MetricsFile(path, resume_step=2).write({"step": 3, "loss": 1.0})
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
     file = MetricsFile(path, resume_step=None)
     assert read_metrics(path) == []
-    path.unlink()  # by whoever cleans up
+    path.unlink()  # a user deletes it
     file.write({"step": 4})
     assert read_metrics(path) == [{"step": 4}]
 
 
-def test_a_resume_reads_the_end_of_the_file_alone(tmp_path):
-    """Whatever stands before the newest line that stays is not looked at; events and the saves of old steps stay."""
+def test_a_resume_reads_only_the_end_of_the_file(tmp_path):
+    """Lines before the newest kept line are not read. Events and the saves of old steps are kept."""
     path = tmp_path / "metrics.jsonl"
-    start = b"what no one reads\n" * 100_000
+    start = b"not read\n" * 200_000
     lines = [
         {"step": 9, "loss": 1.0},
         {"step": 10, "loss": 1.0},
@@ -58,14 +58,14 @@ def test_a_resume_drops_any_number_of_lines_of_any_length(tmp_path, length):
         assert read_metrics(path) == rows[:resume_step] and path.read_text().endswith("\n")
 
 
-def test_what_is_kept_of_a_long_run_is_small_and_shows_its_extremes():
+def test_the_history_of_a_long_run_is_small_and_keeps_its_extremes():
     def rows():
         for step in range(1, 100_001):
             loss = 99.0 if step == 50_001 else 1 / step
             yield {"step": step, "tokens": step * 10, "loss": loss, "lr": 1e-3, "tokens_per_second": 5.0}
             if step % 100 == 0:
                 yield {"step": step, "tokens": step * 10, "eval/loss": 2 / step, "eval/bits_per_byte": 1.0}
-            yield {"step": step, "event": "tells nothing here"}
+            yield {"step": step, "event": "ignored"}
 
     history = History(rows())
     tokens, losses = history.loss.points()
@@ -76,12 +76,12 @@ def test_what_is_kept_of_a_long_run_is_small_and_shows_its_extremes():
     assert len(list(history.speeds())) == 100_000
 
 
-def test_flops():
-    # GPT-2 124M at 1,024 tokens: 6 * 124e6 plus the attention's share
+def test_flops_of_gpt2_equal_the_published_count():
+    # GPT-2 124M at 1,024 tokens: 6 * 124e6 plus 12 * 12 * 768 * 1024 for attention
     assert flops_per_token(124_000_000, 12, 768, 1024) == pytest.approx(857e6, rel=0.01)
 
 
-def test_peak_memory_counts_what_is_used_after_its_start():
+def test_peak_memory_counts_only_what_is_used_after_its_start():
     before = torch.ones(2**24)
     peak = PeakMemory()
     first = torch.ones(2**24)
@@ -91,7 +91,7 @@ def test_peak_memory_counts_what_is_used_after_its_start():
     assert peak.now() <= peak.peak()
 
 
-def test_the_clock_gives_all_time_to_some_part(monkeypatch):
+def test_the_clock_assigns_all_time_to_parts(monkeypatch):
     now = iter([0.0, 0.0, 1.0, 3.0, 7.0, 7.5, 7.5])
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
     measured = Clock(torch.device("cpu"))
@@ -111,4 +111,4 @@ def test_the_plot_has_a_curve_for_each_domain(tmp_path, monkeypatch):
     plot_loss(History(rows), tmp_path / "loss.png", "run")
     Image.open(tmp_path / "loss.png").verify()
     assert labels == ["training", "validation, last 1.0000", "validation sea, last 2.5000"]
-    plot_loss(History(), tmp_path / "loss.png", "a run that was stopped at once")
+    plot_loss(History(), tmp_path / "loss.png", "a run without steps")

@@ -19,7 +19,7 @@ from hfpretrain.training.metrics_file import read_metrics as metrics_rows
 from hfpretrain.training.stopping import StoppedEarlyError, Stops
 
 
-def test_a_signal_is_raised_before_there_is_something_to_save_and_noted_after():
+def test_a_signal_raises_until_there_is_something_to_save_and_is_recorded_after():
     before = signal.getsignal(signal.SIGUSR1)
     with Stops(None) as stops:
         with pytest.raises(StoppedEarlyError, match="SIGUSR1"):
@@ -31,7 +31,7 @@ def test_a_signal_is_raised_before_there_is_something_to_save_and_noted_after():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_signal_that_comes_while_a_message_is_logged_is_not_swallowed():
+def test_a_signal_during_logging_is_not_swallowed():
     class Signaling:
         def write(self, text):
             signal.raise_signal(signal.SIGTERM)
@@ -45,14 +45,14 @@ def test_the_deadline_leaves_time_for_twice_the_longest_save():
     alive = -Stops(0).seconds_left()
     stops = Stops(int(alive) + 1000)
     assert not stops.due()
-    stops.note_save(100.0)
+    stops.record_save_time(100.0)
     assert not stops.due() and 990 < stops.seconds_left() <= 1001
-    stops.note_save(600.0)
-    stops.note_save(1.0)
+    stops.record_save_time(600.0)
+    stops.record_save_time(1.0)
     assert stops.due() and stops.reason == "training.stop_after"
 
 
-def test_stop_after_is_a_time(folder):
+def test_stop_after_takes_hours_minutes_and_seconds(folder):
     for text, seconds in (("3h50m", 13800), ("90s", 90), ("1h", 3600), ("2m5s", 125)):
         recipe = load_recipe(write_recipe(folder, training__stop_after=text))
         assert recipe.training.stop_after_seconds == seconds
@@ -65,7 +65,7 @@ def test_stop_after_is_a_time(folder):
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopping")
     recipe = proof.write(folder)
-    assert proof.goes_on(recipe, "single", folder / "straight")
+    assert proof.runs_to_end(recipe, "single", folder / "straight")
     return recipe, folder
 
 
@@ -79,19 +79,19 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(straight, engine, 
     run = folder / f"{engine}-{phase}"
     row = proof.stop(recipe, engine, phase, run, signal.SIGUSR1)
     assert row["exit code"] == 75 and row["verified"] and row["saved at step"] >= 3, row
-    assert "stopped by " in row["stderr"] and "the same command goes on" in row["stderr"].lower(), row["stderr"]
-    assert proof.goes_on(recipe, engine, run)
+    assert "stopped by " in row["stderr"] and "run the same command again" in row["stderr"], row["stderr"]
+    assert proof.runs_to_end(recipe, engine, run)
     there = proof.losses(folder / "straight")
     assert proof.losses(run) == {step: pytest.approx(loss, rel=1e-5) for step, loss in there.items()}
     assert list(rows(run, "eval/loss")) == [0, 4, 8, 12]
 
 
-def test_the_deadline_stops_a_run_and_says_what_was_left(folder):
+def test_the_deadline_stops_a_run_and_reports_the_time_left(folder):
     recipe = write_recipe(folder, training__max_steps=100_000, logging__every_steps=50)
     result = train(recipe, "--training.stop_after=25s")
     assert result.returncode == 75 and "Traceback" not in result.stderr
     assert "stopped by training.stop_after at step" in result.stderr
-    assert "s before the end of training.stop_after" in result.stderr
+    assert "s of training.stop_after are left" in result.stderr
     (event,) = rows(folder / "run", "event").values()
     assert event["event"].startswith("stopped by training.stop_after") and event["step"] > 0
 
@@ -102,18 +102,18 @@ def test_a_second_interrupt_ends_the_run_at_once(folder):
     env = environment(FAULT="slow:save", PHASE_FILE=str(phase), PYTHONPATH=str(ROOT))
     command = small.command(recipe, faults=True)
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (phase.exists() and phase.read_text() == "save 40"):  # and in it for half a second
+    while not (phase.exists() and phase.read_text() == "save 40"):  # it stays in this phase for half a second
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)  # or both are seen as one
+    time.sleep(0.2)  # or Python sees both as one
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
     (path,) = (folder / "run" / "checkpoints").glob("step-" + "[0-9]" * 8)
     assert path.name == "step-00000020" and files.damage(path) is None
 
 
-def test_a_signal_while_preparing_ends_with_the_same_code(folder):
+def test_a_signal_during_preparation_ends_with_exit_code_75(folder):
     write_jsonl(folder / "corpus.jsonl", small_text(60_000))
     recipe = write_recipe(folder)
     command = [sys.executable, "-m", "hfpretrain.train", str(recipe)]
@@ -122,13 +122,13 @@ def test_a_signal_while_preparing_ends_with_the_same_code(folder):
         if "tokeniz" in line:
             break
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.15)  # Slurm's and the launcher's
+    time.sleep(0.15)  # a second one, as from Slurm and from the launcher
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75 and "stopped by SIGTERM; what is finished stays" in stderr, stderr
+    assert process.returncode == 75 and "stopped by SIGTERM; finished work is kept" in stderr, stderr
 
 
-def test_nohup_keeps_its_meaning():
+def test_sighup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Stops(None) as stops:
@@ -148,7 +148,7 @@ def test_a_closed_terminal_stops_the_run_with_everything_saved(folder):
         os.chdir(ROOT)
         command = small.command(recipe)
         os.execve(command[0], command, environment(HFPRETRAIN_EXIT_CODE_FILE=str(code)))
-    termios.tcsetwinsize(terminal, (24, 80))  # without a width the bar is empty
+    termios.tcsetwinsize(terminal, (24, 80))  # without a width, the progress bar is empty
     metrics = folder / "run" / "metrics.jsonl"
     while not (metrics.exists() and rows(folder / "run", "loss")):
         os.read(terminal, 10_000)
@@ -159,12 +159,12 @@ def test_a_closed_terminal_stops_the_run_with_everything_saved(folder):
     assert files.damage(path) is None
     events = [row["event"] for row in metrics_rows(metrics) if "event" in row]
     assert any("stopped by SIGHUP" in text for text in events), events
-    assert any("takes no more output" in text for text in events), events
+    assert any("can no longer be written to" in text for text in events), events
 
 
 @pytest.mark.parametrize(("engine", "number"), [("single", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
-def test_a_launcher_that_dies_takes_nothing_with_it(folder, engine, number):
-    """accelerate's launcher of a single process, and any of SIGUSR1, ends without a word to the training."""
+def test_a_run_saves_and_stops_when_its_launcher_dies(folder, engine, number):
+    """accelerate's launcher of one process, and any launcher on SIGUSR1, sends no signal to the training process."""
     recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=100_000)
     code = folder / "code"
     process = subprocess.Popen(
@@ -188,8 +188,8 @@ def test_a_launcher_that_dies_takes_nothing_with_it(folder, engine, number):
     assert files.damage(path) is None and "stopped by" in next(iter(rows(folder / "run", "event").values()))["event"]
 
 
-def test_a_stop_that_could_not_be_saved_says_so(folder):
-    """The background save of the very step failed before: it is tried again, and its failure is the run's."""
+def test_a_stop_whose_save_fails_ends_with_exit_code_1(folder):
+    """The background save of the same step has failed before. It is tried again, and the run fails with it."""
     recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=1)
     size = 200_000
     process = subprocess.Popen(
@@ -206,17 +206,17 @@ def test_a_stop_that_could_not_be_saved_says_so(folder):
             break
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "is not saved: File too large" in stderr, stderr
+    assert process.returncode == 1 and "was not saved: File too large" in stderr, stderr
     assert "Traceback" not in stderr
 
 
-def test_a_time_that_is_over_before_the_first_step_is_an_error(folder):
-    # A process of its own: importing, which takes longer than that, is part of the time.
+def test_a_stop_after_that_ends_before_the_first_step_is_an_error(folder):
+    # In a new process: imports are part of the time, and take longer than one second.
     result = small.train(write_recipe(folder), "--training.stop_after=1s")
-    assert result.returncode == 2 and "training.stop_after: 1s were over before the first step" in result.stderr
+    assert result.returncode == 2 and "training.stop_after: 1s ended before the first step" in result.stderr
 
 
-def test_a_signal_to_all_processes_leaves_the_export_s_proof_alone(folder):
+def test_a_signal_to_all_processes_does_not_disturb_the_verification_of_the_export(folder):
     recipe, phase = write_recipe(folder), folder / "phase"
     process = subprocess.Popen(
         small.command(recipe, faults=True),
@@ -230,7 +230,7 @@ def test_a_signal_to_all_processes_leaves_the_export_s_proof_alone(folder):
     while not ((folder / "run" / "model").exists() and phase.read_text().startswith("export")):
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.5)  # the proof has begun, and takes seconds
+    time.sleep(0.5)  # the verification has begun, and takes seconds
     os.killpg(process.pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0 and "loaded in a fresh process" in stdout, stderr

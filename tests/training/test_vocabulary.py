@@ -1,4 +1,4 @@
-"""Tokenizer, config and generation config agree, and what does not belong together is told before text is tokenized."""
+"""Tokenizer, config and generation config agree, or the run is refused before text is tokenized."""
 
 import json
 
@@ -49,10 +49,10 @@ def recipe(folder, **changes):
 
 def checked(mapping):
     made = Recipe.model_validate(mapping)
-    return vocabulary.check(made.model, made.tokenizer, made.data)
+    return vocabulary.check_tokenizer(made.model, made.tokenizer, made.data)
 
 
-def test_the_export_ends_where_its_documents_end_and_keeps_the_generation_config(base):
+def test_the_export_has_the_eos_of_its_documents_and_keeps_the_generation_config(base):
     make_tokenizer(base / "tok", eos_token="<|end|>")
     path = write_recipe(
         base,
@@ -65,16 +65,16 @@ def test_the_export_ends_where_its_documents_end_and_keeps_the_generation_config
     export = base / "run" / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(export), AutoModelForCausalLM.from_pretrained(export)
     assert tokenizer.eos_token_id == model.config.eos_token_id == 320
-    # The base's ends stay where they are special tokens; 7 is a letter.
+    # EOS ids of the base model are kept if they are special tokens; 7 is a letter.
     kept = json.loads((export / "generation_config.json").read_text())
     assert kept["eos_token_id"] == [320, 0, 321]
     assert (kept["do_sample"], kept["temperature"], kept["top_p"]) == (True, 0.6, 0.9)
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id == model.config.pad_token_id
-    # What checkpoints are published from has it too.
+    # The folder that checkpoints are exported from has it, too.
     assert json.loads((base / "run" / "config" / "generation_config.json").read_text()) == kept
 
 
-def test_a_generation_config_that_says_the_tokenizers_ids_stays_as_it_is(base):
+def test_a_generation_config_with_the_ids_of_the_tokenizer_is_kept_unchanged(base):
     own = AutoTokenizer.from_pretrained(base / "base")
     section = ModelSection(pretrained=str(base / "base"))
     found = generation_config(section, own)
@@ -83,7 +83,7 @@ def test_a_generation_config_that_says_the_tokenizers_ids_stays_as_it_is(base):
     assert generation_config(section, own) is None
 
 
-def test_an_eos_that_no_document_ends_with_is_refused(base):
+def test_an_eos_other_than_that_of_the_documents_is_refused(base):
     tokenizer = AutoTokenizer.from_pretrained(base / "base")
     for given, is_right in ((5, False), (0, True), ([0, 5], True)):
         section = ModelSection(config={"model_type": "llama", "eos_token_id": given})
@@ -94,8 +94,8 @@ def test_an_eos_that_no_document_ends_with_is_refused(base):
                 resolve_config(section, 384, tokenizer, 322, 32)
 
 
-def refused(folder, key, message):
-    """By `check` and by a run, which has tokenized nothing then."""
+def assert_refused(folder, key, message):
+    """Both `check` and a run refuse the recipe, and the run has tokenized nothing."""
     path = write_recipe(
         folder, model={"pretrained": str(folder / "base")}, tokenizer={"pretrained": str(folder / "tok")}
     )
@@ -106,27 +106,27 @@ def refused(folder, key, message):
     assert not (folder / "prepared").exists()
 
 
-def test_tokens_without_embeddings_are_told_with_a_key_that_can_be_given(base):
+def test_tokens_without_embeddings_are_refused(base):
     made = make_tokenizer(base / "tok")
     made.add_tokens(["impair", "<sep>"])
     made.save_pretrained(base / "tok")
-    refused(base, "tokenizer.pretrained", "model.resize_token_embeddings(324)")
+    assert_refused(base, "tokenizer.pretrained", "model.resize_token_embeddings(324)")
 
 
-def test_a_tokenizer_whose_ids_are_other_words_to_the_model_is_refused(base):
+def test_a_tokenizer_whose_ids_stand_for_other_tokens_in_the_model_is_refused(base):
     make_tokenizer(base / "tok", [text.upper()[::-1] for text in small_text(200, seed=3)])
-    refused(base, "tokenizer.pretrained", "the model would read other words")
+    assert_refused(base, "tokenizer.pretrained", "the model would misread the text")
     mapping = recipe(base, tokenizer={"algorithm": "byte_level_bpe", "vocab_size": 320})
     trained = Recipe.model_validate(mapping)
     other = AutoTokenizer.from_pretrained(base / "tok")
-    with pytest.raises(RecipeError, match=r"tokenizer.algorithm: of the .* ids"):
-        vocabulary.require_related(trained.model, trained.tokenizer, other)
+    with pytest.raises(RecipeError, match=r"tokenizer\.algorithm: of the .* ids"):
+        vocabulary.require_matching_ids(trained.model, trained.tokenizer, other)
     mapping["tokenizer"]["vocab_size"] = 400
     with pytest.raises(RecipeError, match=r"tokenizer\.vocab_size: .*400 tokens.* embeddings for 322"):
         checked(mapping)
 
 
-def test_the_same_words_are_taken_and_a_few_others_are_told(base):
+def test_a_few_differing_ids_are_reported_but_accepted(base):
     make_tokenizer(base / "tok")
     assert checked(recipe(base)) == []
     content = json.loads((base / "tok" / "tokenizer.json").read_text())
@@ -134,9 +134,9 @@ def test_the_same_words_are_taken_and_a_few_others_are_told(base):
     (base / "tok" / "tokenizer.json").write_text(text)
     config = (base / "tok" / "tokenizer_config.json").read_text().replace("<|turn|>", "<|said|>")
     (base / "tok" / "tokenizer_config.json").write_text(config)
-    (told,) = checked(recipe(base))
-    assert told.startswith("1 ids of the tokenizer stand for other tokens")
+    (note,) = checked(recipe(base))
+    assert note.startswith("1 token ids stand for other tokens")
     (base / "base" / "tokenizer.json").unlink()
     (base / "base" / "tokenizer_config.json").unlink()
-    (told,) = checked(recipe(base))
-    assert "does not load, so the recipe" in told
+    (note,) = checked(recipe(base))
+    assert "can't be loaded" in note

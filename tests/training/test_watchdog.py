@@ -12,11 +12,11 @@ import small
 from conftest import ROOT, environment, rows, train, write_recipe
 
 from hfpretrain.training import versions
-from hfpretrain.training.watchdog import SILENCE_SECONDS, Judge, Status
+from hfpretrain.training.watchdog import SILENCE_SECONDS, FailureDetector, Status
 
 HOST = socket.gethostname()
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
-# Ranks that add up numbers; of `BAD` something happens at the third step, where its data are made.
+# Ranks that sum numbers. Rank `BAD` fails at step 3 as `FAULT` says.
 SUMS = """
 import os, signal, subprocess, time
 import torch, torch.distributed as dist
@@ -37,9 +37,9 @@ with Watch() as watch:
         watch.beat("train", step)
         dist.all_reduce(torch.ones(3))
     dist.barrier()
-    time.sleep(6 * dist.get_rank())  # the other one says goodbye and is not missed
+    time.sleep(6 * dist.get_rank())  # the other rank has ended well, and is not reported as lost
 """
-# Ranks that wait for the first, which takes longer than the watch's time-out, and does as `FAULT` says.
+# Ranks that wait for rank 0, whose work takes longer than the timeout and may fail as `FAULT` says.
 WAITS = """
 import os, sys, time
 import torch.distributed as dist
@@ -58,17 +58,17 @@ dist.init_process_group("gloo")
 try:
     with Watch() as watch:
         watch.start(dist.get_rank(), 2, 4, {})
-        print("heard", watch.from_main("prepare the data", work), file=sys.stderr)
+        print("received", watch.run_on_main("prepare the data", work), file=sys.stderr)
         watch.beat("build", 0)
         dist.barrier()
         if "FAULT" not in os.environ:
-            print("heard", watch.from_main("read two files", lambda: [time.sleep(2) or watch.unit_done()] * 3))
+            print("received", watch.run_on_main("read two files", lambda: [time.sleep(2) or watch.unit_done()] * 3))
         time.sleep(3)
 except RecipeError as error:
     print("rank", dist.get_rank(), "raises", error, file=sys.stderr)
     sys.exit(2)
 """
-# A training of which one rank hangs at its third step.
+# A training run in which rank 1 hangs at step 3.
 HANGS = """
 import os, sys, time
 from hfpretrain.data import batches
@@ -100,7 +100,7 @@ def run(command, **env):
 
 
 def on_two_machines(script, **env):
-    """The same with a launcher for each of two ranks: exit code and stderr of both."""
+    """Exit code and stderr of two ranks, each with its own launcher."""
     address = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     commands = [[*LAUNCH, "1", "--nnodes", "2", "--node_rank", rank, *address, script] for rank in "01"]
     env = environment(PYTHONPATH=str(ROOT), **env)
@@ -114,65 +114,65 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def test_ranks_that_are_well_end_well(sums):
+def test_healthy_ranks_end_without_an_error(sums):
     result = run([*LAUNCH, "2", "--standalone", sums])
     assert result.returncode == 0 and "error" not in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_stopped_ends_the_run(sums, rank):
+def test_a_suspended_rank_ends_the_run(sums, rank):
     result = run([*LAUNCH, "2", "--standalone", sums], BAD=str(rank), FAULT="SIGSTOP")
     assert result.returncode == 1
     (message,) = re.findall("the run ends on all ranks: (.*)", result.stderr)
-    found = re.fullmatch(
-        r"no sign of life for 4 s from rank (\d) on (.*), pid (\d+) \(step 3, phase data\): .*", message
-    )
+    found = re.fullmatch(r"no status for 4 s from rank (\d) on (.*), pid (\d+) \(step 3, phase data\): .*", message)
     assert found[1] == str(rank) and found[2] == HOST and not psutil.pid_exists(int(found[3]))
 
 
-def test_a_rank_that_is_killed_is_named_by_the_launcher(sums):
+def test_the_launcher_names_a_killed_rank(sums):
     result = run([*LAUNCH, "2", "--standalone", sums], BAD="1", FAULT="SIGKILL")
     assert result.returncode == 1 and re.search(r"rank +: 1 \(.*\n.*\n.*\n.*Signal 9 \(SIGKILL\)", result.stderr)
 
 
-def test_the_other_machine_says_which_rank_failed(sums):
+def test_the_other_machine_reports_which_rank_failed(sums):
     results = on_two_machines(sums, BAD="1", FAULT="error")
     assert all(code == 1 for code, _ in results) and "ValueError: a broken disk" in results[1][1]
-    told = rf"the run ends on all ranks: rank 1 on {HOST}, pid \d+ \(step 3, phase data\) failed: ValueError"
-    assert re.search(told, results[0][1]), results[0][1]
+    message = rf"the run ends on all ranks: rank 1 on {HOST}, pid \d+ \(step 3, phase data\) failed: ValueError"
+    assert re.search(message, results[0][1]), results[0][1]
 
 
-def test_the_other_machine_says_that_the_first_is_gone(sums):
+def test_the_other_machine_reports_that_the_first_machine_is_down(sums):
     results = on_two_machines(sums, BAD="0", FAULT="SIGKILL")
     assert all(code == 1 for code, _ in results)
     assert f"the run ends on all ranks: the launcher of rank 0 on {HOST}, pid " in results[1][1], results[1][1]
 
 
-def test_a_rank_that_was_stopped_blames_no_other(sums):
-    """Both ranks end by themselves: their launchers don't know of each other."""
+def test_a_rank_that_was_suspended_blames_no_other_rank(sums):
+    """Both ranks end by themselves, since neither launcher knows of the other."""
     for rank in (0, 1):
         results = on_two_machines(sums, BAD=str(rank), FAULT="SIGSTOP")
         assert all(code == 1 for code, _ in results)
-        told = [re.findall("the run ends on all ranks: (.*)", err) for _, err in results]
-        stopped, other = told[rank], told[1 - rank]
-        assert other and all(f"no sign of life for 4 s from rank {rank}" in text for text in other), told
-        assert all(f"rank {rank} on" in text for text in stopped), told
+        messages = [re.findall("the run ends on all ranks: (.*)", err) for _, err in results]
+        stopped, other = messages[rank], messages[1 - rank]
+        assert stopped and other and all(f"no status for 4 s from rank {rank}" in text for text in other), messages
+        assert all(f"rank {rank} on" in text for text in stopped), messages
 
 
-def test_what_the_main_process_finds_out_it_tells_the_others(tmp_path):
+def test_all_ranks_get_the_result_or_error_of_work_on_rank_0(tmp_path):
     script = tmp_path / "waits.py"
     script.write_text(WAITS)
     result = run([*LAUNCH, "2", "--standalone", str(script)])
-    assert result.returncode == 0 and result.stderr.count("heard ['a name', 1]") == 2, result.stderr
+    assert result.returncode == 0 and result.stderr.count("received ['a name', 1]") == 2, result.stderr
     for code, err in on_two_machines(str(script), FAULT="recipe"):
         assert code == 1 and "raises data.sources.0: no file matches" in err, err
     results = on_two_machines(str(script), FAULT="error")
     assert "ValueError: a broken disk" in results[0][1]
-    told = rf"rank 0 on {HOST}, pid \d+ \(step 0, phase prepare: prepare the data\) failed: ValueError: a broken disk"
-    assert re.search(told, results[1][1]), results[1][1]
+    message = (
+        rf"rank 0 on {HOST}, pid \d+ \(step 0, phase prepare: prepare the data\) failed: ValueError: a broken disk"
+    )
+    assert re.search(message, results[1][1]), results[1][1]
 
 
-def test_a_start_longer_than_the_timeout_goes_on_as_long_as_it_gets_on(folder):
+def test_a_start_longer_than_the_timeout_continues_while_it_makes_progress(folder):
     recipe = write_recipe(folder, training__timeout_seconds=6, training__max_steps=3)
     start = time.monotonic()
     result = train(recipe, engine="ddp", fault="units:0.4")
@@ -180,7 +180,7 @@ def test_a_start_longer_than_the_timeout_goes_on_as_long_as_it_gets_on(folder):
     assert time.monotonic() - start > 2 * 6
 
 
-def test_the_launcher_starts_all_again_after_one_was_killed(folder):
+def test_the_launcher_restarts_all_ranks_after_one_was_killed(folder):
     recipe = write_recipe(folder, training__max_steps=4, checkpoint__every_steps=2)
     command = small.command(recipe, engine="ddp", faults=True)
     launch = command.index("--config_file")
@@ -189,7 +189,7 @@ def test_the_launcher_starts_all_again_after_one_was_killed(folder):
     assert list(rows(folder / "run", "loss")) == [1, 2, 3, 4]
 
 
-def test_a_training_of_which_a_rank_hangs_ends(folder):
+def test_a_training_run_ends_if_a_rank_hangs(folder):
     recipe = write_recipe(folder, training__timeout_seconds=4)
     (folder / "hangs.py").write_text(HANGS)
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
@@ -197,84 +197,89 @@ def test_a_training_of_which_a_rank_hangs_ends(folder):
     result = run(command)
     assert result.returncode == 1
     (message,) = re.findall("the run ends on all ranks: (.*)", result.stderr)
-    assert "(training.timeout_seconds), the others wait for rank 1" in message and "(step 3, phase data)" in message
+    assert (
+        "training.timeout_seconds" in message
+        and "ranks wait for rank 1" in message
+        and "(step 3, phase data)" in message
+    )
 
 
-def looks(judge, *statuses, disconnected=False, times=1):
-    """The judge's last word after looking at the same ranks several times, all of them alive."""
+def check(detector, *statuses, disconnected=False, times=1):
+    """The detector's last message after several checks of the same statuses, with new ticks unless they have one."""
     found = None
     for _ in range(times):
-        looks.ticks += 1
-        ranks = {n: replace(status, tick=status.tick or looks.ticks) for n, status in enumerate(statuses)}
-        found = judge.look(ranks, disconnected)
+        check.ticks += 1
+        ranks = {n: replace(status, tick=status.tick or check.ticks) for n, status in enumerate(statuses)}
+        found = detector.find_failure(ranks, disconnected)
     return found and found[0]
 
 
-looks.ticks = 0
+check.ticks = 0
 BUSY = Status("a", count=7, phase="train", step=3)
 
 
-def test_the_judge_names_who_is_silent():
-    judge, silent = Judge(1800), replace(BUSY, host="b", tick=5)
-    assert looks(judge, BUSY, silent, silent, times=SILENCE_SECONDS) is None
-    found = looks(judge, BUSY, silent, silent)
+def test_the_detector_names_silent_ranks():
+    detector, silent = FailureDetector(1800), replace(BUSY, host="b", tick=5)
+    assert check(detector, BUSY, silent, silent, times=SILENCE_SECONDS) is None
+    found = check(detector, BUSY, silent, silent)
     assert found.startswith(
-        f"no sign of life for {SILENCE_SECONDS} s from rank 1 on b, pid 0 (step 3, phase train); rank 2 on b"
+        f"no status for {SILENCE_SECONDS} s from rank 1 on b, pid 0 (step 3, phase train); rank 2 on b"
     )
-    judge = Judge(1800)
-    assert looks(judge, BUSY, silent, times=SILENCE_SECONDS) is None
-    assert looks(judge, BUSY, BUSY, times=SILENCE_SECONDS) is None  # it was only slow
-    judge = Judge(1800)
-    assert "rank 1 on b" in looks(judge, replace(BUSY, disconnected=True), silent, times=5)
-    assert "rank 1 on b" in looks(Judge(1800), BUSY, silent, disconnected=True, times=5)
+    detector = FailureDetector(1800)
+    assert check(detector, BUSY, silent, times=SILENCE_SECONDS) is None
+    assert check(detector, BUSY, BUSY, times=SILENCE_SECONDS) is None  # it was only slow
+    detector = FailureDetector(1800)
+    assert "rank 1 on b" in check(detector, replace(BUSY, disconnected=True), silent, times=5)
+    assert "rank 1 on b" in check(FailureDetector(1800), BUSY, silent, disconnected=True, times=5)
 
 
-def test_the_judge_names_whom_the_others_wait_for():
-    judge, behind = Judge(100), replace(BUSY, count=6, host="b", phase="data")
-    assert looks(judge, BUSY, behind, BUSY, times=100) is None
-    assert looks(judge, BUSY, behind, BUSY) == (
-        "no progress for 100 s (training.timeout_seconds), the others wait for rank 1 on b, pid 0 (step 3, phase data)"
+def test_the_detector_names_the_rank_that_the_others_wait_for():
+    detector, behind = FailureDetector(100), replace(BUSY, count=6, host="b", phase="data")
+    assert check(detector, BUSY, behind, BUSY, times=100) is None
+    message = check(detector, BUSY, behind, BUSY)
+    assert (
+        "100 s (training.timeout_seconds)" in message and "wait for rank 1 on b, pid 0 (step 3, phase data)" in message
     )
-    assert "no rank has made progress for 100 s" in looks(Judge(100), BUSY, BUSY, times=101)
-    # One that others wait for may take its time as long as it gets on, and so may who prepares the data.
-    judge = Judge(100)
+    assert "all ranks are at the same point" in check(FailureDetector(100), BUSY, BUSY, times=101)
+    # A rank that others wait for may take long if it makes progress, and so may a rank that prepares the data.
+    detector = FailureDetector(100)
     for count in range(20):
-        assert looks(judge, BUSY, replace(behind, count=count), times=90) is None
-    assert looks(Judge(100), replace(BUSY, count=0), BUSY, times=1000) is None
-    # One that has not begun when the data are prepared is waited for, too.
-    assert "wait for rank 1 on b" in looks(Judge(100), BUSY, replace(behind, count=0), times=101)
+        assert check(detector, BUSY, replace(behind, count=count), times=90) is None
+    assert check(FailureDetector(100), replace(BUSY, count=0), BUSY, times=1000) is None
+    # A rank that has not begun when the data are prepared is reported, too.
+    assert "wait for rank 1 on b" in check(FailureDetector(100), BUSY, replace(behind, count=0), times=101)
 
 
-def test_the_judge_knows_who_works_alone_and_who_waits_for_that():
-    judge = Judge(100)
+def test_the_detector_names_rank_0_if_its_work_for_all_ranks_hangs():
+    detector = FailureDetector(100)
     works, waits = replace(BUSY, task="read a file"), replace(BUSY, task="read a file", waits=True)
     for units in range(20):
-        assert looks(judge, replace(works, units=units), waits, waits, times=90) is None
-    assert "the others wait for rank 0 on a, pid 0 (step 3, phase train: read a file)" in looks(
-        judge, replace(works, units=19), waits, waits, times=11
+        assert check(detector, replace(works, units=units), waits, waits, times=90) is None
+    assert "the other ranks wait for rank 0 on a, pid 0 (step 3, phase train: read a file)" in check(
+        detector, replace(works, units=19), waits, waits, times=11
     )
 
 
-def test_the_judge_leaves_those_alone_who_are_done_and_repeats_what_they_said():
-    judge, done = Judge(100), replace(BUSY, tick=5, end="")
-    assert looks(judge, done, done, times=1000) is None
-    judge, failed = Judge(100), replace(BUSY, host="b", tick=5, end="ValueError: a broken disk")
-    assert looks(judge, BUSY, failed, times=2) is None
-    assert looks(judge, BUSY, failed) == "rank 1 on b, pid 0 (step 3, phase train) failed: ValueError: a broken disk"
+def test_the_detector_ignores_ranks_that_ended_well_and_repeats_the_error_of_others():
+    detector, done = FailureDetector(100), replace(BUSY, tick=5, end="")
+    assert check(detector, done, done, times=1000) is None
+    detector, failed = FailureDetector(100), replace(BUSY, host="b", tick=5, end="ValueError: a broken disk")
+    assert check(detector, BUSY, failed, times=2) is None
+    assert check(detector, BUSY, failed) == "rank 1 on b, pid 0 (step 3, phase train) failed: ValueError: a broken disk"
 
 
-def by_hand(folder, *overrides, **env):
+def start_without_launcher(folder, *overrides, **env):
     """One rank of two on two machines of one process each, without a launcher."""
     ranked = environment(WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **env)
     command = [sys.executable, "-m", "hfpretrain.train", str(folder / "recipe.yaml"), *overrides]
     return subprocess.Popen(command, cwd=ROOT, env=ranked, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def test_ranks_that_differ_do_not_begin(folder):
+def test_ranks_with_different_recipes_do_not_start(folder):
     write_recipe(folder)
     port = free_port()
-    first = by_hand(folder, RANK="0", MASTER_PORT=port)
-    second = by_hand(folder, "--optimizer.lr=1e-3", "--seed=1", RANK="1", MASTER_PORT=port)
+    first = start_without_launcher(folder, RANK="0", MASTER_PORT=port)
+    second = start_without_launcher(folder, "--optimizer.lr=1e-3", "--seed=1", RANK="1", MASTER_PORT=port)
     for process in (first, second):
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 2, stderr
@@ -283,7 +288,7 @@ def test_ranks_that_differ_do_not_begin(folder):
     assert not (folder / "prepared").exists()
 
 
-def test_a_folder_that_is_no_package_has_no_version(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_a_package_has_no_version(tmp_path, monkeypatch):
     (tmp_path / "no_such_package").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert versions.version_of("hfpretrain") and versions.version_of("torch")
