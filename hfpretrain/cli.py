@@ -1,4 +1,4 @@
-"""The console command `hfpretrain`. Heavy imports stand inside the subcommands that need them."""
+"""The console command `hfpretrain`. Heavy imports are inside the subcommands that need them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
 
 _MODEL = "an exported folder, a run, a checkpoint, or ID[@REVISION] on the Hub"
-_EPILOG = """Any number of --section.key=value may follow RECIPE, which is a file or the name of a shipped one.
-`hfpretrain train -h` lists the keys, `hfpretrain train -h optimizer` those of one section."""
+_EPILOG = """RECIPE is a recipe file or the name of a shipped recipe. Any number of --section.key=value may follow it.
+`hfpretrain train -h` lists all keys, and `hfpretrain train -h optimizer` the keys of one section."""
 _ENGINE = "accelerate config file, or the name of a shipped one such as ddp or fsdp2"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 the disk is full or refuses access, 2 the input is wrong, 130 interrupted; of
-    `train` the exit code of the run."""
+    """Run a command and return its exit code.
+
+    0: done; 1: the disk is full or access is denied; 2: the input is wrong; 130: interrupted. `train` returns the exit
+    code of the run.
+    """
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     os.environ.update(launch.sleeping_threads())  # before torch is imported
-    # These commands do more than print, so they go on when nobody reads their output; the others then end.
+    # These commands do more than print, so they continue when nobody reads their output. The others then end.
     console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a character that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     redaction.redact_logs()
-    for override in overrides:  # `--num_processes`, as accelerate spells it
+    for override in overrides:  # such as `--num_processes`, which is how accelerate spells it
         name = override.partition("=")[0]
         if "_" in name and "." not in name and (flag := name.replace("_", "-")) in args.flags:
             parser.error(f"unknown argument {name}; did you mean {flag}?")
@@ -57,23 +60,23 @@ def main(arguments: list[str] | None = None) -> int:
         print("error:", *error.problems, sep="\n  ", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what is finished stays, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; finished work is kept, and the same command continues from there", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, for example `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, for example `head`, has exited
         console.flush_stdout()
     except OSError as error:
         from hfpretrain import files
 
         console.flush_stdout()
-        if (text := files.refusal(error)) is None:
+        if (text := files.disk_error(error)) is None:
             raise
-        print(f"error: {text}; make room or allow access there", file=sys.stderr)
+        print(f"error: {text}; free disk space or allow access", file=sys.stderr)
         return 1
     return code or 0
 
 
 class _RecipeHelp(argparse.Action):
-    """`-h` of `train`: its usage, then every key of a recipe; with a section's name that section alone."""
+    """`-h` of `train`: its usage, then every key of a recipe; with a section's name, the keys of that section."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, section: Any, __: Any = None) -> None:
         from hfpretrain.recipe.help import describe_keys
@@ -84,7 +87,7 @@ class _RecipeHelp(argparse.Action):
             parser.error(str(error))
         try:
             print(text if section else f"{parser.format_help()}\n{text}", flush=True)
-        except BrokenPipeError:  # the reader, for example `head`, has seen enough
+        except BrokenPipeError:  # the reader of the output, for example `head`, has exited
             console.flush_stdout()
         parser.exit()
 
@@ -103,103 +106,129 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(command=function)
         return subparser
 
-    train = command("train", _train, "train a recipe; the same command run again resumes", add_help=False)
+    train = command("train", _train, "train a recipe; the same command again resumes the run", add_help=False)
     train.add_argument("recipe", metavar="RECIPE")
     train.add_argument("--engine", help=f"{_ENGINE}; default: single for one process, ddp for several")
     number = "default: one for each GPU, or the number in the engine's file"
     train.add_argument("--num-processes", type=int, help=number)
-    keys = "show this and the keys of a recipe, or the keys of one section, for example optimizer, and exit"
+    keys = "show this help and all keys of a recipe, or the keys of one section such as optimizer, and exit"
     train.add_argument("-h", "--help", action=_RecipeHelp, nargs="?", metavar="SECTION", help=keys)
-    check = command("check", _check, "validate a recipe, print it with all defaults and what follows from it")
+    check = command("check", _check, "validate a recipe; print it with all defaults, its steps, tokens and parameters")
     check.add_argument("recipe", metavar="RECIPE")
-    check.add_argument("--engine", help=f"also check the batch with this {_ENGINE}")
-    check.add_argument("--num-processes", type=int, help="with --engine; default: the number in its file")
-    plan = command("plan", _plan, "what a run will cost: memory under each engine, FLOPs, time, disk")
+    check.add_argument("--engine", help=f"also check whether the batch fits this engine: {_ENGINE}")
+    check.add_argument("--num-processes", type=int, help="only with --engine; default: the number in the engine's file")
+    plan = command("plan", _plan, "estimate what a run will cost: memory with each engine, FLOPs, time, disk")
     plan.add_argument("recipe", metavar="RECIPE")
-    plan.add_argument("--engine", help="plan for this engine alone; default: all side by side")
-    plan.add_argument("--num-processes", type=int, help="number of processes, one for each device; default: 1")
+    plan.add_argument("--engine", help="plan only for this engine; default: all engines side by side")
+    plan.add_argument("--num-processes", type=int, help="number of processes, one per device; default: 1")
     plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
-    mfu = "assumed share of the device's peak FLOP/s; default: 0.4; for a small model on this CPU it is measured"
+    mfu = "assumed fraction of the device's peak FLOP/s; default: 0.4, or measured for a small model on this CPU"
     plan.add_argument("--mfu", type=float, help=mfu)
-    plan.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOP/s")
-    many = "simulate the communication of so many devices instead; default: 8 64 512 4096"
+    plan.add_argument("--json", action="store_true", help="print one JSON object, in bytes, seconds and FLOP/s")
+    many = "simulate the communication between these numbers of devices instead; default: 8 64 512 4096"
     plan.add_argument("--scaling", type=int, nargs="*", metavar="DEVICES", help=many)
-    plan.add_argument("--devices-per-node", type=int, help="with --scaling; default: 8")
-    plan.add_argument("--nvlink", type=float, help="with --scaling: GB/s a device sends within its node; default: 450")
-    plan.add_argument("--infiniband", type=float, help="with --scaling: GB/s a device sends to others; default: 50")
-    shared = "with --scaling: devices that share one copy of the model under hsdp; default: the number in its file"
+    plan.add_argument("--devices-per-node", type=int, help="only with --scaling; default: 8")
+    plan.add_argument(
+        "--nvlink", type=float, help="only with --scaling: GB/s that a device sends within its node; default: 450"
+    )
+    plan.add_argument(
+        "--infiniband", type=float, help="only with --scaling: GB/s that a device sends to other nodes; default: 50"
+    )
+    shared = "only with --scaling: devices over which hsdp shards one copy of the model; default: as in its file"
     plan.add_argument("--shard-size", type=int, help=shared)
-    prepare = command("prepare", _prepare, "train or load the tokenizer, and tokenize and pack the text")
+    prepare = command("prepare", _prepare, "train or load the tokenizer, then tokenize and pack the text")
     prepare.add_argument("recipe", metavar="RECIPE")
-    share = "prepare share I of N on this machine; when all N are done, run the command once without --shard"
-    prepare.add_argument("--shard", metavar="I/N", help=share)
-    prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one for each core")
-    data = command("data", _data, "which documents a step of a run was trained on, and their text")
+    shard = "prepare shard I of N on this machine; when all N are done, run the command once without --shard"
+    prepare.add_argument("--shard", metavar="I/N", help=shard)
+    prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one per core")
+    data = command("data", _data, "print the documents that a step of a run was trained on")
     data.add_argument("recipe", metavar="RECIPE")
-    data.add_argument("--step", type=int, required=True, help="optimizer step as in metrics.jsonl, from 1")
-    evaluate = command("evaluate", _evaluate, "loss, perplexity and bits per byte of a checkpoint")
+    data.add_argument("--step", type=int, required=True, help="optimizer step, as in metrics.jsonl; the first is 1")
+    evaluate = command("evaluate", _evaluate, "compute loss, perplexity and bits per byte of a checkpoint")
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
-    tasks = "tasks of lm-eval, separated by commas; alone, or in addition to a recipe or --data"
+    tasks = "lm-eval tasks, separated by commas; can be combined with a recipe or --data"
     evaluate.add_argument("--tasks", help=tasks)
-    evaluate.add_argument("--include-path", metavar="FOLDER", help="folder with your own task files, whose code is run")
-    evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: what each task says")
+    evaluate.add_argument("--include-path", metavar="FOLDER", help="folder with your own task files; their code is run")
+    evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: as each task defines it")
     evaluate.add_argument("--limit", type=int, help="number of documents of each task; default: all")
-    compare = command("compare", _compare, "two checkpoints on the same documents, by bits per byte")
+    compare = command("compare", _compare, "compare two checkpoints on the same documents, by bits per byte")
     compare.add_argument("a", metavar="MODEL_A", help=_MODEL)
-    compare.add_argument("b", metavar="MODEL_B", help="the same; its tokenizer may be another one")
+    compare.add_argument("b", metavar="MODEL_B", help="as MODEL_A; the tokenizers may differ")
     for scores in (evaluate, compare):
         scores.add_argument("recipe", metavar="RECIPE", nargs="?", help="evaluate on this recipe's validation text")
-        files = "evaluate on a .txt file (one document) or .jsonl file (key `text`); may be given several times"
+        files = "evaluate on a .txt file (one document) or a .jsonl file (key `text`); may be given several times"
         scores.add_argument("--data", action="append", metavar="[NAME=]FILE", help=files)
-        scores.add_argument("--block-size", type=int, help="context in tokens; default: the recipe's or the model's")
+        scores.add_argument(
+            "--block-size",
+            type=int,
+            help="window size in tokens; default: the recipe's block size, or the model's context up to 1,024",
+        )
         stride = "tokens from the start of one window to the start of the next; default: the block size"
         scores.add_argument("--stride", type=int, help=stride)
-        scores.add_argument("--batch-size", type=int, default=8, help="windows in one forward pass; default: 8")
-    verify = command("verify", _verify, "check that a run, checkpoint or prepared folder is complete and unaltered")
+        scores.add_argument("--batch-size", type=int, default=8, help="windows per forward pass; default: 8")
+    verify = command("verify", _verify, "check that a run, checkpoint or prepared folder is complete and unchanged")
     verify.add_argument("path", metavar="PATH")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.add_argument("--trust-remote-code", action="store_true", help="run the model code in the exported folder")
-    downstream = "compare the loss at the first step of fine-tuning (Trainer, TRL, PEFT) with the evaluated loss"
+    downstream = "compare the loss of the first fine-tuning step (Trainer, TRL, PEFT) with the evaluated loss"
     verify.add_argument("--downstream", action="store_true", help=downstream)
     text = "text for --downstream; default: the validation text of the run's recipe"
     verify.add_argument("--data", metavar="FILE|RECIPE", help=text)
-    proof = command("verify-resume", _verify_resume, "kill and resume a short version of a recipe; compare the losses")
+    proof = command(
+        "verify-resume",
+        _verify_resume,
+        "kill and resume a short run of a recipe, and compare its losses with an uninterrupted run",
+    )
     proof.add_argument("recipe", metavar="RECIPE")
     proof.add_argument("--engine", help=f"{_ENGINE}; default: one process without a launcher")
     proof.add_argument("--num-processes", type=int, help="default: the number in the engine's file")
-    proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short version; default: 20")
-    proof.add_argument("--kills", type=int, default=3, help="SIGKILLs at random moments; default: 3")
-    ladder = command("ladder", _ladder, "train small models of a recipe's family and predict the loss of the recipe's")
+    proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short run; default: 20")
+    proof.add_argument(
+        "--kills", type=int, default=3, help="how often the run is killed (SIGKILL) at random moments; default: 3"
+    )
+    ladder = command(
+        "ladder", _ladder, "train small models of a recipe's family, and predict the loss of the recipe's own model"
+    )
     ladder.add_argument("recipe", metavar="RECIPE")
-    sizes = "number of parameters, at least four of them, as 400k 2.5M 1B; the largest checks the fit of the others"
+    sizes = "at least four numbers of parameters, such as 400k 2.5M 1B; the largest tests the fit to the others"
     ladder.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help=sizes)
-    ratios = "tokens per parameter, as a multiple of the recipe's; several tell the best size; default: 1"
+    ratios = "tokens per parameter, as multiples of the recipe's; several are needed to find the best size; default: 1"
     ladder.add_argument("--ratios", nargs="+", type=float, default=[1.0], metavar="RATIO", help=ratios)
     ladder.add_argument("--engine", help=f"{_ENGINE}; default: one process without a launcher")
     ladder.add_argument("--num-processes", type=int, help="default: the number in the engine's file")
-    ladder.add_argument("--compute", type=float, help="FLOPs to find the best size for; default: the recipe's")
-    ladder.add_argument("--output", help="folder of the small runs, table and plot; default: OUTPUT_DIR-ladder")
-    runs = command("runs", _runs, "one line for each run in a folder: model, figures, state")
+    ladder.add_argument("--compute", type=float, help="FLOPs for which to find the best size; default: the recipe's")
+    ladder.add_argument(
+        "--output", help="folder for the small runs, the table and the plot; default: OUTPUT_DIR-ladder"
+    )
+    runs = command("runs", _runs, "list the runs in a folder: model, loss, throughput, state")
     runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default: runs")
-    runs.add_argument("--plot", metavar="PNG", help="also draw the validation losses of all runs into one picture")
-    generate = command("generate", _generate, "continue a prompt, and print the text while it is generated")
+    runs.add_argument("--plot", metavar="PNG", help="also plot the validation losses of all runs")
+    generate = command("generate", _generate, "continue a prompt and print the text while it is generated")
     generate.add_argument("model", metavar="MODEL", help=_MODEL)
-    generate.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="default: begin a document")
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="default: the start of a document")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="default: 200")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token; default: 0.8")
-    generate.add_argument("--top-k", type=int, default=50, help="draw from so many of the likeliest; default: 50")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always take the most likely token; default: 0.8"
+    )
+    generate.add_argument("--top-k", type=int, default=50, help="sample from this many most likely tokens; default: 50")
     generate.add_argument("--seed", type=int, default=0, help="default: 0")
     export = command("export", _export, "write a checkpoint of a run as a plain Hugging Face folder")
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="runs/NAME/checkpoints/step-..., or a run: its newest")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="runs/NAME/checkpoints/step-..., or a run folder for its newest"
+    )
     export.add_argument("out", metavar="OUT", help="folder to create")
-    path = command("path", _path, "where a shipped recipe or accelerate config file is")
+    path = command("path", _path, "print the path of a shipped recipe or accelerate config file")
     path.add_argument("name", metavar="NAME", help="for example quickstart or ddp")
-    push = command("push", _push, "upload checkpoints and export of a run that a Hub repo does not have yet")
-    push.add_argument("run", metavar="RUN", help="run folder, or an exported folder alone")
+    push = command("push", _push, "upload the checkpoints and the export of a run that a Hub repo does not have yet")
+    push.add_argument("run", metavar="RUN", help="run folder, or exported model folder")
     push.add_argument("repo_id", metavar="USER/NAME")
-    push.add_argument("--private", action="store_true", help="create the repo as a private one, if it does not exist")
-    push.add_argument("--state", action="store_true", help="also upload what `checkpoint.resume_from` needs")
-    card = command("card", _card, "write the model card of a run again; what a person has written into it stays")
+    push.add_argument("--private", action="store_true", help="create the repo as private if it does not exist")
+    push.add_argument(
+        "--state",
+        action="store_true",
+        help="also upload the full training state, from which `checkpoint.resume_from` can resume",
+    )
+    card = command("card", _card, "write the model card of a run again; text that a person wrote into it is kept")
     card.add_argument("run", metavar="RUN")
     command("schema", _schema, "print the JSON schema of recipes, for editors")
     for subparser in commands.choices.values():
@@ -217,7 +246,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from hfpretrain.recipe import shipped
 
     engine, num_processes = start.choose_engine(args.engine, args.num_processes)
-    read_recipe(shipped.find_file(args.recipe, "recipe"), overrides)  # a wrong key is told before any process starts
+    read_recipe(shipped.find_file(args.recipe, "recipe"), overrides)  # report a wrong key before any process starts
     arguments = ["-m", "hfpretrain.train", args.recipe, *overrides]
     file = shipped.find_file(engine, "engine", path="--engine")
     shown = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(num_processes), *arguments]
@@ -227,7 +256,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
     if find_spec("transformers") is None:
-        print("transformers is not installed: model.config is not checked", file=sys.stderr)
+        print("warning: model.config is not checked, because transformers is not installed", file=sys.stderr)
     return load_recipe(args.recipe, overrides)
 
 
@@ -248,9 +277,9 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         raise RecipeError.at("--num-processes", "is used only with --engine; add that, or leave it out")
     if problems:
         raise RecipeError(problems)
-    related = _related(recipe)
-    counts, told = _outlook(recipe)
-    told += [f"note             {text}" for text in related]
+    vocabulary_notes = _vocabulary_notes(recipe)
+    counts, lines = _parameters_and_notes(recipe)
+    lines += [f"note             {text}" for text in vocabulary_notes]
     print(dump_recipe(recipe), end="")
     training, steps = recipe.training, recipe.training.num_steps
     tokens = steps * training.tokens_per_step
@@ -266,11 +295,11 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         bound = "at most " if vocabulary_may_shrink(recipe) else ""
         print(f"# parameters       {bound}{counts.total:,} ({counts.non_embedding:,} without embeddings)")
         print(f"# tokens/parameter {tokens / counts.total:.1f}")
-    print(*(f"# {line}" for line in told), sep="\n")
+    print(*(f"# {line}" for line in lines), sep="\n")
 
 
-def _related(recipe: Recipe) -> list[str]:
-    """Notes on whether tokenizer and model belong together; none without transformers or where one is on the Hub."""
+def _vocabulary_notes(recipe: Recipe) -> list[str]:
+    """Notes on whether the tokenizer and the model fit together; none without transformers or if one is on the Hub."""
     if find_spec("transformers") is None:
         return []
     from hfpretrain.training.vocabulary import check_tokenizer
@@ -278,8 +307,11 @@ def _related(recipe: Recipe) -> list[str]:
     return check_tokenizer(recipe.model, recipe.tokenizer, recipe.data, local_only=True)
 
 
-def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
-    """Parameter counts, None where they are not known yet, and lines on epochs, disk space and context; needs torch."""
+def _parameters_and_notes(recipe: Recipe) -> tuple[Any, list[str]]:
+    """Parameter counts, None where they are not known yet, and lines on epochs, disk space and context.
+
+    Without torch or transformers there are neither counts nor lines.
+    """
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
     from hfpretrain.data.batches import epochs_by_source, format_epochs
@@ -290,7 +322,7 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     from hfpretrain.training import preflight
 
     optim.require_library(recipe.optimizer)
-    # Raises if transformers does not take the keywords of the schedule.
+    # Raises if transformers does not accept the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
     preflight.require_buildable_model(recipe.model, recipe.optimizer.no_decay)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
@@ -299,10 +331,12 @@ def _outlook(recipe: Recipe) -> tuple[Any, list[str]]:
     packs_documents = None if prepared is None else prepared.packs_documents()
     tried = preflight.check_small_model(recipe.model, recipe.training, recipe.data, packs_documents)
     notes = [f"note             {text}" for text in tried]
-    seen = "known once the text is prepared"
+    num_epochs = "known once the text is prepared"
     if prepared is not None:
-        seen = format_epochs(recipe.data.sources, epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared))
-    lines = [] if recipe.data.streaming else [f"epochs           {seen}"]
+        num_epochs = format_epochs(
+            recipe.data.sources, epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared)
+        )
+    lines = [] if recipe.data.streaming else [f"epochs           {num_epochs}"]
     known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
     if not known and prepared is None:
         lines.append("parameters       known once the text is prepared: model.config has no vocab_size")
@@ -326,7 +360,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         from hfpretrain.planning import network
 
         if args.num_processes is not None:
-            raise RecipeError.at("--num-processes", "--scaling takes the numbers of devices itself")
+            raise RecipeError.at(
+                "--num-processes", "can't be used with --scaling, which takes the numbers of devices itself"
+            )
         per_node = 8 if args.devices_per_node is None else args.devices_per_node
         nvlink, infiniband = (
             default if given is None else given for given, default in ((args.nvlink, 450), (args.infiniband, 50))
@@ -362,9 +398,12 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise RecipeError.at("--shard", f"{args.shard!r} is not I/N with I from 1 to N")
+        raise RecipeError.at("--shard", f"{args.shard!r} must be I/N with I from 1 to N, for example 1/4")
     path = prepare_shard(recipe, int(match[1]) - 1, int(match[2]), args.num_workers)
-    print(f"share {args.shard} of {path} is done; the same command without --shard joins all")
+    print(
+        f"shard {match[1]} of {match[2]} of {path} is done; when all are, run the same command without --shard to join"
+        " them"
+    )
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -373,7 +412,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.data.inspection import describe_step
 
     recipe = _load(args, overrides)
-    saved = files.steps(Path(recipe.output_dir) / "checkpoints")
+    saved = files.step_folders(Path(recipe.output_dir) / "checkpoints")
     skipped = saver.read_train_state(saved[0])["skipped"] if saved else []
     for line in describe_step(recipe, args.step, skipped):
         print(line)
@@ -383,43 +422,43 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.evaluation.score import evaluate_checkpoint, evaluate_tasks
 
     report: dict[str, Any] = {}
-    of_tasks = {"--include-path": args.include_path, "--num-fewshot": args.num_fewshot, "--limit": args.limit}
-    of_text = {"--block-size": args.block_size, "--stride": args.stride}
-    given = of_tasks if args.tasks is None else {} if args.recipe or args.data else of_text
-    if wrong := next((flag for flag, value in given.items() if value is not None), None):
-        raise RecipeError.at(wrong, f"goes with {'--tasks' if given is of_tasks else 'a recipe or --data'}")
+    task_flags = {"--include-path": args.include_path, "--num-fewshot": args.num_fewshot, "--limit": args.limit}
+    text_flags = {"--block-size": args.block_size, "--stride": args.stride}
+    unused = task_flags if args.tasks is None else {} if args.recipe or args.data else text_flags
+    if wrong := next((flag for flag, value in unused.items() if value is not None), None):
+        raise RecipeError.at(wrong, f"is used only with {'--tasks' if unused is task_flags else 'a recipe or --data'}")
     if args.tasks is None or args.recipe or args.data:
-        report = evaluate_checkpoint(args.model, *_scored_text(args, overrides))
+        report = evaluate_checkpoint(args.model, *_scoring_inputs(args, overrides))
     if args.tasks is not None:
         if (args.num_fewshot or 0) < 0 or (args.limit is not None and args.limit < 1) or args.batch_size < 1:
-            raise RecipeError.at("--num-fewshot, --limit, --batch-size", "at least 0, 1 and 1")
+            raise RecipeError.at("--num-fewshot, --limit, --batch-size", "must be at least 0, 1 and 1")
         names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
         if not names:
-            raise RecipeError.at("--tasks", f"{args.tasks!r} names no task")
+            raise RecipeError.at("--tasks", f"{args.tasks!r} contains no task name")
         section = LmEvalSection(
             tasks=names, include_path=args.include_path, num_fewshot=args.num_fewshot, limit=args.limit
         )
         report["tasks"] = evaluate_tasks(args.model, section, args.batch_size)
-    print(json.dumps(_numbers(report), indent=1))
+    print(json.dumps(_with_nulls(report), indent=1))
 
 
-def _numbers(report: Any) -> Any:
-    """What JSON has no number for is null."""
+def _with_nulls(report: Any) -> Any:
+    """The report with None for NaN and infinity, which JSON does not have."""
     if isinstance(report, dict):
-        return {key: _numbers(value) for key, value in report.items()}
+        return {key: _with_nulls(value) for key, value in report.items()}
     return None if isinstance(report, float) and not math.isfinite(report) else report
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.evaluation.score import compare_checkpoints
 
-    print(json.dumps(_numbers(compare_checkpoints(args.a, args.b, *_scored_text(args, overrides))), indent=1))
+    print(json.dumps(_with_nulls(compare_checkpoints(args.a, args.b, *_scoring_inputs(args, overrides))), indent=1))
 
 
-def _scored_text(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, ...]:
-    """Texts and windows."""
+def _scoring_inputs(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, ...]:
+    """Texts and windows, as `evaluate_checkpoint` takes them."""
     if (args.recipe is None) == (args.data is None):
-        raise RecipeError.at("recipe", "give a recipe or --data FILE, one of the two")
+        raise RecipeError.at("recipe", "give either a recipe or --data FILE")
     from hfpretrain.evaluation.score import Windows
     from hfpretrain.evaluation.texts import file_texts, recipe_texts
 
@@ -437,7 +476,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
         _verify_downstream(args)
         return
     if args.data is not None:
-        raise RecipeError.at("--data", "goes with --downstream")
+        raise RecipeError.at("--data", "is used only with --downstream")
     path = Path(args.path)
     report: dict[str, Any] = {}
     if files.manifest_of(path) is not None or path.name.startswith("step-"):
@@ -459,9 +498,10 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
         model = path if (path / "config.json").is_file() else path / "model"
         reference = model.parent / REFERENCE
-        is_lone = not reference.is_file() and (model / files.SUMS).is_file()  # not in a run's folder, or copied from it
-        if not (model / "config.json").is_file() or not (reference.is_file() or is_lone):
-            raise RecipeError(Problem(str(path), "no finished run, exported model, checkpoint or prepared data"))
+        has_only_checksums = not reference.is_file() and (model / files.SUMS).is_file()  # an export outside of its run
+        if not (model / "config.json").is_file() or not (reference.is_file() or has_only_checksums):
+            message = "is not a finished run, an exported model, a checkpoint or prepared data"
+            raise RecipeError(Problem(str(path), message))
         report = check_files(model)
         if reference.is_file():
             report |= verify_export(model, reference, args.trust_remote_code)
@@ -473,7 +513,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _verify_prepared(run: Path) -> dict[str, Any]:
-    """Verify every file of the prepared data that a run was trained on, or say that they are not on this machine."""
+    """Verify every file of the prepared data that a run was trained on, or report that this machine lacks them."""
     from hfpretrain.data.prepared import find_prepared, verify
     from hfpretrain.training.run_folder import DATA
 
@@ -483,12 +523,12 @@ def _verify_prepared(run: Path) -> dict[str, Any]:
         data = json.loads((run / DATA).read_text(encoding="utf-8"))
         name, checksum = data.get("prepared"), data["checksum"]
     except (OSError, ValueError, KeyError) as error:
-        message = f"does not say which data the run was trained on: {error}"
+        message = f"does not contain which data the run was trained on: {error}"
         raise RecipeError(Problem(str(run / DATA), message)) from error
     roots = [load_recipe(run / "recipe.yaml").prepared_dir, run.parent / "prepared"]
     path = find_prepared(roots, name, checksum)
     if path is None:
-        return {"prepared_data": f"not verified, because they are not in {roots[0]}"}
+        return {"prepared_data": f"not verified, because it is not in {roots[0]}"}
     return {"prepared_data": str(path)} | {f"prepared_{key}": value for key, value in verify(path).items()}
 
 
@@ -502,25 +542,29 @@ def _verify_downstream(args: argparse.Namespace) -> None:
     model = path / "model" if (path / "model" / "config.json").is_file() else path
     recipe = args.data or model.parent / "recipe.yaml"
     if args.data is None and not recipe.is_file():
-        raise RecipeError.at("--data", f"{path} is not of a run, whose recipe names the text; give a file or a recipe")
+        raise RecipeError.at(
+            "--data", f"{path} is not in a run folder, whose recipe would name the text; give a text file or a recipe"
+        )
     is_text = args.data is not None and Path(args.data).is_file() and Path(args.data).suffix not in (".yaml", ".yml")
     texts = file_texts([args.data]) if is_text else recipe_texts(load_recipe(recipe).data)
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print there, too
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print to stdout, too
         rows, notes = downstream.compare(str(model), texts)
     if args.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}))
     else:
         print(downstream.table(str(model), rows, notes))
-    wrong = [row for row in rows if not row.holds]
+    wrong = [row for row in rows if not row.is_equal]
     if wrong:
-        raise RecipeError([Problem(row.way, f"loss {row.loss:.7f}, evaluated {row.evaluated:.7f}") for row in wrong])
+        raise RecipeError(
+            [Problem(row.way, f"first loss {row.loss:.7f}, but evaluated {row.evaluated:.7f}") for row in wrong]
+        )
 
 
 def _verify_resume(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.ladder.proof import verify_resume
 
     if args.steps < 4 or args.kills < 0:
-        raise RecipeError.at("--steps, --kills", "at least 4 steps, and no negative number of kills")
+        raise RecipeError.at("--steps, --kills", "must be at least 4 steps and at least 0 kills")
     recipe, arguments = _load(args, overrides), [args.recipe, *overrides]
     for line in verify_resume(recipe, arguments, args.engine, args.num_processes, args.steps, args.kills):
         print(line, flush=True)
@@ -537,8 +581,8 @@ def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = _load(args, overrides)
     folder = Path(args.output or f"{recipe.output_dir.rstrip('/')}-ladder")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, signal.default_int_handler)  # the training of a rung must not outlive the ladder
+        if signal.getsignal(number) != signal.SIG_IGN:  # which `nohup` sets
+            signal.signal(number, signal.default_int_handler)  # so that the running rung ends with the ladder
     for line in run_ladder(recipe, sizes, args.ratios, args.engine, args.num_processes, args.compute, folder):
         print(line, flush=True)
 
@@ -546,16 +590,17 @@ def _ladder(args: argparse.Namespace, overrides: list[str]) -> None:
 def _runs(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain import runs
 
-    print(runs.table(Path(args.folder)))
+    print(runs.runs_table(Path(args.folder)))
     if args.plot:
-        runs.plot(Path(args.folder), Path(args.plot))
+        runs.plot_losses(Path(args.folder), Path(args.plot))
 
 
 def _generate(args: argparse.Namespace, _: list[str]) -> None:
     if args.max_new_tokens < 1 or args.top_k < 1 or not 0 <= args.seed < 2**32:
-        raise RecipeError.at("--max-new-tokens, --top-k, --seed", "at least 1, at least 1, and from 0 to 2**32 - 1")
+        message = "must be at least 1, at least 1, and from 0 to 2**32 - 1"
+        raise RecipeError.at("--max-new-tokens, --top-k, --seed", message)
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
-        raise RecipeError.at("--temperature", f"{args.temperature} is neither 0 nor between 0.01 and 100")
+        raise RecipeError.at("--temperature", f"{args.temperature} must be 0, or between 0.01 and 100")
     from hfpretrain.evaluation.prompts import stream_text
 
     stream_text(args.model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
@@ -563,9 +608,9 @@ def _generate(args: argparse.Namespace, _: list[str]) -> None:
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.checkpoints.export import export_checkpoint
-    from hfpretrain.publishing.card import describe_export
+    from hfpretrain.publishing.card import write_card_and_metrics
 
-    print(*export_checkpoint(Path(args.checkpoint), Path(args.out), describe_export), sep="\n")
+    print(*export_checkpoint(Path(args.checkpoint), Path(args.out), write_card_and_metrics), sep="\n")
 
 
 def _path(args: argparse.Namespace, _: list[str]) -> None:
@@ -574,8 +619,8 @@ def _path(args: argparse.Namespace, _: list[str]) -> None:
     print(shipped.find_file(args.name, "recipe", "engine", path="name"))
 
 
-def _repair(run: Path) -> None:
-    """Finish an export during which a run was killed, unless a live run uses the folder."""
+def _finish_killed_export(run: Path) -> None:
+    """Finish an export during which a run was killed, unless a running process uses the folder."""
     from hfpretrain.checkpoints import export
     from hfpretrain.training import run_folder
 
@@ -586,7 +631,7 @@ def _repair(run: Path) -> None:
 def _push(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.publishing.publisher import push
 
-    _repair(Path(args.run))
+    _finish_killed_export(Path(args.run))
     if not push(Path(args.run), args.repo_id, args.private, args.state):
         raise SystemExit(1)
 
@@ -595,9 +640,11 @@ def _card(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.publishing.card import write_card
 
     run = Path(args.run)
-    _repair(run)
+    _finish_killed_export(run)
     if not (run / "model" / "config.json").is_file():
-        raise RecipeError.at(args.run, "has no exported model to write a card for; let the run come to its end")
+        raise RecipeError.at(
+            args.run, "has no exported model, which a run writes at its end; run the training to its end first"
+        )
     write_card(run, run / "model")
     print(run / "model" / "README.md")
 

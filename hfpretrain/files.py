@@ -1,7 +1,8 @@
 """Sealed folders: written under a temporary name, given a manifest of checksums, fsynced, then renamed.
 
-A folder without a manifest is incomplete. Prepared data and checkpoints both rest on this. An existing folder is first
-renamed, and deleted once the new one is in its place. Files in it that hfpretrain did not write move to the new one.
+Prepared data and checkpoints are sealed folders. A folder without a manifest is incomplete. To replace a folder, the
+old one is renamed first, and deleted once the new one has its name. Files in the old folder that hfpretrain did not
+write are moved to the new one.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ _MANIFEST_SHA256 = "manifest_sha256"
 REPLACED = ".replaced"
 _KEPT = ".kept"
 _RECORD_DAYS = 180
-# Names of the records of verified folders, of their locks, and of what a killed process left of a write.
+# Names of the records of verified folders, of their locks, and of temporary files that a killed process left.
 _RECORD = re.compile(r"[0-9a-f]{32}(\.lock)?|\.[0-9a-f]{32}\.[0-9a-f]{12}\.incomplete")
-# What earlier versions wrote into a folder whose manifest is missing or can't be read.
-_USUAL = (
+# Files that earlier versions wrote, for folders whose manifest is missing or can't be read.
+_KNOWN_PATTERNS = (
     *("*config.json", "model*.safetensors", "model.safetensors.index.json", "loss.png", "metrics.json"),
     *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "*.distcp", ".metadata", "train_state.json", "ledger*.npy", "recipe.yaml"),
     *("data-*.pt", MANIFEST, SUMS),
 )
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def _hexdigest(path: Path, digest: Any) -> str:
     return str(digest.hexdigest())
 
 
-def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def checksum_entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and checksum of files by their name below `folder`. Fsyncs each file."""
     found = {}
     for path in paths:
@@ -71,7 +72,7 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically: readers see the old content or the new one, even if several processes write at once.
 
     A new file gets its permissions from the umask; a file that is replaced keeps its permissions.
@@ -101,8 +102,8 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
-def work_folder(path: Path) -> Path:
-    """Create an empty folder beside `path`, to write into before `seal` or `put_in_place`."""
+def create_work_folder(path: Path) -> Path:
+    """Create an empty folder beside `path`. Write into it, then call `seal` or `replace_folder`."""
     path = path.resolve()
     work = path.with_name(path.name + INCOMPLETE)
     shutil.rmtree(work, ignore_errors=True)
@@ -110,97 +111,101 @@ def work_folder(path: Path) -> Path:
     return work
 
 
-def put_in_place(work: Path, path: Path, ours: Collection[str] = ()) -> None:
+def replace_folder(work: Path, path: Path, ours: Collection[str] = ()) -> None:
     """Rename the finished folder `work` to `path` and remove the folder that was there.
 
     Files of the old folder that hfpretrain wrote are deleted; all others move into the new one. A file is ours if the
     old folder's manifest or `ours` names it; in an export its checksum must match, too. A kill at any time leaves
-    one complete folder, either at `path` or in the backup that `restore` moves back.
+    one complete folder, either at `path` or in the backup that `finish_replacement` moves back.
     """
     path = path.resolve()
-    restore(path, ours)
+    finish_replacement(path, ours)
     if path.is_dir():
-        path.rename(_aside(path))
+        path.rename(_backup_path(path))
     work.rename(path)
     _fsync(path.parent)
-    restore(path, ours)
+    finish_replacement(path, ours)
 
 
-def restore(path: Path, ours: Collection[str] = ()) -> None:
-    """Finish a `put_in_place` that was killed: move the old folder back, or delete it if the new one is at `path`."""
+def finish_replacement(path: Path, ours: Collection[str] = ()) -> None:
+    """Finish a `replace_folder` that was killed: move the old folder back, or delete it if the new one is at `path`."""
     path = path.resolve()
-    aside = _aside(path)
-    if not aside.is_dir():
+    backup = _backup_path(path)
+    if not backup.is_dir():
         return
     if not path.is_dir():
-        aside.rename(path)
+        backup.rename(path)
     else:
-        _carry(aside, path, _own(aside, path) | set(ours))
-        shutil.rmtree(aside)
+        _move_other_files(backup, path, _files_we_wrote(backup, path) | set(ours))
+        shutil.rmtree(backup)
     _fsync(path.parent)
 
 
 def discard(path: Path, ours: Collection[str] = ()) -> None:
     """Delete a folder. Files in it that hfpretrain did not write move into a folder beside it, named `kept-...`."""
-    _carry(path, path.with_name(f"kept-{path.name}"), _own(path) | set(ours))
+    _move_other_files(path, path.with_name(f"kept-{path.name}"), _files_we_wrote(path) | set(ours))
     # Rename it first: if the process is killed now, nothing is left that looks like a damaged folder.
-    left = path.with_name(f"{path.name}.removed{INCOMPLETE}")
-    shutil.rmtree(left, ignore_errors=True)
-    path.rename(left)
-    shutil.rmtree(left, ignore_errors=True)
+    removed = path.with_name(f"{path.name}.removed{INCOMPLETE}")
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Delete temporary files of `write_whole` calls that were killed. No process may be writing into `folder`."""
-    for left in folder.glob(f".*{INCOMPLETE}"):
-        if left.is_file():
-            left.unlink()
+def delete_temporary_files(folder: Path) -> None:
+    """Delete temporary files of `write_atomically` calls that were killed. No process may be writing into `folder`."""
+    for path in folder.glob(f".*{INCOMPLETE}"):
+        if path.is_file():
+            path.unlink()
 
 
-def _aside(path: Path) -> Path:
+def _backup_path(path: Path) -> Path:
     return path.with_name(path.name + REPLACED)
 
 
-def _own(folder: Path, new: Path | None = None) -> set[str]:
-    """Names of the files below `folder` that hfpretrain wrote and nobody changed since.
+def _files_we_wrote(folder: Path, new: Path | None = None) -> set[str]:
+    """Names of the files below `folder` that hfpretrain wrote and nobody has changed since.
 
-    Without a manifest or checksums, those are the names that `new` also has and the names that earlier versions used.
+    If the folder has neither a manifest nor checksums, these are the names that `new` also has and the names that
+    earlier versions used.
     """
-    own: set[str] = set()
-    told = False
-    for place, _, names in os.walk(folder):
-        below = Path(place).relative_to(folder)
-        manifest = manifest_of(Path(place)) if MANIFEST in names else None
-        found = {} if manifest is None else dict.fromkeys(manifest["files"], "")
+    ours: set[str] = set()
+    has_checksums = False
+    for root, _, names in os.walk(folder):
+        subfolder = Path(root).relative_to(folder)
+        manifest = manifest_of(Path(root)) if MANIFEST in names else None
+        listed = {} if manifest is None else dict.fromkeys(manifest["files"], "")
         with contextlib.suppress(ValueError):
-            found |= {name: sha for name, sha in (sums_of(Path(place)) or {}).items() if manifest is None}
-        told |= bool(found)
+            listed |= {name: sha for name, sha in (sums_of(Path(root)) or {}).items() if manifest is None}
+        has_checksums |= bool(listed)
         with ThreadPoolExecutor() as pool:
-            same = pool.map(lambda item: _is_same(Path(place) / item[0], item[1]), found.items())  # noqa: B023
-            own |= {(below / name).as_posix() for name, kept in zip(found, same, strict=True) if kept}
-        own |= {(below / name).as_posix() for name in names if found and name in (MANIFEST, SUMS)}
-    if not told:
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        usual = [path for path in files if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _USUAL)]
-        own = {path.relative_to(folder).as_posix() for path in usual if path.parent == folder}
+            matches = pool.map(lambda item: _has_checksum(Path(root) / item[0], item[1]), listed.items())  # noqa: B023
+            ours |= {(subfolder / name).as_posix() for name, match in zip(listed, matches, strict=True) if match}
+        ours |= {(subfolder / name).as_posix() for name in names if listed and name in (MANIFEST, SUMS)}
+    if not has_checksums:
+        paths = [path for path in folder.glob("*") if path.is_file()]
+        known = [path for path in paths if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _KNOWN_PATTERNS)]
+        ours = {path.name for path in known}
         if new is not None:
-            own |= {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()} - {"README.md"}
-    return own
+            ours |= {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()} - {"README.md"}
+    return ours
 
 
-def _is_same(path: Path, checksum: str) -> bool:
+def _has_checksum(path: Path, checksum: str) -> bool:
     """Whether a file has this checksum; True for the empty checksum, which means unknown."""
     return not checksum or (path.is_file() and sha256(path) == checksum)
 
 
-def _carry(old: Path, new: Path, own: set[str], below: str = "") -> None:
-    """Move everything but `own` from `old` into `new`, overwriting nothing; `new` is created if there is something."""
+def _move_other_files(old: Path, new: Path, ours: set[str], prefix: str = "") -> None:
+    """Move everything except `ours` from `old` into `new`, overwriting nothing. `new` is created if it is needed.
+
+    `prefix`: path of `old` below the folder that the names in `ours` are relative to.
+    """
     for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
-        name, target = f"{below}{entry.name}", new / entry.name
+        name, target = f"{prefix}{entry.name}", new / entry.name
         is_folder = entry.is_dir(follow_symlinks=False)
-        if is_folder and (target.is_dir() or any(other.startswith(f"{name}/") for other in own)):
-            _carry(old / entry.name, target, own, f"{name}/")
-        elif name not in own:
+        if is_folder and (target.is_dir() or any(other.startswith(f"{name}/") for other in ours)):
+            _move_other_files(old / entry.name, target, ours, f"{name}/")
+        elif name not in ours:
             new.mkdir(parents=True, exist_ok=True)
             number = 1
             while os.path.lexists(target):
@@ -208,8 +213,8 @@ def _carry(old: Path, new: Path, own: set[str], below: str = "") -> None:
                 target, number = new / f"{entry.name}{suffix}", number + 1
             os.rename(old / entry.name, target)
             if target.name != entry.name:
-                what = "a file that hfpretrain did not write, or that was edited since, is kept"
-                logger.warning("%s: %s as %s", new / entry.name, what, target.name)
+                what = "hfpretrain did not write this file, or it was edited since; it is kept as"
+                logger.warning("%s: %s %s", new / entry.name, what, target.name)
 
 
 def seal(
@@ -217,29 +222,29 @@ def seal(
 ) -> dict[str, Any]:
     """Add a manifest of `content` and of every file's size and checksum to `work`, then rename it to `path`.
 
-    `known`: entries of files that are checked and on the disk already.
+    `known`: entries of files whose checksums are known and that are fsynced already.
     """
     known = known or {}
     rest = (file for file in sorted(work.rglob("*")) if file.is_file())
-    others = entries(work, (file for file in rest if file.relative_to(work).as_posix() not in known))
+    others = checksum_entries(work, (file for file in rest if file.relative_to(work).as_posix() not in known))
     found = dict(sorted({**known, **others}.items()))
     manifest = {**content, "files": found}
     manifest[_MANIFEST_SHA256] = _manifest_sha256(json.loads(json.dumps(manifest)))
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in (work / MANIFEST, *(folder for folder in work.rglob("*") if folder.is_dir()), work):
         _fsync(name)
-    put_in_place(work, path)
+    replace_folder(work, path)
     return manifest
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
-    """Checksum of a manifest's values, whatever their order and the white space."""
+    """Checksum of a manifest's values, which does not depend on their order or on white space."""
     content = {key: value for key, value in manifest.items() if key != _MANIFEST_SHA256}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of a sealed folder; None if it is missing, unreadable or was changed.
+    """The manifest of a sealed folder; None if it is missing, can't be read or was changed.
 
     Manifests of older versions have no checksum of their own.
     """
@@ -248,43 +253,43 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     entries = manifest.get("files") if isinstance(manifest, dict) else None
-    is_whole = isinstance(entries, dict) and all(
+    is_complete = isinstance(entries, dict) and all(
         isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in entries.values()
     )
-    if not entries or not is_whole:
+    if not entries or not is_complete:
         return None
-    is_as_sealed = manifest.get(_MANIFEST_SHA256) in (None, _manifest_sha256(manifest))
-    return manifest if is_as_sealed else None
+    is_unchanged = manifest.get(_MANIFEST_SHA256) in (None, _manifest_sha256(manifest))
+    return manifest if is_unchanged else None
 
 
 def damage(path: Path, checksums: bool = True, file_read: Callable[[], None] = lambda: None) -> str | None:
     """Compare a sealed folder with its manifest; returns what is wrong with the first bad file, None if all match.
 
-    Without `checksums` only presence and size are looked at. `file_read` is called after each file.
+    Without `checksums`, only presence and size are checked. `file_read` is called after each file.
     """
     manifest = manifest_of(path)
     if manifest is None:
-        return f"{path / MANIFEST} is missing or unreadable"
+        return f"{path / MANIFEST} is missing or can't be read"
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
 
-        def look(name: str, entry: dict[str, Any]) -> str | None:
+        def check(name: str, entry: dict[str, Any]) -> str | None:
             reason = _file_damage(path, name, entry, checksums)
             file_read()
             return reason
 
-        reasons = pool.map(look, manifest["files"], manifest["files"].values())
+        reasons = pool.map(check, manifest["files"], manifest["files"].values())
         return next((reason for reason in reasons if reason is not None), None)
 
 
 def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) -> str | None:
     """`damage`, except that a folder is not read again if this machine has verified it and no file has changed since.
 
-    Whether a file has changed is decided by its size, inode, and times of modification and status change. What was
-    verified is remembered in the user's cache folder, so that read-only prepared data can be used.
+    A file counts as changed if its size, its inode, or its time of modification or status change differs. Verified
+    folders are recorded in the user's cache folder, since prepared data may be read-only.
     """
     from filelock import FileLock
 
-    record = _record(path)
+    record = _record_path(path)
     with FileLock(f"{record}.lock"):  # one process on this machine reads the files, the others wait for its result
         before = _signature(path)
         if before is not None and _is_recorded(record, before):
@@ -299,11 +304,11 @@ def damage_if_changed(path: Path, file_read: Callable[[], None] = lambda: None) 
         return reason
 
 
-def remember(path: Path) -> None:
-    """Record that a folder was sealed or verified just now, so that `damage_if_changed` need not read it."""
+def record_as_verified(path: Path) -> None:
+    """Record that a folder was sealed or verified just now, so that `damage_if_changed` does not read it again."""
     signature = _signature(path)
     if signature is not None:
-        _write_record(_record(path), path, signature)
+        _write_record(_record_path(path), path, signature)
 
 
 def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
@@ -325,12 +330,12 @@ def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
         size, seconds = sum(stat[0] for _, stat in new), time.perf_counter() - start
         if seconds > 5:
             logger.info(
-                "hashed %.1f GB of source files in %.0f s, to notice when their content changes", size / 1e9, seconds
+                "computed checksums of %.1f GB of source files in %.0f s, to notice later changes", size / 1e9, seconds
             )
-        write_whole(record, json.dumps({str(path): known[str(path)] for path, _ in before}))
+        write_atomically(record, json.dumps({str(path): known[str(path)] for path, _ in before}))
         _drop_old_records(record.parent)
     elif before:
-        _used(record)
+        _mark_as_used(record)
     return [(stat[0], known[str(path)][1]) for path, stat in before]
 
 
@@ -339,47 +344,47 @@ def _stat_signature(path: Path) -> list[int]:
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _record(path: Path) -> Path:
-    """The file that holds what this machine has verified of a folder."""
+def _record_path(path: Path) -> Path:
+    """The file that records that this machine has verified a folder."""
     return _cache_folder() / hashlib.sha256(f"{platform.node()}:{path.resolve()}".encode()).hexdigest()[:32]
 
 
 def _write_record(record: Path, path: Path, signature: str) -> None:
     # Machine and path are for `_drop_old_records`: several machines may share this user's cache.
-    write_whole(record, "\n".join((signature, platform.node(), str(path.resolve()))))
+    write_atomically(record, "\n".join((signature, platform.node(), str(path.resolve()))))
     _drop_old_records(record.parent)
 
 
 def _is_recorded(record: Path, signature: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
         if record.read_text(encoding="utf-8").partition("\n")[0] == signature:
-            _used(record)
+            _mark_as_used(record)
             return True
     return False
 
 
-def _used(record: Path) -> None:
+def _mark_as_used(record: Path) -> None:
     with contextlib.suppress(OSError):
         os.utime(record)
 
 
 @functools.cache
 def _drop_old_records(folder: Path) -> None:
-    """Delete the records that were not used for `_RECORD_DAYS`, and those of folders that are gone from this machine.
+    """Delete records that were not used for `_RECORD_DAYS`, and those of folders that no longer exist on this machine.
 
-    Once in a process: a missing record costs no more than reading the files again.
+    This runs once in a process. A missing record costs only that the files are read again.
     """
     limit = time.time() - _RECORD_DAYS * 86400
     for path in folder.iterdir():
         if _RECORD.fullmatch(path.name) is None:
             continue
         with contextlib.suppress(OSError, ValueError):
-            if path.stat().st_mtime < limit or _is_of_gone_folder(path):
+            if path.stat().st_mtime < limit or _has_no_folder(path):
                 path.unlink()
 
 
-def _is_of_gone_folder(record: Path) -> bool:
-    """Whether a record of `_write_record` is of this machine and its folder is gone."""
+def _has_no_folder(record: Path) -> bool:
+    """Whether this machine wrote a record with `_write_record` and the record's folder no longer exists."""
     with record.open(encoding="utf-8") as file:
         _, node, path = (file.readline(4096).rstrip("\n") for _ in range(3))
     return node == platform.node() and path != "" and not Path(path).exists()
@@ -414,24 +419,24 @@ def _signature(path: Path) -> str | None:
 def _file_damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool) -> str | None:
     file = folder / name
     if is_outside(name):
-        return f"{folder / MANIFEST} names {name!r}, which is outside of the folder"
+        return f"{folder / MANIFEST} lists {name!r}, which is outside of the folder"
     if not file.is_file():
         return f"{file} is missing"
     if file.stat().st_size != entry["size"]:
         return f"{file} has {file.stat().st_size} bytes instead of {entry['size']}"
     if checksums and sha256(file) != entry["sha256"]:
-        return f"{file} has another checksum than when it was sealed"
+        return f"{file} has another checksum than when it was written"
     return None
 
 
 def add_sums(folder: Path, paths: Iterable[Path]) -> None:
     """Add the checksums of files to the `SHA256SUMS` of an export. Fsyncs each file."""
     known = sums_of(folder) or {}
-    found = {name: entry["sha256"] for name, entry in entries(folder, paths).items()}
+    found = {name: entry["sha256"] for name, entry in checksum_entries(folder, paths).items()}
     lines = "".join(f"{checksum}  {name}\n" for name, checksum in sorted({**known, **found}.items()))
     own = hashlib.sha256(lines.encode()).hexdigest()
-    # sha256sum takes the first line as a comment; it does not notice a damaged list itself.
-    write_whole(folder / SUMS, f"# the lines below: {own}\n{lines}")
+    # `sha256sum --check` reads the first line as a comment. It could not notice that the list itself is damaged.
+    write_atomically(folder / SUMS, f"# the lines below: {own}\n{lines}")
 
 
 def sums_of(folder: Path) -> dict[str, str] | None:
@@ -453,7 +458,7 @@ def sums_of(folder: Path) -> dict[str, str] | None:
 def sums_damage(folder: Path) -> str | None:
     """Compare an export with its `SHA256SUMS`; returns what is wrong with the first bad file, None if all match.
 
-    The card is not in the list, since a person may edit it. Other files that the list does not name are not ours.
+    The model card is not listed, since a person may edit it. Files that are not listed are not compared.
     """
     try:
         sums = sums_of(folder) or {}
@@ -467,18 +472,18 @@ def sums_damage(folder: Path) -> str | None:
 
 def _sum_damage(folder: Path, name: str, checksum: str) -> str | None:
     if is_outside(name):
-        return f"{folder / SUMS} names {name!r}, which is outside of the folder"
+        return f"{folder / SUMS} lists {name!r}, which is outside of the folder"
     if not (folder / name).is_file():
         return f"{folder / name} is missing"
     return None if sha256(folder / name) == checksum else f"{folder / name} has another checksum than in {SUMS}"
 
 
 def is_outside(name: str) -> bool:
-    """Whether a file name that somebody else wrote leads out of its folder."""
+    """Whether a file name, as read from a manifest or a server, points outside of its folder."""
     return Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
 
 
-def steps(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
     """The folders named `step-XXXXXXXX`, the newest step first."""
     return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
 
@@ -488,11 +493,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def refusal(error: BaseException | None) -> str | None:
-    """The operating system's message if `error`, or its cause, is a disk that refuses to be written; else None.
+def disk_error(error: BaseException | None) -> str | None:
+    """The operating system's message if `error` or its cause means that a disk can't be written to; else None.
 
-    safetensors and Arrow put the number of the system's error into their own; torch's CheckpointException holds those
-    of all ranks.
+    safetensors and Arrow put the system's error number into their own messages. torch's CheckpointException holds the
+    errors of all ranks.
     """
     while error is not None:
         failures = getattr(error, "failures", None)
@@ -502,7 +507,7 @@ def refusal(error: BaseException | None) -> str | None:
         match = re.search(r"os error (\d+)|\[Errno (\d+)\]", str(error))
         if number is None and match is not None:
             number = int(match[1] or match[2])
-        if number in _REFUSALS:
+        if number in _DISK_ERRORS:
             name = getattr(error, "filename", None)
             return f"{os.strerror(number)}: {name}" if name else os.strerror(number)
         error = error.__cause__ or error.__context__

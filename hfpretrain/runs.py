@@ -1,4 +1,4 @@
-"""All runs in a folder, a line each; and their losses in one picture."""
+"""All runs in a folder: a table with a line for each, and a plot of their losses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hfpretrain.training.history import History
 _COLUMNS = ("run", "model", "engine", "parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", "state")
 
 
-def find(folder: Path) -> list[Path]:
-    """Run folders at or below `folder`, by name. Raises `RecipeError` where there is none."""
+def find_runs(folder: Path) -> list[Path]:
+    """Run folders at or below `folder`, by name. Raises `RecipeError` if there is none."""
     found = sorted(path.parent for path in folder.glob("**/metrics.jsonl") if (path.parent / "recipe.yaml").exists())
     if not found:
-        raise RecipeError.at(str(folder), "there is no run here: no folder with metrics.jsonl and recipe.yaml")
+        raise RecipeError.at(str(folder), "contains no run, which is a folder with metrics.jsonl and recipe.yaml")
     return found
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_run(path: Path) -> dict[str, Any]:
     """Model, engine, figures and state of a run; None where a value is not known.
 
     `loss`, `perplexity`, `bits/byte`, and `loss DOMAIN` for each named validation set are from the last evaluation.
@@ -37,13 +37,13 @@ def describe(path: Path) -> dict[str, Any]:
         recipe = read_recipe(path / "recipe.yaml")
         steps = recipe.training.num_steps
         model = recipe.model.pretrained or (recipe.model.config or {}).get("model_type")
-    except RecipeError:  # another version wrote it
+    except RecipeError:  # written by another version
         steps, model = None, None
     step = history.step
     parts = segments.segments_of(environment, max(step, 1)) if environment else []
     if run_folder.is_in_use(path):
         state = "running"
-    elif history.exported:  # a resume drops this row
+    elif history.exported:  # a resumed run deletes this row
         state = "finished"
     else:
         state = "stopped"
@@ -62,10 +62,11 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def table(folder: Path) -> str:
-    """One line for each run, paths relative to `folder`; a column for each domain that any of them evaluates."""
+def runs_table(folder: Path) -> str:
+    """A line for each run, with its path relative to `folder`, and a column for each domain that any run evaluates."""
     described = [
-        describe(path) | {"run": path.relative_to(folder) if path != folder else path.name} for path in find(folder)
+        describe_run(path) | {"run": path.relative_to(folder) if path != folder else path.name}
+        for path in find_runs(folder)
     ]
     named = dict.fromkeys(name for found in described for name in found if name.startswith("loss "))
     at = _COLUMNS.index("loss") + 1
@@ -82,18 +83,20 @@ def table(folder: Path) -> str:
     )
 
 
-def plot(folder: Path, path: Path) -> None:
-    """Validation losses of all runs against tokens in one PNG, those of each domain dashed; training losses of runs
-    without validation."""
+def plot_losses(folder: Path, path: Path) -> None:
+    """Plot the validation losses of all runs against tokens into a PNG, the losses of each domain dashed.
+
+    Runs without validation show their training loss.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
-        raise RecipeError.at("--plot", f"{path} is no name of a .png file in a folder that is there")
+        raise RecipeError.at("--plot", f"{path} must be a .png file in an existing folder")
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for run in find(folder):
+    for run in find_runs(folder):
         history = History.read(run / "metrics.jsonl")
         label = str(run.relative_to(folder)) if run != folder else run.name
         color = None

@@ -19,7 +19,7 @@ from hfpretrain import files
 from hfpretrain.data import threads
 from hfpretrain.engines.start import EXIT_CODE_FILE
 from hfpretrain.publishing import card
-from hfpretrain.publishing.publisher import Publisher
+from hfpretrain.publishing.publisher import BackgroundPublisher
 from hfpretrain.recipe import redaction
 from hfpretrain.recipe.help import describe_keys
 from hfpretrain.recipe.schema import Recipe, RecipeError
@@ -45,7 +45,7 @@ def train(recipe: Recipe) -> Path | None:
     From then on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
     """
     console.keep_from_failing("stdout", "stderr")
-    return run(recipe, Publisher, card.write_card)
+    return run(recipe, BackgroundPublisher, card.write_card)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +92,7 @@ def _main(arguments: list[str], rank: int) -> int:
             _report(f"stopped: {error}")
         return 1
     except Exception as error:
-        if (text := files.refusal(error)) is None:
+        if (text := files.disk_error(error)) is None:
             raise
         advice = "free disk space or allow access there, then run the same command again: it keeps finished work"
         _report(f"stopped: {text}; {advice}")

@@ -1,4 +1,4 @@
-"""Rungs of a ladder that look finished, without training: their losses follow a known law."""
+"""Rungs of a ladder that look finished although they were not trained. Their losses follow a known law."""
 
 import json
 
@@ -9,7 +9,7 @@ LAW = Law(1.7, (20.0, 30.0), (0.35, 0.3))
 
 
 def finish(rung):
-    """Write what a finished run of `rung` leaves, as far as a ladder reads it."""
+    """Write the files of a finished run of `rung` that a ladder reads."""
     loss = LAW.loss(rung.parameters, rung.tokens)
     rung.run.mkdir(parents=True)
     (rung.run / "recipe.yaml").write_text(dump_recipe(rung.recipe))

@@ -5,7 +5,7 @@
         hub.repos["models/user/tiny"].at("main").files["config.json"]  # bytes
         hub.fault = lambda method, path: HubError(503, "busy") if method == "PUT" else None
 
-The client reads its environment when imported, so it has to run in a process of its own.
+The client reads its environment when it is imported, so it has to run in another process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKEN = "hf_test"
 
 
 class HubError(Exception):
-    """An error answer; `code` is what the client turns into an exception class."""
+    """An error response; the client chooses its exception class by `code`."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str):
         super().__init__(message)
@@ -39,7 +39,8 @@ class HubError(Exception):
 
 
 class Cut(Exception):
-    """The connection ends in the middle of a request; or when it has been done, before the answer is sent."""
+    """The connection ends in the middle of a request or, with `done`, after the request was executed and before the
+    response is sent."""
 
     def __init__(self, done: bool = False):
         super().__init__()
@@ -55,12 +56,13 @@ class Commit(NamedTuple):
 
 
 def is_lfs(start: bytes, num_bytes: int) -> bool:
-    """Large files, and what git itself takes for binary: a zero byte near the start."""
+    """Whether a file is stored with LFS: large files, and files with a zero byte near the start, which git counts as
+    binary."""
     return num_bytes > 10 * 2**20 or b"\0" in start[:512]
 
 
 def content_oid(content: bytes) -> str:
-    """The ETag of a file, which the client also compares to skip what has not changed."""
+    """The ETag of a file, by which the client also skips files that have not changed."""
     if is_lfs(content, len(content)):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -68,7 +70,7 @@ def content_oid(content: bytes) -> str:
 
 @dataclass
 class Repo:
-    """Every commit with all its files, oldest first, and the names that point to commits."""
+    """A repo: every commit with all its files, oldest first, and the branches and tags that point to commits."""
 
     id: str
     private: bool
@@ -77,7 +79,7 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit:
-        """The commit of a tag, a branch or a full oid; of one name, git takes the tag."""
+        """The commit of a tag, a branch or a full oid. If a tag and a branch have the same name, git uses the tag."""
         oid = self.tags.get(revision) or self.branches.get(revision) or revision
         for commit in self.commits:
             if commit.oid == oid:
@@ -85,14 +87,15 @@ class Repo:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def history(self, revision: str) -> list[Commit]:
-        """A commit and those before it, newest first."""
+        """A commit and its ancestors, newest first."""
         commits = [self.at(revision)]
         while (parent := commits[-1].parent) is not None:
             commits.append(self.at(parent))
         return commits
 
     def commit(self, branch: str, title: str, files: dict[str, bytes], message: str = "") -> Commit:
-        # Of the content too: the client's cache, which may outlive a server, takes equal oids for equal files.
+        # The oid depends on the content, too: the client's cache, which may be older than this server, assumes that
+        # equal oids mean equal files.
         contents = sorted((path, content_oid(content)) for path, content in files.items())
         oid = hashlib.sha1(repr((self.id, len(self.commits), title, contents)).encode()).hexdigest()
         self.commits.append(Commit(oid, title, files, message, self.branches.get(branch)))
@@ -111,14 +114,14 @@ class Repo:
         entries.pop(".", None)
         return entries
 
-    def point(self, names: dict[str, str], name: str, revision: str) -> None:
-        """Create a branch or a tag."""
+    def create_ref(self, names: dict[str, str], name: str, revision: str) -> None:
+        """Create a branch or a tag in `names`."""
         if name in names:
             raise HubError(409, f"Reference already exists: {name}")
         names[name] = self.at(revision).oid
 
     def push(self, branch: str, operations: list[dict[str, Any]], lfs: dict[str, bytes]) -> Commit:
-        """Apply a commit request: a header, then one operation a line."""
+        """Apply a commit request: a header, then one operation per line."""
         if branch not in self.branches:
             raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
         files = dict(self.at(branch).files)
@@ -139,25 +142,25 @@ class Repo:
 
 
 class HubServer:
-    """The server and its repos, named `models/USER/NAME` or `datasets/USER/NAME`; up within a `with` block."""
+    """The server and its repos, named `models/USER/NAME` or `datasets/USER/NAME`. It runs within a `with` block."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.lock = threading.Lock()
         self.fault: Callable[[str, str], Exception | float | None] | None = None
-        """By method and path, what becomes of a request: a `HubError`, a `Cut`, seconds before it is answered."""
+        """What to do with a request, by method and path: a `HubError`, a `Cut`, or seconds to wait before answering."""
         self.requests: list[str] = []
         """Method and path of each request."""
         self._http: ThreadingHTTPServer | None = None
         self.start()
 
     def start(self) -> None:
-        """Answer, after a `stop` at the same address."""
+        """Start to answer requests; after a `stop`, at the same address."""
         port = 0 if self._http is None else self._http.server_port
         self._http = ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, self))
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
-        # The poll interval is the time that stopping takes.
+        # Stopping takes as long as the poll interval.
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -167,7 +170,7 @@ class HubServer:
 
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:
-        """Refuse connections for a while."""
+        """Refuse connections within a `with` block."""
         self.stop()
         try:
             yield
@@ -181,11 +184,11 @@ class HubServer:
         self.stop()
 
     def environment(self, home: str | os.PathLike[str]) -> dict[str, str]:
-        """The environment of a process that sees this Hub alone, with its caches under `home`."""
-        # What is set around the tests (offline mode, a token, caches elsewhere) must not leak in.
-        leaks = ("HF_", "HUGGING", "TRANSFORMERS_")
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(leaks)}
-        # As the proxy, this server refuses all that would have left the machine.
+        """The environment of a process that uses only this Hub, with its caches under `home`."""
+        # Settings around the tests (offline mode, a token, other caches) must not be inherited.
+        excluded = ("HF_", "HUGGING", "TRANSFORMERS_")
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(excluded)}
+        # This server is also the proxy, and refuses every request to another host.
         proxies = {"http_proxy": self.endpoint, "https_proxy": self.endpoint, "no_proxy": "127.0.0.1,localhost"}
         flags = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
         hub = {"HF_ENDPOINT": self.endpoint, "HF_HOME": os.fspath(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
@@ -193,11 +196,11 @@ class HubServer:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request: HTTP/1.0, the default, so that no connection outlives the server."""
+    """Answers one request, with HTTP/1.0, the default, so that no connection stays open after the server stops."""
 
     def __init__(self, hub: HubServer, *args: Any):
         self.hub = hub
-        super().__init__(*args)  # serves the request, so it comes last
+        super().__init__(*args)  # handles the request, so it comes last
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
@@ -212,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, float):
             time.sleep(fault)
         self.query = parse_qs(url.query)
-        # A whole address in place of a path is for another host: this server stands as the proxy.
+        # A full URL instead of a path is a request to another host, since this server is also the proxy.
         parts = [] if url.netloc else [unquote(part) for part in url.path.split("/")[1:]]
         try:
             if isinstance(fault, HubError):
@@ -241,7 +244,7 @@ class Handler(BaseHTTPRequestHandler):
         """Keep the tests' output quiet."""
 
     def _answer(self, method: str, parts: list[str]) -> Any:
-        """What to send: a JSON value or bytes, alone or with status and headers."""
+        """The response: a JSON value or bytes, alone or with status and headers."""
         public = method != "POST" or not {"validate-yaml", "paths-info"}.isdisjoint(parts)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}" and (not public or parts == ["api", "whoami-v2"]):
             raise HubError(401, "Invalid username or password.")
@@ -271,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
         status = 409 if key in self.hub.repos else 200
         if status == 200:
             self.hub.repos[key] = Repo(repo_id, private=visibility == "private")
-            # A new repo of the Hub is never without this file.
+            # Every new repo on the Hub has this file.
             self.hub.repos[key].commit("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return {"url": f"{self.hub.endpoint}/{key.removeprefix('models/')}"}, status
 
@@ -318,9 +321,9 @@ class Handler(BaseHTTPRequestHandler):
             case ["GET", "resolve", revision, *path]:
                 return self._resolve(repo.at(revision), "/".join(path))
             case ["POST", "branch", name]:
-                return repo.point(repo.branches, name, json.loads(self.body).get("startingPoint", "main"))
+                return repo.create_ref(repo.branches, name, json.loads(self.body).get("startingPoint", "main"))
             case ["POST", "tag", revision]:
-                return repo.point(repo.tags, json.loads(self.body)["tag"], revision)
+                return repo.create_ref(repo.tags, json.loads(self.body)["tag"], revision)
             case ["POST", "preupload", revision]:
                 files = json.loads(self.body)["files"]
                 present = repo.at(revision).files
@@ -344,7 +347,7 @@ class Handler(BaseHTTPRequestHandler):
     def _resolve(self, commit: Commit, path: str) -> Any:
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if path not in commit.files:
-            # The commit lets the client remember that the file is missing.
+            # With the commit, the client can cache that the file is missing.
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)
         content = commit.files[path]
         headers["ETag"] = f'"{content_oid(content)}"'

@@ -1,4 +1,4 @@
-"""Benchmarks that `make proofs` does not start itself, at small size."""
+"""Benchmarks that `make proofs` does not start itself, run at small size."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def table(folder, script, *arguments):
-    """Rows of the printed table by their first cell."""
+    """The rows of the printed table by their first cell."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), str(write_recipe(folder)), *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -21,13 +21,13 @@ def table(folder, script, *arguments):
     return {first.strip(): [cell.strip() for cell in others] for first, *others in cells}
 
 
-def test_steps_of_trainer_and_the_bare_loop_by_turns(folder):
+def test_train_step_compares_trainer_and_the_bare_loop(folder):
     rows = table(folder, "train_step.py", "--steps", "6", "--rounds", "1", "--logging.trackers=[]")
     assert {"hfpretrain", "bare loop", "Trainer"} <= set(rows)
     assert all(float(rows[name][0]) > 0 and "x as fast" in rows[name][3] for name in ("bare loop", "Trainer"))
 
 
-def test_all_parts_for_a_gpu_at_toy_size(tmp_path):
+def test_all_parts_for_a_gpu_run_at_toy_size(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--results", str(tmp_path / "gpu.md")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,18 +37,18 @@ def test_all_parts_for_a_gpu_at_toy_size(tmp_path):
     assert all(len([line for line in part.splitlines() if line.startswith("|")]) > 2 for part in parts)
 
 
-def test_steps_with_and_without_a_default_by_turns(folder):
+def test_defaults_compares_steps_with_and_without_a_default(folder):
     rows = table(folder, "defaults.py", "--steps", "6", "--only", "prefetch", "no_sync")
     for name in ("prefetch", "no_sync, two ranks"):
         assert float(rows[name][0]) > 0 and float(rows[name][1]) > 0 and "x as fast" in rows[name][2]
 
 
-def test_families_beside_plain_transformers(tmp_path):
+def test_families_compares_with_plain_transformers(tmp_path):
     found = {family.name: family for family in families.examine(["llama", "ernie4_5_moe", "bart"], None, tmp_path)}
     assert {name: family.result for name, family in found.items()} == dict.fromkeys(found, "equal"), found
     assert found["llama"].documents == "apart" and found["bart"].documents == "mixed"
     assert found["bart"].own_loss.startswith("another") and found["llama"].own_loss == "next token"
-    # Its norms amplify rounding; and a class whose export plain transformers does not load.
+    # gemma4's norms amplify rounding. Plain transformers does not load an export of emu3.
     found |= {family.name: family for family in families.examine(["gemma4", "emu3"], None, tmp_path)}
     assert found["gemma4"].result == "equal" and found["gemma4"].rounding["grad_norm"] >= found["gemma4"].grad_norm
     assert found["emu3"].result == "refused"
@@ -57,7 +57,7 @@ def test_families_beside_plain_transformers(tmp_path):
 
 
 def test_growth_measures_and_draws(tmp_path):
-    """Times are not looked at."""
+    """Times are not checked."""
     command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), "--quick", "--output", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,7 @@ from conftest import ROOT, environment, hfpretrain, write_recipe
 from hfpretrain.recipe.schema import Recipe
 
 
-def test_check_prints_the_resolved_recipe_and_what_follows(folder):
+def test_check_prints_the_resolved_recipe_with_its_steps_and_parameters(folder):
     import yaml
 
     result = hfpretrain("check", str(write_recipe(folder)), "--training.max_steps=10")
@@ -38,7 +38,7 @@ def test_check_needs_neither_torch_nor_a_hugging_face_library(folder):
     assert "transformers is not installed" in result.stderr and "# steps" in result.stdout
 
 
-def test_prepare_prints_the_account_once_made_and_again(folder):
+def test_prepare_prints_the_account_again_without_tokenizing_again(folder):
     recipe = str(write_recipe(folder))
     first, second = hfpretrain("prepare", recipe), hfpretrain("prepare", recipe)
     assert first.returncode == 0 and first.stdout == second.stdout
@@ -55,11 +55,11 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["verify", "nowhere"], "no finished run"),
+        (["verify", "nowhere"], "nowhere: is not a finished run"),
         (["evaluate", "nowhere", "--data", "constraints.txt"], "there is no folder 'nowhere'"),
         (["generate", "recipes/nowhere", "x"], "model: there is no file or folder 'recipes/nowhere'"),
         (["check", "recipes"], "'recipes' is a folder; give one of its files"),
-        (["evaluate", "nowhere"], "give a recipe or --data"),
+        (["evaluate", "nowhere"], "give either a recipe or --data"),
         (["check", "nowhere.yaml"], "no such recipe file"),
         (["evaluate", "x", "--data", "y.txt", "--strid=8"], "unknown arguments: --strid=8"),
         (["plan", "quickstart", "--num_processes", "2"], "did you mean --num-processes?"),
@@ -69,7 +69,7 @@ def test_prepare_prints_the_account_once_made_and_again(folder):
         (["verify", "x", "--oops"], "unknown arguments: --oops"),
     ],
 )
-def test_wrong_arguments_get_one_message_and_code_2(arguments, fragment):
+def test_wrong_arguments_give_one_message_and_exit_code_2(arguments, fragment):
     result = hfpretrain(*arguments)
     assert result.returncode == 2 and fragment in result.stderr and "Traceback" not in result.stderr
 
@@ -78,7 +78,7 @@ def test_schema_is_printed():
     assert json.loads(hfpretrain("schema").stdout) == Recipe.model_json_schema()
 
 
-def test_help_loads_nothing_heavy():
+def test_help_imports_no_heavy_library():
     code = (
         "import sys\nfrom hfpretrain.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
@@ -89,7 +89,7 @@ def test_help_loads_nothing_heavy():
     assert "train a recipe" in result.stdout and result.stdout.count("--section.key=value") == 1
 
 
-def test_data_tells_what_a_step_consumed(folder):
+def test_data_prints_the_documents_that_a_step_consumed(folder):
     recipe = str(write_recipe(folder))
     assert "run `hfpretrain prepare`" in hfpretrain("data", recipe, "--step", "3").stderr
     assert hfpretrain("prepare", recipe).returncode == 0

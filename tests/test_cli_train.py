@@ -1,4 +1,4 @@
-"""`hfpretrain train`: what it starts, signals, and the exit code of the run."""
+"""`hfpretrain train`: the processes it starts, signals, and the exit code of the run."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""The scripts of examples/ that take a checkpoint, on one of this project's making; they import nothing of ours."""
+"""The scripts of examples/ that take a checkpoint, with a checkpoint of hfpretrain; they don't import hfpretrain."""
 
 import ast
 import json
@@ -42,13 +42,13 @@ def step_0_loss(output):
     return float(re.search(r"step 0: loss ([\d.]+)", output)[1])
 
 
-def evaluated(folder, texts):
-    """Loss of documents that each stand alone."""
+def evaluated_loss(folder, texts):
+    """The loss of documents, each evaluated alone."""
     report = evaluate_perplexity(folder / "run" / "model", {str(n): [text] for n, text in enumerate(texts)})
     return report["loss"]
 
 
-def test_they_know_nothing_of_hfpretrain():
+def test_examples_do_not_import_hfpretrain():
     for path in EXAMPLES.glob("*.py"):
         if path.stem != "own_loop":
             modules = {
@@ -64,12 +64,12 @@ def test_they_know_nothing_of_hfpretrain():
 def test_sft_begins_at_the_evaluated_loss(folder, lora):
     model, output = folder / "run" / "model", folder / f"sft{len(lora)}"
     printed = run("sft", model, folder / "text.jsonl", output, "--steps", 2, *lora)
-    assert step_0_loss(printed) == pytest.approx(evaluated(folder, TEXTS), abs=1e-5)
+    assert step_0_loss(printed) == pytest.approx(evaluated_loss(folder, TEXTS), abs=1e-5)
     tuned, before = (dict(AutoModelForCausalLM.from_pretrained(m).named_parameters()) for m in (output, model))
     assert tuned.keys() == before.keys() and any(not tuned[name].equal(before[name]) for name in tuned)
 
 
-def test_sft_takes_messages_by_the_recipes_chat_template(folder):
+def test_sft_formats_messages_with_the_recipes_chat_template(folder):
     model = folder / "run" / "model"
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert tokenizer.chat_template == TEMPLATE and (model / "chat_template.jinja").read_text() == TEMPLATE
@@ -80,7 +80,7 @@ def test_sft_takes_messages_by_the_recipes_chat_template(folder):
 
 
 def test_run_clm_begins_at_the_evaluated_loss(folder):
-    # One text that fills whole blocks with its EOS: run_clm drops the rest.
+    # A text that with its EOS fills whole blocks, since run_clm drops an incomplete one.
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "model")
     ids = tokenizer(" ".join(TEXTS))["input_ids"]
     text = next(
@@ -97,12 +97,12 @@ def test_run_clm_begins_at_the_evaluated_loss(folder):
     assert AutoModelForCausalLM.from_pretrained(folder / "clm")
 
 
-def test_verify_compares_every_way_on_what_the_run_holds_out(folder):
+def test_verify_compares_every_way_on_the_runs_validation_text(folder):
     result = hfpretrain("verify", str(folder / "run"), "--downstream", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert [row["way"] for row in report["rows"]] == [
-        "AutoModelForCausalLM, a document at a time",
+        "AutoModelForCausalLM, one document at a time",
         "Trainer, documents padded",
         "Trainer, run_clm's blocks of 64",
         "TRL SFTTrainer",
@@ -112,19 +112,19 @@ def test_verify_compares_every_way_on_what_the_run_holds_out(folder):
     assert all(row["tokens"] == row["evaluated_tokens"] > 500 for row in report["rows"])
 
 
-def test_classification(folder):
+def test_classification_trains_a_classifier(folder):
     printed = run("classify", folder / "run" / "model", folder / "labels.jsonl", folder / "classes", "--steps", 20)
     assert re.search(r"accuracy on 13 held-out texts: 0\.\d+ before, [01]\.\d+", printed)
     assert AutoModelForSequenceClassification.from_pretrained(folder / "classes").num_labels == 2
 
 
-def test_pipeline(folder):
+def test_the_pipeline_continues_a_prompt(folder):
     assert run("generate", folder / "run" / "model", "the river").startswith("the river")
     assert run("generate", folder / "run" / "model", "the river", "--chat").strip()
 
 
 def test_lm_eval_finds_the_evaluated_bits_per_byte(folder):
     printed = run("lm_eval_task", folder / "run" / "model", folder / "text.jsonl")
-    # lm-eval begins every document with EOS, so the first one needs one before it here.
+    # lm-eval starts every document with EOS, so the empty document puts one before the first text.
     report = evaluate_perplexity(folder / "run" / "model", ["", *TEXTS], stride=32)
     assert float(re.search(r"bits_per_byte ([\d.]+)", printed)[1]) == pytest.approx(report["bits_per_byte"], abs=2e-6)

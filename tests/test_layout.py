@@ -1,4 +1,4 @@
-"""The layout that CONTRIBUTING.md describes, checked on the syntax trees of the package."""
+"""The layout that CONTRIBUTING.md describes, checked on the package's syntax trees."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ MODULES = sorted((ROOT / "hfpretrain").rglob("*.py"))
 
 
 def imported(path):
-    """The first part below hfpretrain of every module that a file imports."""
+    """For every module of hfpretrain that a file imports, the first part of its name after `hfpretrain.`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "hfpretrain":
             yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
@@ -46,7 +46,7 @@ def test_every_folder_of_the_package_and_of_the_tests_is_a_room():
         assert folders == set(ROOMS), top
 
 
-def test_the_docstring_of_a_room_is_all_that_its_init_has():
+def test_the_init_of_a_room_has_only_a_docstring():
     for room in ROOMS:
         tree = ast.parse((ROOT / "hfpretrain" / room / "__init__.py").read_text())
         assert ast.get_docstring(tree) and len(tree.body) == 1, room
@@ -54,15 +54,15 @@ def test_the_docstring_of_a_room_is_all_that_its_init_has():
 
 def test_no_module_shadows_a_library_it_wraps():
     libraries = {"evaluate", "datasets", "tokenizers", "transformers", "accelerate", "safetensors", "torch"}
-    assert libraries.isdisjoint(path.stem for path in (ROOT / "hfpretrain").glob("*.py"))
+    assert libraries.isdisjoint(path.stem for path in (ROOT / "hfpretrain").iterdir())
 
 
-def test_the_kind_of_engine_is_asked_where_its_class_is_chosen():
+def test_only_engines_choose_asks_for_the_kind_of_engine():
     for path in MODULES:
-        place, text = path.relative_to(ROOT / "hfpretrain").as_posix(), path.read_text()
-        if place != "engines/choose.py":
+        name, text = path.relative_to(ROOT / "hfpretrain").as_posix(), path.read_text()
+        if name != "engines/choose.py":
             assert ".distributed_type ==" not in text and "parallelism_config and" not in text, path
-        if not place.startswith("engines/"):
+        if not name.startswith("engines/"):
             assert "DistributedType" not in text and "deepspeed_plugin" not in text, path
 
 
@@ -81,5 +81,5 @@ def test_public_functions_and_classes_have_docstrings():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_import(path):
-    """Most run by hand: what they call must be there all the same."""
+    """Most benchmarks are run by hand, so tests would not notice that a name they import is gone."""
     importlib.import_module(path.stem)

@@ -1,4 +1,4 @@
-"""What README.md tells people to do is done here."""
+"""The commands and snippets of README.md, run at small size."""
 
 import os
 import re
@@ -25,7 +25,7 @@ COMMANDS = [
 TRAINING = [command for command in COMMANDS if command.startswith(("accelerate launch", "hfpretrain train"))]
 CONSOLE = [command for command in COMMANDS if command.startswith("hfpretrain ") and command not in TRAINING]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-# The model and the budget are cut down; files, engine, sources and every other key stay as written.
+# Model and budget are smaller here; files, engine, sources and every other key are as in README.md.
 SMALL = [
     "--training.max_steps=4",
     "--scheduler.num_warmup_steps=1",
@@ -74,7 +74,7 @@ def test_every_command_is_covered():
 
 
 @pytest.mark.parametrize("command", TRAINING)
-def test_training_commands(folder, command):
+def test_training_commands_of_the_readme_train(folder, command):
     result = run(folder, command, *SMALL)
     assert result.returncode == 0, result.stderr
     assert "after training" in result.stdout
@@ -82,9 +82,9 @@ def test_training_commands(folder, command):
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_the_batch_of_a_training_command_fits_its_processes(command):
-    """`SMALL` changes the batch, so that the run above would not show it."""
+    """`SMALL` changes the batch, so the run above does not check this."""
     words = shlex.split(command)
-    given = [words[place + 1] for place, word in enumerate(words) if word in ("--num_processes", "--num-processes")]
+    given = [words[at + 1] for at, word in enumerate(words) if word in ("--num_processes", "--num-processes")]
     processes = int(given[0]) if given else 1
     recipe = load_recipe(ROOT / next(word for word in words if word.startswith("recipes/")))
     training = recipe.training
@@ -92,7 +92,7 @@ def test_the_batch_of_a_training_command_fits_its_processes(command):
 
 
 @pytest.mark.parametrize("command", CONSOLE)
-def test_console_commands(folder, command, monkeypatch):
+def test_console_commands_of_the_readme_succeed(folder, command, monkeypatch):
     if command.startswith("hfpretrain push"):
         with HubServer() as hub:
             result = run(folder, command, env=hub.environment(folder / "home"))
@@ -103,9 +103,9 @@ def test_console_commands(folder, command, monkeypatch):
         monkeypatch.chdir(folder)
         recipe = load_recipe(command.split()[2], small)
         for rung in Ladder(recipe, sizes, [1.0], 1, Path("runs/quickstart-ladder")).rungs[1:]:
-            finish(rung)  # one is trained; `make proofs` trains all
+            finish(rung)  # one rung is trained here; `make proofs` trains all
         result = run(folder, re.sub("--sizes .*", f"--sizes {' '.join(map(str, sizes))}", command), *small)
-        assert result.stdout.count("(was finished)") == 3 and "rung 1/4" in result.stdout
+        assert result.stdout.count("(finished before)") == 3 and "rung 1/4" in result.stdout
     else:
         overrides = SMALL if "recipes/quickstart.yaml" in command else []
         result = run(folder, command.replace("--stride 128", "--stride 16"), *overrides)
@@ -139,23 +139,23 @@ def test_a_recipe_reads_what_datatrove_writes(folder):
     assert sum(counts) == sum(kept)
 
 
-def test_the_slurm_script_prepares_a_share(folder):
+def test_the_slurm_script_prepares_a_shard(folder):
     script = (ROOT / "examples" / "prepare.slurm").read_text()
     assert "--array=1-16" in script
     env = {**environment(), "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "2"}
     command = f"bash {ROOT / 'examples' / 'prepare.slurm'} recipes/quickstart.yaml --output_dir=slurm/run"
     result = run(folder, command, *SMALL, env=env)
-    assert result.returncode == 0 and "share 2/2" in result.stdout, result.stderr
+    assert result.returncode == 0 and "shard 2 of 2" in result.stdout, result.stderr
 
 
-def test_python_snippets(folder):
+def test_python_snippets_of_the_readme_run(folder):
     for code in PYTHON:
         result = run(folder, "python -c", code.replace('("quickstart")', f'("quickstart", {SMALL})'))
         assert result.returncode == 0, result.stderr
     assert (folder / "runs" / "fine-tuned" / "model.safetensors").exists()
 
 
-def test_makefile_and_ci_call_what_the_readme_says():
+def test_makefile_and_ci_have_the_targets_of_the_readme():
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in ("quickstart", "test", "proofs", "style", "quality"))
     calls = (ROOT / ".ci" / "run").read_text()

@@ -1,4 +1,4 @@
-"""Every recipe that is shipped: valid, described in full, and described truly."""
+"""Every shipped recipe is valid, and its header is complete and correct."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from hfpretrain.recipe.schema import accumulation_steps
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 HEADER = ["What it is", "Command", "Hardware", "Parameters", "Expected"]
 LAUNCH = ["accelerate", "launch", "--config_file"]
-# What `model.pretrained` names, which cannot be fetched here.
+# Configs of models that `model.pretrained` names, since tests can't download them.
 PRETRAINED = {
     "HuggingFaceTB/SmolLM2-135M": {
         "model_type": "llama",
@@ -32,7 +32,7 @@ every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.st
 
 
 def header(path):
-    """The comment lines at the top as a dictionary, lines that go on joined."""
+    """The comment lines at the top as a dictionary, with continued lines joined."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -42,21 +42,21 @@ def header(path):
         assert line.index(text) == 15, f"not aligned: {line}"
         key = key or list(found)[-1]
         found[key] = f"{found[key]} {text}" if key in found else text
-    raise AssertionError(f"{path} is all comments")
+    raise AssertionError(f"{path} contains only comments")
 
 
 @every_recipe
-def test_is_valid(path):
+def test_every_recipe_is_valid(path):
     load_recipe(path)
 
 
 @every_recipe
-def test_header_is_complete(path):
+def test_the_header_is_complete(path):
     assert list(header(path)) == HEADER
 
 
 @every_recipe
-def test_header_has_the_number_of_parameters(path):
+def test_the_header_has_the_number_of_parameters(path):
     recipe = load_recipe(path)
     config = {
         "bos_token_id": None,
@@ -69,7 +69,7 @@ def test_header_has_the_number_of_parameters(path):
 
 
 @every_recipe
-def test_command_of_the_header_names_what_exists(path):
+def test_the_command_of_the_header_names_existing_files_and_keys(path):
     words = shlex.split(header(path)["Command"])
     assert words[:3] == LAUNCH
     assert (ROOT / words[3]).is_file()
@@ -79,7 +79,7 @@ def test_command_of_the_header_names_what_exists(path):
 
 
 @every_recipe
-def test_number_of_processes_divides_the_batch(path):
+def test_the_number_of_processes_divides_the_batch(path):
     words = shlex.split(header(path)["Command"])
     processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
     recipe = load_recipe(path)
@@ -88,15 +88,15 @@ def test_number_of_processes_divides_the_batch(path):
 
 
 @every_recipe
-def test_readme_lists_it_with_the_same_number(path):
+def test_the_readme_lists_the_same_number_of_parameters(path):
     rows = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").splitlines()
     (row,) = [row for row in rows if f"]({path.name})" in row]
     assert [cell.strip() for cell in row.split("|")][3] == header(path)["Parameters"]
 
 
 @pytest.mark.parametrize("name", ["shakespeare-char-cpu", "shakespeare-char"])
-def test_recipes_on_a_local_text_run(tmp_path, name):
-    """A few steps of the recipe as it is; only the text, the number of steps and the batch are others."""
+def test_recipes_on_a_local_text_train(tmp_path, name):
+    """A few steps of the recipe; only the text, the vocabulary, the number of steps and the batch differ."""
     (tmp_path / "input.txt").write_text("\n".join(small_text(120)))
     short = ["--training.max_steps=2", "--scheduler.num_warmup_steps=1", "--training.micro_batch_size=1"]
     short += ["--training.tokens_per_step=256", "--training.mixed_precision=no", "--model.config.vocab_size=72"]

@@ -1,4 +1,4 @@
-"""What is uploaded to PyPI, built offline."""
+"""The wheel and the sdist, built offline."""
 
 import shutil
 import subprocess
@@ -21,7 +21,10 @@ FOLDERS = ("hfpretrain", "recipes", "accelerate_configs", "tests", "benchmarks",
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Wheel and sdist in `dist`, the wheel's content in `site`; built in a copy, since setuptools writes beside it."""
+    """Wheel and sdist in `dist`, the wheel's content in `site`.
+
+    They are built in a copy of the project, since setuptools writes into the project's folder.
+    """
     folder = tmp_path_factory.mktemp("release")
     (folder / "source").mkdir()
     for path in (path for pattern in KEPT for path in ROOT.glob(pattern)):
@@ -38,14 +41,14 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *arguments):
-    """The command of the unpacked wheel, in an empty folder."""
+    """Run the command of the unpacked wheel in an empty folder."""
     (folder / "empty").mkdir(exist_ok=True)
     command = [sys.executable, "-m", "hfpretrain.cli", *arguments]
     env = environment(PYTHONPATH=str(folder / "site"))
     return subprocess.run(command, cwd=folder / "empty", env=env, capture_output=True, text=True)
 
 
-def test_the_wheel_holds_package_recipes_and_engines(folder):
+def test_the_wheel_contains_package_recipes_and_engines(folder):
     found = {str(path.relative_to(folder / "site")) for path in (folder / "site").rglob("*") if path.is_file()}
     metadata = f"hfpretrain-{__version__}.dist-info"
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "hfpretrain").rglob("*.py")} | {"hfpretrain/py.typed"}
@@ -69,7 +72,7 @@ def test_a_library_whose_private_names_are_used_is_capped_above_the_tested_versi
     assert Version(f"{tested.major}.{tested.minor + 1}") not in requirement.specifier, "the next minor is not tested"
 
 
-def test_the_sdist_holds_what_a_tester_needs(folder):
+def test_the_sdist_contains_what_a_tester_needs(folder):
     with tarfile.open(folder / "dist" / f"hfpretrain-{__version__}.tar.gz") as sdist:
         found = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"tests/conftest.py", "tests/test_release.py", "benchmarks/small.py", "examples/sft.py"} <= found
@@ -82,13 +85,13 @@ def test_recipes_and_engines_are_found_by_name(folder):
     checked = run(folder, "check", "quickstart", "--training.max_steps=60")
     assert checked.returncode == 0 and "# parameters       at most 4,737,792" in checked.stdout, checked.stderr
     (folder / "empty" / "quickstart").write_text("output_dir: 3")
-    mine = run(folder, "check", "quickstart")  # a file that is there wins over a name
+    mine = run(folder, "check", "quickstart")  # an existing file takes precedence over a name
     assert mine.returncode == 2 and "output_dir" in mine.stderr
     wrong = run(folder, "path", "quickstrat")
     assert wrong.returncode == 2 and "shipped: quickstart" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_a_name_is_a_recipes_or_an_engines():
+def test_no_name_is_both_a_recipe_and_an_engine():
     recipes, engines = shipped.file_names("recipe"), shipped.file_names("engine")
     assert "quickstart" in recipes and "fsdp2" in engines and not set(recipes) & set(engines)
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -7,12 +7,12 @@ from filelock import FileLock
 from PIL import Image
 
 
-def test_a_line_for_each_run_and_one_picture(folder):
+def test_runs_lists_each_run_and_plots_all(folder):
     for name, steps in (("one", 4), ("two", 6)):
         recipe = write_recipe(folder, output_dir=str(folder / "runs" / name), training__max_steps=steps)
         assert train(recipe).returncode == 0
     assert train(recipe, "--training.max_steps=4", f"--output_dir={folder / 'runs' / 'three'}").returncode == 0
-    # Killed at step 2, and alive.
+    # As if the run was killed at step 2, and as if it were running.
     metrics = folder / "runs" / "three" / "metrics.jsonl"
     lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= 2]
     metrics.write_text("\n".join(lines) + "\n")
@@ -27,9 +27,9 @@ def test_a_line_for_each_run_and_one_picture(folder):
     Image.open(folder / "all.png").verify()
 
 
-def test_a_folder_without_runs_is_named(tmp_path):
+def test_runs_fails_in_a_folder_without_runs(tmp_path):
     result = hfpretrain("runs", str(tmp_path))
-    assert result.returncode == 2 and "there is no run here" in result.stderr
+    assert result.returncode == 2 and "contains no run" in result.stderr
 
 
 @pytest.mark.parametrize("engine", [None, "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -61,7 +61,7 @@ def test_prompts_are_continued_at_evaluations_under_every_engine(folder, engine)
     assert "Self CPU" in table[1] and len(table) in range(14, 18)
 
 
-def test_greedy_continuations_are_those_of_transformers(folder):
+def test_greedy_continuations_equal_those_of_transformers(folder):
     recipe = write_recipe(
         folder, evaluation={"prompts": ["the river"], "sample_tokens": 12}, training__max_steps=30, optimizer__lr=1e-2
     )

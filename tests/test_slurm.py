@@ -1,4 +1,4 @@
-"""The Slurm script, with stand-ins for Slurm's commands that run every node's command on this machine."""
+"""The Slurm script, with replacements for Slurm's commands that run every node's command on this machine."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def launch(folder, *overrides, **env):
     return result, log.read_text().splitlines() if log.exists() else []
 
 
-def test_the_script_is_valid_bash_and_says_what_it_needs(tmp_path):
+def test_the_script_is_valid_bash_and_reports_missing_variables(tmp_path):
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
     result, _ = launch(tmp_path, ENGINE="ddp")
     assert result.returncode != 0 and "set RECIPE" in result.stderr
@@ -57,7 +57,7 @@ def test_the_script_is_valid_bash_and_says_what_it_needs(tmp_path):
     assert result.returncode != 0 and "set ENGINE" in result.stderr
 
 
-def test_two_nodes_train_what_one_process_trains(folder):
+def test_two_nodes_give_the_losses_of_one_process(folder):
     recipe = write_recipe(folder, training__max_steps=4)
     assert train(recipe, f"--output_dir={folder / 'single'}").returncode == 0
     overrides = f"--output_dir={folder / 'nodes'}"
@@ -91,7 +91,7 @@ def test_a_run_that_failed_is_not_requeued(tmp_path, code):
     assert result.returncode == 1 and calls == ["show hostnames node[1-2]"]
 
 
-def test_the_files_for_several_machines_are_those_for_one():
+def test_the_files_for_several_machines_equal_those_for_one():
     for path in sorted((ROOT / "accelerate_configs").glob("*_multinode.yaml")):
         several = yaml.safe_load(path.read_text())
         single = yaml.safe_load((path.parent / path.name.replace("_multinode", "")).read_text())

@@ -151,8 +151,8 @@ def test_verify_finds_a_flipped_bit_in_any_file_of_the_export(finished, tmp_path
     assert main_of_cli(["verify", str(model)]) == 0
     for path in sorted(model.iterdir()):
         whole = path.read_bytes()
-        for place in (0, len(whole) // 2, len(whole) - 1):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        for position in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
             reason = files.sums_damage(model)
             assert path.name in (reason or "") if path.name not in ("README.md", "mine.gguf") else reason is None
         path.write_bytes(whole)
@@ -334,7 +334,7 @@ def test_a_resume_is_refused_if_the_consumed_tokens_changed_on_disk(folder):
     shard.write_bytes(content)
     result = train(recipe, "--training.max_steps=9")
     assert result.returncode == 2 and f"{shard} has another checksum" in result.stderr, result.stderr
-    files.remember(shard.parent.parent)  # as if the bits had changed without a trace in the file's status
+    files.record_as_verified(shard.parent.parent)  # as if the bits had changed without a trace in the file's status
     result = train(recipe, "--training.max_steps=9")
     assert result.returncode == 2 and "are not those that" in result.stderr, result.stderr
     assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""What is loaded is not run, and what is secret is not written."""
+"""Loading files runs no code in them, and secrets are not written."""
 
 import ast
 import hashlib
@@ -26,13 +26,13 @@ from hfpretrain.data.tokenizer import chat_template_problems, load_tokenizer, tr
 from hfpretrain.engines.start import launch_command
 from hfpretrain.evaluation import token_perplexity
 from hfpretrain.evaluation.checkpoint import load_checkpoint
-from hfpretrain.evaluation.recipe_metrics import MetricFolders
+from hfpretrain.evaluation.recipe_metrics import RecipeMetrics
 from hfpretrain.ladder.rungs import Ladder
 from hfpretrain.ladder.started_run import StartedRun
 from hfpretrain.modeling.build import build_model
 from hfpretrain.modeling.config import load_config
 from hfpretrain.publishing import card
-from hfpretrain.publishing.publisher import Failed, Pushed, Pusher
+from hfpretrain.publishing.publisher import Failed, OutboxPusher, Pushed
 from hfpretrain.recipe.redaction import is_redacted, redact, strip_folders
 from hfpretrain.recipe.schema import (
     EvaluationSection,
@@ -70,8 +70,8 @@ def test_no_token_or_environment_variable_reaches_the_run_folder(folder):
     assert [path for path in found if TOKEN.encode() in path.read_bytes()] == []
 
 
-def test_pickles_are_loaded_with_weights_only_and_code_from_outside_only_where_the_recipe_says_so():
-    for path in sorted((ROOT / "hfpretrain").glob("*.py")):
+def test_pickles_are_loaded_with_weights_only_and_remote_code_only_if_the_recipe_trusts_it():
+    for path in sorted((ROOT / "hfpretrain").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
@@ -80,13 +80,13 @@ def test_pickles_are_loaded_with_weights_only_and_code_from_outside_only_where_t
             assert not name.startswith(("pickle.", "marshal.")) and name not in ("eval", "exec"), (path, name)
             if name == "torch.load":
                 assert keywords["weights_only"] == "True", path
-            # Where it is not told, transformers asks at the terminal.
+            # Without the argument, transformers asks at the terminal.
             loads_code = ".Auto" in f".{name}" and name.endswith(".from_pretrained")
             given = keywords.get("trust_remote_code", "" if loads_code and None not in keywords else "False")
             assert given == "False" or given.endswith("trust_remote_code"), (path, name)
 
 
-def test_a_tracker_that_throws_is_tried_again_and_training_goes_on(folder):
+def test_a_failing_tracker_is_retried_while_training_continues(folder):
     recipe = write_recipe(folder, logging__trackers=["tensorboard"])
     code = (
         "import sys; from accelerate.tracking import TensorBoardTracker\n"
@@ -112,12 +112,12 @@ def test_a_tracker_that_throws_is_tried_again_and_training_goes_on(folder):
 
 
 def touching(marker, *lines):
-    """Python code that leaves a file behind when it is run."""
+    """Python code that creates the file `marker` when it is run."""
     return f"open({str(marker)!r}, 'w').close()\n" + "\n".join(lines) + "\n"
 
 
 class Payload:
-    """Pickled, it makes a file when it is loaded."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, marker):
         self._marker = str(marker)
@@ -181,17 +181,17 @@ def test_code_beside_a_model_or_tokenizer_is_not_run(plain, tmp_path, marker):
             call()
 
 
-def test_code_that_the_recipe_trusts_is_run_up_to_the_export(plain, folder, tmp_path):
+def test_code_that_the_recipe_trusts_is_run_in_training_and_export(plain, folder, tmp_path):
     own = with_code(plain, tmp_path / "own", tmp_path / "marker")
     section = {"pretrained": str(own), "trust_remote_code": True}
     result = train(write_recipe(folder, model=section, tokenizer={"pretrained": str(plain)}, training__max_steps=3))
     assert result.returncode == 0 and (tmp_path / "marker").exists(), result.stderr
     assert "auto_map" in json.loads((folder / "run" / "model" / "config.json").read_text())
-    assert cli.main(["verify", str(folder / "run")]) == 2  # nobody says here that it may
+    assert cli.main(["verify", str(folder / "run")]) == 2  # without the flag that trusts it
     assert cli.main(["verify", str(folder / "run"), "--trust-remote-code"]) == 0
 
 
-def test_pickled_weights_and_adapters_run_nothing(plain, tmp_path, marker):
+def test_pickled_weights_and_adapters_run_no_code(plain, tmp_path, marker):
     shutil.copytree(plain, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Payload(marker)}, tmp_path / "pickled" / "pytorch_model.bin")
@@ -208,13 +208,13 @@ def test_pickled_weights_and_adapters_run_nothing(plain, tmp_path, marker):
             load_checkpoint(str(path))
 
 
-def test_state_of_a_stream_runs_nothing(tmp_path, marker):
+def test_loading_the_state_of_a_stream_runs_no_code(tmp_path, marker):
     torch.save({"step": Payload(marker)}, tmp_path / "data-0.pt")
     with pytest.raises(pickle.UnpicklingError):
         streaming.load_lane_states(tmp_path)
 
 
-def test_dataset_scripts_and_pickled_tables_run_nothing(tmp_path, marker):
+def test_dataset_scripts_and_pickled_tables_run_no_code(tmp_path, marker):
     script = tmp_path / "data" / "data.py"
     script.parent.mkdir()
     script.write_text(touching(marker))
@@ -234,16 +234,16 @@ def test_dataset_scripts_and_pickled_tables_run_nothing(tmp_path, marker):
 
 
 @pytest.mark.parametrize("payload", ["''.__class__.__mro__", "cycler.__init__.__globals__.os.system('true')"])
-def test_chat_templates_reach_nothing(payload):
+def test_an_unsafe_chat_template_is_refused(payload):
     (problem,) = chat_template_problems({"tokenizer": {"chat_template": "{{ " + payload + " }}"}})
     assert "unsafe" in problem.message
 
 
-def test_yaml_makes_no_objects(tmp_path, marker):
+def test_yaml_creates_no_objects(tmp_path, marker):
     text = f"a: !!python/object/apply:builtins.open [{marker}, w]"
     with pytest.raises(RecipeError):
         parse_yaml(text, "a recipe")
-    assert card.update(f"---\n{text}\n---\nwords", "---\nb: 1\n---\n").endswith("words\n")
+    assert card.with_edits(f"---\n{text}\n---\nwords", "---\nb: 1\n---\n").endswith("words\n")
 
 
 def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(folder, tmp_path, monkeypatch):
@@ -253,7 +253,7 @@ def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(f
     script.write_text(touching(marker))
     shutil.copytree(script.parent, tmp_path / "accuracy")
     (tmp_path / "accuracy" / "own.py").rename(tmp_path / "accuracy" / "accuracy.py")
-    monkeypatch.chdir(tmp_path)  # where a folder shadows the name that evaluate hosts
+    monkeypatch.chdir(tmp_path)  # with a folder named like a metric that evaluate hosts
     lm_eval = {"tasks": ["river"], "include_path": str(script.parent)}
     for section, key in (
         ({"metrics": [str(script)]}, "evaluation.metrics.0"),
@@ -268,7 +268,7 @@ def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(f
             load_recipe(recipe)
         if "metrics" in section:
             with pytest.raises(RecipeError):
-                MetricFolders(EvaluationSection(**section), is_main=True)
+                RecipeMetrics(EvaluationSection(**section), is_main=True)
     assert not marker.exists()
     for section in (
         {"metrics": ["f1", "evaluate-metric/f1", token_perplexity.__file__]},
@@ -279,18 +279,18 @@ def test_metrics_and_tasks_of_others_are_run_only_where_the_recipe_trusts_them(f
 
 
 def test_a_metric_of_a_space_is_loaded_at_the_commit_that_was_trusted(tmp_path, monkeypatch):
-    asked = []
+    downloads = []
 
     def snapshot_download(repo_id, *, revision, repo_type, allow_patterns):
-        asked.append((repo_id, revision, repo_type))
+        downloads.append((repo_id, revision, repo_type))
         (tmp_path / "space.py").write_text(METRIC)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     section = {"metrics": ["user/space"], "trust_remote_code": True, "metric_revisions": {"user/space": "a" * 40}}
-    metrics = MetricFolders(EvaluationSection(**section), is_main=True)
+    metrics = RecipeMetrics(EvaluationSection(**section), is_main=True)
     metrics.add(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, -100]]))
-    assert asked == [("user/space", "a" * 40, "space")] and metrics.compute() == {"space/count": 2.0}
+    assert downloads == [("user/space", "a" * 40, "space")] and metrics.compute() == {"space/count": 2.0}
 
 
 def test_names_that_lead_out_of_a_folder_are_not_followed(tmp_path):
@@ -353,12 +353,12 @@ GOOGLE = "https://storage.googleapis.com/b/a.jsonl?GoogleAccessId=me%40x&Expires
         (f"the token hf_{'hidden1' * 4} is wrong", "the token hf_*** is wrong"),
     ],
 )
-def test_secrets_of_addresses_are_hidden_and_signing_anew_changes_nothing(address, kept):
+def test_secrets_in_addresses_are_hidden_and_a_new_signature_changes_nothing(address, kept):
     found = redact(address)
     assert "hidden1" not in found and "user" not in found and redact(found) == found
     assert kept in (None, found) and is_redacted(found) == ("://" in address)
-    signed_anew = address.replace("hidden1", "hidden2").replace("2026", "2027").replace("17672", "17673")
-    assert redact(signed_anew) == found
+    signed_again = address.replace("hidden1", "hidden2").replace("2026", "2027").replace("17672", "17673")
+    assert redact(signed_again) == found
 
 
 @pytest.mark.parametrize(
@@ -374,14 +374,16 @@ def test_secrets_of_addresses_are_hidden_and_signing_anew_changes_nothing(addres
         "https://host:8080/@user/a",
     ],
 )
-def test_what_is_no_secret_stays(text):
+def test_text_without_secrets_is_unchanged(text):
     assert redact(text) == text
 
 
 @pytest.fixture(scope="module")
 def secret_run(tmp_path_factory):
-    """A run with a private umask, whose text came from an address with a password and a signature; its folder, output,
-    and what trains it with another signature."""
+    """A run with a private umask, whose text came from an address with a password and a signature.
+
+    Returns its folder, its output, and a function that trains it with another signature.
+    """
     folder = tmp_path_factory.mktemp("secret")
     write_jsonl(folder / "corpus.jsonl", small_text(200))
 
@@ -414,7 +416,7 @@ def secret_run(tmp_path_factory):
     server.shutdown()
 
 
-def test_secrets_of_addresses_are_neither_written_nor_said(secret_run):
+def test_secrets_in_addresses_are_neither_written_nor_printed(secret_run):
     folder, result, _ = secret_run
     assert "planted" not in result.stdout + result.stderr
     found = [path for path in folder.rglob("*") if path.is_file()]
@@ -430,7 +432,7 @@ def test_a_private_umask_leaves_everything_private(secret_run):
     assert [path for path in written if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
 
 
-def test_a_run_goes_on_with_an_address_that_is_signed_anew(secret_run):
+def test_a_run_resumes_with_a_newly_signed_address(secret_run):
     folder, _, run = secret_run
     prepared = list((folder / "prepared").glob("*/manifest.json"))
     result = run("second", "--training.max_steps=4", "--scheduler.name=cosine")
@@ -453,10 +455,10 @@ def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(se
         1,
         folder / "ladder",
     )
-    made.write()
+    made.write_recipes()
     (rung, *_) = made.rungs
     StartedRun([*launch_command(None, None), str(rung.path)], rung.secrets).finish(rung.run)
-    assert rung.read()
+    assert rung.read_result()
     found = [path for path in (folder / "ladder").rglob("*") if path.is_file()]
     assert rung.path in found and [path for path in found if b"planted" in path.read_bytes()] == []
     alone = small.train(rung.path, f"--output_dir={folder / 'alone'}")
@@ -464,14 +466,14 @@ def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(se
 
 
 def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
-    place = tmp_path / "outbox" / "step-00000001"
+    entry = tmp_path / "outbox" / "step-00000001"
     for name, content in {
         "train_state.json": '{"run_id": "a", "ledger": "b"}',
         "model/config.json": "{}",
         "state/recipe.yaml": "data_files: https://user:planted@host/a.jsonl",
     }.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(content)
+        (entry / name).parent.mkdir(parents=True, exist_ok=True)
+        (entry / name).write_text(content)
 
     class Repo:
         pushed = None
@@ -479,7 +481,7 @@ def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
         def open(self):
             return "user/a"
 
-        def revision(self, *_):
+        def revision_commit(self, *_):
             return None
 
         def push_revision(self, name, title, text, content):
@@ -490,15 +492,15 @@ def test_a_state_of_an_older_version_with_a_secret_is_not_published(tmp_path):
     finish.set()
     for push_state in (True, False):
         repo = Repo()
-        pusher = Pusher(tmp_path, HubSection(repo_id="user/a", push_state=push_state), repo)
-        *_, last = pusher.follow(finish)
+        pusher = OutboxPusher(tmp_path, HubSection(repo_id="user/a", push_state=push_state), repo)
+        *_, last = pusher.push_until_finished(finish)
         if push_state:
             assert isinstance(last, Failed) and "secret" in last.reason and repo.pushed is None
         else:
-            assert isinstance(last, Pushed) and repo.pushed == {"config.json": place / "model" / "config.json"}
+            assert isinstance(last, Pushed) and repo.pushed == {"config.json": entry / "model" / "config.json"}
 
 
-def test_a_card_names_no_folder_of_the_machine(secret_run):
+def test_a_card_contains_no_folder_of_the_machine(secret_run):
     folder, _, _ = secret_run
     text = (folder / "run" / "model" / "README.md").read_text()
     assert str(folder) not in text and "output_dir: run\n" in text

@@ -1,11 +1,11 @@
-"""A process that has imported hfpretrain, in an environment of its own, and forks a child for each command.
+"""A process that has imported hfpretrain, with its own environment, and forks a child for each command.
 
     with WarmProcess(hub.environment(tmp_path)) as warm:
         result = warm.run("hfpretrain.cli", "push", run, "user/tiny")
 
-Most of what a short command takes is importing. `conftest.train` forks as well, but huggingface_hub reads its
-environment when it is imported, so commands that shall see another Hub need another process to fork from. A training
-verifies its export in the same process here, since another interpreter would take longer than the training.
+Most of the time of a short command is spent on imports. `conftest.train` forks as well, but huggingface_hub reads its
+environment when it is imported, so commands that use another Hub need another process to fork from. A training run
+verifies its export in the same process here, since starting another interpreter would take longer than the training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ ROOT = Path(__file__).parent.parent
 
 
 class WarmProcess:
-    """Runs `python -m MODULE ARGUMENTS` or `python -c CODE ARGUMENTS` as forks of one process; up within `with`."""
+    """Runs `python -m MODULE ARGUMENTS` or `python -c CODE ARGUMENTS` as forks of one process.
+
+    The process lives within a `with` block.
+    """
 
     def __init__(self, env: dict[str, str]):
         self._process = subprocess.Popen(
@@ -42,8 +45,11 @@ class WarmProcess:
     def run(
         self, module: str, *arguments: object, max_file_size: int | None = None, timeout: int = 300, **env: str
     ) -> subprocess.CompletedProcess:
-        """The finished command. `max_file_size`: bytes beyond which a write to a file fails; `env`: further variables,
-        for what is read after the imports."""
+        """Run a command and return it when it is finished.
+
+        `max_file_size`: bytes beyond which a write to a file fails. `env`: further environment variables, for code
+        that reads them after the imports.
+        """
         with tempfile.TemporaryDirectory() as output:
             request = [module, list(map(str, arguments)), output, max_file_size, timeout, env]
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -77,7 +83,7 @@ def _run(module: str, arguments: list[str], output: str, max_file_size: int | No
 
 
 def _serve() -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which an export sets before it imports DeepSpeed
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as an export sets it before it imports DeepSpeed
     modules = ("hfpretrain.train", "hfpretrain.cli", "hfpretrain.publishing.publisher", "hfpretrain.evaluation.score")
     libraries = ("matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama")
     for name in (*modules, *libraries, *(["deepspeed"] if find_spec("deepspeed") else [])):
@@ -90,5 +96,5 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, which is not on a user's path
+    sys.path.pop(0)  # this folder, which is not on the path of users
     _serve()

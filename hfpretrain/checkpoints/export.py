@@ -52,14 +52,14 @@ def write_model(
     model.load_state_dict({**state_dict, **_tied_weights(model, state_dict)}, assign=True)
     model.tie_weights()
     model.config.use_cache = True
-    work = files.work_folder(path)
+    work = files.create_work_folder(path)
     model.save_pretrained(work)
     if generation_config is not None:
         # Written unchanged: `save_pretrained` refuses some generation configs of published models.
         generation_config.to_json_file(work / GENERATION_CONFIG)
     tokenizer.save_pretrained(work)
     files.add_sums(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
-    files.put_in_place(work, path)
+    files.replace_folder(work, path)
 
 
 def _tied_weights(model: Any, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -113,7 +113,7 @@ def export_checkpoint(given: Path, folder: Path, describe: Callable[[Path, Path,
         neither = f"{given} is neither a checkpoint (runs/NAME/checkpoints/step-...) nor a run with an undamaged one"
         raise RecipeError.at("CHECKPOINT", missing_path_problem(str(given)) or neither)
     run, step = run_of(checkpoint), _read_step(checkpoint)
-    work = files.work_folder(folder)
+    work = files.create_work_folder(folder)
     try:
         weights = write_checkpoint_model(run, checkpoint, work)
         describe(run, work, step)
@@ -148,7 +148,7 @@ def _read_step(checkpoint: Path) -> int:
 
 def finish_interrupted_export(run: Path) -> None:
     """Finish or undo an export to a run folder whose process was killed. No other process may use the folder."""
-    files.restore(run / "model")
+    files.finish_replacement(run / "model")
     shutil.rmtree(run / f"model{files.INCOMPLETE}", ignore_errors=True)
     for folder in (run, run / "model"):
-        files.sweep(folder)
+        files.delete_temporary_files(folder)

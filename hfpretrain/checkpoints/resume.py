@@ -31,10 +31,10 @@ def find_newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> t
     """
     reasons: list[str] = []
     for left in folder.glob(f"step-*{files.REPLACED}"):  # a process was killed while it replaced the checkpoint
-        files.restore(left.with_name(left.name.removesuffix(files.REPLACED)))
+        files.finish_replacement(left.with_name(left.name.removesuffix(files.REPLACED)))
     for left in folder.glob(f"step-*{files.INCOMPLETE}"):  # a process was killed while it wrote the checkpoint
         shutil.rmtree(left, ignore_errors=True)
-    for path in files.steps(folder):
+    for path in files.step_folders(folder):
         reason = files.damage(path, file_read=file_read)
         if reason is None and (files.manifest_of(path) or {}).get("step") != files.step_of(path):
             reason = f"{path / files.MANIFEST} belongs to another step"
@@ -55,7 +55,7 @@ def find_newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> t
 
 def newest_undamaged(run: Path) -> Path | None:
     """The newest checkpoint of a run whose checksums match, None if there is none; changes nothing in the folder."""
-    return next((path for path in files.steps(run / "checkpoints") if files.damage(path) is None), None)
+    return next((path for path in files.step_folders(run / "checkpoints") if files.damage(path) is None), None)
 
 
 def fetch_initial_checkpoint(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
@@ -84,7 +84,7 @@ def fetch_initial_checkpoint(recipe: Recipe, file_read: Callable[[], None] = lam
         raise
     step = (files.manifest_of(state) or {})["step"]
     # A run folder must never contain checkpoints without the recipe they belong to.
-    files.write_whole(folder.parent / "recipe.yaml", dump_recipe(recipe))
+    files.write_atomically(folder.parent / "recipe.yaml", dump_recipe(recipe))
     state.rename(folder / f"step-{step:08d}")
     shutil.rmtree(work, ignore_errors=True)
     logger.info("the run continues from step %d of %s", step, given)

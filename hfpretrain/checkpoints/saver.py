@@ -114,13 +114,13 @@ class Saver:
         def make_folder() -> None:
             if self._folder.is_symlink():  # its target must exist: it may be a disk that is not mounted
                 self._folder.resolve(strict=True)
-            files.work_folder(path)
+            files.create_work_folder(path)
 
         def write_files() -> None:
             for name, write in writers.items():
                 write(work / name)
             ours = [*work.glob(f"__{self._rank}_*.distcp"), *(work / name for name in writers)]
-            written.update(files.entries(work, ours))
+            written.update(files.checksum_entries(work, ours))
 
         def seal() -> None:
             (work / TRAIN_STATE).write_text(json.dumps(train_state), encoding="utf-8")
@@ -175,11 +175,11 @@ def _reason(error: BaseException, folder: Path) -> str:
     text = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     with contextlib.suppress(OSError):  # the folder itself may be missing
         text += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free in {folder})"
-    return files.refusal(error) or text
+    return files.disk_error(error) or text
 
 
 def _remove_old(folder: Path, section: CheckpointSection) -> None:
-    found = files.steps(folder)
+    found = files.step_folders(folder)
     kept = set(found[: section.keep_last])
     if section.keep_every is not None:
         kept |= {path for path in found if files.step_of(path) % section.keep_every == 0}

@@ -151,7 +151,7 @@ def _join_split(
         writer.write(np.array(ids[: rows * block_size], dtype=dtype))
         writer.close()
         write_table(work / "documents" / f"{split}-{key}.parquet", {k: np.array(v) for k, v in columns.items()})
-        files.write_whole(work / "parts" / f"{key}.json", json.dumps({"origins": list(origins)}))
+        files.write_atomically(work / "parts" / f"{key}.json", json.dumps({"origins": list(origins)}))
         parts.append([key, rows])
     names = ("documents", "bytes", "tokens", "separators", "padding", "token_bytes")
     total = {name: sum(entry[name] for entry in entries.values()) for name in names}

@@ -197,9 +197,9 @@ class _PartPacker:
             **({"unknown": self._unknown} if self._unknown else {}),
             **({"sample": dict(self._sample)} if self._sample["lost"] or self._sample["replaced"] else {}),
             "tokenizer_sha256": self._encoder.tokenizer_sha256,
-            "files": files.entries(self._work, written),
+            "files": files.checksum_entries(self._work, written),
         }
-        files.write_whole(self._work / "parts" / f"{self._key}.json", json.dumps(account, indent=1))
+        files.write_atomically(self._work / "parts" / f"{self._key}.json", json.dumps(account, indent=1))
 
 
 class _ConcatPacker:

@@ -199,8 +199,8 @@ def _download(
         raise RecipeError.at(
             "data.prepared_dir", f"the copy from {remote.url} is damaged: {reason}; run the command again"
         )
-    files.put_in_place(work, path)
-    files.remember(path)
+    files.replace_folder(work, path)
+    files.record_as_verified(path)
     return PreparedData.open(path)
 
 
@@ -342,7 +342,7 @@ class _Preparation:
             extra,
             self.num_workers,
         )
-        files.remember(self.path)
+        files.record_as_verified(self.path)
         if self.remote is not None:
             there = self.remote.list_files()
             self.remote.upload(self.path, (name for name in prepared.manifest["files"] if name not in there))

@@ -89,7 +89,7 @@ class ShardRegistry:
         name = f"{shard.index + 1}-of-{shard.count}.json"
         shard = Shard(shard.folder, json.loads(json.dumps(shard.made_from)), shard.index, shard.count, platform.node())
         self._folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(self._folder / name, json.dumps(asdict(shard), indent=1))
+        files.write_atomically(self._folder / name, json.dumps(asdict(shard), indent=1))
         # Write before comparing, so that of two machines that begin at the same time, at least one sees the other.
         for other in self.others(shard):
             if problems := list(shard.differences(other)):

@@ -1,1 +1,1 @@
-"""Loss, perplexity and bits per byte, prompts, downstream tasks, metrics; scoring and comparing checkpoints."""
+"""Loss, perplexity, bits per byte, prompts, downstream tasks and metrics; scoring and comparing checkpoints."""

@@ -1,4 +1,4 @@
-"""A checkpoint folder or Hub id with its tokenizer, loaded to be evaluated."""
+"""Loading a checkpoint, from a folder or the Hub, with its tokenizer for evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
 
 
 def load_checkpoint(model: str) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or Hub id, the model in float32, on an accelerator if there is one.
+    """The tokenizer and the model of a folder or Hub id; the model in float32, on an accelerator if there is one.
 
     Raises `RecipeError` if it can't be loaded or lacks weights.
     """
@@ -38,14 +38,16 @@ def load_checkpoint(model: str) -> tuple[Any, Any]:
             raise RecipeError.at("model", load_error_message(source.path, error)) from error
     if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of a {type(network).__name__}: {names}")
+        raise RecipeError.at("model", f"{model} lacks {len(missing)} weights of {type(network).__name__}: {names}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return tokenizer, network.eval().to(device)
 
 
 def require_embedded(network: Any, largest_id: int) -> None:
-    """Raise `RecipeError` if the model has no embedding for `largest_id`, an id that the tokenizer gives."""
+    """Raise `RecipeError` if the model has no embedding for `largest_id`, a token id from the tokenizer."""
     rows = network.get_input_embeddings().num_embeddings
     if largest_id >= rows:
-        message = f"gives id {largest_id} where the model has {rows} embeddings: they don't belong together"
+        message = (
+            f"gives token id {largest_id}, but the model has only {rows} embeddings; use the model's own tokenizer"
+        )
         raise RecipeError.at("tokenizer", message)

@@ -1,4 +1,4 @@
-"""Compare the first loss of fine-tuning with other libraries to hfpretrain's evaluation of the same text."""
+"""Comparison of the first fine-tuning loss in other libraries with hfpretrain's evaluation of the same text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One way to fine-tune: its first loss and the evaluated one in nats per token, and the number of tokens."""
+    """One way to fine-tune: its first loss and the evaluated loss, in nats per token, and the tokens of each."""
 
     way: str
     tokens: int
@@ -36,19 +36,19 @@ class Row:
     evaluated_tokens: int
 
     @property
-    def holds(self) -> bool:
+    def is_equal(self) -> bool:
         """Whether both losses are equal up to 1e-5, over the same number of tokens."""
         return self.tokens == self.evaluated_tokens and abs(self.loss - self.evaluated) <= TOLERANCE
 
 
 def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
-    """A row for every way to fine-tune whose package is installed, and notes on what was left out.
+    """Return a row for every way to fine-tune whose package is installed, and notes on what was left out.
 
-    The folder or Hub id `model` is loaded by transformers alone, in float32 and without dropout, as in evaluation. The
-    text is the first documents of `texts`, up to 64 documents or 16,384 tokens, cut to the model's context (at most
-    1,024 tokens), since a trainer would cut them too. A document begins with the tokens that calling the tokenizer
+    The folder or Hub id `model` is loaded with transformers only, in float32 and without dropout, as in evaluation. The
+    text is the first documents of `texts`, up to 64 documents or 16,384 tokens. Each is cut to the model's context (at
+    most 1,024 tokens), as a trainer would do, too. A document begins with the tokens that calling the tokenizer
     adds, such as BOS, and ends with EOS. The first token of a document or block is not predicted and does not count.
-    In the blocks of run_clm attention crosses document boundaries, so they are evaluated like that. Raises
+    In the blocks of run_clm attention crosses document boundaries, so their evaluation does not mask documents. Raises
     `RecipeError` if no document is left or the model can't be loaded.
     """
     import datasets
@@ -68,28 +68,28 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
     cut = [joined[start : start + context] for start in range(0, len(joined), context)]
     network = _Network(model, config, tokenizer)
     alone = evaluate_checkpoint(model, {str(n): [d] for n, d in enumerate(documents)}, Windows(context))
-    rows = [("AutoModelForCausalLM, a document at a time", ids, network.forward(ids), alone)]
-    rows.append(("Trainer, documents padded", ids, network.trainer(ids), alone))
+    rows = [("AutoModelForCausalLM, one document at a time", ids, network.forward_loss(ids), alone)]
+    rows.append(("Trainer, documents padded", ids, network.trainer_loss(ids), alone))
     if blocks:
         packed = evaluate_checkpoint(model, {"": blocks}, Windows(context, document_masking=False))
         labels = [text.labels(block) for block in cut]
-        rows.append((f"Trainer, run_clm's blocks of {context}", labels, network.trainer(cut, labels), packed))
+        rows.append((f"Trainer, run_clm's blocks of {context}", labels, network.trainer_loss(cut, labels), packed))
         if text.prefix:
             notes.append(
-                f"in run_clm's blocks the label of {tokenizer.decode(text.prefix[:1])} is ignored, as in training"
+                f"in run_clm's blocks, the label of {tokenizer.decode(text.prefix[:1])} is ignored, as in pretraining"
             )
     else:
-        notes.append(f"the text does not fill a block of {context} tokens, so run_clm would have nothing to train on")
+        notes.append(f"no row for run_clm, because the text does not fill one block of {context} tokens")
     if find_spec("trl") is None:
-        notes.append("trl is not installed (pip install hfpretrain[examples])")
+        notes.append("no rows for TRL, because trl is not installed (pip install hfpretrain[examples])")
     else:
         # TRL calls the tokenizer, which may add an EOS that pretraining does not.
         given = {"text": documents} if tokenizer("")["input_ids"] == text.prefix else {"input_ids": ids}
-        rows.append(("TRL SFTTrainer", ids, network.sft(given, lora=False), alone))
+        rows.append(("TRL SFTTrainer", ids, network.sft_loss(given, lora=False), alone))
         if find_spec("peft") is None:
-            notes.append("peft is not installed (pip install hfpretrain[examples])")
+            notes.append("no row for LoRA, because peft is not installed (pip install hfpretrain[examples])")
         else:
-            rows.append(("TRL SFTTrainer with LoRA", ids, network.sft(given, lora=True), alone))
+            rows.append(("TRL SFTTrainer with LoRA", ids, network.sft_loss(given, lora=True), alone))
     return [
         Row(
             way,
@@ -104,16 +104,16 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
 
 def table(model: str, rows: list[Row], notes: list[str]) -> str:
     """A table with a line for each way to fine-tune."""
-    lines = [f"{model}: loss at step 0 of fine-tuning, and evaluated; the same to {TOLERANCE:.0e}"]
-    lines.append(f"{'':<44}{'tokens':>8}{'step 0':>12}{'evaluated':>12}{'difference':>12}")
+    lines = [f"{model}: loss of the first fine-tuning step and evaluated loss, which must be equal to {TOLERANCE:.0e}"]
+    lines.append(f"{'':<44}{'tokens':>8}{'first step':>12}{'evaluated':>12}{'difference':>12}")
     for row in rows:
-        end = f"{row.loss - row.evaluated:>12.1e}{'' if row.holds else '  differs'}"
+        end = f"{row.loss - row.evaluated:>12.1e}{'' if row.is_equal else '  differs'}"
         lines.append(f"  {row.way:<42}{row.tokens:>8,}{row.loss:>12.7f}{row.evaluated:>12.7f}{end}")
     return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 class _Text:
-    """Turns documents into token ids and labels, the same for both sides of the comparison."""
+    """Turns documents into token ids and labels, which fine-tuning and evaluation share."""
 
     def __init__(self, tokenizer: Any, context: int):
         self._tokenizer, self._context = tokenizer, context
@@ -122,16 +122,16 @@ class _Text:
         self._frame_size = len(self.prefix) + 1
 
     def ids(self, text: str) -> list[int]:
-        """Token ids: those that the tokenizer puts before a text, those of the text, and EOS."""
+        """Token ids: the prefix that the tokenizer adds, the ids of the text, and EOS."""
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*self.prefix, *ids, self._tokenizer.eos_token_id]
 
     def labels(self, block: list[int]) -> list[int]:
-        """The block as labels. Those of BOS are ignored, as in pretraining."""
+        """The labels of a block. BOS is ignored, as in pretraining."""
         return [IGNORE_INDEX if token in self.prefix[:1] else token for token in block]
 
     def documents(self, texts: Texts) -> tuple[list[str], list[str]]:
-        """The first documents, each cut to the model's context, and notes on those cut or left out."""
+        """The first documents, each cut to the model's context, and notes on documents that were cut or left out."""
         documents: list[str] = []
         tokens = shortened = differing = 0
         for whole in chain.from_iterable(texts.values()):
@@ -140,19 +140,19 @@ class _Text:
             text = self._shortened(whole, self._context - self._frame_size)
             ids = self.ids(text)
             if ids != self._encode([text])[0].tolist():
-                differing += 1  # its text spells a special token, which other scripts encode as one
+                differing += 1  # it contains the text of a special token, which other scripts encode as that token
             elif len(ids) > self._frame_size:
                 documents.append(text)
                 tokens, shortened = tokens + len(ids), shortened + (text != whole)
         if not documents:
-            raise RecipeError.at("data", "there is no document that a plain script reads as this project does")
+            raise RecipeError.at("data", "contains no document that other scripts tokenize as hfpretrain does")
         notes = [f"{len(documents)} document(s), {shortened} of them cut to the context of {self._context} tokens"]
         if differing:
-            notes.append(f"{differing} document(s) left out: they spell a special token, which plain scripts let pass")
+            notes.append(f"{differing} document(s) left out: other scripts would read special tokens in their text")
         return documents, notes
 
     def whole_blocks(self, documents: list[str]) -> list[str]:
-        """The documents, shortened at the end to fill whole blocks: run_clm drops the tokens after the last one."""
+        """The documents, shortened at the end to fill whole blocks, since run_clm drops an incomplete last block."""
         documents = list(documents)
         while documents and (rest := sum(len(self.ids(text)) for text in documents) % self._context):
             last = documents.pop()
@@ -162,7 +162,7 @@ class _Text:
         return documents
 
     def _shortened(self, text: str, num_tokens: int) -> str:
-        """The beginning of `text`, of at most `num_tokens` tokens. A cut can change the last tokens, so it repeats."""
+        """The first `num_tokens` tokens of `text`, or fewer. Cutting can change the last tokens, so it is repeated."""
         while True:
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             if len(encoded["input_ids"]) <= num_tokens:
@@ -171,7 +171,7 @@ class _Text:
 
 
 class _Network:
-    """Computes the loss of a checkpoint with transformers and TRL, which load it again each time."""
+    """Computes the loss of a checkpoint with transformers and TRL. The checkpoint is loaded again for each loss."""
 
     def __init__(self, model: str, config: Any, tokenizer: Any):
         self._model, self._config, self._tokenizer = model, config, tokenizer
@@ -181,7 +181,7 @@ class _Network:
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         if getattr(config, "output_router_logits", False):
-            config.output_router_logits = False  # the loss would include the router's
+            config.output_router_logits = False  # otherwise the loss includes the router's
 
     def _load(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -190,16 +190,16 @@ class _Network:
             self._model, config=self._config, dtype=torch.float32, trust_remote_code=False
         )
         if network.loss_type is None:
-            # Trainer (transformers 5.23) goes by the class's name; for GPT2LMHeadModel it counts first tokens, too.
+            # Trainer (transformers 5.23) decides by the class's name; for GPT2LMHeadModel it counts first tokens, too.
             network.loss_type = "ForCausalLM"
             self.notes = [
-                f'{type(network).__name__} needs `model.loss_type = "ForCausalLM"` before a trainer gets it: by '
-                "its name it has no loss, and the sum would be divided by one token too many in each sequence"
+                f'set `model.loss_type = "ForCausalLM"` on a {type(network).__name__} before you pass it to Trainer: '
+                "by the name of its class it has no loss type, and Trainer would count one token too many per sequence"
             ]
         return network
 
     @torch.no_grad()
-    def forward(self, ids: list[list[int]]) -> float:
+    def forward_loss(self, ids: list[list[int]]) -> float:
         network = self._load().eval()
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         network.to(device)
@@ -209,18 +209,18 @@ class _Network:
             total += network(input_ids=input_ids, labels=input_ids).loss.item() * (len(some) - 1)
         return total / sum(len(some) - 1 for some in ids)
 
-    def trainer(self, ids: list[list[int]], labels: list[list[int]] | None = None) -> float:
+    def trainer_loss(self, ids: list[list[int]], labels: list[list[int]] | None = None) -> float:
         from datasets import Dataset
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-        # DataCollatorForLanguageModeling ignores the padding token wherever it is, so EOS too where it is both.
+        # DataCollatorForLanguageModeling ignores every padding token, which would include EOS if that pads.
         collator = DataCollatorForSeq2Seq(self._tokenizer)
         data = Dataset.from_dict({"input_ids": ids, "labels": labels or ids})
         return self._first_loss(
             TrainingArguments, len(ids), lambda args: Trainer(self._load(), args, collator, train_dataset=data)
         )
 
-    def sft(self, rows: dict[str, Any], lora: bool) -> float:
+    def sft_loss(self, rows: dict[str, Any], lora: bool) -> float:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
@@ -231,7 +231,7 @@ class _Network:
             peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
         data, keywords = Dataset.from_dict(rows), {"processing_class": self._tokenizer, "peft_config": peft_config}
         return self._first_loss(
-            # Its own defaults are bf16, a cut at 1,024 tokens, and a loss that includes the router's of experts.
+            # The defaults of SFTConfig are bf16, a cut at 1,024 tokens, and a loss that includes the router's.
             lambda **arguments: SFTConfig(
                 **arguments, max_length=None, gradient_checkpointing=False, router_aux_loss_coef=0.0
             ),
@@ -242,11 +242,11 @@ class _Network:
     def _first_loss(
         self, make_arguments: Callable[..., Any], num_examples: int, make_trainer: Callable[[Any], Any]
     ) -> float:
-        """The loss that a trainer logs for its first step, which takes all examples."""
+        """The loss that a trainer logs for its first step, whose batch has all examples."""
         from transformers import PrinterCallback
 
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pinned memory on CPUs, and on keywords that TRL sets itself
+            warnings.simplefilter("ignore")  # about pinned memory on CPUs, and about keywords that TRL sets itself
             arguments = make_arguments(
                 output_dir=folder,
                 per_device_train_batch_size=_BATCH_SIZE,

@@ -1,4 +1,4 @@
-"""What a run evaluates while it trains: validation sets, metrics, continued prompts, downstream tasks."""
+"""The evaluations of a run while it trains: validation sets, metrics, continued prompts, downstream tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.tokenizer import document_start
 from hfpretrain.engines.base import Engine
 from hfpretrain.evaluation import lm_eval_tasks, prompts, sums
-from hfpretrain.evaluation.recipe_metrics import MetricFolders, trust_problems
+from hfpretrain.evaluation.recipe_metrics import RecipeMetrics, trust_problems
 from hfpretrain.evaluation.validation import ValidationSets, domains
 from hfpretrain.recipe.schema import EvaluationSection, RecipeError
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:
-    """Whether `step` is the last one, or one of those after which something is done every `every_steps` steps."""
+    """Whether `step` is the last step or a multiple of `every_steps`."""
     return step == num_steps or (every_steps is not None and step % every_steps == 0)
 
 
 class Recorder(Protocol):
-    """Where an evaluator writes its results, as `training.records.Records` does."""
+    """Writes the results of an evaluator; `training.records.Records` implements it."""
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Write a row into `metrics.jsonl` and the trackers."""
@@ -44,17 +44,17 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found that a training run needs to know."""
+    """The result of an evaluation that training uses."""
 
     loss: float | None
     """Mean loss over all validation tokens; None if only prompts or tasks were due."""
 
 
 class Evaluator:
-    """Runs the evaluations of a recipe on the weights as they are. All ranks must have one and call it alike.
+    """Runs the evaluations of a recipe with the current weights. Every rank must have one and make the same calls.
 
-    `validates`: whether the recipe has validation data. `beat` is called to show progress; `stop_if_asked` where all
-    ranks are at the same place, and may raise.
+    `has_validation`: whether the recipe has validation data. `beat` is called to show progress. `stop_if_asked` is
+    called where all ranks have made the same number of forward passes, and may raise.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Evaluator:
         prepared: PreparedData,
         tokenizer: PreTrainedTokenizerFast,
         token_bytes: torch.Tensor,
-        validates: bool,
+        has_validation: bool,
         document_masking: bool,
         micro_batch_size: int,
         block_size: int,
@@ -77,14 +77,14 @@ class Evaluator:
         self._section, self._engine, self._records = section, engine, records
         self._tokenizer, self._token_bytes = tokenizer, token_bytes
         self._eos_token_id = prepared.manifest["eos_token_id"]
-        self._validates, self._document_masking = validates, document_masking
+        self._has_validation, self._document_masking = has_validation, document_masking
         self._micro_batch_size, self._block_size, self._num_steps = micro_batch_size, block_size, num_steps
         self._beat, self._stop_if_asked = beat, stop_if_asked
         self._is_main = engine.process_index == 0
         self._sets = ValidationSets(prepared)
         if problems := list(trust_problems({"evaluation": section.model_dump()})):
             raise RecipeError(problems)  # for a recipe that was not read from a file
-        self._metrics = MetricFolders(section, self._is_main)
+        self._metrics = RecipeMetrics(section, self._is_main)
         self._tasks: lm_eval_tasks.Tasks | None = None
         self._language_model: Any = None
         if section.lm_eval is not None:
@@ -93,21 +93,21 @@ class Evaluator:
     def evaluate(self, step: int, tokens: int) -> Evaluation | None:
         """Run and record all evaluations that are due after `step` steps and `tokens` tokens; None if none are."""
         section = self._section
-        validates = step == 0 or is_due(step, section.every_steps, self._num_steps)
-        samples = validates and bool(section.prompts)
-        validates = validates and self._validates
-        runs_tasks = (
+        is_evaluation = step == 0 or is_due(step, section.every_steps, self._num_steps)
+        samples_due = is_evaluation and bool(section.prompts)
+        validation_due = is_evaluation and self._has_validation
+        tasks_due = (
             section.lm_eval is not None and step > 0 and is_due(step, section.lm_eval.every_steps, self._num_steps)
         )
-        if not (validates or samples or runs_tasks):
+        if not (validation_due or samples_due or tasks_due):
             return None
         loss = None
         with self._engine.evaluated_weights():
-            if validates:
+            if validation_due:
                 loss = self._validate(step, tokens)
-            if samples:
+            if samples_due:
                 self._sample(step)
-            if runs_tasks and self._tasks is not None:
+            if tasks_due and self._tasks is not None:
                 self._run_tasks(self._tasks, step, tokens)
         return Evaluation(loss)
 
@@ -120,11 +120,11 @@ class Evaluator:
             num_processes=engine.data_size,
             document_masking=self._document_masking,
         )
-        found = sums.loss_sums(engine.model, self._observed(batches), self._token_bytes, self._sets.num_documents)
+        found = sums.loss_sums(engine.model, self._with_metrics(batches), self._token_bytes, self._sets.num_documents)
         documents, contexts = (engine.total(part).cpu().numpy() for part in (found.documents, found.contexts))
         nll, count, *_ = documents.sum(axis=0)
         loss = float(nll / count)
-        if not self._is_main:  # the confidence intervals are drawn once
+        if not self._is_main:  # only the main process computes the confidence intervals
             return loss
         figures = self._sets.figures(documents) | self._metrics.compute()
         figures["loss_by_context"] = sums.loss_by_context(contexts)
@@ -142,16 +142,16 @@ class Evaluator:
         records.draw_plot()
         return loss
 
-    def _observed(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        """The batches, each added to the recipe's metrics on the way."""
+    def _with_metrics(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the batches, after adding each to the recipe's metrics."""
         for batch in batches:
-            self._pause()
-            if self._metrics.wanted:
-                ours = sums.predictions(self._engine.model, batch, self._engine.device)
-                self._metrics.add(*(self._engine.gather(part) for part in ours))
+            self._beat_and_check_stop()
+            if self._metrics.any_requested:
+                predicted = sums.predictions(self._engine.model, batch, self._engine.device)
+                self._metrics.add(*(self._engine.gather(part) for part in predicted))
             yield batch
 
-    def _pause(self) -> None:
+    def _beat_and_check_stop(self) -> None:
         self._beat()
         self._stop_if_asked()
 
@@ -161,19 +161,19 @@ class Evaluator:
             "context": self._block_size,
             "eos_token_id": self._eos_token_id,
             "device": engine.device,
-            "agree": broadcast,
+            "broadcast": broadcast,
         }
         samples = []
         for prompt in section.prompts:
-            # The prompt begins like a document in training.
+            # A prompt starts like a document in training.
             ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
             sample = {"prompt": prompt}
             for kind, temperature in (("greedy", 0.0), ("drawn", section.temperature)):
                 self._beat()
-                drawing: dict[str, Any] = {"temperature": temperature, "top_k": section.top_k}
-                with torch.compiler.set_stance("force_eager"):  # every length would be compiled again
-                    made = prompts.continue_text(engine.model, ids, section.sample_tokens, **keywords, **drawing)
-                sample[kind] = str(tokenizer.decode(made))
+                sampling: dict[str, Any] = {"temperature": temperature, "top_k": section.top_k}
+                with torch.compiler.set_stance("force_eager"):  # otherwise each length is compiled
+                    new_ids = prompts.continue_text(engine.model, ids, section.sample_tokens, **keywords, **sampling)
+                sample[kind] = str(tokenizer.decode(new_ids))
             samples.append(sample)
         self._records.write_samples(step, samples)
 
@@ -191,7 +191,7 @@ class Evaluator:
                 engine.unwrapped_model, self._tokenizer, engine.device, self._micro_batch_size, processes
             )
         if not self._is_main:
-            self._language_model.serve()
+            self._language_model.answer_requests()
             return
         figures = lm_eval_tasks.figures(tasks.run(self._language_model)["results"])
         row = {f"tasks/{name}": value for name, value in figures.items()}
@@ -202,5 +202,5 @@ class Evaluator:
                 self._records.print_line(f"  {name} {value:.4f}" + ("" if error is None else f" +- {error:.4f}"))
 
     def _any_computes(self, computes: bool) -> bool:
-        self._pause()
+        self._beat_and_check_stop()
         return bool(self._engine.largest(int(computes)))

@@ -1,4 +1,4 @@
-"""Text that a model continues: while it trains, under every engine, and from a checkpoint."""
+"""Continuing prompts: during training with any engine, and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
 from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.schema import RecipeError
 
-_MULTIPLE = 32
+_LENGTH_MULTIPLE = 32
 
 
 @torch.no_grad()
@@ -25,35 +25,35 @@ def continue_text(
     context: int,
     eos_token_id: int,
     device: torch.device,
-    agree: Callable[[torch.Tensor], torch.Tensor],
+    broadcast: Callable[[torch.Tensor], torch.Tensor],
     temperature: float = 0.0,
     top_k: int = 50,
     seed: int = 0,
 ) -> list[int]:
     """Continue `input_ids` by up to `num_tokens` ids, until EOS: greedily at temperature 0, else sampled with `seed`.
 
-    Every token takes a forward pass over the last `context` tokens without a cache, which works under every engine. The
-    input is padded at its end to a multiple of 32; a causal model's earlier logits don't change. Without padding,
-    kernels keep memory for each new length (64 lengths took 140 MiB on a CPU, for a model of 5 million parameters in
-    bf16) and take twice the time. All ranks must call it. `agree` returns the main process's choice, int64 (1,), on
-    every rank.
+    Each token needs a forward pass over the last `context` tokens, without a cache, which works with every engine. The
+    input is padded at its end to a multiple of 32, which does not change a causal model's earlier logits. Without
+    padding, kernels keep memory for each new length (64 lengths took 140 MiB on a CPU, for a model of 5 million
+    parameters in bf16) and take twice the time. All ranks must call it. `broadcast` returns the main process's choice,
+    int64 (1,), on every rank.
     """
     generator = torch.Generator().manual_seed(seed)
     keywords = inspect.signature(getattr(model, "module", model).forward).parameters
-    last = {"logits_to_keep": _MULTIPLE} if "logits_to_keep" in keywords else {}
+    last = {"logits_to_keep": _LENGTH_MULTIPLE} if "logits_to_keep" in keywords else {}
     new_ids: list[int] = []
     with eval_mode(model):
         while len(new_ids) < num_tokens:
-            seen = [*input_ids, *new_ids][-context:]
-            padding = min(-len(seen) % _MULTIPLE, context - len(seen))
-            ids = torch.tensor([[*seen, *seen[-1:] * padding]], device=device)
+            visible = [*input_ids, *new_ids][-context:]
+            padding = min(-len(visible) % _LENGTH_MULTIPLE, context - len(visible))
+            ids = torch.tensor([[*visible, *visible[-1:] * padding]], device=device)
             logits = model(input_ids=ids, use_cache=False, **last).logits[0, -1 - padding].float().cpu()
             if temperature:
-                kept, places = (logits / temperature).topk(min(top_k, len(logits)))
-                choice = places[torch.multinomial(kept.softmax(-1), 1, generator=generator)]
+                kept, token_ids = (logits / temperature).topk(min(top_k, len(logits)))
+                choice = token_ids[torch.multinomial(kept.softmax(-1), 1, generator=generator)]
             else:
                 choice = logits.argmax()[None]
-            token = int(agree(choice.to(device)))
+            token = int(broadcast(choice.to(device)))
             if token == eos_token_id:
                 break
             new_ids.append(token)
@@ -61,17 +61,19 @@ def continue_text(
 
 
 def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Print `prompt` and the text that `model` continues it with, token by token."""
+    """Print `prompt` and its continuation by `model`, token by token."""
     from transformers import TextStreamer, set_seed
 
     tokenizer, network = load_checkpoint(model)
     set_seed(seed)
-    # A prompt begins like a document in training.
+    # A prompt starts like a document in training.
     ids = [*document_start(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
     require_embedded(network, max(ids))
     context = getattr(network.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
     if len(ids) >= context:
-        raise RecipeError.at("prompt", f"its {len(ids)} tokens leave no room in the model's context of {context}")
+        raise RecipeError.at(
+            "prompt", f"has {len(ids)} tokens, but must have fewer than the model's context of {context}"
+        )
     input_ids = torch.tensor([ids], device=network.device)
     sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     network.generate(

@@ -1,7 +1,8 @@
-"""Metrics of `evaluate` that a recipe names. Only the main process computes them: with several the library may hang.
+"""Metrics of `evaluate` that a recipe names. Only the main process computes them, since with several the library may
+hang.
 
-A metric is a Python script. Without `evaluation.trust_remote_code` only hfpretrain's own and those that `evaluate`
-hosts are run, since reading a recipe must not run code of its author.
+A metric is a Python script. Without `evaluation.trust_remote_code`, only hfpretrain's own metrics and those that
+`evaluate` hosts are run, since reading a recipe must not run code of its author.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ HOSTED = frozenset(_NAMES.split())
 
 
 def trust_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
-    """Scripts that `evaluation` of a recipe's raw mapping names but does not trust. None of them is opened."""
+    """A problem for each script that a recipe's raw mapping names under `evaluation` but does not trust.
+
+    No script is opened.
+    """
     try:
         section = EvaluationSection.model_validate(mapping.get("evaluation") or {})
     except ValueError:  # the schema reports it
@@ -49,20 +53,20 @@ def trust_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _script(path: str) -> Path | None:
-    """The local script that `evaluate` would run for a metric's path; None if it would ask the Hub."""
+    """The local script that `evaluate` would run for a metric's path; None if it would load one from the Hub."""
     script = Path(path) if path.endswith(".py") else Path(path) / f"{Path(path).name}.py"
     return script if script.is_file() else None
 
 
 def _refusal(path: str, section: EvaluationSection) -> str | None:
-    """Why a metric's script must not be run; None if it may."""
+    """The reason why a metric's script must not be run; None if it may be run."""
     script = _script(path)
     if script is not None and script.resolve().parent == Path(__file__).resolve().parent:
         return None
     if script is None and path.removeprefix(_SPACES) in HOSTED:
         return None
     if script is None and repo_id_problem(path) is not None:
-        return f"{path} does not load: there is no such script, and evaluate hosts no metric of this name"
+        return f"{path} can't be loaded: there is no such script, and evaluate hosts no metric with this name"
     where = "a script on this machine" if script is not None else "a script on the Hub"
     if not section.trust_remote_code:
         return (
@@ -70,7 +74,7 @@ def _refusal(path: str, section: EvaluationSection) -> str | None:
             "evaluation.trust_remote_code to true"
         )
     if script is None and path not in section.metric_revisions:
-        return f"{path} may change on the Hub; pin its commit, evaluation.metric_revisions: {{{path}: COMMIT}}"
+        return f"{path} may change on the Hub; pin its commit with evaluation.metric_revisions: {{{path}: COMMIT}}"
     return None
 
 
@@ -83,23 +87,23 @@ def _load(path: str, section: EvaluationSection) -> Any:
         return evaluate.load(f"{_SPACES}{name}")
     from huggingface_hub import snapshot_download
 
-    # If the Hub can't be reached, `evaluate` itself would use any revision that it has loaded before.
+    # `evaluate` itself would use any revision that it has loaded before, if the Hub can't be reached.
     repo_id = path if "/" in path else f"{_SPACES}{path}"
     keywords: dict[str, Any] = {"repo_type": "space", "allow_patterns": ["*.py"]}
     folder = snapshot_download(repo_id, revision=section.metric_revisions[path], **keywords)
     return evaluate.load(str(Path(folder) / f"{repo_id.partition('/')[2]}.py"))
 
 
-class MetricFolders:
-    """The metrics of `evaluation.metrics`. Every rank has the object, but only the main one loads and computes them.
+class RecipeMetrics:
+    """The metrics of `evaluation.metrics`. Every rank has this object, but only the main one loads and computes them.
 
-    Raises `RecipeError` for a metric whose script the section does not trust, that can't be loaded, or that takes
+    Raises `RecipeError` for a metric whose script the section does not trust, that can't be loaded, or that needs
     anything but predictions and references.
     """
 
     def __init__(self, section: EvaluationSection, is_main: bool):
         self._metrics: dict[str, Any] = {}
-        self.wanted = bool(section.metrics)
+        self.any_requested = bool(section.metrics)
         for number, path in enumerate(section.metrics if is_main else ()):
             key = f"evaluation.metrics.{number}"
             if (message := _refusal(path, section)) is not None:
@@ -108,31 +112,33 @@ class MetricFolders:
                 metric = _load(path, section)
             except Exception as error:  # a metric's script may raise anything
                 message = " ".join(str(error).split())
-                raise RecipeError.at(key, f"{path} does not load: {message:.200}") from error
+                raise RecipeError.at(key, f"{path} can't be loaded: {message:.200}") from error
             features = metric.features[0] if isinstance(metric.features, list) else metric.features
             if set(features) != {"predictions", "references"}:
-                raise RecipeError.at(key, f"{path} takes {', '.join(features)}; predictions and references are given")
+                raise RecipeError.at(
+                    key, f"{path} needs {', '.join(features)}, but only predictions and references are available"
+                )
             self._metrics[metric.name] = metric
 
     def add(self, predictions: torch.Tensor, references: torch.Tensor) -> None:
-        """Add tokens of all processes, int64 (n, length). Positions whose reference is -100 are left out."""
+        """Add tokens of all processes, int64 (n, length). Positions whose reference is -100 are ignored."""
         valid = references != IGNORE_INDEX
         for metric in self._metrics.values():
-            predicted, wanted = predictions[valid].cpu().numpy(), references[valid].cpu().numpy()
-            self._called(metric, functools.partial(metric.add_batch, predictions=predicted, references=wanted))
+            predicted, expected = predictions[valid].cpu().numpy(), references[valid].cpu().numpy()
+            self._call(metric, functools.partial(metric.add_batch, predictions=predicted, references=expected))
 
-    def _called(self, metric: Any, call: Callable[[], Any]) -> Any:
+    def _call(self, metric: Any, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:  # a metric's script may raise anything
-            message = f"{metric.name} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+            message = f"{metric.name} failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise RecipeError.at("evaluation.metrics", message) from error
 
     def compute(self) -> dict[str, float]:
         """Every number that the metrics compute, as `METRIC/key`."""
         found = {}
         for name, metric in self._metrics.items():
-            for key, value in (self._called(metric, metric.compute) or {}).items():
+            for key, value in (self._call(metric, metric.compute) or {}).items():
                 if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
                     found[f"{name}/{key}"] = float(value)
         return found

@@ -1,4 +1,4 @@
-"""Perplexity, bits per byte and lm-eval's tasks of any causal LM; comparing two checkpoints on the same text."""
+"""Perplexity, bits per byte and lm-eval's tasks for any causal LM; comparing two checkpoints on the same text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Windows:
     """Tokens by which a window advances; None: the block size, so that windows don't overlap."""
     batch_size: int = 8
     document_masking: bool = True
-    """Whether attention ends at document boundaries, if the model can do it."""
+    """Whether attention ends at document boundaries, if the model supports it."""
 
     def as_trained(self, data: DataSection, training: TrainingSection) -> Windows:
         """These windows with the recipe's block size, unless they have one, and with its document masking."""
@@ -44,10 +44,10 @@ class Windows:
 
 @dataclass(frozen=True)
 class Score:
-    """What `evaluate_checkpoint` reports, and the sums of each document behind it."""
+    """The report of `evaluate_checkpoint`, and the sums of each document."""
 
     documents: np.ndarray
-    """As in `sums.Sums`, but with the bytes of the text itself."""
+    """As in `sums.Sums`, but with the bytes of the text instead of those of the tokens."""
     report: dict[str, Any]
 
 
@@ -69,7 +69,7 @@ def evaluate_perplexity(
     to score or the model can't be loaded.
     """
     if isinstance(texts, str):
-        raise RecipeError.at("texts", "is one string; give a list of documents")
+        raise RecipeError.at("texts", "is a single string; give a list of documents")
     windows = Windows(block_size, stride, batch_size)
     if isinstance(texts, Recipe):
         documents, windows = recipe_texts(texts.data), windows.as_trained(texts.data, texts.training)
@@ -78,10 +78,10 @@ def evaluate_perplexity(
     if isinstance(model, (str, Path)):
         return evaluate_checkpoint(str(model), documents, windows)
     if tokenizer is None:
-        raise RecipeError.at("tokenizer", "a model in memory needs its tokenizer")
+        raise RecipeError.at("tokenizer", "is missing; pass the tokenizer of the model that you pass")
     if tokenizer.eos_token_id is None:
-        raise RecipeError.at("tokenizer", "has no EOS token, which ends a document")
-    with eval_mode(model):  # with dropout, documents would seem to affect each other
+        raise RecipeError.at("tokenizer", "has no EOS token, which must end every document; set one")
+    with eval_mode(model):  # dropout would look as if documents affected each other
         return _score_network(tokenizer, model, documents, windows).report
 
 
@@ -90,7 +90,7 @@ def evaluate_checkpoint(model: str, texts: Texts, windows: Windows) -> dict[str,
 
     The documents of a set are joined as in training: each begins with the tokens that calling the tokenizer adds, and
     ends with EOS. A document longer than a window continues in the next one. With a `stride` less than the
-    `block_size`, every token sees at least `block_size - stride` tokens of its document, if there are so many. The
+    `block_size`, every token sees at least `block_size - stride` tokens of its document, if it has that many. The
     report's `document_masking` says whether attention ended at document boundaries.
     """
     return _score(model, texts, windows).report
@@ -106,13 +106,13 @@ def compare_checkpoints(a: str, b: str, texts: Texts, windows: Windows) -> dict[
     for model, score in zip((a, b), scores, strict=True):
         if score.report["unknown_tokens"]:
             message = (
-                f"{score.report['unknown_tokens']} tokens of {model} stand for text that its tokenizer does not know"
+                f"the tokenizer of {model} gives {score.report['unknown_tokens']} unknown tokens, whose text it loses"
             )
-            raise RecipeError.at("data", f"{message}, so bits per byte can't be compared")
+            raise RecipeError.at("data", f"{message}, so bits per byte can't be compared; choose other text")
     bits = np.concatenate([score.documents[:, 2:] for score in scores], axis=1)  # nll and bytes of a, then of b
     bits = bits[(bits[:, 1] > 0) & (bits[:, 3] > 0)]
     if not len(bits):
-        raise RecipeError.at("data", "there is no document that both models score")
+        raise RecipeError.at("data", "contains no document with tokens to score for both models")
 
     def difference(rows: np.ndarray) -> Any:
         return (rows[..., 0] / rows[..., 1] - rows[..., 2] / rows[..., 3]) / np.log(2)
@@ -120,7 +120,7 @@ def compare_checkpoints(a: str, b: str, texts: Texts, windows: Windows) -> dict[
     by_document = difference(bits)
     interval = None
     if len(bits) > 1:
-        interval = sums.percentiles(difference(sums.resampled(bits)))
+        interval = sums.percentiles(difference(sums.resample(bits)))
     return {
         "a": {"model": a, **scores[0].report},
         "b": {"model": b, **scores[1].report},
@@ -160,7 +160,7 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, windows: Windows)
     num_documents = sum(map(len, streams.values()))
     for name, some in {"": [ids for part in streams.values() for ids in part], **streams}.items():
         if sum(map(len, some)) < 2:
-            raise RecipeError.at(f"data.{name}" if name else "data", "there is no text to evaluate on")
+            raise RecipeError.at(f"data.{name}" if name else "data", "contains no text to evaluate on")
     require_embedded(network, max(int(ids.max()) for some in streams.values() for ids in some if len(ids)))
     unknown = unknown_id(tokenizer)
     eos, has_prefix = tokenizer.eos_token_id, bool(encode.prefix)
@@ -168,11 +168,11 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, windows: Windows)
     found = sums.loss_sums(network, batches, torch.from_numpy(table).to(device), num_documents)
     documents = found.documents.cpu().numpy()
     num_bytes = np.array([len(t.encode("utf-8", "surrogatepass")) for some in texts.values() for t in some])
-    spelled = np.array([table[ids].sum() for some in streams.values() for ids in some])
-    documents[:, 3] *= num_bytes / np.maximum(1, spelled)  # tokenizers that normalize spell other bytes than the text's
+    bytes_of_tokens = np.array([table[ids].sum() for some in streams.values() for ids in some])
+    documents[:, 3] *= num_bytes / np.maximum(1, bytes_of_tokens)  # a tokenizer that normalizes text changes its bytes
     report = sums.figures(documents)
     if not np.isfinite(report["loss"]):
-        raise RecipeError.at("model", f"its loss is no number: {report['loss']}")
+        raise RecipeError.at("model", f"its loss is {report['loss']}, which is not a finite number")
     if len(texts) > 1:
         ends = np.cumsum([len(some) for some in streams.values()])[:-1]
         report |= sums.figures_of_sets(dict(zip(streams, np.split(documents, ends), strict=True)))
@@ -185,7 +185,7 @@ def _score_network(tokenizer: Any, network: Any, texts: Texts, windows: Windows)
             "unknown_tokens": sum(int((ids == unknown).sum()) for some in streams.values() for ids in some),
             "block_size": block_size,
             "stride": stride,
-            "context": f"{context}; a longer document goes on in the next",
+            "context": f"{context}; a longer document continues in the next",
             "document_masking": masking,
             "loss_by_context": sums.loss_by_context(found.contexts.cpu().numpy()),
         },

@@ -96,7 +96,7 @@ def loss_sums(
 def perplexity_figures(nll: float, tokens: int, content_nll: float, num_bytes: float) -> dict[str, float]:
     """`loss` in nats per token, `perplexity` and `bits_per_byte`, of sums over tokens.
 
-    `content_nll` is the part of `nll` of the tokens that are text, `num_bytes` their UTF-8 bytes.
+    `content_nll`: the part of `nll` that comes from tokens which are text; `num_bytes`: their UTF-8 bytes.
     """
     loss = nll / tokens
     return {
@@ -109,9 +109,9 @@ def perplexity_figures(nll: float, tokens: int, content_nll: float, num_bytes: f
 def figures(documents: np.ndarray) -> dict[str, Any]:
     """Loss (nats per token), perplexity, bits_per_byte, tokens and documents.
 
-    `documents`: float64 (documents, 4), same as `Sums.documents`. Each of the first three results comes with its 95%
-    confidence interval, by bootstrap over documents (percentiles; Efron and Tibshirani 1993, chapter 13). It is None if
-    there is only one document.
+    `documents`: float64 (documents, 4), same as `Sums.documents`. Each of the first three has a 95% confidence
+    interval, by bootstrap over documents (percentiles; Efron and Tibshirani 1993, chapter 13), which is None if there
+    is only one document.
     """
     nll, tokens, content_nll, num_bytes = documents.sum(axis=0).tolist()
     scored = documents[documents[:, 1] > 0]
@@ -119,7 +119,7 @@ def figures(documents: np.ndarray) -> dict[str, Any]:
     result |= {"tokens": int(tokens), "documents": len(scored)}
     intervals: dict[str, Any] = {"loss": None, "perplexity": None, "bits_per_byte": None}
     if len(scored) > 1:
-        totals = resampled(scored)
+        totals = resample(scored)
         losses = percentiles(totals[:, 0] / totals[:, 1])
         intervals |= {"loss": losses, "perplexity": [math.exp(min(loss, 700.0)) for loss in losses]}
         if num_bytes:
@@ -129,23 +129,23 @@ def figures(documents: np.ndarray) -> dict[str, Any]:
 
 
 def figures_of_sets(sets: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """`figures` of each set of documents, their keys preceded by `NAME/`."""
+    """`figures` of each set of documents, with `NAME/` before each key."""
     return {f"{name}/{key}": value for name, documents in sets.items() for key, value in figures(documents).items()}
 
 
-def resampled(documents: np.ndarray, seed: int = 0) -> np.ndarray:
+def resample(documents: np.ndarray, seed: int = 0) -> np.ndarray:
     """Sums over documents drawn with replacement, 1,000 times: float64 (documents, n) to (1000, n).
 
-    More than 20,000 documents are first put at random into 20,000 groups, and groups are drawn.
+    More than 20,000 documents are first divided at random into 20,000 groups, and groups are drawn.
     """
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     if len(documents) > _MAX_GROUPS:
         grouped = np.zeros((_MAX_GROUPS, documents.shape[1]))
-        np.add.at(grouped, draw.permutation(len(documents)) % _MAX_GROUPS, documents)
+        np.add.at(grouped, generator.permutation(len(documents)) % _MAX_GROUPS, documents)
         documents = grouped
-    share = np.full(len(documents), 1 / len(documents))
+    probabilities = np.full(len(documents), 1 / len(documents))
     return np.concatenate(
-        [draw.multinomial(len(documents), share, size=50) @ documents for _ in range(_NUM_RESAMPLES // 50)]
+        [generator.multinomial(len(documents), probabilities, size=50) @ documents for _ in range(_NUM_RESAMPLES // 50)]
     )
 
 
@@ -156,7 +156,7 @@ def percentiles(values: np.ndarray) -> list[float]:
 
 
 def loss_by_context(contexts: np.ndarray) -> dict[str, float]:
-    """Loss by the number of tokens that a prediction sees, in powers of two: `1`, `2-3`, `4-7`, ..."""
+    """Loss by the number of tokens before a prediction, in ranges of powers of two: `1`, `2-3`, `4-7`, ..."""
     return {
         f"{2**bucket}-{2 ** (bucket + 1) - 1}" if bucket else "1": float(nll / tokens)
         for bucket, (nll, tokens) in enumerate(contexts)

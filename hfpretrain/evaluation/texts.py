@@ -1,4 +1,4 @@
-"""The documents to score: of a list, of files, or those that a recipe holds out."""
+"""The documents to score: from a list, from files, or the validation text of a recipe."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ def checked_texts(texts: Mapping[str, Sequence[str]]) -> Texts:
     for name, documents in texts.items():
         path = f"texts.{name}" if name else "texts"
         if isinstance(documents, str) or not isinstance(documents, Iterable):
-            raise RecipeError.at(path, f"is one {type(documents).__name__}; give a list of documents")
+            raise RecipeError.at(path, f"has the type {type(documents).__name__}; give a list of documents")
         checked[name] = list(documents)
         for number, text in enumerate(checked[name]):
             if not isinstance(text, str):
-                raise RecipeError.at(f"{path}.{number}", f"is a {type(text).__name__}, not a text")
+                raise RecipeError.at(f"{path}.{number}", f"has the type {type(text).__name__}, but must be a string")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise RecipeError.at(f"{path}.{number}", f"is no valid Unicode: {error.reason}") from error
+                raise RecipeError.at(f"{path}.{number}", f"is not valid Unicode: {error.reason}") from error
     return checked
 
 
 def recipe_texts(data: DataSection) -> Texts:
     """The documents of a recipe's validation sets, by domain. `data`: its section."""
     if not data.has_validation:
-        raise RecipeError.at("data", "the recipe holds no validation text out")
+        raise RecipeError.at("data", "has no validation text; set validation_fraction or validation_sources")
     texts: Texts = {}
-    for source, split, text in _held_out(data):
-        texts.setdefault(split.removeprefix("validation-"), []).append(_Text(text).of(source))
+    for source, split, text in _validation_documents(data):
+        texts.setdefault(split.removeprefix("validation-"), []).append(_Text(text).from_source(source))
     return texts
 
 
 def file_texts(names: list[str]) -> Texts:
-    """The documents of files given as FILE or NAME=FILE: a .txt is one document, a .jsonl has them under `text`."""
+    """The documents of files, given as FILE or NAME=FILE. A .txt is one document, a .jsonl has one a line (`text`)."""
     texts: Texts = {}
     for given in names:
         name, _, path = (
             given.partition("=") if "=" in given and not Path(given).exists() else (Path(given).name, "", given)
         )
         if not Path(path).exists():
-            raise RecipeError.at("--data", f"no such file: {path}")
+            raise RecipeError.at("--data", f"there is no file {path}")
         suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
         if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
             raise RecipeError.at("--data", f"{path} is neither a .txt nor a .jsonl file")
@@ -61,22 +61,22 @@ def file_texts(names: list[str]) -> Texts:
 
 
 class _Text(str):
-    """A document with its source's `special_tokens`, which says how text that spells special tokens is read."""
+    """A document with its source's `special_tokens`: whether the text of special tokens is read as such tokens."""
 
     special_tokens: str | tuple[str, ...] = "text"
 
-    def of(self, source: SourceSection) -> _Text:
+    def from_source(self, source: SourceSection) -> _Text:
         self.special_tokens = source.special_tokens
         return self
 
 
-def _held_out(data: DataSection) -> Iterator[tuple[SourceSection, str, str]]:
+def _validation_documents(data: DataSection) -> Iterator[tuple[SourceSection, str, str]]:
     """Source, split and text of the validation documents."""
     key = "validation_sources" if data.validation_sources else "sources"
     sources: tuple[SourceSection, ...] = getattr(data, key)
     if len({source.special_tokens for source in sources}) == 1:
         yield from ((sources[0], *found) for found in corpus.validation_documents(data))
         return
-    for source in sources:  # which documents are held out does not depend on the other sources
+    for source in sources:  # the held-out documents of a source don't depend on the other sources
         for split, text in corpus.validation_documents(data.model_copy(update={key: (source,)})):
             yield source, split, text

@@ -12,14 +12,14 @@ from hfpretrain.evaluation.sums import perplexity_figures
 
 _DESCRIPTION = (
     "Token-weighted loss, perplexity and bits per byte of a language model. Unlike the Hub's `perplexity`, which "
-    "averages the perplexities of texts, this is exp of the mean over all tokens."
+    "averages the perplexities of texts, this is exp of the mean loss over all tokens."
 )
 _INPUTS = """
 Args:
     nll: sums of negative log-likelihoods in nats, one for each batch (float64).
-    tokens: number of predicted tokens behind each sum.
-    content_nll: the part of `nll` that falls on tokens which are text, not special tokens (float64).
-    bytes: UTF-8 bytes of the text that those tokens stand for.
+    tokens: number of predicted tokens in each sum.
+    content_nll: the part of `nll` that comes from tokens which are text, not special tokens (float64).
+    bytes: UTF-8 bytes of the text of those tokens.
 Returns:
     loss: nats per predicted token.
     perplexity: exp(loss).
@@ -28,7 +28,7 @@ Returns:
 
 
 class TokenPerplexity(evaluate.Metric):
-    """Divides sums over tokens. Add up those of several processes first. For inputs and outputs see `_INPUTS`."""
+    """Divides sums over tokens. Sums of several processes are added first. For inputs and outputs see `_INPUTS`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

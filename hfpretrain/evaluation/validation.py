@@ -25,7 +25,7 @@ class ValidationSets:
         self.names = prepared.validation_splits
         self._sets: list[tuple[Blocks, list[int], np.ndarray, np.ndarray]] = []
         self._ends = [0]
-        # Bytes of the text divided by those of its tokens: they differ if the tokenizer normalizes text.
+        # Bytes of the text divided by the bytes of its tokens: they differ if the tokenizer normalizes text.
         self._bytes_ratios: list[float] = []
         for name in self.names:
             entry = manifest["splits"][name]
@@ -42,11 +42,11 @@ class ValidationSets:
     def batches(
         self, *, batch_size: int, process_index: int, num_processes: int, document_masking: bool
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share of the batches over all sets; see `sums.scored_batch`.
+        """This process's batches of all sets; see `sums.scored_batch`.
 
-        The tokens that don't fill a set's last block are a row padded with ignored labels. All processes get the same
-        number of batches, since sharded engines need every rank in every forward pass. The last batches are filled with
-        rows whose labels are ignored.
+        Tokens that don't fill a set's last block become a padded row, whose padding has ignored labels. All processes
+        get the same number of batches, since with sharded engines every rank must take part in every forward pass. The
+        last batches are filled with rows of ignored labels.
         """
         ends = list(itertools.accumulate(len(blocks) + bool(remainder) for blocks, remainder, *_ in self._sets))
         num_rows = ends[-1] if ends else 0
@@ -60,9 +60,9 @@ class ValidationSets:
                 blocks, remainder, starts, numbers = self._sets[number]
                 row = at - (ends[number - 1] if number else 0)
                 tokens = blocks[np.array([row])][0] if row < len(blocks) else np.array(remainder)
-                place = row * self._block_size + np.arange(len(tokens))
+                positions = row * self._block_size + np.arange(len(tokens))
                 ids[slot, : len(tokens)], valid[slot, : len(tokens)] = tokens, True
-                documents[slot, : len(tokens)] = numbers[np.searchsorted(starts, place, side="right") - 1]
+                documents[slot, : len(tokens)] = numbers[np.searchsorted(starts, positions, side="right") - 1]
             eos_token_id = self._eos_token_id if document_masking else None
             eos_before_bos = self._eos_before_bos
             yield sums.scored_batch(ids, documents, valid, eos_token_id=eos_token_id, eos_before_bos=eos_before_bos)
@@ -83,6 +83,6 @@ class ValidationSets:
 
 
 def domains(row: dict[str, Any]) -> list[str]:
-    """Names of the domains that a row of metrics has figures of."""
+    """Names of the domains in a row of metrics."""
     names = (key[len("eval/") : -len("/bits_per_byte")] for key in row if key.endswith("/bits_per_byte"))
     return [name for name in names if f"eval/{name}/loss" in row]

@@ -1,1 +1,1 @@
-"""The scaling ladder (small runs of one family and the law fitted to them), and the proof that a recipe resumes."""
+"""The scaling ladder (small runs of one model family and the law fitted to them), and the proof of resuming."""

@@ -1,4 +1,4 @@
-"""Scaling laws: their fit to the losses of finished runs, its uncertainty, and the best size for given compute."""
+"""Scaling laws: their fit to the losses of finished runs, its uncertainty, and the best size for a given compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from hfpretrain.recipe.schema import RecipeError
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
-"""Training compute C = 6 N D for N parameters that each token meets and D tokens (Kaplan et al. 2020, section 2.1)."""
+"""Training compute C = 6 N D for N parameters active per token and D tokens (Kaplan et al. 2020, section 2.1)."""
 _DELTA, _MAX_EVALUATIONS = 1e-3, 1000
 # The fit starts from each point of a grid: exponents, and the irreducible loss as a share of the smallest loss.
 _EXPONENTS, _SHARES = (0.1, 0.4, 1.0), (0.2, 0.8)
@@ -40,7 +40,7 @@ class Law:
     def optimum(self, compute: float, factor: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> tuple[float, float]:
         """N and D of the least loss under `factor` N D = `compute` FLOPs (Hoffmann et al. 2022, equation 4)."""
         (a, b), (alpha, beta) = self.coefficients, self.exponents
-        # Computed in logarithms, and with at least one parameter and one token: a constant that the runs hardly
+        # Computed in logarithms, and limited to at least one parameter and one token: a constant that the runs hardly
         # determine is near 0 in some samples.
         log_product = math.log(compute / factor)
         log_g = (math.log(alpha) + math.log(a) - math.log(beta) - math.log(b)) / (alpha + beta)
@@ -50,7 +50,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law, and the laws of the bootstrap samples that its uncertainty is read from.
+    """A fitted law, and the laws of the bootstrap samples, which give its uncertainty.
 
     `samples`: empty if there are only as many points as the law has constants.
     `scatter`: float64 (samples,), for each sample the standard deviation with which its ln losses were drawn about the
@@ -62,15 +62,18 @@ class Fit:
     scatter: np.ndarray
 
     def interval(self, values: Sequence[float]) -> tuple[float, float] | None:
-        """The middle 95 % of `values`, one of each sample; None without samples."""
+        """The middle 95% of `values`, one for each sample; None without samples."""
         if not self.samples:
             return None
         low, high = np.quantile(np.asarray(values), [0.025, 0.975])
         return float(low), float(high)
 
     def loss_interval(self, *variables: float, of_a_run: bool = False) -> tuple[float, float] | None:
-        """95 % interval of the law at a point. With `of_a_run`, the interval of what one more run there would measure:
-        it adds the scatter of the runs about the law."""
+        """95% interval of the law's loss at a point; None without samples.
+
+        With `of_a_run`, the interval of the loss that another run there would have, which includes the scatter of the
+        runs about the law.
+        """
         losses = np.array([sample.loss(*variables) for sample in self.samples])
         if of_a_run and len(losses):
             losses *= np.exp(np.random.default_rng(0).normal(0.0, self.scatter))
@@ -78,12 +81,12 @@ class Fit:
 
 
 def num_constants(num_variables: int) -> int:
-    """Constants of a law: two for each variable, and the irreducible loss."""
+    """Number of constants of a law: two for each variable, and the irreducible loss."""
     return 1 + 2 * num_variables
 
 
 def require_scipy() -> None:
-    """Raises `RecipeError` if scipy, which fits the laws, is not installed."""
+    """Raise `RecipeError` if scipy, which fits the laws, is not installed."""
     if find_spec("scipy") is None:
         raise RecipeError.at("ladder", "scipy is not installed: pip install hfpretrain[ladder]")
 
@@ -94,28 +97,28 @@ def fit(variables: np.ndarray, losses: np.ndarray, num_samples: int = 200, seed:
     `variables`: float64 (points, 1 or 2), N and D or C of each run; `losses`: float64 (points,), nats per token.
 
     The objective is that of Hoffmann et al. 2022, appendix D.2: the sum of the Huber losses (delta 1e-3) of
-    ln predicted - ln measured, here with no constant below 0. It is minimized from each start of a grid, and the best
-    end is kept.
+    ln predicted - ln measured, here with no constant below 0. It is minimized from each starting point of a grid, and
+    the best result is kept.
 
     The uncertainty is a parametric bootstrap (Efron & Tibshirani 1993, section 6.5). Each sample's losses are drawn
     about the fitted law, and its fit starts from that law. Their standard deviation is drawn as well: the root of the
-    residuals' sum of squares over a chi-squared number with as many degrees of freedom as there are points beyond the
-    constants. For a linear law this gives Student's intervals. The runs themselves are not resampled, because their
-    sizes are chosen and there are few of each.
+    residuals' sum of squares divided by a draw from a chi-squared distribution, whose degrees of freedom are the number
+    of points minus the number of constants. For a linear law this gives Student's intervals. The runs themselves are
+    not resampled, because their sizes are chosen and there are few of each.
 
     Raises `ValueError` for fewer points than constants, or for a loss that is not positive and finite.
     """
     points, num_variables = variables.shape
     constants = num_constants(num_variables)
     if points < constants:
-        raise ValueError(f"{points} points do not determine the {constants} constants of the law")
+        raise ValueError(f"{points} points are too few to fit the {constants} constants of the law")
     if not (np.isfinite(losses).all() and (losses > 0).all()):
         raise ValueError("every loss must be a positive number")
     logs = np.log(variables)
     center = logs.mean(axis=0)
     x, y = logs - center, np.log(losses)
-    ends = [_minimize(start, x, y) for start in _starts(num_variables, float(losses.min()))]
-    best, _ = min(ends, key=lambda end: end[1])
+    minima = [_minimize(start, x, y) for start in _starting_points(num_variables, float(losses.min()))]
+    best, _ = min(minima, key=lambda minimum: minimum[1])
     fitted, _ = _log_losses(best, x)
     freedom = points - constants
     generator = np.random.default_rng(seed)
@@ -126,8 +129,8 @@ def fit(variables: np.ndarray, losses: np.ndarray, num_samples: int = 200, seed:
     return Fit(_law(best, center), samples, scatter)
 
 
-def _starts(num_variables: int, smallest_loss: float) -> Iterator[np.ndarray]:
-    """Constants to start from, each float64 (constants,): E, each term at the center, the exponents."""
+def _starting_points(num_variables: int, smallest_loss: float) -> Iterator[np.ndarray]:
+    """Constants from which fits start, each float64 (constants,): E, each term at the center, the exponents."""
     for share in _SHARES:
         for exponents in itertools.product(_EXPONENTS, repeat=num_variables):
             terms = [(1 - share) * smallest_loss / num_variables] * num_variables
@@ -146,16 +149,16 @@ def _log_losses(constants: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _minimize(start: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """The constants where an optimization ends, and the objective there.
+    """The constants at the minimum that is reached from `start`, and the objective there.
 
-    This objective is the loss "huber" of `least_squares`. L-BFGS, the optimizer of the paper, ends at the same minima
-    and took 5 times the evaluations (8,808 against 1,691 for the grid of a law of two variables), 14 times where the
-    runs hardly determine the constants.
+    The objective is the loss "huber" of `least_squares`. L-BFGS, the optimizer of the paper, finds the same minima but
+    needs 5 times the evaluations (8,808 against 1,691 for the grid of a law of two variables), or 14 times if the runs
+    hardly determine the constants.
     """
     from scipy.optimize import least_squares
 
     with np.errstate(all="ignore"):  # where a step overflows, a shorter one is tried
-        found = least_squares(
+        result = least_squares(
             lambda constants: _log_losses(constants, x)[0] - y,
             start,
             jac=lambda constants: _log_losses(constants, x)[1],
@@ -167,7 +170,7 @@ def _minimize(start: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarr
             gtol=None,
             max_nfev=_MAX_EVALUATIONS,
         )
-    return found.x, float(found.cost)
+    return result.x, float(result.cost)
 
 
 def _law(constants: np.ndarray, center: np.ndarray) -> Law:

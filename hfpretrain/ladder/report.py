@@ -1,4 +1,4 @@
-"""What the finished rungs of a ladder say about its recipe: laws, predictions, `ladder.json` and `ladder.png`."""
+"""The results of a ladder: laws fitted to its finished rungs, predictions, `ladder.json` and `ladder.png`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hfpretrain.ladder.rungs import Ladder, Rung
 
 
 class Report:
-    """The laws fitted to a ladder whose rungs are all finished, and what follows from them.
+    """The laws fitted to a ladder whose rungs are all finished, and the predictions from them.
 
-    `compute`: FLOPs to find the best size for; None: the recipe's.
+    `compute`: FLOPs for which to find the best size; None: the recipe's.
     """
 
     def __init__(self, ladder: Ladder, compute: float | None):
         self._ladder, self._rungs = ladder, ladder.rungs
-        # With several ratios, size and tokens vary apart and each has an exponent of its own.
+        # With several ratios, size and tokens vary independently, so the law has an exponent for each.
         self._has_both_exponents = len(ladder.ratios) > 1
         self._factor = ladder.flops / (ladder.parameters.total * ladder.tokens)
         self._compute = ladder.flops if compute is None else compute
@@ -38,9 +38,9 @@ class Report:
         return (parameters, tokens) if self._has_both_exponents else (flops,)
 
     def write(self, folder: Path) -> Iterator[str]:
-        """Write `ladder.json` and `ladder.png` into `folder`, and yield the findings as lines for people."""
+        """Write `ladder.json` and `ladder.png` into `folder`, and yield the results as readable lines."""
         found = self._mapping()
-        files.write_whole(folder / "ladder.json", json.dumps(found, indent=1))
+        files.write_atomically(folder / "ladder.json", json.dumps(found, indent=1))
         self._plot(folder / "ladder.png")
         yield from self._lines(found)
         yield f"{folder / 'ladder.json'}, {folder / 'ladder.png'}"
@@ -51,7 +51,7 @@ class Report:
             return {"E": law.irreducible, "A": a, "alpha": alpha, "B": b, "beta": beta}
         return {"E": law.irreducible, "K": law.coefficients[0], "gamma": law.exponents[0]}
 
-    def _described(self, fit: laws.Fit, points: int) -> dict[str, Any]:
+    def _fit_mapping(self, fit: laws.Fit, points: int) -> dict[str, Any]:
         samples = [self._constants(sample) for sample in fit.samples]
         constants = {
             key: {"value": value, "interval": fit.interval([sample[key] for sample in samples])}
@@ -93,8 +93,8 @@ class Report:
         }
 
     def _at_compute(self) -> dict[str, Any]:
-        """The lowest predicted loss for the compute asked for; with several ratios, also its size and tokens."""
-        if not self._has_both_exponents:  # the law is one of runs with the recipe's tokens per parameter
+        """The lowest predicted loss for the given compute; with several ratios, also its size and tokens."""
+        if not self._has_both_exponents:  # the law holds only for the recipe's tokens per parameter
             interval = self._fit.loss_interval(self._compute)
             return {"flops": self._compute, "predicted": self._fit.law.loss(self._compute), "interval": interval}
         fitted = (self._fit.law, *self._fit.samples)
@@ -114,29 +114,29 @@ class Report:
     def _mapping(self) -> dict[str, Any]:
         """The content of `ladder.json`."""
         ladder = self._ladder
-        seen = [rung for rung in self._rungs if not rung.held_out]
+        fitted = [rung for rung in self._rungs if not rung.held_out]
         keys = ("name", "asked", "parameters", "ratio", "tokens", "flops", "held_out", "loss", "bits_per_byte")
         return {
             "recipe": Path(ladder.recipe.output_dir).name,
             "law": "L = E + A / N^alpha + B / D^beta" if self._has_both_exponents else "L = E + K / C^gamma",
-            "units": "nats per token; N total parameters, D tokens, C = 6 N D FLOPs with N those that a token meets",
+            "units": "nats per token; N total parameters, D tokens, C = 6 N D FLOPs with N active per token",
             "tokens_per_parameter": ladder.tokens / ladder.parameters.total,
             "epochs": ladder.epochs,
             "rungs": [{key: getattr(rung, key) for key in keys} for rung in self._rungs],
-            "fit_without_held_out": self._described(self._fit_without_held_out, len(seen)),
+            "fit_without_held_out": self._fit_mapping(self._fit_without_held_out, len(fitted)),
             "held_out": self._held_out(),
-            "fit": self._described(self._fit, len(self._rungs)),
+            "fit": self._fit_mapping(self._fit, len(self._rungs)),
             "target": self._target(),
             "at_compute": self._at_compute(),
         }
 
     def _lines(self, found: dict[str, Any]) -> Iterator[str]:
-        """The findings for people."""
-        yield f"law {found['law']}; C = 6 N D; intervals are 95 %, by parametric bootstrap"
+        """The results as readable lines."""
+        yield f"law: {found['law']}, with C = 6 N D; intervals are 95%, by parametric bootstrap"
         first, then = found["fit_without_held_out"], found["fit"]
         yield f"fit to {first['points']} runs without the largest size: {_constants_text(first['constants'])}"
         if not self._fit_without_held_out.samples:
-            yield "  as many constants as runs: no interval; more sizes or --ratios give one"
+            yield "  no interval, since the law has as many constants as there are runs; give more --sizes or --ratios"
         for row in found["held_out"]:
             yield (
                 f"held out {row['name']}: measured {row['measured']:.4f}, predicted {row['predicted']:.4f}"
@@ -160,21 +160,21 @@ class Report:
             wanted = best["tokens"] / best["parameters"]
             if not min(trained) <= wanted <= max(trained):
                 yield (
-                    f"  those are {wanted:.3g} tokens per parameter, outside the {min(trained):.3g} to "
-                    f"{max(trained):.3g} of the runs: other --ratios would tell it better"
+                    f"  this is {wanted:.3g} tokens per parameter, outside of the runs' {min(trained):.3g} to "
+                    f"{max(trained):.3g}; --ratios that include it give a better estimate"
                 )
         else:
             yield (
                 f"{best['flops']:.2e} FLOPs at the recipe's tokens per parameter: loss {best['predicted']:.4f}"
-                f"{_interval_text(best['interval'], '.4f')}. With one ratio, size and tokens grow together: the best "
-                "size is not known; give several --ratios"
+                f"{_interval_text(best['interval'], '.4f')}. With one ratio, size and tokens grow together, so the "
+                "best size can't be found; give several --ratios"
             )
         constants = laws.num_constants(1 + self._has_both_exponents)
         if self._fit.samples and len(self._rungs) < 2 * constants:
-            yield f"{len(self._rungs)} runs are few for {constants} constants: the intervals are rough"
+            yield f"the intervals are rough: {len(self._rungs)} runs are few for {constants} constants"
 
     def _plot(self, path: Path) -> None:
-        """Loss against compute as a PNG: runs and the law by ratio, the held-out size, the recipe with its interval."""
+        """Plot loss against compute: runs and the law by ratio, the held-out size, the recipe with its interval."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5.4), dpi=110, layout="constrained")

@@ -1,4 +1,4 @@
-"""The rungs of a scaling ladder: small models of a recipe's family, and the runs that its rules make of them."""
+"""The rungs of a scaling ladder: small models of a recipe's family, each with the recipe of its run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ _UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 
 def parse_size(text: str) -> int:
-    """Parameters from 250000, 250k, 0.25M or 1B. Raises `RecipeError` for anything else."""
+    """Parse a number of parameters such as 250000, 250k, 0.25M or 1B. Raises `RecipeError` for anything else."""
     number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1.0)
     try:
         size = round(float(number) * unit)
     except (ValueError, OverflowError):
         size = 0
     if size < _MIN_PARAMETERS:
-        raise RecipeError.at("--sizes", f"{text!r} is no number of parameters from 1k on, such as 400k, 2.5M or 1B")
+        raise RecipeError.at(
+            "--sizes", f"{text!r} must be a number of parameters of at least 1k, such as 400k, 2.5M or 1B"
+        )
     return size
 
 
@@ -44,7 +46,7 @@ class Rung:
 
     name: str
     asked: int
-    """Total parameters that were asked for."""
+    """Total parameters that the user asked for."""
     parameters: int
     """Total parameters of the family's model that is nearest to `asked`."""
     ratio: float
@@ -67,11 +69,11 @@ class Rung:
 
     @property
     def secrets(self) -> list[str]:
-        """Addresses of its recipe whose secrets are not in its file."""
+        """Addresses in its recipe whose secrets are not written into the file."""
         return find_secrets(self.recipe.model_dump(mode="json"))
 
-    def read(self) -> bool:
-        """Return whether the run is finished. If so, `loss` and `bits_per_byte` are set."""
+    def read_result(self) -> bool:
+        """Set `loss` and `bits_per_byte` if the run is finished. Returns whether it is."""
         history = History.read(self.run / "metrics.jsonl")
         if history.exported.get("step") != self.recipe.training.num_steps:
             return False
@@ -81,29 +83,29 @@ class Rung:
 
 
 class Ladder:
-    """The recipes of a ladder's rungs, sorted by compute. They train nothing until they are run.
+    """The rungs of a ladder with their recipes, sorted by compute. This class trains nothing.
 
-    `recipe`: the large run that the ladder is for. `sizes`: total parameters; counted without embeddings, small models
-    would have other exponents than large ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling Laws").
-    Each size is trained once for each of `ratios`, on the recipe's tokens per parameter times that ratio. The largest
-    size is held out of the first fit. `folder` is where the rungs' recipes and runs go. Raises `RecipeError` if recipe,
-    sizes and ratios do not make a ladder.
+    `recipe`: the large run that the ladder predicts. `sizes`: total parameters; counted without embeddings, small
+    models would have other exponents than large ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling
+    Laws"). Each size is trained once for each of `ratios`, on the recipe's tokens per parameter times that ratio. The
+    largest size is held out of the first fit. `folder`: for the rungs' recipes and runs. Raises `RecipeError` if
+    the recipe, the sizes or the ratios don't allow a ladder.
     """
 
     def __init__(self, recipe: Recipe, sizes: Sequence[int], ratios: Sequence[float], num_processes: int, folder: Path):
         self.recipe, self.folder, self.ratios = recipe, folder, sorted(set(ratios))
         sizes = sorted(set(sizes))
         if recipe.model.pretrained is not None:
-            message = f"{recipe.model.pretrained} has one size; a ladder needs `model.config`, of which it makes others"
+            message = f"{recipe.model.pretrained} has only one size; a ladder needs `model.config`, to scale it"
             raise RecipeError.at("model.pretrained", message)
         if not recipe.data.has_validation:
             raise RecipeError.at(
-                "data.validation_fraction", "a ladder compares validation losses; hold something out, for example 0.01"
+                "data.validation_fraction", "a ladder compares validation losses; hold out text, for example 0.01"
             )
         if len(sizes) < _MIN_SIZES:
             raise RecipeError.at(
                 "--sizes",
-                f"{len(sizes)} different sizes; give at least {_MIN_SIZES}: three to fit, the largest to check",
+                f"{len(sizes)} different sizes; give at least {_MIN_SIZES}, of which the largest tests the fit",
             )
         if not ratios or any(not 0 < ratio < math.inf for ratio in ratios):
             raise RecipeError.at("--ratios", f"{list(ratios)} must be positive numbers")
@@ -119,15 +121,15 @@ class Ladder:
         problems: list[Problem] = []
         for size, member, next_member in zip(sizes, members, [*members[1:], None], strict=True):
             if next_member is not None and member.parameters.total == next_member.parameters.total:
-                message = f"{size:,} and the next give the same model of {member.parameters.total:,} parameters"
-                problems.append(Problem("--sizes", f"{message}; the family has none between, ask for other sizes"))
+                message = f"{size:,} and the next size give the same model of {member.parameters.total:,} parameters"
+                problems.append(Problem("--sizes", f"{message}; choose sizes that are farther apart"))
                 continue
             for ratio in self.ratios:
                 rung = self._rung(recipe.model_copy(update={"data": shared}), size, member, ratio, num_processes)
                 if rung.recipe.training.num_steps < _MIN_STEPS:
                     steps = rung.recipe.training.num_steps
-                    message = f"{size:,} parameters at ratio {ratio:g} would train for {steps} step(s), less than"
-                    message += f" {_MIN_STEPS}; ask for larger sizes or ratios, or give the recipe more steps"
+                    message = f"{size:,} parameters at ratio {ratio:g} would train for only {steps} step(s), less than"
+                    message += f" {_MIN_STEPS}; choose larger sizes or ratios, or give the recipe more steps"
                     problems.append(Problem("--sizes", message))
                 rung.held_out = size == sizes[-1]
                 self.rungs.append(rung)
@@ -138,9 +140,9 @@ class Ladder:
     def _rung(self, recipe: Recipe, size: int, member: Member, ratio: float, num_processes: int) -> Rung:
         total = member.parameters.total
         tokens = self.tokens / self.parameters.total * ratio * total
-        share = _flops(member, tokens) / self.flops
+        compute_ratio = _flops(member, tokens) / self.flops
         name = f"{total}-x{ratio:g}"
-        mapping = _rung_mapping(recipe, tokens, share, num_processes)
+        mapping = _rung_mapping(recipe, tokens, compute_ratio, num_processes)
         mapping["model"]["config"] = member.config
         mapping["output_dir"] = str(self.folder / "rungs" / name)
         made = Recipe.model_validate(mapping)
@@ -148,8 +150,8 @@ class Ladder:
         path = self.folder / "rungs" / f"{name}.yaml"
         return Rung(name, size, total, ratio, trained, _flops(member, trained), False, made, path)
 
-    def write(self) -> None:
-        """Write each rung's recipe, for any launcher. Raises `RecipeError` where the folder holds other rungs."""
+    def write_recipes(self) -> None:
+        """Write each rung's recipe, for any launcher. Raises `RecipeError` if the folder contains other rungs."""
         for rung in self.rungs:
             run_folder.refuse_other_run(rung.recipe)
             if (rung.run / "recipe.yaml").exists():
@@ -157,15 +159,26 @@ class Ladder:
                 if before != rung.recipe.training.num_steps:
                     raise RecipeError.at(
                         "--output",
-                        f"{rung.run} is a run of {before} steps, now {rung.recipe.training.num_steps} are asked: its "
-                        "schedule would not be a whole one; choose another folder",
+                        f"{rung.run} is a run of {before} steps, but this ladder needs one of "
+                        f"{rung.recipe.training.num_steps} steps with their own schedule; choose another folder",
                     )
-            files.write_whole(rung.path, dump_recipe(rung.recipe))
+            files.write_atomically(rung.path, dump_recipe(rung.recipe))
             read_recipe(rung.path, checks=[config_problems])
 
     def table(self) -> str:
-        """What will be trained, for people: a line for each rung."""
-        columns = ("rung", "asked", "parameters", "layers", "width", "tokens", "steps", "tokens/step", "lr", "FLOPs")
+        """A table of the runs, with a line for each rung."""
+        columns = (
+            "rung",
+            "requested",
+            "parameters",
+            "layers",
+            "width",
+            "tokens",
+            "steps",
+            "tokens/step",
+            "lr",
+            "FLOPs",
+        )
         lines: list[tuple[str, ...]] = [columns]
         for rung in self.rungs:
             training, config = rung.recipe.training, rung.recipe.model.config or {}
@@ -177,7 +190,7 @@ class Ladder:
 
     @property
     def epochs(self) -> float | None:
-        """Times that the recipe sees its training text; None for streams and mixtures, which have no such number."""
+        """How often the recipe sees its training text; None for streams and mixtures, where it is not one number."""
         if self.recipe.data.weights:
             return None
         splits = [self.prepared.manifest["splits"][name] for name in self.prepared.train_splits]
@@ -189,20 +202,20 @@ def _flops(member: Member, tokens: float) -> float:
     return laws.FLOPS_PER_PARAMETER_AND_TOKEN * member.parameters.active * tokens
 
 
-def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: int) -> dict[str, Any]:
-    """The recipe for `tokens` tokens, as a mapping whose model and output folder are still the recipe's.
+def _rung_mapping(recipe: Recipe, tokens: float, compute_ratio: float, num_processes: int) -> dict[str, Any]:
+    """The recipe for `tokens` tokens, as a mapping. Model and output folder are still those of the recipe.
 
-    `share`: the rung's compute over the recipe's. It sets batch and peak learning rate by `BATCH_EXPONENT` and
-    `LR_EXPONENT`. Warm-up, decay and stages keep their share of the run.
+    `compute_ratio`: the rung's compute divided by the recipe's. It sets batch and peak learning rate by
+    `BATCH_EXPONENT` and `LR_EXPONENT`. Warm-up, decay and stages stay the same fraction of the run.
     """
     training, block_size = recipe.training, recipe.data.block_size
     sequences, micro_batch_size = _batch(
-        training.tokens_per_step / block_size * share**BATCH_EXPONENT, training.micro_batch_size, num_processes
+        training.tokens_per_step / block_size * compute_ratio**BATCH_EXPONENT, training.micro_batch_size, num_processes
     )
     tokens_per_step = sequences * block_size
     num_steps = max(1, round(tokens / tokens_per_step))
-    part = num_steps / training.num_steps
-    lr_factor = share**LR_EXPONENT
+    steps_ratio = num_steps / training.num_steps
+    lr_factor = compute_ratio**LR_EXPONENT
     mapping = recipe.model_dump(mode="json")
     mapping["optimizer"]["lr"] = float(f"{recipe.optimizer.lr * lr_factor:.4g}")
     mapping["training"] |= {
@@ -213,16 +226,19 @@ def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: in
         "stop_after": None,
     }
     scheduler = mapping["scheduler"]
-    scheduler["num_warmup_steps"] = _steps(scheduler["num_warmup_steps"], part)
+    scheduler["num_warmup_steps"] = _scale_steps(scheduler["num_warmup_steps"], steps_ratio)
     for key, value in scheduler["scheduler_specific_kwargs"].items():
         if isinstance(value, int) and (key.endswith("_steps") or key == "timescale"):
-            scheduler["scheduler_specific_kwargs"][key] = _steps(value, part)
-        elif isinstance(value, (int, float)) and key in ("min_lr", "lr_end"):  # learning rates, not shares of the peak
+            scheduler["scheduler_specific_kwargs"][key] = _scale_steps(value, steps_ratio)
+        elif isinstance(value, (int, float)) and key in (
+            "min_lr",
+            "lr_end",
+        ):  # learning rates, not fractions of the peak
             scheduler["scheduler_specific_kwargs"][key] = value * lr_factor
     whole = training.num_steps * training.tokens_per_step
     for stage in mapping["data"]["stages"]:
         stage["from_tokens"] = max(1, int(stage["from_tokens"] * num_steps * tokens_per_step / whole))
-    # The laws use only the last loss. A rung that is interrupted repeats a quarter at most.
+    # The laws use only the last loss. An interrupted rung repeats at most a quarter of its steps.
     mapping["evaluation"] = {}
     mapping["checkpoint"] |= {"every_steps": max(1, num_steps // 4), "keep_last": 1, "keep_every": None}
     mapping["hub"]["repo_id"] = None  # rungs are not published
@@ -231,23 +247,23 @@ def _rung_mapping(recipe: Recipe, tokens: float, share: float, num_processes: in
     return mapping
 
 
-def _steps(number: int, part: float) -> int:
+def _scale_steps(number: int, ratio: float) -> int:
     """Steps of a phase in a shorter run; at least one, if the phase had any."""
-    return max(min(number, 1), int(number * part))
+    return max(min(number, 1), int(number * ratio))
 
 
 def _batch(sequences: float, micro_batch_size: int, num_processes: int) -> tuple[int, int]:
-    """Sequences of a step and the micro-batch of a process, near `sequences` and up to `micro_batch_size`.
+    """Sequences per step, near `sequences`, and the micro-batch of a process, up to `micro_batch_size`.
 
-    Takes the largest micro-batch with which the number of sequences is within 10 % of `sequences`.
+    Takes the largest micro-batch with which the number of sequences is within 10% of `sequences`.
     """
     for micro in range(micro_batch_size, 0, -1):
         number = max(1, round(sequences / (micro * num_processes))) * micro * num_processes
         if abs(number / sequences - 1) <= 0.1:
             return number, micro
-    shares = max(1, round(sequences / num_processes))
-    micro = next(m for m in range(min(micro_batch_size, shares), 0, -1) if shares % m == 0)
-    return shares * num_processes, micro
+    per_process = max(1, round(sequences / num_processes))
+    micro = next(m for m in range(min(micro_batch_size, per_process), 0, -1) if per_process % m == 0)
+    return per_process * num_processes, micro
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""A training that a ladder or a proof starts: a process of its own, with a user's recipe and engine."""
+"""A training run that a ladder or a proof starts in another process, with a user's recipe and engine."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from hfpretrain.recipe.schema import RecipeError
 
 
 class StartedRun(subprocess.Popen[bytes]):
-    """A training in the background.
+    """A training run in the background.
 
-    `command`: `launch_command` with recipe and overrides. `secrets`: addresses whose secrets are not in the recipe's
+    `command`: `launch_command` with recipe and overrides. `secrets`: addresses whose secrets are not in the recipe
     file.
     """
 
     def __init__(self, command: list[str], secrets: Sequence[str] = ()):
-        # Arguments of a command can be seen by other users of the machine, its environment can't.
+        # Other users of the machine can see the arguments of a command, but not its environment.
         env = {**os.environ, SECRETS: json.dumps(list(secrets))} if secrets else None
-        # A file, since a pipe that nobody reads would stop the training when it is full.
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
+        # A file, since a full pipe that nobody reads would block the training.
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the process
         super().__init__(command, stdout=subprocess.DEVNULL, stderr=self._messages, env=env)
 
     def finish(self, folder: Path) -> None:
-        """Wait for the end. Raises `RecipeError` with the last messages if the run in `folder` fails.
+        """Wait for the end of the run. Raises `RecipeError` with its last messages if the run in `folder` fails.
 
-        An exception while waiting, such as `KeyboardInterrupt`, also stops the training, which saves its state.
+        An exception while waiting, such as `KeyboardInterrupt`, stops the run, which saves its state.
         """
         try:
             self.wait()

@@ -1,1 +1,1 @@
-"""The Hub: repositories, the outbox of a run, the publisher and the model card."""
+"""The Hub: repositories, the outbox of a run, pushing in the background, and the model card."""

@@ -1,6 +1,6 @@
-"""The model card: what a run folder says about the model, as Hub metadata and text that a person may add to.
+"""The model card of a run: Hub metadata and text, to which a person may add.
 
-Generated text stands in blocks between two markers. Everything outside of them is a person's and is kept.
+Generated text stands in blocks between two markers. Text outside of the blocks was written by a person and is kept.
 
 <!-- hfpretrain: generated results, edits in here are lost -->
 ...
@@ -39,18 +39,18 @@ _BEGIN, _END = "<!-- hfpretrain: generated {}, edits in here are lost -->", "<!-
 _BLOCK = re.compile(r"<!-- hfpretrain: generated (\S+?),? [^>]*-->\n(.*?)<!-- hfpretrain: end -->\n?", re.DOTALL)
 _NO_METADATA = "---\n\n---\n"
 _LISTS = ("datasets", "language", "tags")
-_FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4}  # and the number of digits that each has in the table
+_FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4}  # with the number of digits of each in the table
 _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({arguments})
 tokenizer = AutoTokenizer.from_pretrained({arguments})"""
-_LIMITS = """A base model: it continues text, it does not follow instructions, and it repeats what its training text
-holds, errors and prejudices included."""
+_LIMITS = """This is a base model. It continues text and does not follow instructions. It repeats what its training text
+contains, including errors and prejudices."""
 
 
 @dataclass(frozen=True)
 class _Records:
-    """What a run folder says about the run, up to a step."""
+    """The records in a run folder, up to a step."""
 
     run: Path
     recipe: Recipe
@@ -60,16 +60,16 @@ class _Records:
 
     @classmethod
     def read(cls, run: Path, step: int | None) -> _Records:
-        """Read a run folder, raising `RecipeError` where it is none."""
+        """Read a run folder. Raises `RecipeError` if it is not one."""
         try:
             recipe = read_recipe(run / "recipe.yaml")
             environment, data = (json.loads((run / name).read_text("utf-8")) for name in _JSON_FILES)
         except (OSError, ValueError) as error:
-            raise RecipeError.at(str(run), f"is no run folder of this version of hfpretrain: {error}") from error
+            raise RecipeError.at(str(run), f"is not a run folder of this version of hfpretrain: {error}") from error
         return cls(run, recipe, environment, data, History.read(run / "metrics.jsonl", step))
 
     def evaluations(self) -> list[tuple[int, dict[str, dict[str, Any]]]]:
-        """Step and figures by validation set of the first and the last evaluation; those of all text under ""."""
+        """Step, and figures by validation set, of the first and the last evaluation. The key "" is all text."""
         found = []
         for row in self.history.evaluations:
             by_domain: dict[str, dict[str, Any]] = {"": {}}
@@ -110,14 +110,15 @@ class _Records:
 def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | None = None) -> None:
     """Write the card and the loss plot of a run folder into `model`, an exported folder.
 
-    `step`: that of the checkpoint, None at the end of the run. Text that a person wrote into an existing card is kept.
+    `step`: the step of the checkpoint, None at the end of the run. Text that a person wrote into an existing card is
+    kept.
     Raises `RecipeError` if `run` is not a run folder.
     """
     records = _Records.read(run, step)
     name = repo_id or records.recipe.hub.repo_id
     title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
     plot_loss(records.history, model / "loss.png", title)
-    if (model / files.SUMS).is_file():  # exports of older versions have none
+    if (model / files.SUMS).is_file():  # exports of older versions don't have the file
         try:
             files.add_sums(model, [model / "loss.png"])
         except ValueError as error:
@@ -125,26 +126,26 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
     text = _card(_metadata(records, title), _blocks(records, name, title, step))
     path = model / "README.md"
     try:
-        files.write_whole(path, update(path.read_text("utf-8"), text) if path.exists() else text)
+        files.write_atomically(path, with_edits(path.read_text("utf-8"), text) if path.exists() else text)
     except UnicodeDecodeError as error:
-        raise RecipeError.at(str(path), "is not UTF-8; move it away, and a new card is written") from error
+        raise RecipeError.at(str(path), "is not UTF-8; move it away, and a new card will be written") from error
 
 
-def keep_edits(path: Path, remote: str | None) -> None:
+def copy_hub_edits(path: Path, remote: str | None) -> None:
     """Copy what a person wrote into the card on the Hub, `remote`, to the card at `path`.
 
-    If both were edited, the card at `path` stays, and that of the Hub is written beside it as `README.hub.md`.
+    If both were edited, the card at `path` stays as it is, and the Hub's is written beside it as `README.hub.md`.
     """
     local = path.read_text(encoding="utf-8")
     if remote is None:
         return
     if not edits(local):
-        files.write_whole(path, update(remote, local))
+        files.write_atomically(path, with_edits(remote, local))
     elif edits(remote) not in edits(local):
-        files.write_whole(path.with_name("README.hub.md"), remote)
+        files.write_atomically(path.with_name("README.hub.md"), remote)
 
 
-def describe_export(run: Path, folder: Path, step: int, repo_id: str | None = None) -> None:
+def write_card_and_metrics(run: Path, folder: Path, step: int, repo_id: str | None = None) -> None:
     """Write the card and `metrics.json`, the figures of a step, into `folder`, the exported model of that step."""
     write_card(run, folder, step, repo_id)
     (folder / "metrics.json").write_text(json.dumps(_figures_at(run, step), indent=1), encoding="utf-8")
@@ -152,7 +153,7 @@ def describe_export(run: Path, folder: Path, step: int, repo_id: str | None = No
 
 
 def figures_text(run: Path, step: int) -> str:
-    """The newest figures measured up to a step, one a line, for the message of a commit."""
+    """The newest figures measured up to a step, one per line, for a commit message."""
     found = {key: value for key, value in _figures_at(run, step).items() if isinstance(value, (int, float))}
     return "\n".join(
         f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}" for key, value in found.items()
@@ -163,12 +164,12 @@ def _figures_at(run: Path, step: int) -> dict[str, Any]:
     return History.read(run / "metrics.jsonl", step).figures
 
 
-def update(old: str, new: str) -> str:
+def with_edits(old: str, new: str) -> str:
     """The card `new` with a person's edits of `old`.
 
-    Text outside of the blocks, the order of the blocks and their removal are kept. If both cards have a
-    metadata key, the value of `new` wins, but datasets, languages and tags are merged, and results of other models
-    stay.
+    Text outside of the blocks is kept. Blocks stay in the order of `old`, and a block that `old` lacks is not added
+    again. If both cards have a metadata key, the value of `new` is used, but datasets, languages and tags are merged,
+    and results of other models stay.
     """
     card, generated = _parse(old), _parse(new)
     blocks: dict[str, str] = dict(_BLOCK.findall(generated.text))
@@ -178,21 +179,21 @@ def update(old: str, new: str) -> str:
         card.text = card.text.rstrip("\n") + "\n" + generated.text
     else:
         card.text = generated.text
-    for key, value in _merged(card.data.to_dict(), generated.data.to_dict()).items():
+    for key, value in _merged_metadata(card.data.to_dict(), generated.data.to_dict()).items():
         card.data[key] = value
     return str(card)
 
 
 def edits(card: str) -> str:
-    """The text of a card outside of the generated blocks, which a person has written."""
+    """The text of a card outside of the generated blocks, which a person wrote."""
     return _BLOCK.sub("", _parse(card).text).strip()
 
 
 def _parse(text: str) -> RepoCard:
-    """A card as metadata, `data`, and `text`.
+    """Parse a card into metadata, `data`, and `text`. Metadata that can't be parsed become part of the text.
 
-    Not a `ModelCard`: that merges the `model-index` entries of several models into one and raises for those that lack a
-    key (huggingface_hub 2.4). Metadata that a person has made unreadable stay as text.
+    `RepoCard` is used because `ModelCard` merges the `model-index` entries of several models into one and raises for
+    entries that lack a key (huggingface_hub 2.4).
     """
     from huggingface_hub import RepoCard
 
@@ -202,11 +203,11 @@ def _parse(text: str) -> RepoCard:
         return RepoCard(_NO_METADATA + text)
 
 
-def _merged(edited: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of a generated card with what a person has added to an older one."""
+def _merged_metadata(edited: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a generated card with what a person added to an older card."""
     merged = {**edited, **generated}
     for key in _LISTS:
-        both = [*_listed(generated.get(key)), *_listed(edited.get(key))]
+        both = [*_as_list(generated.get(key)), *_as_list(edited.get(key))]
         if both:
             merged[key] = list(dict.fromkeys(both))
     names = {entry.get("name") for entry in generated.get("model-index") or ()}
@@ -216,7 +217,7 @@ def _merged(edited: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -234,7 +235,7 @@ def _block(name: str, text: str) -> str:
 
 
 def _metadata(records: _Records, title: str) -> dict[str, Any]:
-    """What the Hub reads from a card, with the results as `model-index`."""
+    """The metadata of a card, with the results as `model-index`."""
     from huggingface_hub import ModelCardData
 
     section, datasets = records.recipe.hub, _hub_datasets(records.recipe.data)
@@ -253,9 +254,9 @@ def _metadata(records: _Records, title: str) -> dict[str, Any]:
     return dict(data.to_dict())
 
 
-# Results are `EvalResult`, not the newer `EvalResultEntry`: the Hub takes the latter only for datasets registered as
+# Results are `EvalResult`, not the newer `EvalResultEntry`: the Hub accepts the latter only for datasets registered as
 # benchmarks, with a task of that dataset's eval.yaml (https://huggingface.co/docs/hub/eval-results). The held-out text
-# of a run is no benchmark, and lm-eval's tasks have other names.
+# of a run is not such a dataset, and lm-eval's tasks have other names.
 
 
 def _validation_results(records: _Records, datasets: Sequence[str]) -> Iterable[EvalResult]:
@@ -299,9 +300,9 @@ def _hub_datasets(data: DataSection) -> list[str]:
 
 
 def _base_model(pretrained: str | None) -> str | None:
-    """The pretrained model, if it is one of the Hub."""
-    is_of_hub = pretrained is not None and repo_id_problem(pretrained) is None and not Path(pretrained).exists()
-    return pretrained if is_of_hub else None
+    """The pretrained model, if it is on the Hub."""
+    is_on_hub = pretrained is not None and repo_id_problem(pretrained) is None and not Path(pretrained).exists()
+    return pretrained if is_on_hub else None
 
 
 def _blocks(records: _Records, name: str | None, title: str, step: int | None) -> dict[str, str]:
@@ -339,7 +340,7 @@ def _validation_table(records: _Records) -> str:
         for domain, figures in by_domain.items():
             cells = " | ".join(_figure(figures, metric, digits) for metric, digits in _FIGURES.items())
             lines.append(f"| step {step:,}{f', {domain}' if domain else ''} | {cells} |")
-    caption = "In brackets 95 % intervals, drawn over documents."
+    caption = "In brackets: 95% confidence intervals, by bootstrap over documents."
     return "\n".join([*lines, "", caption]) if len(lines) > 2 else "No validation text was held out."
 
 
@@ -364,35 +365,34 @@ def _use(data: dict[str, Any], name: str, step: int | None) -> str:
 
 
 def _framing(data: dict[str, Any]) -> str:
-    """How to begin a prompt so that it looks like a document in training."""
+    """How to start a prompt so that it looks like a document in training."""
     if data.get("tokenizer_begins_documents"):
         return (
-            f"The tokenizer puts `{data['document_start']}` before a text, as it stood before every document in "
-            "training."
+            f"The tokenizer puts `{data['document_start']}` before a text. In training, it stood before every document."
         )
     return f"Begin a prompt with `{data['document_start']}` to start a document; the tokenizer does not add it."
 
 
 def _samples(records: _Records, step: int | None) -> str:
-    """The texts generated at the last evaluation, and that of the export."""
+    """The texts generated at the last evaluation and at the export."""
     newest: list[dict[str, Any]] = []
     for sample in iterate_metrics(records.run / "samples.jsonl"):
         if step is None or sample["step"] <= step:
             newest = [*(newest if newest and newest[0]["step"] == sample["step"] else []), sample]
     parts = [
-        f"{how} from {sample['prompt']!r}, at step {sample['step']:,}:\n\n{_fenced(sample[kind])}"
+        f"{how}, from {sample['prompt']!r}, at step {sample['step']:,}:\n\n{_fenced(sample[kind])}"
         for sample in newest
-        for kind, how in (("greedy", "Greedily"), ("drawn", "Drawn"))
+        for kind, how in (("greedy", "Greedy"), ("drawn", "Sampled"))
     ]
     exported = records.history.exported
     if exported and exported["export/sample"] is not None:
-        how = "Drawn with top-k 50 at temperature 0.8, seed 0, from an empty prompt:"
+        how = "Sampled with top-k 50 at temperature 0.8, seed 0, from an empty prompt:"
         parts.append(f"{how}\n\n{_fenced(exported['export/sample'])}")
     return "\n\n".join(["## Samples", *parts]) if parts else ""
 
 
 def _sources(data: dict[str, Any]) -> str:
-    """A line for each source: its name, what was read of it, the revision of a Hub dataset."""
+    """A line for each source: its name, which part was read, and the revision of a Hub dataset."""
     lines = []
     sources = strip_folders(data["sources"])
     for number, (source, identity) in enumerate(zip(sources, data["identities"], strict=True)):
@@ -400,7 +400,8 @@ def _sources(data: dict[str, Any]) -> str:
         details += [
             f"{key} `{source[key]}`" for key in ("domain", "name", "split", "data_files", "weight") if source.get(key)
         ]
-        # A Hub dataset has its commit, in older versions alone; files have name, size and checksum each.
+        # The identity of a Hub dataset holds its commit: in a mapping, or alone in older versions. That of files holds
+        # each name, size and checksum.
         if isinstance(identity[0], dict):
             details.append(f"revision `{identity[0]['commit']}`")
         elif len(identity) == 1 and isinstance(identity[0], str):
@@ -410,7 +411,7 @@ def _sources(data: dict[str, Any]) -> str:
 
 
 def _training(records: _Records) -> str:
-    """Facts of the training as a list; those that are not known are left out."""
+    """Facts about the training as a list. Facts that are not known are left out."""
     recipe, environment, history = records.recipe, records.environment, records.history
     last, tokens_per_step = history.logged, recipe.training.tokens_per_step
     parts = segments.segments_of(environment, last.get("step", 0))
@@ -420,7 +421,7 @@ def _training(records: _Records) -> str:
         hardware.append(f"{steps}{place}")
         seconds = table.mean_seconds_per_step(history.speeds(), tokens_per_step, first - 1, end)
         if seconds is None:
-            continue  # trained in another folder, whose metrics.jsonl has the figures
+            continue  # these steps were trained in another folder, whose metrics.jsonl has the figures
         speed = f"{steps}{tokens_per_step / seconds:,.0f} tokens/s"
         if last.get("mfu") and end == last["step"]:
             mfu = last["mfu"] / last["tokens_per_second"] * tokens_per_step / seconds
@@ -442,7 +443,7 @@ def _training(records: _Records) -> str:
         "peak memory of a process": f"{last['peak_memory_bytes'] / 2**30:,.2f} GiB" if last else None,
         "emissions": f"{emissions['emissions']:,} g CO2 (codecarbon)" if emissions else None,
         "precision": ", then ".join(precisions),
-        "weights": f"{dtype}, {'as training kept them' if dtype == 'float32' else 'rounded from float32'}",
+        "weights": f"{dtype}, {'as in training' if dtype == 'float32' else 'rounded from float32'}",
         "attention across documents": "no" if environment["document_masking"] else "yes",
     }
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
@@ -450,7 +451,7 @@ def _training(records: _Records) -> str:
 
 def _reproduce(recipe: Recipe, environment: dict[str, Any]) -> str:
     engine, number, versions = environment["engine"], environment["num_processes"], environment["versions"]
-    # Package registries have no local versions such as torch's `+cpu`.
+    # Package registries don't have local versions such as torch's `+cpu`.
     pins = [f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "hfpretrain"]
     commit = f", commit {environment['commit']}" if environment["commit"] else ""
     commands = [
@@ -461,8 +462,8 @@ def _reproduce(recipe: Recipe, environment: dict[str, Any]) -> str:
     ]
     mapping = recipe.model_dump(mode="json")
     public = strip_folders(mapping, texts=("prompts",))
-    cut = "" if public == mapping else ", in which folders of the machine are left out"
-    intro = f"## Reproduce\n\nWith the recipe below as `recipe.yaml`{cut}:"
+    note = "" if public == mapping else " (without the names of local folders)"
+    intro = f"## Reproduce\n\nWith the recipe below as `recipe.yaml`{note}:"
     details = f"<details><summary>recipe.yaml</summary>\n\n{_fenced(dump_mapping(public), 'yaml')}\n\n</details>"
     return "\n\n".join([intro, _fenced("\n".join(commands), "sh"), details])
 
@@ -472,8 +473,8 @@ def _limits(records: _Records) -> str:
     text = "## Limits\n\n" + _LIMITS + "".join(notes)
     if exported := records.history.exported:
         text += (
-            f" The export was loaded in a fresh process and gave a loss of {exported['export/loss_export']:.6f} on a "
-            f"stored batch; the training process {exported['export/loss_training']:.6f}."
+            " The export was loaded in a new process. Its loss on a stored batch was "
+            f"{exported['export/loss_export']:.6f}, and {exported['export/loss_training']:.6f} in the training process."
         )
     return text
 

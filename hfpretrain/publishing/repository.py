@@ -1,6 +1,6 @@
 """A model repo on the Hub: one revision for each checkpoint, which never changes, and the export on `main`.
 
-huggingface_hub finds the token by itself at each request; nothing here reads it.
+huggingface_hub finds the token itself at each request. This module does not read it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from hfpretrain import files
 from hfpretrain.recipe.hub import NotPushableError
 
+_COMMIT_MESSAGE = "Upload from hfpretrain"
+
 
 class Repo:
     """A model repo, created by the first call that needs it.
@@ -24,23 +26,24 @@ class Repo:
     def __init__(self, repo_id: str, private: bool):
         from huggingface_hub import HfApi
 
-        self._api, self._asked, self._private = HfApi(), repo_id, private
+        self._api, self._requested_id, self._private = HfApi(), repo_id, private
         self._repo_id: str | None = None
 
     def open(self) -> str:
         """Create the repo if it does not exist, and return its full name."""
         if self._repo_id is None:
-            self._repo_id = self._api.create_repo(self._asked, private=self._private, exist_ok=True).repo_id
+            self._repo_id = self._api.create_repo(self._requested_id, private=self._private, exist_ok=True).repo_id
         return self._repo_id
 
     def tags(self) -> set[str]:
         """Names of the complete revisions: a revision gets its tag last."""
         return set(self._refs()[0])
 
-    def revision(self, name: str, title: str, file: str) -> str | None:
+    def revision_commit(self, name: str, title: str, required_file: str) -> str | None:
         """The commit of the revision `name`, None if it is missing or incomplete.
 
-        Raises `NotPushableError` if its commit has another title or lacks `file`: a revision is never replaced.
+        A revision is never replaced: raises `NotPushableError` if its commit has another title or lacks
+        `required_file`.
         """
         tags, branches = self._refs()
         if name in tags or name in branches:
@@ -49,19 +52,19 @@ class Repo:
             wrong = None
             if newest.title != title and (name in tags or older):  # without older commits it is a new branch
                 wrong = f"another {name} ({newest.title!r})"
-            elif name in tags and not self._api.file_exists(self.open(), file, revision=commit):
-                wrong = f"{name} without {file}"
+            elif name in tags and not self._api.file_exists(self.open(), required_file, revision=commit):
+                wrong = f"{name} without {required_file}"
             if wrong is not None:
-                raise NotPushableError(f"{self.open()} has {wrong}; push to a repo of its own")
+                raise NotPushableError(f"{self.open()} has {wrong}; push to another repo")
             return commit if name in tags else None
         return None
 
     def push_revision(self, name: str, title: str, description: str, files: Mapping[str, Path]) -> str:
         """Push `files`, by their path in the repo, as one commit on a branch `name` with a tag `name`.
 
-        If it was stopped anywhere, another call does what is missing. The branch begins at the repo's first commit, so
-        it has no files of `main`. Branch and tag point to the same commit, so it does not matter which of them
-        `from_pretrained(revision=name)` takes. Returns the commit.
+        If a call was interrupted, another call does the rest. The branch starts at the repo's first commit, so it has
+        no files of `main`. Branch and tag point to the same commit, so it does not matter which of them
+        `from_pretrained(revision=name)` uses. Returns the commit.
         """
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import HfHubHTTPError
@@ -79,8 +82,8 @@ class Repo:
         try:
             self._api.create_tag(repo_id, tag=name, revision=commit, tag_message=title)
         except HfHubHTTPError as error:
-            # 409: the name exists. An earlier request may have made the tag although its answer was lost; a server may
-            # also count the branch of the same name.
+            # 409: the name exists. An earlier request may have created the tag although its response was lost. A server
+            # may also answer 409 because of the branch of the same name.
             if error.response.status_code != 409 or self._refs()[0].get(name, commit) != commit:
                 raise
         return commit
@@ -101,14 +104,14 @@ class Repo:
                     pass
             except SafetensorError as error:
                 raise NotPushableError(f"{path} is damaged: {error}") from error
-        old = [glob.escape(name) for name in self._exported() if not (folder / name).is_file()]
+        old = [glob.escape(name) for name in self._exported_files() if not (folder / name).is_file()]
         keywords: dict[str, Any] = {"delete_patterns": old, "ignore_patterns": [f"*{files.INCOMPLETE}"]}
         return str(
-            self._api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=_MESSAGE, **keywords).oid
+            self._api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=_COMMIT_MESSAGE, **keywords).oid
         )
 
-    def _exported(self) -> list[str]:
-        """Files of an earlier export on `main`: those in its list of checksums, or else the weights."""
+    def _exported_files(self) -> list[str]:
+        """Files of an earlier export on `main`: those in its SHA256SUMS, or only the weights without that file."""
         names = self._api.list_repo_files(self.open())
         if files.SUMS in names:
             path = Path(self._api.hf_hub_download(self.open(), files.SUMS, force_download=True))
@@ -118,7 +121,7 @@ class Repo:
                 return []
         return [name for name in names if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
 
-    def card(self) -> str | None:
+    def card_text(self) -> str | None:
         """The text of the card on `main`, None if there is no card."""
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -132,6 +135,3 @@ class Repo:
         refs = self._api.list_repo_refs(self.open())
         tags, branches = ({ref.name: ref.target_commit for ref in kind} for kind in (refs.tags, refs.branches))
         return tags, branches
-
-
-_MESSAGE = "Upload from hfpretrain"

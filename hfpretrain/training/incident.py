@@ -50,7 +50,7 @@ def write(output_dir: Path, content: dict[str, Any], number: int, records: Recor
     if records.is_main:
         try:
             path.parent.mkdir(exist_ok=True)
-            files.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
+            files.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False))
         except OSError as error:
             records.print_line(f"{path} can't be written: {error.strerror}")
     return path

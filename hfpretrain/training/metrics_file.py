@@ -30,7 +30,7 @@ class MetricsFile:
         """Drop the lines of later steps than `step`, or all lines if it is None. Reads only the end of the file."""
         try:
             if step is None or not self._path.exists():
-                files.write_whole(self._path, "")
+                files.write_atomically(self._path, "")
             else:
                 _cut(self._path, step)
         except OSError as error:

@@ -15,10 +15,10 @@ class Publisher(Protocol):
     def start(self) -> None:
         """Start pushing the checkpoints that are not on the Hub yet."""
 
-    def keep(self, checkpoint: Path) -> None:
+    def add_checkpoint(self, checkpoint: Path) -> None:
         """Keep a sealed checkpoint until it is pushed."""
 
-    def news(self) -> list[tuple[str, dict[str, Any]]]:
+    def new_messages(self) -> list[tuple[str, dict[str, Any]]]:
         """Return what happened since the last call, as sentences with values."""
 
     def finish(self, stopped: Callable[[], bool]) -> None:
@@ -31,8 +31,8 @@ class Publisher(Protocol):
         """Stop pushing at once."""
 
 
-def record_news(publisher: Publisher, records: Records, step: int) -> None:
+def record_publishing(publisher: Publisher, records: Records, step: int) -> None:
     """Record and print what was pushed, or could not be, since the last call."""
-    for text, values in publisher.news():
+    for text, values in publisher.new_messages():
         records.write_event(step, text, **values)
         records.print_line(text)

@@ -230,7 +230,7 @@ class Records:
         try:
             plot_loss(self.history(), self._output_dir / "loss.png", self._output_dir.name)
         except OSError as error:
-            self.print_line(f"the loss plot can't be written: {files.refusal(error) or error}")
+            self.print_line(f"the loss plot can't be written: {files.disk_error(error) or error}")
 
     def close(self) -> None:
         """End the progress bar."""

@@ -80,12 +80,12 @@ def write_run_files(setup: Setup, state: TrainState) -> None:
         "framing": describe_framing(setup.tokenizer),
     }
     for name, content in ((DATA, json.dumps(redact_all(data), indent=1)), ("recipe.yaml", dump_recipe(setup.recipe))):
-        files.write_whole(folder / name, content)
-    files.write_whole(folder / "optimizer.json", json.dumps(setup.optimizer_groups, indent=1))
+        files.write_atomically(folder / name, content)
+    files.write_atomically(folder / "optimizer.json", json.dumps(setup.optimizer_groups, indent=1))
     path = folder / ENVIRONMENT
     # A finished run that is started again trains nothing, so the file keeps what it was trained with.
     if state.step < setup.recipe.training.num_steps or not path.exists():
-        files.write_whole(path, json.dumps(environment(setup) | {"segments": state.segments}, indent=1))
+        files.write_atomically(path, json.dumps(environment(setup) | {"segments": state.segments}, indent=1))
 
 
 def run_summary(

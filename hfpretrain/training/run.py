@@ -30,7 +30,7 @@ from hfpretrain.training import report, run_folder
 from hfpretrain.training.feed import Feed
 from hfpretrain.training.loop import fit, rehearse
 from hfpretrain.training.profiler import Profiler
-from hfpretrain.training.publisher import Publisher, record_news
+from hfpretrain.training.publisher import Publisher, record_publishing
 from hfpretrain.training.records import Records, start_tracker
 from hfpretrain.training.restore import find_newest_checkpoint, restore
 from hfpretrain.training.saving import RESUME_ADVICE, RunSaver
@@ -118,7 +118,7 @@ def _train(
         prepared=setup.prepared,
         tokenizer=setup.tokenizer,
         token_bytes=setup.token_bytes,
-        validates=recipe.data.has_validation,
+        has_validation=recipe.data.has_validation,
         document_masking=setup.document_masking,
         micro_batch_size=recipe.training.micro_batch_size,
         block_size=recipe.data.block_size,
@@ -170,7 +170,7 @@ def _train(
     model_path = _finish(setup, state, first_step, feed.example(), records, watch, write_card)
     watch.stop_watching()
     publisher.finish(stops.due)
-    record_news(publisher, records, state.step)
+    record_publishing(publisher, records, state.step)
     if (text := publisher.table()) != "":
         print("", text, sep="\n", flush=True)
     return model_path
@@ -200,7 +200,7 @@ def _save_and_stop(
         saver.save(in_background=False)
     saver.record(is_last=True)
     publisher.close()
-    record_news(publisher, records, state.step)
+    record_publishing(publisher, records, state.step)
     left = stops.seconds_left()
     text = f"stopped by {stops.reason or 'another rank'} at step {state.step}"
     text += f"; saving took {time.perf_counter() - start:.1f} s"

@@ -13,7 +13,7 @@ from hfpretrain.checkpoints import saver
 from hfpretrain.data.ledger import LEDGER
 from hfpretrain.data.streaming import save_lane_states
 from hfpretrain.recipe.yaml import dump_recipe
-from hfpretrain.training.publisher import Publisher, record_news
+from hfpretrain.training.publisher import Publisher, record_publishing
 from hfpretrain.training.records import Records
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
@@ -57,7 +57,7 @@ class RunSaver:
             "undecayed": setup.undecayed,
         }
         self._saver = saver.Saver(
-            setup.output_dir / "checkpoints", setup.recipe.checkpoint, saving_group, publisher.keep
+            setup.output_dir / "checkpoints", setup.recipe.checkpoint, saving_group, publisher.add_checkpoint
         )
         self.saved_step = saved_step
 
@@ -92,7 +92,7 @@ class RunSaver:
         Training continues after a failed save, but with `is_last`, for the last save of the run, this raises
         `NotSavedError`.
         """
-        record_news(self._publisher, self._records, self._state.step)
+        record_publishing(self._publisher, self._records, self._state.step)
         for saved in self._saver.take_results():
             self._stops.record_save_time(saved.seconds)
             if saved.error is None:

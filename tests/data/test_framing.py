@@ -213,7 +213,7 @@ def test_evaluation_and_tasks_begin_a_text_as_training_did(framed):
         assert found["tokens"] == tokens and found["loss"] == pytest.approx(expected / tokens, rel=1e-5)
     adapter = shared_language_model(model, own, torch.device("cpu"), 4, Processes())
     assert adapter.tok_encode("the river") == own("the river")["input_ids"]
-    with adapter.working():
+    with adapter.answering_together():
         rolling = adapter._compute("loglikelihood_rolling", [(text,) for text in texts])
         pairs = adapter._compute("loglikelihood", [("the river", " runs"), ("", "the river")])
     ends = sum(_logprob(model, [*own(text)["input_ids"]], EOS) for text in texts)

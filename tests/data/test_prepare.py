@@ -64,9 +64,9 @@ def test_a_killed_preparation_resumes_and_ends_with_the_same_bytes(folder, small
     interrupted = recipe(folder)
     # Slow down the end of each part a little, so that kills are likely to hit it.
     program = (
-        f"{SMALL}; import sys, time; entries = p.files.entries\n"
+        f"{SMALL}; import sys, time; entries = p.files.checksum_entries\n"
         "def slow(folder, paths):\n    time.sleep(0.03); return entries(folder, paths)\n"
-        "p.files.entries = slow\n"
+        "p.files.checksum_entries = slow\n"
         "from hfpretrain.data.prepare import prepare; from hfpretrain import load_recipe\n"
         "prepare(load_recipe(sys.argv[1]))"
     )
@@ -95,9 +95,9 @@ def test_a_preparation_survives_ten_kills_at_random_moments(folder, small_parts)
     changes = {"data__deduplicate": True, "data__packing": "best_fit", "tokenizer__vocab_size": 2000}
     expected = checksums(prepare(recipe(folder, **changes, data__prepared_dir=str(folder / "straight"))).path)
     program = (
-        f"{SMALL}; import sys, time; entries = p.files.entries\n"
+        f"{SMALL}; import sys, time; entries = p.files.checksum_entries\n"
         "def slow(folder, paths):\n    time.sleep(0.2); return entries(folder, paths)\n"
-        "p.files.entries = slow\n"
+        "p.files.checksum_entries = slow\n"
         "from hfpretrain.data.prepare import prepare; from hfpretrain import load_recipe\n"
         "prepare(load_recipe(sys.argv[1]))"
     )
@@ -429,13 +429,13 @@ def test_a_failing_network_is_an_error_and_skips_no_document(folder, monkeypatch
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(folder, monkeypatch):
-    entries = files.entries
+    entries = files.checksum_entries
 
     def grow(*arguments):  # at the end of a part
         write_jsonl(folder / "corpus.jsonl", small_text(201))
         return entries(*arguments)
 
-    monkeypatch.setattr(files, "entries", grow)
+    monkeypatch.setattr(files, "checksum_entries", grow)
     with pytest.raises(RecipeError, match="changed while it was prepared"):
         prepare(recipe(folder))
 
@@ -623,7 +623,7 @@ def test_records_of_verified_folders_are_dropped_with_the_folder_or_when_old(tmp
         (tmp_path / f"{name}.incomplete" / "a").write_text("content")
         files.seal(tmp_path / f"{name}.incomplete", tmp_path / name, {})
         files._drop_old_records.cache_clear()
-        files.remember(tmp_path / name)
+        files.record_as_verified(tmp_path / name)
 
     for name in ("kept", "gone", "old", "used"):
         sealed(name)

@@ -236,7 +236,7 @@ def test_schedule_free_is_the_same_under_an_engine_that_shards_and_exports_what_
         checkpoint, exported = run / "checkpoints" / "step-00000008", load_file(run / "model" / "model.safetensors")
         trained = pieces.load_whole_tensors(checkpoint, ["model"])
         assert not any(torch.equal(exported[key], trained[key]) for key in exported)
-        outbox.put(checkpoint, run / "outbox")
+        outbox.add_checkpoint(checkpoint, run / "outbox")
         publisher.export_checkpoint(run, run / "outbox" / checkpoint.name, None)
         revision = load_file(run / "outbox" / checkpoint.name / "model" / "model.safetensors")
         for key, tensor in exported.items():

@@ -10,9 +10,9 @@ from hfpretrain.evaluation.downstream import Row
 from hfpretrain.recipe.schema import TokenizerSection
 
 MODELS = {
-    # It has a dropout of 0.1, and Trainer finds no loss by the name of its class.
+    # Its dropout is 0.1, and Trainer finds no loss by the name of its class.
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},
-    # It adds a balancing loss, which evaluation leaves out.
+    # Its loss includes a balancing loss, which evaluation does not include.
     "qwen3_moe": {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -38,7 +38,7 @@ CASES = [
 
 
 def train_tokenizer_with_bos(bos_token):
-    """A tokenizer without padding token that begins every text with BOS, as Llama's. BOS may be its EOS."""
+    """A tokenizer without padding token that puts BOS before every text, as Llama's does. BOS may be its EOS."""
     from tokenizers.processors import TemplateProcessing
 
     made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=300), small_text(50))
@@ -51,7 +51,7 @@ def train_tokenizer_with_bos(bos_token):
 
 
 @pytest.mark.parametrize(("model_type", "bos_token"), CASES)
-def test_first_losses_are_the_evaluated_ones(tmp_path, model_type, bos_token):
+def test_first_losses_equal_the_evaluated_losses(tmp_path, model_type, bos_token):
     tokenizer = train_tokenizer_with_bos(bos_token)
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, vocab_size=320, initializer_range=0.3, **MODELS[model_type])
@@ -71,15 +71,15 @@ def test_first_losses_are_the_evaluated_ones(tmp_path, model_type, bos_token):
     assert any("model.loss_type" in note for note in report["notes"]) == (model_type == "gpt2")
 
 
-def test_another_loss_or_number_of_tokens_does_not_hold():
-    assert Row("", 10, 3.0, 3.000009, 10).holds
-    assert not Row("", 10, 3.0, 3.000011, 10).holds and not Row("", 10, 3.0, 3.0, 11).holds
+def test_a_row_with_another_loss_or_number_of_tokens_is_not_equal():
+    assert Row("", 10, 3.0, 3.000009, 10).is_equal
+    assert not Row("", 10, 3.0, 3.000011, 10).is_equal and not Row("", 10, 3.0, 3.0, 11).is_equal
 
 
-def test_a_text_must_be_named(tmp_path):
+def test_downstream_fails_without_a_text(tmp_path):
     for arguments, message in (
-        (["verify", str(tmp_path), "--downstream"], "give a file or a recipe"),
-        (["verify", str(tmp_path), "--data", "x.txt"], "goes with --downstream"),
+        (["verify", str(tmp_path), "--downstream"], "--data"),
+        (["verify", str(tmp_path), "--data", "x.txt"], "only with --downstream"),
     ):
         result = hfpretrain(*arguments)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

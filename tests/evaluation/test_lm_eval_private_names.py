@@ -1,4 +1,4 @@
-"""Private names of lm-eval that hfpretrain/evaluation uses. Each message says what to do without them."""
+"""Private names of lm-eval that hfpretrain/evaluation uses. Each message explains what to do if a name is gone."""
 
 import inspect
 
@@ -7,7 +7,7 @@ import lm_eval.api.task
 from lm_eval.models.huggingface import HFLM
 
 
-def test_requests_of_tokens_go_through_one_method():
+def test_all_token_requests_use_one_private_method():
     message = (
         "HFLM._loglikelihood_tokens has changed: lm_eval_tasks.SharedLanguageModel turns its progress bar off there"
     )
@@ -15,8 +15,10 @@ def test_requests_of_tokens_go_through_one_method():
     assert list(parameters) == ["self", "requests", "disable_tqdm", "override_bs"], message
 
 
-def test_tasks_have_a_progress_bar_of_their_own():
-    message = "lm_eval.api.task.tqdm is gone: lm_eval_tasks.Tasks turns this bar off; find where it is made now"
+def test_tasks_have_their_own_progress_bar():
+    message = (
+        "lm_eval.api.task.tqdm is gone: lm_eval_tasks.Tasks turns this progress bar off; find where it is created now"
+    )
     assert hasattr(lm_eval.api.task, "tqdm"), message
 
 

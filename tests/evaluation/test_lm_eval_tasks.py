@@ -1,4 +1,4 @@
-"""Downstream tasks by lm-eval: the same figures under every engine, on the export, and by lm-eval itself."""
+"""Downstream tasks of lm-eval: the figures are the same with every engine, on the export, and in lm-eval itself."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ DOCUMENTS = [text[:60] for text in small_text(7, seed=1)]
 
 @pytest.fixture(scope="module")
 def tasks_folder(tmp_path_factory):
-    """A multiple choice, a text to score and one to continue."""
+    """A folder with three tasks: multiple choice, a text to score and a text to continue."""
     folder = tmp_path_factory.mktemp("tasks")
     questions = [
         {"question": f"the river {word} under", "choices": ["stone", "light", "quiet water"], "answer": at % 3}
@@ -59,7 +59,7 @@ def tasks_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tasks_folder):
-    """A function that trains one recipe under an engine and returns the run's folder; a run is made once."""
+    """A function that trains a recipe with an engine and returns the run folder. Each engine is trained once."""
     folder = tmp_path_factory.mktemp("runs")
     write_jsonl(folder / "corpus.jsonl", small_text(200))
     wanted = {
@@ -96,7 +96,7 @@ def test_two_processes_with_half_a_model_each_give_the_same_figures(runs):
         assert alone[step] == pytest.approx(sharded[step], rel=1e-5)
 
 
-def test_the_export_has_the_figures_of_the_run(runs, tasks_folder):
+def test_the_export_gives_the_figures_of_the_run(runs, tasks_folder):
     alone = rows(runs(), "tasks/river_text/bits_per_byte")
     names = "river_choice,river_text,river_continued"
     model = str(runs() / "model")
@@ -108,7 +108,7 @@ def test_the_export_has_the_figures_of_the_run(runs, tasks_folder):
     )
 
 
-def test_figures_are_those_of_lm_eval_itself_and_of_token_perplexity(runs, tasks_folder):
+def test_figures_equal_those_of_lm_eval_itself_and_of_token_perplexity(runs, tasks_folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -139,7 +139,7 @@ def test_figures_are_those_of_lm_eval_itself_and_of_token_perplexity(runs, tasks
     assert row["tasks/river_text/word_perplexity"] == pytest.approx(math.exp(nll / words), rel=1e-4)
 
 
-def test_what_cannot_be_evaluated_is_refused_at_the_start(folder, tasks_folder):
+def test_tasks_that_do_not_load_are_refused_at_the_start(folder, tasks_folder):
     def refused(**changes):
         section = {"tasks": ("river_text",), "include_path": str(tasks_folder), **changes}
         with pytest.raises(RecipeError) as caught:
@@ -147,9 +147,9 @@ def test_what_cannot_be_evaluated_is_refused_at_the_start(folder, tasks_folder):
         return str(caught.value)
 
     assert "did you mean river_text" in refused(tasks=("river_txt",))
-    assert "there is no folder" in refused(include_path=str(folder / "none"))
+    assert "does not exist" in refused(include_path=str(folder / "none"))
     (folder / "broken.yaml").write_text((tasks_folder / "river_text.yaml").read_text().replace("documents", "gone"))
-    assert "not all of these load" in refused(include_path=str(folder))
+    assert "loading river_text failed" in refused(include_path=str(folder))
     wanted = {"tasks": ["river_txt"], "include_path": str(tasks_folder)}
     result = train(write_recipe(folder, evaluation__lm_eval=wanted))
     assert result.returncode == 2 and "evaluation.lm_eval.include_path: task files in" in result.stderr

@@ -23,7 +23,12 @@ def test_padding_changes_no_token(config, context):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     lengths = set()
     model.register_forward_pre_hook(lambda _, __, kw: lengths.add(kw["input_ids"].shape[1]), with_kwargs=True)
-    keywords = {"context": context, "eos_token_id": 63, "device": torch.device("cpu"), "agree": lambda choice: choice}
+    keywords = {
+        "context": context,
+        "eos_token_id": 63,
+        "device": torch.device("cpu"),
+        "broadcast": lambda choice: choice,
+    }
     made = continue_text(model, [1, 2, 3], 50, **keywords)
     assert lengths <= {32, context}
     expected: list[int] = []

@@ -18,7 +18,7 @@ from hfpretrain.recipe.schema import RecipeError
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model, the same with noise in its weights, one with another tokenizer, and text."""
+    """A model (a), the same with noise in its weights (b), one with another tokenizer (c), and text."""
     folder = tmp_path_factory.mktemp("score")
     write_jsonl(folder / "corpus.jsonl", small_text(200))
     write_jsonl(folder / "new.jsonl", small_text(40, seed=5))
@@ -51,14 +51,14 @@ def test_several_files_are_scored_together_and_apart(models):
     assert (
         report["one/loss_interval"] is None and report["loss_interval"][0] < report["loss"] < report["loss_interval"][1]
     )
-    assert report["context"] == "blocks of 64 tokens; a longer document goes on in the next"
+    assert report["context"] == "blocks of 64 tokens; a longer document continues in the next"
 
 
-def test_a_stride_of_a_block_is_the_blocks(models):
+def test_a_stride_of_the_block_size_gives_the_blocks(models):
     command = ["evaluate", models / "a" / "model", "--data", models / "new.jsonl", "--block-size", 32]
     blocks, slid, finer = (run(*command, *extra) for extra in ((), ("--stride", 32), ("--stride", 4)))
     assert slid == blocks and finer["context"].startswith("32 tokens, sliding by 4")
-    assert finer["tokens"] > blocks["tokens"]  # each block's first token has a context now
+    assert finer["tokens"] > blocks["tokens"]  # the first token of each later block has a context now
 
 
 def test_two_checkpoints_are_compared_on_the_same_documents(models):
@@ -78,10 +78,10 @@ def test_two_checkpoints_are_compared_on_the_same_documents(models):
     assert other["bits_per_byte_difference"] == pytest.approx(other["a"]["bits_per_byte"] - other["b"]["bits_per_byte"])
 
 
-def test_what_cannot_be_scored_is_named(models):
+def test_evaluate_reports_missing_models_texts_and_wrong_strides(models):
     for arguments, message in (
-        ([models / "a" / "model"], "give a recipe or --data FILE"),
-        ([models / "a" / "model", "--data", "none.txt"], "no such file: none.txt"),
+        ([models / "a" / "model"], "give either a recipe or --data FILE"),
+        ([models / "a" / "model", "--data", "none.txt"], "--data: there is no file none.txt"),
         ([models / "none", "--data", models / "one.txt"], "model: there is no file or folder"),
         ([models / "a" / "model", "--data", models / "one.txt", "--stride", 99], "--stride: 99 must be between"),
     ):
@@ -105,17 +105,17 @@ def test_unknown_tokens_do_not_lower_bits_per_byte(models, tmp_path):
     report = evaluate_perplexity(model, [text], tokenizer=words)
     ids = torch.tensor([[2, 1, 1, 3, 0]])
     log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    # The first token is not predicted: of the 10 bytes that the tokens spell, 7 are left, and as much of the text.
+    # The first token is not predicted: of the 10 bytes of all tokens 7 are scored, so 0.7 of the text's bytes count.
     expected = -log_p[range(3), ids[0, 1:4]].sum().item() / (0.7 * len(text) * math.log(2))
     assert report["unknown_tokens"] == 2 and report["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     model.save_pretrained(tmp_path / "words")
     words.save_pretrained(tmp_path / "words")
     (tmp_path / "text.txt").write_text(text)
     message = refused("compare", models / "a" / "model", tmp_path / "words", "--data", tmp_path / "text.txt")
-    assert "2 tokens of" in message and "stand for text that its tokenizer does not know" in message
+    assert "data: " in message and "2 unknown tokens" in message
 
 
-def test_a_checkpoint_that_is_not_whole_or_not_a_number_is_refused(models, tmp_path):
+def test_a_checkpoint_with_missing_or_nan_weights_is_refused(models, tmp_path):
     path, data = models / "a" / "model", ("--data", models / "new.jsonl")
     for name, change in (
         ("lacking", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight")),
@@ -126,46 +126,46 @@ def test_a_checkpoint_that_is_not_whole_or_not_a_number_is_refused(models, tmp_p
         change(weights)
         save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     message = refused("evaluate", tmp_path / "lacking", *data)
-    assert "lacks 1 weights of a LlamaForCausalLM: model.layers.0.mlp" in message
-    assert "its loss is no number" in refused("evaluate", tmp_path / "nan", *data)
+    assert "lacks 1 weights of LlamaForCausalLM: model.layers.0.mlp" in message
+    assert "its loss is nan" in refused("evaluate", tmp_path / "nan", *data)
     assert f"did you mean {models / 'a'}?" in refused("generate", models, "the river")
     shutil.copytree(path, tmp_path / "small")
     small = AutoModelForCausalLM.from_pretrained(path)
     small.resize_token_embeddings(100)
     small.save_pretrained(tmp_path / "small")
-    assert "where the model has 100 embeddings" in refused("evaluate", tmp_path / "small", *data)
+    assert "the model has only 100 embeddings" in refused("evaluate", tmp_path / "small", *data)
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([""], "data: there is no text to evaluate on"),
-        ({"a": [], "b": ["the river"]}, "data.a: there is no text"),
-        ({"a": "the river"}, "texts.a: is one str; give a list"),
-        (3, "texts: is one int; give a list"),
-        ([None], "texts.0: is a NoneType, not a text"),
-        (["a\ud800b"], "texts.0: is no valid Unicode"),
+        ([""], "data: contains no text"),
+        ({"a": [], "b": ["the river"]}, "data.a: contains no text"),
+        ({"a": "the river"}, "texts.a: has the type str; give a list"),
+        (3, "texts: has the type int; give a list"),
+        ([None], "texts.0: has the type NoneType, but must be a string"),
+        (["a\ud800b"], "texts.0: is not valid Unicode"),
     ],
 )
-def test_texts_that_are_no_lists_of_strings_are_refused(models, texts, message):
+def test_texts_that_are_not_lists_of_strings_are_refused(models, texts, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         evaluate_perplexity(models / "a" / "model", texts)
 
 
 def test_flags_that_do_nothing_are_refused(models, tmp_path):
     path, data = models / "a" / "model", ("--data", models / "new.jsonl")
-    assert "--limit: goes with --tasks" in refused("evaluate", path, *data, "--limit", 3)
-    assert "--stride: goes with a recipe or --data" in refused("evaluate", path, "--tasks", "x", "--stride", 3)
+    assert "--limit: is used only with --tasks" in refused("evaluate", path, *data, "--limit", 3)
+    assert "--stride: is used only with a recipe or --data" in refused("evaluate", path, "--tasks", "x", "--stride", 3)
     assert "--temperature: nan" in refused("generate", path, "--temperature", "nan")
     assert "--seed" in refused("generate", path, "--seed", -1)
-    assert "no name of a .png file" in refused("runs", models, "--plot", tmp_path / "none" / "a.png")
-    assert "no name of a .png file" in refused("runs", models, "--plot", tmp_path)
+    assert "--plot: " in refused("runs", models, "--plot", tmp_path / "none" / "a.png")
+    assert "--plot: " in refused("runs", models, "--plot", tmp_path)
     assert "--state" in refused("push", path, "me/model", "--state")
-    assert "no run with checkpoints" in refused("push", models, "me/model")
+    assert "nor a run folder with checkpoints" in refused("push", models, "me/model")
 
 
 def test_a_continuation_ends_with_the_context(models):
     path = models / "a" / "model"
     result = hfpretrain("generate", str(path), "the river", "--max-new-tokens", "500")
     assert result.returncode == 0, result.stderr
-    assert "leave no room in the model's context of 64" in refused("generate", path, "the river " * 90)
+    assert "model's context of 64" in refused("generate", path, "the river " * 90)

@@ -15,7 +15,7 @@ TABLE = torch.arange(64) % 5
 TABLE[0] = 0
 
 
-def test_sums_by_document_and_context_are_those_of_a_hand_computation():
+def test_sums_by_document_and_context_equal_a_plain_computation():
     model = build(LLAMA)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 64, (3, 16)))
     documents = torch.arange(48).reshape(3, 16) // 10
@@ -26,13 +26,13 @@ def test_sums_by_document_and_context_are_those_of_a_hand_computation():
     with torch.no_grad():
         losses = -torch.log_softmax(model(input_ids=ids).logits.double(), -1)
     for row in range(3):
-        for place in range(1, 16):
-            label = int(labels[row, place])
+        for position in range(1, 16):
+            label = int(labels[row, position])
             if label != -100:
-                nll = float(losses[row, place - 1, label])
+                nll = float(losses[row, position - 1, label])
                 text = int(TABLE[label])
-                expected[documents[row, place]] += [nll, 1, nll * (text > 0), text]
-                contexts[int(math.log2(place))] += [nll, 1]
+                expected[documents[row, position]] += [nll, 1, nll * (text > 0), text]
+                contexts[int(math.log2(position))] += [nll, 1]
     np.testing.assert_allclose(sums.documents.numpy(), expected, rtol=1e-6)
     np.testing.assert_allclose(sums.contexts.numpy(), contexts, rtol=1e-6)
     by_context = loss_by_context(sums.contexts.numpy())
@@ -46,19 +46,19 @@ def test_sums_by_document_and_context_are_those_of_a_hand_computation():
 
 
 def corpus(count, seed):
-    """Sums of documents whose loss a token is 3 on average and differs from document to document."""
-    draw = np.random.default_rng(seed)
-    tokens = draw.integers(50, 200, count).astype(float)
-    nll = tokens * draw.normal(3.0, 0.5, count)
+    """Sums of documents with a mean loss of 3 per token, which differs between documents."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(50, 200, count).astype(float)
+    nll = tokens * generator.normal(3.0, 0.5, count)
     return np.stack([nll, tokens, nll, 4 * tokens], axis=1)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
-    held = 0
+def test_the_interval_contains_the_truth_as_often_as_stated():
+    num_contained = 0
     for seed in range(200):
         low, high = figures(corpus(80, seed))["loss_interval"]
-        held += low <= 3.0 <= high
-    assert 0.90 <= held / 200 <= 0.98
+        num_contained += low <= 3.0 <= high
+    assert 0.90 <= num_contained / 200 <= 0.98
     result = figures(corpus(80, 0))
     low, high = result["loss_interval"]
     assert low < result["loss"] < high
@@ -68,7 +68,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert figures(corpus(1, 0))["loss_interval"] is None
 
 
-def test_many_documents_are_drawn_in_groups(monkeypatch):
+def test_drawing_groups_of_documents_keeps_the_interval(monkeypatch):
     documents = corpus(5000, 0)
     width = np.ptp(figures(documents)["loss_interval"])
     monkeypatch.setattr(sums_module, "_MAX_GROUPS", 1000)
@@ -78,13 +78,13 @@ def test_many_documents_are_drawn_in_groups(monkeypatch):
 @pytest.mark.parametrize(("length", "stride"), [(100, 16), (100, 5), (96, 16), (10, 4), (16, 16), (17, 1), (33, 15)])
 def test_sliding_windows_score_every_token_once(length, stride):
     windows = list(sliding_windows(length, 16, stride))
-    scored = [place for start, first in windows for place in range(first, min(start + 16, length))]
+    scored = [position for start, first in windows for position in range(first, min(start + 16, length))]
     assert scored == list(range(length)) and [start for start, _ in windows] == [
         stride * n for n in range(len(windows))
     ]
 
 
-def test_the_metric_loads_by_path_and_weighs_by_tokens():
+def test_the_metric_loads_by_path_and_weights_by_tokens():
     metric = evaluate.load(hfpretrain.evaluation.token_perplexity.__file__)
     result = metric.compute(nll=[10.0, 1.0], tokens=[10, 90], content_nll=[8.0, 1.0], bytes=[20, 180])
     assert result["loss"] == pytest.approx(0.11) and result["perplexity"] == pytest.approx(math.exp(0.11))

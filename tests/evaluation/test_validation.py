@@ -38,7 +38,7 @@ def prepared(two):
     return prepare(load_recipe(two[1]))
 
 
-def test_documents_are_those_of_the_files(two, prepared):
+def test_validation_documents_equal_those_of_the_files(two, prepared):
     _, _, texts = two
     assert prepared.validation_splits == ["validation-river", "validation-sea"]
     assert prepared.train_splits == ["train-0"]
@@ -76,7 +76,7 @@ def test_the_figures_do_not_depend_on_processes_or_batches(prepared, num_process
     assert several["tokens"] == one["tokens"] == one["river/tokens"] + one["sea/tokens"]
 
 
-def test_a_domain_is_what_plain_pytorch_computes(two, prepared):
+def test_figures_of_a_domain_equal_a_plain_pytorch_computation(two, prepared):
     _, _, texts = two
     tokenizer, model = load_prepared_tokenizer(prepared), build({**LLAMA, "vocab_size": 320})
     stream = [i for text in texts["sea"] for i in [*tokenizer.encode(text), tokenizer.eos_token_id]]
@@ -94,7 +94,7 @@ def test_a_domain_is_what_plain_pytorch_computes(two, prepared):
     assert result["sea/tokens"] == count and result["sea/documents"] == 7
     assert result["sea/loss"] == pytest.approx(nll / count, rel=1e-6)
     assert result["sea/perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
-    # All bytes but those of each block's first token, which has no context.
+    # All bytes except those of each block's first token, which is not predicted.
     firsts = stream[::32]
     table = token_bytes(tokenizer, 320)
     num_bytes = len("".join(texts["sea"]).encode()) - int(table[firsts].sum())
@@ -116,7 +116,7 @@ def test_a_run_reports_each_domain(two):
         assert low < last[f"eval/{name}/bits_per_byte"] < high
     assert last["eval/tokens"] == last["eval/river/tokens"] + last["eval/sea/tokens"]
     assert list(last["eval/loss_by_context"])[:3] == ["1", "2-3", "4-7"]
-    # Beside what is pooled, which may get better while one gets worse.
+    # Also for each domain, since one may get worse while all together get better.
     values = {name: f"{last[f'eval/{name}loss']:.4f}" for name in ("", "river/", "sea/")}
     for name in ("river", "sea"):
         assert f"  {name}: loss {values[f'{name}/']}, perplexity " in result.stderr
@@ -129,7 +129,7 @@ def test_a_run_reports_each_domain(two):
     assert "| step 4, river | " in card and "| step 4, sea | " in card
 
 
-def test_domains_are_for_validation_and_for_all_of_it(tmp_path):
+def test_a_domain_on_training_or_only_some_sources_is_refused(tmp_path):
     source = {"path": "json", "data_files": "x.jsonl"}
     for changes, message in (
         ({"data__sources": [{**source, "domain": "x"}]}, "names a set of `validation_sources`"),
@@ -187,16 +187,16 @@ def test_a_metric_folder_of_the_recipe_is_computed(two, engine, tmp_path):
         assert last["eval/token_accuracy/accuracy"] == pytest.approx(right / count)
 
 
-def test_a_metric_that_does_not_load_or_fit_is_named(two, tmp_path):
+def test_a_metric_that_does_not_load_or_fit_is_reported(two, tmp_path):
     _, path, _ = two
     result = train(path, "--evaluation.metrics=[nowhere]", f"--output_dir={tmp_path}")
     assert result.returncode == 2 and "evaluation.metrics.0: nowhere is a script on the Hub" in result.stderr
     trusted = ["--evaluation.metrics=[nowhere]", "--evaluation.trust_remote_code=true"]
     trusted.append("--evaluation.metric_revisions={nowhere: abc}")
     result = train(path, *trusted, f"--output_dir={tmp_path}")
-    assert result.returncode == 2 and "evaluation.metrics.0: nowhere does not load" in result.stderr
+    assert result.returncode == 2 and "evaluation.metrics.0: nowhere can't be loaded" in result.stderr
     import hfpretrain.evaluation.token_perplexity
 
     ours = hfpretrain.evaluation.token_perplexity.__file__
     result = train(path, f"--evaluation.metrics=[{ours}]", f"--output_dir={tmp_path}")
-    assert result.returncode == 2 and "takes nll, tokens, content_nll, bytes" in result.stderr
+    assert result.returncode == 2 and "needs nll, tokens, content_nll, bytes" in result.stderr

@@ -39,7 +39,7 @@ CONFIGS = {
 
 
 def target_recipe(folder, **changes):
-    """The recipe that ladders here are for: a llama of width 64 with 8 heads, for 400 steps."""
+    """The recipe of the ladders in this file: a llama of width 64 with 8 heads, for 400 steps."""
     small = {
         "model__config__hidden_size": 64,
         "model__config__num_attention_heads": 8,
@@ -53,7 +53,7 @@ def target_recipe(folder, **changes):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_a_member_is_the_same_shape_at_another_size(folder, model_type):
+def test_a_family_member_has_the_same_proportions(folder, model_type):
     config = {"model_type": model_type, "vocab_size": 1024, **CONFIGS[model_type]}
     recipe = target_recipe(folder, model={"config": config})
     family = Family(recipe)
@@ -80,7 +80,7 @@ def test_a_member_is_the_same_shape_at_another_size(folder, model_type):
         assert set(config) <= set(member.config) and member.config["vocab_size"] == 1024
 
 
-def test_rungs_follow_the_recipes_rules(folder):
+def test_rungs_scale_the_recipes_settings(folder):
     recipe = target_recipe(folder, training__micro_batch_size=4)
     made = Ladder(recipe, SIZES, RATIOS, 2, folder / "ladder")
     assert len(made.rungs) == 12 and [r.flops for r in made.rungs] == sorted(r.flops for r in made.rungs)
@@ -92,22 +92,22 @@ def test_rungs_follow_the_recipes_rules(folder):
         assert rung.tokens / rung.parameters == pytest.approx(per_parameter * rung.ratio, rel=0.05)
         sequences = training.tokens_per_step // recipe.data.block_size
         assert sequences % (2 * training.micro_batch_size) == 0
-        share = rung.flops / made.flops
-        assert rung.recipe.optimizer.lr == pytest.approx(recipe.optimizer.lr * share**-0.125, rel=0.01)
-        assert abs(sequences - 16 * share**0.3271) <= 1.1
+        compute_ratio = rung.flops / made.flops
+        assert rung.recipe.optimizer.lr == pytest.approx(recipe.optimizer.lr * compute_ratio**-0.125, rel=0.01)
+        assert abs(sequences - 16 * compute_ratio**0.3271) <= 1.1
         assert scheduler.num_warmup_steps == pytest.approx(0.1 * training.max_steps, abs=1)
         decay_steps = scheduler.scheduler_specific_kwargs["num_decay_steps"]
         assert decay_steps == pytest.approx(0.25 * training.max_steps, abs=1)
         assert prepared_path(rung.recipe) == prepared_path(recipe) == made.prepared.path
 
 
-def test_a_ladder_finds_the_law_of_its_runs_and_what_it_means_for_the_recipe(folder):
+def test_a_ladder_finds_the_law_of_its_runs_and_predicts_the_recipes_loss(folder):
     recipe, output = target_recipe(folder), folder / "ladder"
     made = Ladder(recipe, SIZES, RATIOS, 1, output)
     for rung in made.rungs:
         finish(rung)
     lines = list(run_ladder(recipe, SIZES, RATIOS, None, None, 1e12, output))
-    assert sum("(was finished)" in line for line in lines) == 12
+    assert sum("(finished before)" in line for line in lines) == 12
     Image.open(output / "ladder.png").verify()
     found = json.loads((output / "ladder.json").read_text())
     assert [row["name"] for row in found["held_out"]] == [rung.name for rung in made.rungs if rung.held_out]
@@ -118,9 +118,9 @@ def test_a_ladder_finds_the_law_of_its_runs_and_what_it_means_for_the_recipe(fol
     assert found["at_compute"]["parameters"] == pytest.approx(LAW.optimum(1e12)[0], rel=1e-3)
     assert any("held out" in line and "error" in line for line in lines)
 
-    # With a single ratio the law has one exponent, and says nothing of the best size.
+    # With a single ratio the law has one exponent, from which the best size can't be found.
     lines = list(run_ladder(recipe, SIZES, [1.0], None, None, None, output))
-    assert any("the best size is not known" in line for line in lines)
+    assert any("best size can't be found" in line for line in lines)
     assert set(json.loads((output / "ladder.json").read_text())["fit"]["constants"]) == {"E", "K", "gamma"}
 
     # A rung that fails ends the ladder with its own message.
@@ -128,8 +128,8 @@ def test_a_ladder_finds_the_law_of_its_runs_and_what_it_means_for_the_recipe(fol
     (rung.run / "metrics.jsonl").unlink()
     with FileLock(rung.run / ".lock"), pytest.raises(RecipeError, match="in use by another run"):
         list(run_ladder(recipe, SIZES, RATIOS, None, None, None, output))
-    with pytest.raises(RecipeError, match="are asked: its schedule would not be a whole one"):
-        Ladder(target_recipe(folder, training__max_steps=600), SIZES, RATIOS, 1, output).write()
+    with pytest.raises(RecipeError, match=r"--output: .* is a run of"):
+        Ladder(target_recipe(folder, training__max_steps=600), SIZES, RATIOS, 1, output).write_recipes()
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_a_real_ladder_trains_each_rung_once(folder):
     command = ("ladder", str(recipe), "--sizes", "4k", "10k", "18k", "30k", "--output", str(folder / "ladder"))
     first, again = hfpretrain(*command), hfpretrain(*command)
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
-    assert "(was finished)" not in first.stdout and again.stdout.count("(was finished)") == 4
+    assert "(finished before)" not in first.stdout and again.stdout.count("(finished before)") == 4
     assert all(f"rung {number}/4" in first.stdout for number in (1, 2, 3, 4)) and "held out" in first.stdout
     rungs = json.loads((folder / "ladder" / "ladder.json").read_text())["rungs"]
     assert all(0 < rung["loss"] < math.log(320) for rung in rungs)
@@ -147,16 +147,20 @@ def test_a_real_ladder_trains_each_rung_once(folder):
 @pytest.mark.parametrize(
     ("sizes", "changes", "message"),
     [
-        (SIZES[:3], {}, "3 different sizes; give at least 4"),
+        (SIZES[:3], {}, "--sizes: 3 different sizes"),
         ((1_200, *SIZES), {}, "the nearest models of this family have 5,592"),
         ((*SIZES, 32_001), {}, "give the same model of"),
-        (SIZES, {"data__validation_fraction": 0.0}, "hold something out"),
+        (SIZES, {"data__validation_fraction": 0.0}, "data.validation_fraction: .* hold out text"),
         (SIZES, {"training__max_steps": 30, "scheduler": {}}, "less than 20"),
-        (SIZES, {"model": {"pretrained": "x"}, "tokenizer": {"pretrained": "x"}}, "a ladder needs `model.config`"),
+        (
+            SIZES,
+            {"model": {"pretrained": "x"}, "tokenizer": {"pretrained": "x"}},
+            "model.pretrained: .* needs `model.config`",
+        ),
     ],
     ids=["few", "small", "same", "no validation", "short", "pretrained"],
 )
-def test_a_ladder_that_can_not_be_made_is_refused(folder, sizes, changes, message):
+def test_an_impossible_ladder_is_refused(folder, sizes, changes, message):
     with pytest.raises(RecipeError, match=message):
         Ladder(target_recipe(folder, **changes), sizes, [1.0], 1, folder / "ladder")
 
@@ -168,11 +172,11 @@ def test_without_scipy_nothing_is_trained(folder, monkeypatch):
     assert not (folder / "ladder").exists()
 
 
-def test_sizes_are_read_and_wrong_arguments_named(folder, capsys):
+def test_sizes_are_parsed_and_wrong_arguments_fail(folder, capsys):
     assert [parse_size(text) for text in ("400k", "2.5M", "1B", "5000")] == [400_000, 2_500_000, 10**9, 5000]
     recipe = str(write_recipe(folder))
     for wrong, message in (
-        (["--sizes", "12x"], "'12x' is no number"),
+        (["--sizes", "12x"], "'12x' must be a number"),
         (["--sizes", "1M", "--compute", "-1"], "--compute: -1.0 must be"),
         (["--sizes", "1M", "--model.config.hidden_sizes=3"], "did you mean `hidden_size`"),
     ):

@@ -26,8 +26,8 @@ def test_a_known_law_is_found_again(law, points):
 
 
 @pytest.mark.parametrize("noise", [3e-3, 0.1])
-def test_no_other_constants_come_nearer(noise):
-    """A hundred thousand laws around the fitted one, on losses that no law fits exactly."""
+def test_no_other_constants_fit_better(noise):
+    """Compares with 90,000 laws around the fitted law, on losses that no law fits exactly."""
     measured = losses(CHINCHILLA, POINTS) * np.exp(np.random.default_rng(1).normal(0, noise, len(POINTS)))
 
     def objective(logs):  # of many laws at once: ln of E, A, B, alpha, beta in the last dimension
@@ -44,9 +44,9 @@ def test_no_other_constants_come_nearer(noise):
         assert others.min() >= objective(best[None]) * (1 - 1e-6)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_contain_the_truth_as_often_as_stated():
     at = (2.4e6, 4.8e7)
-    held = {"law": 0, "run": 0}
+    num_contained = {"law": 0, "run": 0}
     rounds = 12
     for number in range(rounds):
         generator = np.random.default_rng(number)
@@ -55,11 +55,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         measured = CHINCHILLA.loss(*at) * np.exp(generator.normal(0, 3e-3))
         for kind, value in (("law", CHINCHILLA.loss(*at)), ("run", measured)):
             low, high = fit.loss_interval(*at, of_a_run=kind == "run")
-            held[kind] += low <= value <= high
-    assert all(count >= 9 for count in held.values()), held  # 11.4 expected
+            num_contained[kind] += low <= value <= high
+    assert all(count >= 9 for count in num_contained.values()), num_contained  # 11.4 expected
 
 
-def test_the_optimum_is_the_least_loss_for_the_compute():
+def test_the_optimum_has_the_lowest_loss_for_the_compute():
     compute, factor = 1e20, 4.0
     parameters, tokens = CHINCHILLA.optimum(compute, factor)
     assert factor * parameters * tokens == pytest.approx(compute)
@@ -68,8 +68,8 @@ def test_the_optimum_is_the_least_loss_for_the_compute():
     assert parameters == pytest.approx(best, rel=1e-3)
 
 
-def test_what_determines_no_law_is_refused_and_no_scatter_gives_no_interval():
-    with pytest.raises(ValueError, match="4 points do not determine the 5 constants"):
+def test_too_few_points_are_refused_and_an_exact_fit_has_no_interval():
+    with pytest.raises(ValueError, match="4 points are too few"):
         laws.fit(POINTS[:4], losses(CHINCHILLA, POINTS[:4]))
     with pytest.raises(ValueError, match="positive"):
         laws.fit(POINTS, np.full(len(POINTS), np.nan))

@@ -21,14 +21,14 @@ new data
 """
 
 
-def test_a_card_without_edits_becomes_the_new_one():
-    assert card.update(NEW, NEW) == NEW and not card.edits(NEW)
-    assert card.update(NEW.replace("new data", "old data"), NEW) == NEW
-    assert card.update("", NEW) == NEW
+def test_a_card_without_edits_becomes_the_new_card():
+    assert card.with_edits(NEW, NEW) == NEW and not card.edits(NEW)
+    assert card.with_edits(NEW.replace("new data", "old data"), NEW) == NEW
+    assert card.with_edits("", NEW) == NEW
 
 
 def test_a_card_that_a_person_wrote_stays_above_the_generated_blocks():
-    updated = ModelCard(card.update("---\ntags: [a]\nmine: 1\n---\n# Mine\n", NEW))
+    updated = ModelCard(card.with_edits("---\ntags: [a]\nmine: 1\n---\n# Mine\n", NEW))
     assert updated.data.tags == ["hfpretrain", "a"] and updated.data["mine"] == 1 and updated.data.license == "mit"
     assert updated.text == "# Mine\n" + ModelCard(NEW).text
 
@@ -37,23 +37,23 @@ def test_text_outside_of_the_blocks_their_order_and_their_removal_are_kept():
     summary, data = (f"<!-- hfpretrain: generated {name}, edits in here are lost -->\n" for name in ("summary", "data"))
     end = "<!-- hfpretrain: end -->\n"
     old = f"---\nlicense: mit\n---\n{data}old data\n{end}Do not use it for poems.\n"
-    text = ModelCard(card.update(old, NEW)).text
+    text = ModelCard(card.with_edits(old, NEW)).text
     assert text == f"{data}new data\n{end}Do not use it for poems.\n" and summary not in text
     assert card.edits(old) == "Do not use it for poems."
 
 
 def test_results_of_other_models_stay():
-    """`ModelCard` would merge them into one model, which is why `card.update` does without it."""
+    """`ModelCard` would merge them into one model, so `card.with_edits` does not use it."""
     metric = "{task: {type: text-generation}, dataset: {type: a, name: a}, metrics: [{type: loss, value: 1.0}]}"
     old = f"---\nmodel-index:\n- name: other\n  results:\n  - {metric}\n- name: run\n  results: []\n---\n"
-    updated = card.update(old, NEW)
+    updated = card.with_edits(old, NEW)
     assert "name: other" in updated and "value: 1.0" in updated and updated.count("name: run") == 1
     assert len(ModelCard(old.replace("results: []", f"results:\n  - {metric}")).data.to_dict()["model-index"]) == 1, (
-        "huggingface_hub keeps the results of several models apart now: use ModelCard in card.py"
+        "huggingface_hub now keeps the results of several models separate: use ModelCard in card.py"
     )
 
 
-def test_metadata_that_can_not_be_read_stay_as_text():
+def test_metadata_that_cannot_be_parsed_stay_as_text():
     for metadata in ("a: [", "- a list", "1: a number"):
-        updated = ModelCard(card.update(f"---\n{metadata}\n---\nwords\n", NEW))
+        updated = ModelCard(card.with_edits(f"---\n{metadata}\n---\nwords\n", NEW))
         assert metadata in updated.text and "words" in updated.text and updated.data.license == "mit"

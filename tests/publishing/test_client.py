@@ -1,4 +1,4 @@
-"""What is used of huggingface_hub beyond its documented names."""
+"""Undocumented names of huggingface_hub that recipe/hub.py uses."""
 
 import logging
 
@@ -11,11 +11,11 @@ from hfpretrain.recipe import hub
 
 @pytest.fixture
 def client():
-    """The client after `limit_request_time`; everything is undone afterwards."""
+    """The client after `limit_request_time`, whose changes are undone afterward."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     assert hasattr(_http, "default_client_factory"), (
-        "huggingface_hub has no utils._http.default_client_factory any more: see what makes its default client now, "
+        "huggingface_hub no longer has utils._http.default_client_factory: find what creates its default client now, "
         "and call that in recipe/hub.py"
     )
     hub.limit_request_time()
@@ -29,11 +29,11 @@ def client():
 def test_a_request_fails_after_the_time_limit(client):
     timeout = client.timeout
     assert timeout.connect == timeout.read == timeout.write == hub.TIMEOUT_SECONDS, (
-        "the client of huggingface_hub has another timeout than recipe/hub.py gives it: requests may wait for ever"
+        "the client of huggingface_hub has another timeout than recipe/hub.py gives it: requests may wait forever"
     )
 
 
-def test_a_failure_tells_no_signed_address():
+def test_a_failure_message_hides_secrets():
     error = ConnectionError("refused: https://storage.host/file?X-Amz-Signature=0123 with hf_abcdefghijklmnopqrst")
     text = hub.explain_failure(error).text
     assert "https://storage.host/file" in text and "0123" not in text and "abcdefgh" not in text

@@ -24,7 +24,7 @@ from hfpretrain.publishing import card, outbox
 from hfpretrain.recipe.schema import RecipeError
 
 STEPS = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
-# The largest difference between the logits of a revision and of the run's checkpoint; and the logits' deviation.
+# Prints the largest difference between the logits of a revision and of the run's checkpoint, and the logits' deviation.
 LOGITS = """
 import sys, torch
 from pathlib import Path
@@ -74,7 +74,7 @@ def world(tmp_path_factory):
     with HubServer() as hub, WarmProcess(hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}) as warm:
         hub.repos["datasets/user/data"] = data
         world = World(hub, folder, warm)
-        # The token is refused at first: the run says so, goes on, and pushes once it is accepted.
+        # The first request is refused: the run reports it, continues, and pushes once the token is accepted.
         hub.fault = first(1, lambda: HubError(401, "Invalid username or password."), "repos/create")
         path = world.recipe(
             hub={"repo_id": "user/tiny", "push_state": True, "license": "apache-2.0"},
@@ -88,7 +88,7 @@ def world(tmp_path_factory):
         yield world
 
 
-def test_every_checkpoint_is_a_revision_and_the_export_is_main(world):
+def test_every_checkpoint_becomes_a_revision_and_the_export_becomes_main(world):
     repo, run = world.repo, world.folder / "run"
     assert sorted(repo.tags) == STEPS and all(repo.branches[name] == oid for name, oid in repo.tags.items())
     stored = repo.at("main").files
@@ -99,17 +99,16 @@ def test_every_checkpoint_is_a_revision_and_the_export_is_main(world):
     assert json.loads(repo.at(STEPS[1]).files["metrics.json"])["eval/loss"] == rows(run, "eval/loss")[4]["eval/loss"]
     assert [commit.title for commit in repo.history(STEPS[0])][1:] == ["initial commit"]
     assert "eval/loss: " in repo.at(STEPS[1]).message
-    # The commits stand in the table and in metrics.jsonl.
+    # The commits are in the table and in metrics.jsonl.
     for name, oid in {**repo.tags, "main": repo.at("main").oid}.items():
         assert f"{name:<16} commit {oid}" in world.trained.stdout
     events = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "hub/commit" in row]
     assert {row["hub/revision"] for row in events} == {*STEPS, "main"}
-    assert not outbox.waiting(run / "outbox")
+    assert not outbox.waiting_checkpoints(run / "outbox")
 
 
 def test_a_refusal_is_reported_and_the_token_is_in_no_file(world):
-    told = "the repo is not on the Hub: 401 Invalid username or password. (POST /api/repos/create)"
-    assert told in world.trained.stderr and "hf auth login" in world.trained.stderr
+    assert "the repo is not on the Hub: 401" in world.trained.stderr and "hf auth login" in world.trained.stderr
     for path in [*(world.folder / "run").rglob("*"), *(world.folder / "prepared").rglob("*")]:
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
     assert TOKEN not in world.trained.stdout + world.trained.stderr
@@ -123,18 +122,18 @@ def test_revisions_load_and_give_the_logits_of_their_checkpoints(world):
     assert len({line[2] for line in lines}) == 3
 
 
-def test_push_adds_what_is_missing_and_replaces_nothing(world):
+def test_push_adds_missing_revisions_and_replaces_none(world):
     repo, run = world.repo, world.folder / "run"
     first = world.push(run, "user/other")
     assert (first.returncode, first.stderr) == (0, "")
     other = world.hub.repos["models/user/other"]
-    # A line for each push as it happens, and the table at last; no output of a library.
+    # A line for each push as it happens, and the table at the end; no output of a library.
     pushed = {**other.tags, "main": other.at("main").oid}
     lines = first.stdout.splitlines()
     assert sorted(lines[:5]) == sorted(f"{name}: commit {oid}" for name, oid in pushed.items())
     assert lines[5:] == ["on the Hub, user/other:", *(f"  {name:<16} commit {oid}" for name, oid in pushed.items())]
     assert other.at(STEPS[1]).files["model.safetensors"] == repo.at(STEPS[1]).files["model.safetensors"]
-    # Pushes that were killed before the tag, or before the branch; a branch with a commit of somebody else.
+    # As if pushes were killed before the tag or before the branch; and a branch with somebody else's commit.
     del other.tags[STEPS[0]], other.tags[STEPS[1]], other.branches[STEPS[1]], other.tags[STEPS[3]]
     other.commit(STEPS[3], "mine", {"a": b""})
     other.commits[:] = [
@@ -159,15 +158,17 @@ def test_push_adds_what_is_missing_and_replaces_nothing(world):
 
 def test_a_damaged_checkpoint_does_not_stop_the_push_of_others(world):
     run = world.folder / "damaged"
-    shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "model"))  # of a killed run
+    shutil.copytree(
+        world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", "model")
+    )  # as a killed run leaves it
     for step in (STEPS[0], STEPS[2]):
         (file,) = (run / "checkpoints" / step).glob("__0_*.distcp")
         file.write_bytes(bytes(reversed(file.read_bytes())))
     (run / "checkpoints" / STEPS[1] / "notes").mkdir()  # a person's
     for step in STEPS[:3]:
-        assert outbox.put(run / "checkpoints" / step, run / "outbox") is None
+        assert outbox.add_checkpoint(run / "checkpoints" / step, run / "outbox") is None
     (run / "outbox" / STEPS[1] / "train_state.json").unlink()
-    outbox.note_published(run / "outbox", "user/damaged", "step-00000099", "of a repo that was deleted")
+    outbox.record_published(run / "outbox", "user/damaged", "step-00000099", "of a repo that was deleted")
     found = world.push(run, "user/damaged")
     assert found.returncode == 1 and "Traceback" not in found.stderr
     for step in (STEPS[0], STEPS[2]):
@@ -182,8 +183,8 @@ def test_a_damaged_checkpoint_does_not_stop_the_push_of_others(world):
     (run / "outbox" / STEPS[0] / "train_state.json").write_text("[]")
     again = world.push(run, "user/damaged")
     assert again.returncode == 1 and "Traceback" not in again.stderr
-    for place in (run / "outbox" / STEPS[0], run / "checkpoints" / STEPS[3]):
-        assert f"{place.name:<16} not pushed: what {place} holds can't be read" in again.stdout
+    for path in (run / "outbox" / STEPS[0], run / "checkpoints" / STEPS[3]):
+        assert f"{path.name:<16} not pushed: the checkpoint in {path} can't be read" in again.stdout
     shutil.copytree(world.folder / "run" / "model", run / "model")
     os.truncate(run / "model" / "model.safetensors", 100)
     (run / "outbox" / "published.json").write_text("[]")
@@ -195,11 +196,11 @@ def test_a_damaged_checkpoint_does_not_stop_the_push_of_others(world):
     shutil.rmtree(run / "checkpoints" / STEPS[3])
     (run / "checkpoints").mkdir(exist_ok=True)
     empty = world.push(run, "user/empty")
-    assert empty.returncode == 2 and "no run with checkpoints" in empty.stderr
+    assert empty.returncode == 2 and "nor a run folder with checkpoints" in empty.stderr
     assert "models/user/empty" not in world.hub.repos
 
 
-# Faults that take huggingface_hub or `Pusher` several seconds of waiting each are proofs; the rest is their short form.
+# The other faults take several seconds of waiting each, so they run in `make proofs`. These are their short form.
 QUICK = ("403", "answer to a commit lost, once")
 
 
@@ -214,7 +215,7 @@ QUICK = ("403", "answer to a commit lost, once")
 def test_a_push_through_a_fault_ends_with_one_commit_one_tag_and_the_same_bytes(world, tmp_path, fault):
     run, repo_id = tmp_path / "run", f"user/fault-{list(FAULTS).index(fault)}"
     shutil.copytree(world.folder / "run", run, ignore=shutil.ignore_patterns("outbox", *STEPS[1:]))
-    world.hub.lfs.clear()  # what is there already is not uploaded again
+    world.hub.lfs.clear()  # a file that the server has is not uploaded again
     world.hub.fault = FAULTS[fault]()
     result = world.push(run, repo_id)
     world.hub.fault = None
@@ -241,30 +242,32 @@ def recipe_that_resumes(world, run, resume_from):
     )
 
 
-def test_a_run_that_resumes_from_a_pushed_state_ends_although_its_uploads_hang(world):
+def test_a_run_ends_with_the_same_weights_although_its_uploads_hang(world):
     run, weights = world.folder / "hanging", "model/model.safetensors"
     path = recipe_that_resumes(world, run, f"hub://user/tiny@{STEPS[1]}")
     world.hub.lfs.clear()
     world.hub.fault = always(lambda: 300.0, "^PUT")
     command = [sys.executable, "-m", "hfpretrain.train", str(path)]
     with subprocess.Popen(command, env=world.env, cwd=ROOT, text=True, stdout=-1, stderr=-1) as training:
-        while len(outbox.waiting(run / "outbox")) < 2 or not (run / "model" / "README.md").exists():
+        while len(outbox.waiting_checkpoints(run / "outbox")) < 2 or not (run / "model" / "README.md").exists():
             assert training.poll() is None, training.communicate()
             time.sleep(0.1)
         children = psutil.Process(training.pid).children()
         training.send_signal(signal.SIGTERM)
         stdout, stderr = training.communicate(timeout=60)
     world.hub.fault = None
-    assert training.returncode == 0 and "main             not pushed: the time was over" in stdout, stderr
+    assert training.returncode == 0 and "main             not pushed: " in stdout, stderr
     assert children and not any(child.is_running() for child in children)
     assert f"resumed from {run / 'checkpoints' / STEPS[1]}" in stderr
     assert (run / weights).read_bytes() == (world.folder / "run" / weights).read_bytes()
-    # Both checkpoints wait, though the older one was rotated away.
-    assert [path.name for path in outbox.waiting(run / "outbox")] == STEPS[2:]
+    # Both checkpoints wait, although rotation deleted the older one.
+    assert [path.name for path in outbox.waiting_checkpoints(run / "outbox")] == STEPS[2:]
     assert [path.name for path in (run / "checkpoints").iterdir()] == STEPS[3:]
     pushed = world.push(run, "user/hanging")
     assert pushed.returncode == 0, pushed.stderr
-    assert list(world.hub.repos["models/user/hanging"].tags) == STEPS[2:] and not outbox.waiting(run / "outbox")
+    assert list(world.hub.repos["models/user/hanging"].tags) == STEPS[2:] and not outbox.waiting_checkpoints(
+        run / "outbox"
+    )
 
 
 @pytest.mark.slow  # the test above is its short form
@@ -280,11 +283,13 @@ def test_a_run_without_a_hub_ends_with_the_same_weights_and_is_pushed_later(worl
     assert (run / weights).read_bytes() == (world.folder / "run" / weights).read_bytes()
     pushed = world.push(run, "user/gone")
     assert pushed.returncode == 0, pushed.stderr
-    assert list(world.hub.repos["models/user/gone"].tags) == STEPS[2:] and not outbox.waiting(run / "outbox")
+    assert list(world.hub.repos["models/user/gone"].tags) == STEPS[2:] and not outbox.waiting_checkpoints(
+        run / "outbox"
+    )
 
 
 def test_the_process_that_pushes_ends_with_its_run(world):
-    """Its standard input is closed when the run is killed; that of `warm` is empty."""
+    """Its standard input is closed when the run is killed. The standard input of `warm` is empty."""
     code = "import sys, pathlib, hfpretrain.publishing.publisher as p; p.main(pathlib.Path(sys.argv[1]))"
     assert world.warm.run("-c", code, world.folder / "run", timeout=60).returncode == 0
 
@@ -294,7 +299,7 @@ class Attack:
         return print, ("this was run",)
 
 
-# Tries `checkpoint.resume_from` with one revision after another.
+# Tries `checkpoint.resume_from` with several revisions.
 FETCHES = """
 import sys
 from hfpretrain import load_recipe
@@ -329,15 +334,13 @@ def test_a_damaged_or_malicious_state_is_refused_before_it_is_used(world):
     names = ["weights", "index", "stateless", "escaping", STEPS[1], "nowhere"]
     result = world.warm.run("-c", FETCHES, path, *names)
     assert result.returncode == 0, result.stderr
-    told = dict(line.split(" ", 1) for line in result.stdout.splitlines())
-    assert "is damaged: " in told["weights"] and "__0_0.distcp has another checksum" in told["weights"]
-    assert "builtins.print" in told["index"]
-    assert "contains no training state; push with `hub.push_state: true`" in told["stateless"]
-    assert (
-        "was saved with another recipe; undo the changes" in told[STEPS[1]] and "optimizer.lr: is 0.1" in told[STEPS[1]]
-    )
-    assert "can't be read: 404" in told["nowhere"]
-    assert "can't be read: ValueError" in told["escaping"]
+    errors = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert "__0_0.distcp has another checksum" in errors["weights"]
+    assert "builtins.print" in errors["index"]
+    assert "hub.push_state: true" in errors["stateless"]
+    assert "recipe" in errors[STEPS[1]] and "optimizer.lr: is 0.1" in errors[STEPS[1]]
+    assert "404" in errors["nowhere"]
+    assert "ValueError" in errors["escaping"]
     assert not [path for path in world.folder.parent.rglob("escaped") if path.is_file()]
     assert not list((world.folder / "fresh" / "checkpoints").glob("step-*"))
 
@@ -362,14 +365,14 @@ def test_a_model_and_its_tokenizer_from_the_hub_are_trained_further(world):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_push_while_a_run_starts_changes_no_commit_that_it_reads_and_a_resume_keeps_it(world, processes):
+def test_a_run_and_its_resume_read_one_commit_although_the_repo_changes(world, processes):
     hub, run = world.hub, world.folder / f"based-{processes}"
     base = hub.repos["models/user/base"] = Repo("user/base", private=False)
     oid = base.commit("main", "first", dict(world.repo.at(STEPS[1]).files)).oid
-    question = "GET /api/models/user/base"
+    first_request = "GET /api/models/user/base"
 
-    def push_after_the_first_question(method, path):
-        if question in hub.requests[:-1] and len(base.commits) == 1:
+    def push_after_the_first_request(method, path):
+        if first_request in hub.requests[:-1] and len(base.commits) == 1:
             base.commit("main", "second", dict(world.repo.at(STEPS[3]).files))
 
     path = world.recipe(
@@ -380,7 +383,7 @@ def test_a_push_while_a_run_starts_changes_no_commit_that_it_reads_and_a_resume_
         scheduler__num_warmup_steps=1,
     )
     hub.requests.clear()
-    hub.fault = push_after_the_first_question
+    hub.fault = push_after_the_first_request
     if processes == 1:
         result = world.train(path)
     else:
@@ -389,17 +392,17 @@ def test_a_push_while_a_run_starts_changes_no_commit_that_it_reads_and_a_resume_
     hub.fault = None
     assert result.returncode == 0, result.stderr
     assert len(base.commits) == 2
-    read = {one.partition("/resolve/")[2].split("/")[0] for one in hub.requests if "user/base/resolve/" in one}
+    read = {path.partition("/resolve/")[2].split("/")[0] for path in hub.requests if "user/base/resolve/" in path}
     assert read == {oid}
-    said = f"model.pretrained: user/base is loaded at commit {oid}"
+    message = f"model.pretrained: user/base is loaded at commit {oid}"
     events = [row.get("event") for row in map(json.loads, (run / "metrics.jsonl").open())]
-    assert said in result.stderr and said in events
+    assert message in result.stderr and message in events
     recorded = json.loads((run / "environment.json").read_text())["hub_commits"]
     assert recorded == {"model.pretrained": oid, "tokenizer.pretrained": oid}
     hub.requests.clear()
     result = world.train(path, "--training.max_steps=3")
-    assert result.returncode == 0 and said in result.stderr, result.stderr
-    assert not [one for one in hub.requests if "user/base/resolve/" in one and oid not in one]
+    assert result.returncode == 0 and message in result.stderr, result.stderr
+    assert not [path for path in hub.requests if "user/base/resolve/" in path and oid not in path]
     assert json.loads((run / "environment.json").read_text())["hub_commits"] == recorded
 
 
@@ -409,9 +412,9 @@ def test_a_hub_model_is_evaluated(world):
     assert json.loads(result.stdout)["documents"] == 200
 
 
-def test_wrong_names_and_folders_give_messages_without_a_traceback(world):
+def test_wrong_names_and_folders_give_a_message(world):
     missing = world.push(world.folder / "nowhere", "user/tiny")
-    assert missing.returncode == 2 and "no run with checkpoints" in missing.stderr
+    assert missing.returncode == 2 and "nor a run folder with checkpoints" in missing.stderr
     refused = world.push(world.folder / "run", "not a name!")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "not a name!" in refused.stderr
     with pytest.raises(RecipeError, match="hub: `repo_id`: 'a--b' is not a valid repo id"):
@@ -420,7 +423,7 @@ def test_wrong_names_and_folders_give_messages_without_a_traceback(world):
         load_recipe(world.recipe(), ["--checkpoint.resume_from=hub://user/tiny"])
 
 
-def test_the_card_has_what_was_measured_and_keeps_what_a_person_wrote(world):
+def test_the_card_has_the_measured_figures_and_keeps_edits(world):
     run = world.folder / "run"
     path = run / "model" / "README.md"
     text = path.read_text()
@@ -432,8 +435,8 @@ def test_the_card_has_what_was_measured_and_keeps_what_a_person_wrote(world):
     assert results["loss"].metric_args == {"interval_95": [round(end, 4) for end in last["eval/loss_interval"]]}
     for part in ("tokens/s", "FLOP", "hardware", "from 'the river', at step 8", "--num_processes 1", "recipe.yaml"):
         assert part in text, part
-    assert "CO2" not in text, "nobody measured it"
-    # What a tracker or an evaluation leaves afterwards; what a person writes.
+    assert "CO2" not in text, "it was not measured"
+    # Results that a tracker or an evaluation adds later, and a person's edits.
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 8, "tasks/pairs/acc": 0.5, "tasks/pairs/acc_stderr": 0.0625}) + "\n")
     (run / "emissions.csv").write_text("emissions,country_name\n0.0012,Iceland\n")
@@ -454,13 +457,13 @@ def test_the_card_has_what_was_measured_and_keeps_what_a_person_wrote(world):
     assert metadata["co2_eq_emissions"]["emissions"] == 1.2
     task = next(result for result in after.data.eval_results if result.dataset_type == "pairs")
     assert (task.metric_value, task.metric_args) == (0.5, {"stderr": 0.0625})
-    # The Hub's own card is edited by people as well.
+    # A person may also edit the card on the Hub.
     world.repo.commit("main", "edit", {**world.repo.at("main").files, "README.md": path.read_bytes()})
     path.write_text(text)
-    card.keep_edits(path, world.repo.at("main").files["README.md"].decode())
+    card.copy_hub_edits(path, world.repo.at("main").files["README.md"].decode())
     assert "Do **not** use it for poems." in path.read_text() and "mine: 1" in path.read_text()
-    # Where both were edited, neither is lost.
-    card.keep_edits(path, text + "Words on the Hub.\n")
+    # If both cards were edited, no edit is lost.
+    card.copy_hub_edits(path, text + "Words on the Hub.\n")
     assert "Do **not** use it for poems." in path.read_text()
     kept = path.with_name("README.hub.md")
     assert kept.read_text().endswith("Words on the Hub.\n")
