@@ -1,11 +1,11 @@
-"""One recipe under every engine, two CPU processes against one: the promise that a recipe means the same everywhere.
+"""One recipe with every engine on two CPU processes, compared with one process.
 
     python benchmarks/equivalence.py [--engines ddp fsdp2 ...] [--models llama gpt2 qwen3_moe] [--accumulation 1 3]
                                      [--precision no bf16] [--steps 50]
 
-Documents are masked in all runs. Every figure is the largest over all steps of the relative difference from one
-process in the same precision; `weights` is the largest absolute difference of an exported weight. `initial` says
-whether the checksum of all weights before the first step is the same.
+Documents are masked in all runs. Each figure is the largest relative difference of any step from the run of one process
+in the same precision; `weights` is the largest absolute difference of an exported weight. `initial` is whether the
+checksum of all weights before the first step is the same.
 """
 
 import argparse
@@ -29,9 +29,9 @@ MODELS = {
                   "num_experts_per_tok": 2, "norm_topk_prob": True, "output_router_logits": True,
                   "router_aux_loss_coef": 0.01, "num_key_value_heads": 2, **_SIZE},
 }  # fmt: skip
-# Largest relative differences of loss and gradient norm, largest absolute one of an exported weight. bf16: engines
-# that shard compute with weights and gradients cast to it, where one process and ddp autocast float32 weights. Measured
-# over 50 steps: results/equivalence.md.
+# The largest allowed relative differences of loss and gradient norm, and the largest absolute difference of an exported
+# weight. In bf16, engines that shard cast weights and gradients to bf16, but one process and ddp autocast float32
+# weights. Measured over 50 steps: results/equivalence.md.
 TOLERANCES = {"no": (1e-5, 1e-4, 1e-4), "bf16": (5e-4, 5e-2, 2e-2)}
 
 
@@ -68,7 +68,7 @@ def write_recipe(folder: Path, model: str, accumulation: int, precision: str, st
 
 
 def run(recipe: Path, engine: str) -> Path:
-    """Train `recipe` under `engine` with two processes (`single`: one); the run folder."""
+    """Train `recipe` with `engine` on two processes (`single`: one), and return the run folder."""
     output_dir = recipe.with_suffix("") / engine
     done = train(recipe, f"--output_dir={output_dir}", engine=engine, timeout=600)
     if done.returncode:
@@ -77,7 +77,7 @@ def run(recipe: Path, engine: str) -> Path:
 
 
 def differences(single: Path, other: Path) -> dict[str, float | bool]:
-    """What is compared of two runs of one recipe; raises `AssertionError` where they did not train on the same."""
+    """Compare two runs of one recipe. Raises `AssertionError` if they did not train on the same data."""
     found: dict[str, float | bool] = {}
     environments = [json.loads((run / "environment.json").read_text()) for run in (single, other)]
     found["initial"] = environments[0]["initial_weights"] == environments[1]["initial_weights"]
@@ -95,7 +95,7 @@ def differences(single: Path, other: Path) -> dict[str, float | bool]:
 
 
 def holds(found: dict[str, float | bool], precision: str) -> bool:
-    """Whether the differences are within the stated tolerances."""
+    """Whether the differences are within `TOLERANCES`."""
     loss, grad_norm, weights = TOLERANCES[precision]
     within = found["loss"] <= loss and found["grad_norm"] <= grad_norm and found["weights"] <= weights
     return bool(found["initial"] and within and found["eval/perplexity"] <= 10 * loss)

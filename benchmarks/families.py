@@ -1,18 +1,18 @@
-"""Every causal-LM family of transformers at toy size: does a run train, export and reload as plain transformers does?
+"""Every causal-LM family of transformers with tiny sizes: is a run equal to a bare loop of plain transformers?
 
     python benchmarks/families.py [--only llama gemma3 ...] [--engine ddp] [--results FILE] [--logs FOLDER]
 
-Each family's config is its own with the sizes made small (`SIZES`, `OVERRIDES`). A run of three steps, with two
-micro-batches each, is compared with a bare loop over the same weights and batches:
+Each family has its own config with small sizes (`SIZES`, `OVERRIDES`). A run of three steps, with two micro-batches
+each, is compared with a bare loop over the same weights and batches. These are compared:
 
-- its loss and gradient norm, the largest relative difference of the three steps; the bare loss is the next token's,
-  computed from the logits, plus the class's balancing loss;
-- the class's own loss with the next token's;
-- the logits of a packed document with those of the document alone;
-- the loss of the reloaded export with that of the bare loop's weights.
+- loss and gradient norm, by the largest relative difference of the three steps; the loss of the bare loop is the
+  next-token loss, computed from the logits, plus the class's balancing loss
+- the class's own loss and the next-token loss
+- the logits of a packed document and those of the document alone
+- the loss of the reloaded export and that of the bare loop's weights
 
-Where only later steps differ, the bare loop is run again with initial weights that differ by a relative 1e-7, and what
-its own figures move is rounding, too; the column `rounding` has it for the gradient norm.
+If only later steps differ, the bare loop runs again with initial weights that differ by a relative 1e-7. A difference
+within that of the two bare loops counts as rounding; the column `rounding` has it for the gradient norm.
 
 Families that plain transformers can't train on token ids alone are listed with its reason. With `--engine` each run is
 an `accelerate launch` of two processes, which takes a minute for four families; else all is in one process at a time.
@@ -45,9 +45,9 @@ from small import ROOT, environment, rows, small_text, train, write_jsonl
 
 BLOCK, SEQUENCES, STEPS = 32, 4, 3
 SECONDS = 600
-"""What a family may take before its worker is ended."""
+"""Time limit of a family, after which its worker is killed."""
 TOLERANCE = {"loss": 1e-5, "grad_norm": 2e-4, "export": 2e-5}
-"""Relative differences that are rounding."""
+"""Relative differences up to which a difference counts as rounding."""
 
 _LAYERS, _HEADS, _EXPERTS = 4, 4, 4
 SIZES: dict[str, Any] = {
@@ -93,7 +93,7 @@ SIZES: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 8,
 }  # fmt: skip
-# What of a family follows from no size, or is None where a size must be given.
+# Keys of a family that are not sizes, or whose default is None.
 _MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {
@@ -121,7 +121,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 _VOCABULARIES = ("vocab_size_per_layer_input", "decoder_vocab_size")
-# Tried in turn until plain transformers trains the model.
+# Tried one after the other until plain transformers trains the model.
 VARIATIONS: tuple[dict[str, Any], ...] = (
     {},
     {"num_key_value_heads": _HEADS},
@@ -133,7 +133,7 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
 
 @dataclass
 class Family:
-    """What was found of a family; differences are relative, None where there was nothing to compare."""
+    """The results of a family. Differences are relative, or None if there was nothing to compare."""
 
     name: str
     result: str = "crashed"
@@ -144,15 +144,15 @@ class Family:
     grad_norm: float | None = None
     export: float | None = None
     rounding: dict[str, float] = field(default_factory=dict)
-    """How far a change of 1e-7 in the initial weights moves the bare loop's figures, if they differ after a step that
-    is equal."""
+    """Relative change of the bare loop's figures if its initial weights change by a relative 1e-7. Only measured if the
+    first step is equal and a later step differs."""
     documents: str = ""
     chunked: bool | None = None
     problems: list[str] = field(default_factory=list)
 
 
 def tiny(model_type: str, vocab_size: int, special: dict[str, int], changes: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of a small config of a family: those of its own keys that `SIZES` has, without dropout."""
+    """Keywords of a small config of a family: its keys that `SIZES` has, and no dropout."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return {"model_type": model_type, **_tiny(CONFIG_MAPPING[model_type], vocab_size, special, changes)}
@@ -168,12 +168,12 @@ def _tiny(config_class: Any, vocab_size: int, special: dict[str, int], changes: 
                 part = config_class.sub_configs[key]
                 part = part if hasattr(part, "to_dict") else type(getattr(default, key))
                 found[key] = _tiny(part, vocab_size, special, changes)
-            elif isinstance(value, float) and ("drop" in key or "jitter" in key):  # what is drawn at random
+            elif isinstance(value, float) and ("drop" in key or "jitter" in key):  # turn off randomness
                 found[key] = 0.0
             elif key in SIZES and not isinstance(value, (list, dict)) and (value is not None or key in ("n_inner",)):
                 found[key] = changes.get(key, SIZES[key])
             elif key == "is_decoder":
-                found[key] = True  # of encoders that can be trained as causal models
+                found[key] = True  # for encoders that can be trained as causal models
             elif key in _VOCABULARIES:
                 found[key] = vocab_size
         for alias, key in config_class.attribute_map.items():
@@ -184,7 +184,7 @@ def _tiny(config_class: Any, vocab_size: int, special: dict[str, int], changes: 
 
 
 def plain_config(keywords: dict[str, Any], vocab_size: int, special: dict[str, int]) -> Any:
-    """The config as somebody makes it who uses transformers alone."""
+    """The config, made with transformers alone."""
     from transformers import AutoConfig
 
     composite = [key for key in ("text_config", "decoder") if isinstance(keywords.get(key), dict)]
@@ -193,7 +193,7 @@ def plain_config(keywords: dict[str, Any], vocab_size: int, special: dict[str, i
 
 
 def trainable(keywords: dict[str, Any], vocab_size: int, special: dict[str, int]) -> Any:
-    """The config, if plain transformers makes gradients of token ids with it; else its error."""
+    """Return the config if plain transformers can compute gradients with it. Raises its error otherwise."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -244,7 +244,7 @@ def recipe_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_family(family: Family, folder: Path, engine: str | None) -> None:
-    """Fill in what there is to tell of a family."""
+    """Train a family and fill in its results."""
     from hfpretrain import load_recipe, prepare
     from hfpretrain.recipe.schema import RecipeError
 
@@ -259,7 +259,7 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
     try:
         keywords = find_config(family.name, vocab_size, special)
     except Exception as error:  # any code of any model runs here
-        family.result, family.reason = "not trained by transformers", _words(error)
+        family.result, family.reason = "not trained by transformers", _one_line(error)
         return
     written = recipe_of(folder, keywords)
     base.write_text(yaml.safe_dump(written))
@@ -270,7 +270,7 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
         except RecipeError as error:
             if not str(error).startswith("training.document_masking"):
                 raise
-            # Its blocks mix documents, which a recipe has to ask for; the folder belongs to the run that was refused.
+            # Its blocks mix documents, which a recipe has to allow. The folder belongs to the run that was refused.
             written["training"]["document_masking"] = False
             written["output_dir"] = str(folder / "again")
             base.write_text(yaml.safe_dump(written))
@@ -279,9 +279,9 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
     except RecipeError as error:
         family.result, family.reason = "refused", " ".join(str(problem) for problem in error.problems)
         return
-    except Exception as error:  # what this is made to find
+    except Exception as error:  # this benchmark looks for such errors
         traceback.print_exc()
-        problem = _words(error)
+        problem = _one_line(error)
     if problem:
         family.result, family.reason = "fails", problem
     run = Path(written["output_dir"])
@@ -293,7 +293,7 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
 
 
 def _run(path: Path, recipe: Any, folder: Path, engine: str | None) -> str:
-    """Train; returns what went wrong, if anything."""
+    """Train; returns the error, or an empty string."""
     if engine is not None:
         overrides = ["--training.micro_batch_size=1"]
         done = train(path, *overrides, engine=engine, processes=2, timeout=SECONDS, DS_ACCELERATOR="cpu")
@@ -305,15 +305,15 @@ def _run(path: Path, recipe: Any, folder: Path, engine: str | None) -> str:
     from hfpretrain.checkpoints import verify
     from hfpretrain.training import records
 
-    records.plot_loss = lambda rows, path, title: path.write_bytes(b"")  # a fifth of the time
-    # A fresh interpreter for each family would take most of the time.
+    records.plot_loss = lambda rows, path, title: path.write_bytes(b"")  # plotting takes a fifth of the time
+    # Starting an interpreter for each family would take most of the time.
     verify.verify_in_fresh_process = lambda run, *_, **__: verify.verify_export(run / "model", run / verify.REFERENCE)
     train_in_this_process(recipe)
     return ""
 
 
 def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
-    """The figures of a run beside those of a bare loop over the same weights and batches."""
+    """Compare a run with a bare loop over the same weights and batches."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -367,7 +367,7 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
         try:
             reloaded, info = AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
         except Exception as error:  # any code of any model runs here
-            family.problems.append(f"export does not load: {_words(error)}")
+            family.problems.append(f"export can't be loaded: {_one_line(error)}")
             return
         if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
             family.problems.append(f"export loads with {dict(info)}"[:200])
@@ -391,7 +391,7 @@ def _split(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _bare_loop(model: Any, batches: list[dict[str, Any]], recipe: Any) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of the next token's loss, and the class's balancing loss as a mean of micro-batches."""
+    """Losses and gradient norms of the next-token loss plus the class's balancing loss, a mean over micro-batches."""
     import torch
 
     section = recipe.optimizer
@@ -417,15 +417,15 @@ def _bare_loop(model: Any, batches: list[dict[str, Any]], recipe: Any) -> tuple[
 
 
 def _rounding(model: Any, batches: list[dict[str, Any]], recipe: Any, bare: dict[str, list[float]]) -> dict[str, float]:
-    """How far the bare loop's own figures move, relatively, where a relative 1e-7 is added to its initial weights."""
+    """Relative change of the bare loop's figures if a relative 1e-7 is added to its initial weights."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 1e-7 * torch.randn(parameter.shape, generator=draw))
-    moved = dict(zip(bare, _bare_loop(model, batches, recipe), strict=True))
-    return {name: max(_relative(a, b) for a, b in zip(moved[name], bare[name], strict=True)) for name in bare}
+    changed = dict(zip(bare, _bare_loop(model, batches, recipe), strict=True))
+    return {name: max(_relative(a, b) for a, b in zip(changed[name], bare[name], strict=True)) for name in bare}
 
 
 def _balancing(model: Any, batch: dict[str, Any], outputs: Any) -> Any:
@@ -444,7 +444,7 @@ def _token_loss(model: Any, batch: dict[str, Any]) -> float:
 
 
 def _own_loss(family: Family, model: Any, batch: dict[str, Any]) -> None:
-    """Whether the class's loss is the next token's, but for its balancing loss."""
+    """Check whether the class's loss is the next-token loss, apart from its balancing loss."""
     import torch
 
     model.eval()
@@ -461,7 +461,7 @@ def _own_loss(family: Family, model: Any, batch: dict[str, Any]) -> None:
 
 
 def _documents(family: Family, model: Any, masking: Any, batch: dict[str, Any]) -> None:
-    """What the run says of documents packed together, and whether the last of a row is as if it were alone."""
+    """Compare the run's report on packed documents with the logits of a row's last document, packed and alone."""
     import torch
 
     if not masking:
@@ -488,19 +488,19 @@ def _relative(found: float, wanted: float) -> float:
     return abs(found - wanted) / max(abs(wanted), 1e-12)
 
 
-def _words(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def worker(names: list[str], folder: Path, engine: str | None) -> None:
-    """Families one after the other in this process; each leaves `NAME.json` in `folder`."""
+    """Examine families one after the other in this process, and write each result to `NAME.json` in `folder`."""
     import torch
     import transformers
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
-    # Several documents begin in most blocks.
+    # Short documents, so that several start in most blocks.
     write_jsonl(
         folder / "corpus.jsonl", [" ".join(text.split()[: 2 + n % 7]) for n, text in enumerate(small_text(200))]
     )
@@ -518,7 +518,7 @@ def worker(names: list[str], folder: Path, engine: str | None) -> None:
             run_family(family, work, engine)
         except Exception as error:
             traceback.print_exc()
-            family.result, family.reason = "benchmark failed", _words(error)
+            family.result, family.reason = "benchmark failed", _one_line(error)
         timer.cancel()
         family.seconds = time.perf_counter() - start
         (folder / f"{name}.json").write_text(json.dumps(asdict(family)))
@@ -526,7 +526,7 @@ def worker(names: list[str], folder: Path, engine: str | None) -> None:
 
 
 def examine(names: list[str], engine: str | None, logs: Path | None = None) -> list[Family]:
-    """All families, in worker processes; one that ends its worker is told, and another worker goes on."""
+    """Examine all families in worker processes. If a family ends its worker, report it and continue with a new one."""
     found: list[Family] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(logs or temporary)
@@ -537,7 +537,7 @@ def examine(names: list[str], engine: str | None, logs: Path | None = None) -> l
             shutil.rmtree(folder / name, ignore_errors=True)
         left = list(names)
         while left:
-            # Some tens of families, whose code and threads stay in the process.
+            # A new worker after some tens of families, since their code and threads stay in the process.
             some = left[:40]
             command = [sys.executable, __file__, "--worker", str(folder), "--only", *some]
             command += ["--engine", engine] if engine else []
@@ -548,7 +548,7 @@ def examine(names: list[str], engine: str | None, logs: Path | None = None) -> l
                 lost = some[len(done)]
                 log = folder / f"{lost}.log"
                 tail = " ".join(log.read_text(errors="replace").split())[-200:] if log.is_file() else ""
-                found.append(Family(lost, "crashed", f"took over {SECONDS} s, or ended the process: {tail}"))
+                found.append(Family(lost, "crashed", f"took longer than {SECONDS} s, or ended the process: {tail}"))
                 done.append(lost)
             left = left[len(done) :]
             print(f"{len(found)} of {len(names)}", file=sys.stderr, flush=True)
@@ -556,7 +556,7 @@ def examine(names: list[str], engine: str | None, logs: Path | None = None) -> l
 
 
 def table(found: list[Family]) -> str:
-    """Markdown: how many of each result, and a row for each family."""
+    """Markdown tables: the number of families with each result, and a row for each family."""
     counts = Counter(family.result for family in found)
     lines = ["| result | families |", "|---|---|", *(f"| {name} | {number} |" for name, number in counts.most_common())]
     mixed = sum(family.documents == "mixed" for family in found)
@@ -576,9 +576,9 @@ def table(found: list[Family]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="families by their model_type; default: all")
-    parser.add_argument("--engine", help="an engine of accelerate_configs, on two processes; default: one process")
-    parser.add_argument("--results", type=Path, help="write the table there; default: benchmarks/results/families.md")
-    parser.add_argument("--logs", type=Path, help="keep what each run printed in this folder")
+    parser.add_argument("--engine", help="an engine of accelerate_configs, with two processes; default: one process")
+    parser.add_argument("--results", type=Path, help="file for the table; default: benchmarks/results/families.md")
+    parser.add_argument("--logs", type=Path, help="folder for the output of each run")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

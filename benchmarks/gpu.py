@@ -1,8 +1,8 @@
-"""All that is to be measured on a GPU, by one command, into one page: `python benchmarks/gpu.py [--only WORD ...]`.
+"""Run all benchmarks for a GPU and write their tables into one page: `python benchmarks/gpu.py [--only WORD ...]`.
 
-Each part is a benchmark of this folder with its sizes for a GPU; nothing is downloaded. `--quick` is for a first look
-at a new machine; without a GPU all sizes are those of a toy, and fp8 is left out. The page is written to `--results`.
-Exit code 1 if any part fails.
+Each part is a benchmark of this folder with sizes for a GPU. Nothing is downloaded. `--quick` takes fewer steps, to try
+a new machine. Without a GPU all sizes are tiny, and fp8 is left out. The page is written to `--results`. The exit code
+is 1 if any part fails.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LLAMA_TOY = ("--model.config.num_hidden_layers=2", "--model.config.hidden_size=6
 
 
 def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str]]:
-    """Arguments of python by title."""
+    """The arguments of `python` for each part, by its title."""
     toy = not torch.cuda.is_available()
     local = [f"--data.sources=[{{path: json, data_files: {corpus}}}]", "--data.validation_fraction=0.0"]
     local += ["--evaluation.every_steps=null"]
     local += [f"--data.prepared_dir={corpus.parent / 'prepared'}", "--tokenizer.pretrained=null"]
     local += ["--tokenizer.algorithm=byte_level_bpe", "--tokenizer.vocab_size=512"]
-    local += ["--training.document_masking=false"]  # peers have none
+    local += ["--training.document_masking=false"]  # the other programs don't mask documents
     gpt2 = ["recipes/gpt2-124m-openwebtext.yaml", *local, "--steps", "6" if quick else "18"]
     gpt2 += TOY if toy else ["--training.micro_batch_size=32"]
     # Two processes share the GPU's memory, so that batches are smaller.
@@ -78,8 +78,8 @@ def parts(corpus: Path, nanogpt: Path | None, quick: bool) -> dict[str, list[str
 
 
 def tables(command: list[str]) -> tuple[list[str], int]:
-    """The rows of tables that a benchmark prints, shown as they come, and its exit code; its errors go to stderr."""
-    env = environment(OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // 2)))  # weights are drawn on the CPU
+    """Run a benchmark; returns the rows of its tables, which are also printed, and its exit code."""
+    env = environment(OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // 2)))  # the CPU draws the weights
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
@@ -92,7 +92,7 @@ def tables(command: list[str]) -> tuple[list[str], int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="parts whose title has one of these in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts whose title contains one of these words")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, default=Path("gpu.md"))
@@ -105,8 +105,8 @@ def main() -> int:
         commands = parts(corpus, args.nanogpt, args.quick)
         titles = [title for title in commands if any(word in title for word in args.only)]
         if not titles:
-            parser.error(f"--only {' '.join(args.only)}: in no title of {', '.join(commands)}")
-        args.results.write_text("", encoding="utf-8")  # what can't be written fails now
+            parser.error(f"--only {' '.join(args.only)}: matches none of {', '.join(commands)}")
+        args.results.write_text("", encoding="utf-8")  # fails now if the file can't be written
         for title in titles:
             command = commands[title]
             start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""Everything of the engines that one device can show, one row a run: a GPU, or at toy size this machine's CPU.
+"""Every engine on one device, a GPU or with tiny sizes this machine's CPU: a table with a row for each run.
 
     python benchmarks/gpu_check.py [--rows WORD ...] [--steps 20] [--jobs 1]
 
-The same llama on the same random words under every engine with one process, and under `single` in every precision,
-with Liger's kernels, flash attention and the naive loss. Columns: whether the initial weights are those of the first
-row; the largest relative difference of a step's loss from it; tokens/s and MFU; peak memory and its predicted value;
-the largest difference of a logit between the training process on the device and plain transformers on the CPU. A row
-that is refused shows the reason. With several `--jobs` at a time tokens/s say nothing and are left out. The table is
-printed and kept in benchmarks/results/gpu_check.md.
+The same llama is trained on the same random words with every engine and one process; and with `single` in every
+precision, with Liger's kernels, flash attention and the naive loss. Columns: whether the initial weights equal those of
+the first row; the largest relative difference of a step's loss from the first row; tokens/s and MFU; measured and
+predicted peak memory; the largest difference of a logit between the training process on the device and plain
+transformers on the CPU. A row that is refused shows the reason. With several `--jobs` tokens/s are left out, since runs
+slow each other down. The table is printed and written to benchmarks/results/gpu_check.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import yaml
 from equivalence import write_recipe
 from small import ROOT, rows
 
-# Row to (engine, changes of the recipe); the first is what the others are compared with.
+# By row: engine and changes of the recipe. The other rows are compared with the first.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("single", {"training.mixed_precision": "bf16"}),
     **{
@@ -47,13 +47,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "flash 2": ("single", {"training.mixed_precision": "bf16", "model.attn_implementation": "flash_attention_2"}),
     "bf16 export": ("single", {"training.mixed_precision": "bf16", "model.dtype": "bfloat16"}),
 }
-# On a GPU GPT-2's size and a large vocabulary, so that memory and speed mean something.
+# On a GPU the size of GPT-2 and a large vocabulary, so that memory and speed are realistic.
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
          "num_key_value_heads": 12, "max_position_embeddings": 1024, "vocab_size": 50304}  # fmt: skip
 
 
 def recipe_of(folder: Path, steps: int) -> Path:
-    """The recipe of all rows; of `equivalence.py` but for the sizes."""
+    """Write the recipe of all rows: that of `equivalence.py` with other sizes."""
     path = write_recipe(folder, "llama", 1, "no", steps)
     if torch.cuda.is_available():
         recipe = yaml.safe_load(path.read_text())
@@ -65,7 +65,7 @@ def recipe_of(folder: Path, steps: int) -> Path:
 
 
 def run(recipe: Path, name: str, engine: str, changes: dict[str, Any]) -> Path | str:
-    """The folder of a run of one process, or why there is none."""
+    """Train with one process; returns the run folder, or the reason if the run failed."""
     output_dir = recipe.parent / name.replace(" ", "-")
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml"), "--num_processes", "1"]
@@ -74,7 +74,7 @@ def run(recipe: Path, name: str, engine: str, changes: dict[str, Any]) -> Path |
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     except subprocess.TimeoutExpired:
-        return "did not end in 500 s"
+        return "took longer than 500 s"
     if done.returncode == 0:
         return output_dir
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -83,7 +83,7 @@ def run(recipe: Path, name: str, engine: str, changes: dict[str, Any]) -> Path |
 
 
 def cells(run: Path, first: Path, with_rates: bool) -> list[str]:
-    """What the table says of a run that ended."""
+    """The cells of a finished run."""
     losses, known = rows(run, "loss"), rows(first, "loss")
     difference = max(abs(losses[step]["loss"] / known[step]["loss"] - 1) for step in known)
     kept = json.loads((run / "plan.json").read_text())
@@ -103,7 +103,7 @@ def cells(run: Path, first: Path, with_rates: bool) -> list[str]:
 
 
 def print_rows(found: Iterable[tuple[str, Path | str]], first: Path, with_rates: bool) -> list[str]:
-    """The rows of the table, printed as they come."""
+    """Compute the rows of the table, and print each when it is done."""
     lines = []
     for name, run in found:
         texts = [run.replace("|", "/")[:160]] if isinstance(run, str) else cells(run, first, with_rates)
@@ -114,7 +114,7 @@ def print_rows(found: Iterable[tuple[str, Path | str]], first: Path, with_rates:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", help="only rows with one of these words in their name, and the first")
+    parser.add_argument("--rows", nargs="+", help="only the first row and rows whose name contains one of these words")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_check.md")
@@ -130,9 +130,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(Path(folder), args.steps)
         first_name = next(iter(RUNS))
-        first = run(recipe, first_name, *RUNS[first_name])  # it prepares the data for all
+        first = run(recipe, first_name, *RUNS[first_name])  # prepares the data for all rows
         if isinstance(first, str):
-            sys.exit(f"the first row did not run: {first}")
+            sys.exit(f"the first row failed: {first}")
         wanted = [n for n in RUNS if n != first_name and (not args.rows or set(args.rows) & set(n.split()))]
         with ThreadPoolExecutor(args.jobs) as pool:
             others = pool.map(lambda name: run(recipe, name, *RUNS[name]), wanted)

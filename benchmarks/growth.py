@@ -1,11 +1,12 @@
-"""How costs grow: data of a step with the dataset, start-up with the checkpoint's step, memory of a loss with the
-vocabulary and of a micro-batch with its context, preparation with the corpus; a table, and the picture of it.
+"""How costs grow, as a table and a plot: data of a step with the dataset, start-up with the checkpoint's step, memory
+of a loss with the vocabulary and of a micro-batch with its context, preparation with the corpus.
 
     python benchmarks/growth.py [--output benchmarks/results] [--quick]
 
-Of each the exponent of growth: the slope of a straight line through the logarithms, by least squares, beside what it
-should be. Times are medians; memory is a process's peak (`VmHWM`) beyond what it held before, each in one of its own.
-`--quick` runs the same in seconds, with sizes too small to say anything.
+The table has the exponent of each cost and the exponent that it should have: the slope of a straight line through the
+logarithms, by least squares. Times are medians. Memory is the peak resident memory (`VmHWM`) of a process minus its
+resident memory before, with a new process for each point. `--quick` takes seconds, with sizes that are too small to
+show growth.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BLOCK_SIZE, SEQUENCES = 1024, 64  # of a step of the data panels: 65,536 tokens
+BLOCK_SIZE, SEQUENCES = 1024, 64  # of a step in the data panels: 65,536 tokens
 HIDDEN, TOKENS = 64, 2048  # of the loss
 PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "transformers.loss.loss_utils"]
 PRELOADED += ["hfpretrain.modeling.loss", "hfpretrain.modeling.build"]
@@ -27,7 +28,7 @@ PRELOADED += ["hfpretrain.modeling.loss", "hfpretrain.modeling.build"]
 
 @dataclass
 class Curve:
-    """Costs `y` at sizes `x`; `expected` is what the exponent of the points from `fitted_from` on should be."""
+    """Costs `y` at sizes `x`. `expected`: the exponent that the points from `fitted_from` on should have."""
 
     panel: str
     name: str
@@ -47,7 +48,7 @@ class Curve:
 
 @dataclass
 class Panel:
-    """One picture: what its axes are."""
+    """One panel of the plot: its title and the labels of its axes."""
 
     title: str
     x: str
@@ -75,7 +76,7 @@ def timed(call, rounds: int) -> float:
 
 
 def training_data(num_blocks: int):
-    """The real `TrainingData` on the real `Blocks`, whose chunks are one array again and again: any size, 16 MB."""
+    """`TrainingData` on `Blocks` whose chunks are all the same array, so that any number of blocks takes 16 MB."""
     import numpy as np
 
     from hfpretrain.data.batches import Blocks, TrainingData
@@ -99,7 +100,7 @@ def data_of_a_step(quick: bool) -> list[Curve]:
     data = {size: training_data(size) for size in sizes}
     steps = {size: iter(range(size // SEQUENCES)) for size in sizes}
     seconds = {size: [] for size in sizes}
-    for _ in range(3 if quick else 25):  # the sizes by turns, so that a busy moment meets all of them
+    for _ in range(3 if quick else 25):  # the sizes take turns, so that other load affects all of them
         for size in sizes:
             seconds[size].append(timed(lambda size=size: data[size].step(next(steps[size])), 1))
     for size in sizes:
@@ -110,7 +111,7 @@ def data_of_a_step(quick: bool) -> list[Curve]:
 
 
 def start_up(quick: bool) -> list[Curve]:
-    """What a run does that finds a checkpoint: read the ledger, compare it with the data, fetch the first batch."""
+    """The work of a run that finds a checkpoint: read the ledger, compare it with the data, make the first batch."""
     import numpy as np
 
     from hfpretrain.data.batches import Prefetcher
@@ -127,7 +128,7 @@ def start_up(quick: bool) -> list[Curve]:
         chosen: list[int] = []
         checksums = np.zeros(step, dtype=np.uint64)
         Ledger(checksums).first_mismatch(lambda step, chosen=chosen: chosen.append(step) or 0, tokens_per_step)
-        for number in chosen:  # those of the others are never looked at
+        for number in chosen:  # the other batches are never used
             checksums[number] = data.checksum(number)
         stored = Consumption(1).state()
         with tempfile.TemporaryDirectory() as name:
@@ -149,7 +150,7 @@ def start_up(quick: bool) -> list[Curve]:
 
 
 def peak_of(case, kind: str, size: int) -> float:
-    """Peak MiB of a case, measured in a process of its own; all are forked from one that has imported the libraries."""
+    """Peak MiB of a case, measured in a new process, which is forked from one that has imported the libraries."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -157,7 +158,7 @@ def peak_of(case, kind: str, size: int) -> float:
 
 
 def status(key: str) -> float:
-    """MiB of this process by /proc."""
+    """A memory figure of this process in MiB, from /proc."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
@@ -266,7 +267,7 @@ def preparation(quick: bool) -> list[Curve]:
         changes |= {"training__tokens_per_step": BLOCK_SIZE, "training__micro_batch_size": 1}
         changes["model__config__max_position_embeddings"] = BLOCK_SIZE
         seconds: dict[float, list[float]] = {size: [] for size in sizes}
-        for number in range(1 if quick else 5):  # by turns, as above
+        for number in range(1 if quick else 5):  # the sizes take turns, as above
             for size in sizes:
                 output_dir = str(folder / f"{size}" / f"{number}" / "run")
                 recipe = Recipe.model_validate(recipe_mapping(folder / f"{size}", **changes, output_dir=output_dir))
@@ -276,7 +277,7 @@ def preparation(quick: bool) -> list[Curve]:
 
 
 def many_devices(quick: bool) -> list[Curve]:
-    """Simulated by `hfpretrain.planning.network`, one micro-step a step, whether the engine's memory does or not."""
+    """Simulated by `hfpretrain.planning.network`, with one micro-step per step, whether it fits into memory or not."""
     from hfpretrain import load_recipe
     from hfpretrain.modeling.build import build_model
     from hfpretrain.modeling.flops import model_flops_per_token
@@ -302,7 +303,7 @@ def many_devices(quick: bool) -> list[Curve]:
 
 
 def table(curves: list[Curve]) -> str:
-    """Each curve's first and last fitted point, exponent, and what that should be."""
+    """A row for each curve: its first and last fitted point, its exponent, and the expected exponent."""
     lines = ["| cost | against | first point | last point | exponent | should be |", "|---|---|---|---|---|---|"]
     for curve in curves:
         panel = PANELS[curve.panel]
@@ -337,7 +338,7 @@ def draw(curves: list[Curve], path: Path) -> None:
         else:
             axis.set_yscale("log")
             values = [y for curve in here for y in curve.y if y > 0]
-            axis.set_ylim(min(values) / 2, max(values) * (max(values) / min(values)) ** 0.4 * 2)  # the legend's room
+            axis.set_ylim(min(values) / 2, max(values) * (max(values) / min(values)) ** 0.4 * 2)  # space for the legend
             axis.legend(fontsize=8, loc="upper left", title="exponent", title_fontsize=8, alignment="left")
         if key in ("loss", "context", "prepare", "many"):
             axis.set_xticks(here[0].x, [f"{x:,.2g}" if x < 100 else f"{x:,}" for x in here[0].x], fontsize=8)

@@ -1,8 +1,8 @@
-"""What a broken Hub does to a training that publishes to it, as a table: `python benchmarks/hub_trials.py`.
+"""How a run that publishes behaves while the Hub fails, as a table: `python benchmarks/hub_trials.py`.
 
-A training of 8 steps that pushes 4 checkpoints and its export with the real client to a server on localhost
-(`tests/hub_server.py`), once for each fault; the server's state at the run's end, and after `hfpretrain push` once the
-fault is over. And one that is told to stop while an upload hangs.
+For each fault, a run of 8 steps pushes 4 checkpoints and its export with the real client to a server on localhost
+(`tests/hub_server.py`). The table shows the state of the server at the end of the run, and after the fault is over and
+`hfpretrain push` was called. Another run gets SIGTERM while an upload hangs.
 """
 
 import re
@@ -25,12 +25,12 @@ Fault = Callable[[str, str], Exception | float | None]
 
 
 def always(outcome: Callable[[], Exception | float], pattern: str = "") -> Fault:
-    """Every request whose "METHOD PATH" matches."""
+    """A fault of every request whose "METHOD PATH" matches."""
     return lambda method, path: outcome() if re.search(pattern, f"{method} {path}") else None
 
 
 def first(number: int, outcome: Callable[[], Exception | float], pattern: str) -> Fault:
-    """So many of them, the next ones are answered."""
+    """A fault of the first matching requests; later ones are answered."""
     left = [number]
 
     def fault(method: str, path: str) -> Exception | float | None:
@@ -61,8 +61,8 @@ FAULTS: dict[str, Callable[[], Fault]] = {
 DOWN = ("down until the end of training", "gone for the whole run")
 
 
-def there(hub: HubServer) -> str:
-    """How much of a run is on the server: revisions with branch and tag, and whether `main` has the export."""
+def pushed_so_far(hub: HubServer) -> str:
+    """What is on the server: the number of revisions with branch and tag, and whether `main` has the export."""
     repo = hub.repos.get("models/user/tiny")
     if repo is None:
         return "no repo"
@@ -72,7 +72,7 @@ def there(hub: HubServer) -> str:
 
 
 def trial(folder: Path, fault: str) -> list[str]:
-    """A row of the table."""
+    """Train with one fault; returns a row of the table."""
     folder.mkdir()
     small.write_jsonl(folder / "corpus.jsonl", small.small_text(200))
     keys = {"checkpoint__every_steps": 2, "hub__repo_id": "user/tiny", "hub__max_wait_seconds": 15}
@@ -104,20 +104,20 @@ def trial(folder: Path, fault: str) -> list[str]:
         output = training.stdout.read()
         code, seconds = training.wait(), time.monotonic() - start
         reader.join()
-        at_end = there(hub) if fault != DOWN[1] else "nothing"
+        at_end = pushed_so_far(hub) if fault != DOWN[1] else "nothing"
         if fault == DOWN[1]:
             hub.start()
         hub.fault = None
         push = [sys.executable, "-m", "hfpretrain.cli", "push", str(folder / "run"), "user/tiny"]
         pushed = subprocess.run(push, cwd=small.ROOT, env=env, capture_output=True, text=True)
         loss = small.rows(folder / "run", "export/loss_export")[8]["export/loss_export"]
-        told = "; ".join(dict.fromkeys(re.findall(r"not pushed: (.*)", output))) or "all is there"
+        reasons = "; ".join(dict.fromkeys(re.findall(r"not pushed: (.*)", output))) or "everything is pushed"
         row = [fault, f"exit {code}, loss {loss:.6f}, step 8 after {trained[0]:.0f} s", f"{seconds - trained[0]:.0f} s"]
-        return [*row, told, at_end, f"{there(hub)} (exit {pushed.returncode})"]
+        return [*row, reasons, at_end, f"{pushed_so_far(hub)} (exit {pushed.returncode})"]
 
 
-def stopped(folder: Path) -> list[str]:
-    """The row of a training that gets SIGTERM while the upload of its first checkpoint hangs."""
+def stop_while_uploading(folder: Path) -> list[str]:
+    """Train, and send SIGTERM while the upload of the first checkpoint hangs; returns a row of the table."""
     folder.mkdir()
     small.write_jsonl(folder / "corpus.jsonl", small.small_text(200))
     keys = {"checkpoint__every_steps": 50, "hub__repo_id": "user/tiny", "training__max_steps": 100_000}
@@ -148,13 +148,13 @@ def stopped(folder: Path) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    header = ["fault", "training", "from step 8 to the end", "what it says at its end"]
-    print("|", " | ".join([*header, "on the server then", "after `hfpretrain push`"]), "|")
+    header = ["fault", "training", "from step 8 to the end", "reported at its end"]
+    print("|", " | ".join([*header, "on the server at its end", "after `hfpretrain push`"]), "|")
     print("|---" * 6 + "|")
     with tempfile.TemporaryDirectory() as root:
         for number, fault in enumerate([*FAULTS, *DOWN]):
             print("|", " | ".join(trial(Path(root) / str(number), fault)), "|", flush=True)
-        print("|", " | ".join(stopped(Path(root) / "stopped")), "|")
+        print("|", " | ".join(stop_while_uploading(Path(root) / "stopped")), "|")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The most memory that a process needs until its model stands, beside the size of the model.
+"""Peak memory of a process until its model is initialized, compared with the size of the model.
 
     python benchmarks/initialization.py [--engines single fsdp2 zero3]
 
-A llama of 0.37 billion float32 weights, drawn and sharded as a training does; `single` with one process, the others
-with two. Memory is that of `PeakMemory`, the largest of all processes. FSDP2 and ZeRO-3 keep a share of each
-piece as it is drawn, so that no process holds the model: beside its half stands one piece, the largest of which is an
-embedding of 125 MiB, and what its libraries load. Measured until the optimizer is built.
+A llama with 0.37 billion float32 weights is initialized and sharded as a run does it, with one process for `single` and
+two for the other engines. Memory is the peak of `hfpretrain.training.peak_memory.PeakMemory` in the largest process,
+until the optimizer is built. FSDP2 and ZeRO-3 shard each weight as soon as it is drawn. So a process holds its half of
+the model, one whole weight (the largest is an embedding of 125 MiB), and what its libraries load.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CONFIG = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816,
 
 
 def worker(output: Path) -> None:
-    """What every process of an engine does; the first writes the largest peak and the model's size in bytes."""
+    """Initialize the model in a process of an engine. The first writes the largest peak and the model's size."""
     import torch
     from transformers import AutoConfig
 

@@ -1,10 +1,11 @@
-"""The loader beside memory itself: tokens per second of random blocks in one process, and the start of a run.
+"""Speed of the data loader: tokens per second of random blocks in one process, and the time to start.
 
     python benchmarks/loader.py [--rows 200000] [--block-size 1024] [--rounds 7]
 
-Rows: `copy` reads the same random rows with one numpy call into int64, the limit; `blocks` is `Blocks`; `step` is all
-a training step gets, with order, labels, document positions and the ledger's checksum. Then what a first step costs at
-step 0 and at 99 % of an index of 10^9 blocks, which no machine needs to hold: the order is computed, not stored.
+Rows: `copy` reads the same random rows with one numpy call into int64, which is the limit; `blocks` is `Blocks`; `step`
+is all data of a training step, with order, labels, document positions and the ledger's checksum. Then the time of a
+first step at step 0 and at 99% of an index of 10^9 blocks. The order is computed, not stored, so the index needs no
+memory.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
                 order(np.arange(position, position + per_step))
                 times.append(time.perf_counter() - start)
             milliseconds = statistics.median(times) * 1e3
-            print(f"first {per_step} places of 10^9 blocks, {what}, from {position:,}: {milliseconds:.2f} ms")
+            print(f"first {per_step} indices of 10^9 blocks, {what}, from {position:,}: {milliseconds:.2f} ms")
 
 
 if __name__ == "__main__":

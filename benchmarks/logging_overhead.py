@@ -1,7 +1,7 @@
-"""What logging costs: `python benchmarks/logging_overhead.py [RECIPE] [--steps 1000] [--every 10]`.
+"""The time that logging takes: `python benchmarks/logging_overhead.py [RECIPE] [--steps 1000] [--every 10]`.
 
-One run in which every other block of steps ends with its log row (`metrics.jsonl`, TensorBoard, the bar) and the ones
-between end with none; the ratio is of neighboring blocks, so that the machine's noise meets both.
+In one run, every other block of steps ends with a log row (`metrics.jsonl`, TensorBoard, the progress bar), and the
+others end without. Ratios compare neighboring blocks, so that noise of the machine affects both.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     ratios = blocks[:, 0] / blocks[:, 1]
     draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
-    print("| a log row each | pairs of blocks | seconds a step | with logging : without, median (95 % interval) |")
+    print("| a log row each | pairs of blocks | seconds a step | with logging : without, median (95% interval) |")
     print("|---|---|---|---|")
     seconds = np.median(blocks[:, 1]) / args.every
     print(f"| {args.every} steps | {len(ratios)} | {seconds:.4f} | {np.median(ratios):.4f} ({low:.4f} to {high:.4f}) |")

@@ -1,11 +1,12 @@
-"""Peak memory and time of the loss: all logits at once, as transformers computes it, beside chunks of them.
+"""Peak memory and time of the loss: with all logits at once, as transformers computes it, and in chunks.
 
     python benchmarks/loss_memory.py [--quick | --train]
 
-One forward and backward of output embedding and loss, on a CPU in a process of its own; of four rounds the last is
-timed. Memory is what came on top of hidden states and weight: of the process on a CPU (`ru_maxrss`), else allocated.
-bf16 is autocast with float32 weights. `--train` runs whole steps of a llama with a vocabulary of 128k instead, through
-`accelerate launch -m hfpretrain.train` (CPU: memory of the largest process, sampled every 20 ms).
+One forward and backward of output embedding and loss; on a CPU, each case in a new process. The last of four rounds is
+timed. Memory is the peak minus that of hidden states and weight: on a CPU the resident memory of the process
+(`ru_maxrss`), on a GPU what torch allocated. bf16 is autocast with float32 weights. `--train` instead runs whole steps
+of a llama with a vocabulary of 128k through `accelerate launch -m hfpretrain.train`; memory is then the whole resident
+memory of the largest process, sampled every 20 ms.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def compare_losses(cases: list[tuple[int, int, int]]) -> None:
         for dtype in ("float32", "bf16"):
             found = []
             for kind in ("whole", "chunked"):
-                if torch.cuda.is_available():  # its allocator knows the peak of each
+                if torch.cuda.is_available():  # torch's allocator measures the peak of each case
                     found.append(measure(kind, dtype, *case))
                     continue
                 command = [sys.executable, __file__, "--case", kind, dtype, *map(str, case)]
@@ -85,7 +86,7 @@ def compare_losses(cases: list[tuple[int, int, int]]) -> None:
 
 
 def write_recipe(folder: Path) -> Path:
-    """Three steps of 2,048 tokens for two processes."""
+    """Write a recipe of three steps, each with 2,048 tokens for each of two processes."""
     draw = random.Random(0)
     words = ["river", "stone", "light", "runs", "falls", "under", "over", "quiet", "green", "water"]
     lines = [json.dumps({"text": " ".join(draw.choices(words, k=200))}) for _ in range(200)]
@@ -105,7 +106,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def run(recipe: Path, engine: str, chunked: bool) -> tuple[float, list[dict[str, float]]]:
-    """Peak MiB of the largest process, and the rows of the steps."""
+    """Train; returns the peak MiB of the largest process, and the rows of the steps."""
     output_dir = recipe.parent / f"{engine}-{chunked}"
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / f"{engine}.yaml"), "-m", "hfpretrain.train", str(recipe)]

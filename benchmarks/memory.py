@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py CORPUS.jsonl[.gz] [--megabytes 100 2000] [--document-megabytes 100]
 
-The corpora are the given one repeated, every copy of a document with another first line; last comes one single
-document. A tokenizer of 16,384 tokens is trained once on the corpus itself. Memory is sampled every 50 ms.
+The given corpus is repeated, and every copy of a document has another first line. The last corpus is one single
+document. A tokenizer of 16,384 tokens is trained once on the given corpus. Memory is the sum of the resident memory of
+all processes, sampled every 50 ms.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def write(path: Path, texts: list[str], num_bytes: int, as_one: bool) -> None:
 
 
 def peak(recipe: Path) -> tuple[float, float, dict[str, int]]:
-    """Peak MiB of the tree, seconds, the account of the training split."""
+    """Prepare; returns the peak MiB of the process tree, the seconds, and the account of the training split."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "hfpretrain.cli", "prepare", str(recipe)]
     process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -1,8 +1,8 @@
 """Optimizers at equal tokens and equal time: `python benchmarks/optimizers.py [--steps 400] [--section.key=value ...]`.
 
-The quickstart's text and a smaller model of its kind. Each optimizer gets the rates in `RATES`; the best at equal
-tokens then runs again for as many steps as fit into the time that AdamW took for all of its own, with its schedule cut
-to that. Losses are of the whole validation split at the end.
+A smaller model of the quickstart's family on its text. Each optimizer is run with the learning rates in `RATES`. The
+best rate at equal tokens then runs again for as many steps as fit into the time of AdamW's run, with a schedule of that
+length. Losses are those of the whole validation split at the end.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""What `hfpretrain plan` predicts beside what runs measure: a few steps of recipes under several engines.
+"""Compare the predictions of `hfpretrain plan` with short runs of recipes on several engines.
 
     python benchmarks/plan_accuracy.py [--engines single ddp ...] [--shakespeare tinyshakespeare.txt] [--steps 10]
                                        [--section.key=value ...]
 
-Peak memory of the largest process, and seconds of a step at the plan's default MFU: where the MFU that came out is
-another, so is the time. Engines of several processes run with two. On a CPU libraries that are loaded meanwhile count
-as memory, some tens of MiB.
+Shows the peak memory of the largest process, as `hfpretrain.training.peak_memory.PeakMemory` measures it, and the
+seconds of a step. The time is predicted with the plan's default MFU, so it is wrong where the measured MFU differs.
+Engines of several processes run with two. On a CPU, libraries that are loaded during the run count as memory, some tens
+of MiB.
 """
 
 import argparse
@@ -23,7 +24,7 @@ MEDIUM = [*(f"--model.config.{key}={value}" for key, value in _SIZES.items()), "
 
 
 def run(name: str, overrides: list[str], engine: str, output_dir: Path, steps: int) -> dict:
-    """`plan.json` of a short run of a recipe."""
+    """Train a recipe for a few steps; returns its `plan.json`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / f"{engine}.yaml"), "-m", "hfpretrain.train"]
     command += [str(ROOT / "recipes" / f"{name}.yaml"), f"--output_dir={output_dir}", f"--training.max_steps={steps}"]

@@ -1,9 +1,9 @@
-"""Preparation beside its limit and its peer: tokens per second of the whole `prepare`, of `encode_batch_fast` alone on
-texts in memory, and of the way of transformers' run_clm example (`datasets.map` to tokenize, `map` to group).
+"""Speed of preparation, in tokens per second: the whole `prepare`; the limit, `encode_batch_fast` alone on texts in
+memory; and transformers' run_clm example (`datasets.map` to tokenize, `map` to group).
 
     python benchmarks/prepare.py CORPUS.jsonl[.gz] [--rounds 5] [--vocab-size 16384] [--tokenizer FOLDER]
 
-The three take turns in every round; medians and the spread of the ratios are printed.
+The three take turns in every round. Prints medians and the range of the ratios.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""A run that moves from engine to engine, beside one that never moved: `python benchmarks/resume_anywhere.py`.
+"""Compare a run that changes its engine with one that does not: `python benchmarks/resume_anywhere.py`.
 
-Each leg is `accelerate launch -m hfpretrain.train`, which goes on from the checkpoint of the leg before. Prints the
-largest relative difference of a step's loss and gradient norm on each leg, and of the weights at the end.
+Each leg is `accelerate launch -m hfpretrain.train`, which resumes from the checkpoint of the previous leg. Prints the
+largest relative difference of a step's loss and gradient norm in each leg, and of the weights at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 
 
 def write(folder: Path, mixed_precision: str) -> Path:
-    """A recipe whose schedule does not depend on its length."""
+    """Write a recipe whose schedule does not depend on its length."""
     write_jsonl(folder / "corpus.jsonl", small_text(300))
     changes = {"model__config__num_hidden_layers": 3, "scheduler__name": "constant_with_warmup"}
     changes |= {"training__tokens_per_step": 384, "training__mixed_precision": mixed_precision}
@@ -40,7 +40,7 @@ def write(folder: Path, mixed_precision: str) -> Path:
 
 
 def leg(recipe: Path, engine: str, processes: int, *overrides: str) -> str:
-    """One leg; returns what it wrote to stderr."""
+    """Train one leg; returns its stderr."""
     result = train(recipe, *overrides, engine=engine, processes=processes)
     if result.returncode:
         raise SystemExit(f"{engine} with {processes}:\n{result.stderr}")
@@ -48,18 +48,20 @@ def leg(recipe: Path, engine: str, processes: int, *overrides: str) -> str:
 
 
 def chain(folder: Path, legs: tuple[tuple[str, int], ...], mixed_precision: str = "no") -> tuple[list[dict], float]:
-    """Run the legs and the run that never moved: of each leg its greatest differences, and that of the last weights,
-    relative to the largest weight."""
+    """Train the legs, and a run that stays on one engine.
+
+    Returns the largest differences in each leg, and that of the final weights, relative to the largest weight.
+    """
     recipe = write(folder, mixed_precision)
-    straight, moved = folder / "straight", folder / "moved"
+    straight, changing = folder / "straight", folder / "changing"
     steps = STEPS * len(legs)
     leg(recipe, "single", 1, f"--output_dir={straight}", f"--training.max_steps={steps}")
     for number, (engine, processes) in enumerate(legs, 1):
-        arguments = [f"--output_dir={moved}", f"--training.max_steps={STEPS * number}"]
+        arguments = [f"--output_dir={changing}", f"--training.max_steps={STEPS * number}"]
         stderr = leg(recipe, engine, processes, *arguments)
         if number > 1 and "resumed from" not in stderr:
             raise SystemExit(f"{engine} did not resume:\n{stderr}")
-    there, here = rows(straight, "loss"), rows(moved, "loss")
+    there, here = rows(straight, "loss"), rows(changing, "loss")
     table = []
     for number, (engine, processes) in enumerate(legs):
         steps = range(STEPS * number + 1, STEPS * (number + 1) + 1)
@@ -68,7 +70,7 @@ def chain(folder: Path, legs: tuple[tuple[str, int], ...], mixed_precision: str 
             row[key] = max(abs(here[step][key] / there[step][key] - 1) for step in steps)
         row["ledger"] = all(here[step]["ledger"] == there[step]["ledger"] for step in steps)
         table.append(row)
-    weights = [load_file(run / "model" / "model.safetensors") for run in (straight, moved)]
+    weights = [load_file(run / "model" / "model.safetensors") for run in (straight, changing)]
     largest = max(float(tensor.abs().max()) for tensor in weights[0].values())
     return table, max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) / largest
 

@@ -1,7 +1,7 @@
-"""How long training stands still for a save: `python benchmarks/save_stall.py [--hidden-size N] [--num-layers N]`.
+"""How long a save stops training: `python benchmarks/save_stall.py [--hidden-size N] [--num-layers N]`.
 
-One run that saves in the foreground and one in the background, of the same model, in the same call. The limit beside
-them: a plain copy of as many bytes in memory.
+Two runs of the same model, one that saves in the foreground and one in the background. The limit is a plain copy of as
+many bytes in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from small import small_text, train, write_jsonl, write_recipe
 
 
 def saves(folder: Path, asynchronous: bool, hidden_size: int, num_layers: int) -> tuple[list[dict], list[float]]:
-    """Rows of `metrics.jsonl` of the saves in the middle of a run, and tokens per second."""
+    """Train; returns the rows of `metrics.jsonl` about saves in the middle of the run, and tokens per second."""
     write_jsonl(folder / "corpus.jsonl", small_text(200))
     sizes = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": num_layers}
     changes = {f"model__config__{key}": value for key, value in sizes.items()}
@@ -37,13 +37,13 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1536)
     parser.add_argument("--num-layers", type=int, default=12)
     args = parser.parse_args()
-    print("| save | MiB | training stands still, s | until sealed, s |\n|---|---|---|---|")
+    print("| save | MiB | training is stopped, s | until the checkpoint is complete, s |\n|---|---|---|---|")
     size = 0
     for asynchronous in (False, True):
         with tempfile.TemporaryDirectory() as folder:
             found, _ = saves(Path(folder), asynchronous, args.hidden_size, args.num_layers)
         size = found[0]["save/bytes"]
-        # A save that waits for the one before is the rule, but not what is measured.
+        # Most saves wait for the previous one, which is not measured here.
         stalls = [row["save/stall_seconds"] - row["save/waited_seconds"] for row in found]
         seconds = [row["save/seconds"] - row["save/waited_seconds"] for row in found]
         name = "in the background" if asynchronous else "in the foreground"

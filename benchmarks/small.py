@@ -1,4 +1,4 @@
-"""A small corpus, a small recipe, and the way a user starts it: for benchmarks, and for the tests."""
+"""A small corpus, a small recipe, and the commands that train it, for benchmarks and tests."""
 
 import json
 import os
@@ -14,7 +14,7 @@ WORDS = ("the", "a", "of", "river", "stone", "light", "runs", "falls", "under", 
 
 
 def small_text(num_documents: int, seed: int = 0) -> list[str]:
-    """Documents of word salad with some Unicode, the same for the same seed."""
+    """Documents of random words with some Unicode, which depend only on the seed."""
     draw = random.Random(seed)
     return [
         " ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 120))) + f" №{number} — ünïcode 漢字 🌊"
@@ -28,7 +28,7 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 
 
 def recipe_mapping(folder: Path, **changes: object) -> dict:
-    """A valid recipe of a tiny llama on `folder/corpus.jsonl`; `changes` are dotted keys with __ for the dot."""
+    """A valid recipe of a tiny llama on `folder/corpus.jsonl`. `changes`: recipe keys with `__` instead of dots."""
     mapping: dict = {
         "output_dir": str(folder / "run"),
         "model": {
@@ -80,12 +80,15 @@ FAULTS = ROOT / "tests" / "faults.py"
 def command(
     recipe: Path, *overrides: str, engine: str | None = None, processes: int | None = None, faults: bool = False
 ) -> list[str]:
-    """`accelerate launch` with an engine's file, or plain `python -m` without; `faults`: of `tests/faults.py`."""
+    """`accelerate launch` with an engine's file, or `python -m` without an engine.
+
+    `faults`: whether the process can inject the faults of `tests/faults.py`.
+    """
     training = [str(FAULTS)] if faults else ["-m", "hfpretrain.train"]
     if engine is None:
         return [sys.executable, *training, str(recipe), *overrides]
     config = str(ROOT / "accelerate_configs" / f"{engine}.yaml")
-    # Another port for each launch: several may run at once.
+    # A free port for each launch, since several may run at once.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
     launch += ["--config_file", config, *(["--num_processes", str(processes)] if processes else [])]
     return [*launch, *training, str(recipe), *overrides]
@@ -99,7 +102,7 @@ def train(
     timeout: int = 300,
     **env: str,
 ) -> subprocess.CompletedProcess:
-    """The finished process of `command`."""
+    """Run `command`, and return the finished process."""
     return subprocess.run(
         command(recipe, *overrides, engine=engine, processes=processes),
         cwd=ROOT,

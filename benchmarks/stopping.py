@@ -1,7 +1,7 @@
 """SIGTERM in every phase of a run: `python benchmarks/stopping.py`.
 
-Each row starts a run, waits until it is in the phase, signals one rank, and tells how long it took to end, with which
-exit code, at which step it was saved and whether the same command goes on to the end from there.
+For each row, a run is started, and one rank gets the signal when the run is in the phase. The row shows how long the
+run took to end, its exit code, the step of its newest checkpoint, and whether the same command continues to the end.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ PHASES = ("rehearse", "data", "train", "evaluate", "save")
 
 
 def start(recipe: Path, engine: str, run: Path) -> list[str]:
-    """The command of a run that tells its phase."""
+    """The command of a run that writes its phase into a file."""
     return command(recipe, f"--output_dir={run}", engine=None if engine == "single" else engine, faults=True)
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The training processes below a launcher, by rank; the process itself where it is alone."""
+    """The training processes that a launcher started, by rank; without a launcher, the process itself."""
     found = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     found = [p for p in found if str(FAULTS) in p.cmdline() and "accelerate.commands.launch" not in p.cmdline()]
     return sorted(found, key=lambda p: int(p.environ().get("RANK", 0)))
 
 
 def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.SIGTERM) -> dict:
-    """One row: the last rank is signaled in `phase`."""
+    """Send a signal to the last rank in `phase`; returns a row."""
     marker, code = run.with_suffix(".phase"), run.with_suffix(".code")
     slow = f"slow:{phase}" if phase in ("data", "rehearse", "save") else ""
     names = {"PHASE_FILE": str(marker), "HFPRETRAIN_EXIT_CODE_FILE": str(code)}
@@ -72,12 +72,12 @@ def runs_to_end(recipe: Path, engine: str, run: Path) -> bool:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Loss by step."""
+    """The loss of each step."""
     return {step: row["loss"] for step, row in rows(run, "loss").items()}
 
 
 def write(folder: Path) -> Path:
-    """A run of 12 steps that saves and evaluates every 4."""
+    """Write a recipe of 12 steps that saves and evaluates every 4."""
     write_jsonl(folder / "corpus.jsonl", small_text(200))
     changes = {"training__max_steps": 12, "evaluation__every_steps": 4}
     return write_recipe(folder, checkpoint={"every_steps": 4, "keep_last": 5}, **changes)
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", nargs="+", default=["single", "ddp", "fsdp2", "zero2"])
     args = parser.parse_args()
-    print("| engine | phase | seconds to the end | exit code | newest sealed | all verify | goes on, same losses |")
+    print("| engine | phase | seconds to the end | exit code | newest checkpoint | all verify | resumes, same losses |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         recipe = write(Path(folder))

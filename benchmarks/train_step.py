@@ -1,13 +1,16 @@
-"""A step of hfpretrain beside that of others: `python benchmarks/train_step.py [RECIPE] [--section.key=value ...]`.
+"""Time of a training step: `python benchmarks/train_step.py [RECIPE] [--section.key=value ...]`.
 
-In one process, on the same batches in the same precision, by turns: a step of hfpretrain as it trains the recipe (data,
-loss over all tokens, checks, records, logging); a step of the bare PyTorch loop on the same model and optimizer; a step
-of `transformers.Trainer` on a model of the same config, in a process of its own that waits meanwhile; with
-`--nanogpt FOLDER`, nanoGPT's repository, its model of the same sizes, compiled, in its loop; with `--litgpt FOLDER`
-litgpt's of a llama recipe (it needs the package lightning). Ratios are of neighbors, so that the machine's noise meets
-both.
+These take turns, step by step, on the same batches in the same precision:
 
-`--check` leaves out Trainer and exits with 1 if the wrapper's share of a step is above 3 %.
+- hfpretrain as it trains the recipe (data, loss over all tokens, checks, records, logging)
+- the bare PyTorch loop on the same model and optimizer, in the same process
+- `transformers.Trainer` on a model of the same config, in another process that waits meanwhile
+- with `--nanogpt FOLDER`, a clone of nanoGPT: its model of the same sizes, compiled, in its loop
+- with `--litgpt FOLDER`, a clone of litgpt: its model of a llama recipe (needs the package lightning)
+
+Ratios compare neighboring steps, so that noise of the machine affects both.
+
+`--check` leaves out Trainer and exits with 1 if hfpretrain needs over 3% of a step more than the bare loop.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from unittest import mock
 
 from hfpretrain.engines import launch
 
-os.environ.update(launch.sleeping_threads())  # for the bare loop as for ours, before torch is loaded
+os.environ.update(launch.sleeping_threads())  # before torch is imported; for the bare loop as for hfpretrain
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ Peer = Callable[[Batches], None]
 
 
 def seconds_now() -> float:
-    """With nothing of the device's queue left."""
+    """The time, after all work in the device's queue is done."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -54,8 +57,11 @@ def seconds_now() -> float:
 def timed_run(
     recipe: str | Path, steps: int, overrides: list[str], peers: Callable[[Setup], dict[str, Peer]] = lambda _: {}
 ) -> tuple[dict[str, np.ndarray], Setup, Batches]:
-    """Train a recipe, and after each step let every peer do its own on the same batches: seconds of each step by name,
-    float64 (steps - 3,), of hfpretrain's as "hfpretrain"; the run and the last batches."""
+    """Train a recipe, and after each step let every peer do its own step on the same batches.
+
+    Returns the seconds of each step by name, float64 (steps - 3,), those of hfpretrain as "hfpretrain"; the run; and
+    the last batches.
+    """
     found: dict[str, list[float]] = {"hfpretrain": []}
     advance, fit = TrainState.advance, running.fit
     begun, others, used, setups = 0.0, {}, [], []
@@ -73,7 +79,8 @@ def timed_run(
         advance(state, data, *arguments)
         found["hfpretrain"].append(seconds_now() - begun)
         used = [setups[0].engine.to_device(batch) for batch in data.batches]
-        first = len(found["hfpretrain"]) % max(1, len(others))  # who comes after whom changes, and with it the caches
+        # The order changes, so that no peer always finds the same caches.
+        first = len(found["hfpretrain"]) % max(1, len(others))
         for name, peer in [*others.items()][first:] + [*others.items()][:first]:
             begun = seconds_now()
             peer(used)
@@ -99,14 +106,14 @@ def timed_run(
 
 
 def autocast(setup: Setup) -> contextlib.AbstractContextManager[Any]:
-    """As the engine computes."""
+    """The engine's autocast."""
     kind, _, dtype = setup.engine.forward_precision.partition(" ")
     device = setup.engine.device.type
     return torch.autocast(device, getattr(torch, dtype)) if kind == "autocast" else contextlib.nullcontext()
 
 
 def bare_loop(setup: Setup) -> Peer:
-    """What every training script of PyTorch does."""
+    """The usual training loop of PyTorch scripts."""
     model, optimizer, context = setup.engine.unwrapped_model, setup.engine.optimizer.optimizer, autocast(setup)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     max_norm = setup.recipe.training.max_grad_norm or 1e9
@@ -203,49 +210,52 @@ def litgpt(setup: Setup, folder: Path) -> Peer:
 
 
 class Turns:
-    """A process that says on its standard output when it is ready, and then does one step for each line it is sent."""
+    """A process that does one step for each line on its standard input.
+
+    It writes a line to its standard output when it is ready and after each step.
+    """
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None):
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def hear(self) -> None:
-        """Wait until it is ready."""
+    def wait_until_ready(self) -> None:
+        """Wait for the process's next line."""
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
             raise RuntimeError(f"ended with exit code {self._process.wait()}")
 
     def step(self) -> float:
-        """Seconds of its next step."""
+        """Let the process do one step, and return the seconds that it took."""
         assert self._process.stdin is not None
         begun = time.perf_counter()
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as will be heard
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which `wait_until_ready` reports
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
-        self.hear()
+        self.wait_until_ready()
         return time.perf_counter() - begun
 
     def kill(self) -> None:
-        """End it where it is."""
+        """Kill the process."""
         self._process.kill()
 
     def close(self) -> None:
-        """No more of them."""
+        """Close the process's standard input, and wait for its end."""
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate()
 
 
-def my_turn() -> bool:
-    """In such a process, after a step: say so and wait. False if nobody asks for another."""
+def report_and_wait() -> bool:
+    """In a process of `Turns`, report that a step is done and wait for the next. Returns False if there is none."""
     seconds_now()
     print("done", file=sys.__stdout__, flush=True)
     return bool(sys.stdin.readline())
 
 
 def trainer(setup: Setup, steps: int) -> Peer:
-    """`transformers.Trainer` on a new model of the run's config, in a process of its own: accelerate's state is one for
-    a process."""
+    """`transformers.Trainer` on a new model of the run's config, in another process, since a process can have only one
+    state of accelerate."""
     folder = setup.output_dir / "trainer"
     process: Turns | None = None
 
@@ -262,15 +272,15 @@ def trainer(setup: Setup, steps: int) -> Peer:
             cpu = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
             torch.save((*facts, setup.recipe.training.max_grad_norm, cpu), folder / "facts.pt")
             process = Turns([sys.executable, __file__, "--trainer-of", str(folder)])
-            process.hear()
+            process.wait_until_ready()
         process.step()
 
     return step
 
 
 def trainer_process(folder: Path) -> int:
-    """The other side of `trainer`, fed one step's batches again and again (its own collator and sampler would only add
-    to it)."""
+    """Run Trainer, in the process that `trainer` starts, on the same batches in every step, so that its collator and
+    sampler cost almost nothing."""
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     config, steps, bf16, compiled, max_grad_norm, batches = torch.load(folder / "facts.pt", weights_only=False)
@@ -286,10 +296,10 @@ def trainer_process(folder: Path) -> int:
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            my_turn()
+            report_and_wait()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if not my_turn():
+            if not report_and_wait():
                 os._exit(0)
 
     with contextlib.redirect_stdout(None):
@@ -348,7 +358,7 @@ def main() -> int:
         del setup
         gc.collect()
     ours = np.concatenate(found["hfpretrain"])
-    print("| step | seconds, median | tokens/s | MFU | hfpretrain is, median (95 % interval) |\n|---|---|---|---|---|")
+    print("| step | seconds, median | tokens/s | MFU | hfpretrain is, median (95% interval) |\n|---|---|---|---|---|")
     shares = []
     for name, rounds in found.items():
         values = np.concatenate(rounds)
@@ -358,7 +368,7 @@ def main() -> int:
         print(f"| {name} | {np.median(values):.4f} | {rate:,.0f} | {mfu} | {ratio} |")
         shares.append(interval(ours / values - 1))
     share, low, _ = shares[1]
-    print(f"\nThe wrapper's share of a step: {share:.2%}")
+    print(f"\nhfpretrain takes {share:.2%} longer for a step than the bare loop")
     return int(args.check and low > LIMIT)
 
 

@@ -2,8 +2,8 @@
 
     python examples/classify.py MODEL DATA.jsonl OUTPUT [--steps 100]
 
-Each line of DATA has `text` and `label`, an integer from 0; every fifth is held out. The last token that is not padding
-is what is classified, so the model must know its `pad_token_id`.
+Each line of DATA has `text` and `label`, an integer of at least 0. Every fifth line is held out. The classifier reads
+the last token that is not padding, so the model needs a `pad_token_id`.
 """
 
 import argparse

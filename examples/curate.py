@@ -1,11 +1,12 @@
-"""Curate a corpus with datatrove; a recipe reads what comes out as it is (`path: json`, `data_files: OUT/*.jsonl.gz`).
+"""Curate a corpus with datatrove. A recipe reads the output with `path: json`, `data_files: OUT/*.jsonl.gz`.
 
     pip install "datatrove[io,processing]"
     python examples/curate.py IN_FOLDER OUT_FOLDER [TASKS]
 
-IN_FOLDER holds JSON lines with a key `text`. Every stage is a line of the pipeline: datatrove has readers of Common
-Crawl and Parquet, language identification (`LanguageFilter`), the quality rules of Gopher, C4 and FineWeb, and MinHash
-deduplication (`datatrove.pipeline.dedup`), and runs the same pipeline on a Slurm cluster with `SlurmPipelineExecutor`.
+IN_FOLDER has JSON lines files with the key `text`. Each stage is an entry of the pipeline. datatrove also has readers
+of Common Crawl and Parquet, language identification (`LanguageFilter`), the quality rules of Gopher, C4 and FineWeb,
+and MinHash deduplication (`datatrove.pipeline.dedup`). `SlurmPipelineExecutor` runs the same pipeline on a Slurm
+cluster.
 """
 
 import sys
@@ -17,7 +18,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 
 def is_prose(document) -> bool:
-    """Long enough, and mostly letters."""
+    """Whether a document is long enough and consists mostly of letters."""
     text = document.text
     return len(text) >= 200 and sum(character.isalpha() for character in text) > 0.6 * len(text)
 

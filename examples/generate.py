@@ -2,7 +2,7 @@
 
     python examples/generate.py MODEL PROMPT [--chat] [--max-new-tokens 50]
 
---chat: PROMPT is what the user says; the tokenizer needs a chat template.
+--chat: PROMPT is the message of a user. The tokenizer needs a chat template.
 """
 
 import argparse
@@ -21,8 +21,8 @@ def main() -> None:
     set_seed(0)
     generate = pipeline("text-generation", model=args.model)
     prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
-    (made,) = generate(prompt, max_new_tokens=args.max_new_tokens, max_length=None, do_sample=True, top_k=50)
-    text = made["generated_text"]
+    (output,) = generate(prompt, max_new_tokens=args.max_new_tokens, max_length=None, do_sample=True, top_k=50)
+    text = output["generated_text"]
     print(text[-1]["content"] if args.chat else text)
 
 

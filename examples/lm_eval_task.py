@@ -1,9 +1,9 @@
-"""Bits per byte of your own text by lm-eval, whose models and tasks know nothing of how a checkpoint was made.
+"""Bits per byte of your own text with lm-eval, which needs nothing of hfpretrain to load a checkpoint.
 
     pip install lm_eval
     python examples/lm_eval_task.py MODEL DATA.jsonl
 
-Each line of DATA has `text`. Published tasks need no script, but the network:
+Each line of DATA has `text`. Published tasks need no script, but they need the network:
 `lm_eval --model hf --model_args pretrained=MODEL --tasks hellaswag,arc_easy`.
 """
 

@@ -1,6 +1,7 @@
 """Your own training loop on hfpretrain's data: python examples/own_loop.py [RECIPE] [--section.key=value ...]
 
-Same text, order and document boundaries as `hfpretrain.train` with this recipe; all else is yours.
+The text, its order and the document boundaries are those of `hfpretrain.train` with this recipe. Everything else is
+yours.
 """
 
 import sys
@@ -20,9 +21,9 @@ for step, batches in enumerate(training_batches(recipe, prepared), start=1):
     num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
     loss = 0.0
     for batch in batches:
-        share = model(**batch, use_cache=False, num_items_in_batch=num_items).loss
-        share.backward()
-        loss += share.item()
+        part = model(**batch, use_cache=False, num_items_in_batch=num_items).loss
+        part.backward()
+        loss += part.item()
     optimizer.step()
     optimizer.zero_grad()
     print(f"step {step}: loss {loss:.4f}")

@@ -1,8 +1,8 @@
-"""Continue training with plain Trainer, as transformers' run_clm.py does: texts in a row, cut into blocks.
+"""Continue training with plain Trainer, as transformers' run_clm.py does: texts are joined and cut into blocks.
 
     python examples/run_clm.py MODEL DATA.jsonl OUTPUT [--block-size 1024] [--steps 100]
 
-Each line of DATA has `text`. As in pretraining every text ends with EOS; unlike there, attention goes across texts.
+Each line of DATA has `text`. As in pretraining, every text ends with EOS. Unlike there, attention crosses texts.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL, of all weights or with LoRA (PEFT), merged and saved.
+"""Supervised fine-tuning with TRL: of all weights, or with LoRA (PEFT), which is merged before saving.
 
     pip install trl peft
     python examples/sft.py MODEL DATA.jsonl OUTPUT [--lora] [--steps 100]
@@ -33,7 +33,7 @@ def main() -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        bf16=False,  # True on a GPU; in float32 the first loss is the checkpoint's own to 1e-5
+        bf16=False,  # True on a GPU; in float32 the first loss equals the evaluated loss to 1e-5
         model_init_kwargs={"dtype": torch.float32},
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
