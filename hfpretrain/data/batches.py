@@ -58,7 +58,7 @@ class Blocks:
             result[index] = self._chunks[chunk][row]
         return result
 
-    def shifted(self, rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    def shifted_rows(self, rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number, each beginning `shift` tokens later and ending in the next row; the last ends in the first.
 
         int64 (n,) to int64 (n, block_size), and the seams, int64 (n,): the position in a row at which another text
@@ -223,7 +223,7 @@ class TrainingData:
         seams = np.zeros_like(rows)
         for stream, shift in np.unique(np.stack([streams, shifts]), axis=1).T:
             here = (streams == stream) & (shifts == shift)
-            tokens[here], seams[here] = self._streams[stream].shifted(rows[here], int(shift))
+            tokens[here], seams[here] = self._streams[stream].shifted_rows(rows[here], int(shift))
         return streams, tokens, seams if self._shift_blocks else None
 
     def _collate_rows(self, rows: np.ndarray, seams: np.ndarray | None) -> list[dict[str, torch.Tensor]]:

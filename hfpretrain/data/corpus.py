@@ -97,7 +97,7 @@ class Reader:
         except (OSError, ValueError):
             return self._done_bytes
 
-    def skip(self, pieces: Iterable[int]) -> None:
+    def count_as_read(self, pieces: Iterable[int]) -> None:
         """Count these pieces as read, without reading them."""
         self._done_bytes += sum(self.pieces[index].size or 0 for index in pieces)
 
@@ -297,7 +297,7 @@ class Reader:
             self._raw = _open_file(origin)
         if not suffix:
             return self._raw
-        file = _decompressed(self._raw, suffix)
+        file = _decompress(self._raw, suffix)
         source_files.require_data(origin, file.peek(source_files.HEAD_BYTES), self.key, kind=kind)
         return file
 
@@ -462,7 +462,7 @@ def _open_file(origin: str) -> Any:
     return io.BufferedReader(file, 2**20) if hasattr(file, "readinto") else file
 
 
-def _decompressed(file: Any, suffix: str) -> Any:
+def _decompress(file: Any, suffix: str) -> Any:
     """Decompress with Arrow, because zstandard's own reader does not report a truncated file."""
     import pyarrow as pa
 
@@ -487,7 +487,7 @@ def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | No
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
                 columns = [group.column(number) for group in groups for number in range(group.num_columns)]
                 return sum(one.total_uncompressed_size for one in columns if one.path_in_schema == column)
-            file = _decompressed(raw, suffix)
+            file = _decompress(raw, suffix)
             size = len(file.read(sample_bytes))
             return size if not file.read(1) else size * (piece.size or 0) // raw.tell()
         except (OSError, EOFError, lzma.LZMAError, pa.ArrowInvalid):  # a broken file is reported when its text is read

@@ -60,7 +60,7 @@ def ngram_overlap(
     for.
     """
     hashes = Ngrams(frame, n)
-    wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(_overlapping(validation, n - 1))]))
+    wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes(_overlap_chunks(validation, n - 1))]))
     distinct = len(wanted)
     wanted = wanted[:_MAX_NGRAMS]
     # Most n-grams of train do not occur in validation. A table of the hashes' upper bits quickly rules them out.
@@ -76,7 +76,7 @@ def ngram_overlap(
             indices[indices == len(wanted)] = 0
             found[indices[wanted[indices] == candidates]] = True
 
-    chunks = _overlapping(train if len(wanted) else (), n - 1)
+    chunks = _overlap_chunks(train if len(wanted) else (), n - 1)
     with ThreadPoolExecutor(num_workers) as pool:
         while some := list(itertools.islice(chunks, 2 * num_workers)):
             list(pool.map(mark_found, some))
@@ -90,7 +90,7 @@ def ngram_overlap(
     }
 
 
-def _overlapping(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+def _overlap_chunks(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """The chunks, each with the last `size` elements before it at its start."""
     before = np.zeros(0, dtype=np.int64)
     for chunk in chunks:

@@ -47,7 +47,7 @@ class Encoder:
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         names = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
-        self._as_tokens = self._allowed(special_tokens, set(names))
+        self._as_tokens = self._readable_as_tokens(special_tokens, set(names))
         self._backend = _with_special(tokenizer.backend_tokenizer, self._as_tokens)
         own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
         self._by_special_tokens: dict[str | tuple[str, ...], Encoder] = {own: self}
@@ -80,7 +80,7 @@ class Encoder:
             self._by_special_tokens[special_tokens] = Encoder(self._tokenizer, self.dtype, special_tokens)
         return self._by_special_tokens[special_tokens]
 
-    def _allowed(self, special_tokens: str | Sequence[str], names: set[str]) -> set[str]:
+    def _readable_as_tokens(self, special_tokens: str | Sequence[str], names: set[str]) -> set[str]:
         """The special tokens that are read as tokens."""
         known = names - set(self._framing_tokens)
         if isinstance(special_tokens, str):
@@ -169,7 +169,7 @@ class Encoder:
         try:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # `tokenizers` raises nothing narrower for text that is not in the vocabulary
-            text = next((text for text in texts if not _encodes(backend, text)), texts[0])
+            text = next((text for text in texts if not _can_encode(backend, text)), texts[0])
             message = f"cannot encode the text {text!r:.200}: {error}; use a tokenizer with an unknown token"
             raise RecipeError.at("tokenizer", message) from error
         return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
@@ -265,7 +265,7 @@ def _cut_at_lines(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encodes(backend: Tokenizer, text: str) -> bool:
+def _can_encode(backend: Tokenizer, text: str) -> bool:
     try:
         backend.encode(text, add_special_tokens=False)
     except Exception:  # as in `Encoder._encode`

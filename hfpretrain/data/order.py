@@ -57,7 +57,7 @@ class TrainingOrder:
         self.sizes, self.seed = list(sizes), seed
         stages = stages or [(0, [1.0])]
         self._first = np.array([first for first, _ in stages])
-        self._tables = [_interleaved(weights) for _, weights in stages]
+        self._tables = [_interleave(weights) for _, weights in stages]
         # For each stage, the sequences of each stream before it.
         self._base = [np.zeros(len(stages[0][1]), dtype=np.int64)]
         for stage in range(1, len(stages)):
@@ -112,7 +112,7 @@ def epoch_shifts(epochs: np.ndarray, block_size: int) -> np.ndarray:
     return (epochs * ((5**0.5 - 1) / 2) % 1 * block_size).astype(np.int64)
 
 
-def _interleaved(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _interleave(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One round: each slot's stream, how many slots of that stream come before, and each stream's number of slots."""
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)

@@ -166,7 +166,7 @@ def _check_shards(registry: ShardRegistry, made_from: dict[str, Any], path: Path
     Raises `RecipeError` if a shard of this folder was made with other library versions.
     """
     ours = Shard(path.name, json.loads(json.dumps(made_from)))
-    others = registry.others(ours)
+    others = registry.other_shards(ours)
     for other in others:
         differing = [problem for problem in ours.differences(other) if problem.path != "--shard"]
         if differing and other.folder == path.name:
@@ -419,7 +419,7 @@ class _Preparation:
             finished = self._finished_group(group)
             if finished:
                 done += finished
-                group.reader.skip(group.pieces)
+                group.reader.count_as_read(group.pieces)
                 continue
             documents = enumerate(group.reader.read(group.pieces))
             ordinal, ends_group = 0, False

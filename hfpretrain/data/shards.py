@@ -69,7 +69,7 @@ class ShardRegistry:
         self._folder = prepared_dir / f"shares-{key}"
         self._remote = remote_copy_of(self._folder, data.prepared_dir)
 
-    def others(self, ours: Shard) -> list[Shard]:
+    def other_shards(self, ours: Shard) -> list[Shard]:
         """All other shards whose preparation is not finished."""
         if self._remote is not None:
             self._remote.download(self._folder, self._remote.list_files())
@@ -91,7 +91,7 @@ class ShardRegistry:
         self._folder.mkdir(parents=True, exist_ok=True)
         files.write_atomically(self._folder / name, json.dumps(asdict(shard), indent=1))
         # Write before comparing, so that of two machines that begin at the same time, at least one sees the other.
-        for other in self.others(shard):
+        for other in self.other_shards(shard):
             if problems := list(shard.differences(other)):
                 (self._folder / name).unlink()
                 advice = f"make the following inputs equal on both machines, or delete {self._folder} to start over"

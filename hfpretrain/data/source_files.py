@@ -98,7 +98,7 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
         if not matches:
             where = f"{key}.data_files" if source.patterns else f"{key}.{'data_dir' if source.data_dir else 'path'}"
             raise RecipeError.at(
-                where, f"no file matches {pattern if source.patterns else os.path.join(_below_name(source), pattern)}"
+                where, f"no file matches {pattern if source.patterns else os.path.join(_root_name(source), pattern)}"
             )
         for name, info in matches:  # a file that is given twice, even by another path, is read once
             found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
@@ -291,7 +291,7 @@ def _root(source: SourceSection) -> Path:
     return Path(source.path, below) if is_folder(source) else Path(below)
 
 
-def _below_name(source: SourceSection) -> str:
+def _root_name(source: SourceSection) -> str:
     return str(source.data_dir) if _is_remote(source) else str(_root(source))
 
 
@@ -307,7 +307,7 @@ def _without_markers(
     source: SourceSection, matches: list[tuple[str, dict[str, Any]]]
 ) -> list[tuple[str, dict[str, Any]]]:
     """Leave out files that accompany data, with one log line."""
-    root = _below_name(source)
+    root = _root_name(source)
     names = {name: PurePath(path_below(root, name)) for name, _ in matches}
     saved = {path.parent for path in names.values() if path.name == "dataset_info.json"}  # by `Dataset.save_to_disk`
     left_out = {
@@ -347,7 +347,7 @@ def _files_of_split(
         if split != "train":
             raise RecipeError.at(f"{key}.split", f"is {split}, but data_files has only the split train")
         return files
-    root = _below_name(source)
+    root = _root_name(source)
     splits = _splits_by_name((name for name, _ in files), root)
     advice = "list the files to train on in data_files" if split == "train" else "list the files in data_files"
     if source.path in FILE_FORMATS and split == "train":

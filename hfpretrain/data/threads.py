@@ -1,4 +1,4 @@
-"""Daemon threads that may be in native code when the process ends, and an end that they can't spoil."""
+"""Start daemon threads that may still run native code when the process ends, and end the process without a crash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _unfinished: set[object] = set()
 
 
 def start_daemon(work: Callable[[], None], name: str) -> threading.Thread:
-    """Start a daemon thread that runs `work`. The process must end by `exit_process`."""
+    """Start a daemon thread that runs `work`. The process must end with `exit_process`."""
     mark = object()
 
     def run() -> None:
@@ -24,7 +24,7 @@ def start_daemon(work: Callable[[], None], name: str) -> threading.Thread:
             _unfinished.discard(mark)
 
     thread = threading.Thread(target=run, daemon=True, name=name)
-    _unfinished.add(mark)  # before the start, which a signal's exception may leave when the thread already runs
+    _unfinished.add(mark)  # before `start`: a signal may raise an exception in it when the thread already runs
     thread.start()
     return thread
 
@@ -32,10 +32,9 @@ def start_daemon(work: Callable[[], None], name: str) -> threading.Thread:
 def exit_process(code: int) -> NoReturn:
     """End the process with exit code `code`, like `sys.exit`.
 
-    A thread of `start_daemon` that still runs would abort the process, which loses the exit code: when Python shuts
-    down, it ends a daemon thread that asks for the interpreter, and C++ or Rust code below the thread's frames takes
-    that for a crash (python/cpython#87135, mended in 3.14). Such a process ends without the interpreter's shutdown,
-    after the functions that were registered to run at exit.
+    If a thread of `start_daemon` still runs, the interpreter is not shut down, but functions registered with `atexit`
+    run. A shutdown could abort the process, and its exit code would be lost: Python ends a daemon thread that asks for
+    the interpreter, and C++ or Rust code that called it then aborts (python/cpython#87135, fixed in 3.14).
     """
     if not _unfinished:
         sys.exit(code)

@@ -114,7 +114,7 @@ class ModelSection(Section):
     _revision = model_validator(mode="before")(_with_revision)
 
     @model_validator(mode="after")
-    def _one_origin(self) -> ModelSection:
+    def _check_one_origin(self) -> ModelSection:
         if (self.config is None) == (self.pretrained is None):
             raise ValueError("give exactly one of `config` (a new model) and `pretrained` (train a checkpoint further)")
         if self.config is not None and "model_type" not in self.config:
@@ -162,7 +162,7 @@ class TokenizerSection(Section):
     _revision = model_validator(mode="before")(_with_revision)
 
     @model_validator(mode="after")
-    def _one_origin(self) -> TokenizerSection:
+    def _check_one_origin(self) -> TokenizerSection:
         if (self.pretrained is None) == (self.algorithm is None):
             raise ValueError("give exactly one of `pretrained` (load) and `algorithm` (train)")
         if (self.algorithm == "byte_level_bpe") != (self.vocab_size is not None):
@@ -222,7 +222,7 @@ class SourceSection(Section):
     when they are used up. null: no limit."""
 
     @model_validator(mode="after")
-    def _files(self) -> SourceSection:
+    def _check_files(self) -> SourceSection:
         if self.path in FILE_FORMATS and self.data_files is None and self.data_dir is None:
             raise ValueError(f"`path: {self.path}` needs `data_files` or `data_dir`")
         if self.path == "text" and self.sample_by is None:
@@ -289,7 +289,7 @@ class DataSection(Section):
     folder."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> DataSection:
+    def _check_consistency(self) -> DataSection:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("give every source a `weight` or none")
@@ -399,7 +399,7 @@ class OptimizerSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _own_keys(cls, given: Any) -> Any:
+    def _check_keys_of_optimizer(cls, given: Any) -> Any:
         name = given.get("name", "adamw") if isinstance(given, dict) else None
         if isinstance(name, str) and name in cls._KEYS:
             for key in sorted(set().union(*cls._KEYS.values()) & set(given) - cls._KEYS[name]):
@@ -440,7 +440,7 @@ class SchedulerSection(Section):
     """Further keywords of this schedule, for example `{min_lr_rate: 0.1}` or `{num_decay_steps: 1000}`."""
 
     @model_validator(mode="after")
-    def _arguments(self) -> SchedulerSection:
+    def _check_arguments(self) -> SchedulerSection:
         if self.name == "warmup_stable_decay" and "num_decay_steps" not in self.scheduler_specific_kwargs:
             raise ValueError("`warmup_stable_decay` needs `scheduler_specific_kwargs: {num_decay_steps: ...}`")
         if self.name in ("constant", "constant_with_warmup") and self.scheduler_specific_kwargs:
@@ -497,7 +497,7 @@ class TrainingSection(Section):
     shorter. The default, 1800, is torch's for gloo."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainingSection:
+    def _check_one_length(self) -> TrainingSection:
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError("give exactly one of `max_steps` and `max_tokens`")
         if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
@@ -586,7 +586,7 @@ class CheckpointSection(Section):
 
     @field_validator("resume_from")
     @classmethod
-    def _address(cls, given: str | None) -> str | None:
+    def _check_address(cls, given: str | None) -> str | None:
         parse_hub_address(given or "")
         return given
 
@@ -621,7 +621,7 @@ class LoggingSection(Section):
     Chrome's trace format, for Perfetto, and `profile/operators.txt`, the ten operators that took most time."""
 
     @model_validator(mode="after")
-    def _in_order(self) -> LoggingSection:
+    def _check_order(self) -> LoggingSection:
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError("`profile_steps` must be the first and the last step, in this order")
         return self
@@ -652,7 +652,7 @@ class HubSection(Section):
     """Further tags of the model card."""
 
     @model_validator(mode="after")
-    def _named(self) -> HubSection:
+    def _check_repo_id(self) -> HubSection:
         if self.repo_id is not None and (problem := repo_id_problem(self.repo_id)) is not None:
             raise ValueError(f"`repo_id`: {problem}")
         return self
@@ -678,7 +678,7 @@ class Recipe(Section):
     hub: HubSection = HubSection()
 
     @model_validator(mode="after")
-    def _paths(self) -> Recipe:
+    def _check_paths(self) -> Recipe:
         for path in (self.output_dir, self.data.prepared_dir or ""):
             if path.startswith("~"):
                 raise ValueError(f"only the shell expands `~` (got {path!r}); write the whole path")

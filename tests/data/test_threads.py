@@ -1,4 +1,4 @@
-"""How a process ends beside a thread in native code."""
+"""A process ends with its exit code while a thread runs native code."""
 
 import subprocess
 import sys
