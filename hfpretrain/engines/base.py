@@ -27,17 +27,17 @@ BuildOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 class Engine:
     """One way to train a model, in one process or in many.
 
-    `choose.build_engine` makes the engine that the accelerate config file asks for, `prepare` gives it a model and
-    an optimizer. This class does what plain PyTorch does; a subclass overrides what its library does otherwise. All
+    `choose.build_engine` makes the engine that the accelerate config file asks for, and `prepare` gives it a model and
+    an optimizer. This class does what plain PyTorch does. A subclass overrides what its library does differently. All
     processes must call the methods that train, sum or save in the same order.
     """
 
     names: ClassVar[tuple[str, ...]]
-    """All values that `name` can have, without the ending `_offload`."""
+    """All values that `name` can have, without the suffix `_offload`."""
     shards: ClassVar[bool] = False
     """Whether a process holds only a part of the weights or of the optimizer's state."""
     casts_weights: ClassVar[bool] = False
-    """Whether the forward pass computes with weights cast to 16 bits, not under autocast."""
+    """Whether the forward pass uses weights cast to 16 bits instead of autocast."""
 
     model: Any
     """What `accelerator.prepare` returned: call this for a forward pass."""
@@ -57,7 +57,8 @@ class Engine:
             return Accelerator(**keywords)
         if max(launch.parallelism().values()) == 1:
             return Accelerator(**keywords, cpu=True)
-        # accelerate 1.15 refuses a ParallelismConfig on CPU processes; the device mesh is all that its code then uses.
+        # accelerate 1.15 refuses a ParallelismConfig on CPU processes, but its code needs nothing else than the device
+        # mesh, which is set here.
         accelerator = Accelerator(**keywords, cpu=True, parallelism_config=ParallelismConfig(1, 1, 1, 1, sp_size=1))
         config = ParallelismConfig()
         accelerator.state.parallelism_config = config
@@ -99,7 +100,7 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """What records and plans call this engine: one of `names`, with the ending `_offload` if it offloads."""
+        """The engine's name in records and plans: one of `names`, with the suffix `_offload` if it offloads."""
         return f"{self._name}_offload" if self.offloads else self._name
 
     @property
@@ -109,12 +110,12 @@ class Engine:
 
     @property
     def offloads(self) -> bool:
-        """Whether the optimizer's state, or more, stays in the host's memory."""
+        """Whether the optimizer's state, and maybe the weights, stay in the host's memory."""
         return False
 
     @property
     def can_compile(self) -> bool:
-        """Whether `training.compile: auto` may compile layers: only if tests/test_train.py checks the losses."""
+        """Whether `training.compile: auto` may compile layers. True only if tests/test_train.py checks the losses."""
         return False
 
     @property
@@ -135,7 +136,7 @@ class Engine:
 
     @property
     def device_name(self) -> str:
-        """The device's trade name; for a CPU also the number of threads that torch uses."""
+        """The name of the device's model; for a CPU also the number of threads that torch uses."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         if self.device.type != "cpu":
@@ -143,7 +144,7 @@ class Engine:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return f"{capabilities.get('cpu_name') or 'CPU'} ({torch.get_num_threads()} threads)"
 
-    # The share of the data that a process has.
+    # The part of the data that a process works on.
 
     @property
     def num_sharing(self) -> int:
@@ -153,12 +154,12 @@ class Engine:
 
     @property
     def data_index(self) -> int:
-        """Which share of a step's sequences this process has, from 0 to `data_size` - 1."""
+        """Number of this process's part of a step's sequences, from 0 to `data_size` - 1."""
         return self.process_index // self.num_sharing
 
     @property
     def data_size(self) -> int:
-        """Number of shares into which a step's sequences are divided."""
+        """Number of parts into which a step's sequences are divided."""
         return self.num_processes // self.num_sharing
 
     @property
@@ -168,21 +169,21 @@ class Engine:
 
     @property
     def dropout_index(self) -> int:
-        """This process's part of the dropout seed: equal where processes compute the same activations."""
+        """A number for the seed of dropout. It is equal on processes that compute the same activations."""
         return self.data_index
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch on this process's device, copied without waiting where the device allows."""
+        """Copy a batch to this process's device, without waiting for the copy if the device is a GPU."""
         if self.device.type == "cuda":
             return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def split_sequences(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This process's part of a training batch, where the engine cuts sequences; else the batch."""
+        """This process's part of a training batch if the engine cuts sequences, else the whole batch."""
         return batch
 
     def seed(self, number: int) -> None:
-        """Like `torch.manual_seed`, but faster: that takes a millisecond to note its caller for unused devices."""
+        """Like `torch.manual_seed`, which takes a millisecond to record its caller for devices that are not used."""
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(number)
@@ -190,16 +191,16 @@ class Engine:
     # Sums over processes.
 
     def gather(self, value: torch.Tensor) -> torch.Tensor:
-        """The tensors of all shares of the data one after another, by `data_index`."""
+        """The tensors of all parts of the data one after another, in the order of `data_index`."""
         parts = self.accelerator.gather(value.contiguous()).view(self.num_processes, *value.shape)
         return parts[:: self.num_sharing].flatten(0, 1)
 
     def total(self, value: Any) -> torch.Tensor:
-        """A tensor summed over all shares of the data; processes that work on the same sequences count once."""
+        """A tensor summed over all parts of the data. Processes that work on the same sequences count once."""
         return self.accelerator.reduce(value.clone() if self.counts_its_data else torch.zeros_like(value), "sum")
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
-        """Like `total`, for a loss that each process computed from its part of a sequence, where sequences are cut."""
+        """Like `total`, but if the engine cuts sequences, each process has the loss of its part of a sequence."""
         return self.total(value)
 
     def largest(self, value: int) -> int:
@@ -226,9 +227,10 @@ class Engine:
     ) -> None:
         """Make `self.model` and `self.optimizer`, ready to train.
 
-        `weights`: the values of a model on the meta device, see `initialization.InitialWeights`; None if it has its
-        values. An engine that shards keeps its share of each as it comes, so that no process ever holds the model.
-        `all_get_gradients`: whether every parameter that is not frozen gets a gradient in each micro-step.
+        `weights`: the values of a model on the meta device, see `initialization.InitialWeights`; None if the model has
+        its values already. An engine that shards keeps only this process's part of each tensor that `weights` yields,
+        so no process ever has the whole model in memory. `all_get_gradients`: whether every parameter that is not
+        frozen gets a gradient in each micro-step.
         """
         self.accelerator.gradient_accumulation_steps = accumulation_steps
         self.max_grad_norm = max_grad_norm
@@ -240,23 +242,23 @@ class Engine:
         """Configure the library that the engine uses, before `accelerator.prepare`."""
 
     def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
-        """Give the model its values, and cut it where that happens before `accelerator.prepare`."""
+        """Give the model its values, and cut it if the engine does so before `accelerator.prepare`."""
         if weights is not None:
             initialization.fill(model, weights)
 
     def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
-        """Have accelerate prepare the model and a new optimizer."""
+        """Let accelerate prepare the model and a new optimizer."""
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model))
 
     @property
     def unwrapped_model(self) -> Any:
-        """The model of transformers inside `model`. accelerate's own `unwrap_model` loads DeepSpeed in any case."""
+        """The model of transformers inside `model`. Not by accelerate's `unwrap_model`: it always imports DeepSpeed."""
         return getattr(self.model, "module", self.model)
 
     # A step.
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """One micro-step; the last of a step reduces the gradients over processes."""
+        """A context for one micro-step. The last one of a step reduces the gradients over processes."""
         return self.accelerator.accumulate(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -285,12 +287,12 @@ class Engine:
         return whole_tensor(norm)
 
     def update(self) -> None:
-        """An optimizer step with the gradients there are."""
+        """Do an optimizer step with the present gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def drop_gradients(self) -> None:
-        """Forget the gradients; weights and optimizer stay as they are."""
+        """Drop the gradients. Weights and optimizer do not change."""
         self.optimizer.zero_grad()
 
     def gradient_norms(self) -> dict[str, float]:
@@ -339,7 +341,7 @@ class Engine:
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter by name, whole and in float32, one at a time. All processes must iterate to the end.
 
-        Where the engine computes with weights in 16 bits, these are the float32 ones that it keeps beside them.
+        If the engine computes with 16-bit weights, these are the float32 weights that it also keeps.
         """
         for name, parameter in self.unwrapped_model.named_parameters():
             yield name, self._full_parameter(name, parameter)
@@ -359,8 +361,8 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        """Inside this context, the model has the weights to evaluate and export: the average, if the optimizer keeps
-        one. Afterwards it again has the weights that are trained."""
+        """Inside this context, the model has the weights to evaluate and export: their average, if the optimizer keeps
+        one. On exit it has the training weights again."""
         use_averaged_weights = getattr(self.optimizer.optimizer, "use_averaged_weights", None)
         if use_averaged_weights is None:
             yield
@@ -373,13 +375,13 @@ class Engine:
             self._weights_changed()
 
     def _weights_changed(self) -> None:
-        """Drop copies of the weights that a forward pass has made: the weights are others now."""
+        """Drop copies of the weights that a forward pass made. Called when the weights have changed."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, in the same form under every engine: `model` and `optimizer`, by parameter name.
+        """The content of a checkpoint: `model` and `optimizer` by parameter name, `buffers`, and for fp16 `scaler`.
 
-        Tensors share the memory of the model and the optimizer. Each process has its own pieces of a
-        tensor that is cut.
+        It has the same form under every engine. Tensors share the memory of the model and the optimizer. Each process
+        has its own pieces of a tensor that is cut.
         """
         found = self._weights_and_moments()
         network = self.unwrapped_model
@@ -405,7 +407,7 @@ class Engine:
         }
 
     def state_to_save(self) -> dict[str, Any]:
-        """The part of `state` that this process writes. Processes that hold the same state share the work."""
+        """The part of `state` that this process writes. Processes that hold the same state divide it among them."""
         return pieces.divide_saving(self.state(), *self._copy())
 
     def _copy(self) -> tuple[int, int]:
@@ -430,24 +432,25 @@ class Engine:
         return scaler is None or bool(saved)
 
     def _weights_loaded(self) -> None:
-        """Copy the weights of `state`, which were loaded, to the weights that the engine computes with."""
+        """Copy the weights of `state` to those that the engine computes with. Called after `state` was loaded."""
 
     def scaler_state(self) -> dict[str, Any] | None:
         """State of fp16's dynamic loss scale, in the form of torch's `GradScaler`; None in other precisions."""
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
 
     def load_scaler(self, state: dict[str, Any]) -> None:
-        """Set the loss scale from `state`, which `scaler_state` of any engine may have returned."""
+        """Set the loss scale from `state`, a result of `scaler_state` under any engine."""
         self.accelerator.scaler.load_state_dict(state)
 
     def finish(self) -> None:
-        """End trackers and process group; the barrier keeps ZeRO-3 ranks from aborting while another still sends."""
+        """End trackers and the process group. The barrier comes first, because a ZeRO-3 rank aborts if another one ends
+        while it still sends."""
         self.accelerator.wait_for_everyone()
         for module in self.model.modules():
             if isinstance(module, DistributedDataParallel):
-                # If these were the last to hold the process group, they would wait for gloo's threads while holding the
-                # GIL that those need: on a busy machine, forever (https://github.com/pytorch/pytorch/issues/56297,
-                # open).
+                # If these held the last references to the process group, they would wait for gloo's threads while
+                # holding the GIL that those threads need: on a busy machine, forever
+                # (https://github.com/pytorch/pytorch/issues/56297, open).
                 del module.reducer, module.logger
         self.accelerator.end_training()
 
@@ -469,5 +472,5 @@ def uneven_heads(key: str, config: Any, num_sharing: int) -> Iterator[Problem]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU's allocator, had no memory left."""
+    """Whether a device or the CPU's allocator ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -46,9 +46,9 @@ _OWNERS = {
     "scheduler": "scheduler",
 }
 
-# Where this process's part of a parameter is: the parameter's name and shape, the flat tensor that holds the part, the
+# Where this process's part of a parameter is stored: the parameter's name and shape, the flat tensor with the part, the
 # index at which the part begins in that tensor and in the flattened parameter, and its number of elements.
-_Place = tuple[str, tuple[int, ...], torch.Tensor, int, int, int]
+_Location = tuple[str, tuple[int, ...], torch.Tensor, int, int, int]
 
 
 class DeepSpeed(Engine):
@@ -60,15 +60,14 @@ class DeepSpeed(Engine):
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
-        # DeepSpeed has no float32 weights of frozen parameters beside those in 16 bits, and the export must not be
-        # rounded.
+        # Of frozen parameters DeepSpeed keeps only 16-bit weights, and the export must not be rounded.
         self._frozen: dict[str, torch.Tensor] = {}
 
     @classmethod
     def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
         """See `Engine`. Raises `RecipeError` if DeepSpeed can't start here."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # It calls collectives by names that torch 2.13 has changed.
+        # DeepSpeed calls collectives by old names, which torch 2.13 warns of.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if not torch.accelerator.is_available():
             require_compiler()
@@ -96,8 +95,8 @@ class DeepSpeed(Engine):
         """None for adamw. No other optimizer works."""
         if optimizer == "adamw":
             return None
-        reason = "DeepSpeed cuts weights flat, and of these optimizers only adamw works on that"
-        return f"{reason}; take another engine, or adamw"
+        reason = "DeepSpeed shards flattened weights, and only adamw works on those"
+        return f"{reason}; use another engine, or adamw"
 
     @property
     def _name(self) -> str:
@@ -120,7 +119,7 @@ class DeepSpeed(Engine):
     def plain_initialization(self) -> Iterator[None]:
         """See `Engine`.
 
-        In a ZeRO-3 job transformers otherwise builds under `zero.Init`: the same seed then gives other weights, and all
+        Otherwise transformers builds under `zero.Init` in a ZeRO-3 job: the same seed then gives other weights, and all
         processes must take part.
         """
         module: Any = sys.modules.get("transformers.integrations.deepspeed")
@@ -138,9 +137,9 @@ class DeepSpeed(Engine):
         config = self._plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
         config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps
-        # Set it even to turn clipping off: otherwise DeepSpeed clips at 1.0.
+        # 0.0 turns clipping off. Without this key DeepSpeed would clip at 1.0.
         config["gradient_clipping"] = self.max_grad_norm or 0.0
-        # Offloaded states are updated by torch's AdamW: DeepSpeed's own differs from it in bf16, and needs a compiler.
+        # torch's AdamW updates offloaded states. DeepSpeed's own differs from it in bf16, and needs a compiler.
         config["zero_force_ds_cpu_optimizer"] = False
         # The default bucket takes a gigabyte even for the smallest model.
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -171,7 +170,7 @@ class DeepSpeed(Engine):
             self._set_masters(weights)
 
     def _set_masters(self, weights: Weights) -> None:
-        """Give DeepSpeed's float32 weights the values that were drawn: DeepSpeed copies them from 16-bit weights."""
+        """Set DeepSpeed's float32 weights to the values that were drawn. DeepSpeed made them from 16-bit weights."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         parameters = dict(self.model.module.named_parameters())
@@ -203,9 +202,9 @@ class DeepSpeed(Engine):
         self.model.step()
 
     def drop_gradients(self) -> None:
-        """See `Engine`. DeepSpeed drops gradients whose norm is not finite, so it is given such a norm."""
+        """See `Engine`. DeepSpeed drops gradients whose norm is not finite, so here it gets such a norm."""
         optimizer, invalid = self.model.optimizer, torch.tensor(-1.0, device=self.model.device)
-        optimizer.check_grad_overflow = True  # otherwise DeepSpeed does not look at the norm in bf16
+        optimizer.check_grad_overflow = True  # otherwise DeepSpeed does not check the norm in bf16
         optimizer.scaled_global_norm = lambda: invalid
         self.model.step()
         del optimizer.scaled_global_norm
@@ -245,14 +244,14 @@ class DeepSpeed(Engine):
     def _weights_and_moments(self) -> dict[str, Any]:
         """The float32 weights and the optimizer's state, as this process's pieces of each parameter.
 
-        DeepSpeed keeps both in flat tensors. Its public functions (0.19.8) do not help: `safe_get_full_*` gather each
-        tensor on every process; `safe_get_local_*` support only stage 3, and return copies if the state is offloaded,
+        DeepSpeed keeps both in flat tensors. Its public functions (0.19.8) can't be used: `safe_get_full_*` gather each
+        tensor on every process. `safe_get_local_*` support only stage 3, and return copies if the state is offloaded,
         so a checkpoint could not be loaded in place. Frozen weights are in no flat tensor; every process has them
         whole.
         """
         states = self.model.optimizer.optimizer.state
         found: dict[str, Any] = {"model": dict(self._frozen), "optimizer": {}}
-        for name, shape, flat, start, first, numel in self._places():
+        for name, shape, flat, start, first, numel in self._locations():
 
             def pieces(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
                 return list(cut_into_boxes(shape, first, tensor.detach().narrow(0, start, numel))) if numel else []
@@ -268,7 +267,7 @@ class DeepSpeed(Engine):
         parameters = self.model.module.named_parameters()
         return ((name, parameter) for name, parameter in parameters if parameter.requires_grad)
 
-    def _places(self) -> Iterable[_Place]:
+    def _locations(self) -> Iterable[_Location]:
         optimizer = self.model.optimizer
         flats = {
             id(parameter): flat
@@ -278,7 +277,7 @@ class DeepSpeed(Engine):
         for name, parameter in self._trained():
             mapping = parameter._hp_mapping
             flat = flats[id(parameter)]
-            if mapping is None:  # all of it is another process's
+            if mapping is None:  # the whole parameter belongs to another process
                 yield name, tuple(parameter.shape), flat, 0, 0, 0
             else:
                 inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
@@ -294,7 +293,7 @@ class DeepSpeed(Engine):
         parameter.data.copy_(value)
 
     def _copy_masters_to_weights(self) -> None:
-        """Copy DeepSpeed's float32 weights to those that it computes with, as after a step."""
+        """Copy DeepSpeed's float32 weights to those that it computes with, as DeepSpeed does after a step."""
         self.model.optimizer.update_lp_params()
 
     def scaler_state(self) -> dict[str, Any] | None:
@@ -319,7 +318,7 @@ class ZeRO3(DeepSpeed):
     names = ("zero3",)
 
     def _fill(self, model: torch.nn.Module, weights: Weights) -> None:
-        """Partition each parameter as DeepSpeed does, but one at a time as it gets its values."""
+        """Partition each parameter as DeepSpeed does, but one at a time, when it gets its values."""
         import deepspeed
 
         precision = self.accelerator.mixed_precision
@@ -351,7 +350,7 @@ class ZeRO3(DeepSpeed):
         del optimizer._get_norm_groups
         assert optimizer.overflow
 
-    def _places(self) -> Iterable[_Place]:
+    def _locations(self) -> Iterable[_Location]:
         optimizer = self.model.optimizer
         for name, parameter in self._trained():
             group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -360,7 +359,7 @@ class ZeRO3(DeepSpeed):
             yield name, tuple(parameter.ds_shape), optimizer.fp32_partitioned_groups_flat[group], start, first, numel
 
     def _set_frozen(self, parameter: Any, value: torch.Tensor) -> None:
-        part = parameter.ds_tensor  # of this process; the last ones are padded
+        part = parameter.ds_tensor  # this process's part; the last ones are padded
         first = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
         mine = value.flatten()[first : first + part.numel()]
         part[: mine.numel()].copy_(mine)
@@ -423,17 +422,17 @@ def _config_file() -> str | None:
 
 
 def require_compiler() -> None:
-    """Raises `RecipeError` if DeepSpeed can't compile its CPU operator here and has not done so before.
+    """Raise `RecipeError` if DeepSpeed has not compiled its CPU operator on this machine and can't compile it.
 
-    DeepSpeed compiles it when it first starts, and without a compiler raises an error that does not name it. It needs
-    ninja even if the operator is compiled.
+    DeepSpeed compiles the operator when it first starts. Without a compiler it raises an error that does not say so. It
+    needs ninja even if the operator is compiled.
     """
     from torch.utils import cpp_extension
 
     if shutil.which("ninja") is None:
         raise RecipeError.at(
             "distributed_type",
-            "DeepSpeed on CPUs needs ninja on the PATH: `pip install ninja`, and activate the environment it is in",
+            "DeepSpeed on CPUs needs ninja on the PATH; `pip install ninja`, and activate that Python environment",
         )
     name = "deepspeed_shm_comm"
     compiled = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
@@ -441,6 +440,7 @@ def require_compiler() -> None:
     if not compiled.exists() and shutil.which(compiler.split()[0]) is None:
         raise RecipeError.at(
             "distributed_type",
-            f"DeepSpeed on CPUs compiles an operator when it first starts, and there is no C++ compiler {compiler!r}: "
-            "install g++ (`apt-get install g++`), set CXX to one, or take accelerate_configs/ddp.yaml or fsdp2.yaml",
+            f"DeepSpeed on CPUs compiles an operator when it first starts, and there is no C++ compiler {compiler!r}; "
+            "install g++ (`apt-get install g++`), set CXX to a compiler, or use accelerate_configs/ddp.yaml or "
+            "fsdp2.yaml",
         )

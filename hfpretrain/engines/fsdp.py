@@ -19,14 +19,14 @@ from hfpretrain.recipe.schema import Problem, RecipeError
 
 WHOLE_TENSORS_ONLY = {
     "adafactor": "torch's Adafactor does not work on sharded matrices (2.13)",
-    "adamw_8bit": "torchao quantizes blocks of what a process holds, so that shards would train otherwise",
+    "adamw_8bit": "torchao quantizes blocks of each process's tensors, so shards would train differently",
 }
 
 
 def problem_with_shards(optimizer: str) -> str | None:
     """Why an optimizer can't train matrices that are sharded, with the fix; None if it can."""
     reason = WHOLE_TENSORS_ONLY.get(optimizer)
-    return None if reason is None else f"{reason}; take single or ddp, or adamw or muon"
+    return None if reason is None else f"{reason}; use single or ddp, or adamw or muon"
 
 
 class FSDP2(Engine):
@@ -79,7 +79,7 @@ class FSDP2(Engine):
 
     @property
     def can_compile(self) -> bool:
-        """Only for `fsdp2`, without offloading."""
+        """True only for `fsdp2` without offloading."""
         return self.name == "fsdp2"
 
     def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
@@ -94,13 +94,13 @@ class FSDP2(Engine):
         groups = [list(group["params"]) for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if weights is not None:
-            # accelerate 1.15 finds parameters again by their address, which empty shards have in common.
+            # accelerate 1.15 identifies parameters by their address, and all empty shards have the same.
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = parameters
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """One micro-step. Gradients are reduced in each: otherwise every process would hold whole float32 gradients in
-        between."""
+        """A context for one micro-step. Each reduces the gradients: otherwise every process would keep whole float32
+        gradients between micro-steps."""
         return self.accelerator.accumulate()
 
     def full_parameters(self) -> Any:
@@ -110,12 +110,12 @@ class FSDP2(Engine):
 
     def _weights_changed(self) -> None:
         for module in self.unwrapped_model.modules():
-            if hasattr(module, "reshard"):  # after a forward pass some still hold whole weights, in 16 bits
+            if hasattr(module, "reshard"):  # after a forward pass, some modules still have whole weights in 16 bits
                 module.reshard()
 
 
 class HSDP(FSDP2):
-    """FSDP2 within groups of processes; each group holds all of the model."""
+    """FSDP2 within groups of processes. Each group holds the whole model."""
 
     names = ("hsdp",)
 
@@ -136,8 +136,8 @@ class HSDP(FSDP2):
 
 
 def _use_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
-    # accelerate 1.15 has FSDP on accelerators only, and would silently train with DDP on CPUs. torch's FSDP2 works
-    # there.
+    # accelerate 1.15 supports FSDP on accelerators only, and on CPUs would silently train with DDP. torch's FSDP2 works
+    # on CPUs.
     from accelerate.state import PartialState
     from torch._C._distributed_c10d import HashStore
 
@@ -151,10 +151,10 @@ def _use_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
 
 
 def build_plugin(precision: str) -> Any:
-    """Accelerate's plugin for what the accelerate config file says.
+    """The plugin of accelerate with the settings of the accelerate config file.
 
     It computes in `precision`, and sums gradients in float32. Raises `RecipeError` for a value that accelerate does
-    not take.
+    not accept.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -165,7 +165,8 @@ def build_plugin(precision: str) -> Any:
     try:
         return FullyShardedDataParallelPlugin(mixed_precision_policy=policy if dtype else None)
     except (ValueError, KeyError) as error:
-        raise RecipeError.at("fsdp_config", f"accelerate does not take it: {type(error).__name__}: {error}") from None
+        message = f"accelerate does not accept this section: {type(error).__name__}: {error}; correct the value"
+        raise RecipeError.at("fsdp_config", message) from None
 
 
 def keeps_on_host(plugin: Any) -> bool:
@@ -176,27 +177,28 @@ def keeps_on_host(plugin: Any) -> bool:
 
 
 def require_layers(plugin: Any, model: Any) -> None:
-    """Have FSDP2 shard each layer of the model by itself, where the model says which classes these are.
+    """Make FSDP2 shard each layer of the model separately, if the model's class says which classes its layers have.
 
     Raises `RecipeError` if the accelerate config file names a class of layers that the model does not have.
     """
     names = set(plugin.transformer_cls_names_to_wrap or ())
     found = {type(module).__name__ for module in model.modules()}
-    # A text model whose family also takes images may name layers for images. accelerate 1.15 raises if one is missing.
+    # A text model of a family that also reads images may list layers for images. accelerate 1.15 raises an error if the
+    # model does not have one.
     layers = {name for name in model._no_split_modules or () if name in found}
-    model._no_split_modules = sorted(layers - _share_weights(model, layers))
+    model._no_split_modules = sorted(layers - _classes_that_share_weights(model, layers))
     if names - found:
         raise RecipeError.at(
             "fsdp_config.fsdp_transformer_layer_cls_to_wrap",
-            f"{type(model).__name__} has no {', '.join(sorted(names - found))}; remove the key: transformers knows the "
-            "layers",
+            f"{type(model).__name__} has no {', '.join(sorted(names - found))}; remove the key, since transformers "
+            "knows the layers",
         )
 
 
-def _share_weights(model: torch.nn.Module, layers: set[str]) -> set[str]:
-    """Those of the classes named in `layers` whose modules share parameters with each other, as in Zamba.
+def _classes_that_share_weights(model: torch.nn.Module, layers: set[str]) -> set[str]:
+    """Names of those classes in `layers` whose modules share parameters with each other, as in Zamba.
 
-    torch's FSDP2 wants such parameters in one group, so they stay with the rest of the model.
+    torch's FSDP2 needs such parameters in one group, so they are sharded together with the rest of the model.
     """
     owners: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
     for module in model.modules():
@@ -213,7 +215,7 @@ def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tu
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     plugin: Any = accelerator.state.fsdp_plugin
-    plugin.cpu_ram_efficient_loading = False  # it would load the values of a model that has some
+    plugin.cpu_ram_efficient_loading = False  # it is for models that have values already
     fsdp2_prepare_model(accelerator, model)
     model.to_empty(device="cpu" if keeps_on_host(plugin) else accelerator.device)
     model.tie_weights()  # type: ignore[operator]
@@ -222,7 +224,7 @@ def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tu
         target = named[name]
         with torch.no_grad():
             if isinstance(target, DTensor):
-                # Every process has drawn the same values, so none has to be sent.
+                # Every process has drawn the same values, so they are not sent.
                 value = value.to(target.device_mesh.device_type)
                 value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
                 target = target.to_local()

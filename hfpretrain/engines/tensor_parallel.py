@@ -22,7 +22,7 @@ _PARTIAL = "replicated_with_grad_allreduce"
 
 
 class TensorParallel(Engine):
-    """Every matrix cut across all processes, which work on the same sequences."""
+    """Every matrix is cut across all processes. All processes work on the same sequences."""
 
     names = ("tp",)
     shards = True
@@ -59,12 +59,12 @@ class TensorParallel(Engine):
     def precision_problem(cls, precision: str) -> str | None:
         """See `Engine`. fp16 has another one."""
         if precision == "fp16":
-            return "with tensor parallelism processes would skip different steps in fp16; take bf16"
+            return "with tensor parallelism, processes would skip different steps in fp16; use bf16"
         return super().precision_problem(precision)
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
-        """Same as under FSDP2."""
+        """The same as under FSDP2."""
         return problem_with_shards(optimizer)
 
     @property
@@ -78,7 +78,7 @@ class TensorParallel(Engine):
 
 
 def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
-    """Cut a model that all processes of the one-dimensional `mesh` have built alike, and keep this process's part.
+    """Cut a model, and keep this process's part. All processes of the one-dimensional `mesh` must have the same model.
 
     Raises `RecipeError` if the model then computes other logits than before.
     """
@@ -87,7 +87,7 @@ def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
 
     whole = _probe(model)
     plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
-    # A tied head has no parameter of its own until it is tied again below.
+    # A tied output embedding has no parameter of its own until it is tied again below.
     names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
     plan = {name: style for name, style in plan.items() if name in names}
     try:
@@ -96,17 +96,17 @@ def cut(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
         replicated: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for name, module in model.named_modules():
             _replicate(module, mesh, replicated, sum_gradients=plan.get(name) == _PARTIAL)
-        model._tp_size = mesh.size()  # where accelerate looks
+        model._tp_size = mesh.size()  # accelerate reads it to see whether a model is cut
         model.to(device)
         difference = (_probe(model) - whole).abs().max().item()
         wrong = "" if difference <= 1e-2 * whole.abs().max().item() else f"a logit differs by {difference:.2g}"
-    except (RuntimeError, ValueError, AttributeError) as error:  # of a plan that does not fit its model
+    except (RuntimeError, ValueError, AttributeError) as error:  # the plan does not fit the model
         wrong = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
     if wrong:
         raise RecipeError.at(
             "parallelism_config.parallelism_config_tp_size",
-            f"{type(model).__name__} cut by its plan does not compute what it does whole ({wrong}); use another "
-            "accelerate file",
+            f"{type(model).__name__} computes other logits when it is cut by its plan ({wrong}); use another "
+            "accelerate file, such as fsdp2.yaml",
         )
 
 
@@ -128,12 +128,12 @@ def _replicate(
     replicated: dict[torch.nn.Parameter, torch.nn.Parameter],
     sum_gradients: bool,
 ) -> None:
-    """Make the parameters of a module that are not cut `DTensor`s too: torch's fused optimizers and norms can't mix
-    them with plain tensors. The module's forward still computes with plain tensors.
+    """Replicate the parameters of a module that are not cut as `DTensor`s, because torch's fused optimizers and norms
+    can't mix `DTensor`s with plain tensors. The module's forward still computes with plain tensors.
 
-    `replicated`: parameters done so far, since modules may share them. `sum_gradients`: whether each process has the
-    gradients of its own heads only, which must be summed. transformers 5.23 does so in every micro-step with all that
-    has accumulated, which counts earlier micro-steps again.
+    `replicated`: parameters done so far, since modules may share them. `sum_gradients`: whether each process has only
+    the gradients of its own heads, which must be summed. transformers 5.23 sums all that has accumulated in every
+    micro-step, which counts earlier micro-steps again.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -147,7 +147,7 @@ def _replicate(
         module._parameters[name] = replicated[parameter]
     forward = module.forward
 
-    def summed(gradient: torch.Tensor) -> torch.Tensor:
+    def sum_over_processes(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
         torch.distributed.all_reduce(gradient, group=mesh.get_group())
         return gradient
@@ -157,7 +157,7 @@ def _replicate(
         for name, parameter in parameters.items():
             local = parameter.to_local()
             if sum_gradients and local.requires_grad:
-                local.register_hook(summed)
+                local.register_hook(sum_over_processes)
             module._parameters[name] = local
         try:
             return forward(*args, **kwargs)

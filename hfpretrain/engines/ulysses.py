@@ -1,4 +1,4 @@
-"""Sequence parallelism: DeepSpeed's Ulysses attention with ZeRO-3, packed documents kept apart."""
+"""Sequence parallelism: DeepSpeed's Ulysses attention with ZeRO-3, which here masks packed documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Ulysses(ZeRO3):
-    """ZeRO-3, with each sequence cut across processes."""
+    """ZeRO-3 in which each sequence is cut across processes."""
 
     names = ("zero3_ulysses",)
 
@@ -64,7 +64,7 @@ class Ulysses(ZeRO3):
 
     @property
     def dropout_index(self) -> int:
-        """Different on each process, since each has other tokens."""
+        """Different on each process, since each has different tokens."""
         return self.process_index
 
     @property
@@ -81,7 +81,7 @@ class Ulysses(ZeRO3):
         return split(batch, self.process_index % self.num_sharing, self.num_sharing)
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """A loss summed over all processes."""
         return self.accelerator.reduce(value, "sum")
 
 
@@ -89,13 +89,14 @@ def mask_documents(model: PreTrainedModel) -> None:
     """Make transformers' sdpa attention compute its mask from the positions of the tokens.
 
     DeepSpeed 0.19 wraps the attention: it gathers the positions of a sequence but drops the mask, so packed documents
-    would see each other. Raises `RecipeError` if the model does not use sdpa. A forward pass raises it if the model
-    does not pass positions to its attention.
+    would see each other. Raises `RecipeError` if the model does not use sdpa. A forward pass raises `RecipeError` if
+    the model does not pass positions to its attention.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if model.config._attn_implementation != "sdpa":
-        message = f"{type(model).__name__} has no sdpa attention, which keeps packed documents apart; use zero3.yaml"
+        message = f"packed documents are kept apart by sdpa attention, which {type(model).__name__} does not use"
+        message = f"{message}; use zero3.yaml"
         raise RecipeError.at("parallelism_config.parallelism_config_sp_size", message)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -105,7 +106,8 @@ def mask_documents(model: PreTrainedModel) -> None:
         if position_ids is None:
             raise RecipeError.at(
                 "parallelism_config.parallelism_config_sp_size",
-                f"{type(model).__name__} does not hand positions to its attention; use another accelerate file",
+                f"{type(model).__name__} does not pass positions to its attention; use another accelerate file, such "
+                "as zero3.yaml",
             )
         return sdpa(module, query, key, value, document_mask(position_ids), **kwargs)
 
@@ -113,7 +115,7 @@ def mask_documents(model: PreTrainedModel) -> None:
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """Mask in which a token sees the tokens of its document up to itself: bool (batch, 1, length, length).
+    """The mask in which a token sees the tokens of its document up to itself: bool (batch, 1, length, length).
 
     `position_ids`: int64 (batch, length), 0 at the first token of each document.
     """
