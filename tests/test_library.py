@@ -79,7 +79,7 @@ def test_a_script_trains_alone_and_under_a_launcher(folder):
     command = [sys.executable, *launch, *map(str, arguments), f"--output_dir={folder / 'ddp'}"]
     result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert f"first {folder / 'ddp' / 'model'}" in result.stdout
-    assert result.returncode == 1 and "launch" in result.stderr
+    assert result.returncode == 1 and "launch each run separately" in result.stderr
     alone, launched = (rows(folder / run, "loss") for run in ("run", "ddp"))
     assert [alone[n]["ledger"] for n in (1, 2, 3)] == [launched[n]["ledger"] for n in (1, 2, 3)]
     # A user's own loop gets the batches of the runs, on any number of processes.

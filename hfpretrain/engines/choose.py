@@ -33,18 +33,18 @@ ENGINES: tuple[type[Engine], ...] = (Single, DDP, TensorParallel, FSDP2, HSDP, D
 def build_engine(
     mixed_precision: MixedPrecision, trackers: list[str], project_dir: str, timeout_seconds: int
 ) -> Engine:
-    """The engine that the accelerate config file asks for, on GPUs if there are any, else on the CPU.
+    """Build the engine that the accelerate config file asks for, on GPUs if there are any, else on the CPU.
 
-    Raises `RecipeError` if fewer processes started than the launcher was asked for, if a tracker is not installed, or
-    if engine and machine can't train in `mixed_precision`.
+    Raises `RecipeError` if fewer processes started than requested, if a tracker is not installed, or if the engine or
+    the machine can't train in `mixed_precision`.
     """
     kind = _kind_launched()
     precision = precisions.resolve(mixed_precision, launch.mixed_precision(), kind.precision_problem)
     _require_trackers(trackers)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if precision == "fp8":
-        # Otherwise the weights would be of a class of torchao that no optimizer or export can read. It saves traffic
-        # under FSDP2 only, which is not used with fp8.
+        # Otherwise the weights would be of a torchao class that no optimizer and no export can read. The option saves
+        # traffic only under FSDP2, which is not used with fp8.
         os.environ["ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"] = "false"
     on_cpu = not torch.accelerator.is_available()
     if on_cpu or launch.offloads():
@@ -60,19 +60,19 @@ def build_engine(
         "log_with": trackers or None,
         "project_dir": project_dir,
         "kwargs_handlers": [
-            # A minute longer than the time-out of `watchdog.Watch`, whose message names the process that is missing.
+            # A minute longer than the timeout of `watchdog.Watch`, which then reports first which process is missing.
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds + 60), init_method=launch.init_method()),
             # Otherwise DDP holds every gradient twice, once in its buckets.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     }
     accelerator = kind.build_accelerator(keywords, precision)
-    launch.require_asked_processes(accelerator.num_processes)
+    launch.require_requested_processes(accelerator.num_processes)
     return engine_class(accelerator)(accelerator)
 
 
 def _kind_launched() -> type[Engine]:
-    """The class that builds the accelerator, by the accelerate config file."""
+    """The class that builds the accelerator for the accelerate config file."""
     if launch.uses_deepspeed():
         return DeepSpeed
     if launch.uses_fsdp():
@@ -95,31 +95,35 @@ def engine_class(accelerator: Accelerator) -> type[Engine]:
 
 
 def require_supported() -> None:
-    """Raises `RecipeError` that lists every setting of the accelerate config file that would change what a recipe means
-    or does not work with this stack. Needs no process group."""
-    problems = [*launch.problems(), *(problem for kind in ENGINES for problem in kind.launch_problems())]
+    """Raise `RecipeError` with every setting of the accelerate config file that would change the meaning of a recipe,
+    or that does not work with the installed libraries. Needs no process group."""
+    problems = [*launch.unsupported_settings(), *(problem for kind in ENGINES for problem in kind.launch_problems())]
     if problems:
-        raise RecipeError(list(dict.fromkeys(problems)))  # an engine repeats those of the class that it extends
+        raise RecipeError(list(dict.fromkeys(problems)))  # an engine repeats the problems of the class that it extends
 
 
 def require_model(
-    engine: str, num_sharing: int, config: PretrainedConfig, attn_implementation: str, block_size: int
+    engine: str, processes_per_sequence: int, config: PretrainedConfig, attn_implementation: str, block_size: int
 ) -> None:
-    """Raises `RecipeError` if `num_sharing` processes of an engine can't work on the same sequences of `block_size`
-    tokens with a model of this config. `engine`: a value of `Engine.name`."""
-    problems = list(_named(engine).model_problems(config, num_sharing, attn_implementation, block_size))
+    """Raise `RecipeError` if an engine can't train a model of this config on sequences of `block_size` tokens.
+
+    `engine`: a value of `Engine.name`. `processes_per_sequence`: see `Engine`.
+    """
+    problems = list(
+        _class_named(engine).model_problems(config, processes_per_sequence, attn_implementation, block_size)
+    )
     if problems:
         raise RecipeError(problems)
 
 
 def require_optimizer(optimizer: str, engine: str) -> None:
-    """Raises `RecipeError` if an optimizer of the recipes does not work under the engine of this name, or would train
-    another model there."""
-    if (problem := _named(engine).optimizer_problem(optimizer)) is not None:
+    """Raise `RecipeError` if an optimizer of the recipes does not work under the engine of this name, or would train
+    another model under it."""
+    if (problem := _class_named(engine).optimizer_problem(optimizer)) is not None:
         raise RecipeError.at("optimizer.name", f"{optimizer} under {engine}: {problem}")
 
 
-def _named(engine: str) -> type[Engine]:
+def _class_named(engine: str) -> type[Engine]:
     return next(kind for kind in ENGINES if engine.removesuffix("_offload") in kind.names)
 
 
@@ -130,11 +134,11 @@ def _require_trackers(trackers: list[str]) -> None:
     available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     for name in trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise RecipeError.at(
-                "logging.trackers", f"no tracker {name!r}; there are {', '.join(LOGGER_TYPE_TO_CLASS)}"
-            )
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise RecipeError.at("logging.trackers", f"no tracker is called {name!r}; choose from {known}")
         if name not in available:
-            raise RecipeError.at("logging.trackers", f"the package of {name!r} is not installed")
+            message = f"the package of the tracker {name!r} is not installed; install it, or remove the tracker"
+            raise RecipeError.at("logging.trackers", message)
 
 
 def _use_all_cores() -> None:
@@ -143,11 +147,11 @@ def _use_all_cores() -> None:
 
 
 def _set_up_cpu() -> None:
-    # Unless this is set, DeepSpeed looks for an accelerator and warns that there is none.
+    # Otherwise DeepSpeed looks for an accelerator and warns that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.platform == "linux":
-        # glibc returns large blocks to the kernel at every free, and each activation is faulted in again: a quarter
-        # of a step. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h keep them.
+        # By default glibc returns large blocks to the kernel when they are freed, and page faults for new activations
+        # then take a quarter of a step. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h make it keep the blocks.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 2**30)

@@ -34,8 +34,8 @@ _HARMLESS_KEYS = {
     "steps_per_print", "wall_clock_breakdown",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 }  # fmt: skip
-# The recipe's key for what these keys of a DeepSpeed config set.
-_OWNERS = {
+# Keys of a DeepSpeed config, and the key with which the recipe sets the same.
+_RECIPE_KEYS = {
     "train_batch_size": "training.tokens_per_step",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.tokens_per_step",
@@ -45,6 +45,8 @@ _OWNERS = {
     "optimizer": "optimizer",
     "scheduler": "scheduler",
 }
+
+_STAGES = "must be 1, 2 or 3 (got {}); set it, or use ddp.yaml"
 
 # Where this process's part of a parameter is stored: the parameter's name and shape, the flat tensor with the part, the
 # index at which the part begins in that tensor and in the flattened parameter, and its number of elements.
@@ -82,13 +84,17 @@ class DeepSpeed(Engine):
         if not launch.uses_deepspeed():
             for key in ("gradient_accumulation_steps", "gradient_clipping"):
                 if getattr(launch.launch_options(), key, None) is not None:  # accelerate ignores them without DeepSpeed
-                    yield Problem(f"--{key}", f"the recipe owns it: remove the option and set {_OWNERS[key]}")
+                    message = f"is set by the recipe; remove the option and set {_RECIPE_KEYS[key]} in the recipe"
+                    yield Problem(f"--{key}", message)
             return
         yield from _zero_problems()
         yield from _ownership_problems()
         sizes = launch.parallelism()
         if sizes["dp_replicate"] > 1 or sizes["tp"] > 1 or (sizes["dp_shard"] > 1 and sizes["sp"] == 1):
-            yield Problem("parallelism_config", "ZeRO shards over all processes; use hsdp.yaml, tp.yaml or no section")
+            message = (
+                "is not supported with ZeRO, which shards over all processes; remove it, or use hsdp.yaml or tp.yaml"
+            )
+            yield Problem("parallelism_config", message)
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
@@ -377,22 +383,22 @@ def _zero_problems() -> Iterator[Problem]:
     settings = launch.file_settings()
     is_set = (settings.get("deepspeed_config") or {}).keys() & {"zero_stage", "deepspeed_config_file"}
     if settings and launch.launch_options().zero_stage is None and not is_set:
-        yield Problem("deepspeed_config.zero_stage", "is not set; set it to 1, 2 or 3")
+        yield Problem("deepspeed_config.zero_stage", "must be set to 1, 2 or 3")
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if _config_file() is None and stage not in ("1", "2", "3"):
-        yield Problem("deepspeed_config.zero_stage", f"{stage} shards nothing we know; set 1, 2 or 3, or use ddp.yaml")
+        yield Problem("deepspeed_config.zero_stage", _STAGES.format(stage))
     for part in ("optimizer", "param"):
         device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
         if device not in ("none", "cpu"):
-            yield Problem(f"deepspeed_config.offload_{part}_device", f"{device} is not supported; set cpu or none")
+            yield Problem(f"deepspeed_config.offload_{part}_device", f"must be cpu or none (got {device})")
 
 
 def _ownership_problems() -> Iterator[Problem]:
-    """Settings of the accelerate config file, or of the DeepSpeed config that it names, that belong to the recipe or
+    """Settings, in the accelerate config file or in the DeepSpeed config that it names, which the recipe sets or which
     may change what is learned."""
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if os.environ.get(f"ACCELERATE_{key.upper()}", "auto") != "auto":
-            yield Problem(f"deepspeed_config.{key}", launch.OWNED.format(_OWNERS[key]))
+            yield Problem(f"deepspeed_config.{key}", launch.OWNED_BY_RECIPE.format(_RECIPE_KEYS[key]))
     path = _config_file()
     if path is None:
         return
@@ -404,16 +410,17 @@ def _ownership_problems() -> Iterator[Problem]:
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         where = f"deepspeed_config.deepspeed_config_file {path}: zero_optimization.stage"
-        yield Problem(where, f"{stage} shards nothing we know; set 1, 2 or 3, or use ddp.yaml")
+        yield Problem(where, _STAGES.format(stage))
     for key, value in settings.items():
         enabled = value.get("enabled", True) if isinstance(value, dict) else value
         if key in _HARMLESS_KEYS or enabled in ("auto", False):
             continue
         where = f"deepspeed_config.deepspeed_config_file {path}: {key}"
-        if key in _OWNERS:
-            yield Problem(where, f"the recipe owns it: remove it from the file and set {_OWNERS[key]}")
+        if key in _RECIPE_KEYS:
+            message = f"is set by the recipe; remove it from the file and set {_RECIPE_KEYS[key]} in the recipe"
+            yield Problem(where, message)
         else:
-            yield Problem(where, "is not known to leave training the same; remove it")
+            yield Problem(where, "may change what is learned; remove it")
 
 
 def _config_file() -> str | None:

@@ -55,12 +55,12 @@ class FSDP2(Engine):
             yield Problem("fsdp_config.fsdp_version", "only FSDP2 is supported; set it to 2 in the accelerate file")
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true")
         if reshard.lower() not in ("true", "false"):
-            yield Problem("fsdp_config.fsdp_reshard_after_forward", f"{reshard} is neither true nor false")
+            yield Problem("fsdp_config.fsdp_reshard_after_forward", f"must be true or false (got {reshard})")
         if os.environ.get("FSDP_IGNORED_MODULES"):
-            message = "ignored weights would differ between processes; remove it"
+            message = "is not supported, because ignored weights would differ between processes; remove it"
             yield Problem("fsdp_config.fsdp_ignored_modules", message)
-        if launch.flag("FSDP_ACTIVATION_CHECKPOINTING"):
-            message = launch.OWNED.format("model.gradient_checkpointing")
+        if launch.is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+            message = launch.OWNED_BY_RECIPE.format("model.gradient_checkpointing")
             yield Problem("fsdp_config.fsdp_activation_checkpointing", message)
 
     @classmethod
@@ -125,7 +125,7 @@ class HSDP(FSDP2):
         yield from super().launch_problems()
         sizes = launch.parallelism()
         if launch.uses_fsdp() and sizes["dp_replicate"] > 1 and sizes["dp_shard"] == sizes["tp"] == 1:
-            message = "FSDP has nothing to shard over; use ddp.yaml for copies, or make it more than 1"
+            message = "must be more than 1 with FSDP, or there is nothing to shard; set it, or use ddp.yaml"
             yield Problem(launch.size_key("dp_shard"), message)
 
     def _copy(self) -> tuple[int, int]:

@@ -24,17 +24,17 @@ from hfpretrain.recipe.schema import Problem, RecipeError
 # Dimensions of accelerate's ParallelismConfig. Processes along the first two train on different sequences, along the
 # others on the same.
 _DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
-OWNED = "the recipe owns it: remove it from the accelerate file and set {}"
-"""The message for a setting of the accelerate config file for which the recipe has a key, which is to be filled in."""
+OWNED_BY_RECIPE = "is set by the recipe; remove it from the accelerate file and set {} in the recipe"
+"""The message for a setting of the accelerate config file that the recipe sets. The recipe's key is to be filled in."""
 
 _RUNS: list[int] = []
 
 
 def end_with_launcher() -> None:
-    """On Linux, have this process receive SIGTERM when the `accelerate launch` that started it ends.
+    """On Linux, make this process receive SIGTERM when the `accelerate launch` that started it ends.
 
-    Otherwise the training would continue unnoticed. A launcher of one process does not pass signals on, and no launcher
-    can pass on SIGKILL.
+    Otherwise the training would continue unnoticed. A launcher of one process does not forward signals, and no launcher
+    can forward SIGKILL.
     """
     import psutil
 
@@ -42,20 +42,20 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or parent is None or _launch_arguments(parent.cmdline()) is None:
         return
     end_with_parent(signal.SIGTERM)
-    if os.getppid() != parent.pid:  # it ended in between
+    if os.getppid() != parent.pid:  # the launcher has ended meanwhile
         signal.raise_signal(signal.SIGTERM)
 
 
 def sleeping_threads() -> dict[str, str]:
     """Environment variables that make torch's CPU threads sleep soon after their work is done.
 
-    By default they spin: where another program needs a core, a step then takes several times as long. Measured on
-    two cores with one busy process, a step of the quickstart's size: 0.37 s with 1,000 turns, 0.65 to 1.06 s with
-    20,000, 0.5 to 6.3 s by default; on idle cores all three take 0.2 s. Empty if the user has set one of them, and on
-    machines with a GPU, where the CPU has little to compute.
+    By default they spin, so a step takes several times as long if another program needs a core. Measured on two cores
+    with one busy process, a step of the quickstart's size: 0.37 s with 1,000 spins, 0.65 to 1.06 s with 20,000, 0.5 to
+    6.3 s by default; on idle cores all three take 0.2 s. Empty if the user has set one of them, and on machines with a
+    GPU, where the CPU has little to compute.
     """
-    chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
-    return {} if chosen or has_gpu() else {"GOMP_SPINCOUNT": "1000"}
+    set_by_user = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    return {} if set_by_user or has_gpu() else {"GOMP_SPINCOUNT": "1000"}
 
 
 def environment_without_launcher() -> dict[str, str]:
@@ -68,7 +68,7 @@ def environment_without_launcher() -> dict[str, str]:
 
 
 def leave_message(text: str) -> None:
-    """Have torch's launcher of several processes print `text` at the end of its report of a failure.
+    """Make torch's launcher of several processes print `text` at the end of its report of a failure.
 
     The launcher prints a traceback of its own after the output of the processes, so their messages are far above
     (https://docs.pytorch.org/docs/stable/elastic/errors.html).
@@ -106,34 +106,35 @@ def init_method() -> str | None:
 
 
 def require_first_run() -> None:
-    """Raises `RecipeError` for a second run in a process of a group.
+    """Raise `RecipeError` for a second run in a process of a group.
 
-    Its ranks would read what they wrote into the launcher's store in the first run.
+    Its ranks would read what the first run wrote into the launcher's store.
     """
     if has_group() and _RUNS:
-        raise RecipeError.at("train", "has run in this process, which a launcher started; launch each run anew")
+        message = "one run has already been started in this process of a launcher; launch each run separately"
+        raise RecipeError.at("train", message)
     _RUNS.append(os.getpid())
 
 
-def problems() -> Iterator[Problem]:
+def unsupported_settings() -> Iterator[Problem]:
     """Settings of the accelerate config file that no engine supports. Needs no process group."""
     yield from _file_problems()
-    if flag("ACCELERATE_USE_MEGATRON_LM"):
-        yield Problem(
-            "distributed_type", "MEGATRON_LM replaces model and loss by its own; use FSDP (fsdp2.yaml, tp.yaml)"
-        )
-    if flag("ACCELERATE_USE_CPU") and _has_accelerator():
-        yield Problem("use_cpu", "a run takes the accelerator where there is one; remove it, or hide the devices")
-    if flag("ACCELERATE_DOWNCAST_BF16") or _on_xla():
+    if is_set("ACCELERATE_USE_MEGATRON_LM"):
+        message = "MEGATRON_LM is not supported, because it replaces the model and the loss; use fsdp2.yaml or tp.yaml"
+        yield Problem("distributed_type", message)
+    if is_set("ACCELERATE_USE_CPU") and _has_accelerator():
+        message = "is not supported on a machine with an accelerator; remove the key, or hide the devices"
+        yield Problem("use_cpu", message)
+    if is_set("ACCELERATE_DOWNCAST_BF16") or _on_xla():
         yield Problem("distributed_type", "XLA devices (TPU) are not supported; use GPUs or CPUs")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        yield Problem("dynamo_config.dynamo_backend", OWNED.format("training.compile"))
+        yield Problem("dynamo_config.dynamo_backend", OWNED_BY_RECIPE.format("training.compile"))
     yield from _parallelism_problems()
 
 
 def parallelism() -> dict[str, int]:
-    """Sizes of accelerate's `ParallelismConfig` by dimension; 1 where the file does not set them."""
-    if not flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    """Sizes of accelerate's `ParallelismConfig` by dimension; 1 if the file does not set them."""
+    if not is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return dict.fromkeys(_DIMENSIONS, 1)
     return {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in _DIMENSIONS}
 
@@ -143,53 +144,54 @@ def size_key(dimension: str) -> str:
     return f"parallelism_config.parallelism_config_{dimension}_size"
 
 
-def flag(name: str) -> bool:
+def is_set(name: str) -> bool:
     """Whether the launcher has set an environment variable to true."""
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
 def mixed_precision() -> Any:
-    """The precision of the accelerate config file; `no` also if the file does not set one."""
+    """The precision that the accelerate config file sets; `no` if it sets none."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def uses_deepspeed() -> bool:
     """Whether the file's `distributed_type` is DEEPSPEED."""
-    return flag("ACCELERATE_USE_DEEPSPEED")
+    return is_set("ACCELERATE_USE_DEEPSPEED")
 
 
 def uses_fsdp() -> bool:
     """Whether the file's `distributed_type` is FSDP."""
-    return flag("ACCELERATE_USE_FSDP")
+    return is_set("ACCELERATE_USE_FSDP")
 
 
 def offloads() -> bool:
-    """Whether the optimizer's step runs on the CPU, beside GPUs that compute the gradients."""
+    """Whether the optimizer's step runs on the CPU while GPUs compute the gradients."""
     return (
-        flag("FSDP_OFFLOAD_PARAMS") or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+        is_set("FSDP_OFFLOAD_PARAMS")
+        or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
     )
 
 
-def require_asked_processes(started: int | None = None) -> None:
-    """Raises `RecipeError` if another number of processes started than the launcher was asked for.
+def require_requested_processes(started: int | None = None) -> None:
+    """Raise `RecipeError` if the launcher started another number of processes than requested.
 
-    The environment does not carry that number, so accelerate's own parser reads the launcher's command line.
+    The environment does not have the requested number, so accelerate's own parser reads the launcher's command line.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if started is None else started
-    asked = asked_processes()
-    if asked is not None and asked != started:
+    requested = requested_processes()
+    if requested is not None and requested != started:
         raise RecipeError.at(
             "--num_processes",
-            f"the launcher was asked for {asked} processes, but {started} started. An accelerate file with "
-            "`distributed_type: MULTI_CPU` or `NO`, or none on a machine without GPUs, starts one; use "
-            "accelerate_configs/ddp.yaml, on CPUs too",
+            f"{requested} processes were requested, but {started} started. With `distributed_type: MULTI_CPU` or `NO`, "
+            "or without an accelerate file on a machine without GPUs, only one starts; use "
+            "accelerate_configs/ddp.yaml, which works on CPUs too",
         )
 
 
-def asked_processes(command: list[str] | None = None) -> int | None:
-    """Number of processes that the `accelerate launch` which started this process was asked for; None without one.
+def requested_processes(command: list[str] | None = None) -> int | None:
+    """Number of processes requested of the `accelerate launch` that started this process; None without a launcher.
 
-    `command`: the command line to read in place of that launcher's.
+    `command`: a command line to read instead of that of this launcher.
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -204,7 +206,7 @@ def asked_processes(command: list[str] | None = None) -> int | None:
 
 @functools.cache
 def launch_options() -> Any:
-    """The options of the `accelerate launch` that started this process, an `argparse.Namespace`; None without one."""
+    """Options of the `accelerate launch` that started this process (`argparse.Namespace`); None without a launcher."""
     import psutil
 
     commands = [parent.cmdline() for parent in psutil.Process().parents()[:3]]
@@ -229,7 +231,7 @@ def _config_file(options: Any) -> str | None:
 
 
 def file_settings() -> dict[str, Any]:
-    """What the accelerate config file of that launcher says; empty without a launcher or a file."""
+    """The settings in the accelerate config file of this launcher; empty without a launcher or a file."""
     options = launch_options()
     path = None if options is None else _config_file(options)
     return {} if path is None else yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -254,7 +256,8 @@ def _file_problems() -> Iterator[Problem]:
     for section, is_read in (("fsdp_config", uses_fsdp()), ("deepspeed_config", uses_deepspeed())):
         if settings.get(section) and not is_read:
             kind = section.removesuffix("_config").upper()
-            yield Problem(section, f"is not read with this distributed_type; remove it, or set that to {kind}")
+            message = f"is ignored with this distributed_type; remove the section, or set distributed_type to {kind}"
+            yield Problem(section, message)
     for section in ("fsdp_config", "deepspeed_config", "parallelism_config"):
         for key in settings.get(section) or {}:
             if key not in vars(options):
@@ -265,16 +268,15 @@ def _parallelism_problems() -> Iterator[Problem]:
     sizes = parallelism()
     total = math.prod(sizes.values())
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if flag("ACCELERATE_USE_PARALLELISM_CONFIG") and total != started:
+    if is_set("ACCELERATE_USE_PARALLELISM_CONFIG") and total != started:
         product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "all sizes 1"
-        yield Problem(
-            "parallelism_config", f"{product} make {total} processes, num_processes is {started}; make them equal"
-        )
+        message = f"{product} need {total} processes, but num_processes is {started}; change one of them"
+        yield Problem("parallelism_config", message)
     if sizes["cp"] > 1:
         yield Problem(
             size_key("cp"),
-            "torch's ring attention takes no mask, so packed documents would see each other, and has no CPU kernels; "
-            "use zero3_ulysses.yaml",
+            "context parallelism is not supported: torch's ring attention accepts no mask, so packed documents would "
+            "see each other, and has no CPU kernels; use zero3_ulysses.yaml",
         )
 
 

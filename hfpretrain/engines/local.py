@@ -12,7 +12,7 @@ from hfpretrain.recipe.schema import Problem
 
 
 class Single(Engine):
-    """One process alone."""
+    """One process."""
 
     names = ("single",)
 
@@ -33,7 +33,7 @@ class DDP(Engine):
         sizes = launch.parallelism()
         other_engine = launch.uses_fsdp() or launch.uses_deepspeed() or sizes["tp"] > 1
         if sizes["dp_shard"] > 1 and not other_engine:
-            message = "only FSDP shards; use hsdp.yaml, or set distributed_type to FSDP"
+            message = "needs FSDP; use hsdp.yaml, or set distributed_type to FSDP"
             yield Problem(launch.size_key("dp_shard"), message)
 
     @property

@@ -16,10 +16,10 @@ def resolve(
 ) -> MixedPrecision:
     """The precision of a run.
 
-    `auto` is that of the accelerate config file, else bf16 if the hardware has it, else `no`. `launched`: the precision
-    of the accelerate config file. `no` there decides nothing, since it is also the default. `engine_problem`: the
-    engine's `precision_problem`. Raises `RecipeError` if recipe and launcher contradict each other, if the engine can't
-    train in the precision, or if the hardware or a package is missing.
+    `auto` is the precision of the accelerate config file if it sets one, else bf16 if the hardware has it, else `no`.
+    `launched`: the precision of the accelerate config file; `no` counts as not set, since it is also the default.
+    `engine_problem`: the engine's `precision_problem`. Raises `RecipeError` if recipe and accelerate config file
+    contradict each other, if the engine can't train in the precision, or if the hardware or a package is missing.
     """
     if mixed_precision == "auto":
         chosen: MixedPrecision = launched if launched != "no" else ("bf16" if has_bf16() else "no")
@@ -28,7 +28,7 @@ def resolve(
     if launched not in ("no", chosen):
         raise RecipeError.at(
             "training.mixed_precision",
-            f"the recipe says {mixed_precision}, the launcher's file {launched}; remove one of the two",
+            f"is {mixed_precision} in the recipe, but {launched} in the accelerate file; remove one of the two",
         )
     on_gpu = torch.accelerator.is_available()
     why = problem(
@@ -43,8 +43,8 @@ def resolve(
     return chosen
 
 
-# CUDA compute capability from which tensor cores have a format (NVIDIA, CUDA C++ Programming Guide, table "Tensor Core
-# Input Data Types by Compute Capability").
+# The lowest CUDA compute capability with tensor cores for a format (NVIDIA, CUDA C++ Programming Guide, table "Tensor
+# Core Input Data Types by Compute Capability").
 _CAPABILITY = {"fp16": (7, 0), "bf16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
 _FP8_PACKAGES = ("torchao", "transformer_engine")
 
@@ -57,27 +57,27 @@ def problem(
     engine_problem: Callable[[str], str | None],
     installed: Callable[[str], bool],
 ) -> str | None:
-    """Why a device can't train in a precision, with the fix; None if it can.
+    """Why a device or an engine can't train in a precision, with the fix; None if they can.
 
     `capability`: the compute capability of a CUDA device, None for others. `engine_problem`: see `resolve`.
     """
     if precision in ("auto", "no") or (precision == "bf16" and device == "CPU"):
         return None
     if device == "CPU":
-        return f"{precision} needs a GPU; on a CPU take bf16 or no"
+        return f"{precision} needs a GPU; on a CPU use bf16 or no"
     if capability is not None and capability < _CAPABILITY[precision]:
         needed, found = (f"{major}.{minor}" for major, minor in (_CAPABILITY[precision], capability))
         instead = "fp16 or no" if capability >= _CAPABILITY["fp16"] else "no"
-        return f"{precision} needs a GPU of compute capability {needed}, this one has {found}; take {instead}"
+        return f"{precision} needs a GPU of compute capability {needed}, and this one has {found}; use {instead}"
     if (why := engine_problem(precision)) is not None:
         return why
     if precision == "fp8" and not any(installed(package) for package in _FP8_PACKAGES):
-        return "fp8 needs torchao or transformer-engine: pip install torchao"
+        return "fp8 needs torchao or transformer-engine; `pip install torchao`"
     return None
 
 
 def has_bf16() -> bool:
-    """Whether bf16 is computed in hardware: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
+    """Whether the hardware computes in bf16: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
     if torch.accelerator.is_available():
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

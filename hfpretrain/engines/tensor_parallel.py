@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpretrain.engines import launch
-from hfpretrain.engines.base import Engine, uneven_heads
+from hfpretrain.engines.base import Engine, uneven_heads_problems
 from hfpretrain.engines.fsdp import problem_with_shards
 from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.schema import Problem, RecipeError
@@ -41,23 +41,24 @@ class TensorParallel(Engine):
 
     @classmethod
     def model_problems(
-        cls, config: PretrainedConfig, num_sharing: int, attn_implementation: str, block_size: int
+        cls, config: PretrainedConfig, processes_per_sequence: int, attn_implementation: str, block_size: int
     ) -> Iterator[Problem]:
-        """See `Engine`: models without a plan, with fused matrices, or with heads that can't be divided evenly."""
+        """See `Engine`. Models without a plan, with fused matrices, or with heads that can't be divided evenly."""
         text_config: Any = config.get_text_config()
         key, plan = launch.size_key("tp"), text_config.base_model_tp_plan
         if not plan:
             yield Problem(
-                key, f"transformers has no plan to cut {text_config.model_type}; use fsdp2.yaml or zero3.yaml"
+                key,
+                f"transformers has no tensor parallel plan for {text_config.model_type}; use fsdp2.yaml or zero3.yaml",
             )
         elif any(style.startswith("packed") for style in plan.values()):
-            message = f"torch's checkpoints can't hold the fused matrices of {text_config.model_type} cut"
+            message = f"torch's checkpoints can't store the fused matrices of {text_config.model_type} if they are cut"
             yield Problem(key, f"{message}; use fsdp2.yaml")
-        yield from uneven_heads(key, text_config, num_sharing)
+        yield from uneven_heads_problems(key, text_config, processes_per_sequence)
 
     @classmethod
     def precision_problem(cls, precision: str) -> str | None:
-        """See `Engine`. fp16 has another one."""
+        """See `Engine`. fp16 does not work either."""
         if precision == "fp16":
             return "with tensor parallelism, processes would skip different steps in fp16; use bf16"
         return super().precision_problem(precision)
@@ -68,7 +69,7 @@ class TensorParallel(Engine):
         return problem_with_shards(optimizer)
 
     @property
-    def num_sharing(self) -> int:
+    def processes_per_sequence(self) -> int:
         """All processes work on the same sequences."""
         return int(self.accelerator.parallelism_config.tp_size)
 

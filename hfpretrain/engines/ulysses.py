@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpretrain.engines import launch
-from hfpretrain.engines.base import uneven_heads
+from hfpretrain.engines.base import uneven_heads_problems
 from hfpretrain.engines.deepspeed import ZeRO3
 from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.labels import IGNORE_INDEX
@@ -30,35 +30,36 @@ class Ulysses(ZeRO3):
         yield from super().launch_problems()
         is_stage_3 = launch.uses_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
         if launch.parallelism()["sp"] > 1 and not is_stage_3:
-            message = "sequences are cut under DEEPSPEED with zero_stage 3; use zero3_ulysses.yaml"
+            message = "needs distributed_type DEEPSPEED with zero_stage 3; use zero3_ulysses.yaml"
             yield Problem(launch.size_key("sp"), message)
 
     @classmethod
     def model_problems(
-        cls, config: PretrainedConfig, num_sharing: int, attn_implementation: str, block_size: int
+        cls, config: PretrainedConfig, processes_per_sequence: int, attn_implementation: str, block_size: int
     ) -> Iterator[Problem]:
-        """See `Engine`: models whose attention DeepSpeed can't cut, heads or blocks that can't be divided evenly."""
+        """See `Engine`. Models whose attention DeepSpeed can't cut; heads or blocks that can't be divided evenly."""
         text_config: Any = config.get_text_config()
         key = launch.size_key("sp")
         if attn_implementation not in ("auto", "sdpa"):
-            message = "only model.attn_implementation sdpa keeps packed documents apart"
-            yield Problem(key, f"{message}, not {attn_implementation}; set it")
+            message = "sequence parallelism keeps packed documents apart only with model.attn_implementation sdpa"
+            yield Problem(key, f"{message} (got {attn_implementation}); set it to sdpa")
         kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
         if kinds or getattr(text_config, "sliding_window", None):
             dropped = ", ".join(sorted(kinds)) or "sliding_attention"
             yield Problem(key, f"DeepSpeed drops the mask of {dropped} layers; use zero3.yaml")
         if getattr(text_config, "num_key_value_heads", None) is None:
-            message = f"{text_config.model_type} has no num_key_value_heads, which DeepSpeed reads"
+            message = f"the config of {text_config.model_type} has no num_key_value_heads, which DeepSpeed reads"
             yield Problem(key, f"{message}; use zero3.yaml")
         if getattr(text_config, "output_router_logits", False):
-            message = "the router's balancing loss of parts is not that of sequences"
-            yield Problem(key, f"{message}; set output_router_logits to false")
-        yield from uneven_heads(key, text_config, num_sharing)
-        if block_size % num_sharing:
-            yield Problem(key, f"{num_sharing} does not divide data.block_size {block_size}")
+            message = "the router's balancing loss can't be computed from parts of sequences"
+            yield Problem(key, f"{message}; set model.config.output_router_logits to false")
+        yield from uneven_heads_problems(key, text_config, processes_per_sequence)
+        if block_size % processes_per_sequence:
+            message = f"{processes_per_sequence} processes can't divide data.block_size, {block_size}, evenly"
+            yield Problem(key, message)
 
     @property
-    def num_sharing(self) -> int:
+    def processes_per_sequence(self) -> int:
         """Number of parts of a sequence."""
         return int(self.accelerator.parallelism_config.sp_size)
 
@@ -78,7 +79,7 @@ class Ulysses(ZeRO3):
 
     def split_sequences(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `split`."""
-        return split(batch, self.process_index % self.num_sharing, self.num_sharing)
+        return split(batch, self.process_index % self.processes_per_sequence, self.processes_per_sequence)
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
         """A loss summed over all processes."""

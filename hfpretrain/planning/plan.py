@@ -376,7 +376,7 @@ class _RowMaker:
             message = f"--num-processes {number} can't be divided into two equal groups of at least 2 processes"
             raise RecipeError.at("--num-processes", message)
         if engine.splits and number == 1:
-            message = f"splits {engine.splits} across processes, so --num-processes must be at least 2"
+            message = f"{engine.name} splits {engine.splits} across processes, so --num-processes must be at least 2"
             raise RecipeError.at("--num-processes", message)
         if engine.splits:
             model, block_size = self.recipe.model, self.recipe.data.block_size

@@ -33,7 +33,7 @@ def sequences_of(
     if isinstance(data, TrainingData):
         return list(sequences_of_step(prepared, data, tokenizer, data_step)) if is_main else []
     ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
-    gathered = gather_object(ids if engine.counts_its_data else [])
+    gathered = gather_object(ids if engine.is_main_data_process else [])
     return [{"text": tokenizer.decode(row)} for row in gathered] if is_main else []
 
 

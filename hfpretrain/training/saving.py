@@ -76,7 +76,7 @@ class RunSaver:
             checksums = self._state.consumption.ledger.checksums
             writers[LEDGER] = lambda path: np.save(path, checksums)
             writers["recipe.yaml"] = lambda path: path.write_bytes(self._recipe)
-        if self._is_stream and self._engine.counts_its_data:
+        if self._is_stream and self._engine.is_main_data_process:
             states, next_step = self._state.data_state, self._state.data_step(self._state.step - 1) + 1
             writers[f"data-{self._engine.data_index}.pt"] = lambda path: save_lane_states(states, next_step, path)
         return writers

@@ -138,7 +138,7 @@ def check_launch(recipe: Recipe) -> None:
     """Raise `RecipeError` if the accelerate config file has an unsupported setting, if the number of started processes
     is not the one asked for, or if the optimizer's library is missing."""
     choose.require_supported()
-    launch.require_asked_processes()
+    launch.require_requested_processes()
     optim.require_library(recipe.optimizer)
 
 
@@ -192,7 +192,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     recipe = commits.pin_revisions(recipe, hub_commits)
     choose.require_model(
         engine.name,
-        engine.num_sharing,
+        engine.processes_per_sequence,
         load_config(recipe.model),
         recipe.model.attn_implementation,
         recipe.data.block_size,

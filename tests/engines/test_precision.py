@@ -16,9 +16,9 @@ from hfpretrain.engines.tensor_parallel import TensorParallel
 from hfpretrain.recipe.schema import RecipeError
 
 
-def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
+def test_a_recipe_and_an_accelerate_file_with_different_precisions_are_refused(monkeypatch):
     assert precision.resolve("auto", "bf16", Single.precision_problem) == "bf16"
-    with pytest.raises(RecipeError, match=r"training\.mixed_precision: the recipe says no, the launcher's file bf16"):
+    with pytest.raises(RecipeError, match=r"training\.mixed_precision: .*no in the recipe, but bf16"):
         precision.resolve("no", "bf16", Single.precision_problem)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(RecipeError, match="fp16 needs a GPU"):
@@ -33,18 +33,18 @@ def test_recipe_and_launcher_may_not_contradict_each_other(monkeypatch):
     [
         ("no", "CPU", None, Single, (), None),
         ("bf16", "CPU", None, FSDP2, (), None),
-        ("tf32", "CPU", None, Single, (), "tf32 needs a GPU; on a CPU take bf16 or no"),
+        ("tf32", "CPU", None, Single, (), "tf32 needs a GPU; on a CPU use bf16 or no"),
         ("fp8", "CPU", None, Single, ("torchao",), "fp8 needs a GPU"),
         ("fp16", "GPU", (7, 0), Single, (), None),
-        ("fp16", "GPU", (6, 1), Single, (), "fp16 needs a GPU of compute capability 7.0, this one has 6.1; take no"),
-        ("bf16", "GPU", (7, 5), FSDP2, (), "needs a GPU of compute capability 8.0, this one has 7.5; take fp16 or no"),
+        ("fp16", "GPU", (6, 1), Single, (), "fp16 needs a GPU of compute capability 7.0, and this one has 6.1; use no"),
+        ("bf16", "GPU", (7, 5), FSDP2, (), "capability 8.0, and this one has 7.5; use fp16 or no"),
         ("tf32", "GPU", (8, 0), FSDP2, (), None),
-        ("fp8", "GPU", (8, 0), Single, ("torchao",), "compute capability 8.9, this one has 8.0"),
-        ("fp8", "GPU", (9, 0), Single, (), "fp8 needs torchao or transformer-engine: pip install torchao"),
-        ("fp8", "GPU", (9, 0), FSDP2, ("torchao",), "a model that is sharded already; take bf16, or single or ddp"),
+        ("fp8", "GPU", (8, 0), Single, ("torchao",), "compute capability 8.9, and this one has 8.0"),
+        ("fp8", "GPU", (9, 0), Single, (), "pip install torchao"),
+        ("fp8", "GPU", (9, 0), FSDP2, ("torchao",), "use bf16, or single or ddp"),
         ("fp8", "GPU", (9, 0), Single, ("transformer_engine",), None),
-        ("fp8", "GPU", (9, 0), TensorParallel, ("torchao",), "a model that is sharded already"),
-        ("fp16", "GPU", (9, 0), TensorParallel, (), "processes would skip different steps in fp16; take bf16"),
+        ("fp8", "GPU", (9, 0), TensorParallel, ("torchao",), "use bf16, or single or ddp"),
+        ("fp16", "GPU", (9, 0), TensorParallel, (), "use bf16"),
         ("bf16", "GPU", None, Single, (), None),
     ],
 )
@@ -79,7 +79,7 @@ def test_fp8_trains_saves_resumes_and_exports(folder):
     assert export["export/precision"] == "fp8 bfloat16" and export["export/max_logit_difference"] < 0.1
 
 
-def test_a_run_goes_on_where_auto_means_another_precision(folder):
+def test_a_run_continues_on_a_machine_where_auto_means_another_precision(folder):
     recipe = write_recipe(folder, training__mixed_precision="auto", checkpoint__every_steps=2)
     losses = []
     for has_bf16, steps in ((True, 4), (False, 6)):
@@ -95,7 +95,7 @@ def test_a_run_goes_on_where_auto_means_another_precision(folder):
 
 
 def engine(kind, model, optimizer, scaler=None):
-    """An engine of a class, as far as one process can have it without accelerate."""
+    """An engine of class `kind` in one process, without accelerate."""
     device = torch.device("cpu")
     made = kind(SimpleNamespace(scaler=scaler, num_processes=1, process_index=0, device=device))
     made.model, made.optimizer = model, SimpleNamespace(optimizer=optimizer)
@@ -103,7 +103,7 @@ def engine(kind, model, optimizer, scaler=None):
 
 
 def trained(scale):
-    """A model after a step in fp16 as an engine holds it, with a loss scale of `scale`; None: in another precision."""
+    """An engine after one step in fp16 with a loss scale of `scale`; None: in another precision."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -132,12 +132,12 @@ def test_the_loss_scale_is_resumed_if_the_checkpoint_has_one(tmp_path, saved, no
 
 @pytest.fixture
 def alone(monkeypatch):
-    """DeepSpeed's scaler asks for the rank, and only the first tells of an overflow."""
+    """DeepSpeed's loss scaler asks for the rank, and only rank 0 logs an overflow. This makes it rank 1."""
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 1)
 
 
 def deepspeed(scale, steps=0):
-    """A DeepSpeed engine in fp16 after `steps` good steps, as far as its loss scale goes."""
+    """A DeepSpeed engine in fp16 with only a loss scale, after `steps` steps without overflow."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     scaler = DynamicLossScaler(scale, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
@@ -147,7 +147,7 @@ def deepspeed(scale, steps=0):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 6])
-def test_deepspeeds_loss_scale_goes_on_where_it_stood(tmp_path, alone, steps):
+def test_deepspeeds_loss_scale_is_resumed_exactly(tmp_path, alone, steps):
     first, second = deepspeed(64.0, steps), deepspeed(2.0, 2)
     pieces.save({"scaler": first.scaler_state()}, tmp_path)
     asked = {"scaler": dict.fromkeys(pieces.names_in(tmp_path, "scaler"))}
@@ -158,7 +158,7 @@ def test_deepspeeds_loss_scale_goes_on_where_it_stood(tmp_path, alone, steps):
             one.model.optimizer.loss_scaler.update_scale(overflow)
 
 
-def test_a_rehearsal_leaves_deepspeeds_loss_scale_as_it_was(alone):
+def test_a_rehearsal_does_not_change_deepspeeds_loss_scale(alone):
     rehearsed = deepspeed(64.0, 3)
     rehearsed.optimizer.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     before = rehearsed.scaler_state()
@@ -168,7 +168,7 @@ def test_a_rehearsal_leaves_deepspeeds_loss_scale_as_it_was(alone):
     assert rehearsed.scaler_state() == before
 
 
-def test_deepspeed_goes_on_from_the_loss_scale_of_another_engine(tmp_path):
+def test_deepspeed_resumes_from_the_loss_scale_of_another_engine(tmp_path):
     pieces.save(trained(1024.0).state(), tmp_path)
     resumed = deepspeed(2.0)
     asked = {key: value for key, value in resumed.scaler_state().items() if key in pieces.names_in(tmp_path, "scaler")}
