@@ -36,7 +36,7 @@ def test_an_engine_refuses_the_optimizers_that_it_cannot_train_with(engines, pos
             if optimizer in possible:
                 choose.require_optimizer(optimizer, engine)
             else:
-                with pytest.raises(RecipeError, match=rf"optimizer\.name: {optimizer} under {engine}: .*take"):
+                with pytest.raises(RecipeError, match=rf"optimizer\.name: {optimizer} under {engine}: .*use "):
                     choose.require_optimizer(optimizer, engine)
 
 
