@@ -141,7 +141,7 @@ def test_a_no_decay_pattern_without_a_match_fails_before_text_is_read(folder):
     path = write_recipe(folder, optimizer__no_decay=["*embed_tokens*", "*.wte.*"])
     for command in (train, lambda path: hfpretrain("check", str(path))):
         result = command(path)
-        assert result.returncode == 2 and "optimizer.no_decay.1: no parameter matches '*.wte.*'" in result.stderr
+        assert result.returncode == 2 and "optimizer.no_decay.1: " in result.stderr and "'*.wte.*'" in result.stderr
     assert not load_recipe(path).prepared_dir.exists()
 
 
