@@ -109,25 +109,27 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a recipe; the same command again resumes the run", add_help=False)
     train.add_argument("recipe", metavar="RECIPE")
     train.add_argument("--engine", help=f"{_ENGINE}; default: single for one process, ddp for several")
-    number = "default: one for each GPU, or the number in the engine's file"
+    number = "number of processes; default: one per GPU, or the number in the engine's file"
     train.add_argument("--num-processes", type=int, help=number)
     keys = "show this help and all keys of a recipe, or the keys of one section such as optimizer, and exit"
     train.add_argument("-h", "--help", action=_RecipeHelp, nargs="?", metavar="SECTION", help=keys)
     check = command("check", _check, "validate a recipe; print it with all defaults, its steps, tokens and parameters")
     check.add_argument("recipe", metavar="RECIPE")
-    check.add_argument("--engine", help=f"also check whether the batch fits this engine: {_ENGINE}")
-    check.add_argument("--num-processes", type=int, help="only with --engine; default: the number in the engine's file")
+    check.add_argument("--engine", help=f"also check that the batch fits this engine ({_ENGINE})")
+    check.add_argument(
+        "--num-processes", type=int, help="only with --engine: number of processes; default: as in its file"
+    )
     plan = command("plan", _plan, "estimate what a run will cost: memory with each engine, FLOPs, time, disk")
     plan.add_argument("recipe", metavar="RECIPE")
     plan.add_argument("--engine", help="plan only for this engine; default: all engines side by side")
     plan.add_argument("--num-processes", type=int, help="number of processes, one per device; default: 1")
-    plan.add_argument("--device", help="for example H100-80GB, A100-40GB, cpu; default: this machine's")
+    plan.add_argument("--device", help="device such as H100-80GB, A100-40GB or cpu; default: that of this machine")
     mfu = "assumed fraction of the device's peak FLOP/s; default: 0.4, or measured for a small model on this CPU"
     plan.add_argument("--mfu", type=float, help=mfu)
     plan.add_argument("--json", action="store_true", help="print one JSON object, in bytes, seconds and FLOP/s")
     many = "simulate the communication between these numbers of devices instead; default: 8 64 512 4096"
     plan.add_argument("--scaling", type=int, nargs="*", metavar="DEVICES", help=many)
-    plan.add_argument("--devices-per-node", type=int, help="only with --scaling; default: 8")
+    plan.add_argument("--devices-per-node", type=int, help="only with --scaling: devices of a node; default: 8")
     plan.add_argument(
         "--nvlink", type=float, help="only with --scaling: GB/s that a device sends within its node; default: 450"
     )
@@ -181,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     proof.add_argument("recipe", metavar="RECIPE")
     proof.add_argument("--engine", help=f"{_ENGINE}; default: one process without a launcher")
-    proof.add_argument("--num-processes", type=int, help="default: the number in the engine's file")
+    proof.add_argument(
+        "--num-processes", type=int, help="number of processes; default: the number in the engine's file"
+    )
     proof.add_argument("--steps", type=int, default=20, help="optimizer steps of the short run; default: 20")
     proof.add_argument(
         "--kills", type=int, default=3, help="how often the run is killed (SIGKILL) at random moments; default: 3"
@@ -195,30 +199,36 @@ def _parser() -> argparse.ArgumentParser:
     ratios = "tokens per parameter, as multiples of the recipe's; several are needed to find the best size; default: 1"
     ladder.add_argument("--ratios", nargs="+", type=float, default=[1.0], metavar="RATIO", help=ratios)
     ladder.add_argument("--engine", help=f"{_ENGINE}; default: one process without a launcher")
-    ladder.add_argument("--num-processes", type=int, help="default: the number in the engine's file")
+    ladder.add_argument(
+        "--num-processes", type=int, help="number of processes; default: the number in the engine's file"
+    )
     ladder.add_argument("--compute", type=float, help="FLOPs for which to find the best size; default: the recipe's")
     ladder.add_argument(
         "--output", help="folder for the small runs, the table and the plot; default: OUTPUT_DIR-ladder"
     )
     runs = command("runs", _runs, "list the runs in a folder: model, loss, throughput, state")
-    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default: runs")
+    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="folder of runs; default: runs")
     runs.add_argument("--plot", metavar="PNG", help="also plot the validation losses of all runs")
     generate = command("generate", _generate, "continue a prompt and print the text while it is generated")
     generate.add_argument("model", metavar="MODEL", help=_MODEL)
-    generate.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="default: the start of a document")
-    generate.add_argument("--max-new-tokens", type=int, default=200, help="default: 200")
+    generate.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", default="", help="text to continue; default: start a new document"
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=200, help="largest number of tokens to generate; default: 200"
+    )
     generate.add_argument(
         "--temperature", type=float, default=0.8, help="0: always take the most likely token; default: 0.8"
     )
     generate.add_argument("--top-k", type=int, default=50, help="sample from this many most likely tokens; default: 50")
-    generate.add_argument("--seed", type=int, default=0, help="default: 0")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling; default: 0")
     export = command("export", _export, "write a checkpoint of a run as a plain Hugging Face folder")
     export.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="runs/NAME/checkpoints/step-..., or a run folder for its newest"
     )
     export.add_argument("out", metavar="OUT", help="folder to create")
     path = command("path", _path, "print the path of a shipped recipe or accelerate config file")
-    path.add_argument("name", metavar="NAME", help="for example quickstart or ddp")
+    path.add_argument("name", metavar="NAME", help="name of the recipe or config file, for example quickstart or ddp")
     push = command("push", _push, "upload the checkpoints and the export of a run that a Hub repo does not have yet")
     push.add_argument("run", metavar="RUN", help="run folder, or exported model folder")
     push.add_argument("repo_id", metavar="USER/NAME")

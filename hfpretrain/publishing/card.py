@@ -415,10 +415,10 @@ def _training(records: _Records) -> str:
     recipe, environment, history = records.recipe, records.environment, records.history
     last, tokens_per_step = history.logged, recipe.training.tokens_per_step
     parts = segments.segments_of(environment, last.get("step", 0))
-    places, hardware, speeds, hours = segments.hardware_ranges(parts), [], [], 0.0
-    for place, first, end in places:
-        steps = f"steps {first:,} to {end:,}: " if len(places) > 1 else ""
-        hardware.append(f"{steps}{place}")
+    ranges, hardware, speeds, hours = segments.hardware_ranges(parts), [], [], 0.0
+    for device, first, end in ranges:
+        steps = f"steps {first:,} to {end:,}: " if len(ranges) > 1 else ""
+        hardware.append(f"{steps}{device}")
         seconds = table.mean_seconds_per_step(history.speeds(), tokens_per_step, first - 1, end)
         if seconds is None:
             continue  # these steps were trained in another folder, whose metrics.jsonl has the figures
