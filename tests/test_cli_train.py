@@ -53,7 +53,7 @@ def test_a_signal_stops_the_run_with_75_and_the_same_command_resumes(folder, arg
 
 
 @pytest.mark.parametrize("arguments", [(), ("--engine", "ddp")])
-def test_wrong_input_that_only_the_run_finds_ends_with_2(folder, arguments):
+def test_wrong_input_that_only_the_run_finds_exits_with_2(folder, arguments):
     recipe = write_recipe(folder, data__sources=[{"path": "json", "data_files": str(folder / "none.jsonl")}])
     result = hfpretrain("train", str(recipe), *arguments)
     assert result.returncode == 2 and "data.sources.0.data_files" in result.stderr, result.stderr

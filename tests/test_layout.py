@@ -80,6 +80,6 @@ def test_public_functions_and_classes_have_docstrings():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_benchmarks_import(path):
+def test_every_benchmark_imports(path):
     """Most benchmarks are run by hand, so tests would not notice that a name they import is gone."""
     importlib.import_module(path.stem)

@@ -48,7 +48,7 @@ def test_nothing_heavy_is_imported_until_it_is_used():
         "from hfpretrain.train import main, train\nassert callable(main) and callable(train)",
     ],
 )
-def test_train_is_the_function_or_the_module_by_what_is_imported_first(code):
+def test_the_first_import_decides_whether_train_is_the_function_or_the_module(code):
     """The first import in a process decides: Python has one attribute for both."""
     result = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

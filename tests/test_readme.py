@@ -124,7 +124,7 @@ def test_the_yaml_snippets_are_valid():
     assert EvaluationSection.model_validate(evaluation["evaluation"]).lm_eval.limit == 500
 
 
-def test_a_recipe_reads_what_datatrove_writes(folder):
+def test_a_recipe_reads_the_output_of_datatrove(folder):
     from conftest import hfpretrain, small_text, write_jsonl, write_recipe
 
     (folder / "raw").mkdir()

@@ -72,7 +72,7 @@ def test_a_library_whose_private_names_are_used_is_capped_above_the_tested_versi
     assert Version(f"{tested.major}.{tested.minor + 1}") not in requirement.specifier, "the next minor is not tested"
 
 
-def test_the_sdist_contains_what_a_tester_needs(folder):
+def test_the_sdist_contains_the_files_that_tests_need(folder):
     with tarfile.open(folder / "dist" / f"hfpretrain-{__version__}.tar.gz") as sdist:
         found = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"tests/conftest.py", "tests/test_release.py", "benchmarks/small.py", "examples/sft.py"} <= found

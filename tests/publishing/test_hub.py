@@ -288,7 +288,7 @@ def test_a_run_without_a_hub_ends_with_the_same_weights_and_is_pushed_later(worl
     )
 
 
-def test_the_process_that_pushes_ends_with_its_run(world):
+def test_the_publishing_process_ends_with_its_run(world):
     """Its standard input is closed when the run is killed. The standard input of `warm` is empty."""
     code = "import sys, pathlib, hfpretrain.publishing.publisher as p; p.main(pathlib.Path(sys.argv[1]))"
     assert world.warm.run("-c", code, world.folder / "run", timeout=60).returncode == 0
