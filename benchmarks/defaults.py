@@ -66,7 +66,7 @@ def _reduce_every_micro_step() -> Iterator[None]:
 GPU = torch.cuda.is_available()
 WARM_UP = 3
 ROWS: dict[str, tuple[list[str], Patch | None, list[str]]] = {
-    "nothing: two processes alike": ([], None, []),
+    "nothing: two equal processes": ([], None, []),
     "bf16": (["--training.mixed_precision=no"], None, ["--training.mixed_precision=bf16"]),
     "fused AdamW": ([], lambda: mock.patch.object(optim, "_adamw", _unfused), []),
     "sdpa": (["--model.attn_implementation=eager"], None, ["--model.attn_implementation=sdpa"]),

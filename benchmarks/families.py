@@ -322,8 +322,8 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
     from hfpretrain import training_batches
     from hfpretrain.modeling.initialization import InitialWeights
 
-    said = json.loads((run / "environment.json").read_text())
-    family.chunked = said["chunked_loss"]
+    recorded = json.loads((run / "environment.json").read_text())
+    family.chunked = recorded["chunked_loss"]
     config = AutoConfig.from_pretrained(run / "config")
     keywords: dict[str, Any] = {"dtype": torch.float32}
     # Not by the config alone: that of the text part of a composite is in no mapping.
@@ -339,7 +339,7 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             named[name].copy_(value)
-    masking = said["document_masking"]
+    masking = recorded["document_masking"]
     batches = [
         {name: torch.cat([micro[name] for micro in step]) for name in step[0]}
         for step in training_batches(recipe, prepared, document_masking=bool(masking))

@@ -44,8 +44,8 @@ def stop(recipe: Path, engine: str, phase: str, run: Path, number: int = signal.
         start(recipe, engine, run), env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None:
-        told = marker.read_text().split() if marker.exists() else []
-        if len(told) == 2 and told[0] == phase and (phase in ("rehearse",) or int(told[1]) >= 3):
+        reported = marker.read_text().split() if marker.exists() else []
+        if len(reported) == 2 and reported[0] == phase and (phase in ("rehearse",) or int(reported[1]) >= 3):
             break
         time.sleep(0.01)
     asked = time.perf_counter()
