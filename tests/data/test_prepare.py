@@ -627,7 +627,7 @@ def test_records_of_verified_folders_are_dropped_with_the_folder_or_when_old(tmp
 
     for name in ("kept", "gone", "old", "used"):
         sealed(name)
-    record = {name: files._record(tmp_path / name) for name in ("kept", "gone", "old", "used")}
+    record = {name: files._record_path(tmp_path / name) for name in ("kept", "gone", "old", "used")}
     foreign = cache / "notes.txt"
     foreign.write_text("a person's")
     shutil.rmtree(tmp_path / "gone")
@@ -636,7 +636,7 @@ def test_records_of_verified_folders_are_dropped_with_the_folder_or_when_old(tmp
     assert files.damage_if_changed(tmp_path / "used") is None  # which renews its record
     sealed("last")
     there = {path for path in cache.iterdir() if path.suffix != ".lock"}
-    assert there == {record["kept"], record["used"], files._record(tmp_path / "last"), foreign}
+    assert there == {record["kept"], record["used"], files._record_path(tmp_path / "last"), foreign}
 
 
 def test_prepared_data_are_opened_without_writing_beside_them(folder):

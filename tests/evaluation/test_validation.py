@@ -132,10 +132,10 @@ def test_a_run_reports_each_domain(two):
 def test_a_domain_on_training_or_only_some_sources_is_refused(tmp_path):
     source = {"path": "json", "data_files": "x.jsonl"}
     for changes, message in (
-        ({"data__sources": [{**source, "domain": "x"}]}, "names a set of `validation_sources`"),
+        ({"data__sources": [{**source, "domain": "x"}]}, "only for `validation_sources`"),
         (
             {"data__validation_sources": [source, {**source, "domain": "x"}], "data__validation_fraction": 0.0},
-            "or none",
+            "domain",
         ),
         ({"data__validation_sources": [{**source, "domain": "a/b"}], "data__validation_fraction": 0.0}, "domain"),
     ):

@@ -59,11 +59,11 @@ def test_a_family_member_has_the_same_proportions(folder, model_type):
     family = Family(recipe)
     names = type(plan.model_config(recipe)).attribute_map
     heads, layers, width = (names.get(k, k) for k in ("num_attention_heads", "num_hidden_layers", "hidden_size"))
-    total = plan.parameters(recipe).total
+    total = plan.count_recipe_parameters(recipe).total
     for size in (total // 12, total // 5, total // 2, 2 * total):
         member = family.nearest(size)
         made = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": member.config})})
-        assert plan.parameters(made) == member.parameters
+        assert plan.count_recipe_parameters(made) == member.parameters
         assert abs(math.log(member.parameters.total / size)) < math.log(1.5)
         assert member.config[width] / member.config[heads] == config[width] / config[heads]
         assert abs(member.config[width] * config[layers] / config[width] - member.config[layers]) < 1
@@ -85,7 +85,7 @@ def test_rungs_scale_the_recipes_settings(folder):
     made = Ladder(recipe, SIZES, RATIOS, 2, folder / "ladder")
     assert len(made.rungs) == 12 and [r.flops for r in made.rungs] == sorted(r.flops for r in made.rungs)
     assert {r.asked for r in made.rungs if r.held_out} == {SIZES[-1]}
-    per_parameter = 400 * 512 / plan.parameters(recipe).total
+    per_parameter = 400 * 512 / plan.count_recipe_parameters(recipe).total
     for rung in made.rungs:
         training, scheduler = rung.recipe.training, rung.recipe.scheduler
         assert rung.tokens == training.max_steps * training.tokens_per_step
@@ -113,7 +113,7 @@ def test_a_ladder_finds_the_law_of_its_runs_and_predicts_the_recipes_loss(folder
     assert [row["name"] for row in found["held_out"]] == [rung.name for rung in made.rungs if rung.held_out]
     assert all(abs(row["relative_error"]) < 1e-5 for row in found["held_out"])
     assert found["fit_without_held_out"]["points"] == 9 and found["fit"]["points"] == 12
-    parameters = plan.parameters(recipe).total
+    parameters = plan.count_recipe_parameters(recipe).total
     assert found["target"]["predicted"] == pytest.approx(LAW.loss(parameters, 400 * 512), rel=1e-5)
     assert found["at_compute"]["parameters"] == pytest.approx(LAW.optimum(1e12)[0], rel=1e-3)
     assert any("held out" in line and "error" in line for line in lines)

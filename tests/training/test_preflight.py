@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfpretrain import load_recipe
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.recipe.schema import Recipe, RecipeError
-from hfpretrain.recipe.shipped import find
+from hfpretrain.recipe.shipped import find_file
 from hfpretrain.training.preflight import (
     check_small_model,
     disk_problems,
@@ -95,8 +95,8 @@ def test_unusable_folders_and_checkpoints_are_reported(folder):
 def test_a_wrong_engine_file_or_number_of_processes_is_reported(folder):
     recipe = load_recipe(write_recipe(folder))
     training, block_size = recipe.training, recipe.data.block_size
-    assert engine_problems(training, block_size, find("ddp", "engine"), 2) == []
-    (found,) = engine_problems(training, block_size, find("ddp", "engine"), 3)
+    assert engine_problems(training, block_size, find_file("ddp", "engine"), 2) == []
+    (found,) = engine_problems(training, block_size, find_file("ddp", "engine"), 3)
     assert "does not divide by 3 processes" in found.message
     (folder / "wrong.yaml").write_text("distributed_type: MULTI_GPU\nnum_procs: 3\n")
     (found,) = engine_problems(training, block_size, folder / "wrong.yaml", None)
