@@ -125,7 +125,7 @@ def test_a_checkpoint_whose_manifest_lists_no_files_is_not_used(tmp_path):
     (tmp_path / "step-00000007.incomplete").mkdir()
     (tmp_path / "step-00000002" / "manifest.json").write_text('{"step": 2, "files": {}}')
     path, (reason,) = resume.find_newest(tmp_path)
-    assert path.name == "step-00000001" and "manifest.json is missing or unreadable" in reason
+    assert path.name == "step-00000001" and "manifest.json is missing or can't be read" in reason
     (path / "manifest.json").write_text('{"step": 1, "files": {"train_state.json": 3}}')
-    assert "manifest.json is missing or unreadable" in files.damage(path)
+    assert "manifest.json is missing or can't be read" in files.damage(path)
     assert not list(tmp_path.glob("*.incomplete"))
