@@ -201,6 +201,13 @@ def test_the_loss_of_a_document_in_training_equals_that_of_plain_transformers(fr
     assert count == tokens and nll == pytest.approx(expected, rel=1e-5)
 
 
+def requests(kind, arguments):
+    """Requests of lm-eval with these arguments."""
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=given, idx=0) for given in arguments]
+
+
 def test_evaluation_and_tasks_begin_a_text_as_training_did(framed):
     own, model = AutoTokenizer.from_pretrained(framed / "tokenizer"), tiny_model(framed / "tokenizer")
     texts = [text[:80] for text in small_text(5, seed=7)]
@@ -214,8 +221,8 @@ def test_evaluation_and_tasks_begin_a_text_as_training_did(framed):
     adapter = shared_language_model(model, own, torch.device("cpu"), 4, Processes())
     assert adapter.tok_encode("the river") == own("the river")["input_ids"]
     with adapter.answering_together():
-        rolling = adapter._compute("loglikelihood_rolling", [(text,) for text in texts])
-        pairs = adapter._compute("loglikelihood", [("the river", " runs"), ("", "the river")])
+        rolling = adapter.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]))
+        pairs = adapter.loglikelihood(requests("loglikelihood", [("the river", " runs"), ("", "the river")]))
     ends = sum(_logprob(model, [*own(text)["input_ids"]], EOS) for text in texts)
     assert sum(rolling) == pytest.approx(-expected - ends, rel=1e-5)
     given = own("the river")["input_ids"]
