@@ -1,6 +1,10 @@
 """Shared pieces: a small corpus, a small recipe, and a way to run commands as a user would."""
 
+import contextlib
+import functools
 import importlib
+import io
+import json
 import multiprocessing
 import os
 import runpy
@@ -9,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # tests call their functions, at small size
 
@@ -37,10 +43,41 @@ _modules = (
 _processes.set_forkserver_preload([*_modules, "torch.distributed.run", "evaluate", "matplotlib.backends.backend_agg"])
 
 
-def _main(module: str, arguments: list[str], output: str, env: dict[str, str]) -> None:
+def _verify_exports_in_a_fork() -> None:
+    """Have this run's export verified in a process forked now, before anything is computed, not in a new interpreter.
+
+    What a run starts to verify its export is real in the tests that start the run as a command.
+    """
+    from hfpretrain import cli
+    from hfpretrain.checkpoints import verify
+
+    ours, theirs = multiprocessing.Pipe()
+    if os.fork() == 0:
+        ours.close()
+        with contextlib.suppress(EOFError):  # the run has ended without an export
+            arguments, text = theirs.recv(), io.StringIO()
+            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                code = cli.main(arguments)
+            theirs.send((code, text.getvalue()))
+        os._exit(0)
+    theirs.close()
+
+    def verify_in_fork(run: Path, trust_remote_code: bool = False, made_progress: object = None) -> dict:
+        ours.send(["verify", str(run), "--json", *(["--trust-remote-code"] if trust_remote_code else [])])
+        code, text = ours.recv()
+        if code:
+            raise RuntimeError(f"the export in {run} does not verify:\n{text}")
+        return json.loads(text.splitlines()[-1])
+
+    verify.verify_in_fresh_process = verify_in_fork
+
+
+def _main(module: str, arguments: list[str], output: str, env: dict[str, str], cwd: Path) -> None:
     for number, name in enumerate(OUTPUTS, 1):
         os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(ROOT)
+    os.chdir(cwd)
+    if module.endswith((".py", ".train", "faults")) and env.get("RANK", "0") == "0":
+        _verify_exports_in_a_fork()
     os.environ.update(env)
     sys.argv = [module, *arguments]
     if module.endswith(".py"):
@@ -49,17 +86,61 @@ def _main(module: str, arguments: list[str], output: str, env: dict[str, str]) -
     sys.exit(importlib.import_module(module).main())
 
 
-def _call(module: str, arguments: list[str], timeout: int, env: dict[str, str]) -> subprocess.CompletedProcess:
-    """`python -m module arguments` from the server, or `python module arguments` where it is a file."""
+def first_failure(processes: Sequence[multiprocessing.Process]) -> int:
+    """An exit code other than 0, if any process has ended with one, else 0."""
+    return next((process.exitcode for process in processes if process.exitcode), 0)
+
+
+def run_module(
+    module: str | Path,
+    *arguments: object,
+    timeout: int = 300,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    ranks: Sequence[dict[str, str]] = ({},),
+) -> subprocess.CompletedProcess:
+    """`python -m module arguments` from the server, or `python module arguments` where it is a file.
+
+    `ranks`: further environment variables of each process. When one has failed, the others have 30 s to end.
+    """
     with tempfile.TemporaryDirectory() as output:
-        process = _processes.Process(target=_main, args=(module, arguments, output, env))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        processes = []
+        for number, variables in enumerate(ranks):
+            Path(output, str(number)).mkdir()
+            started = (str(module), list(map(str, arguments)), f"{output}/{number}", {**(env or {}), **variables}, cwd)
+            processes.append(_processes.Process(target=_main, args=started))
+            processes[-1].start()
+        deadline = time.monotonic() + timeout
+        code = 0
+        while running := [process.sentinel for process in processes if process.exitcode is None]:
+            if not wait(running, max(0, deadline - time.monotonic())):
+                break
+            if not code and (code := first_failure(processes)):
+                deadline = min(deadline, time.monotonic() + 30)
+        code = code or first_failure(processes)
+        for process in processes:
             process.kill()
+            process.join()
+        if running and not code:
             raise subprocess.TimeoutExpired([module, *arguments], timeout)
-        texts = [Path(output, name).read_text() for name in OUTPUTS]
-        return subprocess.CompletedProcess([module, *arguments], process.exitcode, *texts)
+        texts = ["".join(Path(output, str(n), name).read_text() for n in range(len(ranks))) for name in OUTPUTS]
+        return subprocess.CompletedProcess([module, *arguments], code, *texts)
+
+
+@contextlib.contextmanager
+def started_module(
+    module: str | Path, *arguments: object, **env: str
+) -> Iterator[tuple[multiprocessing.Process, Callable[[], str]]]:
+    """As `run_module`, while it runs: its process, and a function that returns what it has printed on stderr."""
+    with tempfile.TemporaryDirectory() as output:
+        process = _processes.Process(target=_main, args=(str(module), list(map(str, arguments)), output, env, ROOT))
+        process.start()
+        stderr = Path(output, "stderr")
+        try:
+            yield process, lambda: stderr.read_text() if stderr.exists() else ""
+        finally:
+            process.kill()
+            process.join()
 
 
 def train(
@@ -69,53 +150,31 @@ def train(
     processes: int | None = None,
     timeout: int = 300,
     fault: str = "",
+    launcher: bool = False,
+    cwd: Path = ROOT,
     **env: str,
 ):
-    """`accelerate launch` with an engine's file, or plain `python -m` without; the finished process.
+    """A training, alone or in the processes of an engine; the finished process.
+
+    They are forked from the server with the environment variables that `accelerate launch` would set: that saves
+    importing. With `launcher` it is `accelerate launch` that starts them.
 
     `fault`: what `faults.py` shall spoil.
     """
-    if engine is None and env:  # which libraries read when they are imported
-        return small.train(recipe, *overrides, timeout=timeout, **env)
+    if env:  # which libraries read when they are imported
+        return small.train(recipe, *overrides, engine=engine, processes=processes, timeout=timeout, **env)
     if fault:
-        env |= {"FAULT": fault, "PYTHONPATH": str(ROOT)}
-    if engine is None:
-        return _call("faults" if fault else "hfpretrain.train", [str(recipe), *overrides], timeout, env)
-    command = small.command(recipe, *overrides, engine=engine, processes=processes, faults=bool(fault))
-    return _call("accelerate.commands.launch", command[3:], timeout, env)
+        env = {"FAULT": fault, "PYTHONPATH": str(ROOT)}
+    if launcher:
+        command = small.command(recipe, *overrides, engine=engine, processes=processes, faults=bool(fault))
+        return run_module("accelerate.commands.launch", *command[3:], timeout=timeout, env=env)
+    ranks = [{}] if engine in (None, "single") else launcher_environments(engine, processes)
+    module = "faults" if fault else "hfpretrain.train"
+    return run_module(module, recipe, *overrides, timeout=timeout, cwd=cwd, env=env, ranks=ranks)
 
 
-def train_ranks(recipe: Path, *overrides: str, engine: str, processes: int = 2, timeout: int = 300):
-    """As `train`, with the processes of an engine forked from the server in place of the launcher: it saves importing.
-
-    They have the environment variables that `accelerate launch` would set.
-    """
-    env = launcher_environment(engine, processes)
-    with tempfile.TemporaryDirectory() as output:
-        ranks = []
-        for rank in range(processes):
-            folder = Path(output, str(rank))
-            folder.mkdir()
-            variables = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            arguments = ("hfpretrain.train", [str(recipe), *overrides], str(folder), variables)
-            ranks.append(_processes.Process(target=_main, args=arguments))
-            ranks[-1].start()
-        deadline = time.monotonic() + timeout
-        while running := [rank.sentinel for rank in ranks if rank.exitcode is None]:
-            if any(rank.exitcode for rank in ranks) or not wait(running, max(0, deadline - time.monotonic())):
-                break
-        failed = [rank.exitcode for rank in ranks if rank.exitcode]
-        for rank in ranks:  # the others would wait for one that has failed
-            rank.kill()
-            rank.join()
-        if running and not failed:
-            raise subprocess.TimeoutExpired([engine], timeout)
-        texts = ["".join(Path(output, str(rank), name).read_text() for rank in range(processes)) for name in OUTPUTS]
-        return subprocess.CompletedProcess([engine], failed[0] if failed else 0, *texts)
-
-
-def launcher_environment(engine: str, processes: int) -> dict[str, str]:
-    """Environment variables that `accelerate launch` sets for an engine's processes, but for their ranks."""
+@functools.cache
+def _launcher_environment(engine: str, processes: int) -> dict[str, str]:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     found: dict[str, str] = {}
@@ -123,25 +182,39 @@ def launcher_environment(engine: str, processes: int) -> dict[str, str]:
     arguments += ["--num_processes", str(processes), "-m", "hfpretrain.train"]
     with mock.patch("torch.distributed.run.run", lambda _: found.update(os.environ)):
         launch_command(launch_command_parser().parse_args(arguments))
+    return {name: value for name, value in found.items() if os.environ.get(name) != value}
+
+
+def launcher_environments(engine: str, processes: int | None = None) -> list[dict[str, str]]:
+    """Environment variables that `accelerate launch` sets for each of an engine's processes, two or more."""
+    if processes is None:
+        text = (ROOT / "accelerate_configs" / f"{engine}.yaml").read_text()
+        processes = yaml.safe_load(text)["num_processes"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    changed = {name: value for name, value in found.items() if os.environ.get(name) != value}
     sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    return {**changed, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**_launcher_environment(engine, processes), **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def hfpretrain(*arguments: str, **env: str):
+def hfpretrain(*arguments: str, cwd: Path = ROOT):
     """The console command."""
-    if not env:
-        return _call("hfpretrain.cli", list(arguments), 300, env)
-    command = [sys.executable, "-m", "hfpretrain.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True)
+    return run_module("hfpretrain.cli", *arguments, cwd=cwd)
 
 
-def script(path: Path, *arguments: object):
+def script(path: Path, *arguments: object, cwd: Path = ROOT):
     """`python path arguments`."""
-    return _call(str(path), list(map(str, arguments)), 300, {})
+    return run_module(path, *arguments, cwd=cwd)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: a worker gets all tests of a file that share a fixture, and each other test by itself."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        if any(fixture.scope == "module" for fixtures in definitions for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture

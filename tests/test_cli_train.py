@@ -46,8 +46,10 @@ def test_a_signal_stops_the_run_with_75_and_the_same_command_resumes(folder, arg
     assert stderr.splitlines()[0].startswith("starting accelerate launch") and str(recipe) in stderr.splitlines()[0]
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert files.damage(checkpoint) is None
+    if arguments:  # training/test_stopping.py resumes under ddp
+        return
     stopped_at = int(checkpoint.name.removeprefix("step-"))
-    resumed = hfpretrain("train", str(recipe), *arguments, f"--training.max_steps={stopped_at + 2}")
+    resumed = hfpretrain("train", str(recipe), f"--training.max_steps={stopped_at + 2}")
     assert resumed.returncode == 0, resumed.stderr
     assert max(rows(run, "loss")) == stopped_at + 2 and (run / "model" / "config.json").is_file()
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, rows, script, write_recipe
+from conftest import ROOT, environment, launcher_environments, rows, run_module, script, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfpretrain
@@ -74,10 +74,8 @@ def test_a_script_trains_alone_and_under_a_launcher(folder):
     assert result.returncode == 0, result.stderr
     assert f"first {folder / 'run' / 'model'}" in result.stdout
     assert f"second {folder / 'run-2' / 'model'}" in result.stdout
-    launch = ["-m", "accelerate.commands.launch", "-q", "--main_process_port", "0", "--num_processes", "2"]
-    launch += ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), str(folder / "mine.py")]
-    command = [sys.executable, *launch, *map(str, arguments), f"--output_dir={folder / 'ddp'}"]
-    result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    launched = {"ranks": launcher_environments("ddp")}
+    result = run_module(folder / "mine.py", *arguments, f"--output_dir={folder / 'ddp'}", **launched)
     assert f"first {folder / 'ddp' / 'model'}" in result.stdout
     assert result.returncode == 1 and "launch each run separately" in result.stderr
     alone, launched = (rows(folder / run, "loss") for run in ("run", "ddp"))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, hfpretrain, run_module, script, train
 from finished_rungs import finish
 from hub_server import HubServer
 
@@ -49,13 +49,17 @@ def folder(tmp_path_factory):
     (folder / "my-texts").mkdir()
     for number in range(2500):
         (folder / "my-texts" / f"{number}.txt").write_text(f"text number {number} " * 20)
-    result = run(folder, "python -m hfpretrain.train recipes/quickstart.yaml", *SMALL)
+    result = train(Path("recipes/quickstart.yaml"), *SMALL, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder
 
 
 def run(folder, command, *more, env=None):
     words = [*shlex.split(command), *more]
+    if env is None and words[0] == "hfpretrain":
+        return hfpretrain(*words[1:], cwd=folder)
+    if env is None and words[:2] == ["accelerate", "launch"]:
+        return run_module("accelerate.commands.launch", *words[2:], cwd=folder)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**(env or environment()), "PATH": path}
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
@@ -125,7 +129,7 @@ def test_the_yaml_snippets_are_valid():
 
 
 def test_a_recipe_reads_the_output_of_datatrove(folder):
-    from conftest import hfpretrain, small_text, write_jsonl, write_recipe
+    from conftest import small_text, write_jsonl, write_recipe
 
     (folder / "raw").mkdir()
     write_jsonl(folder / "raw" / "a.jsonl", [*small_text(200), "12345 " * 100, "short"])
@@ -150,7 +154,8 @@ def test_the_slurm_script_prepares_a_shard(folder):
 
 def test_python_snippets_of_the_readme_run(folder):
     for code in PYTHON:
-        result = run(folder, "python -c", code.replace('("quickstart")', f'("quickstart", {SMALL})'))
+        (folder / "snippet.py").write_text(code.replace('("quickstart")', f'("quickstart", {SMALL})'))
+        result = script(folder / "snippet.py", cwd=folder)
         assert result.returncode == 0, result.stderr
     assert (folder / "runs" / "fine-tuned" / "model.safetensors").exists()
 

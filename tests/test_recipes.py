@@ -101,6 +101,6 @@ def test_recipes_on_a_local_text_train(tmp_path, name):
     short = ["--training.max_steps=2", "--scheduler.num_warmup_steps=1", "--training.micro_batch_size=1"]
     short += ["--training.tokens_per_step=256", "--training.mixed_precision=no", "--model.config.vocab_size=72"]
     text = f"--data.sources.0.data_files={tmp_path / 'input.txt'}"
-    result = train(ROOT / "recipes" / f"{name}.yaml", text, f"--output_dir={tmp_path / 'run'}", *short, engine="single")
+    result = train(ROOT / "recipes" / f"{name}.yaml", text, f"--output_dir={tmp_path / 'run'}", *short)
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "run", "eval/loss")[2]["eval/bits_per_byte"] > 0

@@ -1,6 +1,5 @@
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -8,7 +7,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, environment, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, environment, hfpretrain, rows, small_text, started_module, train, write_jsonl, write_recipe
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -209,15 +208,9 @@ def test_evaluate_reproduces_the_results_of_training(finished):
 def test_a_killed_run_with_a_damaged_checkpoint_ends_with_the_same_bytes(finished):
     folder, _ = finished
     run = folder / "killed"
-    command = [sys.executable, "-m", "hfpretrain.train", str(folder / "recipe.yaml"), f"--output_dir={run}"]
-    process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while not (run / "checkpoints" / "step-00000020").exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with started_module("hfpretrain.train", folder / "recipe.yaml", f"--output_dir={run}") as (process, _):
+        while not (run / "checkpoints" / "step-00000020").exists() and process.is_alive():
+            time.sleep(0.005)
     checkpoints = sorted((run / "checkpoints").glob("step-????????"))
     assert len(checkpoints) == 2
     # The newest checkpoint is damaged, and others are incomplete: none of them is used.
@@ -364,9 +357,9 @@ def test_metrics_count_the_tokens_of_each_source_across_stages_and_padding(folde
 def test_the_ledger_is_independent_of_the_number_of_processes_and_of_resumes(folder):
     recipe = write_recipe(folder, training__max_steps=6, training__micro_batch_size=1, checkpoint__every_steps=3)
     ledgers = {}
-    for processes in (1, 4):
+    for engine, processes in ((None, 1), ("ddp", 4)):
         run = folder / f"run-{processes}"
-        result = train(recipe, f"--output_dir={run}", engine="ddp", processes=processes)
+        result = train(recipe, f"--output_dir={run}", engine=engine, processes=processes)
         assert result.returncode == 0, result.stderr
         ledgers[processes] = {step: row["ledger"] for step, row in rows(run, "ledger").items()}
     assert ledgers[1] == ledgers[4] and len(set(ledgers[1].values())) == 6

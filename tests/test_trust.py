@@ -17,7 +17,18 @@ import pytest
 import small
 import torch
 import transformers
-from conftest import ROOT, environment, recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
+from conftest import (
+    ROOT,
+    launcher_environments,
+    recipe_mapping,
+    rows,
+    run_module,
+    script,
+    small_text,
+    train,
+    write_jsonl,
+    write_recipe,
+)
 
 from hfpretrain import cli, files, load_recipe
 from hfpretrain.data import corpus, streaming
@@ -62,7 +73,7 @@ TOKEN = "hf_plantedTokenThatNobodyMayEverSee"
 def test_no_token_or_environment_variable_reaches_the_run_folder(folder):
     recipe = write_recipe(folder, checkpoint__every_steps=4, logging__trackers=["tensorboard"])
     secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN, "MY_VARIABLE": TOKEN, "AWS_SECRET_ACCESS_KEY": TOKEN}
-    result = train(recipe, engine="ddp", **secrets)
+    result = run_module("hfpretrain.train", recipe, env=secrets, ranks=launcher_environments("ddp"))
     assert result.returncode == 0, result.stderr
     assert TOKEN not in result.stdout + result.stderr
     found = [path for path in folder.rglob("*") if path.is_file()]
@@ -98,9 +109,7 @@ def test_a_failing_tracker_is_retried_while_training_continues(folder):
         "from hfpretrain.train import main; sys.exit(main())\n"
     )
     (folder / "throwing.py").write_text(code)
-    command = [sys.executable, str(folder / "throwing.py"), str(recipe)]
-    env = environment(PYTHONPATH=str(ROOT))
-    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    result = script(folder / "throwing.py", recipe)
     assert result.returncode == 0, result.stderr
     assert (
         "logging to tensorboard fails, so its rows wait until a retry succeeds: ConnectionError: its" in result.stderr
@@ -398,15 +407,15 @@ def secret_run(tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://planted-user:planted-pass@127.0.0.1:{server.server_port}/corpus.jsonl?X-Amz-Date=1&"
 
-    def run(signature, *arguments):
+    def run(signature, *arguments, start=train):
         source = {"path": "json", "data_files": f"{address}X-Amz-Signature=planted-{signature}"}
         recipe = write_recipe(folder, data__sources=[source], logging__trackers=["tensorboard"])
         os.chmod(recipe, 0o600)
-        return small.train(recipe, *arguments)
+        return start(recipe, *arguments)
 
     before = os.umask(0o077)
     try:
-        result = run("first", "--training.max_steps=3")
+        result = run("first", "--training.max_steps=3", start=small.train)  # a fork would have the server's umask
     finally:
         os.umask(before)
     assert result.returncode == 0, result.stderr
@@ -461,7 +470,7 @@ def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(se
     assert rung.read_result()
     found = [path for path in (folder / "ladder").rglob("*") if path.is_file()]
     assert rung.path in found and [path for path in found if b"planted" in path.read_bytes()] == []
-    alone = small.train(rung.path, f"--output_dir={folder / 'alone'}")
+    alone = train(rung.path, f"--output_dir={folder / 'alone'}")
     assert alone.returncode == 2 and "***" in alone.stderr
 
 

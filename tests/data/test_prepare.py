@@ -15,7 +15,7 @@ import time
 import fsspec
 import numpy as np
 import pytest
-from conftest import ROOT, environment, hfpretrain, small_text, write_jsonl, write_recipe
+from conftest import ROOT, environment, hfpretrain, script, small_text, started_module, write_jsonl, write_recipe
 from preparation import checksums, recipe
 
 from hfpretrain import files
@@ -71,14 +71,11 @@ def test_a_killed_preparation_resumes_and_ends_with_the_same_bytes(folder, small
         "prepare(load_recipe(sys.argv[1]))"
     )
     path, work = prepared_path(interrupted), prepared_path(interrupted).with_suffix(files.INCOMPLETE)
-    recipe_path = str(write_recipe(folder))
-    process = subprocess.Popen([sys.executable, "-c", program, recipe_path], cwd=ROOT, env=environment())
-    deadline = time.time() + 60
-    while process.poll() is None and time.time() < deadline and len(list((work / "parts").glob("*.json"))) < 4:
-        time.sleep(0.002)
-    assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    (folder / "slow.py").write_text(program)
+    with started_module(folder / "slow.py", write_recipe(folder)) as (process, stderr):
+        while len(list((work / "parts").glob("*.json"))) < 4:
+            assert process.is_alive(), stderr()
+            time.sleep(0.002)
     assert not path.exists()
     before = {file.name: file.stat().st_mtime_ns for file in (work / "parts").glob("*.json")}
     assert 4 <= len(before) < 20
@@ -448,13 +445,8 @@ def test_a_full_disk_is_an_error_and_finished_parts_are_kept(folder, small_parts
     )
     prepare_shard(limited, 0, 10)  # makes the tokenizer, which is larger than the limit
     work = prepared_path(limited).with_suffix(files.INCOMPLETE)
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(write_recipe(folder))],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    (folder / "limited.py").write_text(program)
+    result = script(folder / "limited.py", write_recipe(folder))
     assert result.returncode == 2, result.stderr
     assert "data.prepared_dir: cannot write" in result.stderr and "File too large" in result.stderr
     assert "Traceback" not in result.stderr and not prepared_path(limited).exists()

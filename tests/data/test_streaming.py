@@ -3,15 +3,14 @@
 import gzip
 import itertools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas
 import pytest
 import torch
 from conftest import environment, rows, small_text, train, write_jsonl, write_recipe
-from hub_server import HubServer
+from hub_server import HubServer, Repo
+from warm import WarmProcess
 
 from hfpretrain.data import corpus
 from hfpretrain.data.encode import Encoder
@@ -246,13 +245,12 @@ def hub_run(tmp_path_factory):
     tokenizer = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), TEXTS)
     tokenizer.save_pretrained(folder / "tokenizer")
     write_jsonl(folder / "held_out.jsonl", small_text(20, seed=9))
+    data = Repo("user/data", private=False)
+    paths = [write_jsonl(folder / f"train-{n}.jsonl", TEXTS[100 * n : 100 * n + 100]) for n in range(4)]
+    data.commit("main", "data", {f"data/{path.name}": path.read_bytes() for path in paths})
     with HubServer() as hub:
+        hub.repos["datasets/user/data"] = data
         env = {**environment(), **hub.environment(folder / "home")}
-        for number in range(4):
-            path = write_jsonl(folder / f"train-{number}.jsonl", TEXTS[100 * number : 100 * number + 100])
-            command = [sys.executable.replace("python", "hf"), "upload", "user/data", str(path), f"data/{path.name}"]
-            result = subprocess.run([*command, "--repo-type", "dataset"], env=env, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
         recipe = write_recipe(
             folder,
             tokenizer={"pretrained": str(folder / "tokenizer")},
@@ -271,7 +269,8 @@ def hub_run(tmp_path_factory):
 
 def test_a_hub_dataset_is_streamed(hub_run):
     folder, recipe, env = hub_run
-    result = train(recipe, "--training.max_steps=3", f"--output_dir={folder / 'short'}", **env)
+    with WarmProcess(environment(**env)) as warm:
+        result = warm.run("hfpretrain.train", recipe, "--training.max_steps=3", f"--output_dir={folder / 'short'}")
     assert result.returncode == 0, result.stderr
     assert rows(folder / "short", "ledger")[3]["source_tokens"] == [3 * 256]
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, launcher_environment
+from conftest import ROOT, launcher_environments
 from transformers import AutoConfig
 
 from hfpretrain.engines import choose
@@ -43,10 +43,10 @@ def test_an_engine_refuses_the_optimizers_that_it_cannot_train_with(engines, pos
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def check_gradients(rank, environment, name, folder):
+def check_gradients(rank, environments, name, folder):
     """Check which part of the gradient of a matrix of 64 x 32 a process keeps: under FSDP2 after the first of two
     micro-steps, under DDP after the second."""
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(environments[rank])
     engine = choose.build_engine("no", [], str(folder), 60)
     assert engine.name == name
     config = AutoConfig.for_model("llama", vocab_size=64, **SIZES)
@@ -68,4 +68,5 @@ def check_gradients(rank, environment, name, folder):
 
 @pytest.mark.parametrize("name", ["fsdp2", "ddp"])
 def test_an_engine_keeps_no_second_copy_of_gradients(tmp_path, name):
-    torch.multiprocessing.spawn(check_gradients, (launcher_environment(name, 2), name, tmp_path), 2)
+    arguments = (launcher_environments(name), name, tmp_path)
+    torch.multiprocessing.start_processes(check_gradients, arguments, 2, start_method="forkserver")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import resume_anywhere
 import torch
-from conftest import ROOT, hfpretrain, rows, small_text, train, train_ranks, write_jsonl, write_recipe
+from conftest import ROOT, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,7 +31,7 @@ def run_all(folder, engines, **changes):
     for name in engines:
         # The run that the others are compared with has all logits in memory and recomputes nothing.
         plain = ["--training.chunked_loss=false", "--model.gradient_checkpointing=false"] if name == "single" else []
-        result = train(recipe, f"--output_dir={folder / name}", *plain, engine=name, timeout=400)
+        result = train(recipe, f"--output_dir={folder / name}", *plain, engine=name, launcher=True, timeout=400)
         assert result.returncode == 0, result.stdout + result.stderr
     return recipe
 
@@ -89,7 +89,7 @@ def run_through_engines(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     for number, name in enumerate(ENGINES, 1):
         changes = [f"--output_dir={folder / 'run'}", f"--training.max_steps={STEPS * number}"]
-        result = train_ranks(recipe, *changes, engine=name)
+        result = train(recipe, *changes, engine=name)
         assert result.returncode == 0, result.stdout + result.stderr
         assert number == 1 or "resumed from" in result.stderr
         shutil.copytree(folder / "run", folder / name)
@@ -140,7 +140,8 @@ def run_of(runs):
 
     def start(name):
         if not (runs / name).exists():
-            result = train(runs / "recipe.yaml", f"--output_dir={runs / name}", engine=name, timeout=400)
+            arguments = (runs / "recipe.yaml", f"--output_dir={runs / name}")
+            result = train(*arguments, engine=name, launcher=True, timeout=400)
             assert result.returncode == 0, result.stdout + result.stderr
 
     return start
@@ -185,7 +186,7 @@ def test_the_same_command_resumes_under_every_engine(runs, name):
     run = runs / name
     before = rows(run, "loss")
     shutil.rmtree(run / "checkpoints" / "step-00000010")
-    result = train(runs / "recipe.yaml", f"--output_dir={run}", engine=name, timeout=400)
+    result = train(runs / "recipe.yaml", f"--output_dir={run}", engine=name, launcher=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "step-00000005" in result.stderr and "step 4/10" not in result.stderr
     assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
@@ -259,7 +260,8 @@ def test_flex_attention_on_a_cpu_is_refused(folder):
 @pytest.mark.slow
 def test_fsdp2_trains_the_same_in_one_process(runs):
     """Offloading on one GPU is like this; the launcher starts a single process in another way than several."""
-    result = train(runs / "recipe.yaml", f"--output_dir={runs / 'alone'}", engine="fsdp2", processes=1)
+    arguments = (runs / "recipe.yaml", f"--output_dir={runs / 'alone'}")
+    result = train(*arguments, engine="fsdp2", processes=1, launcher=True)
     assert result.returncode == 0, result.stderr
     compare(runs, "alone", steps=10)
     assert json.loads((runs / "alone" / "environment.json").read_text())["engine"] == "fsdp2"
@@ -348,7 +350,7 @@ def test_parameters_that_are_not_trained_keep_their_values(tmp_path, name, model
     changes |= {"training__max_steps": 3, "checkpoint__every_steps": 2, "optimizer__weight_decay": 0.5}
     write_jsonl(tmp_path / "corpus.jsonl", small_text(200))
     recipe, run = write_recipe(tmp_path, **changes), tmp_path / "run"
-    result = train_ranks(recipe, engine=name, timeout=400)
+    result = train(recipe, engine=name, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "not trained" in result.stderr
     untrained = json.loads((run / "environment.json").read_text())["untrained_parameters"]
@@ -360,7 +362,7 @@ def test_parameters_that_are_not_trained_keep_their_values(tmp_path, name, model
     assert names and all(torch.equal(exported[key], drawn[key]) for key in names)
     before = rows(run, "loss")
     shutil.rmtree(run / "checkpoints" / "step-00000003")
-    result = train_ranks(recipe, engine=name, timeout=400)
+    result = train(recipe, engine=name, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "step-00000002" in result.stderr
     assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import launcher_environment
+from conftest import launcher_environments
 from tiny_models import SMALL, SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -75,8 +75,8 @@ def train_sharded(engine, step):
     return [loss.item(), norm.item()]
 
 
-def compare_optimizers(rank, environment, folder, names):
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+def compare_optimizers(rank, environments, folder, names):
+    os.environ.update(environments[rank])
     torch.set_num_threads(1)
     accelerator = choose.build_engine("no", [], str(folder), 60).accelerator
 
@@ -113,5 +113,5 @@ def compare_optimizers(rank, environment, folder, names):
 
 def test_optimizers_train_shards_like_whole_matrices(tmp_path):
     names = ["adamw", "muon", *(["adamw_schedule_free"] if find_spec("schedulefree") else [])]
-    arguments = (launcher_environment("fsdp2", 2), tmp_path, names)
-    torch.multiprocessing.spawn(compare_optimizers, arguments, 2)
+    arguments = (launcher_environments("fsdp2"), tmp_path, names)
+    torch.multiprocessing.start_processes(compare_optimizers, arguments, 2, start_method="forkserver")

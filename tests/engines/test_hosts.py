@@ -1,4 +1,7 @@
-"""Training on two hosts: two network namespaces, joined by a virtual cable, with one process each."""
+"""Training on two hosts: two network namespaces, joined by a virtual cable, with one process each.
+
+The short form, two launchers on one host, is in `tests/test_slurm.py`.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ import sys
 import pytest
 from conftest import ROOT, environment, rows, train, write_recipe
 
+pytestmark = pytest.mark.slow
 ADDRESSES = ("10.213.71.1", "10.213.71.2")
 
 
@@ -97,7 +101,7 @@ def single(hosts, tmp_path_factory):
     return recipe
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_hosts_train_the_same_as_one_process(hosts, single, engine):
     folder, before = single.parent, received(hosts)
     for code, stderr in finish(start(hosts, engine, single, f"--output_dir={folder / engine}")):

@@ -1,12 +1,10 @@
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import environment, rows, write_recipe
+from conftest import rows, script, write_recipe
 
 from hfpretrain.engines import pieces, precision
 from hfpretrain.engines.deepspeed import DeepSpeed
@@ -63,10 +61,10 @@ def test_a_precision_that_hardware_or_engine_lacks_is_refused(name, device, capa
 def test_fp8_trains_saves_resumes_and_exports(folder):
     recipe = write_recipe(folder, training__mixed_precision="fp8", checkpoint={"every_steps": 3})
     on_a_cpu = "from hfpretrain.engines import precision; precision.problem = lambda *_, **__: None; "
-    command = [sys.executable, "-c", on_a_cpu + "from hfpretrain.train import main; raise SystemExit(main())", recipe]
+    (folder / "on_a_cpu.py").write_text(on_a_cpu + "from hfpretrain.train import main; raise SystemExit(main())")
 
     def losses(resumes):
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        done = script(folder / "on_a_cpu.py", recipe)
         assert done.returncode == 0, done.stderr
         assert ("resumed from" in done.stderr) == resumes
         return [row["loss"] for row in rows(folder / "run", "loss").values()]
@@ -84,9 +82,8 @@ def test_a_run_continues_on_a_machine_where_auto_means_another_precision(folder)
     losses = []
     for has_bf16, steps in ((True, 4), (False, 6)):
         machine = f"from hfpretrain.engines import precision; precision.has_bf16 = lambda: {has_bf16}; "
-        code = machine + "from hfpretrain.train import main; raise SystemExit(main())"
-        command = [sys.executable, "-c", code, recipe, f"--training.max_steps={steps}"]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        (folder / "machine.py").write_text(machine + "from hfpretrain.train import main; raise SystemExit(main())")
+        done = script(folder / "machine.py", recipe, f"--training.max_steps={steps}")
         assert done.returncode == 0, done.stderr
         losses.append([row["loss"] for row in rows(folder / "run", "loss").values()])
     assert losses[1][:4] == losses[0] and len(losses[1]) == 6

@@ -63,4 +63,4 @@ def compare_models(rank, port):
 
 
 def test_a_cut_model_has_the_same_losses_and_gradients_as_the_whole_model():
-    torch.multiprocessing.spawn(compare_models, (random.randint(20000, 40000),), 2)
+    torch.multiprocessing.start_processes(compare_models, (random.randint(20000, 40000),), 2, start_method="forkserver")

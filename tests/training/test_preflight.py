@@ -5,6 +5,7 @@ import torch
 from conftest import hfpretrain, recipe_mapping, small_text, train, write_jsonl, write_recipe
 from hub_server import HubServer
 from transformers import AutoConfig, AutoModelForCausalLM
+from warm import WarmProcess
 
 from hfpretrain import load_recipe
 from hfpretrain.data.tokenizer import train_tokenizer
@@ -109,13 +110,12 @@ def test_missing_hub_repos_are_reported_online_and_offline(folder, model):
     for name in ("user/none", "none"):  # old datasets of the Hub have no user in their names
         absent = problems(folder, data__sources=[{"path": name}])
         assert "cache has no such dataset" in absent["data.sources.0.path"]
-    with HubServer() as hub:
-        env = hub.environment(folder / "home")
-        assert hfpretrain("push", str(model), "user/base", **env).returncode == 0
-        good = hfpretrain("check", str(write_recipe(folder, **continued("user/base"))), **env)
+    with HubServer() as hub, WarmProcess(hub.environment(folder / "home")) as warm:
+        assert warm.run("hfpretrain.cli", "push", model, "user/base").returncode == 0
+        good = warm.run("hfpretrain.cli", "check", write_recipe(folder, **continued("user/base")))
         assert good.returncode == 0, good.stderr
         data = {"data__sources": [{"path": "user/texts"}]}
-        wrong = hfpretrain("check", str(write_recipe(folder, **missing, **data)), **env)
+        wrong = warm.run("hfpretrain.cli", "check", write_recipe(folder, **missing, **data))
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     for key in ("model.pretrained", "tokenizer.pretrained", "data.sources.0.path"):
         assert key in wrong.stderr

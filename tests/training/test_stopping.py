@@ -4,14 +4,13 @@ import pty
 import resource
 import signal
 import subprocess
-import sys
 import termios
 import time
 
 import pytest
 import small
 import stopping as proof
-from conftest import ROOT, environment, rows, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, environment, rows, small_text, started_module, train, write_jsonl, write_recipe
 
 from hfpretrain import files, load_recipe
 from hfpretrain.recipe.schema import RecipeError
@@ -65,7 +64,8 @@ def test_stop_after_takes_hours_minutes_and_seconds(folder):
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopping")
     recipe = proof.write(folder)
-    assert proof.runs_to_end(recipe, "single", folder / "straight")
+    result = train(recipe, f"--output_dir={folder / 'straight'}")
+    assert result.returncode == 0, result.stderr
     return recipe, folder
 
 
@@ -80,15 +80,16 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(straight, engine, 
     row = proof.stop(recipe, engine, phase, run, signal.SIGUSR1)
     assert row["exit code"] == 75 and row["verified"] and row["saved at step"] >= 3, row
     assert "stopped by " in row["stderr"] and "run the same command again" in row["stderr"], row["stderr"]
-    assert proof.runs_to_end(recipe, engine, run)
+    result = train(recipe, f"--output_dir={run}", engine=engine)
+    assert result.returncode == 0, result.stderr
     there = proof.losses(folder / "straight")
     assert proof.losses(run) == {step: pytest.approx(loss, rel=1e-5) for step, loss in there.items()}
     assert list(rows(run, "eval/loss")) == [0, 4, 8, 12]
 
 
 def test_the_deadline_stops_a_run_and_reports_the_time_left(folder):
-    recipe = write_recipe(folder, training__max_steps=100_000, logging__every_steps=50)
-    result = train(recipe, "--training.stop_after=25s")
+    recipe = write_recipe(folder, training__max_steps=100_000)
+    result = train(recipe, "--training.stop_after=20s", fault="slow:data")
     assert result.returncode == 75 and "Traceback" not in result.stderr
     assert "stopped by training.stop_after at step" in result.stderr
     assert "s of training.stop_after are left" in result.stderr
@@ -99,16 +100,15 @@ def test_the_deadline_stops_a_run_and_reports_the_time_left(folder):
 def test_a_second_interrupt_ends_the_run_at_once(folder):
     recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=20)
     phase = folder / "phase"
-    env = environment(FAULT="slow:save", PHASE_FILE=str(phase), PYTHONPATH=str(ROOT))
-    command = small.command(recipe, faults=True)
-    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (phase.exists() and phase.read_text() == "save 40"):  # it stays in this phase for half a second
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)  # or Python sees both as one
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == -signal.SIGINT
+    with started_module("faults", recipe, FAULT="slow:save", PHASE_FILE=str(phase)) as (process, stderr):
+        while not (phase.exists() and phase.read_text() == "save 40"):  # it stays in this phase for half a second
+            assert process.is_alive(), stderr()
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.2)  # or Python sees both as one
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == -signal.SIGINT, stderr()
     (path,) = (folder / "run" / "checkpoints").glob("step-" + "[0-9]" * 8)
     assert path.name == "step-00000020" and files.damage(path) is None
 
@@ -116,16 +116,15 @@ def test_a_second_interrupt_ends_the_run_at_once(folder):
 def test_a_signal_during_preparation_ends_with_exit_code_75(folder):
     write_jsonl(folder / "corpus.jsonl", small_text(60_000))
     recipe = write_recipe(folder)
-    command = [sys.executable, "-m", "hfpretrain.train", str(recipe)]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "tokeniz" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.15)  # a second one, as from Slurm and from the launcher
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75 and "stopped by SIGTERM; finished work is kept" in stderr, stderr
+    with started_module("hfpretrain.train", recipe) as (process, stderr):
+        while "tokeniz" not in stderr():
+            assert process.is_alive(), stderr()
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.15)  # a second one, as from Slurm and from the launcher
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 75 and "stopped by SIGTERM; finished work is kept" in stderr(), stderr()
 
 
 def test_sighup_stays_ignored_under_nohup():
@@ -192,22 +191,15 @@ def test_a_stop_whose_save_fails_ends_with_exit_code_1(folder):
     """The background save of the same step has failed before. It is tried again, and the run fails with it."""
     recipe = write_recipe(folder, training__max_steps=100_000, checkpoint__every_steps=1)
     size = 200_000
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hfpretrain.train", str(recipe)],
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
-    for line in process.stderr:
-        if "step 3/" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "was not saved: File too large" in stderr, stderr
-    assert "Traceback" not in stderr
+    with started_module("hfpretrain.train", recipe) as (process, stderr):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+        while "step 3/" not in stderr():
+            assert process.is_alive(), stderr()
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 1 and "was not saved: File too large" in stderr(), stderr()
+        assert "Traceback" not in stderr()
 
 
 def test_a_stop_after_that_ends_before_the_first_step_is_an_error(folder):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import small
-from conftest import ROOT, environment, rows, train, write_recipe
+from conftest import ROOT, environment, rows, run_module, started_module, train, write_recipe
 
 from hfpretrain.training import versions
 from hfpretrain.training.watchdog import SILENCE_SECONDS, FailureDetector, Status
@@ -93,10 +93,10 @@ def sums(tmp_path):
     return str(script)
 
 
-def run(command, **env):
-    return subprocess.run(
-        command, env=environment(PYTHONPATH=str(ROOT), **env), capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
+def on_one_machine(script, **env):
+    """The finished launcher of two ranks."""
+    launch = ("--nproc_per_node", "2", "--standalone", script)
+    return run_module("torch.distributed.run", *launch, env={"PYTHONPATH": str(ROOT), **env}, timeout=120)
 
 
 def on_two_machines(script, **env):
@@ -115,13 +115,13 @@ def free_port():
 
 
 def test_healthy_ranks_end_without_an_error(sums):
-    result = run([*LAUNCH, "2", "--standalone", sums])
+    result = on_one_machine(sums)
     assert result.returncode == 0 and "error" not in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_suspended_rank_ends_the_run(sums, rank):
-    result = run([*LAUNCH, "2", "--standalone", sums], BAD=str(rank), FAULT="SIGSTOP")
+    result = on_one_machine(sums, BAD=str(rank), FAULT="SIGSTOP")
     assert result.returncode == 1
     (message,) = re.findall("the run ends on all ranks: (.*)", result.stderr)
     found = re.fullmatch(r"no status for 4 s from rank (\d) on (.*), pid (\d+) \(step 3, phase data\): .*", message)
@@ -129,7 +129,7 @@ def test_a_suspended_rank_ends_the_run(sums, rank):
 
 
 def test_the_launcher_names_a_killed_rank(sums):
-    result = run([*LAUNCH, "2", "--standalone", sums], BAD="1", FAULT="SIGKILL")
+    result = on_one_machine(sums, BAD="1", FAULT="SIGKILL")
     assert result.returncode == 1 and re.search(r"rank +: 1 \(.*\n.*\n.*\n.*Signal 9 \(SIGKILL\)", result.stderr)
 
 
@@ -146,25 +146,36 @@ def test_the_other_machine_reports_that_the_first_machine_is_down(sums):
     assert f"the run ends on all ranks: the launcher of rank 0 on {HOST}, pid " in results[1][1], results[1][1]
 
 
-def test_a_rank_that_was_suspended_blames_no_other_rank(sums):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_was_suspended_blames_no_other_rank(sums, rank):
     """Both ranks end by themselves, since neither launcher knows of the other."""
-    for rank in (0, 1):
-        results = on_two_machines(sums, BAD=str(rank), FAULT="SIGSTOP")
-        assert all(code == 1 for code, _ in results)
-        messages = [re.findall("the run ends on all ranks: (.*)", err) for _, err in results]
-        stopped, other = messages[rank], messages[1 - rank]
-        assert stopped and other and all(f"no status for 4 s from rank {rank}" in text for text in other), messages
-        assert all(f"rank {rank} on" in text for text in stopped), messages
+    results = on_two_machines(sums, BAD=str(rank), FAULT="SIGSTOP")
+    assert all(code == 1 for code, _ in results)
+    messages = [re.findall("the run ends on all ranks: (.*)", err) for _, err in results]
+    stopped, other = messages[rank], messages[1 - rank]
+    assert stopped and other and all(f"no status for 4 s from rank {rank}" in text for text in other), messages
+    assert all(f"rank {rank} on" in text for text in stopped), messages
 
 
-def test_all_ranks_get_the_result_or_error_of_work_on_rank_0(tmp_path):
+@pytest.fixture
+def waits(tmp_path):
     script = tmp_path / "waits.py"
     script.write_text(WAITS)
-    result = run([*LAUNCH, "2", "--standalone", str(script)])
+    return str(script)
+
+
+def test_all_ranks_get_the_result_of_work_on_rank_0(waits):
+    result = on_one_machine(waits)
     assert result.returncode == 0 and result.stderr.count("received ['a name', 1]") == 2, result.stderr
-    for code, err in on_two_machines(str(script), FAULT="recipe"):
+
+
+def test_all_ranks_get_a_recipe_error_of_work_on_rank_0(waits):
+    for code, err in on_two_machines(waits, FAULT="recipe"):
         assert code == 1 and "raises data.sources.0: no file matches" in err, err
-    results = on_two_machines(str(script), FAULT="error")
+
+
+def test_an_error_of_work_on_rank_0_ends_all_ranks(waits):
+    results = on_two_machines(waits, FAULT="error")
     assert "ValueError: a broken disk" in results[0][1]
     message = (
         rf"rank 0 on {HOST}, pid \d+ \(step 0, phase prepare: prepare the data\) failed: ValueError: a broken disk"
@@ -182,9 +193,9 @@ def test_a_start_longer_than_the_timeout_continues_while_it_makes_progress(folde
 
 def test_the_launcher_restarts_all_ranks_after_one_was_killed(folder):
     recipe = write_recipe(folder, training__max_steps=4, checkpoint__every_steps=2)
-    command = small.command(recipe, engine="ddp", faults=True)
-    launch = command.index("--config_file")
-    result = run([*command[:launch], "--max_restarts", "1", *command[launch:]], FAULT="SIGKILL:evaluate")
+    command = small.command(recipe, engine="ddp", faults=True)[3:]
+    env = {"FAULT": "SIGKILL:evaluate", "PYTHONPATH": str(ROOT)}
+    result = run_module("accelerate.commands.launch", "--max_restarts", "1", *command, env=env)
     assert result.returncode == 0 and "Signal 9" not in result.stderr, result.stderr
     assert list(rows(folder / "run", "loss")) == [1, 2, 3, 4]
 
@@ -192,9 +203,8 @@ def test_the_launcher_restarts_all_ranks_after_one_was_killed(folder):
 def test_a_training_run_ends_if_a_rank_hangs(folder):
     recipe = write_recipe(folder, training__timeout_seconds=4)
     (folder / "hangs.py").write_text(HANGS)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), str(folder / "hangs.py"), str(recipe)]
-    result = run(command)
+    options = ["-q", "--main_process_port", "0", "--config_file", ROOT / "accelerate_configs" / "ddp.yaml"]
+    result = run_module("accelerate.commands.launch", *options, folder / "hangs.py", recipe)
     assert result.returncode == 1
     (message,) = re.findall("the run ends on all ranks: (.*)", result.stderr)
     assert (
@@ -270,9 +280,8 @@ def test_the_detector_ignores_ranks_that_ended_well_and_repeats_the_error_of_oth
 
 def start_without_launcher(folder, *overrides, **env):
     """One rank of two on two machines of one process each, without a launcher."""
-    ranked = environment(WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **env)
-    command = [sys.executable, "-m", "hfpretrain.train", str(folder / "recipe.yaml"), *overrides]
-    return subprocess.Popen(command, cwd=ROOT, env=ranked, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    ranked = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", **env}
+    return started_module("hfpretrain.train", folder / "recipe.yaml", *overrides, **ranked)
 
 
 def test_ranks_with_different_recipes_do_not_start(folder):
@@ -280,11 +289,12 @@ def test_ranks_with_different_recipes_do_not_start(folder):
     port = free_port()
     first = start_without_launcher(folder, RANK="0", MASTER_PORT=port)
     second = start_without_launcher(folder, "--optimizer.lr=1e-3", "--seed=1", RANK="1", MASTER_PORT=port)
-    for process in (first, second):
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 2, stderr
-        for key, theirs, ours in (("optimizer.lr", 0.001, 0.003), ("seed", 1, 0)):
-            assert f"{key}: is {theirs} on rank 1 ({HOST}), {ours} on rank 0 ({HOST})" in stderr
+    with first as first_rank, second as second_rank:
+        for process, stderr in (first_rank, second_rank):
+            process.join(120)
+            assert process.exitcode == 2, stderr()
+            for key, theirs, ours in (("optimizer.lr", 0.001, 0.003), ("seed", 1, 0)):
+                assert f"{key}: is {theirs} on rank 1 ({HOST}), {ours} on rank 0 ({HOST})" in stderr()
     assert not (folder / "prepared").exists()
 
 
