@@ -62,8 +62,10 @@ def _verify_exports_in_a_fork() -> None:
         os._exit(0)
     theirs.close()
 
-    def verify_in_fork(run: Path, trust_remote_code: bool = False, made_progress: object = None) -> dict:
+    def verify_in_fork(run: Path, trust_remote_code: bool, made_progress: Callable[[], None]) -> dict:
         ours.send(["verify", str(run), "--json", *(["--trust-remote-code"] if trust_remote_code else [])])
+        while not ours.poll(1):
+            made_progress()
         code, text = ours.recv()
         if code:
             raise RuntimeError(f"the export in {run} does not verify:\n{text}")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import small
-from conftest import ROOT, environment, rows, run_module, started_module, train, write_recipe
+from conftest import ROOT, environment, rows, run_module, train, write_recipe
 
 from hfpretrain.training import versions
 from hfpretrain.training.watchdog import SILENCE_SECONDS, FailureDetector, Status
@@ -280,8 +280,9 @@ def test_the_detector_ignores_ranks_that_ended_well_and_repeats_the_error_of_oth
 
 def start_without_launcher(folder, *overrides, **env):
     """One rank of two on two machines of one process each, without a launcher."""
-    ranked = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", **env}
-    return started_module("hfpretrain.train", folder / "recipe.yaml", *overrides, **ranked)
+    ranked = environment(WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **env)
+    command = [sys.executable, "-m", "hfpretrain.train", str(folder / "recipe.yaml"), *overrides]
+    return subprocess.Popen(command, cwd=ROOT, env=ranked, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def test_ranks_with_different_recipes_do_not_start(folder):
@@ -289,12 +290,11 @@ def test_ranks_with_different_recipes_do_not_start(folder):
     port = free_port()
     first = start_without_launcher(folder, RANK="0", MASTER_PORT=port)
     second = start_without_launcher(folder, "--optimizer.lr=1e-3", "--seed=1", RANK="1", MASTER_PORT=port)
-    with first as first_rank, second as second_rank:
-        for process, stderr in (first_rank, second_rank):
-            process.join(120)
-            assert process.exitcode == 2, stderr()
-            for key, theirs, ours in (("optimizer.lr", 0.001, 0.003), ("seed", 1, 0)):
-                assert f"{key}: is {theirs} on rank 1 ({HOST}), {ours} on rank 0 ({HOST})" in stderr()
+    for process in (first, second):
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 2, stderr
+        for key, theirs, ours in (("optimizer.lr", 0.001, 0.003), ("seed", 1, 0)):
+            assert f"{key}: is {theirs} on rank 1 ({HOST}), {ours} on rank 0 ({HOST})" in stderr
     assert not (folder / "prepared").exists()
 
 
