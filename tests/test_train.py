@@ -350,7 +350,7 @@ def test_metrics_count_the_tokens_of_each_source_across_stages_and_padding(folde
     for step, expected in ((10, [60, 20]), (20, [100, 60])):
         assert all(0.8 * count * 32 < found <= count * 32 for found, count in zip(tokens[step], expected, strict=True))
     result = train(recipe, "--output_dir=" + str(folder / "long"), "--training.max_steps=2000")
-    assert result.returncode == 2 and "data.sources.0.max_epochs: the run needs" in result.stderr
+    assert result.returncode == 2 and "data.sources.0.max_epochs: " in result.stderr
     assert not (folder / "long" / "metrics.jsonl").exists()
 
 
