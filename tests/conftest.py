@@ -54,11 +54,12 @@ def _verify_exports_in_a_fork() -> None:
     ours, theirs = multiprocessing.Pipe()
     if os.fork() == 0:
         ours.close()
-        with contextlib.suppress(EOFError):  # the run has ended without an export
-            arguments, text = theirs.recv(), io.StringIO()
-            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-                code = cli.main(arguments)
-            theirs.send((code, text.getvalue()))
+        with contextlib.suppress(EOFError):  # the process that trains has ended
+            while arguments := theirs.recv():
+                text = io.StringIO()
+                with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                    code = cli.main(arguments)
+                theirs.send((code, text.getvalue()))
         os._exit(0)
     theirs.close()
 
