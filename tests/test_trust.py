@@ -111,10 +111,8 @@ def test_a_failing_tracker_is_retried_while_training_continues(folder):
     (folder / "throwing.py").write_text(code)
     result = script(folder / "throwing.py", recipe)
     assert result.returncode == 0, result.stderr
-    assert (
-        "logging to tensorboard fails, so its rows wait until a retry succeeds: ConnectionError: its" in result.stderr
-    )
-    assert "logging to tensorboard works again; all waiting rows were sent, except for 1" in result.stderr
+    assert "tensorboard failed" in result.stderr and "ConnectionError: its server is down" in result.stderr
+    assert "tensorboard works again" in result.stderr and "except for 1" in result.stderr
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "event" in line] == [3, 8]
     assert list(rows(folder / "run", "loss")) == list(range(1, 9))

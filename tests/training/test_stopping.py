@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import os
 import pty
@@ -122,7 +123,8 @@ def test_a_signal_during_preparation_ends_with_exit_code_75(folder):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.15)  # a second one, as from Slurm and from the launcher
-        os.kill(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended
+            os.kill(process.pid, signal.SIGTERM)
         process.join(60)
         assert process.exitcode == 75 and "stopped by SIGTERM; finished work is kept" in stderr(), stderr()
 
