@@ -18,11 +18,11 @@ quickstart: install
 	$(BIN)/accelerate launch -q --config_file accelerate_configs/single.yaml -m hfpretrain.train recipes/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 4
 
 # What takes minutes: tests marked slow, and what a step costs beside that of a bare loop.
 proofs: install overhead
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 overhead: install
 	$(BIN)/python benchmarks/train_step.py --check --rounds 1 --steps 40

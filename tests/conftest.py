@@ -20,6 +20,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from xdist.scheduler import LoadScopeScheduling
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # tests call their functions, at small size
 
@@ -211,13 +212,24 @@ def script(path: Path, *arguments: object, cwd: Path = ROOT):
     return run_module(path, *arguments, cwd=cwd)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a worker gets all tests of a file that share a fixture, and each other test by itself."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        if any(fixture.scope == "module" for fixtures in definitions for fixture in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """A worker gets all tests of a file that has a fixture for the file, and each other test by itself.
+
+    That is what xdist's `loadgroup` is for, but xdist 3.8 does not group tests under pytest 9.
+    """
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if 'scope="module"' in _text(path) else nodeid
+
+    return ByFixture(config, log)
+
+
+@functools.cache
+def _text(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -203,6 +203,7 @@ def test_a_source_read_by_datasets_has_an_identity(tmp_path, kind):
 
 
 def test_a_source_without_an_identity_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # `datasets` looks for the files of `iceberg` in the working directory
     (tmp_path / "empty").mkdir()
     for source in (
         SourceSection(path=str(tmp_path / "empty")),
