@@ -384,6 +384,7 @@ def _require_agreement(
     if found:
         # The store may end with rank 0, so that one goes last.
         store.set(f"read/{rank}", "")
-        store.wait([f"read/{n}" for n in (range(num_ranks) if rank == 0 else [rank])])
+        if rank == 0:
+            store.wait([f"read/{n}" for n in range(num_ranks)])
         advice = Problem("ranks", "start all ranks with the same recipe, overrides, engine file and library versions")
         raise RecipeError([advice, *(Problem(key, text) for key, text in found[:20])])
