@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hfpretrain.engines import launch
 
-os.environ.update(launch.sleeping_threads())  # torch's OpenMP reads them when torch is imported
+os.environ.update(launch.sleeping_threads())  # torch's OpenMP reads these variables when torch is imported
 
 import transformers
 
@@ -42,7 +42,7 @@ def train(recipe: Recipe) -> Path | None:
     saved. Raises `RecipeError` for what is wrong with the recipe, the launcher or the machine, `TrainingDivergedError`
     if an unstable step must stop the run, `NotSavedError` if the last checkpoint could not be written.
 
-    From then on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
+    From this call on, writing to `sys.stdout` and `sys.stderr` never raises in this process, even if nobody reads them.
     """
     console.keep_from_failing("stdout", "stderr")
     return run(recipe, BackgroundPublisher, card.write_card)
@@ -77,7 +77,8 @@ def _main(arguments: list[str], rank: int) -> int:
         path = train(_with_secrets(load_recipe(arguments[0], arguments[1:])))
     except RecipeError as error:
         if rank:
-            time.sleep(5)  # the launcher ends all ranks with the first, and rank 0 has the same error and prints it
+            # Rank 0 has the same error and prints it. The launcher kills it as soon as another rank ends.
+            time.sleep(5)
         _report("\n  ".join([f"error in {arguments[0]}:", *map(str, error.problems)]))
         return 2
     except KeyboardInterrupt:
@@ -101,7 +102,7 @@ def _main(arguments: list[str], rank: int) -> int:
 
 
 def _help(arguments: list[str]) -> int:
-    """Print the keys of a recipe, or of the section after `-h`; if no recipe is given, only the usage."""
+    """With `-h`, print the keys of a recipe, or those of the section named after it. Otherwise print only the usage."""
     usage = "usage: accelerate launch -m hfpretrain.train [-h [SECTION]] RECIPE [--section.key=value ...]"
     if arguments[:1] not in (["-h"], ["--help"]):
         print(usage, file=sys.stderr)
@@ -115,7 +116,10 @@ def _help(arguments: list[str]) -> int:
 
 
 def _with_secrets(recipe: Recipe) -> Recipe:
-    """The recipe with the secrets in its addresses, which come from the command that started this process."""
+    """The recipe with the secrets filled into its addresses.
+
+    The command that started this process passes them in an environment variable.
+    """
     secrets = json.loads(os.environ.pop(redaction.SECRETS, "[]"))
     return (
         Recipe.model_validate(redaction.restore_secrets(recipe.model_dump(mode="json"), secrets)) if secrets else recipe
@@ -123,7 +127,7 @@ def _with_secrets(recipe: Recipe) -> Recipe:
 
 
 def _report(text: str) -> None:
-    """Print why the run ends, and have torch's launcher repeat it at the end of its report."""
+    """Print why the run ends, and have torch's launcher repeat it at the end of its report of the failure."""
     launch.leave_message(text)
     print(text, file=sys.stderr)
 

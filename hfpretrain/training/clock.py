@@ -12,8 +12,8 @@ class Clock:
     """Measures the seconds that a run spends in each part of its steps: `mark(part)` adds the time since the last mark
     to `part`.
 
-    On an accelerator this is time of the device: each mark queues an event, and `read` waits for the last one, so that
-    no mark makes the host wait.
+    On an accelerator, the device measures the time: each mark queues an event on it. Only `read` waits for the events,
+    so no mark makes the host wait.
     """
 
     PARTS = ("data", "forward_backward", "optimizer", "evaluate", "save", "log")

@@ -24,9 +24,11 @@ def find(
     """Map each `pretrained` key of a recipe to its commit hash.
 
     A local folder maps to None. In offline mode, a repository that is not cached maps to an empty string. A run that
-    resumes keeps the commits in its records, and one that starts from another run's checkpoint keeps those of that run.
-    Otherwise the Hub is asked. Only the main process calls this: if every rank asked, a push between two requests could
-    give them different commits. Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
+    resumes uses the commits in its own records. A run that starts from another run's checkpoint uses the commits of
+    that run. In all other cases the Hub is asked.
+
+    Only the main process calls this: if every rank asked, a push between two requests could give them different
+    commits. Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
     """
     known, found = _recorded_commits(output_dir, resume_from), dict[str, str | None]()
     asked: dict[tuple[str, str | None], str | None] = {}
@@ -92,8 +94,11 @@ def _recorded_commits(output_dir: Path, resume_from: str | None) -> dict[str, st
 
 
 def _find_commit(key: str, repo_id: str, revision: str | None) -> str | None:
-    """The commit hash of a revision. In offline mode, that of the cached files, or "" if there are none: loading then
-    fails with the reason."""
+    """The commit hash of a revision.
+
+    In offline mode, this is the commit of the cached files. If no files are cached, it is an empty string, and loading
+    them later raises an error with the reason.
+    """
     from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
@@ -105,7 +110,7 @@ def _find_commit(key: str, repo_id: str, revision: str | None) -> str | None:
         return ""
     try:
         return HfApi().model_info(repo_id, revision=revision, timeout=60).sha
-    except Exception as error:  # its HTTP library has exceptions of its own
+    except Exception as error:  # the Hub's HTTP library has exceptions of its own
         at = f"@{revision}" if revision else ""
         message = f"{repo_id}{at} is not a local folder, and the Hub request failed: {explain_failure(error).text}"
         raise RecipeError.at(key, f"{message}; set HF_HUB_OFFLINE=1 to use the local cache") from error

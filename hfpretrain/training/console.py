@@ -84,7 +84,7 @@ def _replace_stream(name: str, stream: TextIO) -> None:
 
 
 def _redirect_logging(old: TextIO, new: TextIO) -> None:
-    """Make the handlers that libraries created when they were imported write to `new`."""
+    """Redirect the log handlers that libraries created at import from `old` to `new`."""
     loggers = [logging.root, *(found for found in logging.root.manager.loggerDict.values())]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):

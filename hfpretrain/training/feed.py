@@ -46,7 +46,7 @@ class Feed:
         if not recipe.data.streaming:
             return training_data(recipe.data, recipe.training, recipe.seed, setup.prepared, **keywords)
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
-        # The recipe's sources at the commits that the data were identified by.
+        # Read the sources at the commits that the manifest of the prepared data records.
         identities = (manifest["source_identities"], manifest["validation_identities"])
         section = self._read(lambda: pin_to_commits(recipe.data, *identities))
         held_out = self._read(lambda: held_out_digests(section))
@@ -87,8 +87,8 @@ class Feed:
     def next(self) -> StepData:
         """The data of the next step. Raises `Stopping` if this process must stop and a source does not answer.
 
-        With several processes it raises `StoppedEarlyError` then: the others are in the middle of a step and wait for
-        this one, so nothing can be saved, and the watch ends them.
+        With several processes, it raises `StoppedEarlyError` instead. The other processes are in the middle of a step
+        and wait for this one, so no checkpoint can be saved. `Watch` then ends them.
         """
         assert self._prefetcher is not None
         data = self._prefetcher.next(self._stops.due)

@@ -1,4 +1,4 @@
-"""The file that describes a step that must not update the weights."""
+"""Writes the file that describes an unstable step, which must not update the weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def sequences_of(
 ) -> list[dict[str, Any]]:
     """The text of every sequence of a step; for prepared data also where each document comes from.
 
-    `step_data`: this process's data of data step `data_step`. All ranks must call it; the main process gets the texts.
+    `step_data`: this process's part of data step `data_step`, see `TrainState.data_step`. All ranks must call it; the
+    main process gets the texts.
     """
     is_main = engine.process_index == 0
     if isinstance(data, TrainingData):
@@ -40,8 +41,9 @@ def sequences_of(
 def write(output_dir: Path, content: dict[str, Any], number: int, records: Records) -> Path:
     """Write `incidents/step-XXXXXXXX.json` into the run folder on the main process, named after `content["step"]`.
 
-    `number`: how many incidents the run has had. It is added to the name if this step already has a file, from before a
-    rollback.
+    `number`: how many incidents the run has had. It is added to the file name if an incident at the same step, before a
+    rollback, has already written a file.
+
     Returns the path. If the disk can't be written to, only a message is printed.
     """
     path = output_dir / "incidents" / f"step-{content['step']:08d}.json"

@@ -16,8 +16,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read and validate a recipe: the path of a file, or the name of a recipe shipped with the package (`quickstart`).
 
     `overrides` are the `--section.key=value` of the command line. The model's config and the chat template are checked
-    if transformers is installed. Raises `RecipeError` with all problems at once, also for remote code that the recipe
-    names but does not trust.
+    if transformers is installed. Raises `RecipeError` with all problems at once. Remote code that the recipe names but
+    does not trust is one of them.
     """
     checks = [trust_problems]
     if find_spec("transformers") is not None:

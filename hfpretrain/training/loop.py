@@ -66,7 +66,8 @@ def fit(
         watch.beat("data", state.step)
         step_data = feed.next()
         clock.mark("data")
-        watch.beat("train", state.step)  # so that a rank that still waits for its data counts as behind the others
+        # A rank that still waits for its data does not get here, so `Watch` sees that it is behind the others.
+        watch.beat("train", state.step)
         loss, grad_norm = compute_gradients(engine, setup.step_loss, step_data, before_micro_step)
         clock.mark("forward_backward")
         lr = setup.scheduler.get_last_lr()
@@ -90,8 +91,8 @@ def compute_gradients(
 
     `before_micro_step` is called with the number of each micro-step, from 0.
 
-    Returns the loss, a mean over all label tokens of the step on all processes, and the norm of the gradients before
-    clipping, which is not finite if a gradient is not.
+    Returns the loss and the norm of the gradients before clipping. The loss is the mean over all label tokens of the
+    step, on all processes. The norm is not finite if any gradient is not.
     """
     batches = [engine.to_device(batch) for batch in step_data.batches]
     num_items = engine.total(sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches))
@@ -104,15 +105,15 @@ def compute_gradients(
             total += loss.detach()
     grad_norm = engine.clip_gradients()
     total = engine.total_loss(total)
-    # The only time in a step that the host waits for the device, before the weights are changed.
+    # Here the host waits for the device, for the only time in a step. The weights have not changed yet.
     return total.item(), grad_norm.item()
 
 
 def seed_dropout(engine: Engine, seed: int, sequence: int) -> None:
-    """Seed dropout from the recipe's seed and from `sequence`, the number of sequences before a micro-batch.
+    """Seed dropout for a micro-batch, from the recipe's seed and from `sequence`.
 
-    They are counted from the start of the run, over all processes. A resume then has no random state to restore, and
-    the number of processes does not change what is dropped.
+    `sequence`: the number of sequences before the micro-batch, counted from the start of the run over all processes. So
+    a resume has no random state to restore, and the number of processes does not change what is dropped.
     """
     parts = [seed, sequence, engine.dropout_index]
     engine.seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()))

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 class MetricsFile:
     """A file with one JSON object per line.
 
-    `resume_step`: lines of later steps are dropped, but events are kept; None: the file starts empty. While the file
-    can't be written, new lines are kept in memory.
+    `resume_step`: the step that the run resumes from. Lines of later steps are dropped, except events. If it is None,
+    the file starts empty. While the file can't be written, new lines are kept in memory.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
@@ -51,7 +51,7 @@ class MetricsFile:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(self._waiting)
             except OSError:
-                os.truncate(self._path, size)  # drop what was written of the line
+                os.truncate(self._path, size)  # drop the line that was written in part
                 raise
             self._waiting = ""
         except OSError as error:
@@ -64,9 +64,9 @@ class MetricsFile:
 def _cut(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, except events. Drop the line of the export too: the run writes it again.
 
-    Lines are in the order of their steps, except that saves and events may follow lines of later steps. The file is
-    therefore read backwards, up to the newest kept line that is neither a save nor an event. This needs no disk space
-    and little memory.
+    Lines are in the order of their steps, except that saves and events may follow lines of later steps. So the file is
+    read from its end, until a line is found that is kept and is neither a save nor an event. All lines before it are
+    kept. This needs no disk space and little memory.
     """
     with path.open("r+b") as file:
         kept: list[bytes] = []
@@ -128,5 +128,5 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All objects of a `metrics.jsonl`. Those of a long run may need a gigabyte: use `iterate_metrics` there."""
+    """All objects of a `metrics.jsonl`. A long run's may take a gigabyte; `iterate_metrics` takes little memory."""
     return list(iterate_metrics(path))

@@ -25,7 +25,7 @@ class PeakMemory:
             torch.accelerator.reset_peak_memory_stats()
             return
         self.meaning = "resident memory above what the process had before the model was built"
-        importlib.import_module("matplotlib.backends.backend_agg")  # or its import would count at the first plot
+        importlib.import_module("matplotlib.backends.backend_agg")  # else the first plot's import would count
         with contextlib.suppress(OSError):  # sets VmHWM back to VmRSS on Linux 4.0 and later, see proc(5)
             Path("/proc/self/clear_refs").write_text("5")
         self._before = _resident("VmRSS")
@@ -44,7 +44,7 @@ class PeakMemory:
 
 
 def _resident(key: str) -> int:
-    """`VmRSS` or `VmHWM` of this process in bytes; systems without Linux's /proc report only the peak."""
+    """`VmRSS` or `VmHWM` of this process in bytes. Without Linux's /proc, both are the peak."""
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Checks of what a recipe names before a run: files, folders, Hub repos, disks, and the model without its weights.
+"""Checks before a run what its recipe names: files, folders, Hub repos, disks, and the model without its weights.
 
 Nothing is tokenized, downloaded or written here. Only the checks of the model import torch.
 """
@@ -38,9 +38,9 @@ from hfpretrain.training.run_folder import refuse_other_run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The first document of a text file or of a JSON array needs the whole file, so only small files are read.
+# To get the first document of a text file or of a JSON array, the whole file is read. So larger files are not read.
 _SMALL_BYTES = 2**24
-# A model with so many parameters is built with random weights in about a second.
+# A model with this many parameters is built with random weights in about a second.
 _MAX_CHECKED_PARAMETERS = 2**27
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -74,7 +74,7 @@ def resource_problems(recipe: Recipe) -> list[Problem]:
 
 
 def engine_problems(training: TrainingSection, block_size: int, path: Path, num_processes: int | None) -> list[Problem]:
-    """What is wrong with an accelerate file, or with the recipe's batch on its number of processes."""
+    """Problems of an accelerate config file, and of the recipe's batch size for its number of processes."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
@@ -224,7 +224,7 @@ def _tokenizer_problems(key: str, folder: Path) -> Iterator[Problem]:
 
 
 def _model_problems(key: str, folder: Path) -> Iterator[Problem]:
-    """Problems of a model's folder: no config, no weights, a missing or a damaged file of them."""
+    """Problems of a model's folder: no config, no weights, or a missing or damaged file of weights."""
     if not (folder / "config.json").is_file():
         yield Problem(key, load_error_message(str(folder), OSError(f"{folder} has no config.json")))
         return
@@ -261,7 +261,7 @@ def _repo_problems(
     key: str, repo_id: str, revision: str | None, kind: str, needed: tuple[str, ...]
 ) -> Iterator[Problem]:
     """Problems of a repo on the Hub: it does not exist, this user may not read it, or it has none of the files
-    `needed`. Offline, one that is not in the cache."""
+    `needed`. In offline mode, the only problem is a repo that is not in the cache."""
     from huggingface_hub import HfApi, constants
 
     cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "snapshots"
@@ -272,7 +272,7 @@ def _repo_problems(
         return
     try:
         info: Any = HfApi().repo_info(repo_id, revision=revision, repo_type=kind, timeout=20)
-    except Exception as error:  # its HTTP library has exceptions of its own
+    except Exception as error:  # the Hub's HTTP library has exceptions of its own
         at = f"@{revision}" if revision else ""
         yield Problem(
             key,

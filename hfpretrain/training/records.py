@@ -28,8 +28,8 @@ class _Tracker:
     on it. `start` makes the tracker; `report` is called with messages for the user.
     """
 
-    _WAIT, _LONGEST_WAIT = 5.0, 600.0  # seconds after a failure; twice as many after each further one
-    _FAILURES_BEFORE_SKIP = 3  # then the next row is tried, since the tracker may never accept the first
+    _WAIT, _LONGEST_WAIT = 5.0, 600.0  # seconds after the first failure, doubled after each further one
+    _FAILURES_BEFORE_SKIP = 3  # then the second row is tried, since the tracker may never accept the first
     _MOST_ROWS = 10_000
 
     def __init__(self, name: str, start: Callable[[], Any], report: Callable[[str], None]):
@@ -101,12 +101,15 @@ class _Tracker:
             return
         try:
             self._tracker.finish()
-        except Exception as error:  # as above
+        except Exception as error:  # a tracker may fail in any way
             self._report(f"{self._name} could not be closed: {type(error).__name__}: {error}")
 
 
 def start_tracker(accelerator: Accelerator, name: str, project: str, config: dict[str, str], run_id: str) -> Any:
-    """Start one of accelerate's trackers, and return it. A run that resumes under the same `run_id` continues in it."""
+    """Start one of accelerate's trackers, and return it.
+
+    If a resumed run has the same `run_id`, wandb and trackio add its rows to those from before.
+    """
     keywords = {
         "wandb": {"id": run_id, "resume": "allow"},
         "trackio": {"name": run_id, "resume": "allow"},
@@ -116,7 +119,7 @@ def start_tracker(accelerator: Accelerator, name: str, project: str, config: dic
         accelerator.init_trackers(project, config=config, init_kwargs=keywords)
         (tracker,) = accelerator.trackers
     finally:
-        accelerator.trackers = []  # `Records` ends it, not `Accelerator.end_training`
+        accelerator.trackers = []  # `Records` ends the tracker, not `Accelerator.end_training`
     return tracker
 
 
@@ -183,7 +186,7 @@ class Records:
                 self.print_line(f"  {kind:<6} {sample['prompt']!r} -> {sample[kind]!r}")
 
     def write_event(self, step: int, text: str, **values: Any) -> None:
-        """Write a line into `metrics.jsonl` that a resume from an earlier step keeps."""
+        """Write an event into `metrics.jsonl`. Its line is kept even if the run resumes from an earlier step."""
         if self._file is not None:
             self._file.write(redact_all({"step": step, "event": text, **values}))
 

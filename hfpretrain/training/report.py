@@ -24,8 +24,10 @@ from hfpretrain.training.versions import commit, versions
 
 
 def environment(setup: Setup) -> dict[str, Any]:
-    """The content of `environment.json`: what a run trains on, and what was found when it began. No environment
-    variables, no secrets."""
+    """The content of `environment.json`: what a run trains on, and what was found when it began.
+
+    It has no environment variables and no secrets.
+    """
     engine = setup.engine
     is_measured = engine.device.type == "cpu"
     return {
@@ -56,8 +58,8 @@ def environment(setup: Setup) -> dict[str, Any]:
 
 
 def write_run_files(setup: Setup, state: TrainState) -> None:
-    """Write the files into the run folder that describe the run without its data: config, tokenizer, recipe, data,
-    optimizer, environment."""
+    """Write the files that describe the run into its folder: config, tokenizer, recipe, a description of the data,
+    optimizer groups and environment."""
     folder = setup.output_dir
     setup.config.save_pretrained(folder / export.CONFIG_FOLDER)
     setup.tokenizer.save_pretrained(folder / export.CONFIG_FOLDER)

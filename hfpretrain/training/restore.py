@@ -27,7 +27,7 @@ from hfpretrain.training.watchdog import Watch
 # Keys that may differ between two starts of a run and change nothing in a step.
 _WITHOUT_EFFECT_ON_STEPS = (
     *(key for key in CHANGEABLE_ON_RESUME if not key.startswith(("model.", "training.", "stability"))),
-    "model.attn_implementation",  # the implementation in use is compared, which `auto` may also have chosen
+    "model.attn_implementation",  # `_setting_changes` compares the implementation that is used
     "model.dtype",
     "training.max_steps",
     "training.max_tokens",
@@ -44,7 +44,7 @@ class NewestCheckpoint:
     path: Path | None
     """None if the run has no checkpoint."""
     passed_over: list[str]
-    """Why each newer one is not used."""
+    """For each newer checkpoint, a sentence that says why it is not used."""
     has_records: bool
     """Whether the run folder has a `metrics.jsonl`."""
 
@@ -141,11 +141,11 @@ def _other_data_message(
 
 
 def decay_note(optimizer: str, path: Path, before: list[str], now: list[str]) -> str | None:
-    """A note if the set of matrices without weight decay differs from that at the checkpoint at `path`.
+    """A note if other matrices are without weight decay now than at the checkpoint at `path`.
 
-    `before`, `now`: names of these matrices. `before` is empty for versions that did not record them: they decided by
-    the number of dimensions alone. Raises `RecipeError` for Muon, which treats the matrices of the two versions
-    differently.
+    `before`, `now`: names of the matrices without weight decay. `before` is empty if a version wrote the checkpoint
+    that did not record them: it decided by the number of dimensions alone. If the optimizer is Muon, raises
+    `RecipeError` instead, because the two versions use Muon for different matrices.
     """
     changed = sorted(set(before) ^ set(now))
     if not changed:
@@ -168,7 +168,7 @@ def _check_ledger(
     prepared_path: Path,
     watch: Watch,
 ) -> None:
-    """Raise `RecipeError` if the data on disk are not those that the checkpoint's ledger says were trained on."""
+    """Raise `RecipeError` if the checkpoint's ledger says that the run was trained on other data than those on disk."""
     ledger, wrong = state.consumption.ledger, None
     if isinstance(data, TrainingData):
 
@@ -190,7 +190,7 @@ def _check_ledger(
 
 
 def _setting_changes(recipe: Recipe, now: dict[str, Any], state: TrainState, path: Path) -> Iterator[str]:
-    """A sentence for each setting that differs from those up to the checkpoint at `path`. `now`: `Setup.settings`."""
+    """A sentence for each setting that has changed since the checkpoint at `path`. `now`: `Setup.settings`."""
     last_step = recipe.training.num_steps
     if state.step >= last_step:
         return
@@ -199,7 +199,7 @@ def _setting_changes(recipe: Recipe, now: dict[str, Any], state: TrainState, pat
         yield message
     try:
         old_recipe = read_recipe(path / "recipe.yaml")
-    except RecipeError:  # an older version wrote it; the recipe in the run folder was compared with this one
+    except RecipeError:  # an older version wrote no recipe there; the run folder's has been compared already
         return
     section, lr = recipe.scheduler, recipe.optimizer.lr
     planned = before.get("num_steps", old_recipe.training.num_steps)

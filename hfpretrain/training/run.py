@@ -90,7 +90,8 @@ def _train(
     state, changes = TrainState(Consumption(len(feed.data.order.sizes))), []
     if newest.path is not None:
         changes = restore(setup, state, newest.path, feed.data, saving_group, watch)
-        state.evaluated = state.evaluated and newest.has_records  # else another run's records have it
+        # Without a `metrics.jsonl` here, the evaluation is in the records of another run, so it is repeated.
+        state.evaluated = state.evaluated and newest.has_records
     first_step = state.step
     feed.start(state)
     publisher = make_publisher(output_dir, recipe.hub if is_main else HubSection())
@@ -280,14 +281,17 @@ def _plan_report(setup: Setup, first_step: int, peak_memory: int, records: Recor
         setup.chunked_loss,
         setup.peak_flops if engine.device.type == "cpu" else None,
     )
-    with engine.plain_initialization():  # the main process alone can't build under ZeRO-3, where all must take part
+    with engine.plain_initialization():  # under ZeRO-3 all processes must build a model together
         return table.write_report(setup.pinned, engine.name, engine.num_processes, resolved, measured, setup.output_dir)
 
 
 @contextlib.contextmanager
 def _explain_errors(recipe: Recipe, engine: Engine, config: PretrainedConfig | None = None) -> Iterator[None]:
-    """Turn two errors into a `RecipeError`: running out of memory, with the plan of the run and what would help most,
-    and layers that don't compile. `config`: that of the model, if it is known already."""
+    """Turn two kinds of errors into a `RecipeError`: layers that don't compile, and running out of memory.
+
+    The message of the second contains the plan of the run and what would help most. `config`: the model's, if it is
+    known already.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -295,7 +299,7 @@ def _explain_errors(recipe: Recipe, engine: Engine, config: PretrainedConfig | N
             raise found from None
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+        traceback.clear_frames(error.__traceback__)  # the frames hold the tensors that filled the memory
         resolved = ResolvedSettings(config, engine.precision)
         text = str(error).partition("\n")[0]
         with engine.plain_initialization():

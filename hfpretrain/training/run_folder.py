@@ -39,7 +39,7 @@ def claim(recipe: Recipe, is_main: bool) -> Iterator[None]:
 
 
 def refuse_other_run(recipe: Recipe) -> None:
-    """Raise `RecipeError` if the output folder has a run whose recipe differs in more than `CHANGEABLE_ON_RESUME`."""
+    """Raise `RecipeError` if the recipe of a run in the output folder differs in a key that can't change on resume."""
     path = Path(recipe.output_dir) / "recipe.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +68,11 @@ def refuse_other_run(recipe: Recipe) -> None:
 
 
 def _states_recorded_masking(problem: Problem, document_masking: Literal["auto"] | bool, run: Path) -> bool:
-    """Whether the recipe only states the masking that the run in the folder used: with `document_masking: auto`, older
-    versions could leave documents unmasked, and the recipe may now say `false`."""
+    """Whether `problem` is only that the recipe now names the masking that the run in the folder used anyway.
+
+    With `document_masking: auto`, older versions could leave documents unmasked. The recipe of such a run may now say
+    `false`.
+    """
     if problem.path != "training.document_masking":
         return False
     try:

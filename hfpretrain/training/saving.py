@@ -70,7 +70,10 @@ class RunSaver:
         self.saved_step = self._state.step
 
     def _writers(self) -> dict[str, Callable[[Path], object]]:
-        """Functions that write this process's other files of a checkpoint, with the content of now."""
+        """Functions, by file name, that write the files of a checkpoint other than its tensors.
+
+        They may run later, in a thread, but write the content of this moment.
+        """
         writers: dict[str, Callable[[Path], object]] = {}
         if self._is_main:
             checksums = self._state.consumption.ledger.checksums

@@ -6,15 +6,15 @@ from typing import Any
 
 
 def extend(segments: list[dict[str, Any]], settings: dict[str, Any], step: int) -> None:
-    """Record that `step` ran under `setting`: extend the last of `segments`, or begin another."""
+    """Record that `step` ran under `settings`: extend the last of `segments`, or begin another."""
     if not segments or any(segments[-1].get(key) != value for key, value in settings.items()):
         segments.append({**settings, "first_step": step})
     segments[-1]["last_step"] = step
 
 
 def segments_of(environment: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """The settings of all steps up to `step`. An `environment.json` has those of the process that wrote it, and
-    those of earlier processes under `segments`."""
+    """The settings of all steps up to `step`. `environment` is the content of an `environment.json`: its top level has
+    the settings of the process that wrote it, and `segments` those of earlier processes."""
     found = [dict(part, last_step=min(part["last_step"], step)) for part in environment.get("segments", ())]
     found = [part for part in found if part["first_step"] <= step]
     done = found[-1]["last_step"] if found else 0

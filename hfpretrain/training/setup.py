@@ -251,7 +251,8 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         engine.full_parameters(), weights.expected_moments() if weights else None, watch.unit_done
     )
     if engine.precision == "fp8":
-        # Layers in fp8 scale by the largest value in a batch, so that every token changes every other token a little.
+        # Layers in fp8 scale by the largest value in a batch, so every token changes every other token a little. The
+        # tests of what a token sees therefore need a copy of the model without fp8.
         probe = build_model(recipe.model, config, seed=recipe.seed)
         probe = initialization.fill(probe, weights).to(engine.device)
     require_causal(probe, recipe.model, half_precision=engine.accelerator.mixed_precision != "no")

@@ -26,8 +26,8 @@ class TrainingDivergedError(RuntimeError):
 def find_problem(section: StabilitySection, losses: list[float], loss: float, grad_norm: float) -> str | None:
     """The problem of an unstable step, or None. All ranks get the same answer, since they have the same numbers.
 
-    `losses`: the losses of the last stable steps. If nothing is wrong, `loss` is added, and only the last
-    `section.spike_window` are kept; the list stays empty if the recipe does not look for jumps.
+    `losses`: the losses of the last stable steps. If nothing is wrong, this function adds `loss` to the list and keeps
+    the last `section.spike_window`. The list stays empty if the recipe does not look for jumps of the loss.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -69,7 +69,7 @@ class Stability:
         self._section = setup.recipe.stability
 
     def find_problem(self, loss: float, grad_norm: float) -> str | None:
-        """Call the function `find_problem` for the current step, after its gradients are computed."""
+        """The problem of the current step, or None; see the function `find_problem`."""
         # In fp16 some gradients overflow under the loss scale. The scaler already skips those steps.
         is_scaled = self._setup.engine.precision == "fp16"
         return find_problem(self._section, self._state.losses, loss, 0.0 if is_scaled else grad_norm)

@@ -49,8 +49,10 @@ class TrainState:
     """The run's name in trackers."""
 
     def data_step(self, step: int) -> int:
-        """Index of the data step that optimizer step `step` trains on, both counted from 0; it differs after
-        rollbacks."""
+        """Index of the data that optimizer step `step` trains on, both counted from 0.
+
+        The two are equal until a rollback leaves out the data of some steps.
+        """
         return order.data_step(step, self.skipped)
 
     def advance(self, data: StepData, loss: float, tokens: int, settings: dict[str, Any]) -> None:
@@ -72,7 +74,7 @@ class TrainState:
         self.consumption.gather(total)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries for `train_state.json`, after `gather`."""
+        """The entries for `train_state.json`. Call `gather` first."""
         names = [entry.name for entry in fields(self) if entry.name not in ("consumption", "data_state")]
         return copy.deepcopy({name: getattr(self, name) for name in names}) | self.consumption.state()
 

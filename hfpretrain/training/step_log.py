@@ -15,7 +15,7 @@ from hfpretrain.training.state import TrainState
 class StepLog:
     """Measures the time between log steps, and writes their rows. Create it right before the first step.
 
-    `flops_per_token`, `peak_flops` and `peak_memory` as in `Setup`. `streaming`: whether the data are a stream.
+    `flops_per_token`, `peak_flops` and `peak_memory` are those of `Setup`. `streaming`: whether the data are a stream.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class StepLog:
         self.clock = Clock(engine.device)
 
     def write(self, records: Records, grad_norm: float, lr: list[float]) -> None:
-        """Write the row of the step that is done; `lr`: of each optimizer group. All ranks must call it."""
+        """Write the row of the step that is done. All ranks must call it.
+
+        `lr`: the learning rate of each optimizer group.
+        """
         state, training = self._state, self._training
         state.gather(self._engine)
         self.clock.mark("log")

@@ -95,7 +95,7 @@ class StopVote:
         self._stops, self._votes = stops, Votes(group)
 
     def stop_if_asked(self) -> None:
-        """Raise `Stopping` on all ranks if one of them was asked to stop. All ranks must call it alike."""
+        """Raise `Stopping` on all ranks if one was asked to stop. All ranks must call it the same number of times."""
         if self._votes.cast(self._stops.due()):
             raise Stopping
 

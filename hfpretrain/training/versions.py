@@ -19,7 +19,7 @@ def versions() -> dict[str, str]:
 
 
 def version_of(name: str) -> str | None:
-    """The version of a package; None if it is not installed. This package may also just be on Python's path."""
+    """The version of a package; None if it is not installed. This package itself need not be installed."""
     if name == "hfpretrain":
         return __version__
     try:

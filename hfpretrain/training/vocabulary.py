@@ -27,7 +27,7 @@ def check_tokenizer(
     """
     if any(not isinstance(source.special_tokens, str) for _, source in all_sources(data)):
         if section.pretrained is None:
-            # Without text it has the special tokens of one that is trained on some.
+            # A tokenizer that is trained on no text already has all special tokens.
             require_special_tokens(data, train_tokenizer(section, []))
         elif not local_only or Path(section.pretrained).is_dir():
             require_special_tokens(data, load_tokenizer(section))

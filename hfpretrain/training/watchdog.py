@@ -22,9 +22,9 @@ import torch.distributed as dist
 from hfpretrain.recipe.schema import Problem, RecipeError
 
 SILENCE_SECONDS = 30  # a rank that writes no new status for this long counts as lost
-_BROKEN_SILENCE_SECONDS = 4  # the same after a connection to a rank broke: some rank has just died
+_BROKEN_SILENCE_SECONDS = 4  # this many once a connection to a rank has broken, since some rank has just died
 _REPORT_SECONDS = 30  # after this long, a rank that waits for rank 0 prints what it waits for
-_GRACE_SECONDS = 3  # the launcher of a failed rank has this long to end its other ranks, since its report says more
+_GRACE_SECONDS = 3  # a failed rank's launcher has this long to end its other ranks: its report says more than ours
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Status:
 class FailureDetector:
     """Finds the rank that blocks the run, from statuses that are read once a second.
 
-    It counts its checks, not seconds of a clock: a process that was itself suspended has not waited for other ranks.
+    It measures time by counting its own checks. So the time for which its own process was suspended does not count as
+    silence of the other ranks.
     """
 
     def __init__(self, timeout_seconds: int):
@@ -130,8 +131,8 @@ class Watch:
     """Watches the other ranks while the context is open. For a single process it does nothing.
 
     Every rank writes its status into the process group's store once a second. Rank 0 reads the statuses of all ranks;
-    the others read that of rank 0, and the failure that it found, so that the store's load grows linearly with the
-    number of ranks. A rank that finds a failure prints it, and all ranks end with exit code 1.
+    the others read only the status of rank 0 and the failure that it found. So the store's load grows only linearly
+    with the number of ranks. A rank that finds a failure prints it, and all ranks end with exit code 1.
     """
 
     def __init__(self) -> None:
@@ -179,7 +180,7 @@ class Watch:
         return answer["value"]
 
     def _answer_all(self, key: str, answer: dict[str, Any]) -> None:
-        """Send all ranks the last answer of rank 0, and let them read it before the store may end."""
+        """Send all ranks the last answer of rank 0, and let them read it: the store may end with rank 0."""
         self._answers.set(key, json.dumps(answer))
         deadline = time.monotonic() + 2 * _GRACE_SECONDS
         while time.monotonic() < deadline and int(self._answers.add(f"{key}/heard", 0)) < len(self._ranks) - 1:
@@ -244,7 +245,7 @@ class Watch:
                 self._write(tick)
                 *values, verdict = self._store.multi_get(keys)
             except dist.DistError as error:
-                # The store has ended, with the run or earlier.
+                # The store has ended. If this is the end of the run, `_closed` is set soon.
                 if not self._closed.wait(_GRACE_SECONDS):
                     self._end(f"{self._store_text()} can't be reached ({error})", reports=self._reports_for_host())
                 return
@@ -289,8 +290,10 @@ class Watch:
         return f"the launcher of {_describe_ranks([0], {0: self._first})}"
 
     def _reports_for_host(self) -> bool:
-        """Whether this rank prints for its host when rank 0 does not: local rank 1 on the host of rank 0, local rank 0
-        elsewhere."""
+        """Whether this rank prints messages for its host when rank 0 can't.
+
+        This is local rank 1 on the host of rank 0, and local rank 0 on all other hosts.
+        """
         return os.environ.get("LOCAL_RANK", "0") == (
             "1" if self._rank < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "0"
         )
@@ -334,12 +337,13 @@ class Watch:
         except dist.DistError:
             return
         if error is not None and len(self._ranks) > int(os.environ.get("LOCAL_WORLD_SIZE", len(self._ranks))):
-            # The launcher of this process ends with it, and perhaps the store. Other hosts must read this status first.
+            # This process's launcher ends with it, and the store may be in that launcher. Other hosts must read this
+            # status first.
             time.sleep(_GRACE_SECONDS)
 
 
 def _kill_local_rank(status: Status, host: str) -> None:
-    # A launcher would wait 30 seconds for a suspended process to end. Only its own processes are killed.
+    # A launcher would wait 30 seconds for a suspended process to end. This kills only ranks of the same launcher.
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         if status.host == host and psutil.Process(status.pid).ppid() == os.getppid():
             os.kill(status.pid, signal.SIGKILL)
