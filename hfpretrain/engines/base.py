@@ -52,13 +52,13 @@ class Engine:
 
     @classmethod
     def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
-        """An accelerator of this kind that computes in `precision`, from `keywords` of `Accelerator`."""
+        """Make the `Accelerator` for this kind of engine. It computes in `precision`; `keywords` are its arguments."""
         if torch.accelerator.is_available():
             return Accelerator(**keywords)
         if max(launch.parallelism().values()) == 1:
             return Accelerator(**keywords, cpu=True)
-        # accelerate 1.15 refuses a ParallelismConfig on CPU processes, but its code needs nothing else than the device
-        # mesh, which is set here.
+        # accelerate 1.15 refuses a ParallelismConfig on CPU processes, but it needs only the device mesh, which is set
+        # here.
         accelerator = Accelerator(**keywords, cpu=True, parallelism_config=ParallelismConfig(1, 1, 1, 1, sp_size=1))
         config = ParallelismConfig()
         accelerator.state.parallelism_config = config
@@ -80,8 +80,11 @@ class Engine:
     def model_problems(
         cls, config: PretrainedConfig, processes_per_sequence: int, attn_implementation: str, block_size: int
     ) -> Iterator[Problem]:
-        """Problems of a model of this config, if `processes_per_sequence` processes work on the same sequences of
-        `block_size` tokens, each with its fix. Only engines that cut a model or its sequences have any."""
+        """Problems of training a model of this config with this engine, each with its fix.
+
+        `processes_per_sequence` processes work on the same sequences of `block_size` tokens. Only engines that cut a
+        model or its sequences have any problems.
+        """
         yield from ()
 
     @classmethod
@@ -116,7 +119,8 @@ class Engine:
 
     @property
     def can_compile(self) -> bool:
-        """Whether `training.compile: auto` may compile layers. True only if tests/test_train.py checks the losses."""
+        """Whether `training.compile: auto` may compile layers. An engine returns True only if tests/test_train.py
+        checks the losses of its compiled layers."""
         return False
 
     @property
@@ -155,7 +159,7 @@ class Engine:
 
     @property
     def data_index(self) -> int:
-        """Number of this process's part of a step's sequences, from 0 to `data_size` - 1."""
+        """Index of this process's part of a step's sequences, from 0 to `data_size` - 1."""
         return self.process_index // self.processes_per_sequence
 
     @property
@@ -185,7 +189,7 @@ class Engine:
         return batch
 
     def seed(self, number: int) -> None:
-        """Like `torch.manual_seed`, which takes a millisecond to record its caller for devices that are not used."""
+        """Like `torch.manual_seed`, but without the millisecond that it spends on devices that are not used."""
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(number)
@@ -202,7 +206,7 @@ class Engine:
         return self.accelerator.reduce(value.clone() if self.is_main_data_process else torch.zeros_like(value), "sum")
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
-        """Like `total`, but if the engine cuts sequences, each process has the loss of its part of a sequence."""
+        """Like `total`, for a loss. If the engine cuts sequences, every process adds the loss of its own part."""
         return self.total(value)
 
     def largest(self, value: int) -> int:
@@ -254,7 +258,7 @@ class Engine:
 
     @property
     def unwrapped_model(self) -> Any:
-        """The model of transformers inside `model`. Not by accelerate's `unwrap_model`: it always imports DeepSpeed."""
+        """The model of transformers inside `model`. accelerate's `unwrap_model` would import DeepSpeed."""
         return getattr(self.model, "module", self.model)
 
     # A step.
@@ -335,7 +339,7 @@ class Engine:
             self.load_scaler(scaler)
 
     def _forget_moments(self, states: Any, parameter: torch.Tensor) -> None:
-        """Remove the optimizer's state of a parameter, whose moments are zero."""
+        """Remove the state that a rehearsal has made for a parameter. Its moments are zero."""
         del states[parameter]
 
     # Weights and state.
@@ -396,7 +400,7 @@ class Engine:
     def _weights_and_moments(self) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
-        names = [name for name, _ in self.unwrapped_model.named_parameters()]  # each tied one once
+        names = [name for name, _ in self.unwrapped_model.named_parameters()]  # lists each tied parameter once
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer.optimizer)
         states: Any = optimizer_state["state"]
         return {
@@ -417,9 +421,9 @@ class Engine:
         return 0, 1
 
     def load_state(self, path: Path, group: Any) -> bool:
-        """Load a saved `state`, of any engine, number of processes and precision.
+        """Load a `state` that was saved under any engine, number of processes and precision.
 
-        `group`: a process group of all processes, for the CPU; None for a process alone. Returns False if the
+        `group`: a process group of all processes, for the CPU; None for a single process. Returns False if the
         checkpoint has no loss scale for fp16, which then starts from its initial value.
         """
         asked = self.state()

@@ -52,15 +52,14 @@ def build_engine(
     if on_cpu:
         _set_up_cpu()
     if not launch.has_group():
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # from an earlier run in this process, with its precision
+        # An earlier run in this process may have left its state, with its precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
     keywords: dict[str, Any] = {
         "mixed_precision": "no" if precision == "tf32" else precision,
         "log_with": trackers or None,
         "project_dir": project_dir,
         "kwargs_handlers": [
-            # A minute longer than the timeout of `watchdog.Watch`, which then reports first which process is missing.
+            # A minute longer than the timeout of `watchdog.Watch`, so that it first reports which process is missing.
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds + 60), init_method=launch.init_method()),
             # Otherwise DDP holds every gradient twice, once in its buckets.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -118,7 +117,7 @@ def require_model(
 
 def require_optimizer(optimizer: str, engine: str) -> None:
     """Raise `RecipeError` if an optimizer of the recipes does not work under the engine of this name, or would train
-    another model under it."""
+    differently under it."""
     if (problem := _class_named(engine).optimizer_problem(optimizer)) is not None:
         raise RecipeError.at("optimizer.name", f"{optimizer} under {engine}: {problem}")
 

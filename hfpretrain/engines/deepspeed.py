@@ -54,7 +54,10 @@ _Location = tuple[str, tuple[int, ...], torch.Tensor, int, int, int]
 
 
 class DeepSpeed(Engine):
-    """ZeRO 1 and 2: each process holds all weights, and its part of the rest."""
+    """ZeRO 1 and 2: each process holds all weights, but only its part of the optimizer's state.
+
+    In stage 2, it also holds only its part of the gradients.
+    """
 
     names: ClassVar[tuple[str, ...]] = ("zero1", "zero2")
     shards = True
@@ -62,7 +65,7 @@ class DeepSpeed(Engine):
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
-        # Of frozen parameters DeepSpeed keeps only 16-bit weights, and the export must not be rounded.
+        # Frozen parameters in float32, for the export and checkpoints: DeepSpeed keeps them only in 16 bits.
         self._frozen: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -125,8 +128,8 @@ class DeepSpeed(Engine):
     def plain_initialization(self) -> Iterator[None]:
         """See `Engine`.
 
-        Otherwise transformers builds under `zero.Init` in a ZeRO-3 job: the same seed then gives other weights, and all
-        processes must take part.
+        Without it, transformers builds under `zero.Init` in a ZeRO-3 job. The same seed then gives other weights, and
+        all processes must take part.
         """
         module: Any = sys.modules.get("transformers.integrations.deepspeed")
         saved = getattr(module, "_hf_deepspeed_config_weak_ref", None)
@@ -145,7 +148,8 @@ class DeepSpeed(Engine):
         config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps
         # 0.0 turns clipping off. Without this key DeepSpeed would clip at 1.0.
         config["gradient_clipping"] = self.max_grad_norm or 0.0
-        # torch's AdamW updates offloaded states. DeepSpeed's own differs from it in bf16, and needs a compiler.
+        # torch's AdamW updates offloaded states. DeepSpeed's CPU AdamW gives other results in bf16, and needs a
+        # compiler.
         config["zero_force_ds_cpu_optimizer"] = False
         # The default bucket takes a gigabyte even for the smallest model.
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -176,7 +180,7 @@ class DeepSpeed(Engine):
             self._set_masters(weights)
 
     def _set_masters(self, weights: Weights) -> None:
-        """Set DeepSpeed's float32 weights to the values that were drawn. DeepSpeed made them from 16-bit weights."""
+        """Set DeepSpeed's float32 weights to the initial values: it has made them from rounded 16-bit weights."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         parameters = dict(self.model.module.named_parameters())
@@ -208,7 +212,7 @@ class DeepSpeed(Engine):
         self.model.step()
 
     def drop_gradients(self) -> None:
-        """See `Engine`. DeepSpeed drops gradients whose norm is not finite, so here it gets such a norm."""
+        """See `Engine`. DeepSpeed drops gradients whose norm is -1, its mark for one that is not finite."""
         optimizer, invalid = self.model.optimizer, torch.tensor(-1.0, device=self.model.device)
         optimizer.check_grad_overflow = True  # otherwise DeepSpeed does not check the norm in bf16
         optimizer.scaled_global_norm = lambda: invalid
@@ -250,10 +254,11 @@ class DeepSpeed(Engine):
     def _weights_and_moments(self) -> dict[str, Any]:
         """The float32 weights and the optimizer's state, as this process's pieces of each parameter.
 
-        DeepSpeed keeps both in flat tensors. Its public functions (0.19.8) can't be used: `safe_get_full_*` gather each
-        tensor on every process. `safe_get_local_*` support only stage 3, and return copies if the state is offloaded,
-        so a checkpoint could not be loaded in place. Frozen weights are in no flat tensor; every process has them
-        whole.
+        DeepSpeed keeps both in flat tensors. Its public functions (0.19.8) are not used, for two reasons.
+        `safe_get_full_*` gather each tensor on every process. `safe_get_local_*` support only stage 3, and return
+        copies if the state is offloaded, so a checkpoint could not be loaded in place.
+
+        Frozen weights are in no flat tensor. Every process has them whole.
         """
         states = self.model.optimizer.optimizer.state
         found: dict[str, Any] = {"model": dict(self._frozen), "optimizer": {}}
@@ -319,7 +324,7 @@ class DeepSpeed(Engine):
 
 
 class ZeRO3(DeepSpeed):
-    """ZeRO 3: each process holds its part of the weights too."""
+    """ZeRO 3: each process holds only its part of the weights too."""
 
     names = ("zero3",)
 
@@ -361,11 +366,11 @@ class ZeRO3(DeepSpeed):
         for name, parameter in self._trained():
             group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             first = size * torch.distributed.get_rank(parameter.ds_process_group)
-            numel = max(0, min(size, parameter.ds_numel - first))  # the last ones are padded
+            numel = max(0, min(size, parameter.ds_numel - first))  # the parts of the last processes are padded
             yield name, tuple(parameter.ds_shape), optimizer.fp32_partitioned_groups_flat[group], start, first, numel
 
     def _set_frozen(self, parameter: Any, value: torch.Tensor) -> None:
-        part = parameter.ds_tensor  # this process's part; the last ones are padded
+        part = parameter.ds_tensor  # this process's part; those of the last processes are padded
         first = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
         mine = value.flatten()[first : first + part.numel()]
         part[: mine.numel()].copy_(mine)
@@ -394,8 +399,10 @@ def _zero_problems() -> Iterator[Problem]:
 
 
 def _ownership_problems() -> Iterator[Problem]:
-    """Settings, in the accelerate config file or in the DeepSpeed config that it names, which the recipe sets or which
-    may change what is learned."""
+    """Settings that belong to the recipe, or that may change what is learned.
+
+    They are in the accelerate config file, or in the DeepSpeed config that it names.
+    """
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if os.environ.get(f"ACCELERATE_{key.upper()}", "auto") != "auto":
             yield Problem(f"deepspeed_config.{key}", launch.OWNED_BY_RECIPE.format(_RECIPE_KEYS[key]))

@@ -94,13 +94,14 @@ class FSDP2(Engine):
         groups = [list(group["params"]) for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if weights is not None:
-            # accelerate 1.15 identifies parameters by their address, and all empty shards have the same.
+            # accelerate 1.15 identifies parameters by their address, and all empty shards have the same one. It can mix
+            # them up, so the groups are set again.
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = parameters
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """A context for one micro-step. Each reduces the gradients: otherwise every process would keep whole float32
-        gradients between micro-steps."""
+        """A context for one micro-step. Every micro-step reduces the gradients, not only the last one of a step:
+        otherwise every process would keep whole float32 gradients between micro-steps."""
         return self.accelerator.accumulate()
 
     def full_parameters(self) -> Any:

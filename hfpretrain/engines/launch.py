@@ -25,7 +25,7 @@ from hfpretrain.recipe.schema import Problem, RecipeError
 # others on the same.
 _DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 OWNED_BY_RECIPE = "is set by the recipe; remove it from the accelerate file and set {} in the recipe"
-"""The message for a setting of the accelerate config file that the recipe sets. The recipe's key is to be filled in."""
+"""The message for a setting of the accelerate config file that the recipe sets. `{}` stands for the recipe's key."""
 
 _RUNS: list[int] = []
 
@@ -50,9 +50,11 @@ def sleeping_threads() -> dict[str, str]:
     """Environment variables that make torch's CPU threads sleep soon after their work is done.
 
     By default they spin, so a step takes several times as long if another program needs a core. Measured on two cores
-    with one busy process, a step of the quickstart's size: 0.37 s with 1,000 spins, 0.65 to 1.06 s with 20,000, 0.5 to
-    6.3 s by default; on idle cores all three take 0.2 s. Empty if the user has set one of them, and on machines with a
-    GPU, where the CPU has little to compute.
+    with one busy process, a step of the quickstart's size takes 0.37 s with 1,000 spins, 0.65 to 1.06 s with 20,000,
+    and 0.5 to 6.3 s by default. On idle cores it takes 0.2 s in all three cases.
+
+    Returns an empty dictionary if the user has set one of the variables, and on machines with a GPU, where the CPU has
+    little to compute.
     """
     set_by_user = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
     return {} if set_by_user or has_gpu() else {"GOMP_SPINCOUNT": "1000"}

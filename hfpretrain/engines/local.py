@@ -18,7 +18,7 @@ class Single(Engine):
 
     @property
     def can_compile(self) -> bool:
-        """Yes."""
+        """See `Engine`."""
         return True
 
 
@@ -38,7 +38,7 @@ class DDP(Engine):
 
     @property
     def can_compile(self) -> bool:
-        """Yes."""
+        """See `Engine`."""
         return True
 
     def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:

@@ -72,9 +72,10 @@ class Fragments(torch.Tensor):
 
 
 def cut_into_boxes(shape: Sequence[int], start: int, flat: torch.Tensor) -> Iterator[Piece]:
-    """Cut `flat`, elements [start, start + n) of a flattened tensor of `shape`, into a few boxes of that tensor.
+    """Cut a part of a flattened tensor of `shape` into a few boxes of that tensor.
 
-    Yields the offsets of each box, and a view of `flat`.
+    `flat`: the part, elements [start, start + n) of the flattened tensor. Yields the offsets of each box, and a view of
+    `flat`.
     """
     end = start + flat.numel()
     if len(shape) <= 1:
@@ -140,13 +141,15 @@ def copy_to_host(value: Any) -> Any:
 
 
 def save(state: dict[str, Any], path: Path, group: Any = None) -> None:
-    """Write a state into the folder `path`. All processes of `group` must call it. None: this process saves alone."""
+    """Write a state into the folder `path`. All processes of `group` must call it; with None, this process saves
+    alone."""
     _ignore_warning_about_one_process()
     dcp.save(_flatten(state), checkpoint_id=str(path), process_group=group, no_dist=group is None)  # type: ignore[attr-defined]
 
 
 def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]:
-    """Load a saved state into the tensors of `state`. Returns the state with its other values, which are replaced."""
+    """Load a saved state into the tensors of `state`. Its other entries get the saved values in the dictionary that is
+    returned."""
     _ignore_warning_about_one_process()
     flat = _flatten(state)
     keywords: dict[str, Any] = {"process_group": group, "no_dist": group is None}

@@ -31,8 +31,9 @@ def choose_engine(engine: str | None, num_processes: int | None) -> tuple[str, i
     """Engine and number of processes: those that are given, or defaults for this machine.
 
     The default engine is `single` for one process and `ddp` for several. The default number of processes is the number
-    of GPUs, and 1 on a machine without GPUs. If an engine is given, the number in its file is used instead on a machine
-    without GPUs, for a file that is not shipped, for `single`, and for one with a `parallelism_config` (`hsdp`, `tp`).
+    of GPUs, and 1 on a machine without GPUs. If an engine is given, the number in its file is used instead in these
+    cases: on a machine without GPUs, for a file that is not shipped, for `single`, and for a file with a
+    `parallelism_config` (`hsdp`, `tp`).
 
     Raises `RecipeError` for an unknown engine, and for a file for several machines without the rank of this one.
     """
@@ -84,9 +85,9 @@ def process_count(engine: str | None, num_processes: int | None) -> int:
 def run_to_end(command: list[str]) -> int:
     """Run a training with `accelerate launch` and return the exit code of the training, not of the launcher.
 
-    `SIGNALS` that this process receives are sent to the ranks themselves: some of them would kill the launcher, and the
-    launcher kills ranks that take more than 30 seconds to save. On Linux, if the launcher dies, the ranks save and end
-    before this function returns. If this process dies, the launcher dies too.
+    When this process receives one of `SIGNALS`, it sends the signal to the ranks, not to the launcher. Some signals
+    would kill the launcher, and the launcher kills ranks that take more than 30 seconds to save. On Linux, if the
+    launcher dies, the ranks save and end before this function returns. If this process dies, the launcher dies too.
 
     If the main process leaves no exit code (it was killed, or it runs on another machine), that of the launcher is
     returned, or 128 plus the number of the signal that ended the training.

@@ -129,12 +129,14 @@ def _replicate(
     replicated: dict[torch.nn.Parameter, torch.nn.Parameter],
     sum_gradients: bool,
 ) -> None:
-    """Replicate the parameters of a module that are not cut as `DTensor`s, because torch's fused optimizers and norms
-    can't mix `DTensor`s with plain tensors. The module's forward still computes with plain tensors.
+    """Replace a module's parameters that are plain tensors by replicated `DTensor`s.
+
+    torch's fused optimizers and norms can't mix `DTensor`s with plain tensors. The module's forward still computes with
+    plain tensors.
 
     `replicated`: parameters done so far, since modules may share them. `sum_gradients`: whether each process has only
-    the gradients of its own heads, which must be summed. transformers 5.23 sums all that has accumulated in every
-    micro-step, which counts earlier micro-steps again.
+    the gradients of its own heads, which must be summed. transformers 5.23 would sum the accumulated gradients in every
+    micro-step, and so count those of earlier micro-steps again.
     """
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -1,4 +1,4 @@
-"""Sequence parallelism: DeepSpeed's Ulysses attention with ZeRO-3, which here masks packed documents."""
+"""Sequence parallelism: DeepSpeed's Ulysses attention with ZeRO-3, and a mask for packed documents."""
 
 from __future__ import annotations
 
