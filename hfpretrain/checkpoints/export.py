@@ -100,10 +100,10 @@ def write_checkpoint_model(run: Path, checkpoint: Path, folder: Path) -> dict[st
 
 
 def export_checkpoint(given: Path, folder: Path, describe: Callable[[Path, Path, int], None]) -> list[str]:
-    """Export a checkpoint, or the newest checkpoint of a run that verifies, to a new `folder`.
+    """Export a checkpoint to a new `folder`. If `given` is a run, export its newest undamaged checkpoint.
 
-    `describe(run, folder, step)` adds files about the run at that step, such as the card. `folder` appears only after
-    `from_pretrained` has loaded exactly the weights of the checkpoint from it. Returns lines to print. Raises
+    `describe(run, folder, step)` adds files about the run at that step, such as the card. The export is verified before
+    `folder` appears: `from_pretrained` must load exactly the weights of the checkpoint. Returns lines to print. Raises
     `RecipeError` if `folder` is not empty, or `given` is neither a checkpoint nor a run with one.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

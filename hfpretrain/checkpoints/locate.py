@@ -23,10 +23,11 @@ class Source(NamedTuple):
 
 @contextlib.contextmanager
 def locate_model(given: str, key: str = "model") -> Iterator[Source]:
-    """Find what to give to `from_pretrained` for the model `given`. It exists while the context is open.
+    """Find what to give to `from_pretrained` for the model `given`.
 
-    `given`: an exported folder, a run (its export, or else its newest checkpoint), a checkpoint (exported to a
-    temporary folder), or `ID@REVISION` of the Hub. Raises `RecipeError` at `key` where it is none of these.
+    `given`: an exported folder, a run (its export, or else its newest checkpoint), a checkpoint (exported to a folder
+    that exists while the context is open), or `ID@REVISION` of the Hub. Raises `RecipeError` at `key` where it is none
+    of these.
     """
     path = Path(given)
     if (path / "config.json").is_file():

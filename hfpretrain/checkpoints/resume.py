@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 def find_newest(folder: Path, file_read: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint in `folder` whose checksums all match.
 
-    Returns its path, None if there are no checkpoints at all, and why each newer one is not used. Those are renamed
-    to `step-XXXXXXXX.damaged`, so that rotation neither counts nor deletes them. `file_read` is called after each file.
+    Returns its path, or None if there are no checkpoints at all, and a sentence for each newer checkpoint that says why
+    it is not used. Newer checkpoints are renamed to `step-XXXXXXXX.damaged`. Then the saver, which deletes old
+    checkpoints, neither counts nor deletes them. `file_read` is called after each file.
 
     Raises `RecipeError` if there are checkpoints but none verifies: starting from scratch is the user's decision.
     """
@@ -63,8 +64,8 @@ def fetch_initial_checkpoint(recipe: Recipe, file_read: Callable[[], None] = lam
 
     `file_read` is called after each file whose checksum is compared. A download that was stopped resumes.
 
-    Raises `RecipeError` if a checksum does not match, if the checkpoint's recipe differs in what may not change when a
-    run resumes, or if its pickled index holds anything but tensors.
+    Raises `RecipeError` if a checksum does not match, if the checkpoint's recipe differs in a key that can't change on
+    resume, or if its pickled index holds anything but tensors.
     """
     given, folder = recipe.checkpoint.resume_from, Path(recipe.output_dir) / "checkpoints"
     if given is None or _has_checkpoint(folder):
@@ -130,14 +131,14 @@ def _require_intact(given: str, state: Path, recipe: Recipe, file_read: Callable
 def _download(repo_id: str, revision: str, folder: Path) -> Path:
     """Download the `state` folder of a revision into `folder`; its files are not verified yet.
 
-    Raises `RecipeError` if the revision has none or the Hub refuses.
+    Raises `RecipeError` if the revision has no such folder or the request to the Hub fails.
     """
     from huggingface_hub import snapshot_download
 
     where = f"hub://{repo_id}@{revision}"
     try:
         snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=f"{saver.STATE}/*")
-    except Exception as error:  # its HTTP library raises classes of its own
+    except Exception as error:  # the Hub's HTTP library has exceptions of its own
         raise RecipeError.at(_KEY, f"{where} can't be read: {explain_failure(error).text}") from error
     if not (folder / saver.STATE).is_dir():
         advice = "push with `hub.push_state: true`, or start from its weights alone with `model.pretrained`"

@@ -35,7 +35,7 @@ class SaveResult:
     error: str | None
     """Why the save failed; None if it succeeded."""
     stall_seconds: float
-    """Time that training stopped, to wait for the previous save and to copy the state."""
+    """Time for which training stopped, to wait for the previous save and to copy the state."""
     waited_seconds: float
     """Part of `stall_seconds`: the wait for the previous save."""
     seconds: float
@@ -47,7 +47,7 @@ class Saver:
     """Writes checkpoints into `folder` while training continues. All ranks must call the same methods.
 
     `group`: a process group that only this saver uses, since it works in a thread; None if there is one process.
-    `on_sealed`: called on the main process with each new checkpoint, before old ones are deleted.
+    `on_sealed`: called on the main process with each new checkpoint once it is complete, before old ones are deleted.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Saver:
     ) -> None:
         """Write the checkpoint `step-XXXXXXXX`: `train_state`, the tensors of `state`, a file for each of `writers`.
 
-        `state`: as `engine.state` gives it. With `in_background`, a copy of the state is written in a thread, and this
-        returns once the copy is made. Waits first for the previous save.
+        `state`: what `Engine.state_to_save` returned. With `in_background`, a copy of the state is written in a thread,
+        and this returns once the copy is made. Waits first for the previous save.
         """
         start = time.perf_counter()
         self.wait()
@@ -100,7 +100,7 @@ class Saver:
             self._thread = None
 
     def take_results(self) -> list[SaveResult]:
-        """The results of the saves that have ended since the last call. Other ranks may get them later."""
+        """The results of the saves that have ended since the last call. Other ranks may get the same results later."""
         done, self._done = self._done, []
         return done
 
@@ -112,7 +112,7 @@ class Saver:
         written: dict[str, Any] = {}
 
         def make_folder() -> None:
-            if self._folder.is_symlink():  # its target must exist: it may be a disk that is not mounted
+            if self._folder.is_symlink():  # raises an error if its disk is not mounted
                 self._folder.resolve(strict=True)
             files.create_work_folder(path)
 
@@ -199,5 +199,5 @@ def read_train_state(path: Path) -> dict[str, Any]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is a checkpoint; one in the outbox, which has its files in `state`, is not."""
+    """Whether a folder is a checkpoint. An entry of the outbox is not one: it has the checkpoint's files in `state`."""
     return (path / TRAIN_STATE).is_file() and not (path / STATE).is_dir()

@@ -31,9 +31,9 @@ _REFERENCE_TOKENS = 1024
 def write_reference(model: Any, batch: dict[str, torch.Tensor], precision: str, path: Path | None) -> None:
     """Store a batch with the logits of the training process, to compare the export with.
 
-    Only the first 1,024 tokens of each sequence are stored: the logits of longer ones may need memory that no training
-    step needed. `precision` is that of `engine.forward_precision`. All ranks must call this, since sharded engines need
-    them for the forward pass; only the rank that gives a `path` writes.
+    Only the first 1,024 tokens of each sequence are stored: the logits of longer sequences may need more memory than a
+    training step. `precision` is that of `engine.forward_precision`. All ranks must call this, since sharded engines
+    need them for the forward pass; only the rank that gives a `path` writes.
     """
     from safetensors.torch import save_file
 
@@ -88,7 +88,7 @@ def verify_export(model_path: Path, reference: Path, trust_remote_code: bool = F
     ]
     difference = (losses[0].mean() - losses[1].mean()).abs().item()
     tolerance = 0.1 if kind == "fp8" else 1e-3 if kind == dtype == "float32" else 3e-2
-    if not difference <= tolerance:  # also where it is NaN
+    if not difference <= tolerance:  # NaN counts as different
         raise RecipeError.at(
             str(model_path),
             f"its loss on the stored batch is {losses[1].mean():.6f}, but that of the training process was "
@@ -150,8 +150,8 @@ def compare_weights(folder: Path, weights: dict[str, torch.Tensor], trust_remote
 def check_files(model_path: Path) -> dict[str, Any]:
     """Compare every file of an export with its `SHA256SUMS`. Raises `RecipeError` naming the one that differs.
 
-    Returns the number of files compared, or a note if an older version wrote no checksums, and the names of files that
-    hfpretrain did not write.
+    Returns `files`, the number of files compared, and `not_ours`, the names of files that hfpretrain did not write. If
+    an older version wrote the export without checksums, `files` is a note that says so.
     """
     if (reason := files.sums_damage(model_path)) is not None:
         raise RecipeError.at(str(model_path), reason)

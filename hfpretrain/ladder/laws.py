@@ -38,10 +38,10 @@ class Law:
         return self.irreducible + sum(coefficient * x**-exponent for coefficient, x, exponent in terms)
 
     def optimum(self, compute: float, factor: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> tuple[float, float]:
-        """N and D of the least loss under `factor` N D = `compute` FLOPs (Hoffmann et al. 2022, equation 4)."""
+        """N and D with the lowest loss for which `factor` N D = `compute` FLOPs (Hoffmann et al. 2022, equation 4)."""
         (a, b), (alpha, beta) = self.coefficients, self.exponents
-        # Computed in logarithms, and limited to at least one parameter and one token: a constant that the runs hardly
-        # determine is near 0 in some samples.
+        # A constant that the runs hardly determine is near 0 in some samples. So the result is computed in logarithms,
+        # and is at least one parameter and one token.
         log_product = math.log(compute / factor)
         log_g = (math.log(alpha) + math.log(a) - math.log(beta) - math.log(b)) / (alpha + beta)
         log_parameters = min(max(log_g + log_product * beta / (alpha + beta), 0.0), log_product)
@@ -52,9 +52,8 @@ class Law:
 class Fit:
     """A fitted law, and the laws of the bootstrap samples, which give its uncertainty.
 
-    `samples`: empty if there are only as many points as the law has constants.
-    `scatter`: float64 (samples,), for each sample the standard deviation with which its ln losses were drawn about the
-    law.
+    `samples`: empty if there are only as many points as the law has constants. `scatter`: float64 (samples,), for each
+    sample, the standard deviation with which its ln losses were drawn about the law.
     """
 
     law: Law
@@ -92,19 +91,19 @@ def require_scipy() -> None:
 
 
 def fit(variables: np.ndarray, losses: np.ndarray, num_samples: int = 200, seed: int = 0) -> Fit:
-    """Fit a `Law` to runs, and fit it again to losses drawn about it.
+    """Fit a `Law` to runs, and fit one more law to each of `num_samples` sets of losses drawn about the first.
 
-    `variables`: float64 (points, 1 or 2), N and D or C of each run; `losses`: float64 (points,), nats per token.
+    `variables`: float64 (points, 1 or 2), either C or N and D of each run; `losses`: float64 (points,), nats per token.
 
     The objective is that of Hoffmann et al. 2022, appendix D.2: the sum of the Huber losses (delta 1e-3) of
     ln predicted - ln measured, here with no constant below 0. It is minimized from each starting point of a grid, and
     the best result is kept.
 
     The uncertainty is a parametric bootstrap (Efron & Tibshirani 1993, section 6.5). Each sample's losses are drawn
-    about the fitted law, and its fit starts from that law. Their standard deviation is drawn as well: the root of the
-    residuals' sum of squares divided by a draw from a chi-squared distribution, whose degrees of freedom are the number
-    of points minus the number of constants. For a linear law this gives Student's intervals. The runs themselves are
-    not resampled, because their sizes are chosen and there are few of each.
+    about the fitted law, and its fit starts from that law. Their variance is drawn as well: it is the residuals' sum of
+    squares divided by a draw from a chi-squared distribution, whose degrees of freedom are the number of points minus
+    the number of constants. For a linear law this gives Student's intervals. The runs themselves are not resampled,
+    because their sizes are chosen and there are few of each.
 
     Raises `ValueError` for fewer points than constants, or for a loss that is not positive and finite.
     """
@@ -130,7 +129,7 @@ def fit(variables: np.ndarray, losses: np.ndarray, num_samples: int = 200, seed:
 
 
 def _starting_points(num_variables: int, smallest_loss: float) -> Iterator[np.ndarray]:
-    """Constants from which fits start, each float64 (constants,): E, each term at the center, the exponents."""
+    """Constants from which fits start, each float64 (constants,): E, each term's value at `center`, the exponents."""
     for share in _SHARES:
         for exponents in itertools.product(_EXPONENTS, repeat=num_variables):
             terms = [(1 - share) * smallest_loss / num_variables] * num_variables

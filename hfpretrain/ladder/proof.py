@@ -1,4 +1,4 @@
-"""Proof that a recipe resumes: a short run of it is trained uninterrupted, and again with kills, and compared."""
+"""Proof that a recipe resumes: an uninterrupted short run of it is compared with one that is killed and resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _COMPARED = ("loss", "grad_norm", "lr", "ledger", "eval/loss")
 def verify_resume(
     recipe: Recipe, arguments: list[str], engine: str | None, num_processes: int | None, steps: int, kills: int
 ) -> Iterator[str]:
-    """Kill a short run of a recipe `kills` times at random moments, and yield lines on the results.
+    """Kill a short run of a recipe `kills` times at random moments, compare it with an uninterrupted one, and yield
+    lines to print.
 
     `arguments`: the recipe's path and overrides; `engine`: an accelerate file or the name of a shipped one, None for
     `python -m hfpretrain.train`. Raises `RecipeError` if a run fails, or if the killed run differs from the

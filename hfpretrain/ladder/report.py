@@ -18,7 +18,7 @@ from hfpretrain.ladder.rungs import Ladder, Rung
 class Report:
     """The laws fitted to a ladder whose rungs are all finished, and the predictions from them.
 
-    `compute`: FLOPs for which to find the best size; None: the recipe's.
+    `compute`: FLOPs for which to find the best size; None stands for those of the recipe.
     """
 
     def __init__(self, ladder: Ladder, compute: float | None):

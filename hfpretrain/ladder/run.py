@@ -24,10 +24,10 @@ def run_ladder(
 ) -> Iterator[str]:
     """Train the rungs that are not finished, fit the laws, and yield readable lines.
 
-    `sizes`, `ratios`: see `Ladder`; `engine`, `num_processes`: see `launch_command`; `compute`: FLOPs for which
-    to find the best size, by default the recipe's. Writes `ladder.json`, `ladder.png` and the rungs' runs into
-    `folder`; the same call again continues where the last one ended. Raises `RecipeError` if the input is wrong or a
-    rung fails, then with the rung's own message.
+    `sizes`, `ratios`: see `Ladder`; `engine`, `num_processes`: see `launch_command`; `compute`: FLOPs for which to find
+    the best size, by default the recipe's. Writes `ladder.json`, `ladder.png` and the rungs' runs into `folder`; the
+    same call again continues where the last one ended. Raises `RecipeError` if the input is wrong, or with the rung's
+    own message if a rung fails.
     """
     laws.require_scipy()
     start = launch_command(engine, num_processes)

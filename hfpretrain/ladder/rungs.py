@@ -85,11 +85,11 @@ class Rung:
 class Ladder:
     """The rungs of a ladder with their recipes, sorted by compute. This class trains nothing.
 
-    `recipe`: the large run that the ladder predicts. `sizes`: total parameters; counted without embeddings, small
-    models would have other exponents than large ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla Scaling
-    Laws"). Each size is trained once for each of `ratios`, on the recipe's tokens per parameter times that ratio. The
-    largest size is held out of the first fit. `folder`: for the rungs' recipes and runs. Raises `RecipeError` if
-    the recipe, the sizes or the ratios don't allow a ladder.
+    `recipe`: the large run that the ladder predicts. `sizes`: total parameters, with embeddings. Without embeddings,
+    small models would have other exponents than large ones (Pearce & Song 2024, "Reconciling Kaplan and Chinchilla
+    Scaling Laws"). Each size is trained once for each of `ratios`, on the recipe's tokens per parameter times that
+    ratio. The largest size is held out of the first fit. `folder`: for the rungs' recipes and runs. Raises
+    `RecipeError` if the recipe, the sizes or the ratios don't allow a ladder.
     """
 
     def __init__(self, recipe: Recipe, sizes: Sequence[int], ratios: Sequence[float], num_processes: int, folder: Path):

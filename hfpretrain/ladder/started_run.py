@@ -21,7 +21,7 @@ class StartedRun(subprocess.Popen[bytes]):
     """
 
     def __init__(self, command: list[str], secrets: Sequence[str] = ()):
-        # Other users of the machine can see the arguments of a command, but not its environment.
+        # Secrets go into the environment: other users of the machine can see the arguments of a command.
         env = {**os.environ, SECRETS: json.dumps(list(secrets))} if secrets else None
         # A file, since a full pipe that nobody reads would block the training.
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the process

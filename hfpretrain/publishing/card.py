@@ -69,7 +69,7 @@ class _Records:
         return cls(run, recipe, environment, data, History.read(run / "metrics.jsonl", step))
 
     def evaluations(self) -> list[tuple[int, dict[str, dict[str, Any]]]]:
-        """Step, and figures by validation set, of the first and the last evaluation. The key "" is all text."""
+        """The first and the last evaluation: the step, and the figures by validation set. The key "" means all text."""
         found = []
         for row in self.history.evaluations:
             by_domain: dict[str, dict[str, Any]] = {"": {}}
@@ -111,8 +111,7 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
     """Write the card and the loss plot of a run folder into `model`, an exported folder.
 
     `step`: the step of the checkpoint, None at the end of the run. Text that a person wrote into an existing card is
-    kept.
-    Raises `RecipeError` if `run` is not a run folder.
+    kept. Raises `RecipeError` if `run` is not a run folder.
     """
     records = _Records.read(run, step)
     name = repo_id or records.recipe.hub.repo_id
@@ -165,11 +164,11 @@ def _figures_at(run: Path, step: int) -> dict[str, Any]:
 
 
 def with_edits(old: str, new: str) -> str:
-    """The card `new` with a person's edits of `old`.
+    """The card `new` with the edits that a person made to `old`.
 
-    Text outside of the blocks is kept. Blocks stay in the order of `old`, and a block that `old` lacks is not added
-    again. If both cards have a metadata key, the value of `new` is used, but datasets, languages and tags are merged,
-    and results of other models stay.
+    Text outside of the blocks is kept. Blocks stay in the order of `old`, and a block that a person deleted is not
+    added again. If both cards have a metadata key, the value of `new` is used. But datasets, languages and tags are
+    merged, and results of other models are kept.
     """
     card, generated = _parse(old), _parse(new)
     blocks: dict[str, str] = dict(_BLOCK.findall(generated.text))
@@ -190,7 +189,7 @@ def edits(card: str) -> str:
 
 
 def _parse(text: str) -> RepoCard:
-    """Parse a card into metadata, `data`, and `text`. Metadata that can't be parsed become part of the text.
+    """Parse a card into its metadata (`data`) and its `text`. Metadata that can't be parsed become part of the text.
 
     `RepoCard` is used because `ModelCard` merges the `model-index` entries of several models into one and raises for
     entries that lack a key (huggingface_hub 2.4).
@@ -400,8 +399,8 @@ def _sources(data: dict[str, Any]) -> str:
         details += [
             f"{key} `{source[key]}`" for key in ("domain", "name", "split", "data_files", "weight") if source.get(key)
         ]
-        # The identity of a Hub dataset holds its commit: in a mapping, or alone in older versions. That of files holds
-        # each name, size and checksum.
+        # The identity of a Hub dataset holds its commit: in a mapping, or alone in older versions. The identity
+        # of files holds the name, size and checksum of each.
         if isinstance(identity[0], dict):
             details.append(f"revision `{identity[0]['commit']}`")
         elif len(identity) == 1 and isinstance(identity[0], str):

@@ -1,6 +1,6 @@
-"""The outbox of a run: checkpoints that wait to be pushed, which rotation does not delete, and what was pushed.
+"""The outbox of a run: checkpoints that wait to be pushed, and records of what was pushed.
 
-The folder of one checkpoint is called an entry.
+When a run deletes its old checkpoints, those in the outbox stay. The folder of one checkpoint is called an entry.
 
 <output_dir>/outbox/step-00001000/state/    hard links to the checkpoint's files, until it is exported or pushed
 <output_dir>/outbox/step-00001000/model/    the checkpoint as a plain Hugging Face folder with a card
@@ -119,7 +119,8 @@ class Status:
 def add_checkpoint(checkpoint: Path, outbox: Path) -> str | None:
     """Add a sealed checkpoint to the outbox, as hard links where the file system has them, as copies otherwise.
 
-    Returns None, or the reason why it was not added: training needs disk space for two more checkpoints.
+    Returns None, or the reason why it was not added: it is added only if disk space for two more checkpoints is left,
+    which training needs.
     """
     entry = outbox / checkpoint.name
     # The identities differ if the step was trained again.
@@ -143,8 +144,8 @@ def add_checkpoint(checkpoint: Path, outbox: Path) -> str | None:
 def checkpoint_identity(folder: Path) -> str | None:
     """Run id and ledger of a checkpoint or an entry.
 
-    They differ if the same step was trained by another run or on other data. None if they can't be read, because the
-    folder is being replaced or is damaged.
+    Two checkpoints of the same step have different identities if they are from two runs, or were trained on other data.
+    None if the identity can't be read, because the folder is being replaced or is damaged.
     """
     try:
         state = read_train_state(folder)
@@ -188,7 +189,7 @@ def published_commits(outbox: Path) -> dict[str, dict[str, str]]:
 
 
 def drop_deleted_revisions(outbox: Path, repo_id: str, revisions: Collection[str]) -> None:
-    """Remove revisions that the repo no longer has from `published.json`; `revisions`: those that it has."""
+    """Remove revisions that the repo no longer has from `published.json`. `revisions`: those it has."""
     found = published_commits(outbox)
     found[repo_id] = {name: commit for name, commit in found.get(repo_id, {}).items() if name in revisions}
     files.write_atomically(outbox / _PUBLISHED, json.dumps(found, indent=1))

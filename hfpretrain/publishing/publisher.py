@@ -1,10 +1,10 @@
 """Publishing on the Hub: in the background while a run trains, and afterward with `hfpretrain push`.
 
 `OutboxPusher` exports and pushes. During a run it works in a second process, the publishing process, so that training
-never waits for the network: `python -m hfpretrain.publishing.publisher RUN`. That process reads the run's `outbox` and
-writes `published.json` and `status.json` there; `BackgroundPublisher`, in the training process, reads them to report
-what was pushed. When training has ended, it writes a line to the process's standard input. The process exits when its
-standard input is closed, so it never outlives the run.
+never waits for the network. Its command is `python -m hfpretrain.publishing.publisher RUN`. That process reads the
+run's `outbox` and writes `published.json` and `status.json` there; `BackgroundPublisher`, in the training process,
+reads them to report what was pushed. When training has ended, it writes a line to the process's standard input. The
+process exits when its standard input is closed, so it never outlives the run.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class OutboxPusher:
         self.required_file = f"{STATE}/{files.MANIFEST}" if section.push_state else "config.json"
         """A file that a pushed revision must have."""
         self._attempts: dict[str, int] = {}
-        # Revisions that are pushed or that can't be pushed: "main" and, since a step may be trained again with other
-        # weights, the `commit_title` of checkpoints.
+        # Revisions that are pushed or that can't be pushed: "main", and checkpoints by their `commit_title`. Their step
+        # is not enough, since a step may be trained again with other weights.
         self._closed: set[str | None] = set()
         self._num_failures, self._retry_at, self._hub_set_retry = 0, 0.0, False
         self._last_success = 0.0
@@ -162,7 +162,8 @@ class OutboxPusher:
         return self._repo.push_revision(entry.name, title, text, content)
 
     def _export_next(self) -> Iterator[Event]:
-        """Export one checkpoint of the outbox, even if the Hub can't be reached: an export is smaller than a state."""
+        """Export one checkpoint of the outbox. This saves disk space while the Hub can't be reached: an export is
+        smaller than a state."""
         for entry in self.open_checkpoints():
             if not (entry / outbox.MODEL).is_dir():
                 yield _started_event(entry)
@@ -245,7 +246,7 @@ class BackgroundPublisher:
     def add_checkpoint(self, checkpoint: Path) -> None:
         """Add a sealed checkpoint to the outbox, where it stays until it is pushed.
 
-        `new_messages` reports an `OSError`.
+        If the disk can't be written to, this raises nothing, and `new_messages` reports the error.
         """
         if self._section.repo_id is None:
             return
@@ -297,8 +298,8 @@ class BackgroundPublisher:
     def finish(self, stopped: Callable[[], bool]) -> None:
         """Wait until the export and everything else is pushed.
 
-        Stops waiting when `stopped()` is true, or `hub.max_wait_seconds` after the time by which the process should
-        have written its status again.
+        Stops waiting when `stopped()` is true, or when the publishing process is more than `hub.max_wait_seconds` late
+        with its next status.
         """
         self.start()
         process = self._process
@@ -344,7 +345,7 @@ def _as_figures(**values: Any) -> dict[str, Any]:
 
 
 def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
-    """`hfpretrain push`: push the checkpoints and the export of a run that a repo lacks, or an exported folder.
+    """`hfpretrain push`: push to a repo what it lacks of a run's checkpoints and export, or an exported folder.
 
     Prints each push as it happens, and a table at the end. Returns whether the repo has everything. Raises
     `RecipeError` if there is nothing to push, the name is wrong, or another process is publishing the run.
@@ -379,7 +380,7 @@ def push(run: Path, repo_id: str, private: bool, push_state: bool) -> bool:
 
 
 def _push_all(run: Path, section: HubSection, repo: Repo, keep_pushed: bool) -> dict[str, str]:
-    """Push everything. Returns, by name of the revision, why it is missing."""
+    """Push everything. Returns the revisions that are still missing, by name, each with the reason."""
     folder, repo_id = run / "outbox", repo.open()
     pusher = OutboxPusher(run, section, repo, keep_pushed)
     outbox.drop_deleted_revisions(folder, repo_id, {MAIN, *_or_recipe_error(repo_id, repo.tags)})
@@ -436,7 +437,7 @@ def _or_recipe_error(repo_id: str, call: Callable[[], Any]) -> Any:
 
 
 def main(run: Path) -> int:
-    """Push what a run puts into its outbox until the run reports that it ends; the exit code is 0."""
+    """Push what a run puts into its outbox, until the run reports that it ends. Returns the exit code 0."""
     finish = threading.Event()
 
     def wait_for_end() -> None:

@@ -1,4 +1,4 @@
-"""A model repo on the Hub: one revision for each checkpoint, which never changes, and the export on `main`.
+"""A model repo on the Hub: for each checkpoint a revision, which never changes, and the export on `main`.
 
 huggingface_hub finds the token itself at each request. This module does not read it.
 """
@@ -50,7 +50,7 @@ class Repo:
             commit = tags.get(name) or branches[name]
             (newest, *older) = self._api.list_repo_commits(self.open(), revision=commit)
             wrong = None
-            if newest.title != title and (name in tags or older):  # without older commits it is a new branch
+            if newest.title != title and (name in tags or older):  # a branch with one commit is new
                 wrong = f"another {name} ({newest.title!r})"
             elif name in tags and not self._api.file_exists(self.open(), required_file, revision=commit):
                 wrong = f"{name} without {required_file}"
@@ -89,7 +89,7 @@ class Repo:
         return commit
 
     def push_main(self, folder: Path) -> str:
-        """Upload an exported folder to `main`, and delete the files of an earlier export that it does not have.
+        """Upload an exported folder to `main`, and delete files there of an earlier export that the folder lacks.
 
         Returns the newest commit. Raises `NotPushableError` if a file of the export is damaged.
         """
@@ -111,7 +111,7 @@ class Repo:
         )
 
     def _exported_files(self) -> list[str]:
-        """Files of an earlier export on `main`: those in its SHA256SUMS, or only the weights without that file."""
+        """Files of an earlier export on `main`: those in its SHA256SUMS; without that file, only the weights."""
         names = self._api.list_repo_files(self.open())
         if files.SUMS in names:
             path = Path(self._api.hf_hub_download(self.open(), files.SUMS, force_download=True))
