@@ -417,7 +417,7 @@ class Engine:
         return pieces.divide_saving(self.state(), *self._copy())
 
     def _copy(self) -> tuple[int, int]:
-        """Index of the copy of the state to which this process belongs, and the number of copies."""
+        """Index of the copy of the state that this process holds, and the number of copies among all processes."""
         return 0, 1
 
     def load_state(self, path: Path, group: Any) -> bool:

@@ -19,8 +19,10 @@ from hfpretrain.training.watchdog import Watch
 
 
 class TrainingDivergedError(RuntimeError):
-    """A step was unstable, and `stability.policy` is `stop`, or `stability.max_events` is exceeded, or there is no
-    checkpoint to roll back to."""
+    """An unstable step must stop the run.
+
+    `stability.policy` is `stop`, `stability.max_events` is exceeded, or there is no checkpoint to roll back to.
+    """
 
 
 def find_problem(section: StabilitySection, losses: list[float], loss: float, grad_norm: float) -> str | None:
@@ -114,7 +116,7 @@ class Stability:
         if policy == "stop":
             raise TrainingDivergedError(
                 f"{problem} at step {state.step + 1}. The weights and the checkpoints are from before this step; see "
-                f"{path}. Set stability.policy to skip such steps. This was unstable step {state.num_events}; "
+                f"{path}. Set stability.policy to skip such steps. Unstable steps so far: {state.num_events}; "
                 f"stability.max_events is {self._section.max_events}"
             )
         records.print_line(f"step {state.step + 1}: {problem}; stability.policy is {policy}, see {path}")

@@ -152,7 +152,7 @@ class Watch:
         self._progress = (self._progress[0] + 1, phase, step)
 
     def unit_done(self) -> None:
-        """Record that this rank has done a part of a long task, such as reading one of many files."""
+        """Record progress in a long task. Call it after each part of the task, such as one of many files."""
         self._units += 1
 
     def run_on_main(self, task: str, work: Callable[[], Any]) -> Any:
