@@ -25,7 +25,7 @@ _SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt", ".gguf", ".txt", 
 
 
 def missing_path_problem(given: str) -> str | None:
-    """Why `given` is neither an existing path nor possibly a Hub id; None if it is one of the two."""
+    """The problem if `given` looks like a path and nothing is there; None if the path exists or it may be a Hub id."""
     path = Path(given)
     if path.exists():
         return None
@@ -55,7 +55,7 @@ def load_error_message(given: str, error: Exception) -> str:
 
 
 def _missing_file_problem(folder: Path) -> str | None:
-    """What is wrong with the first file of a folder that is a broken link or a Git LFS pointer; None if none is."""
+    """The problem with the first broken link or Git LFS pointer in a folder; None if there is neither."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.is_symlink() and not file.exists():
             return f"{file} is a link to {file.readlink()}, which is missing"

@@ -34,7 +34,10 @@ def describe_keys(name: str = "") -> str:
 
 
 def _section_lines(section: type[BaseModel], name: str, described: dict[type[BaseModel], str]) -> Iterator[str]:
-    """`described`: names of the sections that are already described, whose keys are not repeated."""
+    """Help text of a section and of the sections in it.
+
+    `described`: the sections that are already described, and their names. Their keys are not repeated.
+    """
     if section in described:
         yield f"{name}: has the same keys as {described[section]}"
         return
@@ -69,7 +72,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """A field's type as someone who writes YAML knows it, for example `auto | true | false`."""
+    """A field's type in the words of YAML, for example `auto | true | false`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type_name(arguments[0])

@@ -41,8 +41,8 @@ def limit_request_time() -> None:
         client.timeout = TIMEOUT_SECONDS
         return client
 
-    # `get_session().timeout = ...` would need no private name, but holds only until the first connection error, after
-    # which huggingface_hub makes a new client.
+    # `get_session().timeout = ...` would need no private name. But after the first connection error, huggingface_hub
+    # makes a new client, which would have no timeout.
     huggingface_hub.set_client_factory(make_client)
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

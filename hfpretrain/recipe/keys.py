@@ -24,7 +24,8 @@ def unknown_key_message(key: str, known: Iterable[str]) -> str:
     return f"unknown key; there are {len(known)} known ones"
 
 
-# What other training scripts call a key: transformers' TrainingArguments, run_clm, TRL and nanoGPT.
+# Keys of other training scripts, and what to use instead of each. The scripts are transformers' TrainingArguments,
+# run_clm, TRL and nanoGPT.
 COUNTERPARTS = {
     "learning_rate": "optimizer.lr",
     "adam_beta1": "optimizer.betas",
@@ -118,7 +119,7 @@ COUNTERPARTS = {
 
 
 def find_counterpart(key: str) -> str | None:
-    """What to use instead of the unknown key `key`: the dotted path of a recipe key, or an option. None if unknown.
+    """The dotted path of a recipe key, or an option, to use instead of the unknown key `key`; None if there is none.
 
     `key` may be the name in another training script, or a key of another section.
     """
@@ -138,7 +139,10 @@ def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """The section class that a field holds, or None; and `0.` if it holds a list of them, else an empty string."""
+    """The class of the section that a field holds, or None if it holds no section.
+
+    The second value is `0.` if the field holds a list of sections, otherwise an empty string.
+    """
     entry = ""
     while typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
         entry = "0." if typing.get_origin(annotation) is tuple else entry

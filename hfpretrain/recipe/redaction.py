@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 SECRETS = "HFPRETRAIN_SECRETS"
-"""Environment variable by which a command passes secrets to a training that it starts: a JSON list of the addresses
-whose secrets are missing from the recipe's file."""
+"""Environment variable with which a command passes secrets to the run that it starts. It holds a JSON list of complete
+addresses. The recipe file has the same addresses without their secrets."""
 _USER = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#'\"<>`\\]+)@")
 _QUERY = re.compile(r"([?#])([^\s'\"<>`\\?#]*=[^\s'\"<>`\\?#]*)")
 _TOKEN = re.compile(r"\b(hf_)[A-Za-z0-9]{16,}|\b([Bb]earer )[A-Za-z0-9._~+/=-]{16,}")
@@ -28,7 +28,8 @@ _SIGNED = re.compile(
 def redact(text: str) -> str:
     """`text` with `***` for each user and password, signature, token or key in an address.
 
-    In a signed address, everything that a new signature changes is replaced, so that the result stays the same.
+    In a signed address, all parameters that change with the signature are replaced. Addresses that differ only in their
+    signatures give the same result.
     """
     if "://" not in text and "?" not in text and "hf_" not in text and "earer " not in text:
         return text
@@ -38,7 +39,7 @@ def redact(text: str) -> str:
 
 def _without_user(match: re.Match[str]) -> str:
     scheme, user = match[1], match[2]
-    # In other schemes this part is a bucket, a container or a user; in `hub://` it is a repo.
+    # In other schemes the part before `@` is a bucket, a container or a user. In `hub://` it is a repo.
     is_secret = ":" in user or scheme in ("http", "https")
     return f"{scheme}://{HIDDEN}@" if is_secret and scheme != "hub" else match[0]
 

@@ -89,9 +89,9 @@ class ModelSection(Section):
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
     allow_missing: tuple[str, ...] = ()
-    """Patterns of tensor names (`*` matches any characters) in which the weights of `pretrained` may differ from the
-    model, for example `[lm_head.weight]`. A matching tensor that the checkpoint lacks is drawn from the seed; one that
-    the model lacks is left out. Default: none, so that any missing or unexpected tensor is an error."""
+    """Names of tensors that only the checkpoint `pretrained` or only the model may have, for example
+    `[lm_head.weight]`. `*` matches any characters. A tensor that the checkpoint lacks is drawn from the seed. A tensor
+    that the model lacks is left out. Default: none, so that any missing or unexpected tensor is an error."""
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
@@ -364,10 +364,11 @@ class OptimizerSection(Section):
     and AdamW trains the rest. Muon's update is scaled, so `lr` and `weight_decay` mean the same as for AdamW (Liu et
     al. 2025, "Muon is Scalable for LLM Training"). ZeRO is not supported, because it splits flattened matrices.
     `adafactor`: `torch.optim.Adafactor`, only on `single` and `ddp`, because it does not work on sharded matrices.
-    `adamw_8bit`: `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single` and `ddp`, because shards would be
-    quantized in other blocks. `adamw_schedule_free`: `schedulefree.AdamWScheduleFree`, for `constant` schedules. The
-    weights that are evaluated and exported are averages of those that are trained. ZeRO is not supported. The last two
-    need packages of their own: `pip install hfpretrain[optimizers]`."""
+    `adamw_8bit`: `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single` and `ddp`, because a shard would
+    be quantized in other blocks than the whole matrix. `adamw_schedule_free`: `schedulefree.AdamWScheduleFree`, for
+    `constant` schedules. The weights that are evaluated and exported are averages of those that are trained. ZeRO is
+    not supported. `adamw_8bit` and `adamw_schedule_free` need packages of their own:
+    `pip install hfpretrain[optimizers]`."""
     lr: float = Field(gt=0)
     """Peak learning rate, for example 3e-4."""
     betas: tuple[_Average, _Average] = (0.9, 0.95)
@@ -378,13 +379,13 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of matrices and embeddings. The default, 0.1, is that of GPT-3."""
     no_decay: tuple[str, ...] = ()
-    """Patterns of further parameter names (`*` matches any characters) that get no weight decay, for example
-    `["*embed_tokens*"]`. Default: none. A pattern that matches no parameter is an error."""
+    """Names of further parameters that get no weight decay, for example `["*embed_tokens*"]`. `*` matches any
+    characters. Default: none. A pattern that matches no parameter is an error."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Momentum of `muon`. The default, 0.95, is torch's."""
     beta2_decay: float = Field(default=-0.8, le=0)
-    """For `adafactor`: exponent with which the decay rate of the squared gradient's average changes over steps. The
-    default, -0.8, is torch's."""
+    """For `adafactor`: at each step, the running average of the squared gradient has the decay rate
+    `1 - step ** beta2_decay`. The default, -0.8, is torch's."""
     d: float = Field(default=1.0, ge=1)
     """For `adafactor`: an update with a larger root mean square than this is scaled down to it. The default, 1.0, is
     torch's."""
@@ -419,8 +420,8 @@ class OptimizerSection(Section):
 
 
 class SchedulerSection(Section):
-    """The learning rate schedule: keywords of `transformers.get_scheduler`. The number of training steps is the
-    run's."""
+    """The learning rate schedule: keywords of `transformers.get_scheduler`. Its `num_training_steps` is the number of
+    steps of the run."""
 
     name: Literal[
         "linear",
@@ -468,33 +469,33 @@ class TrainingSection(Section):
     mixed_precision: MixedPrecision = "auto"
     """Precision of the computation. `no`: float32. `tf32`: float32 with matrix products in TensorFloat-32. `bf16`,
     `fp16`: 16 bits; `fp16` also scales the loss. `fp8`: linear layers in 8 bits by torchao or TransformerEngine, the
-    rest in bf16. `auto`: what the accelerate config file says, or else bf16 where the hardware supports it (GPUs from
-    Ampere on, CPUs with AMX or AVX512-BF16), or else float32."""
+    rest in bf16. `auto`: what the accelerate config file says. If it says nothing: bf16 where the hardware supports it
+    (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), otherwise float32."""
     document_masking: Literal["auto"] | bool = "auto"
     """Whether attention stops at the boundaries of documents within a block. A test at the start finds out whether the
-    model supports this. `auto`, the default: mask if the model supports it. If it doesn't, train without masking only
-    if every block holds one document; otherwise, and with `data.streaming`, stop the run. `true`: stop the run if the
-    model doesn't support it. `false`: never mask."""
+    model supports this. `auto`, the default: mask if the model supports it. If it doesn't, and every block holds one
+    document, train without masking. If it doesn't, and a block holds several documents or `data.streaming` is set, stop
+    the run. `true`: stop the run if the model doesn't support it. `false`: never mask."""
     chunked_loss: Literal["auto"] | bool = "auto"
     """Compute the loss for one chunk of tokens after another, so that the logits of a whole batch are never in memory.
     `auto`: if a test at the start finds the same loss as the model's own. `true`: stop the run if it is not the same.
     `false`: never."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of a term that is added to the trained loss to keep logits from drifting: the squared logarithm of each
-    softmax's denominator. 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The reported loss is without it. Needs the
-    chunked loss, which tensor parallelism does not support."""
+    softmax's denominator. 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The reported loss does not include it. Needs
+    the chunked loss, which tensor parallelism does not support."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the decoder layers with `torch.compile`, one graph for all of them. `auto`: on GPUs with Triton under
     single, ddp and fsdp2, in a run of at least 2,000 micro-steps. On an H100, compiling GPT-2 124M took 2.4 s and made
     each micro-step 90 ms faster."""
     stop_after: str | None = Field(default=None, min_length=2, pattern=r"^(\d+h)?(\d+m)?(\d+s)?$")
     """Wall-clock time since the start of the process, for example `3h50m`, within which the run saves its state and
-    ends with exit code 75. The same command then continues it. The run stops early enough to leave twice the time of
-    its longest save. If it has not saved yet, it stops at 95% of the limit."""
+    ends with exit code 75. The same command then continues it. The run stops when the time that is left is twice that
+    of its longest save. If it has not saved yet, it stops at 95% of the limit."""
     timeout_seconds: int = Field(default=1800, ge=4)
     """Timeout in seconds. If no process makes progress for this long, the run ends with an error that names the process
-    the others wait for. The run also ends if a process shows no sign of life for 30 seconds, or for this time if it is
-    shorter. The default, 1800, is torch's for gloo."""
+    the others wait for. The run also ends if a process shows no sign of life for 30 seconds, or for the timeout if that
+    is shorter. The default, 1800, is torch's for gloo."""
 
     @model_validator(mode="after")
     def _check_one_length(self) -> TrainingSection:
@@ -592,7 +593,8 @@ class CheckpointSection(Section):
 
 
 class StabilitySection(Section):
-    """What happens at a step whose loss or gradient is not finite, or whose loss jumps up. Its update is never made."""
+    """What happens at a step whose loss or gradient is not finite, or whose loss jumps up. The step's update is never
+    made."""
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
     """`stop`: the run ends. `skip`: the step's blocks are left out. `rollback`: the run returns to the newest
@@ -637,8 +639,8 @@ class HubSection(Section):
     private: bool = False
     """Create the repo as a private one, if it does not exist yet."""
     push_state: bool = False
-    """Upload with each checkpoint also the state that `checkpoint.resume_from` needs: three times as many bytes or
-    more."""
+    """With each checkpoint, also upload the state that `checkpoint.resume_from` needs. An upload then has three times
+    as many bytes or more."""
     max_wait_seconds: int = Field(default=60, ge=0)
     """How long a finished run waits, in seconds, while the Hub accepts no upload. Files that are not uploaded by then
     stay in `outbox`. Upload them with `hfpretrain push`. The run waits longer for uploads that proceed at 1 MiB a
@@ -692,7 +694,7 @@ class Recipe(Section):
 
 
 def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Problems between sections. Assumes one process; `accumulation_steps` checks the real number."""
+    """Problems between sections, for one process. A run checks its number of processes when it starts."""
     training, scheduler, block_size = recipe.training, recipe.scheduler, recipe.data.block_size
     try:
         accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, num_processes=1)

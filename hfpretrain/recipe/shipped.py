@@ -1,4 +1,4 @@
-"""Find the recipes and accelerate config files that come with the package by name."""
+"""Find, by their names, the recipes and accelerate config files that come with the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file_names(kind: str) -> list[str]:
 def find_file(given: str | Path, *kinds: str, path: str = "recipe") -> Path:
     """The path `given` if it is a file, otherwise the shipped file of that name among `kinds`.
 
-    Raises `RecipeError` with the nearest names if there is neither. `path`: what the error names as its key.
+    Raises `RecipeError` with the nearest names if there is neither. `path`: the key that the error names.
     """
     if Path(given).is_file():
         return Path(given)

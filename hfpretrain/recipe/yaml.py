@@ -18,7 +18,10 @@ from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, cross_section
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars (`no` is a string, 3e-4 a number) without anchors, aliases, merges and duplicate keys."""
+    """Reads scalars as YAML 1.2 does: `no` is a string, and 3e-4 is a number.
+
+    Anchors, aliases, merge keys and duplicate keys are not allowed.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -128,7 +131,7 @@ def _apply_override(mapping: dict[str, Any], override: str, following: str) -> N
         else:
             raise RecipeError.at(override, f"{'.'.join(keys[:depth])} is a value; it has no key {key!r}")
         if last:
-            # A glob such as `*.txt`, which YAML would read as an alias.
+            # YAML would read a glob such as `*.txt` as an alias.
             node[slot] = match[2] if match[2].startswith("*") else parse_yaml(match[2], override)
         else:
             node = node[slot]
@@ -152,7 +155,7 @@ def read_recipe(
 ) -> Recipe:
     """Read, override and validate a recipe.
 
-    `checks`: called with the raw mapping, they return further problems, which only other libraries can find.
+    `checks`: functions that take the raw mapping and return further problems, which only other libraries can find.
     Raises `RecipeError` with all problems at once.
     """
     mapping = read_mapping(path, overrides)
