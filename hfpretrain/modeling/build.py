@@ -20,9 +20,9 @@ def build_model(
 ) -> PreTrainedModel:
     """Build a new model in float32 on `device`, or load `section.pretrained` on the CPU.
 
-    By default a new model is on the meta device, and `initialization.InitialWeights` draws its values. `seed`: seed of
-    the tensors that a checkpoint may lack by `section.allow_missing`. Raises `RecipeError` if no model can be built
-    from the config, if the checkpoint can't be loaded, or if it has other tensors than the model.
+    By default a new model is on the meta device, and `initialization.InitialWeights` draws its values. `seed`: seed for
+    the tensors that the checkpoint lacks and that `section.allow_missing` matches. Raises `RecipeError` if no model can
+    be built from the config, if the checkpoint can't be loaded, or if it has other tensors than the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -56,7 +56,7 @@ def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention:
 
     whole = whole_config(section)
     is_part = type(whole) is not type(config) and _causal_lm_class(whole) is not _causal_lm_class(config)
-    # Ignored here, since `_loading_problems` reports tensors of another shape by name.
+    # `ignore_mismatched_sizes`, since `_loading_problems` reports tensors of another shape by name.
     model, info = AutoModelForCausalLM.from_pretrained(
         section.pretrained,
         config=whole if is_part else config,
@@ -105,9 +105,9 @@ def _text_model(whole: Any, config: PretrainedConfig, attention: str | None) -> 
 
 
 def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) -> Iterator[Problem]:
-    """A problem for missing, for unexpected and for differently shaped tensors of a class called `name`.
+    """The problems with the tensors of a checkpoint: missing ones, unexpected ones, and ones of another shape.
 
-    Tensors that `section.allow_missing` matches are left out.
+    `name`: name of the model's class. Tensors that `section.allow_missing` matches are left out.
     """
 
     def join_names(names: Any) -> str:

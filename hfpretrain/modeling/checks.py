@@ -18,7 +18,7 @@ from hfpretrain.recipe.schema import ModelSection, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models that add their output `aux_loss`
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes that hold the weight of the output `aux_loss`
 _TOLERANCE = 2e-5  # nats; rounding a loss of about 10 nats to float32 changes it by a tenth of this
 
 
@@ -26,8 +26,8 @@ _TOLERANCE = 2e-5  # nats; rounding a loss of about 10 nats to float32 changes i
 def _comparable_experts(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode in which a token's output does not depend on the experts of other tokens.
 
-    Other implementations sum in an order that depends on the experts of other tokens. In 16 bits, a difference in the
-    last digit can change which expert is chosen.
+    The implementation `batched_mm` is used. The others sum in an order that depends on the experts of other tokens. In
+    16 bits, the difference in the last digit can change which expert is chosen.
     """
     implementation = model.config._experts_implementation
     model.set_experts_implementation("batched_mm")
@@ -72,11 +72,11 @@ def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
 
 
 def leak_reason(model: PreTrainedModel, block_size: int) -> str | None:
-    """Why packed documents affect each other although their positions restart; None if they don't.
+    """Why packed documents affect each other although their positions restart; None if they are isolated.
 
-    The model is called with rows of two documents each. The logits of the second document must stay exactly the same
-    if the tokens of the first change. They must also stay the same if a position in the first document, or in another
-    row, is as large as the last position of a block. All ranks must call it.
+    The model is called with rows of two documents each. The logits of the second document must stay exactly the same if
+    the tokens of the first change. They must also stay the same if one position, in the first document or in another
+    row, is set to the last position of a block. All ranks must call it.
     """
     length = max(4, min(16, block_size, getattr(model.config, "max_position_embeddings", 16) or 16))
     half = length // 2
@@ -115,8 +115,8 @@ def resolve_document_masking(wanted: Literal["auto"] | bool, leak: str | None, p
     """Whether attention ends at document boundaries.
 
     `wanted`: the recipe's `training.document_masking`. `leak`: the result of `leak_reason`. `packs_documents`: whether
-    a block may have several documents. Raises `RecipeError` if `wanted` is true and documents leak, and if it is `auto`
-    and packed documents leak.
+    a block may have several documents. Raises `RecipeError` if documents leak and `wanted` is true, or `wanted` is
+    `auto` and a block may have several documents.
     """
     if wanted is False or leak is None:
         return wanted is not False
@@ -142,10 +142,10 @@ def routing_note(model: PreTrainedModel) -> str:
 def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float = 0.0) -> bool:
     """Make a model compute its loss in chunks when it is called with labels, if that gives the same loss.
 
-    Returns whether the loss is computed in chunks. To compare, the model, as the engine prepared it, is called with a
-    small batch both ways. With chunks, `model(..., labels, num_items_in_batch)` returns the same `loss`, and `logits`
-    only without labels. `z_loss`: see `loss.head_loss`. All ranks must call it. Raises `RecipeError` if the chunked
-    loss differs and `wanted` is true or `z_loss` is not 0.
+    Returns whether the loss is computed in chunks. `model`: as the engine prepared it. To compare the losses, it is
+    called with a small batch, once with chunks and once without. With chunks, a call with labels returns the same
+    `loss`, and losses in place of `logits`. `z_loss`: see `loss.head_loss`. All ranks must call it. Raises
+    `RecipeError` if the losses differ, and `wanted` is true or `z_loss` is not 0.
     """
     reason = None if wanted is False else _chunking_problem(model)
     if reason and (wanted is True or z_loss):
@@ -234,14 +234,18 @@ def _chunking_problem(model: Any) -> str | None:
 def _quiet_eval(model: Any) -> Iterator[None]:
     """Eval mode without gradients and without compiling.
 
-    Eval mode turns off dropout. In training mode Ulysses takes only sequences of the block size.
+    Eval mode turns off dropout. It also lets Ulysses take short sequences; in training mode it takes only sequences of
+    the block size.
     """
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
 
 
 def _sample_batch(model: Any, shift: int = 0, ignore_every: int = 5) -> dict[str, torch.Tensor]:
-    """Two rows of 16 random tokens. Their labels are the tokens `shift` positions before; some are ignored."""
+    """Two rows of 16 random tokens. The label of a token is the one `shift` positions before it.
+
+    One label in `ignore_every` is ignored.
+    """
     vocab_size = causal_lm(model).config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (2, 16), generator=draw).to(next(model.parameters()).device)

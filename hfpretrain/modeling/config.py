@@ -139,11 +139,12 @@ def known_config_keys(model_type: str) -> set[str]:
         keys.update(key for key in getattr(base, "__annotations__", {}) if not key.startswith("_"))
     keys |= set(config_class.attribute_map)
     if "rope_parameters" in keys:
-        keys.add("rope_theta")  # transformers moves it there
+        keys.add("rope_theta")  # transformers moves it into `rope_parameters`
     return keys
 
 
-# Names of one setting in different models (GPT-2, OPT, T5, MPT and Meta's own Llama) that no `attribute_map` has.
+# Each row has the names of one setting in different models: GPT-2, OPT, T5, MPT and Meta's own Llama. No
+# `attribute_map` has them.
 _SYNONYMS = (
     ("hidden_size", "dim"),
     ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
@@ -156,7 +157,7 @@ _SYNONYMS = (
 
 
 def _unknown_config_key(key: str, model_type: str, known: set[str]) -> str:
-    """The message for an unknown key. If other classes have that key, it gives the name of the same setting here."""
+    """The message for an unknown key. If other classes have it, the message gives the name in this class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

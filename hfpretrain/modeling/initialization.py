@@ -44,7 +44,7 @@ class InitialWeights:
     """Values for the parameters and buffers of a model on the meta device, drawn on the CPU by the model's class.
 
     Iterating yields (name, float32 tensor), the same values each time. One decoder layer, or one module outside of the
-    layers, is in memory at a time. It is drawn from the seed and its name alone, so the engine and the number of
+    layers, is in memory at a time. Its values depend only on the seed and its name, so the engine and the number of
     processes change no weight. Tied tensors are yielded once, by their first name. `depth_scaled_init`: the recipe's
     field; raises `RecipeError` if the model can't do it. `unit_drawn` is called after each layer or module.
     """
@@ -184,7 +184,7 @@ def _is_unset(tensor: torch.Tensor) -> bool:
 
 
 def _tensors_from_constructors(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """All tensors as constructors initialize them. Some classes initialize a few only there (apertus, falcon_h1)."""
+    """All tensors as constructors initialize them. Apertus and Falcon-H1 initialize some of them only there."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_derive_seed(seed, "constructed"))
         return dict(_named_tensors(type(model)._from_config(model.config, dtype=torch.float32)))
@@ -197,9 +197,9 @@ def _derive_seed(seed: int, name: str) -> int:
 def residual_projections(model: PreTrainedModel) -> list[str]:
     """Names of the weights whose output is added to the residual stream: in most models two in each layer.
 
-    They are found by a forward pass on the meta device. Of the modules with matrices in a sub-layer, it is the last one
-    whose output shares its storage with the sub-layer's output. If that module has several matrices, as fused experts
-    do, it is the last matrix.
+    They are found by a forward pass on the meta device. In each sub-layer, the module is the last one that has matrices
+    and whose output shares its storage with the sub-layer's output. The weight is the last matrix of this module; fused
+    experts have several.
     """
     outputs: dict[torch.nn.Module, torch.Tensor] = {}
 
@@ -338,7 +338,7 @@ def assign(model: torch.nn.Module, weights: Weights) -> Iterator[torch.Tensor]:
 
 
 def fill(model: torch.nn.Module, weights: Weights | None) -> torch.nn.Module:
-    """Put `weights` into a model on the meta device, and return the model. None: the model has its values already."""
+    """Put `weights` into a model on the meta device, and return the model. None changes nothing."""
     for _ in assign(model, weights or ()):
         pass
     return model

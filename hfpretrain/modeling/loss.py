@@ -22,9 +22,9 @@ _VOCABULARY_ROWS = 2**14  # rows of the output embedding whose gradient is added
 def tokens_per_chunk(num_tokens: int, vocab_size: int, fused: bool = False) -> int:
     """Number of tokens in a chunk: a sixteenth of a micro-batch, but at least as many as have 16 MiB of logits.
 
-    Each chunk reads and writes the gradient of the whole output embedding, so more chunks would save little memory and
-    take more time. `fused`: whether a compiled kernel computes the losses. It needs half the memory per token, so a
-    chunk is then an eighth of a micro-batch.
+    More chunks would save little memory. They would take more time, because each chunk reads and writes the gradient of
+    the whole output embedding. `fused`: whether a compiled kernel computes the losses. It needs half the memory per
+    token, so a chunk is then an eighth of a micro-batch.
     """
     return max(-(-num_tokens // (8 if fused else 16)), _MIN_CHUNK_LOGITS // vocab_size)
 
@@ -53,7 +53,8 @@ class StepLoss:
     """Computes the next-token loss of a step with a model. `checks.examine_loss` makes the one that fits a model."""
 
     from_logits: bool = False
-    """Whether to compute the loss from the logits, because the class computes another (BART doesn't shift labels)."""
+    """Whether to compute the loss from the logits, because the class computes another loss (BART doesn't shift
+    labels)."""
     coefficient: float = 0.0
     """Weight with which the class adds its output `aux_loss`, the balancing loss of a router."""
     adds_own: bool = False
@@ -62,7 +63,9 @@ class StepLoss:
     def __call__(
         self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor, num_micro_batches: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This micro-batch's part of the step's next-token loss, and the value to call backward on: two float32 ().
+        """Return this micro-batch's part of the step's next-token loss, and the value to call backward on.
+
+        Both are float32 scalars.
 
         `batch`: see `data.batches.collate`. `num_items`: number of the step's labels on all processes, int64 ().
         `num_micro_batches`: number of the step's micro-batches on all processes. The terms that a class adds are means
@@ -101,7 +104,7 @@ class StepLoss:
 
 
 def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of a batch's next-token losses, float32 (). With a chunked loss, `logits` of the model are losses already."""
+    """Sum of a batch's next-token losses, float32 (). With a chunked loss, `logits` holds losses already."""
     targets = batch.get("shift_labels")
     if targets is None:
         targets = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
@@ -112,7 +115,7 @@ def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 def can_chunk(model: Any) -> bool:
-    """Whether it is possible to compute a model's loss in chunks. `checks.use_chunked_loss` tests if it is the same."""
+    """Whether a model's loss can be computed in chunks. `checks.use_chunked_loss` tests if this gives the same loss."""
     return isinstance(causal_lm(model).get_output_embeddings(), torch.nn.Linear)
 
 
@@ -212,11 +215,12 @@ class _SummedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         inputs = (hidden, weight, bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        # The gradient of a row of `hidden` comes from one chunk. Those of weight and bias are sums over all chunks.
         sums = (
             hidden.dtype,
             torch.float32,
             torch.float32,
-        )  # a row of `hidden` gets its gradient from one chunk
+        )
         ctx.gradients = [
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
             for tensor, dtype, needed in zip(inputs, sums, ctx.needs_input_grad[:3], strict=True)
@@ -244,7 +248,10 @@ def _token_losses(
     gradients: list[torch.Tensor | None] | None = None,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """-log p of each target, float32 (tokens,). Adds to `gradients`, those of hidden, weight and bias, if given."""
+    """-log p of each target, float32 (tokens,).
+
+    Adds the gradients of hidden, weight and bias to `gradients`, if given.
+    """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -36,12 +36,15 @@ def decayed_names(model: Any, no_decay: Iterable[str] = ()) -> set[str]:
 
 
 def undecayed_matrices(model: Any, decayed: set[str]) -> list[str]:
-    """Names of the parameters with two or more dimensions that get no weight decay. Earlier versions decayed all."""
+    """Names of the parameters with two or more dimensions that get no weight decay.
+
+    Earlier versions of hfpretrain decayed all of them.
+    """
     return sorted(name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name not in decayed)
 
 
 def hidden_names(model: Any) -> set[str]:
-    """Names of the matrices between the embeddings, which Muon trains. Call it before an engine shards the model."""
+    """Names of the matrices that Muon trains: all but the input and output embeddings. Call it before sharding."""
     outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     if (head := model.get_output_embeddings()) is not None:
         outside.add(id(head.weight))
@@ -50,7 +53,7 @@ def hidden_names(model: Any) -> set[str]:
 
 
 def _matrix_names(model: Any) -> set[str]:
-    """Names of the parameters that multiply vectors, and of embeddings."""
+    """Names of the matrices that are multiplied with vectors, and of the embeddings."""
     marked = _marked_no_decay(model)
     found = set()
     for name, parameter in model.named_parameters():
@@ -145,7 +148,8 @@ class MuonWithAdamW(_CombinedOptimizer):
 class AdamW8bit(_CombinedOptimizer):
     """torchao's AdamW with moments in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 
-    The moments of tensors with fewer than 4,096 elements, or not a multiple of 256, stay float32.
+    The moments of a tensor stay float32 if it has fewer than 4,096 elements, or if their number is not a multiple of
+    256.
     """
 
     def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection):
@@ -170,9 +174,10 @@ class AdamW8bit(_CombinedOptimizer):
 class ScheduleFreeAdamW(_CombinedOptimizer):
     """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled").
 
-    In training, the model's parameters are y of the paper. The weights to evaluate are the average x, computed from y
-    and from z in the state. The library keeps three numbers in each parameter group. To be saved in checkpoints, they
-    are also in the state of each parameter of the group, as float64 (): `step`, `weight_sum`, `lr_max`.
+    In training, the model's parameters are the paper's y. The weights to evaluate are the paper's average x, computed
+    from y and from z in the optimizer's state. The library keeps three numbers in each parameter group, which
+    checkpoints do not save. So they are also in the state of each parameter of the group, as float64 scalars: `step`,
+    `weight_sum`, `lr_max`.
     """
 
     _STATE_KEYS: typing.ClassVar = {"k": "step", "weight_sum": "weight_sum", "lr_max": "lr_max"}
@@ -219,7 +224,7 @@ class ScheduleFreeAdamW(_CombinedOptimizer):
 
 
 def evaluates_average(section: OptimizerSection) -> bool:
-    """Whether the weights to evaluate differ from those in training: they are the average of `average_weights`."""
+    """Whether the weights to evaluate are those of `average_weights`, not those in training."""
     return section.name == "adamw_schedule_free"
 
 
@@ -235,7 +240,7 @@ def average_weights(weights: dict[str, torch.Tensor], moments: Mapping[str, Any]
 def named_groups(
     model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
 ) -> list[dict[str, Any]]:
-    """The parameter groups of `build_optimizer`: `optimizer`, `weight_decay` and names of `parameters` of each."""
+    """The parameter groups of `build_optimizer`. Their keys: `optimizer`, `weight_decay`, `parameters` (names)."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
     for optimizer in ("muon", "adamw") if section.name == "muon" else (section.name,):
@@ -250,7 +255,10 @@ def named_groups(
 def build_optimizer(
     model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer. `decayed`: names of the parameters with weight decay; `hidden`: of Muon's matrices."""
+    """The recipe's optimizer.
+
+    `decayed`: names of the parameters with weight decay. `hidden`: names of the matrices that Muon trains.
+    """
     parameters = dict(model.named_parameters())
 
     def groups_of(optimizer: str) -> list[dict[str, Any]]:
@@ -297,7 +305,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection,
 
 
 def learning_rate(section: SchedulerSection, lr: float, num_training_steps: int, step: int) -> float:
-    """The learning rate of the optimizer step after `step` steps, for a peak of `lr`."""
+    """The learning rate of the next optimizer step after `step` steps, for a peak of `lr`."""
     scheduler = build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=lr), section, num_training_steps)
     return lr * float(scheduler.lr_lambdas[0](step))
 

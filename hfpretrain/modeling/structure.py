@@ -63,7 +63,10 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters, tied ones counted once. `active`: without the experts that a token is not routed to."""
+    """Numbers of parameters, tied ones counted once.
+
+    `active`: those that process one token. The experts that it is not routed to are left out.
+    """
 
     total: int
     non_embedding: int

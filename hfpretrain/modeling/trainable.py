@@ -19,7 +19,8 @@ def train_padding_rows(model: PreTrainedModel) -> list[int]:
     """Train the embedding of the padding token if it is also BOS or EOS; returns the ids of the tokens changed.
 
     torch computes no gradient for the row `padding_idx` of an embedding. Many tokenizers pad with EOS, which ends every
-    document, so the model would never learn its embedding. Packed blocks contain no padding.
+    document, so the model would never learn its embedding. The loss does not depend on padding, which is only at the
+    end of a block and has ignored labels.
     """
     config = model.config.get_text_config()
     found = set()
