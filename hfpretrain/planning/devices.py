@@ -1,10 +1,11 @@
 """Devices: memory and peak FLOP/s of accelerators as their vendors state them, and of this machine as measured.
 
-Sources, all dense (where a sheet prints only figures with sparsity, half of them). NVIDIA's data sheets "V100 Tensor
-Core GPU" (2020), "A100 Tensor Core GPU" (2022), "A10G" (2021), "L4 Tensor Core GPU" (2023), "L40S" (2023), "H100 Tensor
-Core GPU" (2023; SXM, PCIe, NVL), "H200 Tensor Core GPU" (2024), "Blackwell HGX B200" (2024), and for the RTX 4090 the
-"Ada GPU Architecture" white paper 1.1 (tensor cores with float32 sums). AMD's data sheets "Instinct MI250X" (2021) and
-"Instinct MI300X" (2023). torch sees an MI250X as two devices, so the table lists one half.
+All figures are for dense matrices. Where a data sheet has only a figure with sparsity, the table has half of it.
+Sources: NVIDIA's data sheets "V100 Tensor Core GPU" (2020), "A100 Tensor Core GPU" (2022), "A10G" (2021), "L4 Tensor
+Core GPU" (2023), "L40S" (2023), "H100 Tensor Core GPU" (2023; SXM, PCIe, NVL), "H200 Tensor Core GPU" (2024),
+"Blackwell HGX B200" (2024), and for the RTX 4090 the "Ada GPU Architecture" white paper 1.1 (tensor cores with float32
+sums). AMD's data sheets "Instinct MI250X" (2021) and "Instinct MI300X" (2023). torch sees an MI250X as two devices, so
+the table lists one half.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Device:
     """Whether it computes in bf16."""
 
     def peak_flops(self, mixed_precision: str) -> float:
-        """Peak FLOP/s in a precision; see `Engine.precision`. On NVIDIA's data sheets TF32 has half the 16-bit figure
-        and FP8 twice that figure."""
+        """Peak FLOP/s in a precision; see `Engine.precision`. On NVIDIA's data sheets, the TF32 figure is half the
+        16-bit figure, and the FP8 figure is twice the 16-bit figure."""
         if mixed_precision == "no":
             return self.float32_flops
         return self.flops * {"tf32": 0.5, "fp8": 2.0}.get(mixed_precision, 1.0)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ShardedOver = Literal["one", "all", "half"]
-"""The processes over which a part is sharded: `one` (it is not), `all`, or `half` (two equal groups of processes, each
-with its own copy)."""
+"""The processes over which a part is sharded. `one`: it is not sharded. `all`: all processes. `half`: the processes
+form two equal groups, and each group shards its own copy."""
 # DeepSpeed's defaults, in elements: deepspeed/runtime/zero/config.py, `max_live_parameters`, `sub_group_size`.
 _MAX_LIVE, _SUB_GROUP = 1_000_000_000, 1_000_000_000
 
@@ -62,7 +62,8 @@ class Sharding:
 SHARDINGS = (
     Sharding("single", "replica", max_processes=1),
     Sharding("ddp", "replica", keeps_gradients=True),
-    # Only the activations inside a sub-layer are divided. The plan counts them whole, which is an upper bound.
+    # Tensor parallelism divides only the activations inside a sub-layer. The plan counts all activations whole, which
+    # is an upper bound.
     Sharding("tp", "replica", "all", "all", "all", splits="tensors"),
     Sharding("fsdp2", "fsdp2", "all", "all", "all"),
     Sharding("fsdp2_offload", "fsdp2", "all", "all", "all", offload=True),
@@ -143,7 +144,7 @@ class _Tally:
 
 
 class _Tracker(TorchDispatchMode):
-    """Adds up the storages that operations allocate, each until nothing refers to it anymore.
+    """Adds up the bytes that operations allocate. A storage counts until nothing refers to it anymore.
 
     torch's own `torch.distributed._tools.mem_tracker.MemTracker` gives the same peak, which
     tests/planning/test_memory.py checks. The plan also needs logits and casts apart from activations, the maximum of
@@ -159,7 +160,7 @@ class _Tracker(TorchDispatchMode):
         self._weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Count a tensor's storage as `kind`. If it was counted as another kind, it no longer is."""
+        """Count a tensor's storage as `kind`, and no longer as another kind."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._weights:
@@ -307,7 +308,7 @@ def process_memory(
     host's memory.
 
     torch's DDP keeps buckets that hold the gradients. With several micro-steps, gradients are stored apart from the
-    buckets until the last one, so both count. FSDP2 shards float32 weights, gradients and moments, and gathers a
+    buckets until the last micro-step, so both count. FSDP2 shards float32 weights, gradients and moments, and gathers a
     layer's weights in 16 bits. DeepSpeed has 16-bit weights and gradients, and float32 copies of the weights
     ("masters"); stages 1 and 2 copy a process's shard even if the weights are float32. DeepSpeed allocates its whole
     reduction bucket at once; on a CPU only the part that is written to takes memory.
@@ -338,13 +339,13 @@ def process_memory(
         if sharding.keeps_gradients and accumulates:
             buffers += 4 * total
         if sharding.family == "fsdp2":
-            # Of a layer: its gathered weights, those of the next layer, its gradients, and the float32 copy of the
-            # gradients that is summed over processes.
+            # `3 * width`: the gathered weights of a layer, those of the next layer, and the layer's gradients. `4`: the
+            # float32 copy of these gradients, which is summed over processes.
             buffers += sizes.output_embedding * width + sizes.largest_layer * (3 * width + 4)
     if sharding.gradients == "one" and not sharding.keeps_gradients:
         in_micro_step = micro_step.peak // activations_by + (0 if on_cpu else bucket)
     elif on_cpu:
-        # The bucket fills while activations are freed.
+        # The bucket fills while activations are freed, so only the larger of the two counts.
         in_micro_step = gradients + max(micro_step.peak_without_gradients // activations_by, bucket)
     else:
         in_micro_step = gradients + micro_step.peak_without_gradients // activations_by + bucket

@@ -4,18 +4,19 @@ Nothing here is measured. In an all-reduce of S bytes, each of n devices in a ri
 all-gather or a reduce-scatter half of that (Patarasu and Yuan 2009). For Psi parameters the engines here send:
 
 - `ddp`: float32 gradients all-reduced once a step, in buckets of 25 MiB.
-- `fsdp2`: in every micro-step, weights gathered for the forward and for the backward pass (the output embedding once),
-  in 16 bits if the precision is, and float32 gradients reduce-scattered: ZeRO's 3 Psi.
+- `fsdp2`: in every micro-step, weights all-gathered for the forward pass and again for the backward pass (the output
+  embedding only once), then float32 gradients reduce-scattered. That is 3 Psi, as in ZeRO. A 16-bit precision gathers
+  16-bit weights.
 - `hsdp`: the same within each group of devices that share one copy of the model, and in every micro-step an all-reduce
   of a shard's float32 gradients across groups.
 - `zero1`, `zero2`: gradients in the weights' precision (`zero1` once a step, `zero2` in every micro-step), and the new
-  weights gathered once a step. DeepSpeed all-reduces whole buckets (`use_multi_rank_bucket_allreduce`), which makes
-  3 Psi; ZeRO's paper (Rajbhandari et al. 2020, section 7) reduce-scatters them, which makes 2 Psi.
+  weights gathered once a step. DeepSpeed all-reduces whole buckets (`use_multi_rank_bucket_allreduce`), so
+  it sends 3 Psi. ZeRO's paper (Rajbhandari et al. 2020, section 7) reduce-scatters them and so sends 2 Psi.
 - `zero3`: the paper's 3 Psi in every micro-step, all in the weights' precision.
 
-Times follow from bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): a ring has as many
-hops as steps, and an all-reduce uses a tree where that is faster. Each device has a network adapter and a ring of its
-own, so where a group has k devices in a node, 1 / k of what a device sends leaves the node.
+Times follow from bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): each step in a ring
+takes one hop, and an all-reduce uses a tree where that is faster. Each device has its own network adapter and its own
+ring. If a group has k devices in a node, 1 / k of the bytes that a device sends therefore leaves the node.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 DEVICES = (8, 64, 512, 4096)
-# Seconds of a hop in a ring and in a tree, each inside a node and between nodes: NCCL's table, for NVLink.
+# Seconds of a hop (inside a node, between nodes), in a ring and in a tree. From NCCL's table for NVLink.
 _RING, _TREE = (3.4e-6, 14e-6), (4e-6, 14e-6)
 # torch's DDP in bytes, DeepSpeed's `stage3_prefetch_bucket_size` in elements.
 _DDP_BUCKET, _PREFETCH_BUCKET = 25 * 2**20, 50_000_000
@@ -159,10 +160,10 @@ def simulate_scaling(
     cluster: Cluster | None = None,
     shard_size: int | None = None,
 ) -> tuple[Plan, list[ScalingRow]]:
-    """Simulate the recipe on each of `numbers` of devices, under every engine or one.
+    """Simulate the recipe on each number of devices in `numbers`, under every engine or one.
 
     Returns the plan for the first of `numbers`, and the rows. `shard_size`: number of devices that share one copy of
-    the model under `hsdp`, by default that of its shipped file. Raises `RecipeError` as `make_plan` does, and for a
+    the model under `hsdp`, by default as in the shipped file. Raises `RecipeError` as `make_plan` does, and for a
     device without a known peak.
     """
     cluster = cluster or Cluster()
@@ -181,8 +182,8 @@ def simulate_scaling(
     if plans[0].device == "cpu" or plans[0].peak_flops is None:
         message = f"--scaling needs an accelerator with a known peak (got {plans[0].device}); for example H100-80GB"
         raise RecipeError.at("--device", message)
-    # Under hsdp a device's shard of the state depends on the size of a group only, so the plan for two groups serves
-    # for any number of groups.
+    # Under hsdp the size of a device's shard depends only on the size of a group. So the plan for two groups serves for
+    # any number of groups.
     hsdp_plan = make_plan(
         recipe, num_processes=2 * shard_size, device=device, mfu=mfu, engine="hsdp", simulated=simulated
     )

@@ -161,7 +161,7 @@ def count_recipe_parameters(recipe: Recipe) -> Parameters:
 
 
 def disk_bytes(recipe: Recipe) -> int:
-    """Most bytes that a run's checkpoints and its export take together, while one more checkpoint is being written."""
+    """Bytes that a run's checkpoints and its export take at most, with one more checkpoint that is being written."""
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
     model = build_model(section, model_config(recipe))
     sizes = memory.model_sizes(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
@@ -214,9 +214,10 @@ def make_plan(
 ) -> Plan:
     """Plan a recipe on `num_processes`, under every engine or one, on this machine's device or a named one.
 
-    `mfu`: by default `DEFAULT_MFU`, but on this machine's CPU a small model's step is timed. `resolved`: values that
-    a started run has found. `simulated`: results of `memory.simulate` that several plans of one recipe share; this
-    plan adds its own. Raises `RecipeError` for an unknown engine or device and for a model that can't be built.
+    `mfu`: None assumes `DEFAULT_MFU`, except that a small model's step is timed on this machine's CPU. `resolved`:
+    values that a started run has found. `simulated`: results of `memory.simulate` that several plans of one recipe
+    share; this plan adds its own. Raises `RecipeError` for an unknown engine or device and for a model that can't be
+    built.
     """
     if num_processes < 1:
         raise RecipeError.at("--num-processes", f"must be at least 1 (got {num_processes})")

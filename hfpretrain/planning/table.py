@@ -129,9 +129,9 @@ def mean_seconds_per_step(
 ) -> float | None:
     """Mean seconds of a training step; None if no step was logged.
 
-    `speeds`: step and tokens per second of each log step. Those after step `after` and up to `last` count. The
-    throughput does not include pauses such as evaluations. The first log step includes warming up, so it counts only
-    if there is no other.
+    `speeds`: step and tokens per second of each log step. Log steps after `after` and up to `last` count. The
+    throughput does not include pauses such as evaluations. The first log step includes warming up, so it counts only if
+    there is no other.
     """
     first, all_seconds, all_steps, before = 0.0, 0.0, 0, after
     for number, (step, speed) in enumerate((step, speed) for step, speed in speeds if after < step <= last):
@@ -188,7 +188,7 @@ def out_of_memory_message(
 
 
 def _recipes_with_less_memory(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """Changes that need less memory and train the same model: the override, and the recipe with it."""
+    """Changes that need less memory and train the same model. Each is an override and the recipe with it."""
 
     def changed(section: str, **update: Any) -> tuple[str, Recipe]:
         ((key, value),) = update.items()
@@ -196,7 +196,7 @@ def _recipes_with_less_memory(recipe: Recipe) -> list[tuple[str, Recipe]]:
         return f"--{section}.{key}={str(value).lower()}", recipe.model_copy(update={section: part})
 
     size = recipe.training.micro_batch_size
-    # A step's sequences still divide if the smaller micro-batch divides the present one.
+    # The smaller sizes divide the present one, so that a step still has a whole number of micro-batches.
     smaller = [next(n for n in range(most, 0, -1) if size % n == 0) for most in sorted({size // 2, size // 8} - {0})]
     found = [changed("training", micro_batch_size=number) for number in dict.fromkeys(smaller)]
     if not recipe.model.gradient_checkpointing:
