@@ -1,4 +1,4 @@
-"""Loading a checkpoint, from a folder or the Hub, with its tokenizer for evaluation."""
+"""Load a checkpoint and its tokenizer for evaluation, from a folder or from the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of the first fine-tuning loss in other libraries with hfpretrain's evaluation of the same text."""
+"""Compare the first fine-tuning loss that other libraries compute with hfpretrain's evaluation of the same text."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
     """Return a row for every way to fine-tune whose package is installed, and notes on what was left out.
 
     The folder or Hub id `model` is loaded with transformers only, in float32 and without dropout, as in evaluation. The
-    text is the first documents of `texts`, up to 64 documents or 16,384 tokens. Each is cut to the model's context (at
-    most 1,024 tokens), as a trainer would do, too. A document begins with the tokens that calling the tokenizer
-    adds, such as BOS, and ends with EOS. The first token of a document or block is not predicted and does not count.
-    In the blocks of run_clm attention crosses document boundaries, so their evaluation does not mask documents. Raises
+    text is the first documents of `texts`, up to 64 documents or 16,384 tokens. As a trainer would do, each is cut to
+    the model's context (at most 1,024 tokens). A document begins with the tokens that calling the tokenizer adds, such
+    as BOS, and ends with EOS. The first token of a document or block is not predicted and does not count. In the blocks
+    of run_clm, attention crosses document boundaries, so these blocks are evaluated without document masking. Raises
     `RecipeError` if no document is left or the model can't be loaded.
     """
     import datasets
@@ -104,7 +104,7 @@ def compare(model: str, texts: Texts) -> tuple[list[Row], list[str]]:
 
 def table(model: str, rows: list[Row], notes: list[str]) -> str:
     """A table with a line for each way to fine-tune."""
-    lines = [f"{model}: loss of the first fine-tuning step and evaluated loss, which must be equal to {TOLERANCE:.0e}"]
+    lines = [f"{model}: first fine-tuning loss and evaluated loss, which may differ by at most {TOLERANCE:.0e}"]
     lines.append(f"{'':<44}{'tokens':>8}{'first step':>12}{'evaluated':>12}{'difference':>12}")
     for row in rows:
         end = f"{row.loss - row.evaluated:>12.1e}{'' if row.is_equal else '  differs'}"
@@ -190,7 +190,7 @@ class _Network:
             self._model, config=self._config, dtype=torch.float32, trust_remote_code=False
         )
         if network.loss_type is None:
-            # Trainer (transformers 5.23) decides by the class's name; for GPT2LMHeadModel it counts first tokens, too.
+            # Trainer (transformers 5.23) goes by the class's name. For GPT2LMHeadModel it also counts first tokens.
             network.loss_type = "ForCausalLM"
             self.notes = [
                 f'set `model.loss_type = "ForCausalLM"` on a {type(network).__name__} before you pass it to Trainer: '
@@ -213,7 +213,7 @@ class _Network:
         from datasets import Dataset
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-        # DataCollatorForLanguageModeling ignores every padding token, which would include EOS if that pads.
+        # DataCollatorForLanguageModeling ignores every padding token, and with it every EOS if EOS is the padding.
         collator = DataCollatorForSeq2Seq(self._tokenizer)
         data = Dataset.from_dict({"input_ids": ids, "labels": labels or ids})
         return self._first_loss(

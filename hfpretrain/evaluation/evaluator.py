@@ -44,7 +44,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation that training uses."""
+    """The part of an evaluation's result that training uses."""
 
     loss: float | None
     """Mean loss over all validation tokens; None if only prompts or tasks were due."""

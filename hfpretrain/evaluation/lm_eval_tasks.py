@@ -201,7 +201,8 @@ def shared_language_model(
 
         def _answer(self, kind: str, arguments: list[Any]) -> list[Any]:
             ours = range(processes.index, len(arguments), processes.size)
-            # For a rolling likelihood lm-eval adds the prefix itself. With a second prefix it would score the first.
+            # For a rolling likelihood lm-eval adds the prefix itself. If HFLM added a second one, the first would be
+            # scored as text.
             self.add_bos_token = False if kind == "loglikelihood_rolling" else add_bos_token
             requests = [Instance(request_type=kind, doc={}, arguments=arguments[at], idx=0) for at in ours]
             answers = getattr(super(), kind)(requests, disable_tqdm=True) if requests else []

@@ -1,5 +1,5 @@
-"""Metrics of `evaluate` that a recipe names. Only the main process computes them, since with several the library may
-hang.
+"""Metrics of `evaluate` that a recipe names. Only the main process computes them, since `evaluate` may hang with
+several processes.
 
 A metric is a Python script. Without `evaluation.trust_remote_code`, only hfpretrain's own metrics and those that
 `evaluate` hosts are run, since reading a recipe must not run code of its author.
@@ -95,7 +95,7 @@ def _load(path: str, section: EvaluationSection) -> Any:
 
 
 class RecipeMetrics:
-    """The metrics of `evaluation.metrics`. Every rank has this object, but only the main one loads and computes them.
+    """The metrics of `evaluation.metrics`. Every rank has this object; only the main rank loads and computes metrics.
 
     Raises `RecipeError` for a metric whose script the section does not trust, that can't be loaded, or that needs
     anything but predictions and references.

@@ -36,7 +36,7 @@ class Windows:
     """Whether attention ends at document boundaries, if the model supports it."""
 
     def as_trained(self, data: DataSection, training: TrainingSection) -> Windows:
-        """These windows with the recipe's block size, unless they have one, and with its document masking."""
+        """These windows, with the recipe's block size if they have none, and with the recipe's document masking."""
         block_size = data.block_size if self.block_size is None else self.block_size
         masking = self.document_masking and training.document_masking is not False
         return replace(self, block_size=block_size, document_masking=masking)
@@ -64,9 +64,9 @@ def evaluate_perplexity(
 
     `model`: a folder, a Hub id, or a causal LM in memory with its fast `tokenizer`; it stays on its device and in its
     dtype. `texts`: a list of documents; a mapping from names to lists, for figures of each and of all; or a recipe, for
-    its validation text. `block_size` and `stride` in tokens, by default the recipe's block size or the model's context
-    up to 1,024, and no overlap. The report is that of `hfpretrain evaluate`. Raises `RecipeError` if there is nothing
-    to score or the model can't be loaded.
+    its validation text. `block_size`: in tokens, by default that of the recipe, or else the model's context up to
+    1,024. `stride`: in tokens, by default the block size, so that windows don't overlap. The report is that of
+    `hfpretrain evaluate`. Raises `RecipeError` if there is nothing to score or the model can't be loaded.
     """
     if isinstance(texts, str):
         raise RecipeError.at("texts", "is a single string; give a list of documents")
@@ -99,8 +99,8 @@ def evaluate_checkpoint(model: str, texts: Texts, windows: Windows) -> dict[str,
 def compare_checkpoints(a: str, b: str, texts: Texts, windows: Windows) -> dict[str, Any]:
     """Score both models on the same documents, and compare their bits per byte, which don't depend on the tokenizers.
 
-    The result has the difference a - b with its 95% interval over documents, and `wins_of_a`: the share of documents
-    on which a has fewer bits, half of those with equal ones included.
+    The result has the difference a - b with its 95% interval over documents, and `wins_of_a`: the share of documents on
+    which a has fewer bits. A document with equal bits counts half.
     """
     scores = [_score(model, texts, windows) for model in (a, b)]
     for model, score in zip((a, b), scores, strict=True):
@@ -239,7 +239,7 @@ def _batches(
 def _windows(
     streams: dict[str, list[np.ndarray]], block_size: int, stride: int, padding: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Token ids, document numbers and whether a token is scored, each (block_size,), of every window."""
+    """For every window, three arrays (block_size,): token ids, document numbers, and whether each token is scored."""
     num_before = 0
     for documents in filter(None, streams.values()):
         ids = np.concatenate(documents)

@@ -16,7 +16,7 @@ from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.labels import IGNORE_INDEX
 
 DOCUMENTS = "documents"
-"""Key of a batch: the number of each label's document, int64 (batch, length)."""
+"""Key in a batch for the number of each label's document, int64 (batch, length)."""
 _INTERVAL = 0.95
 _NUM_RESAMPLES = 1000
 _MAX_GROUPS = 20_000
@@ -94,7 +94,7 @@ def loss_sums(
 
 
 def perplexity_figures(nll: float, tokens: int, content_nll: float, num_bytes: float) -> dict[str, float]:
-    """`loss` in nats per token, `perplexity` and `bits_per_byte`, of sums over tokens.
+    """`loss` in nats per token, `perplexity` and `bits_per_byte`, from sums over tokens.
 
     `content_nll`: the part of `nll` that comes from tokens which are text; `num_bytes`: their UTF-8 bytes.
     """

@@ -41,7 +41,10 @@ def recipe_texts(data: DataSection) -> Texts:
 
 
 def file_texts(names: list[str]) -> Texts:
-    """The documents of files, given as FILE or NAME=FILE. A .txt is one document, a .jsonl has one a line (`text`)."""
+    """The documents of files, given as FILE or NAME=FILE. A .txt is one document.
+
+    Each line of a .jsonl is one document, under the key `text`.
+    """
     texts: Texts = {}
     for given in names:
         name, _, path = (
@@ -61,7 +64,7 @@ def file_texts(names: list[str]) -> Texts:
 
 
 class _Text(str):
-    """A document with its source's `special_tokens`: whether the text of special tokens is read as such tokens."""
+    """A document with the `special_tokens` of its source, which say how names of special tokens in it are read."""
 
     special_tokens: str | tuple[str, ...] = "text"
 
