@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     os.environ.update(launch.sleeping_threads())  # before torch is imported
-    # These commands do more than print, so they continue when nobody reads their output. The others then end.
+    # These commands do more than print, so they continue when nobody reads their output. Other commands end then.
     console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--num-processes", type=int, help=number)
     keys = "show this help and all keys of a recipe, or the keys of one section such as optimizer, and exit"
     train.add_argument("-h", "--help", action=_RecipeHelp, nargs="?", metavar="SECTION", help=keys)
-    check = command("check", _check, "validate a recipe; print it with all defaults, its steps, tokens and parameters")
+    check = command("check", _check, "validate a recipe; print it with all defaults, and its steps, tokens, parameters")
     check.add_argument("recipe", metavar="RECIPE")
     check.add_argument("--engine", help=f"also check that the batch fits this engine ({_ENGINE})")
     check.add_argument(
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         "ladder", _ladder, "train small models of a recipe's family, and predict the loss of the recipe's own model"
     )
     ladder.add_argument("recipe", metavar="RECIPE")
-    sizes = "at least four numbers of parameters, such as 400k 2.5M 1B; the largest tests the fit to the others"
+    sizes = "at least four numbers of parameters, such as 400k 2.5M 1B; the fit to the others is tested on the largest"
     ladder.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help=sizes)
     ratios = "tokens per parameter, as multiples of the recipe's; several are needed to find the best size; default: 1"
     ladder.add_argument("--ratios", nargs="+", type=float, default=[1.0], metavar="RATIO", help=ratios)
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", help="folder to create")
     path = command("path", _path, "print the path of a shipped recipe or accelerate config file")
     path.add_argument("name", metavar="NAME", help="name of the recipe or config file, for example quickstart or ddp")
-    push = command("push", _push, "upload the checkpoints and the export of a run that a Hub repo does not have yet")
+    push = command("push", _push, "upload a run's checkpoints and export to a Hub repo, except what it already has")
     push.add_argument("run", metavar="RUN", help="run folder, or exported model folder")
     push.add_argument("repo_id", metavar="USER/NAME")
     push.add_argument("--private", action="store_true", help="create the repo as private if it does not exist")
@@ -309,7 +309,10 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _vocabulary_notes(recipe: Recipe) -> list[str]:
-    """Notes on whether the tokenizer and the model fit together; none without transformers or if one is on the Hub."""
+    """Notes on whether the tokenizer and the model fit together.
+
+    There are none if transformers is not installed, or if the tokenizer or the model is on the Hub.
+    """
     if find_spec("transformers") is None:
         return []
     from hfpretrain.training.vocabulary import check_tokenizer
@@ -371,7 +374,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
         if args.num_processes is not None:
             raise RecipeError.at(
-                "--num-processes", "can't be used with --scaling, which takes the numbers of devices itself"
+                "--num-processes", "can't be used with --scaling; give the numbers of devices to --scaling"
             )
         per_node = 8 if args.devices_per_node is None else args.devices_per_node
         nvlink, infiniband = (
@@ -533,7 +536,7 @@ def _verify_prepared(run: Path) -> dict[str, Any]:
         data = json.loads((run / DATA).read_text(encoding="utf-8"))
         name, checksum = data.get("prepared"), data["checksum"]
     except (OSError, ValueError, KeyError) as error:
-        message = f"does not contain which data the run was trained on: {error}"
+        message = f"does not say which data the run was trained on: {error}"
         raise RecipeError(Problem(str(run / DATA), message)) from error
     roots = [load_recipe(run / "recipe.yaml").prepared_dir, run.parent / "prepared"]
     path = find_prepared(roots, name, checksum)

@@ -144,7 +144,7 @@ def finish_replacement(path: Path, ours: Collection[str] = ()) -> None:
 def discard(path: Path, ours: Collection[str] = ()) -> None:
     """Delete a folder. Files in it that hfpretrain did not write move into a folder beside it, named `kept-...`."""
     _move_other_files(path, path.with_name(f"kept-{path.name}"), _files_we_wrote(path) | set(ours))
-    # Rename it first: if the process is killed now, nothing is left that looks like a damaged folder.
+    # Rename it first: if the process is killed while it deletes, nothing is left that looks like a damaged folder.
     removed = path.with_name(f"{path.name}.removed{INCOMPLETE}")
     shutil.rmtree(removed, ignore_errors=True)
     path.rename(removed)
@@ -198,7 +198,7 @@ def _has_checksum(path: Path, checksum: str) -> bool:
 def _move_other_files(old: Path, new: Path, ours: set[str], prefix: str = "") -> None:
     """Move everything except `ours` from `old` into `new`, overwriting nothing. `new` is created if it is needed.
 
-    `prefix`: path of `old` below the folder that the names in `ours` are relative to.
+    The names in `ours` are relative to a folder; `prefix` is the path of `old` in it.
     """
     for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
         name, target = f"{prefix}{entry.name}", new / entry.name
@@ -435,7 +435,7 @@ def add_sums(folder: Path, paths: Iterable[Path]) -> None:
     found = {name: entry["sha256"] for name, entry in checksum_entries(folder, paths).items()}
     lines = "".join(f"{checksum}  {name}\n" for name, checksum in sorted({**known, **found}.items()))
     own = hashlib.sha256(lines.encode()).hexdigest()
-    # `sha256sum --check` reads the first line as a comment. It could not notice that the list itself is damaged.
+    # `sha256sum --check` reads the first line as a comment. It does not notice damage to the list itself.
     write_atomically(folder / SUMS, f"# the lines below: {own}\n{lines}")
 
 

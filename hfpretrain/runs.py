@@ -43,7 +43,7 @@ def describe_run(path: Path) -> dict[str, Any]:
     parts = segments.segments_of(environment, max(step, 1)) if environment else []
     if run_folder.is_in_use(path):
         state = "running"
-    elif history.exported:  # a resumed run deletes this row
+    elif history.exported:  # when a run is resumed, it deletes the row of its export
         state = "finished"
     else:
         state = "stopped"
@@ -84,7 +84,7 @@ def runs_table(folder: Path) -> str:
 
 
 def plot_losses(folder: Path, path: Path) -> None:
-    """Plot the validation losses of all runs against tokens into a PNG, the losses of each domain dashed.
+    """Plot the validation losses of all runs over their tokens into a PNG. The losses of domains are dashed.
 
     Runs without validation show their training loss.
     """

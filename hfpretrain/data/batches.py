@@ -59,10 +59,10 @@ class Blocks:
         return result
 
     def shifted_rows(self, rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows by number, each beginning `shift` tokens later and ending in the next row; the last ends in the first.
+        """Rows by number, int64 (n,), and their seams. Each row begins `shift` tokens later and ends in the next row.
 
-        int64 (n,) to int64 (n, block_size), and the seams, int64 (n,): the position in a row at which another text
-        begins without a separator, 0 if there is none.
+        The last row ends in the first one. Returns the rows, int64 (n, block_size), and the seams, int64 (n,). A seam
+        is the position in a row at which another text begins without a separator, 0 if there is none.
         """
         if not shift:
             return self[rows], np.zeros(len(rows), dtype=np.int64)
@@ -82,7 +82,7 @@ def collate(
 
     The batch has `input_ids`, `labels` and, if `eos_token_id` is given, `position_ids`: int64 (n, block_size).
 
-    `pad_token_id`: rows may end in this token repeated; all of those but the first get ignored labels.
+    `pad_token_id`: a row may end with several of these tokens. All but the first of them get ignored labels.
     `seams`: int64 (n,), the position in each row at which another text begins without a separator, 0 if there is none.
     The first token after a seam gets an ignored label, so neither text predicts the other.
     `eos_before_bos`: the id of EOS if documents begin with BOS, otherwise None. With it, a document begins at the token
@@ -96,9 +96,8 @@ def collate(
     if pad_token_id is not None:
         batch["labels"][torch.from_numpy(padding_mask(rows, pad_token_id))] = IGNORE_INDEX
     if seams is not None:
-        batch["labels"][torch.arange(len(rows)), torch.from_numpy(seams)] = (
-            IGNORE_INDEX  # a seam of 0 changes nothing: no first label counts
-        )
+        # The first label of a row never counts, so a seam of 0 changes nothing.
+        batch["labels"][torch.arange(len(rows)), torch.from_numpy(seams)] = IGNORE_INDEX
     if eos_before_bos is not None:
         batch["labels"][torch.from_numpy(_follows_token(rows, eos_before_bos))] = IGNORE_INDEX
     if eos_token_id is not None:
@@ -198,7 +197,7 @@ class TrainingData:
         self._block_size = self._streams[0].block_size
 
     def step(self, step: int) -> StepData:
-        """This process's data of data step `step`, counted from 0."""
+        """What this process trains on in data step `step`, counted from 0; see `order.data_step`."""
         first = (step * self._num_processes + self._process_index) * self._per_process
         positions = np.arange(first, first + self._per_process)
         streams, rows, seams = self._sequences(positions)
@@ -324,7 +323,7 @@ def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | N
 
 
 def _wait_for_item(items: queue.Queue[T | BaseException], must_stop: Callable[[], bool]) -> T | None:
-    """The next item. Raises it if it is an error. None as in `run_in_thread`."""
+    """The next item. Raises it if it is an error. Returns None when `run_in_thread` does."""
     stop_requested: float | None = None
     while True:
         try:
@@ -408,9 +407,9 @@ def training_batches(
     A step has the same sequences as in `hfpretrain.train`, on any number of processes. A micro-batch has `input_ids`,
     `labels` and, with `document_masking`, `position_ids`: int64 (micro_batch_size, block_size). Labels are not shifted;
     they are -100 at padding, at BOS if documents begin with it, and where another text begins in a shifted block.
-    Position ids restart where a document begins. Models that isolate packed documents by them need no attention mask
-    and `use_cache=False`; other models need `document_masking=False`. Raises `RecipeError` if the number of
-    sequences in a step is not a multiple of `micro_batch_size * num_processes`.
+    Position ids restart where a document begins. Call a model that isolates packed documents by its position ids with
+    `use_cache=False` and without an attention mask. Other models need `document_masking=False`. Raises `RecipeError` if
+    the number of sequences in a step is not a multiple of `micro_batch_size * num_processes`.
     """
     training = recipe.training
     steps = accumulation_steps(

@@ -100,7 +100,7 @@ def _overlap_chunks(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndar
 
 
 class Ngrams:
-    """64-bit hashes of all n-grams, computed as differences of a running sum, not with n products for each token."""
+    """64-bit hashes of all n-grams. Each is a difference of a running sum, which is faster than n products."""
 
     def __init__(self, frame: tuple[int, ...], n: int):
         self._frame, self._n = frame, n

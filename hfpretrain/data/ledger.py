@@ -74,7 +74,8 @@ class Ledger:
 class Consumption:
     """The ledger, tokens and documents that all processes have trained on since the start of the run.
 
-    Each process adds its own steps; `gather` sums them over the processes, so the counts are those of the last call.
+    Each process adds its own steps, and `gather` sums them over the processes. Steps after the last `gather` are not
+    counted yet.
     """
 
     def __init__(self, num_sources: int):

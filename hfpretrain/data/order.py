@@ -1,4 +1,4 @@
-"""Compute which sequence is at which position of a run from seed and position, so that nothing has to be stored."""
+"""Compute the sequence at any position of a run from the seed and the position, so that nothing has to be stored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ROUND = 10_000
 
 
 class Permutation:
-    """A random permutation of range(size) that depends on `key`, computed for single indices without memory.
+    """A random permutation of range(size) that depends on `key`, computed for one index without the others.
 
     A Feistel network of four rounds permutes the integers below the next power of four. It is applied again until the
     value is below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
@@ -58,7 +58,7 @@ class TrainingOrder:
         stages = stages or [(0, [1.0])]
         self._first = np.array([first for first, _ in stages])
         self._tables = [_interleave(weights) for _, weights in stages]
-        # For each stage, the sequences of each stream before it.
+        # For each stage, the number of sequences of each stream before it.
         self._base = [np.zeros(len(stages[0][1]), dtype=np.int64)]
         for stage in range(1, len(stages)):
             self._base.append(

@@ -18,7 +18,7 @@ FORMAT = 3
 VALIDATION = "validation"
 ROWS_PER_BATCH = 512
 SAMPLE_CHARS = 2**16
-"""Size of each part's sample, in which text that the tokenizer leaves out or replaces is counted, in characters."""
+"""Characters in the sample of each part. Text that the tokenizer leaves out or replaces is counted in this sample."""
 READ_COUNTS = ("documents_read", "documents_kept", "bytes_read", "bytes_dropped")
 
 
@@ -101,9 +101,9 @@ class PreparedData:
         return [(origins[table["origin"][i]], int(table["row"][i])) for i in range(first, end)]
 
     def document_starts(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """The position in a split's tokens at which each document, or chunk of one, begins, and the document's number.
+        """Where each document begins in a split's tokens, and its number: two arrays int64 (chunks,).
 
-        Two arrays int64 (chunks,). A document is cut into chunks only by `best_fit`. Documents are numbered from 0.
+        `best_fit` cuts long documents into chunks; each chunk then has an entry. Documents are numbered from 0.
         """
         starts, numbers = [], []
         known: dict[tuple[str, int], int] = {}
@@ -126,8 +126,8 @@ def is_validation(split: str) -> bool:
 def find_prepared(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
     """Find the prepared folder that a run was trained on in one of `roots`; None if none of them has it.
 
-    `name`: the folder's name; None if the run is of an older version, which did not record it. `checksum`: of the data
-    that the run was trained on. Raises `RecipeError` if the folder of that name has other data.
+    `name`: the folder's name; None if the run is of an older version, which did not record it. `checksum`: checksum of
+    the data that the run was trained on. Raises `RecipeError` if the folder of that name has other data.
     """
     for root in roots:
         for path in [root / name] if name else sorted(root.glob("*")):
@@ -205,7 +205,7 @@ def verify(path: Path) -> dict[str, int]:
 
 
 def part_account(work: Path, part: str) -> dict[str, Any] | None:
-    """The account of a part; None if the part is not done."""
+    """The account of a part: its counts, and the checksums of its files. None if the part is not done."""
     try:
         account: dict[str, Any] = json.loads((work / "parts" / f"{part}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -276,7 +276,10 @@ class RowWriter:
         self._schema = features(block_size, dtype).arrow_schema
 
     def write(self, flat: np.ndarray) -> int:
-        """Append ids (rows * block_size,) in record batches of equal size, except for the last; returns the rows."""
+        """Append ids (rows * block_size,); returns the number of rows.
+
+        All record batches except the last have the same size.
+        """
         import pyarrow as pa
 
         if self._file is None:
