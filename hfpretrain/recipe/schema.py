@@ -362,7 +362,7 @@ class OptimizerSection(Section):
     name: Literal["adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"] = "adamw"
     """`adamw`: `torch.optim.AdamW`. `muon`: `torch.optim.Muon` trains the matrices between the embedding and the head,
     and AdamW trains the rest. Muon's update is scaled, so `lr` and `weight_decay` mean the same as for AdamW (Liu et
-    al. 2025, "Muon is Scalable for LLM Training"). ZeRO is not supported, because it splits flattened matrices.
+    al. 2025, "Muon is Scalable for LLM Training"). ZeRO is not supported, because ZeRO splits flattened matrices.
     `adafactor`: `torch.optim.Adafactor`, only on `single` and `ddp`, because it does not work on sharded matrices.
     `adamw_8bit`: `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single` and `ddp`, because a shard would
     be quantized in other blocks than the whole matrix. `adamw_schedule_free`: `schedulefree.AdamWScheduleFree`, for
@@ -485,7 +485,7 @@ class TrainingSection(Section):
     softmax's denominator. 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The reported loss does not include it. Needs
     the chunked loss, which tensor parallelism does not support."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the decoder layers with `torch.compile`, one graph for all of them. `auto`: on GPUs with Triton under
+    """Compile the decoder layers with `torch.compile`. All layers share one graph. `auto`: on GPUs with Triton under
     single, ddp and fsdp2, in a run of at least 2,000 micro-steps. On an H100, compiling GPT-2 124M took 2.4 s and made
     each micro-step 90 ms faster."""
     stop_after: str | None = Field(default=None, min_length=2, pattern=r"^(\d+h)?(\d+m)?(\d+s)?$")
