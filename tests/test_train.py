@@ -569,7 +569,7 @@ def test_layers_that_cannot_be_compiled_are_refused_before_the_first_step(folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [None, "ddp", "fsdp2", "zero3", "tp"])
+@pytest.mark.parametrize("engine", [None, "ddp", "fsdp2", "zero3"])
 def test_compiled_training_gives_the_same_losses(finished, engine):
     folder, _ = finished
     run = folder / f"compiled-{engine}"
@@ -578,3 +578,13 @@ def test_compiled_training_gives_the_same_losses(finished, engine):
     assert result.returncode == 0, result.stderr
     for step, row in rows(run, "loss").items():
         assert row["loss"] == pytest.approx(rows(folder / "run", "loss")[step]["loss"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_compiled_layers_under_tensor_parallelism_give_the_same_losses(folder):
+    recipe, compiled = write_recipe(folder), folder / "compiled"
+    for arguments, engine in (([], None), ([f"--output_dir={compiled}", "--training.compile=true"], "tp")):
+        result = train(recipe, *arguments, engine=engine)
+        assert result.returncode == 0, result.stderr
+    for step, row in rows(compiled, "loss").items():
+        assert row["loss"] == pytest.approx(rows(folder / "run", "loss")[step]["loss"], rel=1e-4)
