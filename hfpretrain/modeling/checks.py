@@ -132,9 +132,10 @@ def resolve_document_masking(wanted: Literal["auto"] | bool, leak: str | None, p
 def routing_note(model: PreTrainedModel) -> str:
     """A note for a model with experts that trains without a loss that balances them."""
     text = f"{type(model).__name__} trains without a balancing loss, so its router may end up using few of its experts"
-    if getattr(model.config, "output_router_logits", None) is False:
+    coefficient = getattr(model.config, "router_aux_loss_coef", None)  # None: the class has no such loss
+    if coefficient is not None and getattr(model.config, "output_router_logits", None) is False:
         text += ". Set model.config.output_router_logits: true to add one"
-    elif getattr(model.config, "router_aux_loss_coef", None) == 0:
+    elif coefficient == 0:
         text += ". model.config.router_aux_loss_coef is 0"
     return text
 

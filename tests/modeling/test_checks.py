@@ -1,6 +1,7 @@
 import pytest
 import torch
 from tiny_models import GPT2, LLAMA, MOE, SMALL, build
+from transformers import AutoConfig
 
 from hfpretrain.modeling.checks import isolates_documents, leak_reason, routing_note
 
@@ -46,3 +47,13 @@ def test_packed_documents_get_no_gradient_from_each_other():
     logits = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
     logits[:, 16:].square().sum().backward()
     assert embeddings.grad[:, :16].abs().max() == 0 and embeddings.grad[:, 16:].abs().max() > 0
+
+
+def test_the_note_on_routing_advises_a_balancing_loss_only_where_the_class_has_one():
+    class Model:
+        def __init__(self, model_type):
+            self.config = AutoConfig.for_model(model_type, output_router_logits=False)
+
+    assert "output_router_logits" in routing_note(Model("qwen3_moe"))
+    note = routing_note(Model("deepseek_v3"))  # its router is balanced by a bias, which transformers does not update
+    assert "without a balancing loss" in note and "output_router_logits" not in note
