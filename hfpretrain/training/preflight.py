@@ -117,14 +117,16 @@ def require_buildable_model(section: ModelSection, no_decay: Sequence[str]) -> N
 def check_small_model(
     section: ModelSection, training: TrainingSection, data: DataSection, packs_documents: bool | None
 ) -> list[str]:
-    """Run the tests of training on a small model with random weights. Returns a sentence for what was not tested.
+    """Run the tests of training on a small model with random weights.
+
+    Returns the notes on the model that training would write at its start, and a sentence for what was not tested.
 
     `packs_documents`: whether a block holds several documents, None if the text is not prepared. Raises `RecipeError`
     where training would: predictions see later tokens, documents of a block see each other, or the loss can't be
     computed in chunks.
     """
     from hfpretrain.modeling import checks
-    from hfpretrain.modeling.structure import count_parameters
+    from hfpretrain.modeling.structure import count_parameters, has_experts
 
     blueprint = _build_model(section, "meta")
     if blueprint is None or count_parameters(blueprint).total > _MAX_CHECKED_PARAMETERS:
@@ -138,9 +140,14 @@ def check_small_model(
     packs = leak is not None and _packs_documents(data) if packs_documents is None else packs_documents
     checks.resolve_document_masking(training.document_masking, leak, packs)
     checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)
-    if leak is None or packs_documents is not None:
-        return []
-    return [f"if a block contains several documents, training requires training.document_masking: false, since {leak}"]
+    step_loss = checks.examine_loss(model)
+    notes = [note] if (note := step_loss.note(type(model).__name__)) else []
+    if has_experts(model) and not step_loss.adds_term:
+        notes.append(checks.routing_note(model))
+    if leak is not None and packs_documents is None:
+        fix = "training.document_masking: false"
+        notes.append(f"if a block contains several documents, training requires {fix}, since {leak}")
+    return notes
 
 
 def _build_model(section: ModelSection, device: str) -> PreTrainedModel | None:

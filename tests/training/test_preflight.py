@@ -165,6 +165,10 @@ def test_check_runs_the_tests_of_training_on_a_small_model(folder):
         check(OPT, packs_documents=False, training__document_masking=True)
     (note,) = check({**llama, "vocab_size": 2**22})  # too large to build here
     assert "is tested when training starts" in note
+    mixtral = {**llama, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    (note,) = check(mixtral)
+    assert "MixtralForCausalLM trains without a balancing loss" in note and "output_router_logits" in note
+    assert check({**mixtral, "output_router_logits": True}) == []
     bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     with pytest.raises(RecipeError, match="is not causal"):
         check({**bert, "intermediate_size": 48})
