@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(arguments)
     os.environ.update(launch.sleeping_threads())  # before torch is imported
     # These commands do more than print, so they continue when nobody reads their output. Other commands end then.
-    console.keep_from_failing("stderr", *(["stdout"] if args.command in (_prepare, _push, _ladder) else []))
+    console.keep_from_failing("stderr", *(["stdout"] if args.command in (_train, _prepare, _push, _ladder) else []))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     redaction.redact_logs()

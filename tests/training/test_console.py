@@ -107,3 +107,20 @@ def test_a_command_fails_if_its_output_is_lost_but_prepare_finishes_its_work(fol
     assert command(f"PYTHONIOENCODING=ascii {python} check {recipe}").returncode == 0
     result = command(f"{python} prepare {recipe} 2>&1 | true; exit ${{PIPESTATUS[0]}}")
     assert result.returncode == 0 and list((folder / "prepared").glob("*/manifest.json")), result
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="the system has no terminals")
+def test_train_returns_the_exit_code_of_the_run_although_its_terminal_is_closed(folder):
+    (folder / "command.py").write_text(
+        "import sys; from hfpretrain import cli; from hfpretrain.engines import start; "
+        "start.run_to_end = lambda command: input() or 75; raise SystemExit(cli.main(sys.argv[1:]))"
+    )
+    ours, terminal = os.openpty()
+    words = [sys.executable, folder / "command.py", "train", write_recipe(folder)]
+    streams = {"stdin": subprocess.PIPE, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), **streams)
+    assert b"starting accelerate launch" in os.read(ours, 1000)
+    os.close(terminal)
+    os.close(ours)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 75
