@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from hfpretrain.data import source_files
 from hfpretrain.data.source_files import expand_pattern
 from hfpretrain.recipe.redaction import is_redacted, redact
@@ -96,6 +98,10 @@ class Reader:
             return self._done_bytes + (self._raw.tell() if self._raw is not None else 0)
         except (OSError, ValueError):
             return self._done_bytes
+
+    def start_over(self) -> None:
+        """Count from zero again what is read."""
+        self._raw, self._done_bytes = None, 0
 
     def count_as_read(self, pieces: Iterable[int]) -> None:
         """Count these pieces as read, without reading them."""
@@ -371,7 +377,7 @@ class Reader:
                 raise RecipeError.at(self.key, f"{origin} has a JSON object that spans several lines: {advice}")
             for row, line in enumerate(itertools.chain(start, file), 1):
                 try:
-                    value = json.loads(line)
+                    value = _load_json(line)
                 except UnicodeDecodeError as error:
                     problem = ("invalid_utf8", f"not valid UTF-8 ({error.reason}, byte {line[error.start]:#04x})")
                     yield Document("", origin, row, problem=problem)
@@ -403,6 +409,18 @@ class Reader:
                         lines = []
                 if lines:
                     yield _make_document("".join(lines).removesuffix("\n"), origin, row - len(lines) + 1)
+
+
+def _load_json(line: bytes) -> Any:
+    """The value of a line, by orjson, which is several times as fast as json.
+
+    json reads what orjson refuses: some of it, such as NaN and lone surrogates, is JSON to json, and its messages say
+    more about the rest.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line)
 
 
 def _make_document(value: Any, origin: str, row: int) -> Document:

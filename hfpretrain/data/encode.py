@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
+import logging
 import re
 import string
 from collections import Counter
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hfpretrain.data.fast_tokenizer import FastTokenizer
 from hfpretrain.data.tokenizer import document_prefix
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSection
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
 LONG_CHARS = 2**18
 """Texts of more than twice this many characters are encoded in chunks of about this many."""
 _CHUNK_CHARS = 2000
@@ -34,9 +39,14 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any], special_tokens: str | Sequence[str] = "text"
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        dtype: np.dtype[Any],
+        special_tokens: str | Sequence[str] = "text",
+        fast: bool = True,
     ):
-        self._tokenizer, self.dtype, self.eos_token_id = tokenizer, dtype, tokenizer.eos_token_id
+        self._tokenizer, self._is_fast, self.dtype = tokenizer, fast, dtype
+        self.eos_token_id = tokenizer.eos_token_id
         self.prefix = document_prefix(tokenizer)
         self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         # No text may be encoded to these ids, because they would begin or end a document.
@@ -47,24 +57,45 @@ class Encoder:
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         names = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
+        self._special_start = _common_start(names)
         self._as_tokens = self._readable_as_tokens(special_tokens, set(names))
         self._backend = _with_special(tokenizer.backend_tokenizer, self._as_tokens)
+        self._own_special_tokens = special_tokens
         own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
         self._by_special_tokens: dict[str | tuple[str, ...], Encoder] = {own: self}
         self._unknown = [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
+
+    @functools.cached_property
+    def fast(self) -> FastTokenizer | None:
+        """What encodes the texts in place of `tokenizers`, which is slower; None if nothing faster is proven equal."""
+        made = FastTokenizer.create(self._backend) if self._is_fast else None
+        if isinstance(made, str):
+            logger.info("texts are encoded by tokenizers: %s", made)
+            return None
+        return made
+
+    @functools.cached_property
+    def without_fast(self) -> Encoder:
+        """The same encoder by `tokenizers` alone."""
+        return Encoder(self._tokenizer, self.dtype, self._own_special_tokens, fast=False)
+
+    @functools.cached_property
+    def _can_cut_at_lines(self) -> bool:
         # Decided with fixed sentences, because another process, which sees other text, must decide the same.
-        self._can_cut_at_lines = self._test_cuts_at_lines()
+        return self._test_cuts_at_lines()
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """The prefix, the token ids of each text, and EOS: (n,) of `dtype`.
 
         Texts are encoded in chunks, and cut only where that changes no token. Short chunks fit into a core's cache. The
-        encoding of a long text, which takes many times the text's size, is never in memory as a whole.
+        encoding of a long text, which takes many times the text's size, is never in memory as a whole. Raises
+        `UnprovenError` if `fast` turns out to give other ids than `tokenizers`.
         """
         prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
         is_long = [len(text) > 2 * LONG_CHARS for text in texts]
         short = ["" if long else text for text, long in zip(texts, is_long, strict=True)]
-        chunks = [list(_cut_at_lines(text)) if self._can_cut_at_lines else [text] for text in short]
+        cuts = self.fast is None and self._can_cut_at_lines
+        chunks = [list(_cut_at_lines(text)) if cuts else [text] for text in short]
         ids = iter(self._encode_chunks([chunk for some in chunks for chunk in some]))
         return [
             np.concatenate([prefix, *(next(ids) for _ in some), *(self._encode_long(text) if long else ()), eos])
@@ -77,7 +108,9 @@ class Encoder:
         Raises `RecipeError` if it names tokens that the tokenizer doesn't have, or that begin or end documents.
         """
         if special_tokens not in self._by_special_tokens:
-            self._by_special_tokens[special_tokens] = Encoder(self._tokenizer, self.dtype, special_tokens)
+            self._by_special_tokens[special_tokens] = Encoder(
+                self._tokenizer, self.dtype, special_tokens, self._is_fast
+            )
         return self._by_special_tokens[special_tokens]
 
     def _readable_as_tokens(self, special_tokens: str | Sequence[str], names: set[str]) -> set[str]:
@@ -105,7 +138,9 @@ class Encoder:
         """How often the texts contain the name of each special token."""
         if self._special is None:
             return Counter()
-        return Counter(name for text in texts for name in self._special.findall(text))
+        # Looking for what all names begin with is much faster than looking for one of many names.
+        candidates = (text for text in texts if self._special_start in text)
+        return Counter(name for text in candidates for name in self._special.findall(text))
 
     def lost_characters(self, text: str) -> tuple[int, int, int]:
         """Counts of a text's characters, without spaces: all, lost and replaced.
@@ -159,11 +194,24 @@ class Encoder:
         )
 
     def _encode_chunks(self, texts: list[str]) -> list[np.ndarray]:
-        result = self._encode(self._backend, texts)
-        for index, ids in enumerate(result):
-            if any((ids == number).any() for number in self._framing_ids):
-                result[index] = self._encode_framing_as_text(texts[index])
+        result, found = self._encode_fast(texts) if self.fast is not None else self._encode_slowly(texts)
+        for index in found:
+            result[index] = self._encode_framing_as_text(texts[index])
         return result
+
+    def _encode_fast(self, texts: list[str]) -> tuple[list[np.ndarray], list[int]]:
+        """The ids of each text, and the numbers of the texts whose ids include a framing token."""
+        assert self.fast is not None
+        ids, offsets = self.fast(texts)
+        framing = np.flatnonzero(np.isin(ids, self._framing_ids)) if len(self._framing_ids) else ids[:0]
+        found = np.unique(np.searchsorted(offsets, framing, side="right") - 1)
+        return np.split(ids.astype(self.dtype), offsets[1:-1]), found.tolist()
+
+    def _encode_slowly(self, texts: list[str]) -> tuple[list[np.ndarray], list[int]]:
+        """As `_encode_fast`, by `tokenizers`."""
+        result = self._encode(self._backend, texts)
+        framing = [n for n, ids in enumerate(result) if any((ids == number).any() for number in self._framing_ids)]
+        return result, framing
 
     def _encode(self, backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
         try:
@@ -254,6 +302,12 @@ def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The smallest type that holds all token ids: uint16 or uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def _common_start(names: list[str]) -> str:
+    """What all names begin with."""
+    columns = zip(min(names, default=""), max(names, default=""), strict=False)
+    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], columns))
 
 
 def _cut_at_lines(text: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ import numpy as np
 from hfpretrain import files
 from hfpretrain.data import prepared
 from hfpretrain.data.encode import Encoder
+from hfpretrain.data.fast_tokenizer import UnprovenError
 from hfpretrain.data.prepared import READ_COUNTS, SAMPLE_CHARS, RowWriter, is_validation, write_table
 from hfpretrain.recipe.schema import DataSection
 
@@ -31,6 +32,14 @@ PART_CHARS = 2**26
 PART_DOCUMENTS = 2**18
 BATCH_CHARS, BATCH_DOCUMENTS = 2**16, 1000
 _BEST_FIT_TOKENS = 2**21
+
+
+class UnprovenPartError(Exception):
+    """A part must be encoded by `tokenizers` alone; the text says why."""
+
+    def __init__(self, part: str, reason: str):
+        super().__init__(reason)
+        self.part = part
 
 
 class SplitText(NamedTuple):
@@ -90,7 +99,10 @@ def pack(
 
     def encode(batch: TextBatch) -> _Encoded:
         texts, encode_texts = [item.text for item in batch.items], encoder(batch.part)
-        return _Encoded(encode_texts(texts), encode_texts.count_special(texts))
+        try:
+            return _Encoded(encode_texts(texts), encode_texts.count_special(texts))
+        except UnprovenError as error:
+            raise UnprovenPartError(batch.part, str(error)) from error
 
     def write(batch: TextBatch, encoded: _Encoded) -> None:
         nonlocal part

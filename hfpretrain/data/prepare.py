@@ -22,7 +22,7 @@ from hfpretrain.data import assemble, corpus, duplicates, packing
 from hfpretrain.data.corpus import Document, Reader, Splitter
 from hfpretrain.data.encode import Encoder, require_special_tokens, token_bytes, token_dtype, unknown_id
 from hfpretrain.data.identity import fingerprint, source_identity, tokenizer_identity
-from hfpretrain.data.packing import SplitText, TextBatch
+from hfpretrain.data.packing import SplitText, TextBatch, UnprovenPartError
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
 from hfpretrain.data.remote_copy import RemoteCopy, remote_copy_of
 from hfpretrain.data.shards import Shard, ShardRegistry
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 # Every tokenizer has this file. It is uploaded last, so a tokenizer with this file is complete.
 _LAST_TOKENIZER_FILE = "tokenizer/tokenizer_config.json"
+_UNPROVEN_PARTS = "unproven_parts.json"
 _MAX_GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
@@ -290,6 +291,7 @@ class _Preparation:
             folders = ("tokenizer/", "parts/") if _LAST_TOKENIZER_FILE in there else ("parts/",)
             self.remote.download(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
+        self._unproven: dict[str, str] | None = None
         self.readers = corpus.training_readers(self.data)
         self.validation_readers = corpus.validation_readers(self.data)
         self.tokenizer = self._load_or_make_tokenizer()
@@ -322,10 +324,12 @@ class _Preparation:
             "source_identities": sources,
             "validation_identities": validation,
             "tokenizer_identity": of_tokenizer,
+            "encoder": self._encoder_used(),
             "versions": {name: version(name) for name in ("datasets", "tokenizers", "transformers", "pyarrow")}
             | {"python": platform.python_version()},
         }
         shutil.rmtree(self.work / "scan", ignore_errors=True)
+        (self.work / _UNPROVEN_PARTS).unlink(missing_ok=True)
         for left in list(self.work.rglob("*" + files.INCOMPLETE)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         if self.remote is not None:
@@ -386,11 +390,12 @@ class _Preparation:
         bytes_of_token = token_bytes(self.tokenizer, self.vocab_size)
         logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
         done: list[str] = []
-        encoders, unknown = self._encoders(), unknown_id(self.tokenizer)
+        self.encoders, unknown = self._encoders(), unknown_id(self.tokenizer)
         with _Progress(readers) as progress:
 
             def encoder(part: str) -> Encoder:
-                return encoders[_source_section(self.data, part).special_tokens]
+                found = self.encoders[_source_section(self.data, part).special_tokens]
+                return found.without_fast if part in self._unproven_parts() else found
 
             def on_written(batch: TextBatch, tokens: int) -> None:
                 progress.update(batch, tokens)
@@ -398,9 +403,39 @@ class _Preparation:
                     account = part_account(self.work, batch.part) or {}
                     self.remote.upload(self.work, [*account["files"], f"parts/{batch.part}.json"])
 
-            batches = self._batches(groups, index, count, done)
-            packing.pack(self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, on_written)
-        return done
+            while True:
+                batches = self._batches(groups, index, count, done)
+                try:
+                    packing.pack(
+                        self.work, batches, encoder, bytes_of_token, unknown, self.data, self.num_workers, on_written
+                    )
+                    return done
+                except UnprovenPartError as error:
+                    self._add_unproven_part(error)
+                    done.clear()
+                    for reader in readers:
+                        reader.start_over()
+
+    def _unproven_parts(self) -> dict[str, str]:
+        """The parts that `tokenizers` alone encodes, and for each the reason."""
+        if self._unproven is None:
+            path = self.work / _UNPROVEN_PARTS
+            self._unproven = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return self._unproven
+
+    def _add_unproven_part(self, error: UnprovenPartError) -> None:
+        parts = self._unproven_parts()
+        if not parts:
+            logger.warning("%s; tokenizers encodes that part of the text, and all others like it", error)
+        parts[error.part] = str(error)
+        files.write_atomically(self.work / _UNPROVEN_PARTS, json.dumps(parts, indent=1))
+
+    def _encoder_used(self) -> dict[str, Any]:
+        """What has encoded the parts. Both libraries give the same ids, so this changes no checksum."""
+        is_fast = any(encoder.fast is not None for encoder in self.encoders.values())
+        unproven = self._unproven_parts()
+        used = {"fastokens": version("fastokens")} if is_fast else {"tokenizers": version("tokenizers")}
+        return {**used, "parts_by_tokenizers": unproven} if unproven else used
 
     def _encoders(self) -> dict[Any, Encoder]:
         """An encoder for each value of `special_tokens` among the sources."""

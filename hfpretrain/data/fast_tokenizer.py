@@ -1,0 +1,132 @@
+"""Encode with `fastokens`, which is many times as fast as `tokenizers`, and prove that both give the same ids.
+
+The proof has three parts, each a comparison with `tokenizers` on the same strings: fixed probes before the first text,
+every character of the text when it occurs for the first time, in a few contexts, and windows of the text itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_CONTEXTS = ("a{0}b", " {0}", "{0}{0} {0}", "1{0}2", "it{0}'s\n{0}\t{0}", ".{0} ,{0}\r\n")
+_WINDOW_CHARS = 2000
+# Windows take about a 250th of the text, so that comparing them costs little beside encoding.
+_CHARS_PER_WINDOW = 2**19
+_FIRST_WINDOWS = 32
+_NUM_CODE_POINTS = 0x110000
+_PROBES = (
+    "",
+    " ",
+    "\n",
+    "Hello, world!  Two  spaces,\ttabs\t\tand\r\nline ends\n\n\n  indented\n",
+    "don't I'm we've they'll he'd she's DON'T I'M 'tis rock'n'roll",
+    "0 12 345 6789 0x1F 3.14159 1,000,000 2026-11-30T13:21:09Z 1st 2nd",
+    "def f(x: int) -> dict[str, Any]:\n    return {'a': [x ** 2, *range(10)]}  # comment\n\n",
+    "https://example.org/a/b?c=d&e=%20f#g user@example.org C:\\path\\to\\file.txt",
+    "café naïve Ångström ﬁ ﬀ e\u0301 o\u0308 Ω ℵ ½ ² ③ Ⅷ ß ẞ İ \u0131 ǆ",
+    "漢字かな交じり文、カタカナ。한국어 조합 ㅎㅏㄴ 中文\uff0c標點「引號」",
+    "Привет, мир! Ελληνικά ἀρχή עברית العَرَبِيَّة हिन्दी ไทย ქართული አማርኛ",
+    "🌊👩‍👩‍👧‍👦🏳️‍🌈👍🏽 ☃️ 🇫🇷 \u200b\u200d\ufeff\u00a0\u2003\u3000\u2028\u2029\u0085",
+    "<|endoftext|> <s> </s> <|im_start|>user <unk> [CLS] [MASK] <pad>",
+    "----- ===== ***** ///// ..... !!!!! ??????? ((())) [[[]]] {{{}}}",
+    "a" * 300 + " " * 300 + "." * 300 + "\n" * 300 + "ab" * 300 + "1" * 300,
+    "\x01\x02\x1b[0m\x7f\x80\x9f\U0001f9ff\U000e0001\U0010ffff\ue000\ufffd",
+)
+
+
+class UnprovenError(Exception):
+    """`fastokens` can't encode a text, or encodes it as other ids than `tokenizers`."""
+
+
+class FastTokenizer:
+    """Encodes texts as `reference`, a tokenizer of `tokenizers`, does. Special tokens in a text are read as text.
+
+    Use `create`. Several threads may call it at the same time.
+    """
+
+    def __init__(self, fast: Any, reference: Tokenizer):
+        self._fast, self._reference = fast, reference
+        self._lock = threading.Lock()
+        self._is_known = np.zeros(_NUM_CODE_POINTS, dtype=bool)
+        self._chars = self._windows = 0
+        self.compared = {"strings": 0, "characters": 0, "code_points": 0}
+        """What was compared so far: strings, their characters, and the different code points of the text."""
+        self._compare(list(_PROBES))
+        self._check_code_points(np.arange(1, 128, dtype=np.uint32))
+
+    @classmethod
+    def create(cls, reference: Tokenizer) -> FastTokenizer | str:
+        """A fast tokenizer for `reference`; if there is none, the reason."""
+        try:
+            import fastokens
+        except ImportError:
+            return "fastokens is not installed"
+        try:
+            fast = fastokens.Tokenizer.from_json_str(reference.to_str())
+        except Exception as error:  # it raises ValueError and others for what it doesn't implement
+            return f"fastokens does not take it: {' '.join(str(error).split()):.200}"
+        try:
+            return cls(fast, reference)
+        except UnprovenError as error:
+            return str(error)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, uint32 (n,), and where each text's ids begin, int64 (texts + 1,).
+
+        Raises `UnprovenError` if the proof fails on these texts.
+        """
+        self._check(texts)
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            ids, offsets = self._fast.encode_batch_flat(list(texts), split_special_tokens=True)
+        except Exception as error:  # its documentation names no type
+            raise UnprovenError(f"fastokens can't encode the text: {error}") from error
+        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
+
+    def _check(self, texts: Sequence[str]) -> None:
+        """Compare windows of the texts, and the characters that did not occur before."""
+        windows = []
+        for text in texts:
+            if not text.isascii():
+                points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+                if not self._is_known[points].all():
+                    self._check_code_points(np.unique(points[~self._is_known[points]]))
+            with self._lock:
+                before, self._chars = self._chars, self._chars + len(text)
+                is_first = self._windows < _FIRST_WINDOWS
+                if is_first or before // _CHARS_PER_WINDOW != self._chars // _CHARS_PER_WINDOW:
+                    self._windows += 1
+                    start = 0 if is_first else hash(text) % max(1, len(text) - _WINDOW_CHARS)
+                    windows.append(text[start : start + _WINDOW_CHARS])
+        if windows:
+            self._compare(windows)
+
+    def _check_code_points(self, points: np.ndarray) -> None:
+        """Compare characters, uint32 (n,), in a few contexts."""
+        characters = points.tobytes().decode("utf-32-le")
+        self._compare([context.format(character) for character in characters for context in _CONTEXTS])
+        with self._lock:
+            self._is_known[points] = True
+            self.compared["code_points"] += len(points)
+
+    def _compare(self, texts: list[str]) -> None:
+        ids, offsets = self._encode(texts)
+        try:
+            encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # `tokenizers` raises nothing narrower for text that is not in the vocabulary
+            raise UnprovenError(f"tokenizers can't encode a text to compare with: {error}") from error
+        for number, encoding in enumerate(encodings):
+            if not np.array_equal(ids[offsets[number] : offsets[number + 1]], encoding.ids):
+                raise UnprovenError(f"fastokens and tokenizers encode {texts[number]!r:.200} as different ids")
+        with self._lock:
+            self.compared["strings"] += len(texts)
+            self.compared["characters"] += sum(map(len, texts))

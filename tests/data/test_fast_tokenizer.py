@@ -1,0 +1,140 @@
+"""fastokens gives the ids of tokenizers, and where it doesn't, tokenizers encodes the part."""
+
+import logging
+import random
+
+import numpy as np
+import pytest
+from conftest import small_text, write_jsonl
+from preparation import checksums, recipe
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from hfpretrain.data import encode, packing
+from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
+from hfpretrain.data.prepare import prepare
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(split=None, normalizer=None):
+    """A byte-level BPE trained on small text; `split`: a regular expression in place of GPT-2's."""
+    made = Tokenizer(models.BPE())
+    steps = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    made.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<|eos|>", "<|user|>"], initial_alphabet=alphabet)
+    made.train_from_iterator([*small_text(200), "def f(x):\n    return 123456 + x\n" * 20], trainer)
+    made.add_tokens([AddedToken("river stone"), AddedToken("<think>")])
+    made.encode_special_tokens = True
+    return made
+
+
+TOKENIZERS = {
+    "gpt2": {},
+    "llama3": {"split": LLAMA3},
+    "digits": {"split": r"\p{N}|[^\p{N}]+"},
+    "nfc": {"normalizer": normalizers.NFC()},
+}
+
+
+def random_text(draw):
+    """Words, code and characters from all over Unicode."""
+    ranges = ((32, 127), (32, 127), (9, 14), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x3000), (0x3000, 0xD7FF))
+    ranges += ((0xE000, 0xFFFF), (0x10000, 0x30000), (0x1F300, 0x1FB00), (0xE0000, 0x10FFFF))
+    parts = []
+    for _ in range(draw.randrange(1, 12)):
+        low, high = draw.choice(ranges)
+        length = draw.choice((1, 2, 3, 20))
+        parts += [chr(draw.randrange(low, high)) * draw.choice((1, 1, 2)) for _ in range(length)]
+        parts.append(draw.choice((" ", "  ", "\n", "", "<|eos|>", "<think>", " river stone", "12345", "it's", "\r\n")))
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_both_libraries_give_the_same_ids(name):
+    reference = byte_level(**TOKENIZERS[name])
+    fast = FastTokenizer.create(reference)
+    assert isinstance(fast, FastTokenizer), fast
+    draw = random.Random(0)
+    texts = ["", *(random_text(draw) for _ in range(3000)), *small_text(50)]
+    ids, offsets = fast(texts)
+    for number, encoding in enumerate(reference.encode_batch_fast(texts, add_special_tokens=False)):
+        assert ids[offsets[number] : offsets[number + 1]].tolist() == encoding.ids, texts[number]
+    assert offsets[-1] == len(ids) > 100_000
+    assert fast.compared["code_points"] > 10_000
+
+
+def test_a_tokenizer_that_fastokens_refuses_is_encoded_by_tokenizers():
+    reason = FastTokenizer.create(byte_level(normalizer=normalizers.NFKC()))
+    assert "fastokens" in reason and "NFKC" in reason
+
+
+class Wrong:
+    """fastokens, but it gives other ids for texts that `is_wrong`."""
+
+    def __init__(self, fast, is_wrong):
+        self._fast, self._is_wrong = fast, is_wrong
+
+    def encode_batch_flat(self, texts, **keywords):
+        ids, offsets = self._fast.encode_batch_flat(texts, **keywords)
+        wrong = np.frombuffer(ids, np.uint32).copy()
+        ends = np.frombuffer(offsets, np.uint64).astype(int)[1:]
+        for text, end in zip(texts, ends, strict=True):
+            if self._is_wrong(text):
+                wrong[end - 1] += 1
+        return wrong.tobytes(), offsets
+
+
+@pytest.mark.parametrize(
+    ("is_wrong", "text"),
+    [
+        (lambda text: "🌋" in text, "a mountain 🌋 far away"),  # a character that the corpus shows late
+        (lambda text: "river under" in text, "river under the stone"),  # a combination of words
+    ],
+    ids=["character", "words"],
+)
+def test_other_ids_are_found_in_the_text_itself(is_wrong, text):
+    fast = FastTokenizer.create(byte_level())
+    fast._fast = Wrong(fast._fast, is_wrong)
+    fast(["a stone"])
+    with pytest.raises(UnprovenError, match="different ids"):
+        fast([text])
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(packing, "PART_CHARS", 20_000)
+    monkeypatch.setattr(packing, "BATCH_CHARS", 4_000)
+
+
+def test_a_folder_is_the_same_whichever_library_encodes(folder, small_parts, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    documents = [*small_text(200), "one 🌋 volcano <|endoftext|>", *small_text(100, seed=1)]
+    write_jsonl(folder / "corpus.jsonl", documents)
+    made = {"fastokens": prepare(recipe(folder, output_dir=str(folder / "fast" / "run")))}
+    create = FastTokenizer.create
+    monkeypatch.setattr(encode.FastTokenizer, "create", lambda _: "fastokens is not installed")
+    made["tokenizers"] = prepare(recipe(folder, output_dir=str(folder / "slow" / "run")))
+    assert "encoded by tokenizers: fastokens is not installed" in caplog.text
+
+    def create_wrong(reference):
+        fast = create(reference)
+        fast._fast = Wrong(fast._fast, lambda text: "🌋" in text)
+        return fast
+
+    monkeypatch.setattr(encode.FastTokenizer, "create", create_wrong)
+    caplog.clear()
+    made["both"] = prepare(recipe(folder, output_dir=str(folder / "both" / "run")))
+    assert caplog.text.count("different ids") == 1
+
+    one, *others = [checksums(data.path) for data in made.values()]
+    assert others == [one, one]
+    used = {name: data.manifest["encoder"] for name, data in made.items()}
+    assert used["fastokens"].keys() == {"fastokens"} and used["tokenizers"].keys() == {"tokenizers"}
+    assert len(used["both"]["parts_by_tokenizers"]) == 1 < len(list((made["both"].path / "parts").glob("0-*")))
