@@ -22,6 +22,10 @@ _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
 )
+# Older versions had no such keys, and trained as their defaults say.
+_LATER_TOKENIZER_KEYS = {
+    *("train_on", "pattern", "min_frequency", "special_tokens", "reserved_tokens", "byte_fallback", "limit_alphabet"),
+}
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 
 
@@ -193,6 +197,9 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     tokenizer_content = tokenizer.model_dump(
         mode="json", exclude={"chat_template", "pretrained", "revision", "add_bos", "max_unknown"}
     )
+    for name in _LATER_TOKENIZER_KEYS & tokenizer_content.keys():
+        if getattr(tokenizer, name) == TokenizerSection.model_fields[name].default:
+            del tokenizer_content[name]
     framed = ["document prefix"] if has_prefix else []
     text = json.dumps([prepared.FORMAT, content, tokenizer_content, identities, *framed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

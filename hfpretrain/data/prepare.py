@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from hfpretrain.data.tokenizer import (
     tokenizer_size,
     train_tokenizer,
 )
+from hfpretrain.data.tokenizer_sample import training_sample
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.redaction import redact_all
 from hfpretrain.recipe.schema import (
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 # Every tokenizer has this file. It is uploaded last, so a tokenizer with this file is complete.
 _LAST_TOKENIZER_FILE = "tokenizer/tokenizer_config.json"
 _UNPROVEN_PARTS = "unproven_parts.json"
+# How much text the tokenizer was trained on, if not on all.
+_TOKENIZER_SAMPLE = "training_sample.json"
 _MAX_GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
 
@@ -239,6 +243,18 @@ def wait_for_prepared(
     return prepared
 
 
+def train_on_sample(
+    section: TokenizerSection, data: DataSection
+) -> tuple[PreTrainedTokenizerFast, dict[str, int] | None]:
+    """Train the recipe's tokenizer. Returns it, and if it was not trained on all text, `TokenizerSample.counts`."""
+    sample = training_sample(section, functools.partial(corpus.training_documents, data))
+    if sample is None or not sample.is_cut:
+        logger.info("training the tokenizer on the training text")
+        return train_tokenizer(section, corpus.training_documents(data) if sample is None else sample), None
+    logger.info("training the tokenizer on a sample of the training text")
+    return train_tokenizer(section, sample), sample.counts()
+
+
 def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of the prepared data. Calling it adds the tokens that every document begins with."""
     from transformers import AutoTokenizer
@@ -328,6 +344,8 @@ class _Preparation:
             "versions": {name: version(name) for name in ("datasets", "tokenizers", "transformers", "pyarrow")}
             | {"python": platform.python_version()},
         }
+        if (sample := self.work / "tokenizer" / _TOKENIZER_SAMPLE).is_file():
+            extra["tokenizer_sample"] = json.loads(sample.read_text(encoding="utf-8"))
         shutil.rmtree(self.work / "scan", ignore_errors=True)
         (self.work / _UNPROVEN_PARTS).unlink(missing_ok=True)
         for left in list(self.work.rglob("*" + files.INCOMPLETE)):
@@ -361,13 +379,15 @@ class _Preparation:
 
         folder = self.work / "tokenizer"
         if not folder.is_dir():
+            drawn = None
             if self.section.pretrained is not None:
                 made = load_tokenizer(self.section)
             else:
-                logger.info("training the tokenizer on the training text")
-                made = train_tokenizer(self.section, corpus.training_documents(self.data))
+                made, drawn = train_on_sample(self.section, self.data)
             own = self.work / f"tokenizer-{os.getpid()}{files.INCOMPLETE}"
             made.save_pretrained(own)
+            if drawn is not None:
+                (own / _TOKENIZER_SAMPLE).write_text(json.dumps(drawn), encoding="utf-8")
             try:
                 own.rename(folder)
                 return made

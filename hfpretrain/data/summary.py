@@ -42,11 +42,16 @@ def summary(prepared: PreparedData) -> str:
 
 
 def preparation_notes(prepared: PreparedData) -> list[str]:
-    """Sentences for the user: text that the tokenizer changed, or a vocabulary smaller than requested."""
+    """Sentences for the user: a small vocabulary, the tokenizer's sample, and text that the tokenizer changed."""
     found = []
     requested, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
     if requested is not None and size < requested:
         found.append(f"the trained tokenizer has {size:,} tokens, not the {requested:,} of tokenizer.vocab_size")
+    if sample := prepared.manifest.get("tokenizer_sample"):
+        drawn, whole = (
+            f"{sample[f'{of}documents']:,} documents ({sample[f'{of}bytes']:,} bytes)" for of in ("", "of_")
+        )
+        found.append(f"trained on a sample of {drawn}, of {whole}, drawn by a hash of each document")
     data = prepared.manifest["recipe"]
     number_of_sources = len(prepared.manifest["source_identities"])
     for number, source in enumerate(prepared.manifest["sources"]):

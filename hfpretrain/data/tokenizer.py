@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import threading
@@ -12,15 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from hfpretrain.data import threads
 from hfpretrain.recipe.addresses import load_error_message, missing_path_problem
-from hfpretrain.recipe.schema import Problem, RecipeError, TokenizerSection
+from hfpretrain.recipe.schema import END_OF_TEXT, PADDING, UNKNOWN, Problem, RecipeError, TokenizerSection
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"
-UNKNOWN = "<|unknown|>"
+# Characters of scripts that put no space between words; `ー` lengthens a vowel in Japanese.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_EXPRESSIONS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "unspaced": rf"[{_UNSPACED}]+|{_ENDINGS}|[^\r\n\p{{L}}\p{{M}}\p{{N}}]?[\p{{L}}\p{{M}}&&[^{_UNSPACED}]]+"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
 # More letters, digits or other characters in a row than any word has.
 _LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\s\w]{256}")
 logger = logging.getLogger(__name__)
@@ -105,35 +113,40 @@ def describe_framing(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a tokenizer with one special token for both BOS and EOS, and one for padding.
+    """Train a tokenizer with one special token for both BOS and EOS, one for padding, and those of the section.
 
-    The same documents in the same order give the same vocabulary.
+    The same documents give the same vocabulary, in any order.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = [END_OF_TEXT, PADDING]
-    unknown = None
-    if section.algorithm == "byte_level_bpe":
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    special = section.trained_special_tokens
+    unknown = UNKNOWN if UNKNOWN in special else None
+    if section.algorithm == "character":
+        backend = _character_tokenizer(documents, special, section.byte_fallback)
+    else:
+        is_byte_level = section.algorithm == "byte_level_bpe"
+        bytes_apart = 256 if section.byte_fallback else 0  # tokens that are added after the training
+        vocab_size = (section.vocab_size or 0) - bytes_apart  # never 0: the section requires it
+        backend = Tokenizer(models.BPE(unk_token=unknown, byte_fallback=section.byte_fallback))
+        backend.pre_tokenizer = _pre_tokenizer(section.pattern, is_byte_level)
+        keywords: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        if is_byte_level:
+            backend.decoder = decoders.ByteLevel()
+            backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        else:
+            room = vocab_size - len(special)
+            keywords = {"limit_alphabet": room if section.limit_alphabet is None else min(section.limit_alphabet, room)}
         trainer = trainers.BpeTrainer(
-            vocab_size=section.vocab_size or 0,  # never 0: the section requires it
+            vocab_size=vocab_size,
+            min_frequency=section.min_frequency,
             special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
+            **keywords,
         )
         _train_in_thread(backend, documents, trainer)
-    else:
-        unknown = UNKNOWN
-        characters = sorted({character for text in documents for character in set(text)})
-        vocabulary = {token: index for index, token in enumerate([*special, UNKNOWN, *characters])}
-        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-        backend.decoder = decoders.Fuse()
-        backend.add_special_tokens([AddedToken(token, special=True) for token in [*special, UNKNOWN]])
+        if not is_byte_level:
+            backend = _finish_character_bpe(backend, len(special), section.byte_fallback)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -142,6 +155,69 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
         unk_token=unknown,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _pre_tokenizer(pattern: str, is_byte_level: bool) -> Any:
+    """What cuts text into the pieces of `TokenizerSection.pattern`."""
+    from tokenizers import Regex, pre_tokenizers
+
+    name = "gpt2" if pattern == "digits" else pattern
+    if is_byte_level and name == "gpt2":  # the library's own, so that the tokenizer's file is as short as GPT-2's
+        steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        steps = [pre_tokenizers.Split(Regex(_EXPRESSIONS.get(name, name)), behavior="isolated")]
+        if is_byte_level:
+            steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    if pattern == "digits":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+
+
+def _character_tokenizer(documents: Iterable[str], special: list[str], byte_fallback: bool) -> Tokenizer:
+    """A tokenizer with a token for each character of the documents, and with `byte_fallback` one for each byte."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted({character for text in documents for character in set(text)})
+    tokens = [*special, *(_byte_tokens() if byte_fallback else ()), *characters]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if byte_fallback:
+        backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        backend.decoder = decoders.Fuse()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return backend
+
+
+def _finish_character_bpe(trained: Tokenizer, num_special: int, byte_fallback: bool) -> Tokenizer:
+    """Give a BPE tokenizer over characters its decoder, and with `byte_fallback` 256 tokens for bytes.
+
+    They get the ids after the special tokens, because `tokenizers` can't train with tokens that are neither special nor
+    found in the text. Raises `RecipeError` if the text has such a token.
+    """
+    from tokenizers import Tokenizer, decoders
+
+    if not byte_fallback:
+        trained.decoder = decoders.Fuse()
+        return trained
+    content = json.loads(trained.to_str())
+    vocabulary = content["model"]["vocab"]
+    if found := sorted(vocabulary.keys() & set(_byte_tokens())):
+        message = f"{found[0]!r} became a token, because the text often has it; such a token would be read as a byte"
+        raise RecipeError.at(
+            "tokenizer.byte_fallback", f"{message}; choose a pattern that separates letters and digits"
+        )
+    moved = {token: number if number < num_special else number + 256 for token, number in vocabulary.items()}
+    content["model"]["vocab"] = moved | {token: num_special + n for n, token in enumerate(_byte_tokens())}
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def _byte_tokens() -> list[str]:
+    return [f"<0x{value:02X}>" for value in range(256)]
 
 
 def _train_in_thread(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
@@ -233,6 +309,19 @@ def chat_template_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
 
 def _template_text(given: str) -> str:
     return given if "{" in given else Path(given).read_text(encoding="utf-8")
+
+
+def pattern_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
+    """The problem of `tokenizer.pattern` in a recipe's mapping, if it is not a valid regular expression."""
+    from tokenizers import Regex
+
+    section = mapping.get("tokenizer")
+    given = section.get("pattern") if isinstance(section, dict) else None
+    if isinstance(given, str):
+        try:
+            Regex(given)
+        except Exception as error:  # `tokenizers` raises nothing narrower
+            yield Problem("tokenizer.pattern", f"{given!r} is not a regular expression: {error}")
 
 
 def _in_batches(documents: Iterable[str], size: int = 1000) -> Iterator[list[str]]:

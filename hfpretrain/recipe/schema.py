@@ -127,6 +127,31 @@ class ModelSection(Section):
         return self
 
 
+TOKENIZER_SAMPLE_BYTES = 2_000_000_000
+SPLIT_PATTERNS = ("gpt2", "llama3", "digits", "unspaced")
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+UNKNOWN = "<|unknown|>"
+_KEYS_OF_ALL = {"train_on", "special_tokens", "reserved_tokens"}
+_KEYS_OF_ALGORITHM: dict[str, set[str]] = {
+    "byte_level_bpe": {*_KEYS_OF_ALL, "pattern", "min_frequency"},
+    "bpe": {*_KEYS_OF_ALL, "pattern", "min_frequency", "byte_fallback", "limit_alphabet"},
+    "character": {*_KEYS_OF_ALL, "byte_fallback"},
+}
+
+
+class TrainOnSection(Section):
+    """The text on which a tokenizer is trained: documents in the order of a hash of their text, until one of the limits
+    is reached. The last document is cut at `bytes`. The same documents in other files or in another order give the same
+    sample."""
+
+    bytes: PositiveInt = TOKENIZER_SAMPLE_BYTES
+    """Maximum size in bytes of UTF-8, for example 1_000_000_000. The default is 2 GB: the trainer's memory grows with
+    the number of different words."""
+    documents: PositiveInt | None = None
+    """Maximum number of documents. null: no maximum."""
+
+
 class TokenizerSection(Section):
     """The tokenizer: an existing one (`pretrained`), or one trained on the recipe's training text (`algorithm`)."""
 
@@ -134,12 +159,39 @@ class TokenizerSection(Section):
     """Folder or Hub id of a fast tokenizer."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
-    algorithm: Literal["byte_level_bpe", "character"] | None = None
-    """Train a tokenizer of this kind: byte-level BPE as in GPT-2, which can encode any Unicode text, or one token for
-    each character of the training text."""
+    algorithm: Literal["byte_level_bpe", "bpe", "character"] | None = None
+    """Train a tokenizer of this kind. `byte_level_bpe`: BPE over bytes as in GPT-2, which can encode any Unicode text.
+    `bpe`: BPE over characters as in Llama 2, but without a change of the text's spaces. `character`: one token for each
+    character of the training text."""
     vocab_size: int | None = Field(default=None, ge=258, le=2**24)
-    """Vocabulary size of a trained byte-level BPE tokenizer, special tokens included. At least 258: 256 bytes and 2
-    special tokens."""
+    """Vocabulary size of a trained BPE tokenizer, special tokens included. At least 258: 256 bytes and 2 special
+    tokens."""
+    train_on: TrainOnSection | None = None
+    """The part of the training text on which the tokenizer is trained, for example `{bytes: 1_000_000_000}` or
+    `{documents: 100_000}`. The manifest of the prepared data counts what was drawn. null, the default: 2 GB for BPE,
+    and all text for `character`, so that no character is unknown."""
+    pattern: str = "gpt2"
+    """How BPE splits text into pieces, inside of which it merges: a name, or a regular expression of which every match
+    is a piece (`tokenizers.pre_tokenizers.Split`). `gpt2`, the default: words with the space before them, numbers,
+    punctuation. `llama3`: as Llama 3; numbers in groups of up to 3 digits, line breaks with the punctuation before
+    them. `digits`: as `gpt2`, but every digit is a piece. `unspaced`: for languages without spaces between words, such
+    as Chinese, Japanese and Thai. It is `llama3` with vowel signs and accents kept in their word, and with every run of
+    such a script as its own piece, so that no token mixes it with other letters."""
+    min_frequency: int = Field(default=0, ge=0)
+    """How often a pair must occur to be merged into a token, as in `tokenizers.trainers.BpeTrainer`, whose default is 0
+    as well. The vocabulary may then be smaller than `vocab_size`."""
+    special_tokens: tuple[str, ...] = ()
+    """Further special tokens of a trained tokenizer, beside those for the end of a document and for padding, for
+    example `["<|im_start|>", "<|im_end|>"]`. `data.sources.N.special_tokens` says how text with such a name is read."""
+    reserved_tokens: int = Field(default=0, ge=0, le=2**16)
+    """Number of special tokens `<|reserved_0|>`, `<|reserved_1|>`, ... of a trained tokenizer, to which fine-tuning can
+    give a meaning without a change of the vocabulary's size. Default: none."""
+    byte_fallback: bool = False
+    """Encode a character that `bpe` or `character` has no token for as its UTF-8 bytes, with 256 tokens `<0x00>` to
+    `<0xFF>`, as in `tokenizers.models.BPE`. false, the default: such a character is the unknown token."""
+    limit_alphabet: PositiveInt | None = None
+    """For `bpe`: the maximum number of different characters that get a token, the most frequent first, as in
+    `tokenizers.trainers.BpeTrainer`. null, the default: no maximum."""
     pad_to_multiple_of: int = Field(default=64, ge=1, le=2**16)
     """The model's vocabulary size is the tokenizer's, rounded up to a multiple of this, because matrix kernels are
     faster then. The default is 64."""
@@ -165,15 +217,63 @@ class TokenizerSection(Section):
     def _check_one_origin(self) -> TokenizerSection:
         if (self.pretrained is None) == (self.algorithm is None):
             raise ValueError("give exactly one of `pretrained` (load) and `algorithm` (train)")
-        if (self.algorithm == "byte_level_bpe") != (self.vocab_size is not None):
-            raise ValueError("`algorithm: byte_level_bpe` needs `vocab_size`; other tokenizers do not take it")
+        is_bpe = self.algorithm in ("byte_level_bpe", "bpe")
+        if is_bpe != (self.vocab_size is not None):
+            raise ValueError("`algorithm: byte_level_bpe` and `bpe` need `vocab_size`; other tokenizers do not take it")
         if self.add_bos is not None and self.pretrained is None:
             raise ValueError(
                 "`add_bos` is only for `pretrained`: a tokenizer trained here has the same token for BOS and EOS"
             )
         if self.revision is not None and self.pretrained is None:
             raise ValueError("`revision` belongs to `pretrained`, which is not given")
+        for key in self._unused_keys():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                users = [f"`{name}`" for name, keys in _KEYS_OF_ALGORITHM.items() if key in keys]
+                raise ValueError(f"`{key}` is only for `algorithm` {' and '.join(users)}; leave it out")
+        special, has_bytes = len(self.trained_special_tokens), self.algorithm == "byte_level_bpe" or self.byte_fallback
+        least = special + (256 if has_bytes else 0)
+        if self.vocab_size is not None and self.vocab_size < least:
+            raise ValueError(
+                f"`vocab_size` must be at least {least}: {special} special tokens and {least - special} bytes"
+            )
         return self
+
+    def _unused_keys(self) -> set[str]:
+        """Keys that say how a tokenizer is trained, but not one of this `algorithm`."""
+        return set().union(*_KEYS_OF_ALGORITHM.values()) - _KEYS_OF_ALGORITHM.get(self.algorithm or "", set())
+
+    @model_serializer(mode="wrap")
+    def _drop_unused_keys(self, dump: Any) -> dict[str, Any]:
+        unused = self._unused_keys()
+        return {key: value for key, value in dump(self).items() if key not in unused}
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str) -> str:
+        # A regular expression without any operator would split the text only at this very word.
+        if pattern not in SPLIT_PATTERNS and re.fullmatch(r"[\w-]*", pattern):
+            names = ", ".join(SPLIT_PATTERNS)
+            raise ValueError(f"there is no pattern {pattern!r}; give a regular expression or one of {names}")
+        return pattern
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _check_special_tokens(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for number, name in enumerate(names):
+            if name in (END_OF_TEXT, PADDING, UNKNOWN) or name in names[:number]:
+                raise ValueError(f"the tokenizer has {name!r} already; leave it out")
+            if re.fullmatch(r"<\|reserved_\d+\|>", name):
+                raise ValueError(f"{name!r} is the name of a reserved token; set `reserved_tokens` to their number")
+            if len(name) < 2 or name != name.strip() or re.fullmatch("<0x[0-9A-F]{2}>", name):
+                raise ValueError(f"{name!r} can't be a special token; give a name such as '<|im_start|>'")
+        return names
+
+    @property
+    def trained_special_tokens(self) -> list[str]:
+        """The special tokens of a trained tokenizer, in the order of their ids, which begin with 0."""
+        unknown = [] if self.algorithm == "byte_level_bpe" or self.byte_fallback else [UNKNOWN]
+        reserved = [f"<|reserved_{number}|>" for number in range(self.reserved_tokens)]
+        return [END_OF_TEXT, PADDING, *unknown, *self.special_tokens, *reserved]
 
 
 FILE_FORMATS = ("text", "json", "parquet", "csv")
