@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -143,6 +144,19 @@ def _parser() -> argparse.ArgumentParser:
     shard = "prepare shard I of N on this machine; when all N are done, run the command once without --shard"
     prepare.add_argument("--shard", metavar="I/N", help=shard)
     prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one per core")
+    tokenizer = command(
+        "tokenizer", _tokenizer, "compare tokenizers on a recipe's text: bytes per token, vocabulary, speed"
+    )
+    several = "recipes, and tokenizers: a folder, a run or an ID on the Hub; the text is that of the first recipe"
+    tokenizer.add_argument("recipe", metavar="RECIPE|FOLDER", nargs="+", help=several)
+    text = "measure on a .txt file (one document) or a .jsonl file (key `text`) instead; may be given several times"
+    tokenizer.add_argument("--data", action="append", metavar="[NAME=]FILE", help=text)
+    size = "most text of each source to measure on, in bytes; default: 4000000"
+    tokenizer.add_argument("--max-bytes", type=int, default=4_000_000, help=size)
+    tokenizer.add_argument("--plot", metavar="PNG", help="also draw the comparison")
+    tokenizer.add_argument("--json", action="store_true", help="print one JSON array")
+    saved = "save the tokenizer of the only recipe in this new folder, which `tokenizer.pretrained` can name"
+    tokenizer.add_argument("--save", metavar="FOLDER", help=saved)
     data = command("data", _data, "print the documents that a step of a run was trained on")
     data.add_argument("recipe", metavar="RECIPE")
     data.add_argument("--step", type=int, required=True, help="optimizer step, as in metrics.jsonl; the first is 1")
@@ -417,6 +431,48 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
         f"shard {match[1]} of {match[2]} of {path} is done; when all are, run the same command without --shard to join"
         " them"
     )
+
+
+def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.data import tokenizer_report
+    from hfpretrain.evaluation.texts import file_texts
+
+    # A name without a slash that is no folder is a recipe's file or the name of a shipped recipe.
+    is_recipe = [Path(name).is_file() or ("/" not in name and not Path(name).is_dir()) for name in args.recipe]
+    recipes = {
+        name: _load(argparse.Namespace(recipe=name), overrides) for name in itertools.compress(args.recipe, is_recipe)
+    }
+    plot, save = (None if name is None else Path(name) for name in (args.plot, args.save))
+    if overrides and not recipes:
+        raise RecipeError.at(overrides[0], "changes a key of a recipe, but no recipe is given")
+    if args.max_bytes < 1:
+        raise RecipeError.at("--max-bytes", f"{args.max_bytes} must be at least 1")
+    if args.data is None and not recipes:
+        raise RecipeError.at("--data", "give the text to measure on: a recipe, or --data FILE")
+    if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise RecipeError.at("--plot", f"{plot} must be a .png file in an existing folder")
+    if save is not None and (len(recipes) != 1 or save.exists()):
+        message = f"{save} exists already" if save.exists() else f"needs one recipe, and {len(recipes)} are given"
+        raise RecipeError.at("--save", message)
+    if args.data is not None:
+        texts = tokenizer_report.limit_texts(file_texts(args.data), args.max_bytes)
+    else:
+        texts = tokenizer_report.domain_texts(next(iter(recipes.values())).data, args.max_bytes)
+    measured = []
+    short = {name: Path(name).stem if name in recipes else Path(name).name for name in args.recipe}
+    for name in dict.fromkeys(args.recipe):
+        made = (
+            tokenizer_report.recipe_tokenizer(recipes[name])
+            if name in recipes
+            else tokenizer_report.stored_tokenizer(name)
+        )
+        if save is not None and name in recipes:
+            made.save_pretrained(save)
+        label = short[name] if list(short.values()).count(short[name]) == 1 else name
+        measured.append(tokenizer_report.measure(label, made, texts))
+    if plot is not None:
+        tokenizer_report.plot_report(measured, plot)
+    print(json.dumps(tokenizer_report.as_json(measured)) if args.json else tokenizer_report.format_report(measured))
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:

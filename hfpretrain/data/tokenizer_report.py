@@ -1,0 +1,409 @@
+"""Compare tokenizers on the same text: bytes and characters per token by domain and by script, vocabulary, speed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import regex
+
+from hfpretrain.data import corpus
+from hfpretrain.data.encode import Encoder, token_bytes
+from hfpretrain.data.prepare import load_prepared_tokenizer, prepared_path, train_on_sample
+from hfpretrain.data.prepared import PreparedData, is_validation
+from hfpretrain.data.tokenizer import load_tokenizer, tokenizer_size
+from hfpretrain.recipe.redaction import redact
+from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, SourceSection, TokenizerSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAX_FILES = 16
+NUM_LONGEST = 5
+_BATCH = 64
+_MAX_SCRIPTS = 14
+_OTHER, _NUMBERS, _SYMBOLS, _SPACES = "other letters", "numbers", "symbols", "spaces"
+# Unicode's `Script_Extensions`, with which a sign that several scripts share, such as `ー`, belongs to the first.
+_SCRIPTS = (
+    *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Ethiopic", "Devanagari", "Bengali"),
+    *("Gurmukhi", "Gujarati", "Oriya", "Tamil", "Telugu", "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Khmer"),
+    *("Myanmar", "Tibetan", "Mongolian", "Hangul", "Hiragana", "Katakana", "Han"),
+)
+_CLASSES = (*_SCRIPTS, _OTHER, _NUMBERS, _SYMBOLS, _SPACES)
+_SCRIPT = regex.compile("|".join(rf"(?P<{name}>\p{{Script_Extensions={name}}})" for name in _SCRIPTS))
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+@dataclass
+class Size:
+    """An amount of text and the tokens that it is encoded to, without those between documents."""
+
+    bytes: int = 0
+    characters: int = 0
+    tokens: int = 0
+
+    def add(self, other: Size) -> None:
+        """Add another amount to this one."""
+        for name in ("bytes", "characters", "tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes per token; None without tokens."""
+        return self.bytes / self.tokens if self.tokens else None
+
+    @property
+    def characters_per_token(self) -> float | None:
+        """Unicode characters per token; None without tokens."""
+        return self.characters / self.tokens if self.tokens else None
+
+
+@dataclass
+class Measured:
+    """What a tokenizer made of the text."""
+
+    name: str
+    vocab_size: int
+    """Largest id + 1."""
+    domains: dict[str, Size] = field(default_factory=dict)
+    scripts: dict[str, Size] = field(default_factory=dict)
+    """By the script of a token's letters. Tokens without letters are numbers, symbols or spaces."""
+    uses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """How often each id occurs: int64 (vocab_size,)."""
+    longest: list[tuple[str, int]] = field(default_factory=list)
+    """The longest tokens and how often each occurs, the longest first."""
+    seconds: float = 0.0
+    """Time to encode all text."""
+
+    @property
+    def total(self) -> Size:
+        """All domains together."""
+        total = Size()
+        for size in self.domains.values():
+            total.add(size)
+        return total
+
+    @property
+    def used(self) -> int:
+        """Number of different ids that occur."""
+        return int((self.uses > 0).sum())
+
+
+def domain_texts(data: DataSection, max_bytes: int) -> dict[str, list[str]]:
+    """At most `max_bytes` of text of each training source and of each validation source, by the name of the domain.
+
+    The text is the beginning of up to `MAX_FILES` files of a source, which lie evenly among all, an equal part of each.
+    """
+    texts: dict[str, list[str]] = {}
+    splitter = corpus.Splitter(data)
+    for number, reader in enumerate(corpus.training_readers(data)):
+        name = f"{number} {_source_name(data.sources[number])}"
+        for document in _beginnings(reader, max_bytes):
+            for split, text in splitter(document):
+                if split == "train":
+                    texts.setdefault(name, []).append(text)
+                elif is_validation(split):
+                    texts.setdefault("validation", []).append(text)
+    for number, reader in enumerate(corpus.validation_readers(data)):
+        name = data.validation_split(number).replace("-", " ", 1)
+        texts.setdefault(name, []).extend(document.text for document in _beginnings(reader, max_bytes) if document.text)
+    if not any(texts.values()):
+        raise RecipeError.at("data.sources", "the sources have no text")
+    return texts
+
+
+def limit_texts(texts: dict[str, list[str]], max_bytes: int) -> dict[str, list[str]]:
+    """The first `max_bytes` of each domain."""
+    limited: dict[str, list[str]] = {}
+    for name, documents in texts.items():
+        room = max_bytes
+        for text in documents:
+            if room <= 0:
+                break
+            limited.setdefault(name, []).append(_cut(text, room))
+            room -= len(text.encode())
+    return limited
+
+
+def _beginnings(reader: corpus.Reader, max_bytes: int) -> Iterator[corpus.Document]:
+    """The first documents of some of the reader's files, the last of each cut."""
+    chosen = sorted(
+        {int(index) for index in np.linspace(0, len(reader.pieces) - 1, min(MAX_FILES, len(reader.pieces)))}
+    )
+    for index in chosen:
+        room = max_bytes // len(chosen)
+        for document in reader.read([index]):
+            yield document._replace(text=_cut(document.text, room))
+            room -= document.num_bytes
+            if room <= 0:
+                break
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    """The beginning of a text, at most `num_bytes` in UTF-8."""
+    return text.encode()[:num_bytes].decode(errors="ignore")
+
+
+def _source_name(source: SourceSection) -> str:
+    name = source.name or (source.patterns or (source.data_dir or source.path,))[0]
+    return redact(name).rstrip("/").rpartition("/")[2]
+
+
+def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer: that of its prepared data if there is any, otherwise loaded, or trained on its text."""
+    prepared = PreparedData.open(prepared_path(recipe))
+    if prepared is not None:
+        return load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
+    if recipe.tokenizer.pretrained is not None:
+        return load_tokenizer(recipe.tokenizer)
+    return train_on_sample(recipe.tokenizer, recipe.data)[0]
+
+
+def stored_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder (also of a run, an export or prepared data), or of a Hub id."""
+    path = Path(name)
+    inside = [path, path / "tokenizer", path / "model"]
+    found = [folder for folder in inside if any((folder / file).is_file() for file in _TOKENIZER_FILES)]
+    if path.is_dir() and not found:
+        raise RecipeError.at(name, f"is a folder without a tokenizer, which has one of {', '.join(_TOKENIZER_FILES)}")
+    try:
+        return load_tokenizer(TokenizerSection(pretrained=str(found[0]) if found else name))
+    except RecipeError as error:
+        raise RecipeError.at(name, error.problems[0].message) from error
+
+
+def measure(name: str, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list[str]]) -> Measured:
+    """Encode the documents of each domain as training does, and count.
+
+    `seconds` is the time of `Encoder`, which uses all cores.
+    """
+    size = tokenizer_size(tokenizer)
+    measured = Measured(name, size, uses=np.zeros(size, np.int64))
+    encoder = Encoder(tokenizer, np.dtype(np.uint32))
+    scripts = _Scripts(tokenizer)
+    for domain, documents in texts.items():
+        of_domain = measured.domains[domain] = Size()
+        for start in range(0, len(documents), _BATCH):
+            batch = documents[start : start + _BATCH]
+            began = time.perf_counter()
+            encoded = encoder(batch)
+            measured.seconds += time.perf_counter() - began
+            ids = np.concatenate([one[len(encoder.prefix) : -1] for one in encoded])
+            measured.uses += np.bincount(ids, minlength=size)
+            num_bytes, characters = sum(len(text.encode()) for text in batch), sum(map(len, batch))
+            of_domain.add(Size(num_bytes, characters, len(ids)))
+            scripts.count(batch)
+    measured.scripts = scripts.sizes()
+    measured.longest = _longest_tokens(tokenizer, measured.uses)
+    return measured
+
+
+def _longest_tokens(tokenizer: PreTrainedTokenizerFast, uses: np.ndarray) -> list[tuple[str, int]]:
+    """The tokens that stand for most bytes of text, without special tokens, and how often each occurs."""
+    sizes = token_bytes(tokenizer, len(uses))
+    special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    sizes[special] = 0
+    order = np.argsort(-sizes, kind="stable")[:NUM_LONGEST].tolist()
+    return [(tokenizer.decode([index]), int(uses[index])) for index in order if sizes[index]]
+
+
+class _Scripts:
+    """Counts tokens, and the text that each stands for, by script."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.encode_special_tokens = True  # the names of special tokens are text, as in training
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._class_of = np.full(0x110000, 255, dtype=np.uint8)
+        self._counts = np.zeros((3, len(_CLASSES)), dtype=np.int64)
+
+    def count(self, texts: Sequence[str]) -> None:
+        """Count the tokens of texts. A token counts the text from the end of the one before it to its own end."""
+        for text, encoding in zip(
+            texts, self._backend.encode_batch(list(texts), add_special_tokens=False), strict=True
+        ):
+            if not len(encoding):
+                continue
+            points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+            bytes_before = np.zeros(len(points) + 1, dtype=np.int64)
+            lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+            np.cumsum(lengths, out=bytes_before[1:])
+            ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
+            ends[-1] = len(points)
+            starts = np.concatenate([[0], ends[:-1]])
+            classes = self._classes(points)
+            # Tokens that are bytes of one character have the same end; all but the first have no text of their own.
+            of_token = classes[np.maximum(ends, 1) - 1]
+            has_text = ends > starts
+            of_token[has_text] = np.minimum.reduceat(classes, starts[has_text])
+            for row, weights in enumerate((bytes_before[ends] - bytes_before[starts], ends - starts, None)):
+                found = np.bincount(of_token, weights, minlength=len(_CLASSES))
+                self._counts[row] += found.astype(np.int64)
+
+    def _classes(self, points: np.ndarray) -> np.ndarray:
+        """The index in `_CLASSES` of each character, uint8 (n,), of `points`, uint32 (n,)."""
+        classes = self._class_of[points]
+        if (new := np.unique(points[classes == 255])).size:
+            for point in new.tolist():
+                self._class_of[point] = _CLASSES.index(_class_of(chr(point)))
+            classes = self._class_of[points]
+        return classes
+
+    def sizes(self) -> dict[str, Size]:
+        """The amount of text of each script that occurs. Small ones are `other letters`."""
+        found = {name: Size(*map(int, self._counts[:, number])) for number, name in enumerate(_CLASSES)}
+        scripts = sorted((name for name in _SCRIPTS if found[name].tokens), key=lambda name: -found[name].bytes)
+        for name in scripts[_MAX_SCRIPTS:]:
+            found[_OTHER].add(found[name])
+        shown = (*scripts[:_MAX_SCRIPTS], _OTHER, _NUMBERS, _SYMBOLS, _SPACES)
+        return {name: found[name] for name in shown if found[name].tokens}
+
+
+def _class_of(character: str) -> str:
+    if character.isspace():
+        return _SPACES
+    category = unicodedata.category(character)[0]
+    if category == "N":
+        return _NUMBERS
+    if category not in "LM":
+        return _SYMBOLS
+    match = _SCRIPT.match(character)
+    return _OTHER if match is None else str(match.lastgroup)
+
+
+def as_json(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """The figures of each tokenizer, for a JSON file."""
+    return [
+        {
+            "tokenizer": one.name,
+            "vocab_size": one.vocab_size,
+            "vocab_used": one.used,
+            "bytes_per_second": one.total.bytes / one.seconds,
+            "tokens_per_second": one.total.tokens / one.seconds,
+            "domains": {name: vars(size) for name, size in one.domains.items()},
+            "scripts": {name: vars(size) for name, size in one.scripts.items()},
+            "longest_tokens": one.longest,
+        }
+        for one in measured
+    ]
+
+
+def format_report(measured: Sequence[Measured]) -> str:
+    """A table with two columns for each tokenizer, then the longest tokens of each."""
+    first = measured[0]
+    rows: list[list[str]] = [["", "text"] + ["bytes/token", "chars/token"] * len(measured)]
+
+    def add(label: str, text: str, cells: Iterable[tuple[str, str]]) -> None:
+        rows.append([label, text, *itertools.chain.from_iterable(cells)])
+
+    def add_sizes(label: str, text: str, sizes: Iterable[Size]) -> None:
+        add(label, text, ((_rate(size.bytes_per_token), _rate(size.characters_per_token)) for size in sizes))
+
+    rows.append(["domain"])
+    for name, size in first.domains.items():
+        add_sizes(f"  {name}", f"{size.bytes / 1e6:,.2f} MB", [one.domains[name] for one in measured])
+    if len(first.domains) > 1:
+        add_sizes("  all", f"{first.total.bytes / 1e6:,.2f} MB", [one.total for one in measured])
+    rows.append(["script"])
+    for name in _script_names(measured):
+        share = first.scripts.get(name, Size()).bytes / first.total.bytes
+        add_sizes(f"  {name}", f"{share:.1%}", [one.scripts.get(name, Size()) for one in measured])
+    rows.append(["vocabulary"])
+    add("  tokens", "", ((f"{one.vocab_size:,}", "") for one in measured))
+    add("  used", "", ((f"{one.used:,}", f"{one.used / one.vocab_size:.1%}") for one in measured))
+    rows.append(["speed"])
+    add("  text", "", ((f"{one.total.bytes / one.seconds / 1e6:,.1f} MB/s", "") for one in measured))
+    add("  tokens", "", ((f"{one.total.tokens / one.seconds / 1e6:,.2f} M/s", "") for one in measured))
+    lines = _align(rows, [one.name for one in measured])
+    for one in measured:
+        lines.append(f"longest tokens of {one.name}, and how often the text has them")
+        lines += [f"  {uses:>8,}  {_short(token)}" for token, uses in one.longest]
+    return "\n".join(lines)
+
+
+def _align(rows: list[list[str]], names: list[str]) -> list[str]:
+    """Lines of equal columns, the first to the left, below a line with the tokenizers' names over two columns each."""
+    num_columns = 2 + 2 * len(names)
+    rows = [row + [""] * (num_columns - len(row)) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(num_columns)]
+    for number, name in enumerate(names):
+        pair = slice(2 + 2 * number, 4 + 2 * number)
+        missing = len(name) - sum(widths[pair]) - 2
+        widths[pair.start] += max(0, missing)
+    pairs = [sum(widths[column : column + 2]) + 2 for column in range(2, num_columns, 2)]
+    head = [
+        "".ljust(widths[0]),
+        "".rjust(widths[1]),
+        *(name.rjust(pair) for name, pair in zip(names, pairs, strict=True)),
+    ]
+    aligned = (
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    )
+    return ["  ".join(cells).rstrip() for cells in (head, *aligned)]
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _short(token: str, most: int = 60) -> str:
+    return repr(token) if len(token) <= most else f"{token[:most]!r}... ({len(token)} characters)"
+
+
+def _script_names(measured: Sequence[Measured]) -> list[str]:
+    """The scripts of any tokenizer's tokens, those with most text first, and the classes without letters last."""
+    names = dict.fromkeys(itertools.chain.from_iterable(one.scripts for one in measured))
+    return sorted(names, key=lambda name: name in (_OTHER, _NUMBERS, _SYMBOLS, _SPACES))
+
+
+def plot_report(measured: Sequence[Measured], path: Path) -> None:
+    """Draw a PNG: bytes per token by domain, characters per token by script, and how the vocabulary is used."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    domains, scripts = [*measured[0].domains, "all"], _script_names(measured)
+    height = min(14, max(6, 1.5 + 0.2 * len(measured) * max(2 * len(domains), len(scripts))))
+    figure = Figure(figsize=(12, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplot_mosaic([["domain", "script"], ["vocabulary", "script"]])
+    of_domains = [[{**one.domains, "all": one.total}[name].bytes_per_token for name in domains] for one in measured]
+    _draw_bars(panels["domain"], domains, of_domains)
+    panels["domain"].set_title("bytes per token, by domain", loc="left")
+    of_scripts = [[one.scripts.get(name, Size()).characters_per_token for name in scripts] for one in measured]
+    _draw_bars(panels["script"], scripts, of_scripts)
+    panels["script"].set_title("characters per token, by the script of its letters", loc="left")
+    curves = panels["vocabulary"]
+    for one in measured:
+        covered = np.cumsum(np.sort(one.uses)[::-1][: one.used]) / one.uses.sum()
+        label = f"{one.name} ({one.vocab_size:,} tokens, {one.used:,} used)"
+        curves.plot(np.arange(1, one.used + 1), covered, label=label, lw=1.5)
+    curves.set_title("share of the text that the most frequent tokens make up", loc="left")
+    curves.set(xlabel="number of most frequent tokens", xscale="log", ylim=(0, 1.02))
+    curves.yaxis.set_major_formatter("{x:.0%}")
+    curves.grid(alpha=0.3)
+    for axes in panels.values():
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
+    figure.savefig(path)
+
+
+def _draw_bars(axes: Any, names: Sequence[str], values: Sequence[Sequence[float | None]]) -> None:
+    """Horizontal bars, a group for each name from top to bottom, with a bar for each tokenizer."""
+    height = 0.8 / len(values)
+    for number, row in enumerate(values):
+        places = [index + (number - (len(values) - 1) / 2) * height for index in range(len(names))]
+        bars = axes.barh(places, [value or 0 for value in row], height)
+        axes.bar_label(bars, [_rate(value) for value in row], padding=2, fontsize=7)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.margins(x=0.12)
