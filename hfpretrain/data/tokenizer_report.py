@@ -371,7 +371,8 @@ def plot_report(measured: Sequence[Measured], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    domains, scripts = [*measured[0].domains, "all"], _script_names(measured)
+    domains, scripts = list(measured[0].domains), _script_names(measured)
+    domains += ["all"] if len(domains) > 1 else []
     height = min(14, max(6, 1.5 + 0.2 * len(measured) * max(2 * len(domains), len(scripts))))
     figure = Figure(figsize=(12, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -381,7 +382,7 @@ def plot_report(measured: Sequence[Measured], path: Path) -> None:
     panels["domain"].set_title("bytes per token, by domain", loc="left")
     of_scripts = [[one.scripts.get(name, Size()).characters_per_token for name in scripts] for one in measured]
     _draw_bars(panels["script"], scripts, of_scripts)
-    panels["script"].set_title("characters per token, by the script of its letters", loc="left")
+    panels["script"].set_title("characters per token, by script", loc="left")
     curves = panels["vocabulary"]
     for one in measured:
         covered = np.cumsum(np.sort(one.uses)[::-1][: one.used]) / one.uses.sum()

@@ -13,7 +13,7 @@ from hfpretrain.recipe.schema import TokenizerSection, TrainOnSection
 # Documents are counted by the first bits of their hash, so that memory does not grow with their number.
 _RANGE_BITS = 20
 # A corpus of at most this many characters is kept in memory, so that it is read once.
-_KEPT_CHARS = 2**25
+_KEPT_CHARS = 2**24
 
 
 class TokenizerSample:
