@@ -109,6 +109,8 @@ def _count_by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[st
             }
         special = sum((Counter(account.get("special_tokens", {})) for account in mine), Counter())
         entry["special_tokens"] = dict(sorted(special.items()))
+        if from_tokens := [account["from_tokens"] for account in mine if "from_tokens" in account]:
+            entry["from_tokens"] = _sum_from_tokens(from_tokens)
         entry["unknown"] = sum(account.get("unknown", 0) for account in mine)
         samples = [account["sample"] for account in mine if "sample" in account]
         # A part without a sample has lost no text.
@@ -122,6 +124,13 @@ def _count_by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[st
         if number is not None or mine:
             sources.append(entry)
     return sources
+
+
+def _sum_from_tokens(accounts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the ids that were read from token files."""
+    names = ("tokens_read", "tokens_kept", "tokens_dropped")
+    framing = sum((Counter(account["framing"]) for account in accounts), Counter())
+    return {**{name: sum(a[name] for a in accounts) for name in names}, "framing": dict(sorted(framing.items()))}
 
 
 def _join_split(

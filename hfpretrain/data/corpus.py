@@ -14,7 +14,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -22,6 +22,11 @@ from hfpretrain.data import source_files
 from hfpretrain.data.source_files import expand_pattern
 from hfpretrain.recipe.redaction import is_redacted, redact
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hfpretrain.data.token_documents import Vocabulary
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
@@ -46,6 +51,22 @@ class Document(NamedTuple):
     """Hash of the text: 16 bytes."""
     problem: tuple[str, str] | None = None
     """The reason, a short name under which such documents are counted, and a sentence for the user."""
+    ids: np.ndarray | None = None
+    """Token ids, (n,), of a document that came as tokens; it has no `text`. None for text."""
+    framing: np.ndarray | None = None
+    """EOS, BOS and padding that the file has around the document's `ids`: (m,). None for text."""
+    chars_of_ids: int = 0
+    """Characters that `ids` stand for."""
+
+    @property
+    def content(self) -> str | np.ndarray:
+        """The text, or the token ids."""
+        return self.text if self.ids is None else self.ids
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the text, or of what the tokens stand for."""
+        return len(self.text) if self.ids is None else self.chars_of_ids
 
 
 class Piece(NamedTuple):
@@ -66,11 +87,18 @@ class Reader:
     """An open source: its pieces in order, and the documents of each.
 
     `key`: the source's path in the recipe, for messages. Raises `RecipeError` if a file is missing or the source
-    can't be opened, and at a document with a problem unless `on_bad_document` is "skip".
+    can't be opened, and at a document with a problem unless `on_bad_document` is "skip". `vocabulary`: with which
+    token files are read.
     """
 
-    def __init__(self, source: SourceSection, key: str = "data.sources", on_bad_document: str = "error"):
-        self.source, self.key = source, key
+    def __init__(
+        self,
+        source: SourceSection,
+        key: str = "data.sources",
+        on_bad_document: str = "error",
+        vocabulary: Vocabulary | None = None,
+    ):
+        self.source, self.key, self._vocabulary = source, key, vocabulary
         self._skip = on_bad_document == "skip"
         self._dataset: Any = None
         self._raw: Any = None
@@ -171,6 +199,7 @@ class Reader:
             "json": self._json_documents,
             "parquet": self._parquet_documents,
             "csv": self._csv_documents,
+            "tokens": self._token_documents,
         }[piece.kind]
         return self._report_broken_file(read(piece.origin), piece.origin)
 
@@ -214,7 +243,9 @@ class Reader:
     def _num_documents(self, piece: Piece) -> int:
         """Number of documents in a file, including empty and bad ones. Reads the file once."""
         version = os.stat(piece.origin).st_mtime_ns if "://" not in piece.origin else None
-        known = (piece, version, self.source.sample_by, self.source.text_column)
+        source = self.source
+        of_tokens = (source.documents_by, source.dtype, source.ids_column)
+        known = (piece, version, source.sample_by, source.text_column, *of_tokens)
         if known not in _document_counts:
             _document_counts[known] = sum(1 for _ in self._documents(piece))
             self._raw = None
@@ -339,6 +370,13 @@ class Reader:
                 for value in batch.column(0).to_pylist():
                     row += 1
                     yield _make_document(value, origin, row)
+
+    def _token_documents(self, origin: str) -> Iterator[Document]:
+        if self._vocabulary is None:
+            raise RecipeError.at(self.key, "has tokens, but text is needed here; use data with text")
+        for found in self._vocabulary.documents(origin, self.source, self.key):
+            ids, framing, row, num_chars, num_bytes, digest, problem = found
+            yield Document("", origin, row, num_bytes, digest, problem, ids, framing, num_chars)
 
     def _csv_documents(self, origin: str) -> Iterator[Document]:
         """Every field is text, even if it looks like a number. A row must have as many fields as the header."""
@@ -574,17 +612,21 @@ def first_line(error: BaseException) -> str:
     return f"{(str(error).splitlines() or [''])[0]:.300}"
 
 
-def training_readers(data: DataSection) -> list[Reader]:
-    """A reader of each training source. Raises `RecipeError` if one can't be opened."""
+def training_readers(data: DataSection, vocabulary: Vocabulary | None = None) -> list[Reader]:
+    """A reader of each training source. Raises `RecipeError` if one can't be opened.
+
+    `vocabulary`: needed where a source has tokens.
+    """
     return [
-        Reader(source, f"data.sources.{number}", data.on_bad_document) for number, source in enumerate(data.sources)
+        Reader(source, f"data.sources.{number}", data.on_bad_document, vocabulary)
+        for number, source in enumerate(data.sources)
     ]
 
 
-def validation_readers(data: DataSection) -> list[Reader]:
-    """A reader of each of `data.validation_sources`. Raises `RecipeError` if one can't be opened."""
+def validation_readers(data: DataSection, vocabulary: Vocabulary | None = None) -> list[Reader]:
+    """As `training_readers`, for `data.validation_sources`."""
     return [
-        Reader(source, f"data.validation_sources.{number}", data.on_bad_document)
+        Reader(source, f"data.validation_sources.{number}", data.on_bad_document, vocabulary)
         for number, source in enumerate(data.validation_sources)
     ]
 
@@ -598,12 +640,15 @@ class Splitter:
     def __init__(self, data: DataSection, held_out: frozenset[bytes] = frozenset()):
         self._fraction, self._by, self._held_out = data.validation_fraction, data.validation_by, held_out
 
-    def __call__(self, document: Document) -> list[tuple[str, str]]:
-        """Pairs (split, text), where split is `train`, `validation`, or the reason why the document is dropped."""
-        text = document.text
+    def __call__(self, document: Document) -> list[tuple[str, Any]]:
+        """Pairs (split, text or token ids).
+
+        The split is `train`, `validation`, or the reason why the document is dropped.
+        """
+        text = document.content
         if document.problem is not None:
             return [(document.problem[0], text)]
-        if not text:
+        if not len(text):
             return [("empty", text)]
         if self._held_out and document.digest in self._held_out:
             return [("also_in_validation", text)]
@@ -614,16 +659,17 @@ class Splitter:
             drawn = int.from_bytes(document.digest[:8], "big") < self._fraction * 2**64
             return [("validation" if drawn else "train", text)]
         cut = int(len(text) * (1 - self._fraction))
-        return [(split, part) for split, part in (("train", text[:cut]), ("validation", text[cut:])) if part]
+        return [(split, part) for split, part in (("train", text[:cut]), ("validation", text[cut:])) if len(part)]
 
 
-def held_out_digests(data: DataSection) -> frozenset[bytes]:
+def held_out_digests(data: DataSection, vocabulary: Vocabulary | None = None) -> frozenset[bytes]:
     """Digests of all documents of `data.validation_sources`."""
-    return frozenset(document.digest for _, document in _validation_sources(data) if document.text)
+    found = (document for _, document in _validation_sources(data, vocabulary))
+    return frozenset(document.digest for document in found if document.problem is None and len(document.content))
 
 
-def _validation_sources(data: DataSection) -> Iterator[tuple[int, Document]]:
-    for number, reader in enumerate(validation_readers(data)):
+def _validation_sources(data: DataSection, vocabulary: Vocabulary | None = None) -> Iterator[tuple[int, Document]]:
+    for number, reader in enumerate(validation_readers(data, vocabulary)):
         for document in reader.read():
             yield number, document
 

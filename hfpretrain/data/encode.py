@@ -49,15 +49,14 @@ class Encoder:
         self.eos_token_id = tokenizer.eos_token_id
         self.prefix = document_prefix(tokenizer)
         self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        # No text may be encoded to these ids, because they would begin or end a document.
-        others = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id, None}
-        self._framing_ids = sorted({tokenizer.eos_token_id, *self.prefix, *others})
+        self._framing_ids = framing_ids(tokenizer)
         self._framing_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._framing_ids)
         self._without_framing: Tokenizer | None = None
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         names = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         self._special_start = _common_start(names)
+        self._special_ids = tokenizer.convert_tokens_to_ids(names)
         self._as_tokens = self._readable_as_tokens(special_tokens, set(names))
         self._backend = _with_special(tokenizer.backend_tokenizer, self._as_tokens)
         self._own_special_tokens = special_tokens
@@ -102,6 +101,11 @@ class Encoder:
             for text, long, some in zip(texts, is_long, chunks, strict=True)
         ]
 
+    def frame(self, documents: list[np.ndarray]) -> list[np.ndarray]:
+        """The prefix, the ids of each document (n,), and EOS: (n + prefix + 1,) of `dtype`."""
+        prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
+        return [np.concatenate([prefix, ids.astype(self.dtype), eos]) for ids in documents]
+
     def for_source(self, special_tokens: str | tuple[str, ...]) -> Encoder:
         """The encoder for a source's `special_tokens`.
 
@@ -141,6 +145,16 @@ class Encoder:
         # Looking for what all names begin with is much faster than looking for one of many names.
         candidates = (text for text in texts if self._special_start in text)
         return Counter(name for text in candidates for name in self._special.findall(text))
+
+    def count_special_ids(self, documents: Iterable[np.ndarray]) -> Counter[str]:
+        """How often documents, ids (n,) each, have each special token that doesn't begin or end documents."""
+        ids = np.concatenate([np.zeros(0, np.int64), *documents])
+        found, counts = np.unique(ids[np.isin(ids, self._special_ids)], return_counts=True)
+        return Counter({self.token(token_id): int(count) for token_id, count in zip(found, counts, strict=True)})
+
+    def token(self, token_id: int) -> str:
+        """A token as the tokenizer spells it."""
+        return str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
 
     def lost_characters(self, text: str) -> tuple[int, int, int]:
         """Counts of a text's characters, without spaces: all, lost and replaced.
@@ -270,27 +284,43 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
     byte-level and character tokenizers. For those that normalize text, or do not know all of it, packing records the
     ratio to the true bytes, and evaluation multiplies by it.
     """
-    from tokenizers import pre_tokenizers
+    return np.array([len(text) for text in token_texts(tokenizer, vocab_size)], dtype=np.int64)
 
-    sizes = np.zeros(vocab_size, dtype=np.int64)
+
+def token_texts(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:
+    """The text in UTF-8 that each token stands for, as `token_bytes` counts it. The unknown token is one byte."""
+    texts = [b""] * vocab_size
     named = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     special = {*named, *document_prefix(tokenizer)}
-    byte_alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    byte_alphabet = _byte_alphabet()
     vocabulary = tokenizer.get_vocab()
     backend = tokenizer.backend_tokenizer
     is_byte_level = "ByteLevel" in f"{type(backend.decoder).__name__} {backend.decoder!r}"
     for token, index in vocabulary.items():
         if index in special or index >= vocab_size:
             continue
-        if is_byte_level and byte_alphabet.issuperset(token):
-            sizes[index] = len(token)  # one character of that alphabet stands for one byte
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            sizes[index] = 1  # byte fallback of SentencePiece models
+        if is_byte_level and byte_alphabet.keys() >= set(token):
+            texts[index] = bytes(map(byte_alphabet.__getitem__, token))
+        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):  # byte fallback of SentencePiece models
+            texts[index] = bytes.fromhex(token[3:5])
         else:
-            sizes[index] = len(token.replace("▁", " ").encode())
+            texts[index] = token.replace("▁", " ").encode()
     if (unknown := unknown_id(tokenizer)) is not None and unknown < vocab_size:
-        sizes[unknown] = 1  # it stands for some text, and its loss counts
-    return sizes
+        texts[unknown] = b"\xff"  # it stands for some text, and its loss counts; no text in UTF-8 has this byte
+    return texts
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (Radford et al. 2019, `bytes_to_unicode`)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def framing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that begin or end documents: EOS, BOS, padding and `document_prefix`. No text may be encoded to them."""
+    others = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id, None}
+    return sorted({tokenizer.eos_token_id, *document_prefix(tokenizer), *others})
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:

@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import files
-from hfpretrain.data import prepared, source_files
+from hfpretrain.data import prepared, source_files, token_files
 from hfpretrain.data.corpus import PYTHON_STDLIB, first_line, load_builder, require_openable
-from hfpretrain.data.source_files import expand_pattern
+from hfpretrain.data.source_files import SourceFile, expand_pattern
 from hfpretrain.recipe.redaction import redact
-from hfpretrain.recipe.schema import FILE_FORMATS, DataSection, RecipeError, SourceSection, TokenizerSection
+from hfpretrain.recipe.schema import (
+    FILE_FORMATS,
+    TOKEN_KEYS,
+    DataSection,
+    RecipeError,
+    SourceSection,
+    TokenizerSection,
+)
 
 # Entries of fsspec's file information that differ between two versions of a file.
 _VERSION_KEYS = (
@@ -42,13 +49,20 @@ def source_identity(source: SourceSection, key: str = "data.sources") -> list[An
     kind = source.path if source.path in FILE_FORMATS or source_files.is_packaged(source.path) else "folder"
     splits = source_files.find_splits(source, key)
     if splits is not None:
-        found = {split: _file_versions([file.origin for file in found], key) for split, found in splits.items()}
+        names = {split: [name for file in some for name in _with_index(file, source)] for split, some in splits.items()}
+        found = {split: _file_versions(some, key) for split, some in names.items()}
         return [kind, *(found["train"] if list(found) == ["train"] else map(list, found.items()))]
     if source_files.is_folder(source) or source_files.is_packaged(source.path):
         return [kind, *_datasets_versions(source, key)]
     selection = {"data_files": [name for name in source.patterns if "://" not in name], "data_dir": source.data_dir}
     urls = [name for pattern in source.patterns if "://" in pattern for name, _ in expand_pattern(source, pattern, key)]
     return [{"dataset": source.path, "commit": _commit(source, key), **selection}, *_file_versions(urls, key)]
+
+
+def _with_index(file: SourceFile, source: SourceSection) -> list[str]:
+    """A file's name, and the name of its index if it has one, as Megatron's token files do."""
+    index = token_files.index_of(file.origin) if source.holds_tokens else None
+    return [file.origin, *([str(index)] if index is not None and index.is_file() else [])]
 
 
 def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
@@ -183,11 +197,15 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     documents begin with what calling the tokenizer adds before a text. Older versions did not add it.
     """
     content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
-    for source in (*content["sources"], *content["validation_sources"]):
+    sections = (*data.sources, *data.validation_sources)
+    for section, source in zip(sections, (*content["sources"], *content["validation_sources"]), strict=True):
         for name in ("path", "data_files", "data_dir", "revision"):
             del source[name]
         if source["special_tokens"] == "text":  # older versions had no such key
             del source["special_tokens"]
+        for name in TOKEN_KEYS:
+            if not section.holds_tokens or name == "min_agreement":  # which decides only whether tokens are accepted
+                del source[name]
     for source in content["sources"]:
         # Weights decide the order of training. On disk it only matters whether there are any: each source then has its
         # own blocks.

@@ -46,7 +46,8 @@ class SplitText(NamedTuple):
     """A document, or the part of it that belongs to one split."""
 
     split: str
-    text: str
+    text: str | np.ndarray
+    """The text, or its token ids (n,) if the source has tokens."""
     num_bytes: int
     digest: int
     """Hash of the document's text: 64 bits."""
@@ -67,6 +68,10 @@ class TextBatch:
     bytes_read: int = 0
     bytes_dropped: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    framing: list[np.ndarray] = field(default_factory=list)
+    """For each document read from a source of tokens: EOS, BOS and padding that the file has around it."""
+    tokens_dropped: int = 0
+    """Tokens of the documents that were left out of a source of tokens."""
     chars: int = 0
     ends_part: bool = False
     ends_group: bool = False
@@ -98,7 +103,10 @@ def pack(
     part: _PartPacker | None = None
 
     def encode(batch: TextBatch) -> _Encoded:
-        texts, encode_texts = [item.text for item in batch.items], encoder(batch.part)
+        texts: list[Any] = [item.text for item in batch.items]
+        encode_texts = encoder(batch.part)
+        if batch.framing:
+            return _Encoded(encode_texts.frame(texts), encode_texts.count_special_ids(texts))
         try:
             return _Encoded(encode_texts(texts), encode_texts.count_special(texts))
         except UnprovenError as error:
@@ -158,14 +166,18 @@ class _PartPacker:
         self._special: Counter[str] = Counter()
         self._unknown_id, self._unknown = unknown_id, 0
         self._sample: Counter[str] = Counter()
+        self._from_tokens: Counter[str] = Counter()
+        self._framing: Counter[int] = Counter()
 
     def add(self, batch: TextBatch, encoded: _Encoded, bytes_of_token: np.ndarray) -> None:
         """Append the documents of a batch."""
         self._special.update(encoded.special)
         self._read.update({name: getattr(batch, name) for name in READ_COUNTS})
         self._dropped.update(batch.dropped)
+        self._count_tokens_read(batch)
         for item, ids in zip(batch.items, encoded.ids, strict=True):
-            self._sample_lost_text(item.text)
+            if isinstance(item.text, str):
+                self._sample_lost_text(item.text)
             if len(ids) == len(self._encoder.prefix) + 1:  # the normalizer has removed the whole text
                 self._read["bytes_dropped"] += item.num_bytes
                 if item.is_whole:
@@ -178,6 +190,15 @@ class _PartPacker:
             if self._unknown_id is not None:
                 self._unknown += int((ids == self._unknown_id).sum())
             packer.token_bytes += int(bytes_of_token[ids].sum())
+
+    def _count_tokens_read(self, batch: TextBatch) -> None:
+        """Count the ids of a batch of a source of tokens: those that are kept, dropped, and EOS, BOS and padding."""
+        if batch.framing:
+            ids, counts = np.unique(np.concatenate(batch.framing), return_counts=True)
+            self._framing.update(dict(zip(ids.tolist(), counts.tolist(), strict=True)))
+            kept = sum(len(item.text) for item in batch.items)
+            read = kept + batch.tokens_dropped + int(counts.sum())
+            self._from_tokens.update(tokens_read=read, tokens_kept=kept, tokens_dropped=batch.tokens_dropped)
 
     def _sample_lost_text(self, text: str) -> None:
         """Count characters that the tokenizer leaves out or replaces, in the first documents of the part."""
@@ -198,6 +219,7 @@ class _PartPacker:
         """Write the remaining blocks, then the account, which marks the part as done."""
         splits = {name: packer.close() for name, packer in sorted(self._packers.items())}
         written = sorted(path for packer in self._packers.values() for path in packer.paths)
+        framing = {self._encoder.token(token_id): count for token_id, count in sorted(self._framing.items())}
         account = {
             **{name: self._read[name] for name in READ_COUNTS},
             "dropped": dict(sorted(self._dropped.items())),
@@ -207,6 +229,7 @@ class _PartPacker:
             # Left out where there are none, as in most text.
             **({"special_tokens": dict(sorted(self._special.items()))} if self._special else {}),
             **({"unknown": self._unknown} if self._unknown else {}),
+            **({"from_tokens": {**self._from_tokens, "framing": framing}} if self._from_tokens else {}),
             **({"sample": dict(self._sample)} if self._sample["lost"] or self._sample["replaced"] else {}),
             "tokenizer_sha256": self._encoder.tokenizer_sha256,
             "files": files.checksum_entries(self._work, written),

@@ -28,6 +28,7 @@ from hfpretrain.data.prepared import PreparedData, is_validation, part_account, 
 from hfpretrain.data.remote_copy import RemoteCopy, remote_copy_of
 from hfpretrain.data.shards import Shard, ShardRegistry
 from hfpretrain.data.summary import check_unknown_share
+from hfpretrain.data.token_documents import load_vocabulary
 from hfpretrain.data.tokenizer import (
     document_prefix,
     load_tokenizer,
@@ -308,9 +309,10 @@ class _Preparation:
             self.remote.download(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
         self._unproven: dict[str, str] | None = None
-        self.readers = corpus.training_readers(self.data)
-        self.validation_readers = corpus.validation_readers(self.data)
         self.tokenizer = self._load_or_make_tokenizer()
+        self.vocabulary = load_vocabulary(self.data, self.tokenizer)
+        self.readers = corpus.training_readers(self.data, self.vocabulary)
+        self.validation_readers = corpus.validation_readers(self.data, self.vocabulary)
         if self.remote is not None:
             self._upload_missing(self.remote, there)
         self.vocab_size = padded_vocab_size(section, self.tokenizer)
@@ -405,7 +407,7 @@ class _Preparation:
         readers = [*self.validation_readers, *(() if self.data.streaming else self.readers)]
         groups = _validation_groups(self.validation_readers)
         groups += [] if self.data.streaming else _training_groups(self.readers)
-        self.splitter = Splitter(self.data, corpus.held_out_digests(self.data))
+        self.splitter = Splitter(self.data, corpus.held_out_digests(self.data, self.vocabulary))
         self.is_first = self._find_first_occurrences() if self.data.deduplicate else None
         bytes_of_token = token_bytes(self.tokenizer, self.vocab_size)
         logger.info("tokenizing and packing into blocks of %d tokens", self.data.block_size)
@@ -509,14 +511,15 @@ class _Preparation:
         is_first = None if self.is_first is None or source is None else self.is_first[source, group.number]
         held_out = self.data.validation_split(group.number // _MAX_GROUPS_PER_SOURCE) if source is None else ""
         for number, document in documents:
-            if is_first is not None and document.text and not is_first[number]:
-                splits = [("duplicate", "")]
+            is_usable = document.problem is None and len(document.content) > 0
+            if is_first is not None and is_usable and not is_first[number]:
+                splits: list[tuple[str, Any]] = [("duplicate", "")]
             else:
-                splits = [(held_out, document.text)] if source is None else self.splitter(document)
-                if source is None and not document.text:
+                splits = [(held_out, document.content)] if source is None else self.splitter(document)
+                if source is None and not is_usable:
                     splits = [(document.problem[0] if document.problem else "empty", "")]
             self._add_document(batch, document, splits, source)
-            chars, count = chars + len(document.text), count + 1
+            chars, count = chars + document.num_chars, count + 1
             if chars >= packing.PART_CHARS or count >= packing.PART_DOCUMENTS:
                 batch.ends_part = True
                 yield batch
@@ -528,22 +531,37 @@ class _Preparation:
         yield batch
 
     def _add_document(
-        self, batch: TextBatch, document: Document, splits: list[tuple[str, str]], source: int | None
+        self, batch: TextBatch, document: Document, splits: list[tuple[str, Any]], source: int | None
     ) -> None:
         batch.documents_read += 1
         batch.bytes_read += document.num_bytes
-        batch.chars += len(document.text)
+        batch.chars += document.num_chars
+        if document.framing is not None:
+            batch.framing.append(document.framing)
         if splits[0][0] != "train" and not is_validation(splits[0][0]):
             batch.dropped[splits[0][0]] += 1
             batch.bytes_dropped += document.num_bytes
+            batch.tokens_dropped += 0 if document.ids is None else len(document.ids)
             return
         batch.documents_kept += 1
         digest = int.from_bytes(document.digest[:8], "big")
-        for split, text in splits:
+        for split, text, num_bytes in self._with_bytes(document, splits):
             name = f"train-{source if self.data.weights else 0}" if split == "train" else split
-            whole = len(text) == len(document.text)
-            num_bytes = document.num_bytes if whole else len(text.encode())
+            whole = len(text) == len(document.content)
             batch.items.append(SplitText(name, text, num_bytes, digest, document.origin, document.row, whole))
+
+    def _with_bytes(self, document: Document, splits: list[tuple[str, Any]]) -> list[tuple[str, str | np.ndarray, int]]:
+        """Each part of a document, with its bytes. The parts' bytes add up to those of the document."""
+        later = []
+        for split, content in splits[1:]:
+            if isinstance(content, str):
+                num_bytes = len(content.encode())
+            else:
+                assert self.vocabulary is not None
+                num_bytes = self.vocabulary.num_bytes(content)
+            later.append((split, content, num_bytes))
+        first = document.num_bytes - sum(num_bytes for *_, num_bytes in later)
+        return [(*splits[0], first), *later]
 
     def _find_first_occurrences(self) -> dict[tuple[int, int], np.ndarray]:
         """For every group of the training sources, which of its documents are the first with their text: bool (n,).

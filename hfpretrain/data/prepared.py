@@ -194,6 +194,16 @@ def verify(path: Path) -> dict[str, int]:
         kept = source["train"]["bytes"] + source[VALIDATION]["bytes"]
         what = f"{source['bytes_read']} bytes read, {kept} in the splits, {source['bytes_dropped']} dropped"
         require(source["bytes_read"] == kept + source["bytes_dropped"], f"source {number}: {what}")
+        if "from_tokens" in source:
+            counts = source["from_tokens"]
+            framing = sum(counts["framing"].values())
+            what = f"{counts['tokens_read']} ids read, {counts['tokens_kept']} kept, {counts['tokens_dropped']} dropped"
+            into = counts["tokens_kept"] + counts["tokens_dropped"] + framing
+            require(counts["tokens_read"] == into, f"source {number}: {what}, {framing} around documents")
+            is_of_one_kind = number < len(manifest["source_identities"])  # validation sources are counted together
+            kept = source["train"]["tokens"] + source[VALIDATION]["tokens"]
+            what = f"{counts['tokens_kept']} ids kept, {kept} tokens in the splits"
+            require(counts["tokens_kept"] == kept or not is_of_one_kind, f"source {number}: {what}")
     totals = ("documents", "bytes", "tokens", "separators", "bos")
     for total in totals:
         out = sum(split.get(total, 0) for split in manifest["splits"].values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import json
 import logging
 import os
 import re
@@ -88,6 +89,7 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
     to the split.
     """
     _require_readable(source, key)
+    source, split = _inside_saved_dict(source, split, key)
     if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
         return None
     found: dict[str, tuple[str, int | None]] = {}
@@ -102,7 +104,8 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
             )
         for name, info in matches:  # a file that is given twice, even by another path, is read once
             found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
-    named = _files_of_split(source, key, split, list(found.values()))
+    listed = _token_files(list(found.values())) if source.holds_tokens else list(found.values())
+    named = _files_of_split(source, key, split, listed)
     if source.path in FILE_FORMATS:
         return [SourceFile(name, size, source.path) for name, size in named]
     files = [(name, size, format_of(name)) for name, size in named]
@@ -114,6 +117,37 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
         what = f"{others[0]} has none of the formats that are read from a folder ({formats}), but other files have"
         raise RecipeError.at(f"{key}.data_files", f"{what}; list the files to train on in data_files")
     return [SourceFile(name, size, str(kind)) for name, size, kind in files]
+
+
+def _inside_saved_dict(source: SourceSection, split: str, key: str) -> tuple[SourceSection, str]:
+    """The source and split to read if `data_dir` is a folder with tokens that `DatasetDict.save_to_disk` wrote."""
+    names = Path(source.data_dir or "", "dataset_dict.json")
+    if not source.holds_tokens or source.data_dir is None or not names.is_file():
+        return source, split
+    splits = json.loads(names.read_text(encoding="utf-8")).get("splits", [])
+    if split not in splits:
+        raise RecipeError.at(f"{key}.split", f"{source.data_dir} has no split {split}; there are: {', '.join(splits)}")
+    return source.model_copy(update={"data_dir": os.path.join(source.data_dir, split)}), "all"
+
+
+def _token_files(files: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+    """The files of a source of tokens, without those that are read with another one, or that are only caches.
+
+    Megatron's index is read with its `.bin`. In a folder that `Dataset.save_to_disk` wrote, `map` leaves caches.
+    """
+    names = {name for name, _ in files}
+    return [(name, size) for name, size in files if not _is_index_or_cache(Path(name), names)]
+
+
+def _is_index_or_cache(path: Path, names: set[str]) -> bool:
+    if path.suffix == ".idx":
+        return str(path.with_suffix(".bin")) in names
+    state = path.with_name("state.json")
+    if path.suffix != ".arrow" or not state.is_file():
+        return False
+    return path.name not in {
+        entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+    }
 
 
 def _require_readable(source: SourceSection, key: str) -> None:
@@ -166,6 +200,17 @@ def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str
     is_wide = len(head) >= 8 and (not head[1:64:2].strip(b"\0") or not head[0:64:2].strip(b"\0")) and any(head[:64])
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or is_wide:
         raise RecipeError.at(key, f"{origin} {_UTF16}")
+
+
+def require_no_other_format(origin: str, head: bytes, key: str, suffix: str) -> None:
+    """Raises `RecipeError` if the first bytes of a file of token ids are those of another format than `suffix` says.
+
+    Ids may be any bytes, so only long magic numbers count.
+    """
+    expected = {".parquet": b"PAR1", ".arrow": b"ARROW1"}.get(suffix, b"\x93NUMPY")
+    for magic, what in _MAGIC:
+        if len(magic) >= 4 and head.startswith(magic) and not magic.startswith(expected):
+            raise RecipeError.at(key, f"{origin} {what}")
 
 
 def expand_pattern(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:

@@ -25,6 +25,13 @@ def summary(prepared: PreparedData) -> str:
         if source["dropped"]:
             dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items())
             lines.append(f"  dropped        source {number}: {dropped}")
+        if counts := source.get("from_tokens"):
+            around = ", ".join(f"{count:,} {token}" for token, count in counts["framing"].items()) or "none"
+            kept, dropped = counts["tokens_kept"], counts["tokens_dropped"]
+            lines.append(
+                f"  from tokens    source {number}: {counts['tokens_read']:,} ids read = {kept:,} kept + {dropped:,} "
+                f"dropped + {around} around documents"
+            )
         if special := source.get("special_tokens"):
             listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
             lines.append(f"  special tokens source {number}: its text contains {listed}")
@@ -59,7 +66,7 @@ def preparation_notes(prepared: PreparedData) -> list[str]:
         chosen = data["sources"][number].get("special_tokens", "text") if number < number_of_sources else "text"
         special = source.get("special_tokens", {})
         as_text = {t: n for t, n in special.items() if chosen == "text" or (chosen != "tokens" and t not in chosen)}
-        if as_text and name != "validation":
+        if as_text and name != "validation" and "from_tokens" not in source:
             listed = ", ".join(f"{token} ({count:,} times)" for token, count in list(as_text.items())[:8])
             found.append(f"{name}: special tokens in the text are read as ordinary text: {listed}")
         found += [f"{name}: {what}" for share, what in _lost_shares(source) if share]

@@ -276,18 +276,22 @@ class TokenizerSection(Section):
         return [END_OF_TEXT, PADDING, *unknown, *self.special_tokens, *reserved]
 
 
-FILE_FORMATS = ("text", "json", "parquet", "csv")
+FILE_FORMATS = ("text", "json", "parquet", "csv", "tokens")
+TOKEN_KEYS = ("ids_column", "documents_by", "dtype", "min_agreement")
+"""Keys of a source that only `path: tokens` has."""
 
 
 class SourceSection(Section):
     """One source of documents. The names are those of `datasets.load_dataset`."""
 
     path: str
-    """`text`, `json`, `parquet`, `csv` (with `data_files` or `data_dir`), a local folder, a Hub dataset id, or
-    `builtin:python-stdlib` (the modules of this machine's Python, one document each). A name is looked up in this
+    """`text`, `json`, `parquet`, `csv`, `tokens` (with `data_files` or `data_dir`), a local folder, a Hub dataset id,
+    or `builtin:python-stdlib` (the modules of this machine's Python, one document each). A name is looked up in this
     order: write a folder that is called `text` as `./text`; a folder that exists comes before a Hub dataset of the same
     name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, each also
-    compressed)."""
+    compressed). `tokens`: files of token ids, which `tokenizer.pretrained` must have made: `.bin` of nanoGPT, of llm.c
+    and modded-nanogpt, and of Megatron-LM (with `.idx` beside it), `.npy`, `.parquet`, and `.arrow` or the folder of
+    `Dataset.save_to_disk`, given as `data_dir`."""
     name: str | None = None
     """Configuration name of a Hub dataset, for example `sample-10BT`."""
     data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -310,6 +314,21 @@ class SourceSection(Section):
     document. The manifest counts every occurrence."""
     text_column: str = "text"
     """Name of the column that holds the text."""
+    ids_column: str = "input_ids"
+    """For `path: tokens`: name of the column that holds the token ids in parquet and Arrow files. The default is that
+    of transformers."""
+    documents_by: Literal["eos", "bos", "row", "file"] | None = None
+    """For `path: tokens`: what one document is. `eos`: it ends with EOS. `bos`: it begins with BOS. `row`: a row of a
+    table, or a document of Megatron's index. `file`: the whole file. EOS, BOS and padding around a document are taken
+    off and counted, and the document is framed as text is. null: `row` where rows differ in length; required for files
+    without rows (`.bin` without an index, flat `.npy`) and for rows of one length, which may be blocks."""
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
+    """For `path: tokens`: type of the ids in a `.bin` file without header and index, little-endian. null: uint16, as
+    nanoGPT writes them; required if the tokenizer has more than 65,536 ids."""
+    min_agreement: float = Field(default=0.98, ge=0, le=1)
+    """For `path: tokens`: minimum share, from 0 to 1, of the first tokens of each file that stay the same when they are
+    decoded and encoded again. If fewer do, another tokenizer has made them, and the run stops. 0: don't compare. The
+    default, 0.98, was measured: tokens of the same tokenizer reach 0.999, of others on English text 0.67 to 0.94."""
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the weights of the other sources. Either all sources have a weight or
     none has. Without weights every block of every source is seen once per epoch. A source with weight 0 is used only
@@ -329,7 +348,17 @@ class SourceSection(Section):
             raise ValueError("`path: text` needs `sample_by`: line, paragraph or document")
         if self.sample_by is not None and (self.path in FILE_FORMATS[1:] or self.path.startswith("builtin:")):
             raise ValueError(f"`sample_by` is only for text files, and `path: {self.path}` reads none")
+        others = ("special_tokens", "text_column") if self.holds_tokens else TOKEN_KEYS
+        for key in others:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                which = "only for text" if self.holds_tokens else "only for `path: tokens`"
+                raise ValueError(f"`{key}` is {which}; leave it out")
         return self
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the source has token ids instead of text."""
+        return self.path == "tokens"
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -409,6 +438,8 @@ class DataSection(Section):
         starts = [stage.from_tokens for stage in self.stages]
         if starts != sorted(set(starts)):
             raise ValueError("`stages` must be in the order of their `from_tokens`")
+        if self.streaming and any(source.holds_tokens for source in self.sources):
+            raise ValueError("`streaming` reads text; leave it out for `path: tokens`, which need not be tokenized")
         if self.streaming and self.validation_fraction:
             raise ValueError("`validation_fraction` needs prepared data; with `streaming`, give `validation_sources`")
         if self.streaming and (self.deduplicate or self.packing != "concat"):
@@ -837,6 +868,12 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
             "tokenizer.pretrained",
             "is missing; `data.streaming` needs an existing tokenizer, since training one reads all text",
         )
+    if recipe.tokenizer.pretrained is None:
+        for name in ("sources", "validation_sources"):
+            for number, source in enumerate(getattr(recipe.data, name)):
+                if source.holds_tokens:
+                    what = f"is missing; data.{name}.{number} has tokens: name the tokenizer that made them"
+                    yield Problem("tokenizer.pretrained", what)
     evaluation = recipe.evaluation
     for key in ("every_steps", "metrics"):
         # Prompts need no validation text.

@@ -13,6 +13,7 @@ from hfpretrain.data.corpus import held_out_digests
 from hfpretrain.data.encode import Encoder, token_dtype
 from hfpretrain.data.identity import pin_to_commits
 from hfpretrain.data.streaming import Lanes, StreamingData, assign_lanes, load_lane_states
+from hfpretrain.data.token_documents import load_vocabulary
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops
@@ -49,7 +50,7 @@ class Feed:
         # Read the sources at the commits that the manifest of the prepared data records.
         identities = (manifest["source_identities"], manifest["validation_identities"])
         section = self._read(lambda: pin_to_commits(recipe.data, *identities))
-        held_out = self._read(lambda: held_out_digests(section))
+        held_out = self._read(lambda: held_out_digests(section, load_vocabulary(section, setup.tokenizer)))
         stream_lanes = self._watch.run_on_main(
             "list the files to stream",
             lambda: [

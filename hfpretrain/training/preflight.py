@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpretrain.checkpoints.recipe_changes import forbidden_changes
-from hfpretrain.data import corpus
+from hfpretrain.data import corpus, source_files
+from hfpretrain.data.token_documents import Vocabulary
+from hfpretrain.data.token_files import open_token_file
 from hfpretrain.recipe.addresses import load_error_message, missing_path_problem, parse_hub_address
 from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.schema import (
@@ -53,7 +55,7 @@ def resource_problems(recipe: Recipe) -> list[Problem]:
     named = [(f"{key}.{number}", source) for key, some in sections for number, source in enumerate(some)]
     tokenizer, model = recipe.tokenizer, recipe.model
     checks: list[Callable[[], Iterable[Problem]]] = [
-        functools.partial(_source_problems, *each, data.on_bad_document) for each in named
+        functools.partial(_source_problems, *each, data.on_bad_document, recipe.tokenizer) for each in named
     ]
     checks += [
         lambda: _pretrained_problems(
@@ -174,6 +176,8 @@ def _packs_documents(data: DataSection) -> bool:
     if data.streaming:
         return True
     for number, source in enumerate(data.sources):
+        if source.holds_tokens:  # they take a tokenizer to read
+            continue
         reader = corpus.Reader(source, f"data.sources.{number}", data.on_bad_document)
         first = reader.pieces[0] if reader.pieces else None
         if first is None or not Path(first.origin).is_file() or (first.size or 0) > _SMALL_BYTES:
@@ -185,7 +189,9 @@ def _packs_documents(data: DataSection) -> bool:
     return False
 
 
-def _source_problems(key: str, source: SourceSection, on_bad_document: str) -> Iterator[Problem]:
+def _source_problems(
+    key: str, source: SourceSection, on_bad_document: str, tokenizer: TokenizerSection
+) -> Iterator[Problem]:
     """Problems of a source: it does not exist, can't be read, or its first document is bad."""
     if source.path == corpus.PYTHON_STDLIB:
         return
@@ -195,7 +201,13 @@ def _source_problems(key: str, source: SourceSection, on_bad_document: str) -> I
         elif "://" not in source.path:
             yield from _repo_problems(f"{key}.path", source.path, source.revision, "dataset", ())
         return
-    reader = corpus.Reader(source, key, on_bad_document)
+    vocabulary = _local_vocabulary(tokenizer) if source.holds_tokens else None
+    if source.holds_tokens and vocabulary is None:  # then only the files themselves are checked
+        for split in (source_files.find_splits(source, key) or {}).values():
+            for file in split:
+                open_token_file(file.origin, source, key)
+        return
+    reader = corpus.Reader(source, key, on_bad_document, vocabulary)
     local = [piece for piece in reader.pieces if "://" not in piece.origin and Path(piece.origin).is_file()]
     for piece in local:
         if not os.access(piece.origin, os.R_OK):
@@ -205,6 +217,15 @@ def _source_problems(key: str, source: SourceSection, on_bad_document: str) -> I
     if first is not None and first in local and (first.size or 0) <= _SMALL_BYTES:
         for _ in itertools.islice(reader.read([0]), 1):
             pass
+
+
+def _local_vocabulary(section: TokenizerSection) -> Vocabulary | None:
+    """The vocabulary of a tokenizer in a local folder; None if the tokenizer is not there."""
+    if find_spec("transformers") is None or section.pretrained is None or not Path(section.pretrained).is_dir():
+        return None
+    from hfpretrain.data.tokenizer import load_tokenizer
+
+    return Vocabulary(load_tokenizer(section))
 
 
 def _pretrained_problems(
