@@ -71,8 +71,11 @@ def open_token_file(origin: str, source: SourceSection, key: str, tokenizer_size
         message = f"the name of {origin} ends in none of {known}; list the files with tokens in data_files"
         raise RecipeError.at(f"{key}.data_files", message)
     has_index = suffix == ".bin" and index_of(origin).exists()
-    with open(origin, "rb") as file:
-        start = file.read(_HEADER_BYTES)
+    try:
+        with open(origin, "rb") as file:
+            start = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise RecipeError.at(key, f"cannot read {origin}: {error.strerror or error}") from error
     source_files.require_no_other_format(origin, start, key, suffix)
     is_flat = suffix == ".bin" and not has_index and not start.startswith(_NUMPY_MAGIC) and not _has_header(start)
     if source.dtype is not None and not is_flat:
@@ -80,7 +83,7 @@ def open_token_file(origin: str, source: SourceSection, key: str, tokenizer_size
     if suffix == ".npy" or start.startswith(_NUMPY_MAGIC):
         return _open_numpy(origin, key)
     if suffix in (".parquet", ".arrow"):
-        return _open_table(origin, suffix, source.ids_column, key)
+        return _open_table(origin, suffix, source.ids_column or "input_ids", key)
     if has_index:
         return _open_megatron(origin, key)
     if not is_flat:

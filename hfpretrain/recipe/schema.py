@@ -278,7 +278,9 @@ class TokenizerSection(Section):
 
 FILE_FORMATS = ("text", "json", "parquet", "csv", "tokens")
 TOKEN_KEYS = ("ids_column", "documents_by", "dtype", "min_agreement")
-"""Keys of a source that only `path: tokens` has."""
+"""Keys of a source that are only for `path: tokens`."""
+TEXT_KEYS = ("special_tokens", "text_column")
+"""Keys of a source that `path: tokens` does not take."""
 
 
 class SourceSection(Section):
@@ -314,9 +316,9 @@ class SourceSection(Section):
     document. The manifest counts every occurrence."""
     text_column: str = "text"
     """Name of the column that holds the text."""
-    ids_column: str = "input_ids"
-    """For `path: tokens`: name of the column that holds the token ids in parquet and Arrow files. The default is that
-    of transformers."""
+    ids_column: str | None = None
+    """For `path: tokens`: name of the column that holds the token ids in parquet and Arrow files. null: `input_ids`, as
+    in transformers."""
     documents_by: Literal["eos", "bos", "row", "file"] | None = None
     """For `path: tokens`: what one document is. `eos`: it ends with EOS. `bos`: it begins with BOS. `row`: a row of a
     table, or a document of Megatron's index. `file`: the whole file. EOS, BOS and padding around a document are taken
@@ -325,10 +327,10 @@ class SourceSection(Section):
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
     """For `path: tokens`: type of the ids in a `.bin` file without header and index, little-endian. null: uint16, as
     nanoGPT writes them; required if the tokenizer has more than 65,536 ids."""
-    min_agreement: float = Field(default=0.98, ge=0, le=1)
+    min_agreement: float | None = Field(default=None, ge=0, le=1)
     """For `path: tokens`: minimum share, from 0 to 1, of the first tokens of each file that stay the same when they are
-    decoded and encoded again. If fewer do, another tokenizer has made them, and the run stops. 0: don't compare. The
-    default, 0.98, was measured: tokens of the same tokenizer reach 0.999, of others on English text 0.67 to 0.94."""
+    decoded and encoded again. If fewer do, another tokenizer has made them, and the run stops. 0: don't compare. null:
+    0.98, as measured: tokens of the same tokenizer reach 0.999, of others on English text 0.67 to 0.94."""
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the weights of the other sources. Either all sources have a weight or
     none has. Without weights every block of every source is seen once per epoch. A source with weight 0 is used only
@@ -348,8 +350,7 @@ class SourceSection(Section):
             raise ValueError("`path: text` needs `sample_by`: line, paragraph or document")
         if self.sample_by is not None and (self.path in FILE_FORMATS[1:] or self.path.startswith("builtin:")):
             raise ValueError(f"`sample_by` is only for text files, and `path: {self.path}` reads none")
-        others = ("special_tokens", "text_column") if self.holds_tokens else TOKEN_KEYS
-        for key in others:
+        for key in TEXT_KEYS if self.holds_tokens else TOKEN_KEYS:
             if getattr(self, key) != type(self).model_fields[key].default:
                 which = "only for text" if self.holds_tokens else "only for `path: tokens`"
                 raise ValueError(f"`{key}` is {which}; leave it out")

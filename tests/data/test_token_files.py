@@ -1,5 +1,7 @@
 """Sources of tokens: each format against the same text, and files that are not what they seem."""
 
+import json
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -576,3 +578,11 @@ def test_a_tokenizer_that_changes_text_has_no_exact_text(tokenizer, folder):
     made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), small_text(5))
     made.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert not Vocabulary(made).has_exact_text
+
+
+def test_tokens_of_a_tokenizer_without_a_decoder_are_read_with_a_warning(folder, tokenizer, caplog):
+    content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    content["decoder"] = None
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    made = prepare(of_tokens(folder, nanogpt(folder, encoded(tokenizer), tokenizer.eos_token_id)))
+    assert made.manifest["sources"][0]["documents_read"] == 200 and "can't check" in caplog.text
