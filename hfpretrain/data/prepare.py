@@ -454,6 +454,8 @@ class _Preparation:
 
     def _encoder_used(self) -> dict[str, Any]:
         """What has encoded the parts. Both libraries give the same ids, so this changes no checksum."""
+        if all(source.holds_tokens for source in (*self.data.sources, *self.data.validation_sources)):
+            return {}  # nothing was encoded
         is_fast = any(encoder.fast is not None for encoder in self.encoders.values())
         unproven = self._unproven_parts()
         used = {"fastokens": version("fastokens")} if is_fast else {"tokenizers": version("tokenizers")}
