@@ -107,6 +107,8 @@ def _count_by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[st
                 name: sum(e.get(name, 0) for e in entries)
                 for name in ("documents", "bytes", "tokens", "separators", "bos")
             }
+        if any(account.get("stopped_at_limit") for account in mine):
+            entry["stopped_at_limit"] = True
         special = sum((Counter(account.get("special_tokens", {})) for account in mine), Counter())
         entry["special_tokens"] = dict(sorted(special.items()))
         if from_tokens := [account["from_tokens"] for account in mine if "from_tokens" in account]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import glob
 import hashlib
@@ -12,13 +13,14 @@ import lzma
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from hfpretrain.data import source_files
+from hfpretrain.data import columns, source_files
+from hfpretrain.data.columns import TextColumns
 from hfpretrain.data.source_files import expand_pattern
 from hfpretrain.recipe.redaction import is_redacted, redact
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
@@ -76,7 +78,7 @@ class Piece(NamedTuple):
     size: int | None
     """In bytes, as stored; None if unknown."""
     kind: str = ""
-    """Format of a file, one of `FILE_FORMATS`."""
+    """Format of a file: one of `FILE_FORMATS`, or `arrow`."""
     start: int = 0
     """First document to read, counted from 0. It is more than 0 only in a slice such as `train[10%:]`."""
     stop: int | None = None
@@ -99,6 +101,9 @@ class Reader:
         vocabulary: Vocabulary | None = None,
     ):
         self.source, self.key, self._vocabulary = source, key, vocabulary
+        self.stopped_at_limit = False
+        """Whether the last `read` ended at `max_documents` or `max_bytes`, and the source has more documents."""
+        self._columns = TextColumns(source)
         self._skip = on_bad_document == "skip"
         self._dataset: Any = None
         self._raw: Any = None
@@ -115,9 +120,9 @@ class Reader:
 
     @property
     def num_bytes(self) -> int | None:
-        """Size of all files as stored, compressed or not; None if unknown."""
+        """Size of all files that will be read, as stored, compressed or not; None if unknown."""
         sizes = [piece.size for piece in self.pieces]
-        return None if None in sizes else sum(size or 0 for size in sizes)
+        return None if None in sizes or self.source.is_limited else sum(size or 0 for size in sizes)
 
     @property
     def bytes_read(self) -> int:
@@ -140,13 +145,18 @@ class Reader:
         piece = self.pieces[index]
         if piece.size is None or not piece.kind:
             return None
-        size = _text_size(piece, self.source.text_column)
+        size = _text_size(piece, self._columns.names)
         if size is None or piece.stop is None:
             return size
         return size * (piece.stop - piece.start) // self._num_documents(piece._replace(start=0, stop=None))
 
     def groups(self) -> list[range]:
-        """Neighboring pieces in groups of at least 64 MiB, except for the last. A piece of unknown size is a group."""
+        """Neighboring pieces in groups of at least 64 MiB, except for the last. A piece of unknown size is a group.
+
+        With `max_documents` or `max_bytes`, all pieces are one group: where it ends depends on all documents before.
+        """
+        if self.source.is_limited:
+            return [range(len(self.pieces))]
         groups, start, size = [], 0, 0
         for index, piece in enumerate(self.pieces):
             size += GROUP_BYTES if piece.size is None else piece.size
@@ -160,18 +170,34 @@ class Reader:
     def read(self, pieces: Iterable[int] | None = None) -> Iterator[Document]:
         """The documents of `pieces` (default: all) in order, including empty ones.
 
-        With `on_bad_document: skip`, documents with a problem are included, so that they can be counted.
+        With `on_bad_document: skip`, documents with a problem are included, so that they can be counted. The limits
+        `max_documents` and `max_bytes` count from the first of `pieces`.
         """
+        self.stopped_at_limit, num_documents, num_bytes = False, 0, 0
         for index in range(len(self.pieces)) if pieces is None else pieces:
             piece = self.pieces[index]
             origin = redact(piece.origin)
             for document in self._read_piece(index, piece):
+                num_documents, num_bytes = num_documents + 1, num_bytes + document.num_bytes
+                if self._is_beyond_limit(num_documents, num_bytes):
+                    self.stopped_at_limit = True
+                    return
                 if document.problem is not None and not self._skip:
                     where = f"{document.origin}:{document.row}"
                     raise RecipeError.at(self.key, f"{where}: {document.problem[1]}")
                 yield document if origin == piece.origin else document._replace(origin=origin)
             self._raw = None
             self._done_bytes += piece.size or 0
+
+    def _is_beyond_limit(self, num_documents: int, num_bytes: int) -> bool:
+        """Whether the document that makes these numbers is one too many. Raises `RecipeError` if it is the first."""
+        source = self.source
+        if source.max_bytes is not None and num_bytes > source.max_bytes:
+            if num_documents == 1:
+                message = f"is {source.max_bytes}, but the first document has {num_bytes} bytes; give more"
+                raise RecipeError.at(f"{self.key}.max_bytes", message)
+            return True
+        return source.max_documents is not None and num_documents > source.max_documents
 
     def _read_piece(self, index: int, piece: Piece) -> Iterator[Document]:
         if self.source.path == PYTHON_STDLIB:
@@ -200,6 +226,7 @@ class Reader:
             "parquet": self._parquet_documents,
             "csv": self._csv_documents,
             "tokens": self._token_documents,
+            "arrow": self._arrow_documents,
         }[piece.kind]
         return self._report_broken_file(read(piece.origin), piece.origin)
 
@@ -215,6 +242,10 @@ class Reader:
         if self.source.sample_by is not None and not texts:
             raise RecipeError.at(
                 f"{self.key}.sample_by", "is only for text files, and this source has none; leave the key out"
+            )
+        if self.source.delimiter is not None and not any(p.kind == "csv" for pieces in found.values() for p in pieces):
+            raise RecipeError.at(
+                f"{self.key}.delimiter", "is only for CSV files, and this source has none; leave the key out"
             )
         return found[self.source.split] if self._is_streamed else self._slice_pieces(found)
 
@@ -244,8 +275,9 @@ class Reader:
         """Number of documents in a file, including empty and bad ones. Reads the file once."""
         version = os.stat(piece.origin).st_mtime_ns if "://" not in piece.origin else None
         source = self.source
+        of_text = (source.sample_by, source.text_column, source.text_template, source.delimiter)
         of_tokens = (source.documents_by, source.dtype, source.ids_column)
-        known = (piece, version, source.sample_by, source.text_column, *of_tokens)
+        known = (piece, version, *of_text, *of_tokens)
         if known not in _document_counts:
             _document_counts[known] = sum(1 for _ in self._documents(piece))
             self._raw = None
@@ -260,6 +292,9 @@ class Reader:
         import datasets
 
         source = self.source
+        if source.delimiter is not None:
+            message = "is only for CSV files that are read from a disk or a URL; leave the key out"
+            raise RecipeError.at(f"{self.key}.delimiter", message)
         keywords: dict[str, Any] = {
             "name": source.name,
             "data_dir": source.data_dir,
@@ -287,7 +322,7 @@ class Reader:
         return RecipeError.at(self.key, f"cannot read {what}: {type(error).__name__}: {first_line(error)}")
 
     def _dataset_documents(self, dataset: Any, origin: str) -> Iterator[Document]:
-        column, row = self.source.text_column, 0
+        row = 0
         batches = iter(dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE))
         while True:
             try:
@@ -296,11 +331,32 @@ class Reader:
                 return
             except Exception as error:
                 raise self._read_error(", ".join(self.source.patterns) or origin, error) from error
-            if column not in table.column_names:
-                raise RecipeError.at(f"{self.key}.text_column", _missing_column_message(column, table.column_names))
-            for value in table.column(column).to_pylist():
+            for values in self._table_rows(table):
                 row += 1
-                yield _make_document(value, origin, row)
+                yield self._document(values, origin, row)
+
+    def _document(self, values: Sequence[Any], origin: str, row: int) -> Document:
+        """A document made of the values of the text columns, or with a problem if one of them is no text."""
+        for name, value in zip(self._columns.names, values, strict=True):
+            if not isinstance(value, str):
+                what = "expected text" if len(values) == 1 else f"expected text in column {name!r}"
+                reason = "null_text" if value is None else "not_text"
+                return Document("", origin, row, problem=(reason, f"{what}, got {value!r:.100}"))
+        return _make_document(self._columns.join(values), origin, row)
+
+    def _column_paths(self, schema: Any) -> list[tuple[str, ...]]:
+        """Where an Arrow schema has each text column. Raises `RecipeError` if one is missing."""
+        paths = [columns.path_of(schema, name) for name in self._columns.names]
+        for name, path in zip(self._columns.names, paths, strict=True):
+            if path is None:
+                message = _missing_column_message(name, columns.field_names(schema))
+                raise RecipeError.at(f"{self.key}.{self._columns.key}", message)
+        return [path for path in paths if path is not None]
+
+    def _table_rows(self, table: Any) -> Iterator[tuple[Any, ...]]:
+        """The values of the text columns in each row of an Arrow table or record batch."""
+        paths = self._column_paths(table.schema)
+        return zip(*(columns.column_values(table, path) for path in paths), strict=True)
 
     def _report_broken_file(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
         """The documents, and one bad document at the end if the file itself is truncated or broken.
@@ -350,26 +406,38 @@ class Reader:
         return (self._json_document(value, origin, row) for row, value in enumerate(values, 1))
 
     def _json_document(self, value: Any, origin: str, row: int) -> Document:
-        column = self.source.text_column
         if not isinstance(value, dict):
             return Document("", origin, row, problem=("broken_json", "not a JSON object"))
-        if column not in value:
-            return Document("", origin, row, problem=("missing_text", _missing_column_message(column, value)))
-        return _make_document(value[column], origin, row)
+        try:
+            values = [columns.value_of(value, name) for name in self._columns.names]
+        except KeyError as error:
+            message = _missing_column_message(error.args[0], columns.object_names(value))
+            return Document("", origin, row, problem=("missing_text", message))
+        return self._document(values, origin, row)
 
     def _parquet_documents(self, origin: str) -> Iterator[Document]:
         import pyarrow.parquet
 
-        row, column = 0, self.source.text_column
+        row = 0
         with self._open_checked(origin, "parquet") as file, pyarrow.parquet.ParquetFile(file) as table:
-            if column not in table.schema_arrow.names:
-                raise RecipeError.at(
-                    f"{self.key}.text_column", _missing_column_message(column, table.schema_arrow.names)
-                )
-            for batch in table.iter_batches(_BATCH_SIZE, columns=[column]):
-                for value in batch.column(0).to_pylist():
+            names = [".".join(path) for path in self._column_paths(table.schema_arrow)]
+            for batch in table.iter_batches(_BATCH_SIZE, columns=names):
+                for values in self._table_rows(batch):
                     row += 1
-                    yield _make_document(value, origin, row)
+                    yield self._document(values, origin, row)
+
+    def _arrow_documents(self, origin: str) -> Iterator[Document]:
+        """The documents of a file that `datasets` wrote, which is a stream of record batches."""
+        import pyarrow as pa
+
+        row = 0
+        with self._open_checked(origin, "arrow") as file, pa.ipc.open_stream(file) as batches:
+            self._column_paths(batches.schema)
+            for batch in batches:
+                for start in range(0, len(batch), _BATCH_SIZE):
+                    for values in self._table_rows(batch.slice(start, _BATCH_SIZE)):
+                        row += 1
+                        yield self._document(values, origin, row)
 
     def _token_documents(self, origin: str) -> Iterator[Document]:
         if self._vocabulary is None:
@@ -381,16 +449,19 @@ class Reader:
     def _csv_documents(self, origin: str) -> Iterator[Document]:
         """Every field is text, even if it looks like a number. A row must have as many fields as the header."""
         csv.field_size_limit(2**31 - 1)
-        column = self.source.text_column
+        delimiter = self.source.delimiter or source_files.delimiter_of(origin)
         with io.TextIOWrapper(
             self._open_checked(origin, "csv"), "utf-8-sig", errors="surrogateescape", newline=""
         ) as file:
-            rows = csv.reader(file)
+            rows = csv.reader(file, delimiter=delimiter)
             header = next(rows, None)
             if header is None:
                 return
-            if column not in header:
-                raise RecipeError.at(f"{self.key}.text_column", _missing_column_message(column, header, origin))
+            for name in self._columns.names:
+                if name not in header:
+                    message = _missing_column_message(name, header, origin)
+                    raise RecipeError.at(f"{self.key}.{self._columns.key}", message)
+            indices = [header.index(name) for name in self._columns.names]
             while True:
                 try:
                     row = next(rows)
@@ -400,7 +471,7 @@ class Reader:
                     yield Document("", origin, rows.line_num, problem=("broken_csv", f"broken CSV: {error}"))
                     continue
                 if len(row) == len(header):
-                    yield _make_document(row[header.index(column)], origin, rows.line_num)
+                    yield self._document([row[index] for index in indices], origin, rows.line_num)
                 elif row:  # not a blank line
                     what = f"the row has {len(row)} fields, the header {len(header)}"
                     yield Document("", origin, rows.line_num, problem=("broken_csv", what))
@@ -436,17 +507,19 @@ class Reader:
                 for row, line in enumerate(file, 1):
                     yield _make_document(line.removesuffix("\n"), origin, row)
             elif self.source.sample_by == "document":
-                yield _make_document(file.read(), origin, 1)
+                yield _make_document(file.read(), origin, 1, has_lines=True)
             else:
                 lines: list[str] = []
                 for row, line in enumerate(file, 1):
                     if line.strip("\n"):
                         lines.append(line)
                     elif lines:
-                        yield _make_document("".join(lines).removesuffix("\n"), origin, row - len(lines))
+                        text = "".join(lines).removesuffix("\n")
+                        yield _make_document(text, origin, row - len(lines), has_lines=True)
                         lines = []
                 if lines:
-                    yield _make_document("".join(lines).removesuffix("\n"), origin, row - len(lines) + 1)
+                    text = "".join(lines).removesuffix("\n")
+                    yield _make_document(text, origin, row - len(lines) + 1, has_lines=True)
 
 
 def _load_json(line: bytes) -> Any:
@@ -461,23 +534,23 @@ def _load_json(line: bytes) -> Any:
         return json.loads(line)
 
 
-def _make_document(value: Any, origin: str, row: int) -> Document:
-    """A document with the text `value`, or with a problem if that can't be used."""
-    if not isinstance(value, str):
-        reason = "null_text" if value is None else "not_text"
-        return Document("", origin, row, problem=(reason, f"expected text, got {value!r:.100}"))
+def _make_document(text: str, origin: str, row: int, *, has_lines: bool = False) -> Document:
+    """A document with this text, or with a problem if it can't be used.
+
+    `has_lines`: the text begins in line `row` of a text file, so that the problem may be in a later line.
+    """
     try:
-        utf8 = value.encode()
+        utf8 = text.encode()
     except UnicodeEncodeError as error:
-        line = value.count("\n", 0, error.start)
-        byte = ord(value[error.start])
+        byte = ord(text[error.start])
         what = f"byte {byte - 0xDC00:#04x}" if 0xDC80 <= byte <= 0xDCFF else "a lone surrogate"
-        problem = ("invalid_utf8", f"not valid UTF-8 ({what}); convert it first")
-        return Document("", origin, row + line, problem=problem)
-    if "\0" in value:
-        line = value.count("\n", 0, value.index("\0"))
-        return Document("", origin, row + line, problem=("nul_bytes", "the text contains a NUL character"))
-    return Document(value, origin, row, len(utf8), hashlib.blake2b(utf8, digest_size=16).digest())
+        problem, position = ("invalid_utf8", f"not valid UTF-8 ({what}); convert it first"), error.start
+    else:
+        if "\0" not in text:
+            return Document(text, origin, row, len(utf8), hashlib.blake2b(utf8, digest_size=16).digest())
+        problem, position = ("nul_bytes", "the text contains a NUL character"), text.index("\0")
+    line = text.count("\n", 0, position) if has_lines else 0
+    return Document("", origin, row + line, problem=problem)
 
 
 def _missing_column_message(column: str, columns: Iterable[str], csv: str = "") -> str:
@@ -488,6 +561,8 @@ def _missing_column_message(column: str, columns: Iterable[str], csv: str = "") 
     text = f"no column {column!r}; there are: {', '.join(listed)}{more}"
     # A header has short names, each once; `{` begins a JSON object.
     is_text = len(set(names)) < len(names) or any(len(name) > _NAME_CHARS or name.count(" ") > 4 for name in names)
+    if csv and not is_text and (delimiter := source_files.delimiter_in(names)) is not None:
+        return f"{text}. If its fields are separated by {delimiter!r}, set `delimiter: {json.dumps(delimiter)}`"
     is_other = is_text or (names[:1] != [] and names[0].lstrip().startswith(("{", "[")))
     return f"{text}. {redact(csv)} does not look like CSV: its first line is not a header" if csv and is_other else text
 
@@ -519,16 +594,19 @@ def _open_file(origin: str) -> Any:
 
 
 def _decompress(file: Any, suffix: str) -> Any:
-    """Decompress with Arrow, because zstandard's own reader does not report a truncated file."""
+    """Decompress a file, including one that consists of several compressed ones."""
     import pyarrow as pa
 
     if suffix == ".xz":
         return lzma.open(file)
+    if suffix == ".bz2":  # Arrow can't read one with an empty member
+        return bz2.open(file)
+    # Not by zstandard's own reader, which does not report a truncated file.
     stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), source_files.CODECS[suffix])
     return io.BufferedReader(stream, 2**16)
 
 
-def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | None:
+def _text_size(piece: Piece, names: Sequence[str], sample_bytes: int = 2**22) -> int | None:
     """`Reader.text_size` of a whole file; estimated from `sample_bytes` of text if the file is compressed."""
     import pyarrow as pa
     import pyarrow.parquet
@@ -541,8 +619,8 @@ def _text_size(piece: Piece, column: str, sample_bytes: int = 2**22) -> int | No
             if piece.kind == "parquet":
                 metadata = pyarrow.parquet.ParquetFile(raw).metadata
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-                columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-                return sum(one.total_uncompressed_size for one in columns if one.path_in_schema == column)
+                chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+                return sum(one.total_uncompressed_size for one in chunks if one.path_in_schema in names)
             file = _decompress(raw, suffix)
             size = len(file.read(sample_bytes))
             return size if not file.read(1) else size * (piece.size or 0) // raw.tell()

@@ -48,6 +48,9 @@ def source_identity(source: SourceSection, key: str = "data.sources") -> list[An
         return [[PYTHON_STDLIB, sys.version]]
     kind = source.path if source.path in FILE_FORMATS or source_files.is_packaged(source.path) else "folder"
     splits = source_files.find_splits(source, key)
+    saved = source_files.saved_splits(source, key)
+    if saved is not None and source.split in saved:
+        return [kind, *_saved_versions(saved, key)]
     if splits is not None:
         names = {split: [name for file in some for name in _with_index(file, source)] for split, some in splits.items()}
         found = {split: _file_versions(some, key) for split, some in names.items()}
@@ -74,6 +77,14 @@ def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
         raise RecipeError.at(key, message)
     settings = [Path(source.path, name) for name in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
     return [*found, *_file_versions([str(path) for path in settings if path.is_file()], key)]
+
+
+def _saved_versions(saved: dict[str, list[source_files.SourceFile]], key: str) -> list[Any]:
+    """Versions of each split's files. Older versions gave the standard splits first, since `datasets` found them so."""
+    first = [name for name in ("train", "validation", "test") if name in saved]
+    return [
+        [name, *_file_versions([file.origin for file in saved[name]], key)] for name in dict.fromkeys([*first, *saved])
+    ]
 
 
 def _commit(source: SourceSection, key: str) -> str:
@@ -203,6 +214,9 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
             del source[name]
         if source["special_tokens"] == "text":  # older versions had no such key
             del source["special_tokens"]
+        for name in ("text_template", "delimiter", "max_documents", "max_bytes"):
+            if source[name] is None:  # older versions had no such keys
+                del source[name]
         for name in TOKEN_KEYS:
             if not section.holds_tokens or name == "min_agreement":  # which decides only whether tokens are accepted
                 del source[name]

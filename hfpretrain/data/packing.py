@@ -75,6 +75,8 @@ class TextBatch:
     chars: int = 0
     ends_part: bool = False
     ends_group: bool = False
+    stopped_at_limit: bool = False
+    """Whether the source has more documents, which its `max_documents` or `max_bytes` leaves out."""
 
     @property
     def is_full(self) -> bool:
@@ -117,7 +119,7 @@ def pack(
         part = part or _PartPacker(work, batch.part, data, encoder(batch.part), unknown_id)
         part.add(batch, encoded, bytes_of_token)
         if batch.ends_part:
-            part.close(batch.ends_group)
+            part.close(batch.ends_group, batch.stopped_at_limit)
             part = None
         progress(batch, sum(map(len, encoded.ids)))
 
@@ -215,7 +217,7 @@ class _PartPacker:
         self._packers[split] = packer
         return packer
 
-    def close(self, ends_group: bool) -> None:
+    def close(self, ends_group: bool, stopped_at_limit: bool) -> None:
         """Write the remaining blocks, then the account, which marks the part as done."""
         splits = {name: packer.close() for name, packer in sorted(self._packers.items())}
         written = sorted(path for packer in self._packers.values() for path in packer.paths)
@@ -227,6 +229,7 @@ class _PartPacker:
             "origins": list(self._origins),
             "ends_group": ends_group,
             # Left out where there are none, as in most text.
+            **({"stopped_at_limit": True} if stopped_at_limit else {}),
             **({"special_tokens": dict(sorted(self._special.items()))} if self._special else {}),
             **({"unknown": self._unknown} if self._unknown else {}),
             **({"from_tokens": {**self._from_tokens, "framing": framing}} if self._from_tokens else {}),

@@ -530,6 +530,7 @@ class _Preparation:
                 yield batch
                 batch = TextBatch(key)
         batch.ends_part = batch.ends_group = True
+        batch.stopped_at_limit = group.reader.stopped_at_limit
         yield batch
 
     def _add_document(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,15 @@ from hfpretrain.recipe.addresses import LFS_POINTER, LFS_POINTER_PROBLEM
 from hfpretrain.recipe.schema import FILE_FORMATS, RecipeError, SourceSection
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+_FORMATS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
 _SPLIT_WORDS = {
     "train": "train|training",
     "validation": "validation|valid|val|dev",
@@ -51,17 +60,21 @@ _MAGIC = (
     (b"SQLite format 3\x00", "is an SQLite database: write its texts to a JSON Lines or parquet file"),
 )
 _CODEC_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
+_FORMAT_MAGIC = {"parquet": b"PAR1\x15"}
 _UTF16 = "is encoded as UTF-16 or UTF-32: convert it, for example with `iconv -f UTF-16 -t UTF-8`"
 HEAD_BYTES = 512
 logger = logging.getLogger(__name__)
 
 
 class SourceFile(NamedTuple):
-    """A file of a source: its path or URL, its size in bytes or None if unknown, and its format in `FILE_FORMATS`."""
+    """A file of a source."""
 
     origin: str
+    """Path or URL."""
     size: int | None
+    """In bytes; None if unknown."""
     kind: str
+    """Format: one of `FILE_FORMATS`, or `arrow` for a file of a saved dataset."""
 
 
 def is_packaged(path: str) -> bool:
@@ -90,6 +103,8 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
     """
     _require_readable(source, key)
     source, split = _inside_saved_dict(source, split, key)
+    if (saved := saved_splits(source, key)) is not None:
+        return _files_of_saved_split(source, key, split, saved)
     if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
         return None
     found: dict[str, tuple[str, int | None]] = {}
@@ -151,14 +166,16 @@ def _is_index_or_cache(path: Path, names: set[str]) -> bool:
 
 
 def _require_readable(source: SourceSection, key: str) -> None:
-    """Raises `RecipeError` if `path` is a file, a missing folder, or one that `Dataset.save_to_disk` wrote."""
+    """Raises `RecipeError` if `path` is a file, a missing folder, or a saved dataset with `data_files`."""
     path = source.path
     if path in FILE_FORMATS:
         return
     if is_folder(source):
-        if Path(path, "state.json").is_file() and Path(path, "dataset_info.json").is_file():
-            advice = f"read it with `path: arrow`, `data_files: {os.path.join(path, '*.arrow')}`"
-            raise RecipeError.at(f"{key}.path", f"{path} was written by `Dataset.save_to_disk`: {advice}")
+        if source.patterns and _is_saved_dataset(Path(path)):
+            message = (
+                f"{path} was written by `Dataset.save_to_disk`, which lists its files itself; leave data_files out"
+            )
+            raise RecipeError.at(f"{key}.data_files", message)
         return
     if os.path.isfile(path):
         what = f"`path: {format_of(path) or 'text'}`"
@@ -167,16 +184,81 @@ def _require_readable(source: SourceSection, key: str) -> None:
         raise RecipeError.at(f"{key}.path", f"there is no folder {path}")
 
 
+def saved_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]] | None:
+    """The files of each split of a folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote, in their order.
+
+    None if the source is no such folder. A single dataset is `train` if it does not say of which split it is. Files
+    that `Dataset.map` left in the folder (`cache-*.arrow`) are no data. Raises `RecipeError` if a file is missing.
+    """
+    if not is_folder(source) or source.patterns or _is_remote(source):
+        return None
+    root = _root(source)
+    try:
+        if _is_saved_dataset(root):
+            files, split = _files_of_saved_dataset(root)
+            saved = {split or "train": files}
+        elif (root / "dataset_dict.json").is_file():
+            names = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            saved = {name: _files_of_saved_dataset(root / name)[0] for name in names}
+        else:
+            return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"the dataset saved in {root} is damaged: {type(error).__name__}: {error}"
+        raise RecipeError.at(f"{key}.path", message) from error
+    for path in itertools.chain.from_iterable(saved.values()):
+        _stat_regular_file(path, f"{key}.path")
+    # Without sizes, so that every file is a group of its own, as in older versions, and the blocks stay the same.
+    return {split: [SourceFile(str(path), None, "arrow") for path in paths] for split, paths in saved.items()}
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _files_of_saved_dataset(folder: Path) -> tuple[list[Path], str | None]:
+    """The files that the state of a saved `Dataset` lists, and the name of its split if it has one."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [folder / entry["filename"] for entry in state["_data_files"]], state.get("_split")
+
+
+def _files_of_saved_split(
+    source: SourceSection, key: str, split: str, saved: dict[str, list[SourceFile]]
+) -> list[SourceFile]:
+    if split == "all":
+        return [file for files in saved.values() for file in files]
+    if split not in saved and not (split == "train" and _is_saved_dataset(_root(source))):
+        raise RecipeError.at(f"{key}.split", f"is {split}, but {_root(source)} has the splits: {', '.join(saved)}")
+    return saved[split] if split in saved else next(iter(saved.values()))
+
+
 def format_of(name: str) -> str | None:
     """The format of `FILE_FORMATS` that a file's name ends in; None if it ends in none of them."""
+    return _FORMATS.get(_data_suffix(name))
+
+
+def _data_suffix(name: str) -> str:
+    """The suffix before that of a compression, in lower case."""
     stem, suffix = os.path.splitext(name.lower())
-    return _FORMATS.get(os.path.splitext(stem)[1] if suffix in CODECS else suffix)
+    return os.path.splitext(stem)[1] if suffix in CODECS else suffix
+
+
+def delimiter_of(origin: str) -> str:
+    """The character between the fields of a CSV file of this name."""
+    return "\t" if _data_suffix(_without_query(origin)) == ".tsv" else ","
+
+
+def delimiter_in(names: list[str]) -> str | None:
+    """The character that seems to separate the fields, if the one that was used found only one name."""
+    return next((one for one in ";\t|," if len(names) == 1 and one in names[0]), None)
+
+
+def _without_query(origin: str) -> str:
+    return re.split("[?#]", origin)[0] if origin.startswith(("http://", "https://")) else origin
 
 
 def codec_suffix(origin: str) -> str:
     """The suffix of a file's compression in lower case; empty if it is not compressed."""
-    path = re.split("[?#]", origin)[0] if origin.startswith(("http://", "https://")) else origin
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = os.path.splitext(_without_query(origin))[1].lower()
     return suffix if suffix in CODECS else ""
 
 
@@ -186,14 +268,18 @@ def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str
     `suffix`: of the bytes' compression. `kind`: the format of the decompressed file.
     """
     for magic, what in _MAGIC:
-        is_expected = magic == _CODEC_MAGIC.get(suffix) or (kind == "parquet" and magic.startswith(b"PAR1"))
+        is_expected = magic in (_CODEC_MAGIC.get(suffix), _FORMAT_MAGIC.get(kind))
         if head.startswith(magic) and not is_expected and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
             raise RecipeError.at(key, f"{origin} {what}")
     if suffix and head and not head.startswith(_CODEC_MAGIC[suffix]):
         raise RecipeError.at(
             key, f"{origin} is not compressed, although its name ends in {suffix}: rename it without {suffix}"
         )
-    if suffix or kind == "parquet":
+    if suffix and kind == "parquet":
+        raise RecipeError.at(
+            key, f"{origin} is compressed as a whole: decompress it, since parquet compresses its columns"
+        )
+    if suffix or kind in ("parquet", "arrow"):
         return
     if head[257:262] == b"ustar":
         raise RecipeError.at(key, f"{origin} is a tar archive: unpack it and give the unpacked files")

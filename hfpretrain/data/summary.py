@@ -32,6 +32,11 @@ def summary(prepared: PreparedData) -> str:
                 f"  from tokens    source {number}: {counts['tokens_read']:,} ids read = {kept:,} kept + {dropped:,} "
                 f"dropped + {around} around documents"
             )
+        if source.get("stopped_at_limit"):
+            lines.append(
+                f"  limit          source {number}: its first {source['documents_read']:,} documents "
+                f"({source['bytes_read']:,} bytes) were read"
+            )
         if special := source.get("special_tokens"):
             listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
             lines.append(f"  special tokens source {number}: its text contains {listed}")

@@ -25,6 +25,7 @@ from pydantic import (
 
 from hfpretrain.recipe.addresses import parse_hub_address, repo_id_problem
 from hfpretrain.recipe.redaction import redact
+from hfpretrain.recipe.template import parse_template
 
 MixedPrecision = Literal["auto", "no", "tf32", "bf16", "fp16", "fp8"]
 
@@ -279,7 +280,7 @@ class TokenizerSection(Section):
 FILE_FORMATS = ("text", "json", "parquet", "csv", "tokens")
 TOKEN_KEYS = ("ids_column", "documents_by", "dtype", "min_agreement")
 """Keys of a source that are only for `path: tokens`."""
-TEXT_KEYS = ("special_tokens", "text_column")
+TEXT_KEYS = ("special_tokens", "text_column", "text_template", "delimiter")
 """Keys of a source that `path: tokens` does not take."""
 
 
@@ -290,9 +291,10 @@ class SourceSection(Section):
     """`text`, `json`, `parquet`, `csv`, `tokens` (with `data_files` or `data_dir`), a local folder, a Hub dataset id,
     or `builtin:python-stdlib` (the modules of this machine's Python, one document each). A name is looked up in this
     order: write a folder that is called `text` as `./text`; a folder that exists comes before a Hub dataset of the same
-    name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, each also
-    compressed). `tokens`: files of token ids, which `tokenizer.pretrained` must have made: `.bin` of nanoGPT, of llm.c
-    and modded-nanogpt, and of Megatron-LM (with `.idx` beside it), `.npy`, `.parquet`, and `.arrow` or the folder of
+    name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, .tsv, each also
+    compressed except for .parquet). A folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote is read as it
+    is. `tokens`: files of token ids, which `tokenizer.pretrained` must have made: `.bin` of nanoGPT, of llm.c and
+    modded-nanogpt, and of Megatron-LM (with `.idx` beside it), `.npy`, `.parquet`, and `.arrow` or the folder of
     `Dataset.save_to_disk`, given as `data_dir`."""
     name: str | None = None
     """Configuration name of a Hub dataset, for example `sample-10BT`."""
@@ -315,7 +317,16 @@ class SourceSection(Section):
     others as ordinary text. EOS, BOS and padding are always read as ordinary text, so that no text can end its
     document. The manifest counts every occurrence."""
     text_column: str = "text"
-    """Name of the column that holds the text."""
+    """Name of the column that holds the text. A dot leads into a nested column: `meta.text` is `text` within `meta`,
+    unless there is a column that is called `meta.text`."""
+    text_template: str | None = None
+    """Instead of `text_column`: how several columns make one text, for example `"{title}\\n\\n{body}"` (with the
+    quotes). Names in braces are columns, written as in `text_column`; `{{` and `}}` are braces. Every column must exist
+    and hold text, which may be empty: a null is a bad document (`data.on_bad_document`). If all columns are empty, so
+    is the document."""
+    delimiter: str | None = None
+    """Character between the fields of CSV files, for example `";"`. null: a tab in files that end in .tsv, and a comma
+    in all others."""
     ids_column: str | None = None
     """For `path: tokens`: name of the column that holds the token ids in parquet and Arrow files. null: `input_ids`, as
     in transformers."""
@@ -331,6 +342,15 @@ class SourceSection(Section):
     """For `path: tokens`: minimum share, from 0 to 1, of the first tokens of each file that stay the same when they are
     decoded and encoded again. If fewer do, another tokenizer has made them, and the run stops. 0: don't compare. null:
     0.98, as measured: tokens of the same tokenizer reach 0.999, of others on English text 0.67 to 0.94."""
+    max_documents: PositiveInt | None = None
+    """Read only the first documents of the source, at most this many, in the order of its files. As in
+    `split: train[:1000]`, empty and bad documents count, too. Unlike with a slice, nothing is read beyond them. null:
+    no limit. The manifest tells whether a limit ended the source. There is no limit in tokens, because how many tokens
+    a text has depends on the tokenizer, which may itself be trained on this text."""
+    max_bytes: PositiveInt | None = None
+    """Read only the first documents of the source that have together at most this many bytes of text (UTF-8, before it
+    is tokenized), for example 4_000_000_000. About 4 bytes of English text make a token; the manifest has the figure of
+    each source, `bytes_per_token`. null: no limit. With `max_documents`, reading ends at the first limit."""
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the weights of the other sources. Either all sources have a weight or
     none has. Without weights every block of every source is seen once per epoch. A source with weight 0 is used only
@@ -355,6 +375,32 @@ class SourceSection(Section):
                 which = "only for text" if self.holds_tokens else "only for `path: tokens`"
                 raise ValueError(f"`{key}` is {which}; leave it out")
         return self
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, delimiter: str | None) -> str | None:
+        delimiter = "\t" if delimiter == r"\t" else delimiter  # how YAML reads a tab without double quotes
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+            raise ValueError('a `delimiter` is one character, for example ";" or "\\t", and no quotation mark')
+        return delimiter
+
+    @model_validator(mode="after")
+    def _columns(self) -> SourceSection:
+        has_columns = self.path != "text" and not self.path.startswith("builtin:")
+        if self.text_template is not None:
+            if self.text_column != "text":
+                raise ValueError("give `text_column` or `text_template`, not both")
+            if not has_columns:
+                raise ValueError(f"`text_template` puts columns together, and `path: {self.path}` has none")
+            parse_template(self.text_template)
+        if self.delimiter is not None and (self.path in ("text", "json", "parquet") or not has_columns):
+            raise ValueError(f"`delimiter` is only for CSV files, and `path: {self.path}` reads none")
+        return self
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether only the first part of the source is read."""
+        return self.max_documents is not None or self.max_bytes is not None
 
     @property
     def holds_tokens(self) -> bool:
@@ -447,6 +493,8 @@ class DataSection(Section):
             raise ValueError(
                 "`deduplicate` and `packing: best_fit` need prepared data; `streaming` does not support them"
             )
+        if self.streaming and any(source.is_limited for source in self.sources):
+            raise ValueError("`max_documents` and `max_bytes` of `sources` need prepared data, without `streaming`")
         if self.shift_blocks and (self.streaming or self.packing != "concat"):
             raise ValueError(
                 "`shift_blocks` needs prepared data with `packing: concat`; leave it out with `streaming` or `best_fit`"

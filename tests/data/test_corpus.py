@@ -587,9 +587,5 @@ def test_a_folder_named_like_a_format_does_not_shadow_it(tmp_path, monkeypatch, 
     for source in sources:
         assert read(**source, sample_by="document") == ["x"]
         assert source_identity(SourceSection(**source, sample_by="document"))
-    (tmp_path / "saved").mkdir()
-    for part in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
-        (tmp_path / "saved" / part).write_text("{}")
-    assert "read it with `path: arrow`" in refusal(path="saved")
     assert "there is no folder ./nowhere" in refusal(path="./nowhere")
     assert "is a file" in refusal(path=f"{name}/a.txt")

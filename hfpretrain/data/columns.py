@@ -1,0 +1,101 @@
+"""Find a document's text in the columns of a row: in one of them, in a nested one, or in several by a template."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfpretrain.recipe.schema import SourceSection
+from hfpretrain.recipe.template import parse_template
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class TextColumns:
+    """The columns of a source that hold its text, and how they become one text."""
+
+    def __init__(self, source: SourceSection):
+        parts = [] if source.text_template is None else parse_template(source.text_template)
+        self.key = "text_column" if source.text_template is None else "text_template"
+        """The recipe's key that names the columns."""
+        self.names = tuple(dict.fromkeys(name for _, name in parts if name is not None)) or (source.text_column,)
+        """The columns' names as in the recipe, each once. A dot leads into a nested column."""
+        self._parts = [(text, None if name is None else self.names.index(name)) for text, name in parts]
+
+    def join(self, values: Sequence[str]) -> str:
+        """The text of a document from the values of `names`. It is empty if all of them are."""
+        if not self._parts:
+            return values[0]
+        if not any(values):
+            return ""
+        return "".join(text if index is None else text + values[index] for text, index in self._parts)
+
+
+def value_of(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column in a JSON object, None if it is in a null. Raises `KeyError` if there is no such column."""
+    if name in row:
+        return row[name]
+    for outer, inner in _divisions(name):
+        if outer in row and row[outer] is None:
+            return None
+        if isinstance(row.get(outer), dict):
+            with contextlib.suppress(KeyError):
+                return value_of(row[outer], inner)
+    raise KeyError(name)
+
+
+def path_of(fields: Iterable[pa.Field], name: str) -> tuple[str, ...] | None:
+    """Names of the struct columns that lead to a column, and its own; None if there is no such column."""
+    by_name = {field.name: field.type for field in fields}
+    if name in by_name:
+        return (name,)
+    for outer, inner in _divisions(name):
+        if outer in by_name and (rest := path_of(_subfields(by_name[outer]), inner)) is not None:
+            return (outer, *rest)
+    return None
+
+
+def column_values(table: pa.Table | pa.RecordBatch, path: Sequence[str]) -> list[Any]:
+    """The values of a column, None if they are in a null. Bytes that are no UTF-8 become lone surrogates."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    column = table.column(path[0])
+    for name in path[1:]:
+        column = pyarrow.compute.struct_field(column, name)
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        found = column.cast(pa.large_binary()).to_pylist()
+        values = [None if value is None else value.decode("utf-8", "surrogateescape") for value in found]
+    return values
+
+
+def object_names(row: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the columns in a JSON object, nested ones with dots."""
+    for name, value in row.items():
+        yield from (f"{name}.{inner}" for inner in object_names(value)) if isinstance(value, dict) else [name]
+
+
+def field_names(fields: Iterable[pa.Field]) -> Iterator[str]:
+    """Names of the columns in an Arrow schema, nested ones with dots."""
+    for field in fields:
+        inner = [f"{field.name}.{name}" for name in field_names(_subfields(field.type))]
+        yield from inner or [field.name]
+
+
+def _divisions(name: str) -> Iterator[tuple[str, str]]:
+    """`name` divided at each of its dots in turn."""
+    for position, character in enumerate(name):
+        if character == ".":
+            yield name[:position], name[position + 1 :]
+
+
+def _subfields(kind: pa.DataType) -> list[pa.Field]:
+    import pyarrow as pa
+
+    return [kind.field(number) for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
