@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hfpretrain.data import corpus
+from hfpretrain.data.source_files import format_of
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 
 Texts = dict[str, list[str]]
@@ -52,13 +53,10 @@ def file_texts(names: list[str]) -> Texts:
         )
         if not Path(path).exists():
             raise RecipeError.at("--data", f"there is no file {path}")
-        suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
-        if suffixes[-1:] not in ([".txt"], [".jsonl"], [".json"]):
+        kind = format_of(path)
+        if kind not in ("text", "json"):
             raise RecipeError.at("--data", f"{path} is neither a .txt nor a .jsonl file")
-        is_text = suffixes[-1] == ".txt"
-        source = SourceSection(
-            path="text" if is_text else "json", data_files=path, sample_by="document" if is_text else None
-        )
+        source = SourceSection(path=kind, data_files=path, sample_by="document" if kind == "text" else None)
         texts.setdefault(name, []).extend(d.text for d in corpus.Reader(source, "--data").read() if d.text)
     return texts
 
