@@ -36,6 +36,7 @@ _SPLIT_WORDS = {
 }
 _SPLITS = {name: re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)") for name, words in _SPLIT_WORDS.items()}
 _SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}.*\.")
+_PARTITION = re.compile(r"(?:^|/)split=([^/]+)/")  # of a folder that Hive, Spark or Arrow partitioned by split
 # Files that accompany data. `datasets` leaves out those of the first line. Spark and Hive write those with `_`.
 _MARKERS = re.compile(
     r"(README\.md|config\.json|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip"
@@ -507,9 +508,13 @@ def _files_of_split(
 
 
 def _splits_by_name(names: Iterable[str], root: str) -> dict[str, set[str]]:
-    """The splits to which each file belongs by its path below `root`, with the rules of `datasets`."""
+    """The splits to which each file belongs by its path below `root`, with the rules of `datasets`.
+
+    Unlike `datasets`, which reads all partitions as one split, a folder `split=NAME` is the split of this name.
+    """
     paths = {name: path_below(root, name) for name in names}
-    shards = {name: match[1] for name, path in paths.items() if (match := _SHARD.match(path))}
+    matches = {name: _PARTITION.search(path) or _SHARD.match(path) for name, path in paths.items()}
+    shards = {name: match[1] for name, match in matches.items() if match}
     if shards:
         return {name: {shards[name]} if name in shards else set() for name in paths}
     return {name: {split for split, words in _SPLITS.items() if words.search(path)} for name, path in paths.items()}

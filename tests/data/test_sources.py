@@ -258,6 +258,17 @@ def test_a_hive_partitioned_folder_is_read_as_one_source(tmp_path):
     assert read(path="parquet", data_files=str(tmp_path / "hive" / "language=de" / "*")) == [TEXTS[1], TEXTS[4]]
 
 
+def test_a_partition_by_split_is_a_split(tmp_path):
+    table = pa.table({"text": TEXTS, "split": ["train", "test"] * 3})
+    partitioning = pyarrow.dataset.partitioning(pa.schema([("split", pa.string())]), flavor="hive")
+    pyarrow.dataset.write_dataset(table, tmp_path, format="parquet", partitioning=partitioning)
+    assert read(path=str(tmp_path)) == TEXTS[::2]
+    assert read(path=str(tmp_path), split="test") == TEXTS[1::2]
+    assert "the files have: test, train" in refusal(path=str(tmp_path), split="validation")
+    assert "belongs to another split" in refusal(path="parquet", data_dir=str(tmp_path))
+    assert sorted(read(path=str(tmp_path), split="all")) == TEXTS
+
+
 def test_csv_fields_are_separated_by_the_delimiter(tmp_path):
     for name, delimiter in (("a.tsv", "\t"), ("b.csv", ";"), ("c.csv", ","), ("D.TSV.GZ", "\t")):
         lines = "".join(f'{number}{delimiter}"{text}"\n' for number, text in enumerate(TEXTS))
