@@ -32,14 +32,10 @@ def summary(prepared: PreparedData) -> str:
                 f"  from tokens    source {number}: {counts['tokens_read']:,} ids read = {kept:,} kept + {dropped:,} "
                 f"dropped + {around} around documents"
             )
-        if source.get("stopped_at_limit"):
-            lines.append(
-                f"  limit          source {number}: its first {source['documents_read']:,} documents "
-                f"({source['bytes_read']:,} bytes) were read"
-            )
         if special := source.get("special_tokens"):
             listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
             lines.append(f"  special tokens source {number}: its text contains {listed}")
+    lines += [f"  limit          {text}" for text in limit_notes(prepared)]
     lines += [f"  tokenizer      {text}" for text in preparation_notes(prepared)]
     found = manifest["hygiene"]
     if found["train_duplicates"]:
@@ -51,6 +47,18 @@ def summary(prepared: PreparedData) -> str:
             "in train"
         )
     return "\n".join(lines)
+
+
+def limit_notes(prepared: PreparedData) -> list[str]:
+    """Sentences about sources whose text was not read to its end, because of `max_documents` or `max_bytes`."""
+    found = []
+    for number, source in enumerate(prepared.manifest["sources"]):
+        if source.get("stopped_at_limit"):
+            is_training = number < len(prepared.manifest["source_identities"])
+            name = f"source {number}" if is_training else "validation"
+            counts = f"{source['documents_read']:,} documents ({source['bytes_read']:,} bytes)"
+            found.append(f"{name}: only its first {counts} were read, up to max_documents or max_bytes")
+    return found
 
 
 def preparation_notes(prepared: PreparedData) -> list[str]:

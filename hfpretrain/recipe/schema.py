@@ -376,6 +376,13 @@ class SourceSection(Section):
                 raise ValueError(f"`{key}` is {which}; leave it out")
         return self
 
+    @field_validator("text_template", mode="before")
+    @classmethod
+    def _is_text(cls, template: Any) -> Any:
+        if isinstance(template, dict):
+            raise ValueError('put the template in quotes, for example "{title}": without them, YAML reads a mapping')
+        return template
+
     @field_validator("delimiter")
     @classmethod
     def _one_character(cls, delimiter: str | None) -> str | None:

@@ -19,7 +19,7 @@ from hfpretrain.data.batches import epochs_by_source, format_epochs
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.data.summary import preparation_notes
+from hfpretrain.data.summary import limit_notes, preparation_notes
 from hfpretrain.data.tokenizer import describe_framing, set_chat_template
 from hfpretrain.engines import choose, launch
 from hfpretrain.engines.base import Engine
@@ -313,7 +313,7 @@ def _load_data(
     logger.info(describe_framing(tokenizer))
     if is_main and recipe.tokenizer.pretrained is None:
         texts = vocabulary.require_matching_ids(recipe.model, recipe.tokenizer, tokenizer)
-    for text in (*preparation_notes(prepared), *texts):
+    for text in (*limit_notes(prepared), *preparation_notes(prepared), *texts):
         notes.add(text)
     return prepared, tokenizer
 

@@ -167,6 +167,7 @@ def test_a_column_of_a_template_that_is_no_text_is_a_bad_document(tmp_path):
         ({"text_template": "{title"}, "is not a template"),
         ({"text_template": "title"}, "names no column: write its name in braces, for example {title}"),
         ({"text_template": "{}"}, "braces without the name of a column"),
+        ({"text_template": {"title": None}}, 'put the template in quotes, for example "{title}"'),
         ({"text_template": "{title!r}"}, "leave out `!` and `:`"),
         ({"text_template": "{title}", "text_column": "body"}, "`text_column` or `text_template`, not both"),
         ({"path": "text", "sample_by": "line", "text_template": "{title}"}, "`path: text` has none"),
@@ -349,7 +350,7 @@ def test_a_limit_is_counted_in_the_manifest_and_loses_no_token(limited, folder):
     first, second = data.manifest["sources"]
     assert "stopped_at_limit" not in first and second["stopped_at_limit"]
     assert second["documents_read"] == 450 and first["documents_read"] == 300
-    assert "source 1: its first 450 documents" in summary(data)
+    assert "source 1: only its first 450 documents" in summary(data)
     write_jsonl(folder / "b1.jsonl", small_text(900)[600:750])
     sources = [source.model_copy(update={"max_documents": None}) for source in limited.data.sources]
     whole = prepare(limited.model_copy(update={"data": limited.data.model_copy(update={"sources": tuple(sources)})}))
