@@ -10,11 +10,11 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from hfpretrain.recipe.addresses import LFS_POINTER, LFS_POINTER_PROBLEM
 from hfpretrain.recipe.schema import FILE_FORMATS, RecipeError, SourceSection
@@ -64,6 +64,7 @@ _CODEC_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh",
 _FORMAT_MAGIC = {"parquet": b"PAR1\x15"}
 _UTF16 = "is encoded as UTF-16 or UTF-32: convert it, for example with `iconv -f UTF-16 -t UTF-8`"
 HEAD_BYTES = 512
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -103,7 +104,6 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
     to the split.
     """
     _require_readable(source, key)
-    source, split = _inside_saved_dict(source, split, key)
     if (saved := saved_splits(source, key)) is not None:
         return _files_of_saved_split(source, key, split, saved)
     if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
@@ -120,7 +120,7 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
             )
         for name, info in matches:  # a file that is given twice, even by another path, is read once
             found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
-    listed = _token_files(list(found.values())) if source.holds_tokens else list(found.values())
+    listed = _token_files(list(found.values()), key) if source.holds_tokens else list(found.values())
     named = _files_of_split(source, key, split, listed)
     if source.path in FILE_FORMATS:
         return [SourceFile(name, size, source.path) for name, size in named]
@@ -135,35 +135,21 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
     return [SourceFile(name, size, str(kind)) for name, size, kind in files]
 
 
-def _inside_saved_dict(source: SourceSection, split: str, key: str) -> tuple[SourceSection, str]:
-    """The source and split to read if `data_dir` is a folder with tokens that `DatasetDict.save_to_disk` wrote."""
-    names = Path(source.data_dir or "", "dataset_dict.json")
-    if not source.holds_tokens or source.data_dir is None or not names.is_file():
-        return source, split
-    splits = json.loads(names.read_text(encoding="utf-8")).get("splits", [])
-    if split not in splits:
-        raise RecipeError.at(f"{key}.split", f"{source.data_dir} has no split {split}; there are: {', '.join(splits)}")
-    return source.model_copy(update={"data_dir": os.path.join(source.data_dir, split)}), "all"
-
-
-def _token_files(files: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+def _token_files(files: list[tuple[str, int | None]], key: str) -> list[tuple[str, int | None]]:
     """The files of a source of tokens, without those that are read with another one, or that are only caches.
 
     Megatron's index is read with its `.bin`. In a folder that `Dataset.save_to_disk` wrote, `map` leaves caches.
     """
     names = {name for name, _ in files}
-    return [(name, size) for name, size in files if not _is_index_or_cache(Path(name), names)]
 
+    def is_index_or_cache(path: Path) -> bool:
+        if path.suffix == ".idx":
+            return str(path.with_suffix(".bin")) in names
+        if path.suffix != ".arrow" or not _is_saved_dataset(path.parent):
+            return False
+        return path not in _files_of_saved_dataset(path.parent, f"{key}.data_files")[0]
 
-def _is_index_or_cache(path: Path, names: set[str]) -> bool:
-    if path.suffix == ".idx":
-        return str(path.with_suffix(".bin")) in names
-    state = path.with_name("state.json")
-    if path.suffix != ".arrow" or not state.is_file():
-        return False
-    return path.name not in {
-        entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-    }
+    return [(name, size) for name, size in files if not is_index_or_cache(Path(name))]
 
 
 def _require_readable(source: SourceSection, key: str) -> None:
@@ -191,23 +177,20 @@ def saved_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]]
     None if the source is no such folder. A single dataset is `train` if it does not say of which split it is. Files
     that `Dataset.map` left in the folder (`cache-*.arrow`) are no data. Raises `RecipeError` if a file is missing.
     """
-    if not is_folder(source) or source.patterns or _is_remote(source):
+    if source.patterns or _is_remote(source) or not (is_folder(source) or source.holds_tokens):
         return None
-    root = _root(source)
-    try:
-        if _is_saved_dataset(root):
-            files, split = _files_of_saved_dataset(root)
-            saved = {split or "train": files}
-        elif (root / "dataset_dict.json").is_file():
-            names = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            saved = {name: _files_of_saved_dataset(root / name)[0] for name in names}
-        else:
-            return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"the dataset saved in {root} is damaged: {type(error).__name__}: {error}"
-        raise RecipeError.at(f"{key}.path", message) from error
-    for path in itertools.chain.from_iterable(saved.values()):
-        _stat_regular_file(path, f"{key}.path")
+    root, key = _root(source), f"{key}.{'data_dir' if source.holds_tokens else 'path'}"
+    if _is_saved_dataset(root):
+        files, split = _files_of_saved_dataset(root, key)
+        saved = {split or "train": files}
+    elif (root / "dataset_dict.json").is_file():
+        names = _read_saved(root / "dataset_dict.json", key, lambda content: list(content["splits"]))
+        saved = {name: _files_of_saved_dataset(root / name, key)[0] for name in names}
+    else:
+        return None
+    sizes = {path: _stat_regular_file(path, key).st_size for path in itertools.chain.from_iterable(saved.values())}
+    if source.holds_tokens:
+        return {split: [SourceFile(str(path), sizes[path], "tokens") for path in some] for split, some in saved.items()}
     # Without sizes, so that every file is a group of its own, as in older versions, and the blocks stay the same.
     return {split: [SourceFile(str(path), None, "arrow") for path in paths] for split, paths in saved.items()}
 
@@ -216,10 +199,22 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
-def _files_of_saved_dataset(folder: Path) -> tuple[list[Path], str | None]:
+def _files_of_saved_dataset(folder: Path, key: str) -> tuple[list[Path], str | None]:
     """The files that the state of a saved `Dataset` lists, and the name of its split if it has one."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return [folder / entry["filename"] for entry in state["_data_files"]], state.get("_split")
+    return _read_saved(
+        folder / "state.json",
+        key,
+        lambda state: ([folder / entry["filename"] for entry in state["_data_files"]], state.get("_split")),
+    )
+
+
+def _read_saved(path: Path, key: str, read: Callable[[Any], T]) -> T:
+    """What `read` returns for a JSON file of a saved dataset. Raises `RecipeError` if the file is damaged."""
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"the dataset saved in {path.parent} is damaged: {path.name}: {type(error).__name__}: {error}"
+        raise RecipeError.at(key, what) from error
 
 
 def _files_of_saved_split(

@@ -294,8 +294,8 @@ class SourceSection(Section):
     name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, .tsv, each also
     compressed except for .parquet). A folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote is read as it
     is. `tokens`: files of token ids, which `tokenizer.pretrained` must have made: `.bin` of nanoGPT, of llm.c and
-    modded-nanogpt, and of Megatron-LM (with `.idx` beside it), `.npy`, `.parquet`, and `.arrow` or the folder of
-    `Dataset.save_to_disk`, given as `data_dir`."""
+    modded-nanogpt, and of Megatron-LM (with `.idx` beside it), `.npy`, `.parquet`, and `.arrow` or a folder of
+    `save_to_disk`, given as `data_dir`."""
     name: str | None = None
     """Configuration name of a Hub dataset, for example `sample-10BT`."""
     data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -349,8 +349,9 @@ class SourceSection(Section):
     a text has depends on the tokenizer, which may itself be trained on this text."""
     max_bytes: PositiveInt | None = None
     """Read only the first documents of the source that have together at most this many bytes of text (UTF-8, before it
-    is tokenized), for example 4_000_000_000. About 4 bytes of English text make a token; the manifest has the figure of
-    each source, `bytes_per_token`. null: no limit. With `max_documents`, reading ends at the first limit."""
+    is tokenized; with `path: tokens`, of the text that the tokens stand for), for example 4_000_000_000. About 4 bytes
+    of English text make a token; the manifest has the figure of each source, `bytes_per_token`. null: no limit. With
+    `max_documents`, reading ends at the first limit."""
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the weights of the other sources. Either all sources have a weight or
     none has. Without weights every block of every source is seen once per epoch. A source with weight 0 is used only

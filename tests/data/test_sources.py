@@ -69,9 +69,9 @@ def test_a_saved_dataset_is_read_by_its_own_list_of_files(tmp_path):
     (tmp_path / "one" / "data-00000-of-00002.arrow").unlink()
     assert "data-00000-of-00002.arrow can't be read" in refusal(path=str(tmp_path / "one"))
     (tmp_path / "several" / "train" / "state.json").write_text("{")
-    assert "several is damaged: JSONDecodeError" in refusal(path=str(tmp_path / "several"))
+    assert "train is damaged: state.json: JSONDecodeError" in refusal(path=str(tmp_path / "several"))
     (tmp_path / "several" / "train" / "state.json").write_text("{}")
-    assert "several is damaged: KeyError: '_data_files'" in refusal(path=str(tmp_path / "several"))
+    assert "train is damaged: state.json: KeyError: '_data_files'" in refusal(path=str(tmp_path / "several"))
 
 
 def test_a_truncated_file_of_a_saved_dataset_is_a_bad_document(tmp_path):

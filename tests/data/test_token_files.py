@@ -345,6 +345,31 @@ def test_slices_count_documents_of_tokens(folder, tokenizer):
     assert made.manifest["sources"][0]["documents_read"] == 50
 
 
+@pytest.mark.parametrize("limit", [{"max_documents": 50}, {"max_bytes": 5000}])
+def test_a_limit_reads_the_same_documents_of_tokens_as_of_text(folder, tokenizer, limit):
+    text = {"path": "json", "data_files": str(folder / "corpus.jsonl"), **limit}
+    expected = prepare(of_text(folder, data__sources=[text]))
+    source = nanogpt(folder, encoded(tokenizer), tokenizer.eos_token_id)
+    made = prepare(of_tokens(folder, {**source, **limit}))
+    for split in ("train-0", "validation"):
+        assert token_stream(made, split) == token_stream(expected, split)
+    ours, theirs = made.manifest["sources"][0], expected.manifest["sources"][0]
+    for name in ("documents_read", "bytes_read", "stopped_at_limit"):
+        assert ours[name] == theirs[name], name
+    assert ours["documents_read"] < 200 and ours["stopped_at_limit"]
+    assert "source 0: only its first" in summary(made)
+
+
+def test_splits_of_a_saved_dict_of_tokens_are_its_own(folder, tokenizer):
+    source = saved_dict(folder, encoded(tokenizer), tokenizer.eos_token_id)
+    made = prepare(of_tokens(folder, {**source, "split": "validation"}, data__validation_fraction=0.0))
+    assert made.manifest["sources"][0]["documents_read"] == 3
+    assert "has the splits: train, validation" in refusal(folder, {**source, "split": "test"})
+    (folder / "saved" / "train" / "state.json").write_text("{")
+    message = refusal(folder, source)
+    assert "data.sources.0.data_dir" in message and "train is damaged: state.json" in message
+
+
 def test_special_tokens_of_a_file_are_counted_and_stay_tokens(folder, tokenizer):
     own = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), small_text(50))
     own.add_special_tokens({"additional_special_tokens": ["<mark>"]})
@@ -555,7 +580,8 @@ def test_a_recipe_with_tokens_needs_a_tokenizer_and_no_keys_of_text(folder, toke
     flat(encoded(tokenizer), tokenizer.eos_token_id, "<u4").tofile(folder / "train.bin")
     result = hfpretrain("check", path)
     assert result.returncode == 2 and "data.sources.0.dtype" in result.stderr
-    for key, value in (("special_tokens", "tokens"), ("text_column", "body"), ("sample_by", "line")):
+    of_text = {"special_tokens": "tokens", "text_column": "body", "text_template": "{a}", "delimiter": ";"}
+    for key, value in {**of_text, "sample_by": "line"}.items():
         with pytest.raises(ValueError, match=f"`{key}` is only for text"):
             SourceSection(**source, **{key: value})
     with pytest.raises(ValueError, match="`dtype` is only for `path: tokens`"):
