@@ -262,15 +262,28 @@ class TrainingData:
         return np.arange(step * per_step, (step + 1) * per_step)
 
 
+class ReadingEndedError(Exception):
+    """Another process reads no more data, so this one can't either."""
+
+
 class Prefetcher:
     """Makes the data of the next steps in a thread while the current step is trained.
 
     Uses a thread, because a DataLoader's worker processes would send every token through a pipe, which is five times
-    slower than reading it. `ahead`: how many steps may be ready.
+    slower than reading it. `ahead`: how many steps may be ready. `leave`: called in the thread if it ends before the
+    last step, to tell other processes that `step_data` would be waiting for.
     """
 
-    def __init__(self, step_data: Callable[[int], StepData], steps: range, pin_memory: bool, ahead: int = 2):
+    def __init__(
+        self,
+        step_data: Callable[[int], StepData],
+        steps: range,
+        pin_memory: bool,
+        ahead: int = 2,
+        leave: Callable[[], None] = lambda: None,
+    ):
         self._queue: queue.Queue[StepData | BaseException] = queue.Queue(ahead)
+        self._leave = leave
         self._stopped = threading.Event()
         self._thread = threads.start_daemon(lambda: self._run(step_data, steps, pin_memory), "data")
 
@@ -283,9 +296,15 @@ class Prefetcher:
                     data = replace(data, batches=pinned)
                 self._enqueue(data)
                 if self._stopped.is_set():
+                    if step != steps[-1]:
+                        self._leave()
                     return
+        except ReadingEndedError:
+            # The other process is stopping, and this one will be closed, or it has failed, which ends this one.
+            return
         except BaseException as error:  # raised by `next`
             self._enqueue(error)
+            self._leave()
 
     def _enqueue(self, item: StepData | BaseException) -> None:
         while not self._stopped.is_set():

@@ -207,7 +207,7 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     `identities`: of the sources and the tokenizer; they stand for the names in the recipe. `has_prefix`: whether
     documents begin with what calling the tokenizer adds before a text. Older versions did not add it.
     """
-    content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"})
+    content = data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks", "shuffle_buffer"})
     sections = (*data.sources, *data.validation_sources)
     for section, source in zip(sections, (*content["sources"], *content["validation_sources"]), strict=True):
         for name in ("path", "data_files", "data_dir", "revision"):

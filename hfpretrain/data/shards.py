@@ -62,7 +62,7 @@ class ShardRegistry:
 
     def __init__(self, data: DataSection, tokenizer: TokenizerSection, prepared_dir: Path):
         settings = [
-            data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks"}),
+            data.model_dump(mode="json", exclude={"prepared_dir", "stages", "shift_blocks", "shuffle_buffer"}),
             tokenizer.model_dump(mode="json", exclude={"chat_template"}),
         ]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

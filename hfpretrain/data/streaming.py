@@ -1,19 +1,21 @@
 """Stream training data from the sources: tokenize and pack documents during training, without preparing them.
 
 Files of about the same size are divided into lanes, and each lane is an endless sequence of blocks. Files whose sizes
-differ more make one lane. The lane of a sequence depends only on the sequence's position in the step, so a step has the
-same text on any number of processes. A process reads only the lanes that its sequences come from.
+differ more make one lane, and so does each source of a mixture. The lane of a sequence depends only on the sequence's
+position in the step, so a step has the same text on any number of processes. Each lane is read and tokenized by one
+process. Where the sequences of a lane belong to several processes, that process sends them to the others.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,13 +24,19 @@ from hfpretrain.data.batches import StepData, collate, count_by_source
 from hfpretrain.data.corpus import Reader, Splitter, training_readers
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.ledger import sequence_checksum
-from hfpretrain.data.order import TrainingOrder
+from hfpretrain.data.order import Permutation, TrainingOrder
+from hfpretrain.data.read_ahead import ReadAhead
+from hfpretrain.data.threads import DaemonPool
+from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import DataSection, RecipeError
 
 _BATCH_CHARS = 2**16
 # Maximum ratio between the sizes of files in different lanes. At a ratio of 2, the smallest file is seen twice as often
 # as the largest. With `max_epochs`, the run ends when the first lane has been read, so the ratio must be smaller.
 _MAX_RATIO, _MAX_RATIO_CAPPED = 2.0, 1.05
+# Remote files are read at the speed of their server, not of a core, so there are more of these threads than cores.
+_MAX_READERS = 8
+_CHARS_PER_TOKEN = 4  # about, in natural language; it only decides how much is read ahead
 logger = logging.getLogger(__name__)
 
 
@@ -41,81 +49,241 @@ class LaneState:
     piece: int = 0
     """Index of the piece that is being read."""
     document: int = 0
-    """Number of documents of that piece that have been tokenized."""
+    """Number of documents of that piece that have been tokenized. With a shuffle buffer, those before the buffer."""
+    taken: int = 0
+    """Number of documents in the shuffle buffer that have been tokenized."""
     pending: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Tokens that are not yet in a block: int64 (n,)."""
 
 
-class _Lane:
-    """Blocks of some pieces, which are read again and again, at most `max_epochs` times.
+class _Batch(NamedTuple):
+    """Texts of a lane that are tokenized together."""
 
-    `pieces`: (reader, number of the reader's piece). `is_only_lane`: the stream has no other lane.
+    texts: list[tuple[Reader, str]]
+    dropped: int
+    """Documents that were read for this batch and left out."""
+    after: LaneState
+    """Where the lane continues after this batch; without the pending tokens."""
+    is_first: bool
+    """Whether the batch has the first texts that are read."""
+
+
+class _Encoded(NamedTuple):
+    """The tokens of a `_Batch`, one array for each text, and its other fields."""
+
+    ids: list[np.ndarray]
+    dropped: int
+    after: LaneState
+
+
+class _Buffer(NamedTuple):
+    """Documents that are shuffled together, in their order of training."""
+
+    texts: list[tuple[Reader, str]]
+    dropped: int
+    start: tuple[int, int, int]
+    after: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _LaneText:
+    """The documents of some pieces in order, again and again, at most `max_epochs` times.
+
+    `pieces`: (reader, number of the reader's piece). `is_only_lane`: the stream has no other lane. `shuffle_buffer`: as
+    in `DataSection`. `shuffle_key`: what the order in the buffer depends on, beside where the buffer begins.
+    """
+
+    pieces: list[tuple[Reader, int]]
+    splitter: Splitter
+    max_epochs: int | None
+    is_only_lane: bool
+    shuffle_buffer: int
+    shuffle_key: tuple[int, ...]
+
+    def batches(self, state: LaneState) -> Iterator[_Batch]:
+        """The batches from `state` on. Raises `RecipeError` if the pieces have no text or are used up."""
+        batches = self._shuffled(state) if self.shuffle_buffer else self._in_order(state)
+        for number, batch in enumerate(batches):
+            yield batch._replace(is_first=number == 0)
+
+    def _in_order(self, state: LaneState) -> Iterator[_Batch]:
+        """Batches that end where a piece ends."""
+        texts: list[tuple[Reader, str]] = []
+        chars = dropped = 0
+        for after, reader, split, text in self._documents(state.epoch, state.piece, state.document):
+            if split == "train":
+                texts.append((reader, text))
+                chars += len(text)
+            elif split is not None:
+                dropped += 1
+            if chars >= _BATCH_CHARS or (texts and split is None):
+                yield _Batch(texts, dropped, LaneState(*after), False)
+                texts, chars, dropped = [], 0, 0
+
+    def _shuffled(self, state: LaneState) -> Iterator[_Batch]:
+        """Batches of the documents in buffers. While one buffer is used, the next one is read document by document, so
+        that training does not wait for a whole buffer."""
+        buffers = self._buffers(state)
+        buffer = next(found for found in buffers if found is not None)
+        taken, dropped = state.taken, 0 if state.taken else buffer.dropped
+        while True:
+            following: _Buffer | None = None
+            error: Exception | None = None
+            texts: list[tuple[Reader, str]] = []
+            chars = 0
+            for number, (reader, text) in enumerate(buffer.texts[taken:], taken + 1):
+                if following is None and error is None:
+                    try:
+                        following = next(buffers)
+                    except Exception as found:  # raised after the last document before it
+                        error = found
+                texts.append((reader, text))
+                chars += len(text)
+                is_last = number == len(buffer.texts)
+                if chars >= _BATCH_CHARS or is_last:
+                    after = LaneState(*buffer.after) if is_last else LaneState(*buffer.start, taken=number)
+                    yield _Batch(texts, dropped, after, False)
+                    texts, chars, dropped = [], 0, 0
+            if error is not None:
+                raise error
+            buffer = following or next(found for found in buffers if found is not None)
+            taken, dropped = 0, buffer.dropped
+
+    def _buffers(self, state: LaneState) -> Iterator[_Buffer | None]:
+        """The buffers from `state` on, the last of an epoch with the documents that are left. None for each document
+        that is read in between."""
+        texts: list[tuple[Reader, str]] = []
+        dropped, start = 0, (state.epoch, state.piece, state.document)
+        for after, reader, split, text in self._documents(*start):
+            if split == "train":
+                texts.append((reader, text))
+            elif split is not None:
+                dropped += 1
+            ends_epoch = after[1] == len(self.pieces)
+            if texts and (len(texts) == self.shuffle_buffer or ends_epoch):
+                order = Permutation(len(texts), *self.shuffle_key, *start)(np.arange(len(texts)))
+                yield _Buffer([texts[index] for index in order.tolist()], dropped, start, after)
+                texts, dropped, start = [], 0, after
+            else:
+                yield None
+
+    def _documents(
+        self, epoch: int, piece: int, document: int
+    ) -> Iterator[tuple[tuple[int, int, int], Reader, str | None, str]]:
+        """The documents from a place on: the place after it, its reader, split and text, as `Splitter` returns them.
+
+        A place is an epoch, an index of `pieces`, and a number of documents in that piece. The split is None where a
+        piece ends.
+        """
+        any_text = document > 0 or piece > 0
+        while True:
+            for index in range(piece, len(self.pieces)):
+                reader, number = self.pieces[index]
+                for read, one in enumerate(reader.read([number]), 1):
+                    if read <= document:
+                        continue
+                    for split, text in self.splitter(one):
+                        any_text |= split == "train"
+                        yield (epoch, index, read), reader, split, text
+                document = 0
+                yield (epoch, index + 1, 0), reader, None, ""
+            key = self.pieces[0][0].key
+            if not any_text:
+                files = ", ".join(reader.pieces[number].origin for reader, number in self.pieces[:3])
+                raise RecipeError.at(key, f"the corpus is empty: no document with text in {files}")
+            epoch, piece = epoch + 1, 0
+            if self.max_epochs is not None and epoch >= self.max_epochs:
+                message = f"the source has run out: {self._describe_end()} {epoch} time(s)"
+                raise RecipeError.at(f"{key}.max_epochs", f"{message}; shorten the run or raise max_epochs")
+
+    def _describe_end(self) -> str:
+        if self.is_only_lane:
+            return "all of it has been read"
+        files = [reader.pieces[number].origin for reader, number in self.pieces]
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        return f"the files are read side by side, and {', '.join(files[:3])}{more} have been read"
+
+
+class _Lane:
+    """The blocks of a lane's text from `state` on.
+
+    `max_unknown`: as in `TokenizerSection`. `threads`: pools to read and to tokenize in; None: both happen in `blocks`.
+    `ahead`: how many characters may be read ahead.
     """
 
     def __init__(
         self,
-        pieces: list[tuple[Reader, int]],
-        splitter: Splitter,
+        text: _LaneText,
         encoder: Encoder,
         block_size: int,
-        max_epochs: int | None,
         state: LaneState,
-        is_only_lane: bool,
-        max_unknown: float = 1.0,
+        max_unknown: float,
+        threads: tuple[DaemonPool, DaemonPool] | None = None,
+        ahead: int = 0,
     ):
-        self._is_only_lane = is_only_lane
-        self._pieces, self._splitter, self._encoder = pieces, splitter, encoder
-        self._block_size, self._max_epochs, self._at = block_size, max_epochs, replace(state)
-        self._texts = self._batches()
-        self._max_unknown, self._is_checked = max_unknown, False
+        self._text, self._encoder, self._block_size, self._max_unknown = text, encoder, block_size, max_unknown
+        self._at = replace(state)
+        batches = text.batches(state)
+        self._encoded: Iterator[_Encoded] = map(self._encode, batches)
+        if threads is not None:
+            readers, workers = threads
+            self._encoded = ReadAhead(
+                batches,
+                self._encode,
+                size=lambda batch: sum(len(text) for _, text in batch.texts),
+                limit=ahead,
+                readers=readers,
+                workers=workers,
+            )
         self.dropped = 0
 
-    def _describe_end(self) -> str:
-        if self._is_only_lane:
-            return "all of it has been read"
-        files = [reader.pieces[piece].origin for reader, piece in self._pieces]
-        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        return f"the files are read side by side, and {', '.join(files[:3])}{more} have been read"
+    def start(self) -> None:
+        """Begin to read ahead."""
+        if isinstance(self._encoded, ReadAhead):
+            self._encoded.start()
 
     def state(self) -> LaneState:
         """How far the lane has been read. A lane that gets this state continues from here."""
         return replace(self._at)
 
     def copy(self) -> _Lane:
-        """A lane that continues from here, without a limit of epochs."""
-        return _Lane(
-            self._pieces,
-            self._splitter,
-            self._encoder,
-            self._block_size,
-            None,
-            self.state(),
-            self._is_only_lane,
-            self._max_unknown,
-        )
+        """A lane that continues about here, without a limit of epochs, without shuffling, and without threads."""
+        text = replace(self._text, max_epochs=None, shuffle_buffer=0)
+        return _Lane(text, self._encoder, self._block_size, replace(self._at, taken=0), self._max_unknown)
 
     def blocks(self, count: int) -> np.ndarray:
         """The next blocks: int64 (count, block_size)."""
         parts, size, end = [self._at.pending], len(self._at.pending), count * self._block_size
         while size < end:
-            reader, texts = next(self._texts)
-            encoder = self._encoder.for_source(reader.source.special_tokens)
-            ids = encoder(texts)
-            if not self._is_checked:
-                self._check_first_texts(reader, encoder, texts, ids)
-            parts += ids
-            size += sum(map(len, ids))
+            encoded = next(self._encoded)
+            parts += encoded.ids
+            size += sum(map(len, encoded.ids))
+            self._at = encoded.after
+            self.dropped += encoded.dropped
         stream = np.concatenate(parts).astype(np.int64)
-        self._at.pending = stream[end:].copy()
+        self._at = replace(self._at, pending=stream[end:].copy())
         return stream[:end].reshape(count, self._block_size)
 
+    def _encode(self, batch: _Batch) -> _Encoded:
+        ids = [np.zeros(0, np.int64)] * len(batch.texts)
+        # With a shuffle buffer, the texts may be of several sources.
+        for reader in {id(reader.source): reader for reader, _ in batch.texts}.values():
+            encoder = self._encoder.for_source(reader.source.special_tokens)
+            here = [number for number, (other, _) in enumerate(batch.texts) if other.source is reader.source]
+            texts = [batch.texts[number][1] for number in here]
+            found = encoder(texts)
+            if batch.is_first:
+                self._check_first_texts(reader, encoder, texts, found)
+            for number, one in zip(here, found, strict=True):
+                ids[number] = one
+        return _Encoded(ids, batch.dropped, batch.after)
+
     def _check_first_texts(self, reader: Reader, encoder: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
-        """Check the lane's first texts once.
+        """Check the lane's first texts.
 
         Logs special tokens that are read as text. Raises `RecipeError` if the tokenizer does not know, or leaves out,
         a share of the texts above `max_unknown`.
         """
-        self._is_checked = True
         characters, lost, _ = (sum(some) for some in zip(*map(encoder.lost_characters, texts), strict=True))
         unknown = sum(map(encoder.count_unknown, ids)) / max(1, sum(map(len, ids)))
         for share, what in (
@@ -128,41 +296,6 @@ class _Lane:
         if reader.source.special_tokens == "text" and (found := encoder.count_special(texts)):
             listed = ", ".join(found)
             logger.info("%s: special tokens in the text are read as ordinary text: %s", reader.key, listed)
-
-    def _batches(self) -> Iterator[tuple[Reader, list[str]]]:
-        """Batches of texts, each of one source. `self._at` is always the state after the last batch."""
-        at = self._at
-        any_text = at.document > 0 or at.piece > 0
-        while True:
-            for index in range(at.piece, len(self._pieces)):
-                reader, piece = self._pieces[index]
-                batch: list[str] = []
-                chars, done = 0, at.document
-                for number, document in enumerate(reader.read([piece]), 1):
-                    if number <= done:
-                        continue
-                    for split, text in self._splitter(document):
-                        if split == "train":
-                            batch.append(text)
-                            chars += len(text)
-                        else:
-                            self.dropped += 1
-                    if chars >= _BATCH_CHARS:
-                        at.piece, at.document, any_text = index, number, True
-                        yield reader, batch
-                        batch, chars = [], 0
-                at.piece, at.document = index + 1, 0
-                if batch:
-                    any_text = True
-                    yield reader, batch
-            key = self._pieces[0][0].key
-            if not any_text:
-                files = ", ".join(reader.pieces[piece].origin for reader, piece in self._pieces[:3])
-                raise RecipeError.at(key, f"the corpus is empty: no document with text in {files}")
-            at.epoch, at.piece, at.document = at.epoch + 1, 0, 0
-            if self._max_epochs is not None and at.epoch >= self._max_epochs:
-                message = f"the source has run out: {self._describe_end()} {at.epoch} time(s)"
-                raise RecipeError.at(f"{key}.max_epochs", f"{message}; shorten the run or raise max_epochs")
 
 
 class Lanes(NamedTuple):
@@ -235,12 +368,30 @@ def _have_similar_sizes(sizes: list[int | None], max_ratio: float) -> bool:
     return not known or (len(known) == len(sizes) and max(known) <= max_ratio * min(known))
 
 
+class Exchange(Protocol):
+    """Sends rows between the processes of a run. All processes must call it for the same steps, in order."""
+
+    def __call__(self, outgoing: Sequence[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
+        """Send each process its array, int32 (n,), and return the array from each process.
+
+        `sizes`: how many numbers come from each. Raises `ReadingEndedError` if another process has called `leave`.
+        """
+        ...
+
+    def leave(self) -> None:
+        """Tell the other processes, in place of the next call, that this process reads no more data."""
+        ...
+
+
 class StreamingData:
     """The micro-batches of this process, one step after another from data step `first_step`.
 
     `states`: the states of all lanes after the step before, by (stream, lane); empty at the start of a run.
     `held_out`: digests of the validation documents. `max_unknown`: as in `TokenizerSection`. `stream_lanes`: the
-    result of `assign_lanes`, equal on all processes; computed if None. The other arguments are those of `TrainingData`.
+    result of `assign_lanes`, equal on all processes; computed if None. `seed`: for `data.shuffle_buffer`.
+    `num_threads`: that tokenize; by default one for each core. The other arguments are those of `TrainingData`.
+
+    Without `share_reading`, a process reads all lanes that its sequences come from, also those that others read.
     """
 
     def __init__(
@@ -259,74 +410,185 @@ class StreamingData:
         document_masking: bool,
         max_unknown: float = 1.0,
         stream_lanes: list[Lanes] | None = None,
+        seed: int = 0,
+        num_threads: int | None = None,
     ):
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
         self._eos_before_bos = eos_token_id if encoder.prefix else None
-        per_process = micro_batch_size * accumulation_steps
-        self._per_step = per_process * num_processes
-        self._mine = range(process_index * per_process, (process_index + 1) * per_process)
+        self._per_process = micro_batch_size * accumulation_steps
+        self._per_step, self._block_size = self._per_process * num_processes, data.block_size
+        self._process_index, self._num_processes = process_index, num_processes
+        self._shuffle_buffer = data.shuffle_buffer
+        self._mine = range(process_index * self._per_process, (process_index + 1) * self._per_process)
         readers = training_readers(data)
+        for reader in readers:
+            encoder.for_source(reader.source.special_tokens)  # makes it, before threads ask for it
         stream_lanes = assign_lanes(data, held_out, self._per_step) if stream_lanes is None else stream_lanes
         stream_lanes = _restore_lanes(stream_lanes, [len(reader.pieces) for reader in readers], states)
-        streams = [[(readers[number], index) for number, index in one.pieces] for one in stream_lanes]
-        self._num_lanes = [one.num_lanes for one in stream_lanes]
+        self._num_lanes = np.array([one.num_lanes for one in stream_lanes])
         caps = [source.max_epochs for source in data.sources]
         stages = [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
         if not stages:  # all sources are one stream
             caps = [min((cap for cap in caps if cap is not None), default=None)]
-        self.order = TrainingOrder([0] * len(streams), stages, seed=0)
+        self.order = TrainingOrder([0] * len(stream_lanes), stages, seed=0)
+        shares = np.max([np.array(weights) / sum(weights) for _, weights in stages], axis=0) if stages else np.ones(1)
+        self._owners = self._assign_owners(shares)
+        self._first_lanes = np.cumsum([0, *self._num_lanes[:-1]])  # number of each stream's first lane, over all lanes
+        self._exchange: Exchange | None = None
+        used = []
+        for stream, number in enumerate(self._num_lanes.tolist()):
+            size = self._per_step // number
+            mine = [n for n in range(number) if n * size < self._mine.stop and self._mine.start < (n + 1) * size]
+            used += [(stream, lane) for lane in (range(number) if stages else mine)]
+        num_threads = num_threads or num_cores()
+        threads = (DaemonPool(_MAX_READERS, "read"), DaemonPool(num_threads, "tokenize"))
         splitter = Splitter(data, held_out)
         self._lanes: dict[tuple[int, int], _Lane] = {}
-        for stream, number in enumerate(self._num_lanes):
-            for lane in range(number):
-                size = self._per_step // number
-                if stages or (lane * size < self._mine.stop and self._mine.start < (lane + 1) * size):
-                    state = states.get((stream, lane), LaneState())
-                    pieces = streams[stream][lane::number]
-                    cap, is_only_lane = caps[stream], number == 1
-                    made = _Lane(pieces, splitter, encoder, data.block_size, cap, state, is_only_lane, max_unknown)
-                    self._lanes[stream, lane] = made
-
+        for stream, lane in used:
+            one, number = stream_lanes[stream], int(self._num_lanes[stream])
+            # A reader reads one piece at a time, and lanes are read at the same time.
+            own = {source: copy.copy(readers[source]) for source, _ in one.pieces}
+            text = _LaneText(
+                [(own[source], index) for source, index in one.pieces[lane::number]],
+                splitter,
+                caps[stream],
+                number == 1,
+                data.shuffle_buffer,
+                (seed, stream, lane),
+            )
+            tokens = int(self._per_step * shares[stream] / number) * data.block_size
+            self._lanes[stream, lane] = _Lane(
+                text,
+                encoder,
+                data.block_size,
+                states.get((stream, lane), LaneState()),
+                max_unknown,
+                threads,
+                # What a step takes, and some work for each thread.
+                tokens * _CHARS_PER_TOKEN + _BATCH_CHARS * (1 + 2 * num_threads // len(used)),
+            )
         self._example: dict[str, torch.Tensor] | None = None
 
+    def _assign_owners(self, shares: np.ndarray) -> np.ndarray:
+        """The process that reads each lane: int64 (lanes,). `shares`: of each stream in a step.
+
+        A lane of a run without mixture belongs to the process of its first sequence. The sources of a mixture are
+        divided so that all processes tokenize about the same amount.
+        """
+        if len(shares) == 1:
+            number = int(self._num_lanes[0])
+            return np.arange(number) * self._num_processes // number
+        owners, loads = np.zeros(len(shares), np.int64), [0.0] * self._num_processes
+        for stream in np.argsort(-shares, kind="stable").tolist():
+            # Among processes with nothing to do, take one on another machine, whose ranks are far away.
+            owner = min(range(self._num_processes), key=lambda index: (loads[index], _reverse_bits(index)))
+            owners[stream] = owner
+            loads[owner] += shares[stream]
+        return owners
+
+    @property
+    def shares_lanes(self) -> bool:
+        """Whether the sequences of some lane belong to several processes."""
+        return self._num_processes > 1 and (
+            len(self._num_lanes) > 1 or int(self._num_lanes[0]) % self._num_processes > 0
+        )
+
+    def share_reading(self, exchange: Exchange, reads: bool = True) -> None:
+        """Read each lane on one process only. All processes must call it, before they read.
+
+        `reads`: whether this process may read. Of several processes that train on the same sequences, one does.
+        """
+        self._exchange = exchange
+        owned = [key for key in self._lanes if reads and self._owner(*key) == self._process_index]
+        self._lanes = {key: self._lanes[key] for key in owned}
+
+    def describe_reading(self) -> str:
+        """How the run's data are read, in one sentence."""
+        text = f"streaming reads {self._num_lanes.sum()} sequences of files side by side"
+        readers = len(set(self._owners.tolist()))
+        if self._num_processes > 1:
+            text += f", on {readers} of {self._num_processes} processes"
+        if not self._shuffle_buffer:
+            return f"{text}; documents are not shuffled (data.shuffle_buffer)"
+        return f"{text}, and shuffles {self._shuffle_buffer:,} documents of each at a time (data.shuffle_buffer)"
+
+    def leave(self) -> None:
+        """Tell the other processes that this process reads no more steps."""
+        if self._exchange is not None:
+            self._exchange.leave()
+
+    def _owner(self, stream: int, lane: int) -> int:
+        return int(self._owners[self._first_lanes[stream] + lane])
+
     def step(self, step: int) -> StepData:
-        """This process's data of data step `step`, which must come after the last one. Steps in between are skipped."""
+        """This process's data of data step `step`, which must come after the last one. Steps in between are skipped.
+
+        Raises `ReadingEndedError` if another process reads no more steps.
+        """
         assert step >= self._next, "a stream has no random access"
         while self._next < step:
             self.step(self._next)
         self._next += 1
-        first = step * self._per_step
-        before, after = self.order.counts(first), self.order.counts(first + self._per_step)
-        blocks = {
-            (stream, lane): made.blocks((after[stream] - before[stream]) // self._num_lanes[stream])
-            for (stream, lane), made in self._lanes.items()
-        }
-        positions = first + np.arange(self._mine.start, self._mine.stop)
+        for lane in self._lanes.values():
+            lane.start()
+        positions = step * self._per_step + np.arange(self._per_step)
+        before, after = self.order.counts(positions[0]), self.order.counts(positions[-1] + 1)
+        per_lane = (after - before) // self._num_lanes
+        blocks = {(stream, lane): made.blocks(int(per_lane[stream])) for (stream, lane), made in self._lanes.items()}
         streams, counts = self.order.draw(positions)
-        rows = []
-        for stream, index in zip(streams.tolist(), (counts - before[streams]).tolist(), strict=True):
-            per_lane = (after[stream] - before[stream]) // self._num_lanes[stream]
-            lane, row = divmod(index, per_lane)
-            rows.append(blocks[stream, lane][row])
-        stacked = np.stack(rows)
+        lanes, indices = np.divmod(counts - before[streams], per_lane[streams])
+        places = list(zip(streams.tolist(), lanes.tolist(), indices.tolist(), strict=True))
+
+        def rows_at(chosen: Sequence[int]) -> np.ndarray:
+            rows = [blocks[places[at][:2]][places[at][2]] for at in chosen]
+            return np.stack(rows) if rows else np.zeros((0, self._block_size), np.int64)
+
+        mine = slice(self._mine.start, self._mine.stop)
+        if self._exchange is None:
+            rows = rows_at(self._mine)
+        else:
+            owners = self._owners[self._first_lanes[streams] + lanes]
+            outgoing = [
+                rows_at(
+                    (first + np.flatnonzero(owners[first : first + self._per_process] == self._process_index)).tolist()
+                )
+                if self._lanes
+                else np.zeros(0)
+                for first in range(0, self._per_step, self._per_process)
+            ]
+            rows = self._swap(outgoing, owners[mine])
         return StepData(
-            batches=self._collate_rows(stacked),
-            checksum=sequence_checksum(stacked, positions),
-            tokens=np.bincount(streams, minlength=len(before)) * stacked.shape[1],
-            documents=count_by_source(streams, stacked == self._eos_token_id, len(before)),
+            batches=self._collate_rows(rows),
+            checksum=sequence_checksum(rows, positions[mine]),
+            tokens=np.bincount(streams[mine], minlength=len(before)) * self._block_size,
+            documents=count_by_source(streams[mine], rows == self._eos_token_id, len(before)),
             state={key: made.state() for key, made in self._lanes.items()},
             documents_dropped=self._count_dropped(),
         )
 
+    def _swap(self, outgoing: Sequence[np.ndarray], owners: np.ndarray) -> np.ndarray:
+        """Send rows, int64 (n, block_size), to each process, and return this process's: int64 (m, block_size).
+
+        `owners`: the process that reads each of the latter, int64 (m,).
+        """
+        assert self._exchange is not None
+        counts = np.bincount(owners, minlength=self._num_processes)
+        flat = [rows.reshape(-1).astype(np.int32) for rows in outgoing]
+        incoming = self._exchange(flat, (counts * self._block_size).tolist())
+        rows = np.empty((len(owners), self._block_size), np.int64)
+        for process, found in enumerate(incoming):
+            rows[owners == process] = found.reshape(-1, self._block_size)
+        return rows
+
     def _count_dropped(self) -> int:
         """Number of documents that were read since the last step and left out.
 
-        If several processes read a lane, only the first of them counts.
+        If several processes read a lane, only its owner counts.
         """
         dropped = 0
         for (stream, lane), made in self._lanes.items():
-            if lane * (self._per_step // self._num_lanes[stream]) in self._mine:
+            if self._owner(stream, lane) == self._process_index:
                 dropped += made.dropped
             made.dropped = 0
         return dropped
@@ -341,10 +603,19 @@ class StreamingData:
 
     def example(self) -> dict[str, torch.Tensor]:
         """A batch of one sequence, the same at each call. Training still gets this sequence."""
-        if self._example is None:
+        if self._example is None and self._exchange is None:
             lane = next(iter(self._lanes.values()))
             self._example = self._collate_rows(lane.copy().blocks(1))[0]
+        elif self._example is None:
+            owner, outgoing = self._owner(0, 0), [np.zeros((0, self._block_size), np.int64)] * self._num_processes
+            if (0, 0) in self._lanes:
+                outgoing = [self._lanes[0, 0].copy().blocks(1)] * self._num_processes
+            self._example = self._collate_rows(self._swap(outgoing, np.array([owner])))[0]
         return self._example
+
+
+def _reverse_bits(number: int) -> int:
+    return int(f"{number:032b}"[::-1], 2)
 
 
 def _restore_lanes(

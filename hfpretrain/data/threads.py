@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -27,6 +28,37 @@ def start_daemon(work: Callable[[], None], name: str) -> threading.Thread:
     _unfinished.add(mark)  # before `start`: a signal may raise an exception in it when the thread already runs
     thread.start()
     return thread
+
+
+class DaemonPool:
+    """Runs functions in up to `size` daemon threads, in the order of `submit`.
+
+    A thread ends when there is nothing left to do. Unlike the threads of a `ThreadPoolExecutor`, they never keep the
+    process alive while a disk or a server stalls.
+    """
+
+    def __init__(self, size: int, name: str):
+        self._size, self._name, self._running = size, name, 0
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work`, which must not raise, as soon as a thread is free."""
+        with self._lock:
+            self._waiting.append(work)
+            if self._running == self._size:
+                return
+            self._running += 1
+        start_daemon(self._run, self._name)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    return
+                work = self._waiting.popleft()
+            work()
 
 
 def exit_process(code: int) -> NoReturn:

@@ -1,11 +1,16 @@
-"""Process groups on the CPU, and votes of all processes, apart from the communication of training."""
+"""Process groups on the CPU, and what processes tell each other apart from the communication of training."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
+
+from hfpretrain.data.batches import ReadingEndedError
 
 
 def new_control_group(num_processes: int, timeout_seconds: int) -> Any:
@@ -47,3 +52,42 @@ class Votes:
             self._work.wait()
             self._work = None
         return int(self._value)
+
+
+class RowExchange:
+    """The `Exchange` of `StreamingData`, for the processes of `group`.
+
+    Of `processes_per_sequence` processes in a row, which train on the same sequences, the first one sends.
+    """
+
+    def __init__(self, group: Any, processes_per_sequence: int):
+        self._group, self._per_sequence = group, processes_per_sequence
+        self._size = torch.distributed.get_world_size(group)
+        self._sends = torch.distributed.get_rank(group) % processes_per_sequence == 0
+
+    def __call__(self, outgoing: Sequence[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
+        """Send an array, int32 (n,), to the processes of each part of the data, and return the array from each part.
+
+        `sizes`: how many numbers come from each. Raises `ReadingEndedError` if another process has called `leave`.
+        """
+        if self._has_left(False):
+            raise ReadingEndedError
+        parts = [number // self._per_sequence for number in range(self._size)]
+        to_send = [outgoing[part] if self._sends else np.zeros(0, np.int32) for part in parts]
+        received = [sizes[part] if number % self._per_sequence == 0 else 0 for number, part in enumerate(parts)]
+        tokens = torch.empty(sum(received), dtype=torch.int32)
+        torch.distributed.all_to_all_single(
+            tokens, torch.from_numpy(np.concatenate(to_send)), received, list(map(len, to_send)), group=self._group
+        )
+        return [part.numpy() for part in tokens.split(received)[:: self._per_sequence]]
+
+    def leave(self) -> None:
+        """Tell the other processes, in place of the next call, that this process reads no more data."""
+        with contextlib.suppress(RuntimeError):  # of gloo: another process has ended
+            self._has_left(True)
+
+    def _has_left(self, leaves: bool) -> bool:
+        """Whether any process leaves. All processes must call it."""
+        flag = torch.tensor([int(leaves)])
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)

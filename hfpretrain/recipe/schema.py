@@ -463,9 +463,15 @@ class DataSection(Section):
     """What happens at a broken line, a missing text or invalid UTF-8. `error`: the run stops and names file and line.
     `skip`: the document is left out and counted in the manifest by reason."""
     streaming: bool = False
-    """Tokenize during training, directly from the sources, without preparing the training text first. Nothing is
-    shuffled: files are read in order, several of similar size side by side. Needs `tokenizer.pretrained`, and
-    `validation_sources` for an evaluation."""
+    """Tokenize during training, directly from the sources, without preparing the training text first. Files are read
+    in order, several of similar size side by side, and nothing is shuffled without `shuffle_buffer`. Needs
+    `tokenizer.pretrained`, and `validation_sources` for an evaluation."""
+    shuffle_buffer: int = Field(default=0, ge=0)
+    """With `streaming`: the number of documents that are shuffled at a time, for example 10000. 0, the default: none.
+    Of the files that are read side by side, each has a buffer of its own. The next documents in the files' order fill
+    it, and are trained on in an order that depends only on `seed`, the files and the epoch. Their text is in memory,
+    and so is that of the next buffer, which is read meanwhile. A resumed run reads the documents of the unfinished
+    buffer again, and continues exactly. Prepared data are always shuffled as a whole and don't take this key."""
     prepared_dir: str | None = None
     """Folder of the prepared data, which runs share: it has a subfolder for each fingerprint. Default: `prepared`
     beside `output_dir`. If your machines share no disk, set a URL that fsspec supports, for example
@@ -503,6 +509,8 @@ class DataSection(Section):
             )
         if self.streaming and any(source.is_limited for source in self.sources):
             raise ValueError("`max_documents` and `max_bytes` of `sources` need prepared data, without `streaming`")
+        if self.shuffle_buffer and not self.streaming:
+            raise ValueError("`shuffle_buffer` is only for `streaming`; prepared data are always shuffled as a whole")
         if self.shift_blocks and (self.streaming or self.packing != "concat"):
             raise ValueError(
                 "`shift_blocks` needs prepared data with `packing: concat`; leave it out with `streaming` or `best_fit`"

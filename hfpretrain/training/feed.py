@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,17 @@ from hfpretrain.data.encode import Encoder, token_dtype
 from hfpretrain.data.identity import pin_to_commits
 from hfpretrain.data.streaming import Lanes, StreamingData, assign_lanes, load_lane_states
 from hfpretrain.data.token_documents import load_vocabulary
+from hfpretrain.engines.distributed import RowExchange, new_control_group
+from hfpretrain.recipe.machine import num_cores
+from hfpretrain.recipe.schema import DataSection
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops
 from hfpretrain.training.watchdog import Watch
+
+# A process waits in the exchange for one that evaluates or saves, so it may take long. `Watch` finds those that hang.
+_EXCHANGE_SECONDS = 7 * 24 * 3600
+logger = logging.getLogger(__name__)
 
 
 class Feed:
@@ -50,7 +60,7 @@ class Feed:
         # Read the sources at the commits that the manifest of the prepared data records.
         identities = (manifest["source_identities"], manifest["validation_identities"])
         section = self._read(lambda: pin_to_commits(recipe.data, *identities))
-        held_out = self._read(lambda: held_out_digests(section, load_vocabulary(section, setup.tokenizer)))
+        held_out = self._held_out(section)
         stream_lanes = self._watch.run_on_main(
             "list the files to stream",
             lambda: [
@@ -63,7 +73,34 @@ class Feed:
         encode = Encoder(setup.tokenizer, token_dtype(manifest["vocab_size"]))
         states, first_step = ({}, 0) if checkpoint is None else load_lane_states(checkpoint)
         keywords |= {"first_step": first_step, "states": states, "max_unknown": recipe.tokenizer.max_unknown}
-        return self._read(lambda: StreamingData(section, encode, held_out, **keywords))
+        keywords |= {
+            "seed": recipe.seed,
+            "num_threads": max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        }
+        # The threads of `StreamingData` tokenize in parallel. `tokenizers` would start as many again in each process.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        data = self._read(lambda: StreamingData(section, encode, held_out, **keywords))
+        engine = setup.engine
+        if data.shares_lanes or engine.processes_per_sequence > 1:
+            # A new group each time: a thread of the data before a rollback may still wait for a source.
+            group = new_control_group(engine.num_processes, _EXCHANGE_SECONDS)
+            exchange = RowExchange(group, engine.processes_per_sequence)
+            data.share_reading(exchange, reads=engine.is_main_data_process)
+        if setup.is_main:
+            logger.info(data.describe_reading())
+        return data
+
+    def _held_out(self, section: DataSection) -> frozenset[bytes]:
+        """Digests of the validation documents, which the main process reads for all."""
+
+        def work() -> list[Any]:
+            vocabulary = load_vocabulary(section, self._setup.tokenizer)
+            digests = sorted(self._read(lambda: held_out_digests(section, vocabulary)))
+            return [len(digests[0]) if digests else 1, base64.b64encode(b"".join(digests)).decode()]
+
+        size, text = self._watch.run_on_main("read the validation documents", work)
+        joined = base64.b64decode(text)
+        return frozenset(joined[start : start + size] for start in range(0, len(joined), size))
 
     def _read(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread and return its result.
@@ -83,7 +120,10 @@ class Feed:
         """Start reading the data of the steps that follow `state`."""
         steps = range(state.step, self._setup.recipe.training.num_steps)
         data, pin_memory = self.data, self._setup.engine.device.type == "cuda"
-        self._prefetcher = Prefetcher(lambda step: data.step(state.data_step(step)), steps, pin_memory=pin_memory)
+        leave = data.leave if isinstance(data, StreamingData) else lambda: None
+        self._prefetcher = Prefetcher(
+            lambda step: data.step(state.data_step(step)), steps, pin_memory=pin_memory, leave=leave
+        )
 
     def next(self) -> StepData:
         """The data of the next step. Raises `Stopping` if this process must stop and a source does not answer.
