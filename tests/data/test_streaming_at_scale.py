@@ -193,15 +193,16 @@ def bytes_read(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_process_reads_what_others_train_on(files, encode, bytes_read, tmp_path, kind):
+def test_no_process_reads_what_others_train_on(files, encode, bytes_read, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("hfpretrain.data.streaming._BATCH_CHARS", 2000)  # so that less is read ahead
     folders = [tmp_path / f"rank{index}" for index in range(8)]  # the same files, to see which process reads them
-    for folder in folders:
+    for folder in (*folders, tmp_path / "alone"):
         folder.symlink_to(files)
-    alone = stream(section(files, kind), encode)
+    alone = stream(section(tmp_path / "alone", kind), encode)
     bytes_read.clear()
     for step in range(60):
         alone.step(step)
-    expected = bytes_read[files.name]
+    expected = bytes_read["alone"]
 
     def make(number, index):
         return stream(section(folders[index], kind), encode, number, index)
@@ -212,12 +213,11 @@ def test_no_process_reads_what_others_train_on(files, encode, bytes_read, tmp_pa
         return bytes_read
 
     once = dict(count(sharing(make, 8)))
-    # Some is read ahead of the last step, at most the rest of each file.
-    assert sum(once.values()) < 1.5 * expected, once
+    assert sum(once.values()) < 1.3 * expected, once  # some is read ahead of the last step
     assert len(once) == {"mixture": 4, "files of several sizes": 1}.get(kind, 2 if "fewer" in kind else 8)
     if kind == "mixture":  # without an exchange, each process reads everything
         again = count([make(8, index) for index in range(8)])
-        assert sum(again.values()) > 7 * expected
+        assert sum(again.values()) > 6 * expected
 
 
 def test_shared_reading_resumes_on_another_number_of_processes(files, encode, tmp_path):
@@ -280,7 +280,7 @@ def test_a_stream_resumes_exactly_after_any_step(files, encode, buffer, monkeypa
     data = one_file(files, shuffle_buffer=buffer)
     alone = stream(data, encode, seed=1, held_out=held_out)
     expected = [alone.step(step) for step in range(120)]
-    assert expected[-1].state[0, 0].epoch == 1
+    assert expected[-1].state[0, 0].epoch > 1
     assert sum(one.documents_dropped for one in expected) > len(held_out)
     for stopped in range(1, 118, 9):
         resumed = stream(data, encode, 1, 0, stopped, expected[stopped - 1].state, seed=1, held_out=held_out)
@@ -381,11 +381,15 @@ class StallingFileSystem(MemoryFileSystem):
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
 
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("stalling://", "memory://"))
+
     def open(self, path, mode="rb", **keywords):
         if "r" not in mode:
             return super().open(path, mode, **keywords)
         content = self.cat(path)
-        return io.BufferedReader(StalledFile(content, len(content) // 2))
+        return StalledFile(content, len(content) // 2)
 
 
 @pytest.fixture
