@@ -350,7 +350,9 @@ def test_reading_ahead_keeps_the_order_and_its_limit():
 
 
 class StalledFile(io.RawIOBase):
-    """Ends in a read that never returns, as a disk or a server that does not answer."""
+    """Ends in a read that does not return, as from a disk or a server that does not answer."""
+
+    answers = threading.Event()
 
     def __init__(self, content, reads_until):
         self._file, self._end = io.BytesIO(content), reads_until
@@ -361,7 +363,7 @@ class StalledFile(io.RawIOBase):
     def readinto(self, buffer):
         size = min(len(buffer), self._end - self._file.tell())
         if size == 0:
-            threading.Event().wait()
+            self.answers.wait()  # at the end of the test
         return self._file.readinto(memoryview(buffer)[:size])
 
     def seekable(self):
@@ -399,7 +401,8 @@ def stalling(files):
     with filesystem.open("/0.jsonl", "wb") as file:
         file.write((files / "0.jsonl").read_bytes())
     source = {"path": "json", "data_files": "stalling://0.jsonl"}
-    return DataSection(sources=[source], block_size=32, streaming=True)
+    yield DataSection(sources=[source], block_size=32, streaming=True)
+    StalledFile.answers.set()
 
 
 def test_a_stalled_source_gives_what_it_has_and_never_blocks_a_stop(stalling, encode, monkeypatch):
