@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfpretrain.data.fast_tokenizer import FastTokenizer
+from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
 from hfpretrain.data.tokenizer import document_prefix
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSection
 
@@ -48,6 +48,7 @@ class Encoder:
         self._tokenizer, self._is_fast, self.dtype = tokenizer, fast, dtype
         self.eos_token_id = tokenizer.eos_token_id
         self.prefix = document_prefix(tokenizer)
+        self._start, self._end = np.array(self.prefix, dtype=dtype), np.array([self.eos_token_id], dtype=dtype)
         self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         self._framing_ids = framing_ids(tokenizer)
         self._framing_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._framing_ids)
@@ -63,6 +64,7 @@ class Encoder:
         own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
         self._by_special_tokens: dict[str | tuple[str, ...], Encoder] = {own: self}
         self._unknown = [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
+        self._has_warned = False
 
     @functools.cached_property
     def fast(self) -> FastTokenizer | None:
@@ -86,25 +88,38 @@ class Encoder:
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """The prefix, the token ids of each text, and EOS: (n,) of `dtype`.
 
-        Texts are encoded in chunks, and cut only where that changes no token. Short chunks fit into a core's cache. The
-        encoding of a long text, which takes many times the text's size, is never in memory as a whole. Raises
-        `UnprovenError` if `fast` turns out to give other ids than `tokenizers`.
+        If `fast` turns out to give other ids than `tokenizers`, `tokenizers` encodes these texts, with one log line.
         """
-        prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
+        try:
+            return self.encode_proven(texts)
+        except UnprovenError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("%s; tokenizers encodes these texts, and all others like them", error)
+            return self.without_fast(texts)
+
+    def encode_proven(self, texts: list[str]) -> list[np.ndarray]:
+        """As calling the encoder, but raises `UnprovenError` if `fast` turns out to give other ids than `tokenizers`.
+
+        Texts are encoded in chunks, and cut only where that changes no token. Short chunks fit into a core's cache. The
+        encoding of a long text, which takes many times the text's size, is never in memory as a whole.
+        """
         is_long = [len(text) > 2 * LONG_CHARS for text in texts]
         short = ["" if long else text for text, long in zip(texts, is_long, strict=True)]
         cuts = self.fast is None and self._can_cut_at_lines
         chunks = [list(_cut_at_lines(text)) if cuts else [text] for text in short]
         ids = iter(self._encode_chunks([chunk for some in chunks for chunk in some]))
         return [
-            np.concatenate([prefix, *(next(ids) for _ in some), *(self._encode_long(text) if long else ()), eos])
+            self._frame([*(next(ids) for _ in some), *(self._encode_long(text) if long else ())])
             for text, long, some in zip(texts, is_long, chunks, strict=True)
         ]
 
     def frame(self, documents: list[np.ndarray]) -> list[np.ndarray]:
         """The prefix, the ids of each document (n,), and EOS: (n + prefix + 1,) of `dtype`."""
-        prefix, eos = np.array(self.prefix, dtype=self.dtype), np.array([self.eos_token_id], dtype=self.dtype)
-        return [np.concatenate([prefix, ids.astype(self.dtype), eos]) for ids in documents]
+        return [self._frame([ids.astype(self.dtype)]) for ids in documents]
+
+    def _frame(self, chunks: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([self._start, *chunks, self._end])
 
     def for_source(self, special_tokens: str | tuple[str, ...]) -> Encoder:
         """The encoder for a source's `special_tokens`.

@@ -110,7 +110,7 @@ def pack(
         if batch.framing:
             return _Encoded(encode_texts.frame(texts), encode_texts.count_special_ids(texts))
         try:
-            return _Encoded(encode_texts(texts), encode_texts.count_special(texts))
+            return _Encoded(encode_texts.encode_proven(texts), encode_texts.count_special(texts))
         except UnprovenError as error:
             raise UnprovenPartError(batch.part, str(error)) from error
 

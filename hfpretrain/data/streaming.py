@@ -423,7 +423,7 @@ class StreamingData:
         self._mine = range(process_index * self._per_process, (process_index + 1) * self._per_process)
         readers = training_readers(data)
         for reader in readers:
-            encoder.for_source(reader.source.special_tokens)  # makes it, before threads ask for it
+            _ = encoder.for_source(reader.source.special_tokens).fast  # makes it, before threads ask for it
         stream_lanes = assign_lanes(data, held_out, self._per_step) if stream_lanes is None else stream_lanes
         stream_lanes = _restore_lanes(stream_lanes, [len(reader.pieces) for reader in readers], states)
         self._num_lanes = np.array([one.num_lanes for one in stream_lanes])

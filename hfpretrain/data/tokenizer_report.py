@@ -15,7 +15,6 @@ import regex
 
 from hfpretrain.data import corpus
 from hfpretrain.data.encode import Encoder, token_bytes
-from hfpretrain.data.fast_tokenizer import UnprovenError
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepared_path, train_on_sample
 from hfpretrain.data.prepared import PreparedData, is_validation
 from hfpretrain.data.tokenizer import load_tokenizer, tokenizer_size
@@ -193,11 +192,7 @@ def measure(name: str, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list
         for start in range(0, len(documents), _BATCH):
             batch = documents[start : start + _BATCH]
             began = time.perf_counter()
-            try:
-                encoded = encoder(batch)
-            except UnprovenError:  # as in a preparation
-                encoder = encoder.without_fast
-                encoded = encoder(batch)
+            encoded = encoder(batch)
             measured.seconds += time.perf_counter() - began
             ids = np.concatenate([one[len(encoder.prefix) : -1] for one in encoded])
             measured.uses += np.bincount(ids, minlength=size)

@@ -5,13 +5,18 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from conftest import small_text, write_jsonl
 from preparation import checksums, recipe
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hfpretrain.data import encode, packing
+from hfpretrain.data.encode import Encoder
 from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
 from hfpretrain.data.prepare import prepare
+from hfpretrain.data.streaming import StreamingData
+from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.recipe.schema import DataSection, TokenizerSection
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -114,6 +119,17 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(packing, "BATCH_CHARS", 4_000)
 
 
+def with_wrong_volcano(create):
+    """`FastTokenizer.create`, but what it returns gives other ids for a volcano."""
+
+    def create_wrong(reference):
+        fast = create(reference)
+        fast._fast = Wrong(fast._fast, lambda text: "🌋" in text)
+        return fast
+
+    return create_wrong
+
+
 def test_a_folder_is_the_same_whichever_library_encodes(folder, small_parts, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     documents = [*small_text(200), "one 🌋 volcano <|endoftext|>", *small_text(100, seed=1)]
@@ -123,13 +139,7 @@ def test_a_folder_is_the_same_whichever_library_encodes(folder, small_parts, mon
     monkeypatch.setattr(encode.FastTokenizer, "create", lambda _: "fastokens is not installed")
     made["tokenizers"] = prepare(recipe(folder, output_dir=str(folder / "slow" / "run")))
     assert "encoded by tokenizers: fastokens is not installed" in caplog.text
-
-    def create_wrong(reference):
-        fast = create(reference)
-        fast._fast = Wrong(fast._fast, lambda text: "🌋" in text)
-        return fast
-
-    monkeypatch.setattr(encode.FastTokenizer, "create", create_wrong)
+    monkeypatch.setattr(encode.FastTokenizer, "create", with_wrong_volcano(create))
     caplog.clear()
     made["both"] = prepare(recipe(folder, output_dir=str(folder / "both" / "run")))
     assert caplog.text.count("different ids") == 1
@@ -139,3 +149,36 @@ def test_a_folder_is_the_same_whichever_library_encodes(folder, small_parts, mon
     used = {name: data.manifest["encoder"] for name, data in made.items()}
     assert used["fastokens"].keys() == {"fastokens"} and used["tokenizers"].keys() == {"tokenizers"}
     assert len(used["both"]["parts_by_tokenizers"]) == 1 < len(list((made["both"].path / "parts").glob("0-*")))
+
+
+def test_a_stream_is_the_same_whichever_library_encodes(folder, monkeypatch, caplog):
+    texts = [*small_text(100), "one 🌋 volcano", *small_text(100, seed=1), "two 🌋 volcanoes"]
+    write_jsonl(folder / "corpus.jsonl", texts)
+    data = DataSection(
+        sources=[{"path": "json", "data_files": str(folder / "corpus.jsonl")}], block_size=32, streaming=True
+    )
+    tokenizer = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), texts)
+
+    def trained_on(fast):
+        encoder = Encoder(tokenizer, np.dtype(np.uint16), fast=fast)
+        made = StreamingData(
+            data,
+            encoder,
+            frozenset(),
+            first_step=0,
+            states={},
+            micro_batch_size=8,
+            accumulation_steps=1,
+            process_index=0,
+            num_processes=1,
+            eos_token_id=tokenizer.eos_token_id,
+            document_masking=False,
+        )
+        assert (encoder.fast is not None) == fast
+        return torch.cat([batch["input_ids"] for step in range(100) for batch in made.step(step).batches])
+
+    by_tokenizers = trained_on(fast=False)
+    assert torch.equal(trained_on(fast=True), by_tokenizers) and not caplog.text
+    monkeypatch.setattr(encode.FastTokenizer, "create", with_wrong_volcano(FastTokenizer.create))
+    assert torch.equal(trained_on(fast=True), by_tokenizers)
+    assert caplog.text.count("different ids") == 1
