@@ -75,6 +75,18 @@ def column_values(table: pa.Table | pa.RecordBatch, path: Sequence[str]) -> list
     return values
 
 
+def arrow_batches(file: Any, num_rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """The schema of an Arrow file, or of a stream as `datasets` writes it, and its rows, up to `num_rows` at a time."""
+    import pyarrow as pa
+
+    is_stream = file.read(6) != b"ARROW1"
+    file.seek(0)
+    reader = pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)
+    batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+    slices = (batch.slice(start, num_rows) for batch in batches for start in range(0, len(batch), num_rows))
+    return reader.schema, slices
+
+
 def object_names(row: Mapping[str, Any]) -> Iterator[str]:
     """Names of the columns in a JSON object, nested ones with dots."""
     for name, value in row.items():

@@ -427,17 +427,14 @@ class Reader:
                     yield self._document(values, origin, row)
 
     def _arrow_documents(self, origin: str) -> Iterator[Document]:
-        """The documents of a file that `datasets` wrote, which is a stream of record batches."""
-        import pyarrow as pa
-
         row = 0
-        with self._open_checked(origin, "arrow") as file, pa.ipc.open_stream(file) as batches:
-            self._column_paths(batches.schema)
+        with self._open_checked(origin, "arrow") as file:
+            schema, batches = columns.arrow_batches(file, _BATCH_SIZE)
+            self._column_paths(schema)
             for batch in batches:
-                for start in range(0, len(batch), _BATCH_SIZE):
-                    for values in self._table_rows(batch.slice(start, _BATCH_SIZE)):
-                        row += 1
-                        yield self._document(values, origin, row)
+                for values in self._table_rows(batch):
+                    row += 1
+                    yield self._document(values, origin, row)
 
     def _token_documents(self, origin: str) -> Iterator[Document]:
         if self._vocabulary is None:

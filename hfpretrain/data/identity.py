@@ -29,7 +29,8 @@ _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
 )
-# Older versions had no such keys, and trained as their defaults say.
+# Older versions had no such keys, and did what their defaults say.
+_LATER_SOURCE_KEYS = ("special_tokens", "text_template", "delimiter", "max_documents", "max_bytes", *TOKEN_KEYS)
 _LATER_TOKENIZER_KEYS = {
     *("train_on", "pattern", "min_frequency", "special_tokens", "reserved_tokens", "byte_fallback", "limit_alphabet"),
 }
@@ -212,13 +213,9 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
     for section, source in zip(sections, (*content["sources"], *content["validation_sources"]), strict=True):
         for name in ("path", "data_files", "data_dir", "revision"):
             del source[name]
-        if source["special_tokens"] == "text":  # older versions had no such key
-            del source["special_tokens"]
-        for name in ("text_template", "delimiter", "max_documents", "max_bytes"):
-            if source[name] is None:  # older versions had no such keys
-                del source[name]
-        for name in TOKEN_KEYS:
-            if not section.holds_tokens or name == "min_agreement":  # which decides only whether tokens are accepted
+        for name in _LATER_SOURCE_KEYS:
+            # `min_agreement` only decides whether tokens are accepted.
+            if name == "min_agreement" or getattr(section, name) == SourceSection.model_fields[name].default:
                 del source[name]
     for source in content["sources"]:
         # Weights decide the order of training. On disk it only matters whether there are any: each source then has its

@@ -61,7 +61,7 @@ _MAGIC = (
     (b"SQLite format 3\x00", "is an SQLite database: write its texts to a JSON Lines or parquet file"),
 )
 _CODEC_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
-_FORMAT_MAGIC = {"parquet": b"PAR1\x15"}
+_FORMAT_MAGIC = {"parquet": b"PAR1\x15", "arrow": b"ARROW1\x00\x00"}
 _UTF16 = "is encoded as UTF-16 or UTF-32: convert it, for example with `iconv -f UTF-16 -t UTF-8`"
 HEAD_BYTES = 512
 T = TypeVar("T")
@@ -289,9 +289,8 @@ def require_no_other_format(origin: str, head: bytes, key: str, suffix: str) -> 
 
     Ids may be any bytes, so only long magic numbers count.
     """
-    expected = {".parquet": b"PAR1", ".arrow": b"ARROW1"}.get(suffix, b"\x93NUMPY")
     for magic, what in _MAGIC:
-        if len(magic) >= 4 and head.startswith(magic) and not magic.startswith(expected):
+        if len(magic) >= 4 and head.startswith(magic) and magic != _FORMAT_MAGIC.get(suffix.removeprefix(".")):
             raise RecipeError.at(key, f"{origin} {what}")
 
 

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hfpretrain.data import source_files
+from hfpretrain.data.columns import arrow_batches
+from hfpretrain.data.corpus import first_line
 from hfpretrain.recipe.schema import RecipeError, SourceSection
 
 SUFFIXES = (".bin", ".npy", ".parquet", ".arrow")
@@ -231,8 +233,8 @@ def _open_table(origin: str, suffix: str, column: str, key: str) -> TokenFile:
         try:
             yield from read(origin, column, key)
         except (pa.ArrowInvalid, OSError) as error:
-            first = f"{(str(error).splitlines() or [''])[0]:.300}"
-            raise RecipeError.at(key, f"cannot read {origin}: {first}; it is truncated, or no {suffix} file") from error
+            what = f"{first_line(error)}; it is truncated, or no {suffix} file"
+            raise RecipeError.at(key, f"cannot read {origin}: {what}") from error
 
     def chunks() -> Iterator[TokenChunk]:
         row = 0
@@ -260,15 +262,10 @@ def _arrow_batches(origin: str, column: str, key: str) -> Iterator[Any]:
     import pyarrow as pa
 
     with pa.OSFile(origin) as file:
-        is_file = file.read(6) == b"ARROW1"
-        file.seek(0)
-        reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-        _require_ids(reader.schema, origin, column, key)
-        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        schema, batches = arrow_batches(file, _BATCH_ROWS)
+        _require_ids(schema, origin, column, key)
         for batch in batches:
-            values = batch.column(batch.schema.get_field_index(column))
-            for start in range(0, len(values), _BATCH_ROWS):
-                yield values.slice(start, _BATCH_ROWS)
+            yield batch.column(column)
 
 
 def _require_ids(schema: Any, origin: str, column: str, key: str) -> None:
