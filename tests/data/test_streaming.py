@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -98,11 +99,14 @@ def files_read(monkeypatch):
 
 
 def test_processes_read_only_the_files_of_their_sequences(files, encode, files_read):
-    ranks, read = [stream(section(files), encode, 4, index) for index in range(4)], []
+    folders = [files / f"rank{index}" for index in range(4)]  # the same files, to see which process reads them
+    for folder in folders:
+        folder.symlink_to(files)
+    ranks = [stream(section(folder), encode, 4, index) for index, folder in enumerate(folders)]
+    files_read.clear()  # before, each rank reads a little of all files to assign lanes
     for rank in ranks:
-        files_read.clear()  # before, each rank reads a little of all files to assign lanes
         rank.step(0)
-        read.append(set(files_read))
+    read = [{Path(name).name for name in list(files_read) if Path(name).parent == folder} for folder in folders]
     assert all(len(names) == 2 for names in read) and len(set.union(*read)) == 8
 
 
