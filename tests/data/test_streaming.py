@@ -85,13 +85,14 @@ def test_a_step_has_the_same_sequences_on_any_number_of_processes(files, encode,
 
 
 @pytest.fixture
-def files_read(monkeypatch):
-    """Names of all files that were read."""
+def files_read(monkeypatch, tmp_path):
+    """Names of this test's files that were read. Threads of an earlier test may still read that test's files."""
     names, read = set(), corpus.Reader.read
 
     def record(self, pieces=None):
         pieces = list(range(len(self.pieces)) if pieces is None else pieces)
-        names.update(self.pieces[index].origin for index in pieces)
+        origins = (self.pieces[index].origin for index in pieces)
+        names.update(origin for origin in origins if origin.startswith(str(tmp_path)))
         return read(self, pieces)
 
     monkeypatch.setattr(corpus.Reader, "read", record)
