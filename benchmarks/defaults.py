@@ -37,7 +37,7 @@ Patch = Callable[[], AbstractContextManager[Any]]
 class NoPrefetcher(batches.Prefetcher):
     """Makes a step's data only when training needs it."""
 
-    def __init__(self, step_data: Callable[[int], Any], steps: range, pin_memory: bool, ahead: int = 0):
+    def __init__(self, step_data: Callable[[int], Any], steps: range, pin_memory: bool, **_: Any):
         self._made = map(step_data, steps)
 
     def next(self, must_stop: Callable[[], bool] = lambda: False) -> Any:
