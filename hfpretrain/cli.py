@@ -144,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     shard = "prepare shard I of N on this machine; when all N are done, run the command once without --shard"
     prepare.add_argument("--shard", metavar="I/N", help=shard)
     prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one per core")
+    processes = "processes among which the files are divided, for a corpus of many GB on many cores; default: 1"
+    prepare.add_argument("--num-processes", type=int, help=processes)
     tokenizer = command(
         "tokenizer", _tokenizer, "compare tokenizers on a recipe's text: bytes per token, vocabulary, speed"
     )
@@ -414,12 +416,20 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from hfpretrain.data.prepare import prepare, prepare_shard
+    from hfpretrain.data.prepare import prepare, prepare_in_processes, prepare_shard
     from hfpretrain.data.summary import summary
+    from hfpretrain.recipe.machine import num_cores
 
-    if args.num_workers is not None and args.num_workers < 1:
-        raise RecipeError.at("--num-workers", f"{args.num_workers} must be at least 1")
+    for flag, number in (("--num-workers", args.num_workers), ("--num-processes", args.num_processes)):
+        if number is not None and number < 1:
+            raise RecipeError.at(flag, f"{number} must be at least 1")
+    if args.num_processes is not None and args.shard is not None:
+        raise RecipeError.at("--num-processes", "makes all shards; leave out --shard")
     recipe = _load(args, overrides)
+    if (args.num_processes or 1) > 1:
+        threads = args.num_workers or max(1, num_cores() // args.num_processes)
+        command = [sys.executable, "-m", "hfpretrain.cli", "prepare", args.recipe, *overrides]
+        prepare_in_processes(recipe, [*command, "--num-workers", str(threads)], args.num_processes)
     if args.shard is None:
         print(summary(prepare(recipe, args.num_workers)))
         return

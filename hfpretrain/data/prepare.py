@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,7 @@ from hfpretrain.data.encode import Encoder, require_special_tokens, token_bytes,
 from hfpretrain.data.identity import fingerprint, source_identity, tokenizer_identity
 from hfpretrain.data.packing import SplitText, TextBatch, UnprovenPartError
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
+from hfpretrain.data.processes import run_shards
 from hfpretrain.data.remote_copy import RemoteCopy, remote_copy_of
 from hfpretrain.data.shards import Shard, ShardRegistry
 from hfpretrain.data.summary import check_unknown_share
@@ -54,7 +55,8 @@ if TYPE_CHECKING:
 
 # Every tokenizer has this file. It is uploaded last, so a tokenizer with this file is complete.
 _LAST_TOKENIZER_FILE = "tokenizer/tokenizer_config.json"
-_UNPROVEN_PARTS = "unproven_parts.json"
+# A file for each part that `fastokens` did not encode as `tokenizers` does, with the reason.
+_UNPROVEN_PARTS = "unproven"
 # How much text the tokenizer was trained on, if not on all.
 _TOKENIZER_SAMPLE = "training_sample.json"
 _MAX_GROUPS_PER_SOURCE = 10_000
@@ -151,6 +153,20 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
             registry.add(Shard(path.name, _shard_inputs(data, section), index, count))
             _Preparation(data, section, path, num_workers or num_cores()).make_parts(index, count)
     return path
+
+
+def prepare_in_processes(recipe: Recipe, command: Sequence[str], num_processes: int) -> None:
+    """Make all shards on this machine, `num_processes` at the same time. `prepare` then joins them.
+
+    `command`: starts `hfpretrain prepare` for this recipe. `--shard` is appended. Raises `RecipeError` if a process
+    fails.
+    """
+    path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer
+    with _lock_folder(path, ".lock"):
+        if PreparedData.open(path) is not None or _download(data.prepared_dir, path) is not None:
+            return
+        _Preparation(data, section, path, num_workers=1)  # makes the tokenizer, once for all processes
+    run_shards(command, num_processes)
 
 
 def _shard_inputs(data: DataSection, section: TokenizerSection) -> dict[str, Any]:
@@ -305,10 +321,10 @@ class _Preparation:
         self.remote = remote_copy_of(path, data.prepared_dir)
         if self.remote is not None:  # use what other machines have finished
             there = self.remote.list_files()
-            folders = ("tokenizer/", "parts/") if _LAST_TOKENIZER_FILE in there else ("parts/",)
+            folders = ("parts/", f"{_UNPROVEN_PARTS}/", *(("tokenizer/",) if _LAST_TOKENIZER_FILE in there else ()))
             self.remote.download(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
-        self._unproven: dict[str, str] | None = None
+        self._unproven = self._read_unproven_parts()
         self.tokenizer = self._load_or_make_tokenizer()
         self.vocabulary = load_vocabulary(self.data, self.tokenizer)
         self.readers = corpus.training_readers(self.data, self.vocabulary)
@@ -349,7 +365,7 @@ class _Preparation:
         if (sample := self.work / "tokenizer" / _TOKENIZER_SAMPLE).is_file():
             extra["tokenizer_sample"] = json.loads(sample.read_text(encoding="utf-8"))
         shutil.rmtree(self.work / "scan", ignore_errors=True)
-        (self.work / _UNPROVEN_PARTS).unlink(missing_ok=True)
+        shutil.rmtree(self.work / _UNPROVEN_PARTS, ignore_errors=True)
         for left in list(self.work.rglob("*" + files.INCOMPLETE)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         if self.remote is not None:
@@ -417,7 +433,7 @@ class _Preparation:
 
             def encoder(part: str) -> Encoder:
                 found = self.encoders[_source_section(self.data, part).special_tokens]
-                return found.without_fast if part in self._unproven_parts() else found
+                return found.without_fast if part in self._unproven else found
 
             def on_written(batch: TextBatch, tokens: int) -> None:
                 progress.update(batch, tokens)
@@ -438,26 +454,26 @@ class _Preparation:
                     for reader in readers:
                         reader.start_over()
 
-    def _unproven_parts(self) -> dict[str, str]:
-        """The parts that `tokenizers` alone encodes, and for each the reason."""
-        if self._unproven is None:
-            path = self.work / _UNPROVEN_PARTS
-            self._unproven = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return self._unproven
+    def _read_unproven_parts(self) -> dict[str, str]:
+        """The parts that `tokenizers` alone encodes, and for each the reason; also those that other processes found."""
+        return {path.stem: path.read_text("utf-8") for path in sorted((self.work / _UNPROVEN_PARTS).glob("*.txt"))}
 
     def _add_unproven_part(self, error: UnprovenPartError) -> None:
-        parts = self._unproven_parts()
-        if not parts:
+        if not self._unproven:
             logger.warning("%s; tokenizers encodes that part of the text, and all others like it", error)
-        parts[error.part] = str(error)
-        files.write_atomically(self.work / _UNPROVEN_PARTS, json.dumps(parts, indent=1))
+        self._unproven[error.part] = str(error)
+        name = f"{_UNPROVEN_PARTS}/{error.part}.txt"
+        (self.work / _UNPROVEN_PARTS).mkdir(exist_ok=True)
+        files.write_atomically(self.work / name, str(error))
+        if self.remote is not None:
+            self.remote.upload(self.work, [name])
 
     def _encoder_used(self) -> dict[str, Any]:
         """What has encoded the parts. Both libraries give the same ids, so this changes no checksum."""
         if all(source.holds_tokens for source in (*self.data.sources, *self.data.validation_sources)):
             return {}  # nothing was encoded
         is_fast = any(encoder.fast is not None for encoder in self.encoders.values())
-        unproven = self._unproven_parts()
+        unproven = self._read_unproven_parts()
         used = {"fastokens": version("fastokens")} if is_fast else {"tokenizers": version("tokenizers")}
         return {**used, "parts_by_tokenizers": unproven} if unproven else used
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -189,6 +190,21 @@ def test_the_command_makes_shards_and_joins_them(folder):
     assert result.returncode == 0 and "separators" in result.stdout
     assert hfpretrain("verify", result.stdout.split()[2]).returncode == 0
     assert "--shard: " in hfpretrain("prepare", path, "--shard", "3/2").stderr
+
+
+def test_processes_of_one_machine_give_the_same_bytes(folder):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    path = str(write_recipe(folder))
+    result = hfpretrain("prepare", path, "--num-processes", "2")
+    assert result.returncode == 0 and "separators" in result.stdout, result.stderr
+    assert "[1/2] tokenizing" in result.stderr and "[2/2] tokenizing" in result.stderr
+    assert result.stderr.count("training the tokenizer") == 1
+    assert checksums(Path(result.stdout.split()[2])) == expected
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    broken = hfpretrain("prepare", path, "--num-processes", "2")
+    assert broken.returncode == 2 and "corpus.jsonl:201: broken JSON" in broken.stderr, broken.stderr
+    assert "--num-processes: " in hfpretrain("prepare", path, "--num-processes", "2", "--shard", "1/2").stderr
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])

@@ -1,0 +1,56 @@
+"""Prepare the shards of one preparation in several processes of this machine.
+
+Threads tokenize, but one thread reads, hashes and packs all text, and that takes more of the time than tokenizing with
+`fastokens`. Processes divide both.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import IO
+
+from hfpretrain.recipe.schema import RecipeError
+
+
+def run_shards(command: Sequence[str], num_processes: int) -> None:
+    """Run `command --shard I/num_processes` for every shard at the same time, and wait for all.
+
+    What a process writes to stderr is printed here with the number of its shard. If a process fails, the others are
+    ended and `RecipeError` is raised; finished parts are kept.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    readers: list[threading.Thread] = []
+    try:
+        for number in range(1, num_processes + 1):
+            shard = f"{number}/{num_processes}"
+            process = subprocess.Popen([*command, "--shard", shard], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            processes.append(process)
+            readers.append(threading.Thread(target=_print_lines, args=(shard, process.stderr), daemon=True))
+            readers[-1].start()
+        waiting = dict(enumerate(processes, 1))
+        while waiting:
+            for number, process in list(waiting.items()):
+                try:
+                    code = process.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    continue
+                del waiting[number]
+                if code != 0:
+                    message = f"the process of shard {number}/{num_processes} ended with exit code {code}"
+                    raise RecipeError.at("--num-processes", f"{message}; its messages are above")
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        for reader in readers:
+            reader.join()
+
+
+def _print_lines(shard: str, lines: IO[bytes] | None) -> None:
+    assert lines is not None
+    for line in lines:
+        sys.stderr.write(f"[{shard}] {line.decode('utf-8', 'replace').rstrip()}\n")
