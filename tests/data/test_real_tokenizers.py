@@ -1,0 +1,41 @@
+"""fastokens gives the ids of tokenizers for real vocabularies, and a wrong encoder is noticed.
+
+A short version of `benchmarks/real_tokenizers.py`.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import real_tokenizers
+from real_tokenizers import code_points, compare, fuzzed, library_text, spoil
+
+from hfpretrain.data.fast_tokenizer import FastTokenizer
+
+FOLDER = Path(sys.prefix) / "real_tokenizers"
+"""Where `make install` puts packages that ship a vocabulary. They are not installed, only read."""
+NAMES = ("vocab.bpe", "tekken_240911.json", "tokenizer.model.v1", "mistral_instruct_tokenizer_241114.model.v7")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    found = real_tokenizers.tokenizer_files(FOLDER, tmp_path_factory.mktemp("packages"))
+    return {path.name: path for _, path in found}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_libraries_give_the_same_ids(name, files):
+    if name not in files:
+        pytest.skip(f"no package in {FOLDER} has {name}; get them with `make install`")
+    reference = real_tokenizers.load(files[name])
+    fast = FastTokenizer.create(reference)
+    assert isinstance(fast, FastTokenizer), fast
+    tokens = [token.content for token in reference.get_added_tokens_decoder().values()]
+    texts = itertools.chain(code_points(0x600), fuzzed(500, tokens), library_text(100_000))
+    made = compare(fast, reference, texts)
+    assert not made.different, sorted(made.different, key=len)[:5]
+    assert made.strings > 8000
+
+    spoiled = spoil(reference, 0, library_text(100_000))
+    assert spoiled.noticed is not None and spoiled.wrong == 0, str(spoiled)
