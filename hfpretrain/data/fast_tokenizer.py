@@ -21,6 +21,7 @@ _WINDOW_CHARS = 2000
 _CHARS_PER_WINDOW = 2**19
 _FIRST_WINDOWS = 32
 _NUM_CODE_POINTS = 0x110000
+_LONG_CHARS = 2**16
 _PROBES = (
     "",
     " ",
@@ -58,8 +59,10 @@ class FastTokenizer:
         self._chars = self._windows = 0
         self.compared = {"strings": 0, "characters": 0, "code_points": 0}
         """What was compared so far: strings, their characters, and the different code points of the text."""
-        self._compare(list(_PROBES))
-        self._check_code_points(np.arange(1, 128, dtype=np.uint32))
+        # fastokens may encode the parts of a long text apart, which no window shows.
+        long = "".join(_PROBES) * (_LONG_CHARS // sum(map(len, _PROBES)) + 1)
+        self._compare([*_PROBES, long])
+        self._check_code_points(np.arange(128, dtype=np.uint32))
 
     @classmethod
     def create(cls, reference: Tokenizer) -> FastTokenizer | str:

@@ -114,6 +114,19 @@ def test_other_ids_are_found_in_the_text_itself(is_wrong, text):
         fast([text])
 
 
+@pytest.mark.parametrize(
+    "is_wrong",
+    [lambda text: len(text) > 50_000, lambda text: "\0" in text],
+    ids=["long text", "NUL"],
+)
+def test_other_ids_are_found_before_the_first_text(is_wrong):
+    """In what no window of a text shows, and in a character of ASCII text, where no character is looked up."""
+    reference = byte_level()
+    right = FastTokenizer.create(reference)
+    with pytest.raises(UnprovenError, match="different ids"):
+        FastTokenizer(Wrong(right._fast, is_wrong), reference)
+
+
 def test_the_benchmark_tells_which_other_ids_are_not_noticed():
     reference = byte_level()
     fast = FastTokenizer.create(reference)
