@@ -1,11 +1,15 @@
 """The scripts of examples/ that take a checkpoint, with a checkpoint of hfpretrain; they don't import hfpretrain."""
 
 import ast
+import gzip
 import json
+import random
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, hfpretrain, script, small_text, train, write_jsonl, write_recipe
+from conftest import ROOT, environment, hfpretrain, script, small_text, train, write_jsonl, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hfpretrain import evaluate_perplexity
@@ -128,3 +132,60 @@ def test_lm_eval_finds_the_evaluated_bits_per_byte(folder):
     # lm-eval starts every document with EOS, so the empty document puts one before the first text.
     report = evaluate_perplexity(folder / "run" / "model", ["", *TEXTS], stride=32)
     assert float(re.search(r"bits_per_byte ([\d.]+)", printed)[1]) == pytest.approx(report["bits_per_byte"], abs=2e-6)
+
+
+def prose(seed):
+    """A document of ten sentences, as the rules for web pages want it."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("aeioulnrst", k=draw.randint(3, 8))) for _ in range(120)]
+    return " ".join(f"The {' '.join(words[n : n + 9])} of it and {words[n + 10]} too." for n in range(0, 120, 12))
+
+
+def test_a_recipe_reads_the_corpus_that_datatrove_curates(tmp_path):
+    pytest.importorskip("datatrove")
+    pytest.importorskip("spacy")
+    question = "A farmer keeps seventeen brown hens and nine white ducks behind the old barn near the river."
+    documents = {f"{n}": prose(n) for n in range(20)} | {
+        "same": prose(0),
+        "near": f"{prose(1)} It rained.",
+        "mail": f"{prose(20)} Write to jane.roe@somewhere.net.",
+        "contaminated": f"{prose(21)} {question}",
+        "short": "Hello there.",
+    }
+    lines = [json.dumps({"id": name, "text": text}) + "\n" for name, text in documents.items()]
+    (tmp_path / "raw" / "more").mkdir(parents=True)
+    (tmp_path / "raw" / "a.jsonl").write_text("".join(lines[:18]))
+    (tmp_path / "raw" / "more" / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[18:]).encode()))
+    (tmp_path / "benchmarks").mkdir()
+    write_jsonl(tmp_path / "benchmarks" / "farm.jsonl", [question, "What is two plus two?"])
+    out = tmp_path / "out"
+    printed = run("curate", tmp_path / "raw", out, "--benchmarks", tmp_path / "benchmarks")
+    assert "benchmark farm: 2 texts, 1 of them too short" in printed
+    assert "MinHash stage 4: kept 21 of 23 documents" in printed
+
+    def read(folder):
+        lines = b"".join(gzip.decompress(path.read_bytes()) for path in folder.glob("*.jsonl.gz")).splitlines()
+        return {row["id"]: row["text"] for row in map(json.loads, lines)}
+
+    kept, removed = read(out), {folder.name: set(read(folder)) for folder in (out / "removed").iterdir()}
+    duplicates = removed.pop("minhash")
+    assert removed == {"gopher-repetition": {"short"}, "benchmarks": {"contaminated"}}
+    assert len(duplicates & {"0", "same"}) == len(duplicates & {"1", "near"}) == 1 and len(duplicates) == 2
+    assert kept.keys() == documents.keys() - duplicates - {"short", "contaminated"}
+    assert re.search(r"Write to \S+@example\.(com|org)\.$", kept.pop("mail"))
+    assert all(text == documents[name] for name, text in kept.items())
+
+    sources = [{"path": "json", "data_files": str(out / "*.jsonl.gz")}]
+    prepared = hfpretrain("prepare", str(write_recipe(tmp_path, data__sources=sources)))
+    assert prepared.returncode == 0, prepared.stderr
+    assert sum(int(n) for n in re.findall(r"(\d+) documents,", prepared.stdout)) == 21
+
+    other = script(EXAMPLES / "curate.py", tmp_path / "raw", out)
+    assert other.returncode == 2 and "was made with other arguments or files" in other.stderr
+
+
+def test_curate_without_datatrove_says_how_to_install_it(tmp_path):
+    (tmp_path / "datatrove.py").write_text("raise ModuleNotFoundError(\"No module named 'datatrove'\")")
+    command = [sys.executable, EXAMPLES / "curate.py", "--help"]
+    result = subprocess.run(command, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True)
+    assert result.returncode == 1 and "pip install datatrove" in result.stderr and "Traceback" not in result.stderr

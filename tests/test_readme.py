@@ -128,21 +128,6 @@ def test_the_yaml_snippets_are_valid():
     assert EvaluationSection.model_validate(evaluation["evaluation"]).lm_eval.limit == 500
 
 
-def test_a_recipe_reads_the_output_of_datatrove(folder):
-    from conftest import small_text, write_jsonl, write_recipe
-
-    (folder / "raw").mkdir()
-    write_jsonl(folder / "raw" / "a.jsonl", [*small_text(200), "12345 " * 100, "short"])
-    result = run(folder, f"python {ROOT / 'examples' / 'curate.py'} raw curated")
-    assert result.returncode == 0, result.stderr
-    sources = [{"path": "json", "data_files": str(folder / "curated" / "*.jsonl.gz")}]
-    prepared = hfpretrain("prepare", str(write_recipe(folder, data__sources=sources)))
-    assert prepared.returncode == 0 and "documents" in prepared.stdout, prepared.stderr
-    kept = [len(text) >= 200 for text in small_text(200)]
-    counts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) documents,", prepared.stdout)]
-    assert sum(counts) == sum(kept)
-
-
 def test_the_slurm_script_prepares_a_shard(folder):
     script = (ROOT / "examples" / "prepare.slurm").read_text()
     assert "--array=1-16" in script
