@@ -1,27 +1,45 @@
-"""Speed of preparation, in tokens per second: the whole `prepare`; the limit, `encode_batch_fast` alone on texts in
-memory; and transformers' run_clm example (`datasets.map` to tokenize, `map` to group).
+"""Speed of preparation, in tokens per second: the whole `prepare`; the limits, `encode_batch_fast` of tokenizers and
+hfpretrain's own encoder on texts in memory; and transformers' run_clm example (`datasets.map` to tokenize, `map` to
+group).
 
-    python benchmarks/prepare.py CORPUS.jsonl[.gz] [--rounds 5] [--vocab-size 16384] [--tokenizer FOLDER]
+    python benchmarks/prepare.py CORPUS.jsonl[.gz] [--copies 1] [--rounds 5] [--vocab-size 16384] [--tokenizer FOLDER]
 
-The three take turns in every round. Prints medians and the range of the ratios.
+They take turns in every round. Prints medians and the range of the ratios, then how the CPU time of one more `prepare`
+divides into stages. `--copies`: how often the corpus is repeated.
 """
 
 import argparse
+import contextlib
+import functools
+import gzip
+import io
 import logging
 import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
+import numpy as np
 from transformers import AutoTokenizer
 
+from hfpretrain import files
+from hfpretrain.data import assemble, corpus, duplicates, packing
+from hfpretrain.data import prepare as preparation
 from hfpretrain.data.corpus import Reader
+from hfpretrain.data.encode import Encoder
+from hfpretrain.data.fast_tokenizer import FastTokenizer
 from hfpretrain.data.prepare import prepare
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.recipe.machine import num_cores
@@ -39,6 +57,21 @@ def raw(tokenizer, texts):
     )
 
 
+def encode_alone(tokenizer, texts):
+    """hfpretrain's encoder, proof included, in batches as `prepare` makes them."""
+    encoder = Encoder(tokenizer, np.dtype(np.uint16))
+    batches: list[list[str]] = [[]]
+    size = 0
+    for text in texts:
+        batches[-1].append(text)
+        size += len(text)
+        if size >= packing.BATCH_CHARS:
+            batches.append([])
+            size = 0
+    with ThreadPoolExecutor(num_cores()) as pool:
+        return sum(len(ids) for encoded in pool.map(encoder, batches) for ids in encoded)
+
+
 def run_clm(tokenizer, dataset):
     def group(examples):
         joined = list(chain(*examples["input_ids"]))
@@ -53,14 +86,136 @@ def run_clm(tokenizer, dataset):
     return len(tokenized.map(group, batched=True)) * BLOCK_SIZE
 
 
+def repeat(path: Path, copies: int, folder: Path) -> str:
+    """The file, or one with its content `copies` times."""
+    if copies == 1:
+        return str(path)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as file:
+        content = file.read()
+    name = folder / path.name
+    with opened(name, "wb") as file:
+        for _ in range(copies):
+            file.write(content)
+    return str(name)
+
+
 def ours(recipe):
     prepared = prepare(recipe)
     return sum(split["tokens"] for split in prepared.manifest["splits"].values())
 
 
+class Stages:
+    """CPU seconds of each stage of `prepare`, on the main thread and on others. A stage inside another counts alone."""
+
+    def __init__(self) -> None:
+        self.main: defaultdict[str, float] = defaultdict(float)
+        self.others: defaultdict[str, float] = defaultdict(float)
+        self._inner = threading.local()
+        self._lock = threading.Lock()
+
+    def run(self, stage: str, work: Callable[[], Any]) -> Any:
+        inner = self._inner.__dict__.setdefault("seconds", [])
+        start = time.thread_time()
+        inner.append(0.0)
+        try:
+            return work()
+        finally:
+            seconds, inside = time.thread_time() - start, inner.pop()
+            if inner:
+                inner[-1] += seconds
+            is_main = threading.current_thread() is threading.main_thread()
+            with self._lock:
+                (self.main if is_main else self.others)[stage] += seconds - inside
+
+    def function(self, owner: Any, name: str, stage: str) -> Any:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            return self.run(stage, lambda: original(*arguments, **keywords))
+
+        return mock.patch.object(owner, name, timed)
+
+    def generator(self, owner: Any, name: str, stage: str) -> Any:
+        original = getattr(owner, name)
+
+        def timed(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+            items, end = original(*arguments, **keywords), object()
+            while (item := self.run(stage, lambda: next(items, end))) is not end:
+                yield item
+
+        return mock.patch.object(owner, name, timed)
+
+    def stream(self, owner: Any, name: str, stage: str) -> Any:
+        original, stages = getattr(owner, name), self
+
+        class Timed(io.RawIOBase):
+            def __init__(self, inner: Any):
+                self._stream = inner
+
+            def readable(self) -> bool:
+                return True
+
+            def readinto(self, buffer: Any) -> int:
+                return stages.run(stage, lambda: self._stream.readinto(buffer))
+
+        def timed(*arguments: Any) -> Any:
+            return io.BufferedReader(Timed(original(*arguments)), 2**16)
+
+        return mock.patch.object(owner, name, timed)
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        patches = (
+            self.stream(corpus, "_decompress", "decompress"),
+            self.generator(Reader, "read", "read lines and JSON"),
+            self.function(corpus, "_make_document", "hash documents"),
+            self.function(corpus.Splitter, "__call__", "split"),
+            self.function(preparation._Preparation, "_add_document", "split"),
+            self.function(FastTokenizer, "_check", "proof"),
+            self.function(FastTokenizer, "_encode", "encode"),
+            self.function(Encoder, "__call__", "arrays of each document"),
+            self.function(Encoder, "count_special", "count special tokens"),
+            self.function(packing._PartPacker, "add", "pack"),
+            self.function(packing._PartPacker, "_sample_lost_text", "look for lost text"),
+            self.function(packing._PartPacker, "close", "write"),
+            self.function(packing.RowWriter, "write", "write"),
+            self.function(files, "checksum_entries", "checksums"),
+            self.function(duplicates, "ngram_overlap", "n-gram overlap"),
+            self.function(duplicates, "count_distinct", "count duplicates"),
+            self.function(assemble, "assemble", "assemble"),
+            self.function(preparation._Preparation, "_load_or_make_tokenizer", "load the tokenizer"),
+            self.function(preparation, "prepared_path", "load the tokenizer"),
+            self.function(preparation, "_path", "load the tokenizer"),
+            self.function(Encoder, "__init__", "load the tokenizer"),
+            self.function(FastTokenizer, "__init__", "load the tokenizer"),
+            self.function(preparation, "token_bytes", "load the tokenizer"),
+        )
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            yield
+
+
+def print_stages(recipe: Recipe) -> None:
+    stages, start = Stages(), time.process_time()
+    with stages.measure():
+        stages.run("other", lambda: ours(recipe))
+    total = time.process_time() - start
+    stages.others["other"] += total - sum(stages.main.values()) - sum(stages.others.values())
+    print("\n| stage | CPU seconds, reading thread | other threads | share |\n|---|---|---|---|")
+    names = sorted({*stages.main, *stages.others}, key=lambda name: -stages.main[name] - stages.others[name])
+    for name in names:
+        here, there = stages.main[name], stages.others[name]
+        print(f"| {name} | {here:.2f} | {there:.2f} | {(here + there) / total:.1%} |")
+    print(f"| all | {sum(stages.main.values()):.2f} | {sum(stages.others.values()):.2f} | {total:.2f} s |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus")
+    parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--tokenizer")
@@ -68,9 +223,9 @@ def main():
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    source = {"path": "json", "data_files": args.corpus}
-    texts = [document.text for document in Reader(SourceSection(**source)).read() if document.text]
     with tempfile.TemporaryDirectory() as folder:
+        source = {"path": "json", "data_files": repeat(Path(args.corpus), args.copies, Path(folder))}
+        texts = [document.text for document in Reader(SourceSection(**source)).read() if document.text]
         tokenizer_path = args.tokenizer or str(Path(folder) / "tokenizer")
         if not args.tokenizer:
             section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=args.vocab_size)
@@ -88,10 +243,12 @@ def main():
                 "training": {"tokens_per_step": BLOCK_SIZE, "micro_batch_size": 1, "max_steps": 1},
             }
         )
-        rates: dict[str, list[float]] = {"encode_batch_fast": [], "run_clm": [], "hfpretrain": []}
+        names = ("encode_batch_fast", "encode alone", "run_clm", "hfpretrain")
+        rates: dict[str, list[float]] = {name: [] for name in names}
         for number in range(args.rounds + 1):
             for name, call in (
                 ("encode_batch_fast", lambda: raw(tokenizer, texts)),
+                ("encode alone", lambda: encode_alone(tokenizer, texts)),
                 ("run_clm", lambda: run_clm(tokenizer, dataset)),
                 ("hfpretrain", lambda: ours(recipe)),
             ):
@@ -100,12 +257,13 @@ def main():
                 if number:  # the first round warms up
                     rates[name].append(tokens / (time.perf_counter() - start))
                 shutil.rmtree(Path(folder) / "prepared", ignore_errors=True)
-    print(f"{args.corpus}: {len(texts):,} documents, {sum(map(len, texts)):,} characters, {num_cores()} cores")
-    print(f"| {args.rounds} rounds | tokens/s, median | hfpretrain is, median (min to max) |\n|---|---|---|")
-    for name, values in rates.items():
-        ratios = sorted(a / b for a, b in zip(rates["hfpretrain"], values, strict=True))
-        ratio = f"{statistics.median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"| {name} | {statistics.median(values):,.0f} | {ratio if name != 'hfpretrain' else ''} |")
+        print(f"{args.corpus}: {len(texts):,} documents, {sum(map(len, texts)):,} characters, {num_cores()} cores")
+        print(f"| {args.rounds} rounds | tokens/s, median | hfpretrain is, median (min to max) |\n|---|---|---|")
+        for name, values in rates.items():
+            ratios = sorted(a / b for a, b in zip(rates["hfpretrain"], values, strict=True))
+            ratio = f"{statistics.median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            print(f"| {name} | {statistics.median(values):,.0f} | {ratio if name != 'hfpretrain' else ''} |")
+        print_stages(recipe)
 
 
 if __name__ == "__main__":
