@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -12,6 +13,10 @@ from pathlib import Path
 from hfpretrain.engines import launch
 
 os.environ.update(launch.sleeping_threads())  # torch's OpenMP reads these variables when torch is imported
+# The collector looks at all objects again and again while the modules make them. That takes a quarter of the imports'
+# time (3.3 s, 2.4 s without), and modules leave no garbage.
+_collects_garbage = gc.isenabled()
+gc.disable()
 
 import transformers
 
@@ -29,6 +34,9 @@ from hfpretrain.training.run import run
 from hfpretrain.training.saving import RESUME_ADVICE, NotSavedError
 from hfpretrain.training.stability import TrainingDivergedError
 from hfpretrain.training.stopping import StoppedEarlyError
+
+if _collects_garbage:
+    gc.enable()
 
 STOPPED = 75
 """Exit code of a run that stopped early with everything saved: EX_TEMPFAIL of sysexits.h."""
@@ -54,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     Launchers turn all codes but 0 into 1, so the main process also writes its own into the file that
     `HFPRETRAIN_EXIT_CODE_FILE` names, where a batch script such as `recipes/launch.slurm` finds it.
     """
+    gc.freeze()  # a collection during training need not look at the objects of all modules
     console.keep_from_failing("stdout", "stderr")
     rank = int(os.environ.get("RANK", "0"))
     code = _main(sys.argv[1:] if arguments is None else arguments, rank)

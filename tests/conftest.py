@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import json
@@ -80,6 +81,7 @@ def _main(module: str, arguments: list[str], output: str, env: dict[str, str], c
     for number, name in enumerate(OUTPUTS, 1):
         os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
+    gc.freeze()  # what was imported is no garbage; looking at it would copy the server's memory
     if module.endswith((".py", ".train", "faults")) and env.get("RANK", "0") == "0":
         _verify_exports_in_a_fork()
     os.environ.update(env)
@@ -210,6 +212,10 @@ def hfpretrain(*arguments: str, cwd: Path = ROOT):
 def script(path: Path, *arguments: object, cwd: Path = ROOT):
     """`python path arguments`."""
     return run_module(path, *arguments, cwd=cwd)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the collector need not look at modules and collected tests again
 
 
 @pytest.hookimpl(optionalhook=True)

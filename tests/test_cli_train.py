@@ -33,7 +33,10 @@ def descendants(process):
 
 @pytest.mark.parametrize(
     ("arguments", "num_ranks", "number"),
-    [((), 1, signal.SIGINT), (("--engine", "ddp", "--num-processes", "2"), 2, signal.SIGUSR1)],
+    [
+        pytest.param((), 1, signal.SIGINT, marks=pytest.mark.slow),
+        (("--engine", "ddp", "--num-processes", "2"), 2, signal.SIGUSR1),
+    ],
 )
 def test_a_signal_stops_the_run_with_75_and_the_same_command_resumes(folder, arguments, num_ranks, number):
     recipe, run = write_recipe(folder, **LONG), folder / "run"

@@ -32,7 +32,7 @@ def test_runs_fails_in_a_folder_without_runs(tmp_path):
     assert result.returncode == 2 and "contains no run" in result.stderr
 
 
-@pytest.mark.parametrize("engine", [None, "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero3"))])
 def test_prompts_are_continued_at_evaluations_under_every_engine(folder, engine):
     recipe = write_recipe(
         folder,

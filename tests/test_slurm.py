@@ -57,6 +57,7 @@ def test_the_script_is_valid_bash_and_reports_missing_variables(tmp_path):
     assert result.returncode != 0 and "set ENGINE" in result.stderr
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_losses_of_one_process(folder):
     recipe = write_recipe(folder, training__max_steps=4)
     assert train(recipe, f"--output_dir={folder / 'single'}").returncode == 0

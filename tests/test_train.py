@@ -559,6 +559,7 @@ def test_a_launcher_that_starts_too_few_processes_is_refused(folder):
     assert not (folder / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_compiled_are_refused_before_the_first_step(folder):
     missing = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     result = train(write_recipe(folder), "--training.compile=true", **missing)

@@ -451,6 +451,7 @@ def test_a_run_resumes_with_a_newly_signed_address(secret_run):
         corpus.Reader(load_recipe(folder / "run" / "recipe.yaml").data.sources[0])
 
 
+@pytest.mark.slow
 def test_a_ladder_trains_from_an_address_with_a_secret_that_it_does_not_write(secret_run):
     folder, _, run = secret_run
     source = {"path": "json", "data_files": run.address}

@@ -10,6 +10,7 @@ verifies its export in the same process here, since starting another interpreter
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -65,6 +66,7 @@ def _run(module: str, arguments: list[str], output: str, max_file_size: int | No
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    gc.freeze()
     os.environ.update(env)
     signal.alarm(timeout)
     if max_file_size is not None:

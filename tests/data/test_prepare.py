@@ -534,6 +534,7 @@ def test_machines_without_a_common_disk_share_a_url(folder, small_parts, monkeyp
         prepare(recipe(folder, data__prepared_dir=url, output_dir=str(folder / "d" / "run")))
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(folder):
     """Ten times the text takes no more memory. `benchmarks/memory.py` measures it with gigabytes."""
     # The child reports its own peak: that of wait4 begins with the memory of the process that started it.

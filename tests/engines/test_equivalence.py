@@ -23,8 +23,8 @@ def compare_with_one_process(folder: Path, model: str, precision: str, engines: 
         assert equivalence.holds(found, precision), (engine, found)
 
 
-def test_experts_mean_the_same_under_zero3(tmp_path):
-    compare_with_one_process(tmp_path, "qwen3_moe", "no", ["zero3"], steps=4)
+def test_experts_mean_the_same_under_fsdp2(tmp_path):
+    compare_with_one_process(tmp_path, "qwen3_moe", "no", ["fsdp2"], steps=4)
 
 
 @pytest.mark.slow

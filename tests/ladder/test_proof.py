@@ -1,6 +1,8 @@
+import pytest
 from conftest import hfpretrain, small_text, write_jsonl, write_recipe
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_equals_an_uninterrupted_run(folder):
     """The long version: `hfpretrain verify-resume RECIPE --kills 50`, with and without an engine."""
     write_jsonl(folder / "corpus.jsonl", small_text(12))  # several epochs, with other blocks in each

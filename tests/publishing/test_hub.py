@@ -242,6 +242,7 @@ def recipe_that_resumes(world, run, resume_from):
     )
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_same_weights_although_its_uploads_hang(world):
     run, weights = world.folder / "hanging", "model/model.safetensors"
     path = recipe_that_resumes(world, run, f"hub://user/tiny@{STEPS[1]}")

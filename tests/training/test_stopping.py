@@ -72,7 +72,11 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("engine", "phase"),
-    [("single", "evaluate"), ("ddp", "data"), pytest.param("fsdp2", "save", marks=pytest.mark.slow)],
+    [
+        pytest.param("single", "evaluate", marks=pytest.mark.slow),
+        ("ddp", "data"),
+        pytest.param("fsdp2", "save", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_with_everything_saved(straight, engine, phase):
     """A short version of `benchmarks/stopping.py`."""
