@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import logging
 import re
 import string
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 
 from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
 from hfpretrain.data.tokenizer import document_prefix
@@ -376,7 +376,7 @@ def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
     """A copy of the tokenizer without `tokens`. They get names that no text contains, so that all ids stay the same."""
     from tokenizers import Tokenizer
 
-    content = json.loads(backend.to_str())
+    content = orjson.loads(backend.to_str())
     names = {token: f"\U000f0000{hashlib.sha256(token.encode()).hexdigest()}\U000f0000" for token in tokens}
     for added in content["added_tokens"]:
         added["content"] = names.get(added["content"], added["content"])
@@ -389,7 +389,7 @@ def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
         pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
         model["merges"] = [merge for merge, pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
     content["post_processor"] = None
-    made = Tokenizer.from_str(json.dumps(content))
+    made = Tokenizer.from_buffer(orjson.dumps(content))
     made.encode_special_tokens = True
     return made
 
@@ -398,10 +398,10 @@ def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
     """A copy of the tokenizer that reads the special tokens in `allowed` as tokens, all others as ordinary text."""
     from tokenizers import Tokenizer
 
-    content = json.loads(backend.to_str())
+    content = orjson.loads(backend.to_str())
     for added in content["added_tokens"]:
         added["special"] = added["special"] and added["content"] not in allowed
-    made = Tokenizer.from_str(json.dumps(content))
+    made = Tokenizer.from_buffer(orjson.dumps(content))
     # Read special tokens in a text as text, so that a document does not end where it contains the name of EOS.
     made.encode_special_tokens = True
     made.no_truncation()
@@ -409,12 +409,12 @@ def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
     return made
 
 
-def require_special_tokens(data: DataSection, tokenizer: PreTrainedTokenizerFast) -> None:
+def require_special_tokens(data: DataSection, encoder: Encoder) -> None:
     """Raises `RecipeError` if a source's `special_tokens` names a token that the tokenizer doesn't have.
 
     Also if it names a token that begins or ends documents, because no text may contain it.
     """
-    encoder, problems = Encoder(tokenizer, np.dtype(np.int64)), []
+    problems = []
     for key, source in all_sources(data):
         try:
             encoder.for_source(source.special_tokens)

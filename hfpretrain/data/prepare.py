@@ -72,14 +72,15 @@ def prepared_path(recipe: Recipe) -> Path:
     return _path(recipe.data, recipe.tokenizer, recipe.prepared_dir)
 
 
-def _path(data: DataSection, section: TokenizerSection, prepared_dir: Path) -> Path:
+def _path(data: DataSection, section: TokenizerSection, prepared_dir: Path, has_prefix: bool | None = None) -> Path:
+    """As `prepared_path`. `has_prefix`: as `_has_prefix` returns it, if that is known."""
     sources, validation, of_tokenizer = _identities(data, section)
     identities = [*sources, *validation, of_tokenizer]
 
     def path(has_prefix: bool) -> Path:
         return prepared_dir / fingerprint(data, section, identities, has_prefix)
 
-    return path(_has_prefix(section, path))
+    return path(_has_prefix(section, path) if has_prefix is None else has_prefix)
 
 
 def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
@@ -347,7 +348,8 @@ class _Preparation:
         """Make all unfinished parts and assemble the prepared folder."""
         sources, validation, of_tokenizer = _identities(self.data, self.section)
         parts = self.make_parts(0, 1)
-        if _path(self.data, self.section, self.path.parent) != self.path:
+        has_prefix = bool(document_prefix(self.tokenizer))
+        if _path(self.data, self.section, self.path.parent, has_prefix) != self.path:
             raise RecipeError.at("data.sources", "a source changed while it was prepared; run the command again")
         extra = {
             "vocab_size": self.vocab_size,
@@ -480,7 +482,7 @@ class _Preparation:
     def _encoders(self) -> dict[Any, Encoder]:
         """An encoder for each value of `special_tokens` among the sources."""
         first = Encoder(self.tokenizer, token_dtype(self.vocab_size))
-        require_special_tokens(self.data, self.tokenizer)
+        require_special_tokens(self.data, first)
         chosen = {source.special_tokens for source in (*self.data.sources, *self.data.validation_sources)}
         return {special_tokens: first.for_source(special_tokens) for special_tokens in chosen}
 

@@ -93,8 +93,12 @@ def _added_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tup
     """The ids that calling the tokenizer adds before a text, and after it."""
     backend = tokenizer.backend_tokenizer
     special = set(tokenizer.all_special_tokens)
-    # A vocabulary of fixed words may not have this letter.
-    for text in ("a", *(token for token in tokenizer.get_vocab() if token not in special)):
+
+    def texts() -> Iterator[str]:
+        yield "a"  # which a vocabulary of fixed words may not have
+        yield from (token for token in tokenizer.get_vocab() if token not in special)
+
+    for text in texts():
         try:
             ids, whole = (backend.encode(text, add_special_tokens=wanted).ids for wanted in (False, True))
         except Exception:  # `tokenizers` raises nothing narrower for a word that is not in the vocabulary

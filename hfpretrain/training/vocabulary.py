@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfpretrain.data.encode import all_sources, require_special_tokens
+import numpy as np
+
+from hfpretrain.data.encode import Encoder, all_sources, require_special_tokens
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size, train_tokenizer
 from hfpretrain.modeling.config import load_config, resolve_config, vocabulary_problem
 from hfpretrain.recipe.schema import DataSection, ModelSection, Problem, RecipeError, TokenizerSection
@@ -28,9 +30,9 @@ def check_tokenizer(
     if any(not isinstance(source.special_tokens, str) for _, source in all_sources(data)):
         if section.pretrained is None:
             # A tokenizer that is trained on no text already has all special tokens.
-            require_special_tokens(data, train_tokenizer(section, []))
+            require_special_tokens(data, Encoder(train_tokenizer(section, []), np.dtype(np.int64)))
         elif not local_only or Path(section.pretrained).is_dir():
-            require_special_tokens(data, load_tokenizer(section))
+            require_special_tokens(data, Encoder(load_tokenizer(section), np.dtype(np.int64)))
     named = [name for name in (model.pretrained, section.pretrained) if name is not None]
     if local_only and not all(Path(name).is_dir() for name in named):
         return []
