@@ -547,7 +547,8 @@ def test_a_run_whose_source_stalls_stops_at_a_signal(tmp_path, encode, stalling_
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - start < 40 and code.read_text() == "75\n", stderr
-    assert steps > 1 and "Traceback" not in stderr
+    # torch's launcher prints one itself when it gets a signal.
+    assert steps > 1 and stderr.count("Traceback") == stderr.count("SignalException: ") == (engine == "ddp"), stderr
     if engine == "single":
         (path,) = (tmp_path / "run" / "checkpoints").iterdir()
         assert path.name == f"step-{steps:08d}"
