@@ -171,6 +171,18 @@ class Encoder:
         """A token as the tokenizer spells it."""
         return str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
 
+    @functools.cached_property
+    def keeps_all_text(self) -> bool:
+        """Whether no text can lose a character: the vocabulary has every byte, and nothing changes or removes text."""
+        content = orjson.loads(self._backend.to_str())
+        first = content["pre_tokenizer"] or {}
+        steps = first.get("pretokenizers", [first])
+        kinds = {step.get("type") for step in steps}
+        removes = any(step.get("behavior") == "Removed" for step in steps)
+        is_byte_level = "ByteLevel" in kinds <= {"ByteLevel", "Split", "Digits"} and content["model"]["type"] == "BPE"
+        has_all_bytes = _byte_alphabet().keys() <= content["model"]["vocab"].keys() if is_byte_level else False
+        return has_all_bytes and not removes and content["normalizer"] is None
+
     def lost_characters(self, text: str) -> tuple[int, int, int]:
         """Counts of a text's characters, without spaces: all, lost and replaced.
 

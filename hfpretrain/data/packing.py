@@ -204,7 +204,7 @@ class _PartPacker:
 
     def _sample_lost_text(self, text: str) -> None:
         """Count characters that the tokenizer leaves out or replaces, in the first documents of the part."""
-        if self._sample["looked_at"] < SAMPLE_CHARS:
+        if self._sample["looked_at"] < SAMPLE_CHARS and not self._encoder.keeps_all_text:
             self._sample["looked_at"] += len(text)
             found = self._encoder.lost_characters(text[:SAMPLE_CHARS])
             self._sample.update(dict(zip(("characters", "lost", "replaced"), found, strict=True)))

@@ -19,6 +19,7 @@ from hfpretrain.data.streaming import StreamingData
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.recipe.schema import DataSection, TokenizerSection
 
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -205,3 +206,20 @@ def test_a_stream_is_the_same_whichever_library_encodes(folder, monkeypatch, cap
     monkeypatch.setattr(encode.FastTokenizer, "create", with_wrong_volcano(FastTokenizer.create))
     assert torch.equal(trained_on(fast=True), by_tokenizers)
     assert caplog.text.count("different ids") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"normalizer": normalizers.Lowercase()}, False),
+        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, False),
+        ({"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Split("x", "removed"), BYTE_LEVEL])}, False),
+        ({"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Digits(), BYTE_LEVEL])}, True),
+    ],
+)
+def test_text_is_searched_for_lost_characters_only_where_some_can_be_lost(changes, expected):
+    made = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), small_text(50))
+    for name, value in changes.items():
+        setattr(made.backend_tokenizer, name, value)
+    assert Encoder(made, np.dtype(np.uint16)).keeps_all_text is expected
