@@ -6,6 +6,7 @@ every character of the text when it occurs for the first time, in a few contexts
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ class FastTokenizer:
     @classmethod
     def create(cls, reference: Tokenizer) -> FastTokenizer | str:
         """A fast tokenizer for `reference`; if there is none, the reason."""
+        # The threads that call it already use all cores. Its own ones would take twice the CPU time.
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         try:
             import fastokens
         except ImportError:

@@ -30,7 +30,7 @@ from hfpretrain.recipe.schema import DataSection
 
 PART_CHARS = 2**26
 PART_DOCUMENTS = 2**18
-BATCH_CHARS, BATCH_DOCUMENTS = 2**16, 1000
+BATCH_CHARS, BATCH_DOCUMENTS = 2**18, 1000
 _BEST_FIT_TOKENS = 2**21
 
 
