@@ -68,16 +68,16 @@ class Encoder:
 
     @functools.cached_property
     def fast(self) -> FastTokenizer | None:
-        """What encodes the texts in place of `tokenizers`, which is slower; None if nothing faster is proven equal."""
+        """Encodes the texts, faster than `tokenizers`. None if it is not proven to give the same ids."""
         made = FastTokenizer.create(self._backend) if self._is_fast else None
         if isinstance(made, str):
-            logger.info("texts are encoded by tokenizers: %s", made)
+            logger.info("texts are encoded by tokenizers, not by fastokens: %s", made)
             return None
         return made
 
     @functools.cached_property
     def without_fast(self) -> Encoder:
-        """The same encoder by `tokenizers` alone."""
+        """An encoder that gives the same ids and uses `tokenizers` alone."""
         return Encoder(self._tokenizer, self.dtype, self._own_special_tokens, fast=False)
 
     @functools.cached_property
@@ -88,18 +88,18 @@ class Encoder:
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """The prefix, the token ids of each text, and EOS: (n,) of `dtype`.
 
-        If `fast` turns out to give other ids than `tokenizers`, `tokenizers` encodes these texts, with one log line.
+        If `fast` gives other ids than `tokenizers`, `tokenizers` encodes these texts. That is logged the first time.
         """
         try:
             return self.encode_proven(texts)
         except UnprovenError as error:
             if not self._has_warned:
                 self._has_warned = True
-                logger.warning("%s; tokenizers encodes these texts, and all others like them", error)
+                logger.warning("%s; such texts are encoded by tokenizers instead", error)
             return self.without_fast(texts)
 
     def encode_proven(self, texts: list[str]) -> list[np.ndarray]:
-        """As calling the encoder, but raises `UnprovenError` if `fast` turns out to give other ids than `tokenizers`.
+        """As calling the encoder, but raises `UnprovenError` if `fast` gives other ids than `tokenizers`.
 
         Texts are encoded in chunks, and cut only where that changes no token. Short chunks fit into a core's cache. The
         encoding of a long text, which takes many times the text's size, is never in memory as a whole.
@@ -157,12 +157,12 @@ class Encoder:
         """How often the texts contain the name of each special token."""
         if self._special is None:
             return Counter()
-        # Looking for what all names begin with is much faster than looking for one of many names.
+        # First look for the characters that all names begin with, which is much faster than looking for many names.
         candidates = (text for text in texts if self._special_start in text)
         return Counter(name for text in candidates for name in self._special.findall(text))
 
     def count_special_ids(self, documents: Iterable[np.ndarray]) -> Counter[str]:
-        """How often documents, ids (n,) each, have each special token that doesn't begin or end documents."""
+        """How often each special token that doesn't begin or end documents occurs in documents, int (n,) each."""
         ids = np.concatenate([np.zeros(0, np.int64), *documents])
         found, counts = np.unique(ids[np.isin(ids, self._special_ids)], return_counts=True)
         return Counter({self.token(token_id): int(count) for token_id, count in zip(found, counts, strict=True)})

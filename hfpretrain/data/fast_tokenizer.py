@@ -1,7 +1,10 @@
 """Encode with `fastokens`, which is many times as fast as `tokenizers`, and prove that both give the same ids.
 
-The proof has three parts, each a comparison with `tokenizers` on the same strings: fixed probes before the first text,
-every character of the text when it occurs for the first time, in a few contexts, and windows of the text itself.
+The proof is a comparison: both libraries encode the same strings, and their ids must be equal. The strings are
+
+- fixed probes, before the first text is encoded,
+- every character of the texts in a few contexts, when it occurs for the first time, and
+- windows of the texts themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 _CONTEXTS = ("a{0}b", " {0}", "{0}{0} {0}", "1{0}2", "it{0}'s\n{0}\t{0}", ".{0} ,{0}\r\n")
 _WINDOW_CHARS = 2000
-# Windows take about a 250th of the text, so that comparing them costs little beside encoding.
+# One window in this many characters: about 1/260 of a corpus is compared, which takes little time beside encoding it.
 _CHARS_PER_WINDOW = 2**19
 _FIRST_WINDOWS = 32
 _NUM_CODE_POINTS = 0x110000
@@ -44,13 +47,14 @@ _PROBES = (
 
 
 class UnprovenError(Exception):
-    """`fastokens` can't encode a text, or encodes it as other ids than `tokenizers`."""
+    """`fastokens` can't encode a text, or gives other ids for it than `tokenizers`."""
 
 
 class FastTokenizer:
-    """Encodes texts as `reference`, a tokenizer of `tokenizers`, does. Special tokens in a text are read as text.
+    """Encodes texts with `fastokens`, and checks that the ids are those of `reference`, a tokenizer of `tokenizers`.
 
-    Use `create`. Several threads may call it at the same time.
+    The names of special tokens in a text are read as ordinary text. `create` makes one. Several threads may call it at
+    the same time. Raises `UnprovenError` if the probes give other ids.
     """
 
     def __init__(self, fast: Any, reference: Tokenizer):
@@ -59,16 +63,16 @@ class FastTokenizer:
         self._is_known = np.zeros(_NUM_CODE_POINTS, dtype=bool)
         self._chars = self._windows = 0
         self.compared = {"strings": 0, "characters": 0, "code_points": 0}
-        """What was compared so far: strings, their characters, and the different code points of the text."""
-        # fastokens may encode the parts of a long text apart, which no window shows.
+        """How many strings were compared so far, with how many characters, and how many code points in all contexts."""
+        # fastokens may cut a long text and encode its parts separately. The windows are too short to test that.
         long = "".join(_PROBES) * (_LONG_CHARS // sum(map(len, _PROBES)) + 1)
         self._compare([*_PROBES, long])
         self._check_code_points(np.arange(128, dtype=np.uint32))
 
     @classmethod
     def create(cls, reference: Tokenizer) -> FastTokenizer | str:
-        """A fast tokenizer for `reference`; if there is none, the reason."""
-        # The threads that call it already use all cores. Its own ones would take twice the CPU time.
+        """A fast tokenizer for `reference`, or the reason why there is none."""
+        # The threads that call it already use all cores. Threads of its own would take twice the CPU time.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         try:
             import fastokens
@@ -77,14 +81,14 @@ class FastTokenizer:
         try:
             fast = fastokens.Tokenizer.from_json_str(reference.to_str())
         except Exception as error:  # it raises ValueError and others for what it doesn't implement
-            return f"fastokens does not take it: {' '.join(str(error).split()):.200}"
+            return f"fastokens does not support this tokenizer: {' '.join(str(error).split()):.200}"
         try:
             return cls(fast, reference)
         except UnprovenError as error:
             return str(error)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, uint32 (n,), and where each text's ids begin, int64 (texts + 1,).
+        """The ids of all texts, uint32 (n,), and where each text's ids begin, with their end: int64 (texts + 1,).
 
         Raises `UnprovenError` if the proof fails on these texts.
         """

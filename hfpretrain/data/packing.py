@@ -35,7 +35,7 @@ _BEST_FIT_TOKENS = 2**21
 
 
 class UnprovenPartError(Exception):
-    """A part must be encoded by `tokenizers` alone; the text says why."""
+    """In this part `fastokens` gave other ids than `tokenizers`, so `tokenizers` alone must encode it."""
 
     def __init__(self, part: str, reason: str):
         super().__init__(reason)
@@ -69,14 +69,14 @@ class TextBatch:
     bytes_dropped: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     framing: list[np.ndarray] = field(default_factory=list)
-    """For each document read from a source of tokens: EOS, BOS and padding that the file has around it."""
+    """Of a source of tokens: EOS, BOS and padding around each document that was read, ids (m,) each."""
     tokens_dropped: int = 0
-    """Tokens of the documents that were left out of a source of tokens."""
+    """Of a source of tokens: number of tokens in the documents that were left out."""
     chars: int = 0
     ends_part: bool = False
     ends_group: bool = False
     stopped_at_limit: bool = False
-    """Whether the source has more documents, which its `max_documents` or `max_bytes` leaves out."""
+    """Whether `max_documents` or `max_bytes` of the source left out the documents that follow."""
 
     @property
     def is_full(self) -> bool:
@@ -194,7 +194,7 @@ class _PartPacker:
             packer.token_bytes += int(bytes_of_token[ids].sum())
 
     def _count_tokens_read(self, batch: TextBatch) -> None:
-        """Count the ids of a batch of a source of tokens: those that are kept, dropped, and EOS, BOS and padding."""
+        """If the source has tokens, count the ids that are kept, those that are dropped, and EOS, BOS and padding."""
         if batch.framing:
             ids, counts = np.unique(np.concatenate(batch.framing), return_counts=True)
             self._framing.update(dict(zip(ids.tolist(), counts.tolist(), strict=True)))

@@ -55,9 +55,9 @@ if TYPE_CHECKING:
 
 # Every tokenizer has this file. It is uploaded last, so a tokenizer with this file is complete.
 _LAST_TOKENIZER_FILE = "tokenizer/tokenizer_config.json"
-# A file for each part that `fastokens` did not encode as `tokenizers` does, with the reason.
+# A folder with a file for each part in which `fastokens` gave other ids than `tokenizers`. The file has the reason.
 _UNPROVEN_PARTS = "unproven"
-# How much text the tokenizer was trained on, if not on all.
+# How much text the tokenizer was trained on, if it was not all.
 _TOKENIZER_SAMPLE = "training_sample.json"
 _MAX_GROUPS_PER_SOURCE = 10_000
 logger = logging.getLogger(__name__)
@@ -157,16 +157,16 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
 
 
 def prepare_in_processes(recipe: Recipe, command: Sequence[str], num_processes: int) -> None:
-    """Make all shards on this machine, `num_processes` at the same time. `prepare` then joins them.
+    """Prepare `num_processes` shards on this machine at the same time, each in its own process. `prepare` joins them.
 
-    `command`: starts `hfpretrain prepare` for this recipe. `--shard` is appended. Raises `RecipeError` if a process
-    fails.
+    `command`: the words of the command that starts `hfpretrain prepare` for this recipe; `--shard` is appended. Does
+    nothing if the data are prepared. Raises `RecipeError` if a process fails.
     """
     path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer
     with _lock_folder(path, ".lock"):
         if PreparedData.open(path) is not None or _download(data.prepared_dir, path) is not None:
             return
-        _Preparation(data, section, path, num_workers=1)  # makes the tokenizer, once for all processes
+        _Preparation(data, section, path, num_workers=1)  # loads or trains the tokenizer, once for all processes
     run_shards(command, num_processes)
 
 
@@ -264,7 +264,7 @@ def wait_for_prepared(
 def train_on_sample(
     section: TokenizerSection, data: DataSection
 ) -> tuple[PreTrainedTokenizerFast, dict[str, int] | None]:
-    """Train the recipe's tokenizer. Returns it, and if it was not trained on all text, `TokenizerSample.counts`."""
+    """Train the recipe's tokenizer. Returns it, and `TokenizerSample.counts`, or None if it was trained on all text."""
     sample = training_sample(section, functools.partial(corpus.training_documents, data))
     if sample is None or not sample.is_cut:
         logger.info("training the tokenizer on the training text")
@@ -457,12 +457,12 @@ class _Preparation:
                         reader.start_over()
 
     def _read_unproven_parts(self) -> dict[str, str]:
-        """The parts that `tokenizers` alone encodes, and for each the reason; also those that other processes found."""
+        """Why `tokenizers` alone encodes some parts, by the name of the part. Other processes may have found them."""
         return {path.stem: path.read_text("utf-8") for path in sorted((self.work / _UNPROVEN_PARTS).glob("*.txt"))}
 
     def _add_unproven_part(self, error: UnprovenPartError) -> None:
         if not self._unproven:
-            logger.warning("%s; tokenizers encodes that part of the text, and all others like it", error)
+            logger.warning("%s; such parts of the text are encoded by tokenizers instead", error)
         self._unproven[error.part] = str(error)
         name = f"{_UNPROVEN_PARTS}/{error.part}.txt"
         (self.work / _UNPROVEN_PARTS).mkdir(exist_ok=True)
@@ -471,7 +471,7 @@ class _Preparation:
             self.remote.upload(self.work, [name])
 
     def _encoder_used(self) -> dict[str, Any]:
-        """What has encoded the parts. Both libraries give the same ids, so this changes no checksum."""
+        """The library that encoded the text, with its version, for the manifest. Either one gives the same ids."""
         if all(source.holds_tokens for source in (*self.data.sources, *self.data.validation_sources)):
             return {}  # nothing was encoded
         is_fast = any(encoder.fast is not None for encoder in self.encoders.values())

@@ -1,7 +1,7 @@
-"""Prepare the shards of one preparation in several processes of this machine.
+"""Run all shards of a preparation on this machine, each in its own process.
 
-Threads tokenize, but one thread reads, hashes and packs all text, and that takes more of the time than tokenizing with
-`fastokens`. Processes divide both.
+In one process, many threads tokenize, but a single thread reads, hashes and packs the text. With `fastokens` that
+thread is the slowest part. Several processes divide its work too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from hfpretrain.recipe.schema import RecipeError
 
 
 def run_shards(command: Sequence[str], num_processes: int) -> None:
-    """Run `command --shard I/num_processes` for every shard at the same time, and wait for all.
+    """Run `command --shard I/num_processes` for every shard at the same time, and wait for all processes.
 
-    What a process writes to stderr is printed here with the number of its shard. If a process fails, the others are
-    ended and `RecipeError` is raised; finished parts are kept.
+    Each line that a process writes to stderr is printed on stderr here, after the number of its shard. If a process
+    fails, the others are terminated and `RecipeError` is raised. Parts of the data that are finished are kept.
     """
     processes: list[subprocess.Popen[bytes]] = []
     readers: list[threading.Thread] = []

@@ -50,7 +50,7 @@ def summary(prepared: PreparedData) -> str:
 
 
 def limit_notes(prepared: PreparedData) -> list[str]:
-    """Sentences about sources whose text was not read to its end, because of `max_documents` or `max_bytes`."""
+    """A sentence about each source of which `max_documents` or `max_bytes` left something out."""
     found = []
     for number, source in enumerate(prepared.manifest["sources"]):
         if source.get("stopped_at_limit"):

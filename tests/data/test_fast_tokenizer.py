@@ -1,4 +1,4 @@
-"""fastokens gives the ids of tokenizers, and where it doesn't, tokenizers encodes the part."""
+"""fastokens gives the same ids as tokenizers, and where it doesn't, tokenizers encodes the text."""
 
 import logging
 import random
@@ -27,7 +27,7 @@ LLAMA3 = (
 
 
 def byte_level(split=None, normalizer=None):
-    """A byte-level BPE trained on small text; `split`: a regular expression in place of GPT-2's."""
+    """A byte-level BPE tokenizer trained on a small text. `split`: a regular expression in place of GPT-2's."""
     made = Tokenizer(models.BPE())
     steps = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
@@ -84,7 +84,7 @@ def test_a_tokenizer_that_fastokens_refuses_is_encoded_by_tokenizers():
 
 
 class Wrong:
-    """fastokens, but it gives other ids for texts that `is_wrong`."""
+    """A tokenizer of fastokens that gives a wrong id for each text for which `is_wrong` is true."""
 
     def __init__(self, fast, is_wrong):
         self._fast, self._is_wrong = fast, is_wrong
@@ -121,7 +121,7 @@ def test_other_ids_are_found_in_the_text_itself(is_wrong, text):
     ids=["long text", "NUL"],
 )
 def test_other_ids_are_found_before_the_first_text(is_wrong):
-    """In what no window of a text shows, and in a character of ASCII text, where no character is looked up."""
+    """Windows are too short to find the first difference, and the characters of an ASCII text are not looked up."""
     reference = byte_level()
     right = FastTokenizer.create(reference)
     with pytest.raises(UnprovenError, match="different ids"):
@@ -144,7 +144,7 @@ def small_parts(monkeypatch):
 
 
 def with_wrong_volcano(create):
-    """`FastTokenizer.create`, but what it returns gives other ids for a volcano."""
+    """`FastTokenizer.create`, but its tokenizers give a wrong id for a text with a volcano."""
 
     def create_wrong(reference):
         fast = create(reference)
@@ -162,7 +162,7 @@ def test_a_folder_is_the_same_whichever_library_encodes(folder, small_parts, mon
     create = FastTokenizer.create
     monkeypatch.setattr(encode.FastTokenizer, "create", lambda _: "fastokens is not installed")
     made["tokenizers"] = prepare(recipe(folder, output_dir=str(folder / "slow" / "run")))
-    assert "encoded by tokenizers: fastokens is not installed" in caplog.text
+    assert "encoded by tokenizers, not by fastokens: fastokens is not installed" in caplog.text
     monkeypatch.setattr(encode.FastTokenizer, "create", with_wrong_volcano(create))
     caplog.clear()
     made["both"] = prepare(recipe(folder, output_dir=str(folder / "both" / "run")))
