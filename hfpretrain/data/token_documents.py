@@ -1,4 +1,4 @@
-"""Divide files of token ids into documents, and check that the recipe's tokenizer has made them."""
+"""Divide files of token ids into documents, and check that the recipe's tokenizer made the ids."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class TokenDocument(NamedTuple):
     """The ids of a document, and what they stand for."""
 
     ids: np.ndarray
-    """(n,), without `framing`."""
+    """(n,), of any integer type, without `framing`."""
     framing: np.ndarray
-    """EOS, BOS and padding that the file has before and after the document: (m,)."""
+    """EOS, BOS and padding that the file has before and after the document: (m,), of the type of `ids`."""
     row: int
     """Number of the row or of the document in the file, counted from 1."""
     num_chars: int
@@ -37,12 +37,13 @@ class TokenDocument(NamedTuple):
     num_bytes: int
     """Bytes of the text in UTF-8."""
     digest: bytes
-    """Hash of the text, as that of a document of text: 16 bytes. Empty if there is a `problem`."""
+    """Hash of the text, equal to that of the same document read as text: 16 bytes. Empty if there is a `problem`."""
     problem: tuple[str, str] | None
+    """Why the document can't be used, as in `corpus.Document`."""
 
 
 class Vocabulary:
-    """What is needed of a tokenizer to read tokens that it has made."""
+    """The text of each token of a tokenizer, to read documents from token ids that this tokenizer made."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         import pyarrow as pa
@@ -67,8 +68,10 @@ class Vocabulary:
         # Tokenizers such as Llama's add a space before every text.
         self._leading = b" " if self._text_of("a") == b" a" else b""
         self.has_exact_text = all(self._text_of(text) == self._leading + text.encode() for text in _PROBES)
+        """Whether the texts of a document's tokens, joined, are the text that was encoded."""
         probes = [ids for text in _PROBES if (ids := self._encode(text))]
         self.can_encode_again = self._encode_again(probes) == probes
+        """Whether ids stay the same when they are decoded and encoded again, so that a file's ids can be checked so."""
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -81,7 +84,7 @@ class Vocabulary:
         return list(map(self._encode, self._backend.decode_batch(documents, skip_special_tokens=False)))
 
     def _text_of(self, text: str) -> bytes:
-        """The text of the tokens of `text`."""
+        """The joined texts of the tokens that `text` is encoded to."""
         return b"".join(value.as_py() for value in self._texts.take(np.array(self._encode(text), np.int64)))
 
     def name(self, token_id: int) -> str:
@@ -89,14 +92,14 @@ class Vocabulary:
         return self._names[token_id]
 
     def num_bytes(self, ids: np.ndarray) -> int:
-        """Bytes of the text that ids (n,) stand for."""
+        """Number of UTF-8 bytes in the text that ids, int (n,), stand for."""
         return int(self._bytes[ids].sum())
 
     def documents(self, origin: str, source: SourceSection, key: str) -> Iterator[TokenDocument]:
         """The documents of a file, including empty ones and those with a problem.
 
-        Raises `RecipeError` if the file is broken, an id is not in the vocabulary, or the first documents show that
-        another tokenizer has made it.
+        Raises `RecipeError` if the file is broken, if an id is not in the vocabulary, or if the first documents show
+        that another tokenizer made the ids.
         """
         file = open_token_file(origin, source, key, self.size)
         by = _documents_by(file, source, key)
@@ -126,7 +129,7 @@ class Vocabulary:
             yield chunk
 
     def _unknown(self, ids: np.ndarray) -> np.ndarray:
-        """Positions of ids that are not in the vocabulary."""
+        """Positions of the ids that are not in the vocabulary: int64 (m,)."""
         if not len(ids) or (ids.min() >= 0 and ids.max() < self.size and self._is_known[ids].all()):
             return np.zeros(0, dtype=np.int64)
         is_inside = (ids >= 0) & (ids < self.size)
@@ -148,16 +151,16 @@ class Vocabulary:
             start += len(chunk.ids)
             row += 0 if chunk.bounds is None else len(chunk.bounds) - 1
         has = f"has ids up to {self.size - 1:,}" if (largest or 0) >= self.size else "has no such id"
-        advice = "name the tokenizer that made the tokens in tokenizer.pretrained, or set `dtype` if it is a plain .bin"
+        advice = "set tokenizer.pretrained to the tokenizer that made the tokens, or `dtype` if a .bin has no header"
         return f"its largest id outside of the vocabulary is {largest:,} {where}, but the tokenizer {has}; {advice}"
 
     def _divide(
         self, chunks: Iterable[TokenChunk], by: str, origin: str, key: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Documents that end with EOS (`by` "eos") or begin with BOS ("bos"): their ids, and their bounds.
+        """Documents that end with EOS (`by` "eos") or begin with BOS ("bos"): their ids, and their bounds in them.
 
-        Several of these tokens in a row count as one. EOS at the beginning of the file, where some programs write it,
-        belongs to the first document.
+        Several such tokens one after another count as one. If the file begins with EOS, as some programs write it, that
+        EOS belongs to the first document.
         """
         mark = self.eos_token_id if by == "eos" else self.bos_token_id
         carried: list[np.ndarray] = []
@@ -183,8 +186,8 @@ class Vocabulary:
         if carried:
             if not num_marks:
                 name = f"{by.upper()} ({self.name(mark)}, id {mark})"
-                message = f"{origin} contains no {name}, so its documents have no known bounds"
-                advice = "set `file` if it is one document; otherwise another tokenizer may have made it"
+                message = f"{origin} contains no {name}, so it is unknown where its documents end"
+                advice = "set `file` if it is one document; otherwise another tokenizer may have made the ids"
                 raise RecipeError.at(f"{key}.documents_by", f"{message}; {advice}")
             joined = np.concatenate(carried)
             yield joined, np.array([0, len(joined)])
@@ -214,9 +217,11 @@ class Vocabulary:
             if end - start > count:
                 inside = start + int(np.argmax(is_framing[start:end]))
                 name = f"{self.name(int(ids[inside]))} (id {int(ids[inside])})"
-                what = f"contains {name} at position {inside - first:,}, inside of a document"
-                advice = "set `documents_by` to eos or bos if rows or files hold several documents"
-                problem = ("framing_inside", f"{what}, where no document may end or begin; {advice}")
+                what = (
+                    f"contains {name} in the middle, at position {inside - first:,}, but that begins or ends documents"
+                )
+                advice = "if these are several documents, set `documents_by` to eos or bos"
+                problem = ("framing_inside", f"{what}; {advice}")
             framing = np.concatenate([ids[first:start], ids[end:last]])
             digest = b"" if problem else hashlib.blake2b(in_utf8, digest_size=16).digest()
             found.append(TokenDocument(ids[start:end], framing, row, num_chars, len(in_utf8), digest, problem))
@@ -225,7 +230,7 @@ class Vocabulary:
     def _require_same_tokenizer(
         self, documents: list[TokenDocument], origin: str, min_agreement: float | None, key: str
     ) -> None:
-        """Raises `RecipeError` if tokens change when they are decoded and encoded again."""
+        """Raises `RecipeError` if too many tokens change when they are decoded and encoded again."""
         min_agreement = _MIN_AGREEMENT if min_agreement is None else min_agreement
         sample: list[list[int]] = []
         total = 0
@@ -245,26 +250,26 @@ class Vocabulary:
             raise RecipeError.at(f"{key}.min_agreement", f"{origin}: {what}; {advice}")
 
     def _num_equal(self, one: list[int], other: list[int]) -> int:
-        """Number of tokens that stand at the same place of the same text in both."""
+        """Number of tokens that occur in both lists and end at the same byte of the text."""
         placed = [set(zip(np.cumsum(self._bytes[ids]).tolist(), ids, strict=True)) for ids in (one, other)]
         return len(placed[0] & placed[1])
 
 
 def load_vocabulary(data: DataSection, tokenizer: PreTrainedTokenizerFast) -> Vocabulary | None:
-    """The vocabulary with which the recipe's token files are read; None if it has none."""
+    """The vocabulary to read the recipe's token files with; None if the recipe has no such files."""
     if not any(source.holds_tokens for source in (*data.sources, *data.validation_sources)):
         return None
     vocabulary = Vocabulary(tokenizer)
     if not vocabulary.has_exact_text:
-        logger.info("the tokenizer changes some texts; a document of tokens is not recognized as equal to such a text")
+        logger.info("the tokenizer changes some texts; a document of tokens may not be recognized as such a text")
     if not vocabulary.can_encode_again:
-        message = "can't check that this tokenizer made the tokens, because decoding changes its tokens"
+        message = "can't check that this tokenizer made the tokens: they change when they are decoded and encoded again"
         logger.warning("%s; compare some documents yourself, for example with `hfpretrain data`", message)
     return vocabulary
 
 
 def _documents_by(file: TokenFile, source: SourceSection, key: str) -> str:
-    """What one document is. Raises `RecipeError` if neither the file nor the recipe says it."""
+    """What one document is, as `documents_by`. Raises `RecipeError` if neither the file nor the recipe says it."""
     given, where = source.documents_by, f"{key}.documents_by"
     if given == "row" and file.rows == "none":
         raise RecipeError.at(where, f"{file.origin} has no rows; set eos, bos or file")

@@ -27,7 +27,7 @@ INDEX = ".idx"
 CHUNK_TOKENS = 2**18
 _BATCH_ROWS = 1000
 _HEADER_DTYPE, _HEADER_BYTES = np.dtype("<i4"), 1024
-# Magic number and version of the header: the type of the ids after it.
+# The type of the ids that follow a header, by the header's magic number and version.
 _WITH_HEADER: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 _MEGATRON_MAGIC, _OLD_MEGATRON_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 _MEGATRON_HEADER = np.dtype(
@@ -35,7 +35,7 @@ _MEGATRON_HEADER = np.dtype(
 )
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _NUMPY_MAGIC = b"\x93NUMPY"
-# Fewer ids than this do not show that every second one is 0.
+# In a file with fewer ids, every second one may be 0 by chance.
 _MIN_IDS = 64
 
 
@@ -53,15 +53,16 @@ class TokenFile(NamedTuple):
 
     origin: str
     rows: Literal["none", "equal", "documents"]
-    """Whether the file has rows. `equal`: all rows have the same length, so they are probably not documents."""
+    """`none`: the file has no rows. `equal`: its rows have one length, so they may be blocks of a longer text.
+    `documents`: each row is a document."""
     chunks: Callable[[], Iterator[TokenChunk]]
-    """Returns all ids of the file in order."""
+    """Called without arguments, reads all ids of the file in order."""
 
 
 def open_token_file(origin: str, source: SourceSection, key: str, tokenizer_size: int | None = None) -> TokenFile:
     """Open a local file of ids. Raises `RecipeError` if it is broken, truncated, or of no known format.
 
-    `key`: the source's path in the recipe. `tokenizer_size`: the tokenizer's largest id + 1; None if not known yet.
+    `key`: the source's path in the recipe. `tokenizer_size`: the tokenizer's largest id + 1; None if it is unknown.
     """
     if "://" in origin:
         raise RecipeError.at(f"{key}.data_files", f"{origin} is a URL; `path: tokens` reads local files: download it")
@@ -94,29 +95,27 @@ def open_token_file(origin: str, source: SourceSection, key: str, tokenizer_size
 
 
 def index_of(origin: str) -> Path:
-    """The index of a Megatron file, whether it exists or not."""
+    """Where the index of a Megatron-LM `.bin` file would be. It need not exist."""
     return Path(origin).with_suffix(INDEX)
 
 
 def _open_flat(origin: str, source: SourceSection, key: str, tokenizer_size: int | None) -> TokenFile:
     if source.dtype is None and (tokenizer_size or 0) > 2**16:
-        what = (
-            f"is missing: {origin} does not record the type of its ids, and the tokenizer has more than 65,536 of them"
-        )
+        what = f"is missing: {origin} does not record the type of its ids, and the tokenizer has more than 65,536 ids"
         raise RecipeError.at(f"{key}.dtype", f"{what}; set the type that the file was written with, for example uint32")
     dtype, size = np.dtype(source.dtype or "uint16").newbyteorder("<"), os.path.getsize(origin)
     if size % dtype.itemsize:
-        message = f"{origin} has {size} bytes, which are no whole number of {dtype.name} ids: it is truncated"
+        message = f"{origin} has {size} bytes, not a whole number of {dtype.name} ids: it is truncated"
         raise RecipeError.at(key, f"{message}, or `dtype` is wrong")
     ids = np.fromfile(origin, dtype, CHUNK_TOKENS)
     if len(ids) >= _MIN_IDS and ids.any() and not ids[1::2].any():
-        message = f"every second id of {origin}, read as {dtype.name}, is 0: its ids are wider"
+        message = f"every second id of {origin}, read as {dtype.name}, is 0: each id has more bytes than that"
         raise RecipeError.at(f"{key}.dtype", f"{message}; set the type that the file was written with")
     return TokenFile(origin, "none", lambda: _flat_chunks(origin, dtype, 0, size // dtype.itemsize))
 
 
 def _flat_chunks(origin: str, dtype: np.dtype[Any], offset: int, count: int) -> Iterator[TokenChunk]:
-    # Reads the file instead of mapping it: pages of mapped files would count as memory of this process.
+    # Reads the file and does not map it: the pages of a mapped file would count as memory of this process.
     for start in range(0, count, CHUNK_TOKENS):
         yield TokenChunk(_read(origin, dtype, offset, start, min(count, start + CHUNK_TOKENS)), None)
 
@@ -126,7 +125,7 @@ def _read(origin: str, dtype: np.dtype[Any], offset: int, start: int, stop: int)
 
 
 def _has_header(start: bytes) -> bool:
-    """Whether a `.bin` file begins with a header: a known magic number, or zeros where a text would have tokens."""
+    """Whether a `.bin` file begins with a header: a known magic number, or zeros where a file without has tokens."""
     if len(start) < _HEADER_BYTES:
         return False
     header = np.frombuffer(start, _HEADER_DTYPE)
@@ -139,11 +138,11 @@ def _open_with_header(origin: str, start: bytes, key: str) -> TokenFile:
     dtype = _WITH_HEADER.get((magic, version))
     if dtype is None or header[3:].any():
         known = " or ".join(f"{magic} (version {version})" for magic, version in _WITH_HEADER)
-        message = f"{origin} begins with a header that is not known: magic number {magic}, version {version}"
+        message = f"{origin} begins with an unknown header: magic number {magic}, version {version}"
         raise RecipeError.at(key, f"{message}; known are {known}, followed by the number of ids and zeros")
     expected, size = len(start) + count * dtype.itemsize, os.path.getsize(origin)
     if size != expected:
-        what = "it is truncated" if size < expected else "it is not what the header describes"
+        what = "it is truncated" if size < expected else "it is longer than its header says"
         message = f"{origin} has {size:,} bytes, but its header names {count:,} ids, which take {expected:,}"
         raise RecipeError.at(key, f"{message}: {what}; get the file again")
     return TokenFile(origin, "none", lambda: _flat_chunks(origin, dtype, len(start), count))
@@ -163,23 +162,25 @@ def _open_megatron(origin: str, key: str) -> TokenFile:
         is_whole and content.startswith(_MEGATRON_MAGIC), "is not an index of Megatron-LM, which begins with MMIDIDX"
     )
     header = np.frombuffer(content, _MEGATRON_HEADER, 1)[0]
-    require(header["version"] == 1, f"has version {header['version']}; known is version 1")
+    require(header["version"] == 1, f"has version {header['version']}; only version 1 is known")
     code = int(header["dtype"])
-    require(code in _MEGATRON_DTYPES, f"says that ids have the type {code}, which is no integer type of Megatron-LM")
+    require(code in _MEGATRON_DTYPES, f"gives the ids the type number {code}, which is no integer type of Megatron-LM")
     sequences, documents, dtype = int(header["sequences"]), int(header["documents"]), np.dtype(_MEGATRON_DTYPES[code])
     expected = header.itemsize + 12 * sequences + 8 * documents
     # An index of multimodal data has one more byte for each sequence.
     sizes = (expected, expected + sequences)
-    require(len(content) in sizes, f"has {len(content):,} bytes where {expected:,} are expected: it is truncated")
+    require(
+        len(content) in sizes, f"has {len(content):,} bytes, but its header describes {expected:,}: it is truncated"
+    )
     lengths = np.frombuffer(content, "<i4", sequences, header.itemsize).astype(np.int64)
     pointers = np.frombuffer(content, "<i8", sequences, header.itemsize + 4 * sequences)
     of_documents = np.frombuffer(content, "<i8", documents, header.itemsize + 12 * sequences)
     ends = np.cumsum(lengths)
     in_order = (lengths >= 0).all() and np.array_equal(pointers, (ends - lengths) * dtype.itemsize)
-    require(bool(in_order), "lists sequences that do not follow each other; build the dataset again")
+    require(bool(in_order), "lists sequences that do not follow one another in the .bin file; build the dataset again")
     is_partition = documents > 0 and of_documents[0] == 0 and of_documents[-1] == sequences
     is_partition = is_partition and bool((np.diff(of_documents) >= 0).all())
-    require(is_partition, "lists documents that are not made of all sequences; build the dataset again")
+    require(is_partition, "lists documents that do not cover all sequences in order; build the dataset again")
     bounds = np.concatenate([[0], ends])[of_documents]
     size, expected = os.path.getsize(origin), int(bounds[-1]) * dtype.itemsize
     if size != expected:
@@ -201,15 +202,15 @@ def _open_numpy(origin: str, key: str) -> TokenFile:
     try:
         array = np.load(origin, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise RecipeError.at(key, f"cannot read {origin}: {error}; it is truncated, or no array of ids") from error
+        raise RecipeError.at(key, f"cannot read {origin}: {error}; it is truncated, or no .npy file of ids") from error
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        has = f"has {array.ndim} dimensions of {array.dtype.name}"
-        raise RecipeError.at(key, f"{origin} {has}; token ids are integers with one or two dimensions")
+        has = f"has an array of {array.dtype.name} with {array.ndim} dimensions"
+        raise RecipeError.at(key, f"{origin} {has}; an array of token ids has integers and one or two dimensions")
     if (expected := array.offset + array.nbytes) != os.path.getsize(origin):
         message = f"{origin} has {os.path.getsize(origin):,} bytes, but its header describes {expected:,}"
         raise RecipeError.at(key, f"{message}; write it again")
     if not array.flags.c_contiguous:
-        raise RecipeError.at(key, f"{origin} is in Fortran's order; save it with np.ascontiguousarray")
+        raise RecipeError.at(key, f"{origin} is stored in Fortran order (by columns); save np.ascontiguousarray of it")
     dtype, offset, num_rows, length = array.dtype, array.offset, len(array), array.shape[-1]
     if array.ndim == 1:
         return TokenFile(origin, "none", lambda: _flat_chunks(origin, dtype, offset, length))
@@ -225,7 +226,11 @@ def _open_numpy(origin: str, key: str) -> TokenFile:
 
 
 def _open_table(origin: str, suffix: str, column: str, key: str) -> TokenFile:
-    """A parquet or Arrow file. Its rows count as equal if they have a fixed length, or the first ones have the same."""
+    """Open a parquet or Arrow file.
+
+    Its rows are `equal` if the column's type has a fixed length, or if all rows of the first batch have the same length
+    and there are at least two.
+    """
     import pyarrow as pa
 
     def batches() -> Iterator[Any]:
@@ -233,7 +238,7 @@ def _open_table(origin: str, suffix: str, column: str, key: str) -> TokenFile:
         try:
             yield from read(origin, column, key)
         except (pa.ArrowInvalid, OSError) as error:
-            what = f"{first_line(error)}; it is truncated, or no {suffix} file"
+            what = f"{first_line(error)}; it is truncated, or not a {suffix} file"
             raise RecipeError.at(key, f"cannot read {origin}: {what}") from error
 
     def chunks() -> Iterator[TokenChunk]:
@@ -288,7 +293,7 @@ def _have_one_length(lists: Any) -> bool:
 
 
 def _list_chunk(values: Any, where: str, key: str, column: str) -> TokenChunk:
-    """The chunk of a column of lists."""
+    """The chunk of a column with a list of ids in each row. Raises `RecipeError` if a list or an id is null."""
     import pyarrow.compute as pc
 
     flat = values.flatten()

@@ -1,4 +1,4 @@
-"""Sources of tokens: each format against the same text, and files that are not what they seem."""
+"""Sources of tokens: each format gives the same data as its text, and broken or wrong files are refused."""
 
 import json
 
@@ -41,7 +41,7 @@ def folder(tmp_path, tokenizer):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks that are shorter than many documents."""
+    """Chunks that are shorter than many of the documents."""
     monkeypatch.setattr(token_files, "CHUNK_TOKENS", 100)
     monkeypatch.setattr(token_files, "_BATCH_ROWS", 7)
 
@@ -62,7 +62,7 @@ def write_header(path, ids, magic=20240520, version=1):
 
 
 def write_megatron(path, documents, dtype="uint16", sequences_per_document=1):
-    """Write `path`.bin and .idx as Megatron-LM does."""
+    """Write a `.bin` and its `.idx` as Megatron-LM does."""
     sequences = [part for ids in documents for part in np.array_split(np.array(ids, dtype), sequences_per_document)]
     path.with_suffix(".bin").write_bytes(b"".join(part.tobytes() for part in sequences))
     lengths = np.array([len(part) for part in sequences], "<i4")
@@ -94,7 +94,7 @@ def of_text(folder, **changes):
 
 
 def blocks(made):
-    """Checksums of all blocks."""
+    """Checksums of the files with blocks."""
     return {name: checksum for name, checksum in checksums(made.path).items() if "/data-" in name}
 
 
@@ -268,7 +268,7 @@ def test_documents_that_are_also_in_validation_are_dropped_whether_they_are_text
 
 
 def llama(folder):
-    """A tokenizer that adds a space and BOS before a text, with an unknown token and bytes."""
+    """A tokenizer like Llama's: it adds a space and BOS before a text, and has an unknown token and byte tokens."""
     words = ["▁the", "▁a", "▁river", "▁stone", "▁light", "▁runs", "▁", "t", "h", "e", "s"]
     tokens = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     merges = [("t", "h")]
@@ -360,7 +360,7 @@ def test_a_limit_reads_the_same_documents_of_tokens_as_of_text(folder, tokenizer
     assert "source 0: only its first" in summary(made)
 
 
-def test_splits_of_a_saved_dict_of_tokens_are_its_own(folder, tokenizer):
+def test_a_saved_dict_of_tokens_has_the_splits_it_was_saved_with(folder, tokenizer):
     source = saved_dict(folder, encoded(tokenizer), tokenizer.eos_token_id)
     made = prepare(of_tokens(folder, {**source, "split": "validation"}, data__validation_fraction=0.0))
     assert made.manifest["sources"][0]["documents_read"] == 3
@@ -394,7 +394,7 @@ def test_identity_of_token_files_is_their_content(folder, tokenizer):
     assert source_identity(SourceSection(**tokens(folder, "moved/train.bin"))) != before
 
 
-def test_keys_of_tokens_name_no_other_prepared_folder_of_text(folder):
+def test_only_keys_that_change_the_tokens_change_the_name_of_the_prepared_folder(folder):
     text = of_text(folder)
     content = text.model_dump(mode="json")
     assert {"documents_by", "dtype", "ids_column", "min_agreement"} <= content["data"]["sources"][0].keys()
@@ -462,7 +462,7 @@ def test_an_index_of_another_file_is_refused(folder, tokenizer):
     assert "no integer type" in refusal(folder, tokens(folder, "train.bin"))
 
 
-def test_headers_that_are_not_known_are_refused(folder, tokenizer):
+def test_unknown_headers_are_refused(folder, tokenizer):
     ids = flat(encoded(tokenizer), tokenizer.eos_token_id)
     for magic, version in ((20240520, 2), (20231231, 1)):
         write_header(folder / "train.bin", ids, magic, version)
@@ -470,7 +470,7 @@ def test_headers_that_are_not_known_are_refused(folder, tokenizer):
         assert f"magic number {magic}, version {version}" in message and "20240520" in message
     write_header(folder / "train.bin", ids)
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes() + bytes(100))
-    assert "not what the header describes" in refusal(folder, tokens(folder, "train.bin", documents_by="eos"))
+    assert "longer than its header says" in refusal(folder, tokens(folder, "train.bin", documents_by="eos"))
 
 
 def test_wrong_types_of_ids_are_refused(folder, tokenizer):
