@@ -12,6 +12,6 @@ Terms of this package:
 - validation set: a validation split, as evaluation calls it.
 - stream: what training draws sequences from: one source of a mixture, or all sources together. With prepared data, each
   stream is a train split.
-- lane: pieces that make one endless sequence of blocks when the data is streamed. A stream has one or more lanes, which
-  are read side by side.
+- lane: with streaming, pieces that are read one after another, again and again, as an endless series of blocks. A
+  stream has one or more lanes, which are read side by side.
 """

@@ -271,7 +271,7 @@ class Prefetcher:
 
     Uses a thread, because a DataLoader's worker processes would send every token through a pipe, which is five times
     slower than reading it. `ahead`: how many steps may be ready. `leave`: called in the thread if it ends before the
-    last step, to tell other processes that `step_data` would be waiting for.
+    last step, to tell the other processes, whose `step_data` would wait for this one.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class Prefetcher:
                         self._leave()
                     return
         except ReadingEndedError:
-            # The other process is stopping, and this one will be closed, or it has failed, which ends this one.
+            # If the other process is stopping, this one will be closed too. If the other one failed, this one ends.
             return
         except BaseException as error:  # raised by `next`
             self._enqueue(error)

@@ -1,4 +1,4 @@
-"""Read an iterator ahead in threads, and work on its items in other threads, in order."""
+"""Read an iterator ahead in one thread, work on its items in other threads, and return the results in order."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Result = TypeVar("Result")
 class ReadAhead(Generic[Item, Result]):
     """An iterator over `work(item)` for each of `items`, in order.
 
-    Items are read one after another on a thread of `readers`, and several are worked on at once on threads of
-    `workers`. `size`: of an item. Reading pauses while results and unfinished work have a size of `limit` or more
-    together. Reading starts with the first call of `start` or `next`. An error of `items` or `work` is raised in its
-    place.
+    One thread of `readers` at a time reads the items, and threads of `workers` work on several at once. `size` returns
+    the size of an item. Reading starts with the first call of `start` or `next`, and pauses while the items that were
+    read, but whose results were not yet taken, have a total size of `limit` or more. An error that `items` or `work`
+    raises is raised by `next` in place of that item's result.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ReadAhead(Generic[Item, Result]):
         self._ahead, self._is_reading, self._has_ended = 0, False, False
 
     def start(self) -> None:
-        """Read the next item now, unless enough is read ahead."""
+        """Start to read ahead, unless the items that were read have a size of `limit`."""
         with self._changed:
             if self._is_reading or self._has_ended or self._ahead >= self._limit:
                 return

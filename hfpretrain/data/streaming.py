@@ -1,9 +1,11 @@
 """Stream training data from the sources: tokenize and pack documents during training, without preparing them.
 
-Files of about the same size are divided into lanes, and each lane is an endless sequence of blocks. Files whose sizes
-differ more make one lane, and so does each source of a mixture. The lane of a sequence depends only on the sequence's
-position in the step, so a step has the same text on any number of processes. Each lane is read and tokenized by one
-process. Where the sequences of a lane belong to several processes, that process sends them to the others.
+The files are divided into lanes. The files of a lane are read one after another, again and again, as an endless series
+of blocks. Files of about the same size make several lanes. Files whose sizes differ more make one lane, and so does
+each source of a mixture.
+
+The step and the position in it decide from which lane a sequence comes, so a step has the same text on any number of
+processes. One process reads and tokenizes a lane. If other processes train on blocks of that lane, it sends them.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ _BATCH_CHARS = 2**16
 # Maximum ratio between the sizes of files in different lanes. At a ratio of 2, the smallest file is seen twice as often
 # as the largest. With `max_epochs`, the run ends when the first lane has been read, so the ratio must be smaller.
 _MAX_RATIO, _MAX_RATIO_CAPPED = 2.0, 1.05
-# Remote files are read at the speed of their server, not of a core, so there are more of these threads than cores.
+# Threads that read. They may be more than the cores, because a thread that reads a remote file mostly waits for it.
 _MAX_READERS = 8
-_CHARS_PER_TOKEN = 4  # about, in natural language; it only decides how much is read ahead
+_CHARS_PER_TOKEN = 4  # a rough figure for natural language, only to decide how much is read ahead
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +51,7 @@ class LaneState:
     piece: int = 0
     """Index of the piece that is being read."""
     document: int = 0
-    """Number of documents of that piece that have been tokenized. With a shuffle buffer, those before the buffer."""
+    """Number of documents of that piece that have been tokenized. With a shuffle buffer: that lie before the buffer."""
     taken: int = 0
     """Number of documents in the shuffle buffer that have been tokenized."""
     pending: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -61,11 +63,11 @@ class _Batch(NamedTuple):
 
     texts: list[tuple[Reader, str]]
     dropped: int
-    """Documents that were read for this batch and left out."""
+    """Number of documents that were read for this batch and left out."""
     after: LaneState
-    """Where the lane continues after this batch; without the pending tokens."""
+    """The lane's state after this batch, without the pending tokens."""
     is_first: bool
-    """Whether the batch has the first texts that are read."""
+    """Whether it is the first batch that is read of the lane."""
 
 
 class _Encoded(NamedTuple):
@@ -77,20 +79,23 @@ class _Encoded(NamedTuple):
 
 
 class _Buffer(NamedTuple):
-    """Documents that are shuffled together, in their order of training."""
+    """Documents that are shuffled together, in the order in which they are trained on."""
 
     texts: list[tuple[Reader, str]]
     dropped: int
+    """Number of documents that were read for this buffer and left out."""
     start: tuple[int, int, int]
+    """The place of the first document, as in `_LaneText._documents`."""
     after: tuple[int, int, int]
+    """The place after the last document."""
 
 
 @dataclass(frozen=True)
 class _LaneText:
-    """The documents of some pieces in order, again and again, at most `max_epochs` times.
+    """The documents of a lane's pieces, one piece after another, again and again, at most `max_epochs` times.
 
     `pieces`: (reader, number of the reader's piece). `is_only_lane`: the stream has no other lane. `shuffle_buffer`: as
-    in `DataSection`. `shuffle_key`: what the order in the buffer depends on, beside where the buffer begins.
+    in `DataSection`. `shuffle_key`: with the place where a buffer begins, it decides the order in that buffer.
     """
 
     pieces: list[tuple[Reader, int]]
@@ -101,13 +106,13 @@ class _LaneText:
     shuffle_key: tuple[int, ...]
 
     def batches(self, state: LaneState) -> Iterator[_Batch]:
-        """The batches from `state` on. Raises `RecipeError` if the pieces have no text or are used up."""
+        """The batches from `state` on. Raises `RecipeError` if the pieces have no text, or after `max_epochs`."""
         batches = self._shuffled(state) if self.shuffle_buffer else self._in_order(state)
         for number, batch in enumerate(batches):
             yield batch._replace(is_first=number == 0)
 
     def _in_order(self, state: LaneState) -> Iterator[_Batch]:
-        """Batches that end where a piece ends."""
+        """Batches of documents in the order of the files. A batch ends at the latest where a piece ends."""
         texts: list[tuple[Reader, str]] = []
         chars = dropped = 0
         for after, reader, split, text in self._documents(state.epoch, state.piece, state.document):
@@ -121,8 +126,11 @@ class _LaneText:
                 texts, chars, dropped = [], 0, 0
 
     def _shuffled(self, state: LaneState) -> Iterator[_Batch]:
-        """Batches of the documents in buffers. While one buffer is used, the next one is read document by document, so
-        that training does not wait for a whole buffer."""
+        """Batches of shuffled documents.
+
+        While documents are taken from one buffer, the next buffer is read, one document for each that is taken. So
+        training waits only for the first buffer as a whole.
+        """
         buffers = self._buffers(state)
         buffer = next(found for found in buffers if found is not None)
         taken, dropped = state.taken, 0 if state.taken else buffer.dropped
@@ -150,8 +158,8 @@ class _LaneText:
             taken, dropped = 0, buffer.dropped
 
     def _buffers(self, state: LaneState) -> Iterator[_Buffer | None]:
-        """The buffers from `state` on, the last of an epoch with the documents that are left. None for each document
-        that is read in between."""
+        """The buffers from `state` on. The last buffer of an epoch has the documents that are left. Yields None after a
+        document that does not complete a buffer."""
         texts: list[tuple[Reader, str]] = []
         dropped, start = 0, (state.epoch, state.piece, state.document)
         for after, reader, split, text in self._documents(*start):
@@ -170,10 +178,10 @@ class _LaneText:
     def _documents(
         self, epoch: int, piece: int, document: int
     ) -> Iterator[tuple[tuple[int, int, int], Reader, str | None, str]]:
-        """The documents from a place on: the place after it, its reader, split and text, as `Splitter` returns them.
+        """Each document from a place on: the place after it, its reader, and its split and text from `Splitter`.
 
-        A place is an epoch, an index of `pieces`, and a number of documents in that piece. The split is None where a
-        piece ends.
+        A place is an epoch, an index into `pieces`, and the number of documents before it in that piece. Where a piece
+        ends, the split is None.
         """
         any_text = document > 0 or piece > 0
         while True:
@@ -207,8 +215,8 @@ class _LaneText:
 class _Lane:
     """The blocks of a lane's text from `state` on.
 
-    `max_unknown`: as in `TokenizerSection`. `threads`: pools to read and to tokenize in; None: both happen in `blocks`.
-    `ahead`: how many characters may be read ahead.
+    `max_unknown`: as in `TokenizerSection`. `threads`: the pools that read and that tokenize; None: `blocks` does both
+    when it is called. `ahead`: number of characters to read ahead.
     """
 
     def __init__(
@@ -247,7 +255,7 @@ class _Lane:
         return replace(self._at)
 
     def copy(self) -> _Lane:
-        """A lane that continues about here, without a limit of epochs, without shuffling, and without threads."""
+        """A lane with the text from here on (from the buffer's first document on), without an end and not shuffled."""
         text = replace(self._text, max_epochs=None, shuffle_buffer=0)
         return _Lane(text, self._encoder, self._block_size, replace(self._at, taken=0), self._max_unknown)
 
@@ -281,8 +289,8 @@ class _Lane:
     def _check_first_texts(self, reader: Reader, encoder: Encoder, texts: list[str], ids: list[np.ndarray]) -> None:
         """Check the lane's first texts.
 
-        Logs special tokens that are read as text. Raises `RecipeError` if the tokenizer does not know, or leaves out,
-        a share of the texts above `max_unknown`.
+        Logs special tokens that are read as text. Raises `RecipeError` if the share of unknown tokens, or of characters
+        that the tokenizer leaves out, is above `max_unknown`.
         """
         characters, lost, _ = (sum(some) for some in zip(*map(encoder.lost_characters, texts), strict=True))
         unknown = sum(map(encoder.count_unknown, ids)) / max(1, sum(map(len, ids)))
@@ -307,7 +315,7 @@ class Lanes(NamedTuple):
 
 
 def assign_lanes(data: DataSection, held_out: frozenset[bytes], sequences_per_step: int) -> list[Lanes]:
-    """Divide the files of each stream into lanes. The result depends only on the files, and little of them is read.
+    """Divide the files of each stream into lanes. This reads little of the files, and depends on nothing else.
 
     Files of about the same size make several lanes, which are read side by side. Files of other sizes make one lane,
     because the text of a small file would otherwise be seen much more often than that of a large one. If a lane would
@@ -321,7 +329,7 @@ def assign_lanes(data: DataSection, held_out: frozenset[bytes], sequences_per_st
     stream_lanes = []
     for sources in [[number] for number in range(len(readers))] if data.weights else [list(range(len(readers)))]:
         pieces = [(number, index) for number in sources for index in range(len(readers[number].pieces))]
-        # In a mixture, a stream's sequences are at other positions in each step, so every process reads every stream.
+        # In a mixture, a stream's sequences are at other positions in each step, so any process may need any of them.
         if data.weights:
             stream_lanes.append(Lanes(1, pieces))
             continue
@@ -339,7 +347,7 @@ def _assign_stream(
 ) -> Lanes:
     num_lanes = math.gcd(len(pieces), sequences) if len(pieces) > 1 else 1
     if num_lanes > 1:
-        with ThreadPoolExecutor(8) as pool:  # each remote file takes a request
+        with ThreadPoolExecutor(8) as pool:  # the size of a remote file takes a request
             sizes = list(pool.map(lambda piece: readers[piece[0]].text_size(piece[1]), pieces))
         num_lanes = num_lanes if _have_similar_sizes(sizes, max_ratio) else 1
     if num_lanes == 1:
@@ -369,12 +377,13 @@ def _have_similar_sizes(sizes: list[int | None], max_ratio: float) -> bool:
 
 
 class Exchange(Protocol):
-    """Sends rows between the processes of a run. All processes must call it for the same steps, in order."""
+    """Sends blocks between the processes of a run. All processes must call it for the same steps, in order."""
 
     def __call__(self, outgoing: Sequence[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         """Send each process its array, int32 (n,), and return the array from each process.
 
-        `sizes`: how many numbers come from each. Raises `ReadingEndedError` if another process has called `leave`.
+        `sizes`: the length of the array from each process. Raises `ReadingEndedError` if another process has called
+        `leave`.
         """
         ...
 
@@ -384,14 +393,15 @@ class Exchange(Protocol):
 
 
 class StreamingData:
-    """The micro-batches of this process, one step after another from data step `first_step`.
+    """The micro-batches of this process, one step after another, from data step `first_step` on.
 
     `states`: the states of all lanes after the step before, by (stream, lane); empty at the start of a run.
     `held_out`: digests of the validation documents. `max_unknown`: as in `TokenizerSection`. `stream_lanes`: the
     result of `assign_lanes`, equal on all processes; computed if None. `seed`: for `data.shuffle_buffer`.
-    `num_threads`: that tokenize; by default one for each core. The other arguments are those of `TrainingData`.
+    `num_threads`: number of threads that tokenize; by default one for each core. The other arguments are those of
+    `TrainingData`.
 
-    Without `share_reading`, a process reads all lanes that its sequences come from, also those that others read.
+    Until `share_reading` is called, a process reads every lane that its sequences come from, even if others do too.
     """
 
     def __init__(
@@ -423,7 +433,7 @@ class StreamingData:
         self._mine = range(process_index * self._per_process, (process_index + 1) * self._per_process)
         readers = training_readers(data)
         for reader in readers:
-            _ = encoder.for_source(reader.source.special_tokens).fast  # makes it, before threads ask for it
+            _ = encoder.for_source(reader.source.special_tokens).fast  # creates it before several threads use it
         stream_lanes = assign_lanes(data, held_out, self._per_step) if stream_lanes is None else stream_lanes
         stream_lanes = _restore_lanes(stream_lanes, [len(reader.pieces) for reader in readers], states)
         self._num_lanes = np.array([one.num_lanes for one in stream_lanes])
@@ -465,15 +475,15 @@ class StreamingData:
                 states.get((stream, lane), LaneState()),
                 max_unknown,
                 threads,
-                # What a step takes, and some work for each thread.
+                # The text of one step, and some more to keep each thread busy.
                 tokens * _CHARS_PER_TOKEN + _BATCH_CHARS * (1 + 2 * num_threads // len(used)),
             )
         self._example: dict[str, torch.Tensor] | None = None
 
     def _assign_owners(self, shares: np.ndarray) -> np.ndarray:
-        """The process that reads each lane: int64 (lanes,). `shares`: of each stream in a step.
+        """The process that reads each lane: int64 (lanes,). `shares`: of each stream in a step, float64 (streams,).
 
-        A lane of a run without mixture belongs to the process of its first sequence. The sources of a mixture are
+        Without a mixture, a lane is read by the process that trains on its first sequence. The sources of a mixture are
         divided so that all processes tokenize about the same amount.
         """
         if len(shares) == 1:
@@ -481,7 +491,7 @@ class StreamingData:
             return np.arange(number) * self._num_processes // number
         owners, loads = np.zeros(len(shares), np.int64), [0.0] * self._num_processes
         for stream in np.argsort(-shares, kind="stable").tolist():
-            # Among processes with nothing to do, take one on another machine, whose ranks are far away.
+            # Among equal loads, the reversed bits choose ranks that are far apart, and so on different machines.
             owner = min(range(self._num_processes), key=lambda index: (loads[index], _reverse_bits(index)))
             owners[stream] = owner
             loads[owner] += shares[stream]
@@ -489,15 +499,15 @@ class StreamingData:
 
     @property
     def shares_lanes(self) -> bool:
-        """Whether the sequences of some lane belong to several processes."""
+        """Whether several processes train on sequences of the same lane."""
         return self._num_processes > 1 and (
             len(self._num_lanes) > 1 or int(self._num_lanes[0]) % self._num_processes > 0
         )
 
     def share_reading(self, exchange: Exchange, reads: bool = True) -> None:
-        """Read each lane on one process only. All processes must call it, before they read.
+        """Read each lane on one process only. All processes must call this before the first step.
 
-        `reads`: whether this process may read. Of several processes that train on the same sequences, one does.
+        `reads`: whether this process may read. Of several processes that train on the same sequences, one may.
         """
         self._exchange = exchange
         owned = [key for key in self._lanes if reads and self._owner(*key) == self._process_index]
@@ -505,7 +515,7 @@ class StreamingData:
 
     def describe_reading(self) -> str:
         """How the run's data are read, in one sentence."""
-        text = f"streaming reads {self._num_lanes.sum()} sequences of files side by side"
+        text = f"streaming reads {self._num_lanes.sum()} groups of files side by side"
         readers = len(set(self._owners.tolist()))
         if self._num_processes > 1:
             text += f", on {readers} of {self._num_processes} processes"
@@ -522,7 +532,7 @@ class StreamingData:
         return int(self._owners[self._first_lanes[stream] + lane])
 
     def step(self, step: int) -> StepData:
-        """This process's data of data step `step`, which must come after the last one. Steps in between are skipped.
+        """This process's data of data step `step`, which must be later than the last one. Steps in between are skipped.
 
         Raises `ReadingEndedError` if another process reads no more steps.
         """
@@ -568,9 +578,9 @@ class StreamingData:
         )
 
     def _swap(self, outgoing: Sequence[np.ndarray], owners: np.ndarray) -> np.ndarray:
-        """Send rows, int64 (n, block_size), to each process, and return this process's: int64 (m, block_size).
+        """Send each process its blocks, int64 (n, block_size), and return this process's: int64 (m, block_size).
 
-        `owners`: the process that reads each of the latter, int64 (m,).
+        `owners`: the process from which each of the returned blocks comes, int64 (m,).
         """
         assert self._exchange is not None
         counts = np.bincount(owners, minlength=self._num_processes)
@@ -584,7 +594,7 @@ class StreamingData:
     def _count_dropped(self) -> int:
         """Number of documents that were read since the last step and left out.
 
-        If several processes read a lane, only its owner counts.
+        If several processes read a lane, only its owner counts them.
         """
         dropped = 0
         for (stream, lane), made in self._lanes.items():

@@ -1,4 +1,4 @@
-"""Process groups on the CPU, and what processes tell each other apart from the communication of training."""
+"""Process groups on the CPU, and what processes tell each other outside of training steps: votes and blocks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Votes:
 class RowExchange:
     """The `Exchange` of `StreamingData`, for the processes of `group`.
 
-    Of `processes_per_sequence` processes in a row, which train on the same sequences, the first one sends.
+    Each `processes_per_sequence` neighboring ranks train on the same sequences. The first rank of them sends.
     """
 
     def __init__(self, group: Any, processes_per_sequence: int):
@@ -68,7 +68,7 @@ class RowExchange:
     def __call__(self, outgoing: Sequence[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         """Send an array, int32 (n,), to the processes of each part of the data, and return the array from each part.
 
-        `sizes`: how many numbers come from each. Raises `ReadingEndedError` if another process has called `leave`.
+        `sizes`: the length of the array from each part. Raises `ReadingEndedError` if another process called `leave`.
         """
         if self._has_left(False):
             raise ReadingEndedError
@@ -83,7 +83,7 @@ class RowExchange:
 
     def leave(self) -> None:
         """Tell the other processes, in place of the next call, that this process reads no more data."""
-        with contextlib.suppress(RuntimeError):  # of gloo: another process has ended
+        with contextlib.suppress(RuntimeError):  # gloo raises it if another process has ended
             self._has_left(True)
 
     def _has_left(self, leaves: bool) -> bool:

@@ -25,7 +25,7 @@ from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops
 from hfpretrain.training.watchdog import Watch
 
-# A process waits in the exchange for one that evaluates or saves, so it may take long. `Watch` finds those that hang.
+# An exchange may take long, since it waits for a process that evaluates or saves. `Watch` finds processes that hang.
 _EXCHANGE_SECONDS = 7 * 24 * 3600
 logger = logging.getLogger(__name__)
 
@@ -77,12 +77,12 @@ class Feed:
             "seed": recipe.seed,
             "num_threads": max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
         }
-        # The threads of `StreamingData` tokenize in parallel. `tokenizers` would start as many again in each process.
+        # The threads of `StreamingData` tokenize in parallel. `tokenizers` would start as many threads of its own.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         data = self._read(lambda: StreamingData(section, encode, held_out, **keywords))
         engine = setup.engine
         if data.shares_lanes or engine.processes_per_sequence > 1:
-            # A new group each time: a thread of the data before a rollback may still wait for a source.
+            # A new group each time: after a rollback, a thread may still use the old one when its source answers.
             group = new_control_group(engine.num_processes, _EXCHANGE_SECONDS)
             exchange = RowExchange(group, engine.processes_per_sequence)
             data.share_reading(exchange, reads=engine.is_main_data_process)

@@ -97,7 +97,7 @@ def tokens(step_data):
 
 
 class Meeting:
-    """The exchange of processes that are threads of this one."""
+    """Makes an `Exchange` for each rank, if the ranks are threads of this process."""
 
     def __init__(self, size):
         self._barrier, self._left = threading.Barrier(size, timeout=60), False
@@ -125,7 +125,7 @@ class Meeting:
 
 
 def on_threads(works):
-    """The results of functions that run at the same time."""
+    """Call functions at the same time, each in a thread, and return their results."""
     results = [None] * len(works)
 
     def call(number):
@@ -140,7 +140,7 @@ def on_threads(works):
 
 
 def sharing(make, num_processes):
-    """Streams of all processes, of which each lane is read by one. `make`: (number of processes, index) to a stream."""
+    """A stream for each process. Together they read each lane once. `make`: called with (processes, index)."""
     meeting = Meeting(num_processes)
     ranks = [make(num_processes, index) for index in range(num_processes)]
     for index, rank in enumerate(ranks):
@@ -186,7 +186,7 @@ class CountingFile(io.FileIO):
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """Bytes read of all files, by folder."""
+    """Number of bytes read from files, by the name of their folder."""
     monkeypatch.setattr(corpus, "_open_file", lambda origin: io.BufferedReader(CountingFile(origin)))
     monkeypatch.setattr(CountingFile, "counts", {})
     return CountingFile.counts
@@ -240,7 +240,7 @@ def test_shared_reading_resumes_on_another_number_of_processes(files, encode, tm
 
 
 def documents(data, encode, steps, **keywords):
-    """The texts of the documents that end in these steps of a stream of one lane."""
+    """The texts of the documents in these steps of a stream with one lane."""
     one = stream(data, encode, **keywords)
     flat = np.concatenate([tokens(one.step(step)).reshape(-1).numpy() for step in steps])
     return [encode._tokenizer.decode(ids) for ids in np.split(flat, np.flatnonzero(flat == encode.eos_token_id) + 1)]
@@ -350,7 +350,7 @@ def test_reading_ahead_keeps_the_order_and_its_limit():
 
 
 class StalledFile(io.RawIOBase):
-    """Ends in a read that does not return, as from a disk or a server that does not answer."""
+    """A read after `reads_until` bytes does not return, as if a disk or a server no longer answered."""
 
     answers = threading.Event()
 
@@ -419,7 +419,7 @@ def test_a_stalled_source_gives_what_it_has_and_never_blocks_a_stop(stalling, en
 
 
 def run_ranks(target, *arguments, number=3):
-    """The results of `target(rank, number, *arguments)` on processes of a gloo group."""
+    """Call `target(rank, number, *arguments)` in each process of a gloo group, and return the results by rank."""
     context = multiprocessing.get_context("fork")
     results, store = context.Queue(), Path(arguments[0]) / "store"
 
@@ -486,7 +486,7 @@ def test_all_processes_stop_reading_although_some_are_ahead(files, encode, tmp_p
 
 
 class StallingHandler(BaseHTTPRequestHandler):
-    """Serves the file `content`, and after its first half never answers again."""
+    """Sends the first half of `content`, and then nothing any more."""
 
     content = b""
 
