@@ -1,4 +1,4 @@
-"""Find a document's text in the columns of a row: in one of them, in a nested one, or in several by a template."""
+"""Find a document's text in a row: in one column, in a nested column, or in several columns that a template joins."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class TextColumns:
         self.key = "text_column" if source.text_template is None else "text_template"
         """The recipe's key that names the columns."""
         self.names = tuple(dict.fromkeys(name for _, name in parts if name is not None)) or (source.text_column,)
-        """The columns' names as in the recipe, each once. A dot leads into a nested column."""
+        """Each column's name once, as in the recipe. A dot leads into a nested column."""
         self._parts = [(text, None if name is None else self.names.index(name)) for text, name in parts]
 
     def join(self, values: Sequence[str]) -> str:
-        """The text of a document from the values of `names`. It is empty if all of them are."""
+        """The text of a document, joined from the values of the columns `names`. It is empty if all values are."""
         if not self._parts:
             return values[0]
         if not any(values):
@@ -34,7 +34,7 @@ class TextColumns:
 
 
 def value_of(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column in a JSON object, None if it is in a null. Raises `KeyError` if there is no such column."""
+    """A column's value in a JSON object; None if an object around it is null. Raises `KeyError` if it is missing."""
     if name in row:
         return row[name]
     for outer, inner in _divisions(name):
@@ -47,7 +47,7 @@ def value_of(row: Mapping[str, Any], name: str) -> Any:
 
 
 def path_of(fields: Iterable[pa.Field], name: str) -> tuple[str, ...] | None:
-    """Names of the struct columns that lead to a column, and its own; None if there is no such column."""
+    """The names of the struct columns around a column, then its own name; None if there is no such column."""
     by_name = {field.name: field.type for field in fields}
     if name in by_name:
         return (name,)
@@ -58,7 +58,7 @@ def path_of(fields: Iterable[pa.Field], name: str) -> tuple[str, ...] | None:
 
 
 def column_values(table: pa.Table | pa.RecordBatch, path: Sequence[str]) -> list[Any]:
-    """The values of a column, None if they are in a null. Bytes that are no UTF-8 become lone surrogates."""
+    """The values of a column; None where a struct around it is null. Bytes that aren't UTF-8 become lone surrogates."""
     import pyarrow as pa
     import pyarrow.compute
 
@@ -76,7 +76,11 @@ def column_values(table: pa.Table | pa.RecordBatch, path: Sequence[str]) -> list
 
 
 def arrow_batches(file: Any, num_rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """The schema of an Arrow file, or of a stream as `datasets` writes it, and its rows, up to `num_rows` at a time."""
+    """The schema and the rows of an Arrow file, in batches of up to `num_rows`.
+
+    It may have Arrow's file format or its stream format, which `datasets` writes. Raises `pa.ArrowInvalid` if it is
+    broken.
+    """
     import pyarrow as pa
 
     is_stream = file.read(6) != b"ARROW1"
@@ -101,7 +105,7 @@ def field_names(fields: Iterable[pa.Field]) -> Iterator[str]:
 
 
 def _divisions(name: str) -> Iterator[tuple[str, str]]:
-    """`name` divided at each of its dots in turn."""
+    """Pairs of what stands before and after each dot in `name`."""
     for position, character in enumerate(name):
         if character == ".":
             yield name[:position], name[position + 1 :]

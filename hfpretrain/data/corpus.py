@@ -40,7 +40,7 @@ _document_counts: dict[tuple[Any, ...], int] = {}
 
 
 class Document(NamedTuple):
-    """A text and its origin. If there is a `problem`, the text can't be used and is empty."""
+    """A document as text or as token ids, and its origin. If there is a `problem`, it can't be used and has no text."""
 
     text: str
     origin: str
@@ -52,13 +52,13 @@ class Document(NamedTuple):
     digest: bytes = b""
     """Hash of the text: 16 bytes."""
     problem: tuple[str, str] | None = None
-    """The reason, a short name under which such documents are counted, and a sentence for the user."""
+    """The name under which documents with this problem are counted, and a sentence for the user."""
     ids: np.ndarray | None = None
-    """Token ids, (n,), of a document that came as tokens; it has no `text`. None for text."""
+    """The document's token ids, (n,) of any integer type, if its source has tokens; `text` is then empty. Else None."""
     framing: np.ndarray | None = None
-    """EOS, BOS and padding that the file has around the document's `ids`: (m,). None for text."""
+    """EOS, BOS and padding around `ids` in the file: (m,) of the same type. None for text."""
     chars_of_ids: int = 0
-    """Characters that `ids` stand for."""
+    """Number of characters that `ids` stand for."""
 
     @property
     def content(self) -> str | np.ndarray:
@@ -67,7 +67,7 @@ class Document(NamedTuple):
 
     @property
     def num_chars(self) -> int:
-        """Characters of the text, or of what the tokens stand for."""
+        """Number of characters of the text, or of the text that the tokens stand for."""
         return len(self.text) if self.ids is None else self.chars_of_ids
 
 
@@ -88,9 +88,9 @@ class Piece(NamedTuple):
 class Reader:
     """An open source: its pieces in order, and the documents of each.
 
-    `key`: the source's path in the recipe, for messages. Raises `RecipeError` if a file is missing or the source
-    can't be opened, and at a document with a problem unless `on_bad_document` is "skip". `vocabulary`: with which
-    token files are read.
+    `key`: the source's path in the recipe, for messages. `vocabulary`: turns token files into documents; only needed if
+    the source has tokens. Raises `RecipeError` if a file is missing or the source can't be opened, and at a document
+    with a problem unless `on_bad_document` is "skip".
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Reader:
     ):
         self.source, self.key, self._vocabulary = source, key, vocabulary
         self.stopped_at_limit = False
-        """Whether the last `read` ended at `max_documents` or `max_bytes`, and the source has more documents."""
+        """Whether the last `read` ended at `max_documents` or `max_bytes` although the source has more documents."""
         self._columns = TextColumns(source)
         self._skip = on_bad_document == "skip"
         self._dataset: Any = None
@@ -133,7 +133,7 @@ class Reader:
             return self._done_bytes
 
     def start_over(self) -> None:
-        """Count from zero again what is read."""
+        """Set `bytes_read` back to zero."""
         self._raw, self._done_bytes = None, 0
 
     def count_as_read(self, pieces: Iterable[int]) -> None:
@@ -151,9 +151,9 @@ class Reader:
         return size * (piece.stop - piece.start) // self._num_documents(piece._replace(start=0, stop=None))
 
     def groups(self) -> list[range]:
-        """Neighboring pieces in groups of at least 64 MiB, except for the last. A piece of unknown size is a group.
+        """Neighboring pieces in groups of at least 64 MiB, except for the last. A piece of unknown size ends its group.
 
-        With `max_documents` or `max_bytes`, all pieces are one group: where it ends depends on all documents before.
+        With `max_documents` or `max_bytes`, all pieces are one group, since a limit counts the documents of all pieces.
         """
         if self.source.is_limited:
             return [range(len(self.pieces))]
@@ -190,11 +190,11 @@ class Reader:
             self._done_bytes += piece.size or 0
 
     def _is_beyond_limit(self, num_documents: int, num_bytes: int) -> bool:
-        """Whether the document that makes these numbers is one too many. Raises `RecipeError` if it is the first."""
+        """Whether so many documents with so many bytes exceed a limit. Raises `RecipeError` if the first one does."""
         source = self.source
         if source.max_bytes is not None and num_bytes > source.max_bytes:
             if num_documents == 1:
-                message = f"is {source.max_bytes}, but the first document has {num_bytes} bytes; give more"
+                message = f"is {source.max_bytes}, but the first document has {num_bytes} bytes; raise it"
                 raise RecipeError.at(f"{self.key}.max_bytes", message)
             return True
         return source.max_documents is not None and num_documents > source.max_documents
@@ -250,7 +250,7 @@ class Reader:
         return found[self.source.split] if self._is_streamed else self._slice_pieces(found)
 
     def _slice_pieces(self, files: dict[str, list[Piece]]) -> list[Piece]:
-        """The parts of files that make up a slice such as `train[:10%]`, which counts documents."""
+        """The parts of files that make up a slice such as `train[:10%]`. Slices count documents."""
         from datasets import ReadInstruction
 
         split, key = self.source.split, f"{self.key}.split"
@@ -438,7 +438,7 @@ class Reader:
 
     def _token_documents(self, origin: str) -> Iterator[Document]:
         if self._vocabulary is None:
-            raise RecipeError.at(self.key, "has tokens, but text is needed here; use data with text")
+            raise RecipeError.at(self.key, "has token ids, but text is needed here; give a source of text")
         for found in self._vocabulary.documents(origin, self.source, self.key):
             ids, framing, row, num_chars, num_bytes, digest, problem = found
             yield Document("", origin, row, num_bytes, digest, problem, ids, framing, num_chars)
@@ -520,10 +520,10 @@ class Reader:
 
 
 def _load_json(line: bytes) -> Any:
-    """The value of a line, by orjson, which is several times as fast as json.
+    """The value of a JSON line. Raises `ValueError` if it is broken.
 
-    json reads what orjson refuses: some of it, such as NaN and lone surrogates, is JSON to json, and its messages say
-    more about the rest.
+    `orjson` is several times as fast as `json`. Lines that it refuses are read by `json`, which accepts some of them,
+    with NaN or lone surrogates, and says more about what is wrong with the others.
     """
     try:
         return orjson.loads(line)
@@ -690,7 +690,7 @@ def first_line(error: BaseException) -> str:
 def training_readers(data: DataSection, vocabulary: Vocabulary | None = None) -> list[Reader]:
     """A reader of each training source. Raises `RecipeError` if one can't be opened.
 
-    `vocabulary`: needed where a source has tokens.
+    `vocabulary`: as in `Reader`.
     """
     return [
         Reader(source, f"data.sources.{number}", data.on_bad_document, vocabulary)

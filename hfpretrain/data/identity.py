@@ -29,7 +29,7 @@ _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "CRC"),
     *("Last-Modified", "LastModified", "last_modified", "updated", "modificationTime", "modify", "mtime", "created"),
 )
-# Older versions had no such keys, and did what their defaults say.
+# Keys that older versions did not have. Their defaults mean what those versions did, so they change no fingerprint.
 _LATER_SOURCE_KEYS = ("special_tokens", "text_template", "delimiter", "max_documents", "max_bytes", *TOKEN_KEYS)
 _LATER_TOKENIZER_KEYS = {
     *("train_on", "pattern", "min_frequency", "special_tokens", "reserved_tokens", "byte_fallback", "limit_alphabet"),
@@ -81,7 +81,7 @@ def _datasets_versions(source: SourceSection, key: str) -> list[Any]:
 
 
 def _saved_versions(saved: dict[str, list[source_files.SourceFile]], key: str) -> list[Any]:
-    """Versions of each split's files. Older versions gave the standard splits first, since `datasets` found them so."""
+    """Versions of each split's files. The standard splits come first, as `datasets` gave them to older versions."""
     first = [name for name in ("train", "validation", "test") if name in saved]
     return [
         [name, *_file_versions([file.origin for file in saved[name]], key)] for name in dict.fromkeys([*first, *saved])
@@ -214,7 +214,7 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
         for name in ("path", "data_files", "data_dir", "revision"):
             del source[name]
         for name in _LATER_SOURCE_KEYS:
-            # `min_agreement` only decides whether tokens are accepted.
+            # `min_agreement` only decides whether the tokens are accepted, and does not change them.
             if name == "min_agreement" or getattr(section, name) == SourceSection.model_fields[name].default:
                 del source[name]
     for source in content["sources"]:

@@ -36,7 +36,7 @@ _SPLIT_WORDS = {
 }
 _SPLITS = {name: re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)") for name, words in _SPLIT_WORDS.items()}
 _SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}.*\.")
-_PARTITION = re.compile(r"(?:^|/)split=([^/]+)/")  # of a folder that Hive, Spark or Arrow partitioned by split
+_PARTITION = re.compile(r"(?:^|/)split=([^/]+)/")  # in a folder that Hive, Spark or Arrow partitioned by split
 # Files that accompany data. `datasets` leaves out those of the first line. Spark and Hive write those with `_`.
 _MARKERS = re.compile(
     r"(README\.md|config\.json|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip"
@@ -136,9 +136,9 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
 
 
 def _token_files(files: list[tuple[str, int | None]], key: str) -> list[tuple[str, int | None]]:
-    """The files of a source of tokens, without those that are read with another one, or that are only caches.
+    """The files of a source of tokens, without indexes and caches.
 
-    Megatron's index is read with its `.bin`. In a folder that `Dataset.save_to_disk` wrote, `map` leaves caches.
+    An index of Megatron-LM is read with its `.bin`. `Dataset.map` leaves caches in a folder of `Dataset.save_to_disk`.
     """
     names = {name for name, _ in files}
 
@@ -153,7 +153,7 @@ def _token_files(files: list[tuple[str, int | None]], key: str) -> list[tuple[st
 
 
 def _require_readable(source: SourceSection, key: str) -> None:
-    """Raises `RecipeError` if `path` is a file, a missing folder, or a saved dataset with `data_files`."""
+    """Raises `RecipeError` if `path` is a file, a missing folder, or a saved dataset and `data_files` is given."""
     path = source.path
     if path in FILE_FORMATS:
         return
@@ -172,10 +172,11 @@ def _require_readable(source: SourceSection, key: str) -> None:
 
 
 def saved_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]] | None:
-    """The files of each split of a folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote, in their order.
+    """The files of each split, in order, of a folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote.
 
-    None if the source is no such folder. A single dataset is `train` if it does not say of which split it is. Files
-    that `Dataset.map` left in the folder (`cache-*.arrow`) are no data. Raises `RecipeError` if a file is missing.
+    None if the source is no such folder. If a single dataset does not record its split, it is `train`. Caches that
+    `Dataset.map` left in the folder (`cache-*.arrow`) are not data and left out. Raises `RecipeError` if a file is
+    missing.
     """
     if source.patterns or _is_remote(source) or not (is_folder(source) or source.holds_tokens):
         return None
@@ -191,7 +192,7 @@ def saved_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]]
     sizes = {path: _stat_regular_file(path, key).st_size for path in itertools.chain.from_iterable(saved.values())}
     if source.holds_tokens:
         return {split: [SourceFile(str(path), sizes[path], "tokens") for path in some] for split, some in saved.items()}
-    # Without sizes, so that every file is a group of its own, as in older versions, and the blocks stay the same.
+    # Files without a size are groups of their own. Older versions read them so, and the blocks must stay the same.
     return {split: [SourceFile(str(path), None, "arrow") for path in paths] for split, paths in saved.items()}
 
 
@@ -200,7 +201,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _files_of_saved_dataset(folder: Path, key: str) -> tuple[list[Path], str | None]:
-    """The files that the state of a saved `Dataset` lists, and the name of its split if it has one."""
+    """The files that `state.json` of a saved `Dataset` lists, and the name of its split if it records one."""
     return _read_saved(
         folder / "state.json",
         key,
@@ -209,7 +210,7 @@ def _files_of_saved_dataset(folder: Path, key: str) -> tuple[list[Path], str | N
 
 
 def _read_saved(path: Path, key: str, read: Callable[[Any], T]) -> T:
-    """What `read` returns for a JSON file of a saved dataset. Raises `RecipeError` if the file is damaged."""
+    """What `read` returns for the content of a JSON file in a saved dataset. Raises `RecipeError` if it is damaged."""
     try:
         return read(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -244,7 +245,7 @@ def delimiter_of(origin: str) -> str:
 
 
 def delimiter_in(names: list[str]) -> str | None:
-    """The character that seems to separate the fields, if the one that was used found only one name."""
+    """The character that probably separates the fields of a CSV file, if its header was read as one single name."""
     return next((one for one in ";\t|," if len(names) == 1 and one in names[0]), None)
 
 
@@ -259,9 +260,9 @@ def codec_suffix(origin: str) -> str:
 
 
 def require_data(origin: str, head: bytes, key: str, suffix: str = "", kind: str = "") -> None:
-    """Raises `RecipeError` if a file's first bytes show another format than its name or its source.
+    """Raises `RecipeError` if a file's first bytes show another format than its name or its source says.
 
-    `suffix`: of the bytes' compression. `kind`: the format of the decompressed file.
+    `suffix`: that of the compression; empty if `head` is decompressed. `kind`: the format of the decompressed file.
     """
     for magic, what in _MAGIC:
         is_expected = magic in (_CODEC_MAGIC.get(suffix), _FORMAT_MAGIC.get(kind))
@@ -297,8 +298,8 @@ def require_no_other_format(origin: str, head: bytes, key: str, suffix: str) -> 
 def expand_pattern(source: SourceSection, pattern: str, key: str) -> list[tuple[str, dict[str, Any]]]:
     """The files that a pattern matches, sorted, each with the size and times that the file system reports.
 
-    If there is a file of exactly this name, the pattern stands for that file. Raises
-    `RecipeError` if a match can't be read.
+    If there is a file of exactly this name, the pattern stands for that file. Raises `RecipeError` if a match can't be
+    read.
     """
     if _is_remote(source, pattern):
         return _expand_remote(source, pattern, key)
@@ -502,9 +503,9 @@ def _files_of_split(
 
 
 def _splits_by_name(names: Iterable[str], root: str) -> dict[str, set[str]]:
-    """The splits to which each file belongs by its path below `root`, with the rules of `datasets`.
+    """The splits to which each file belongs by its path below `root`, with the rules of `datasets` and one more.
 
-    Unlike `datasets`, which reads all partitions as one split, a folder `split=NAME` is the split of this name.
+    A folder `split=NAME` is the split of this name. `datasets` would read all such folders as one split.
     """
     paths = {name: path_below(root, name) for name in names}
     matches = {name: _PARTITION.search(path) or _SHARD.match(path) for name, path in paths.items()}

@@ -176,7 +176,7 @@ def _packs_documents(data: DataSection) -> bool:
     if data.streaming:
         return True
     for number, source in enumerate(data.sources):
-        if source.holds_tokens:  # they take a tokenizer to read
+        if source.holds_tokens:  # reading them takes a tokenizer
             continue
         reader = corpus.Reader(source, f"data.sources.{number}", data.on_bad_document)
         first = reader.pieces[0] if reader.pieces else None

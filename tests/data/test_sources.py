@@ -1,4 +1,4 @@
-"""Forms in which people have their text: saved datasets, nested columns, templates, old archives, and limits."""
+"""Forms in which users have their text: saved datasets, nested columns, templates, compressed files; and limits."""
 
 import bz2
 import gzip
