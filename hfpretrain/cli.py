@@ -144,20 +144,20 @@ def _parser() -> argparse.ArgumentParser:
     shard = "prepare shard I of N on this machine; when all N are done, run the command once without --shard"
     prepare.add_argument("--shard", metavar="I/N", help=shard)
     prepare.add_argument("--num-workers", type=int, help="threads that tokenize; default: one per core")
-    processes = "processes among which the files are divided, for a corpus of many GB on many cores; default: 1"
+    processes = "number of processes that divide the files; for a corpus of many GB on many cores; default: 1"
     prepare.add_argument("--num-processes", type=int, help=processes)
     tokenizer = command(
         "tokenizer", _tokenizer, "compare tokenizers on a recipe's text: bytes per token, vocabulary, speed"
     )
-    several = "recipes, and tokenizers: a folder, a run or an ID on the Hub; the text is that of the first recipe"
+    several = "recipes, and tokenizers (a folder, a run or a Hub ID NAME/NAME); the text is that of the first recipe"
     tokenizer.add_argument("recipe", metavar="RECIPE|FOLDER", nargs="+", help=several)
     text = "measure on a .txt file (one document) or a .jsonl file (key `text`) instead; may be given several times"
     tokenizer.add_argument("--data", action="append", metavar="[NAME=]FILE", help=text)
-    size = "most text of each source to measure on, in bytes; default: 4000000"
+    size = "maximum text of each source or file to measure on, in bytes; default: 4000000"
     tokenizer.add_argument("--max-bytes", type=int, default=4_000_000, help=size)
     tokenizer.add_argument("--plot", metavar="PNG", help="also draw the comparison")
     tokenizer.add_argument("--json", action="store_true", help="print one JSON array")
-    saved = "save the tokenizer of the only recipe in this new folder, which `tokenizer.pretrained` can name"
+    saved = "save the recipe's tokenizer in this new folder, for `tokenizer.pretrained`; needs exactly one recipe"
     tokenizer.add_argument("--save", metavar="FOLDER", help=saved)
     data = command("data", _data, "print the documents that a step of a run was trained on")
     data.add_argument("recipe", metavar="RECIPE")
@@ -447,7 +447,8 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain.data import tokenizer_report
     from hfpretrain.evaluation.texts import file_texts
 
-    # A name without a slash that is no folder is a recipe's file or the name of a shipped recipe.
+    # A recipe is a file, or the name of a shipped recipe. A name that is neither a file nor a folder, and has no slash,
+    # is taken for the latter; a Hub ID has a slash.
     is_recipe = [Path(name).is_file() or ("/" not in name and not Path(name).is_dir()) for name in args.recipe]
     recipes = {
         name: _load(argparse.Namespace(recipe=name), overrides) for name in itertools.compress(args.recipe, is_recipe)

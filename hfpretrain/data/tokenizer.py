@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# Characters of scripts that put no space between words; `ー` lengthens a vowel in Japanese.
+# Characters of scripts that put no space between words. `ー`, which lengthens a vowel in Japanese, is in no script.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _EXPRESSIONS = {
@@ -162,7 +162,7 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
 
 
 def _pre_tokenizer(pattern: str, is_byte_level: bool) -> Any:
-    """What cuts text into the pieces of `TokenizerSection.pattern`."""
+    """The pre-tokenizer that splits text into pieces, as `TokenizerSection.pattern` says."""
     from tokenizers import Regex, pre_tokenizers
 
     name = "gpt2" if pattern == "digits" else pattern
@@ -198,8 +198,9 @@ def _character_tokenizer(documents: Iterable[str], special: list[str], byte_fall
 def _finish_character_bpe(trained: Tokenizer, num_special: int, byte_fallback: bool) -> Tokenizer:
     """Give a BPE tokenizer over characters its decoder, and with `byte_fallback` 256 tokens for bytes.
 
-    They get the ids after the special tokens, because `tokenizers` can't train with tokens that are neither special nor
-    found in the text. Raises `RecipeError` if the text has such a token.
+    The tokens for bytes get the ids after the special tokens. They are added after the training, because `tokenizers`
+    can't train with tokens that are neither special nor found in the text. Raises `RecipeError` if the training itself
+    made a token with such a name.
     """
     from tokenizers import Tokenizer, decoders
 

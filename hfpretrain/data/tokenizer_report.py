@@ -29,7 +29,7 @@ NUM_LONGEST = 5
 _BATCH = 64
 _MAX_SCRIPTS = 14
 _OTHER, _NUMBERS, _SYMBOLS, _SPACES = "other letters", "numbers", "symbols", "spaces"
-# Unicode's `Script_Extensions`, with which a sign that several scripts share, such as `ー`, belongs to the first.
+# By Unicode's `Script_Extensions`. A character that several scripts share, such as `ー`, counts for the first of them.
 _SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Ethiopic", "Devanagari", "Bengali"),
     *("Gurmukhi", "Gujarati", "Oriya", "Tamil", "Telugu", "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Khmer"),
@@ -42,7 +42,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass
 class Size:
-    """An amount of text and the tokens that it is encoded to, without those between documents."""
+    """An amount of text, and the number of its tokens without BOS and EOS."""
 
     bytes: int = 0
     characters: int = 0
@@ -66,20 +66,21 @@ class Size:
 
 @dataclass
 class Measured:
-    """What a tokenizer made of the text."""
+    """The figures of one tokenizer."""
 
     name: str
     vocab_size: int
     """Largest id + 1."""
     domains: dict[str, Size] = field(default_factory=dict)
+    """By the name of the domain, as in `domain_texts`."""
     scripts: dict[str, Size] = field(default_factory=dict)
-    """By the script of a token's letters. Tokens without letters are numbers, symbols or spaces."""
+    """By the script of a token's letters. Tokens without letters count as numbers, symbols or spaces."""
     uses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """How often each id occurs: int64 (vocab_size,)."""
     longest: list[tuple[str, int]] = field(default_factory=list)
     """The longest tokens and how often each occurs, the longest first."""
     seconds: float = 0.0
-    """Time to encode all text."""
+    """Time to encode all text, in seconds."""
 
     @property
     def total(self) -> Size:
@@ -96,9 +97,10 @@ class Measured:
 
 
 def domain_texts(data: DataSection, max_bytes: int) -> dict[str, list[str]]:
-    """At most `max_bytes` of text of each training source and of each validation source, by the name of the domain.
+    """Documents of each training source and of the validation text, by the name of the domain.
 
-    The text is the beginning of up to `MAX_FILES` files of a source, which lie evenly among all, an equal part of each.
+    At most `max_bytes` of UTF-8 are taken from a source: the same amount from the beginning of each of up to
+    `MAX_FILES` files, which are spread evenly over all. Raises `RecipeError` if the sources have no text.
     """
     texts: dict[str, list[str]] = {}
     splitter = corpus.Splitter(data)
@@ -119,7 +121,7 @@ def domain_texts(data: DataSection, max_bytes: int) -> dict[str, list[str]]:
 
 
 def limit_texts(texts: dict[str, list[str]], max_bytes: int) -> dict[str, list[str]]:
-    """The first `max_bytes` of each domain."""
+    """The first documents of each domain, at most `max_bytes` of UTF-8. The last document is cut."""
     limited: dict[str, list[str]] = {}
     for name, documents in texts.items():
         room = max_bytes
@@ -132,7 +134,7 @@ def limit_texts(texts: dict[str, list[str]], max_bytes: int) -> dict[str, list[s
 
 
 def _beginnings(reader: corpus.Reader, max_bytes: int) -> Iterator[corpus.Document]:
-    """The first documents of some of the reader's files, the last of each cut."""
+    """The first documents of up to `MAX_FILES` files of the reader. The last document of each file may be cut."""
     chosen = sorted(
         {int(index) for index in np.linspace(0, len(reader.pieces) - 1, min(MAX_FILES, len(reader.pieces)))}
     )
@@ -156,7 +158,7 @@ def _source_name(source: SourceSection) -> str:
 
 
 def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer: that of its prepared data if there is any, otherwise loaded, or trained on its text."""
+    """The recipe's tokenizer: that of its prepared data if they exist, else loaded or trained as the recipe says."""
     prepared = PreparedData.open(prepared_path(recipe))
     if prepared is not None:
         return load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
@@ -166,7 +168,10 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 
 def stored_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder (also of a run, an export or prepared data), or of a Hub id."""
+    """The tokenizer of a Hub id or a folder, which may be a run, an export or prepared data.
+
+    Raises `RecipeError` if there is none.
+    """
     path = Path(name)
     inside = [path, path / "tokenizer", path / "model"]
     found = [folder for folder in inside if any((folder / file).is_file() for file in _TOKENIZER_FILES)]
@@ -179,9 +184,9 @@ def stored_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def measure(name: str, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list[str]]) -> Measured:
-    """Encode the documents of each domain as training does, and count.
+    """Encode the documents of each domain as training does, and count their tokens.
 
-    `seconds` is the time of `Encoder`, which uses all cores.
+    `seconds` is the time in which one thread calls `Encoder`, which itself uses all cores.
     """
     size = tokenizer_size(tokenizer)
     measured = Measured(name, size, uses=np.zeros(size, np.int64))
@@ -205,7 +210,7 @@ def measure(name: str, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list
 
 
 def _longest_tokens(tokenizer: PreTrainedTokenizerFast, uses: np.ndarray) -> list[tuple[str, int]]:
-    """The tokens that stand for most bytes of text, without special tokens, and how often each occurs."""
+    """The tokens with the longest text in bytes, without special tokens, and how often each occurs."""
     sizes = token_bytes(tokenizer, len(uses))
     special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
     sizes[special] = 0
@@ -227,7 +232,7 @@ class _Scripts:
         self._counts = np.zeros((3, len(_CLASSES)), dtype=np.int64)
 
     def count(self, texts: Sequence[str]) -> None:
-        """Count the tokens of texts. A token counts the text from the end of the one before it to its own end."""
+        """Count the tokens of texts. A token's text reaches from the end of the token before it to its own end."""
         for text, encoding in zip(
             texts, self._backend.encode_batch(list(texts), add_special_tokens=False), strict=True
         ):
@@ -241,7 +246,7 @@ class _Scripts:
             ends[-1] = len(points)
             starts = np.concatenate([[0], ends[:-1]])
             classes = self._classes(points)
-            # Tokens that are bytes of one character have the same end; all but the first have no text of their own.
+            # If several tokens spell one character in bytes, they have the same end. The first one counts its text.
             of_token = classes[np.maximum(ends, 1) - 1]
             has_text = ends > starts
             of_token[has_text] = np.minimum.reduceat(classes, starts[has_text])
@@ -259,7 +264,7 @@ class _Scripts:
         return classes
 
     def sizes(self) -> dict[str, Size]:
-        """The amount of text of each script that occurs. Small ones are `other letters`."""
+        """The amount of text in each script that occurs. Beyond the `_MAX_SCRIPTS` largest, all are `other letters`."""
         found = {name: Size(*map(int, self._counts[:, number])) for number, name in enumerate(_CLASSES)}
         scripts = sorted((name for name in _SCRIPTS if found[name].tokens), key=lambda name: -found[name].bytes)
         for name in scripts[_MAX_SCRIPTS:]:
@@ -331,7 +336,7 @@ def format_report(measured: Sequence[Measured]) -> str:
 
 
 def _align(rows: list[list[str]], names: list[str]) -> list[str]:
-    """Lines of equal columns, the first to the left, below a line with the tokenizers' names over two columns each."""
+    """The rows as lines with aligned columns. Above them, a line with each tokenizer's name over its two columns."""
     num_columns = 2 + 2 * len(names)
     rows = [row + [""] * (num_columns - len(row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(num_columns)]
@@ -361,13 +366,13 @@ def _short(token: str, most: int = 60) -> str:
 
 
 def _script_names(measured: Sequence[Measured]) -> list[str]:
-    """The scripts of any tokenizer's tokens, those with most text first, and the classes without letters last."""
+    """The scripts that occur, those with the most text first, then the classes without letters."""
     names = dict.fromkeys(itertools.chain.from_iterable(one.scripts for one in measured))
     return sorted(names, key=lambda name: name in (_OTHER, _NUMBERS, _SYMBOLS, _SPACES))
 
 
 def plot_report(measured: Sequence[Measured], path: Path) -> None:
-    """Draw a PNG: bytes per token by domain, characters per token by script, and how the vocabulary is used."""
+    """Draw a PNG: bytes per token by domain, characters per token by script, and how much of the vocabulary is used."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,11 +17,12 @@ _KEPT_CHARS = 2**24
 
 
 class TokenizerSample:
-    """The documents on which a tokenizer is trained, and how many were drawn from how many.
+    """A sample of the training documents, on which a tokenizer is trained.
 
-    Documents are taken in the order of a hash of their text until a limit of `limits` is reached, so the order in which
-    they are read does not matter. The last one is cut at the limit of bytes. `read` begins to read all training
-    documents. It is called twice if they are more than a few megabytes. Memory does not grow with the corpus.
+    Documents are taken in the order of a hash of their text until one of `limits` is reached, so the order in which
+    they are read does not matter. The last one is cut at the limit of bytes. `read` returns an iterator over all
+    training documents. It is called twice if they have more than 16 million characters, since only a smaller corpus is
+    kept in memory.
     """
 
     def __init__(self, limits: TrainOnSection, read: Callable[[], Iterable[str]]):
@@ -36,20 +37,20 @@ class TokenizerSample:
                 self._kept.append(text)
                 self._kept = self._kept if chars <= _KEPT_CHARS else None
         self.of_documents, self.of_bytes = counts.sum(axis=1).tolist()
-        """Size of all training text."""
+        """Number of all training documents, and their bytes in UTF-8."""
         self.documents = self.bytes = 0
-        """Size of what was drawn, in UTF-8, after the sample was read."""
+        """Number of documents in the sample, and their bytes in UTF-8; 0 until the sample is read."""
         self._max_documents = self.of_documents if limits.documents is None else limits.documents
         self._max_bytes = limits.bytes
         self.is_cut = self.of_documents > self._max_documents or self.of_bytes > self._max_bytes
         """Whether some text is left out."""
         up_to = np.cumsum(counts, axis=1)
         reached = (up_to[0] >= self._max_documents) | (up_to[1] >= self._max_bytes)
-        # Documents of the ranges before this one are drawn, and some of this one.
+        # The sample has all documents in the ranges of hashes before this one, and some of the documents in this one.
         self._last = int(reached.argmax()) if self.is_cut else len(reached)
 
     def __iter__(self) -> Iterator[str]:
-        """The documents in the order in which they are read, the cut-off ones last."""
+        """The documents of the sample in the order in which they are read. Those in the last range come at the end."""
         self.documents = self.bytes = 0
         at_limit: Counter[str] = Counter()
         for text in self._read() if self._kept is None else self._kept:
@@ -77,7 +78,7 @@ class TokenizerSample:
 
 
 def training_sample(section: TokenizerSection, read: Callable[[], Iterable[str]]) -> TokenizerSample | None:
-    """The sample that `section` asks for; None if it asks for all text. `read`: as for `TokenizerSample`."""
+    """The sample that `section` asks for; None for all text, without a limit. `read`: as for `TokenizerSample`."""
     if section.train_on is None and section.algorithm == "character":
         return None
     return TokenizerSample(section.train_on or TrainOnSection(), read)

@@ -142,13 +142,13 @@ _KEYS_OF_ALGORITHM: dict[str, set[str]] = {
 
 
 class TrainOnSection(Section):
-    """The text on which a tokenizer is trained: documents in the order of a hash of their text, until one of the limits
-    is reached. The last document is cut at `bytes`. The same documents in other files or in another order give the same
-    sample."""
+    """The text on which a tokenizer is trained: a sample of documents, taken in the order of a hash of their text until
+    one of the limits is reached. The last document is cut at `bytes`. The same documents in other files or in another
+    order give the same sample."""
 
     bytes: PositiveInt = TOKENIZER_SAMPLE_BYTES
-    """Maximum size in bytes of UTF-8, for example 1_000_000_000. The default is 2 GB: the trainer's memory grows with
-    the number of different words."""
+    """Maximum size in bytes of UTF-8, for example 1_000_000_000. The default is 2 GB, because the trainer's memory
+    grows with the number of different words."""
     documents: PositiveInt | None = None
     """Maximum number of documents. null: no maximum."""
 
@@ -162,34 +162,36 @@ class TokenizerSection(Section):
     """Revision of `pretrained` on the Hub."""
     algorithm: Literal["byte_level_bpe", "bpe", "character"] | None = None
     """Train a tokenizer of this kind. `byte_level_bpe`: BPE over bytes as in GPT-2, which can encode any Unicode text.
-    `bpe`: BPE over characters as in Llama 2, but without a change of the text's spaces. `character`: one token for each
+    `bpe`: BPE over characters as in Llama 2, except that spaces stay as they are. `character`: one token for each
     character of the training text."""
     vocab_size: int | None = Field(default=None, ge=258, le=2**24)
     """Vocabulary size of a trained BPE tokenizer, special tokens included. At least 258: 256 bytes and 2 special
     tokens."""
     train_on: TrainOnSection | None = None
     """The part of the training text on which the tokenizer is trained, for example `{bytes: 1_000_000_000}` or
-    `{documents: 100_000}`. The manifest of the prepared data counts what was drawn. null, the default: 2 GB for BPE,
-    and all text for `character`, so that no character is unknown."""
+    `{documents: 100_000}`. The manifest of the prepared data records the size of the sample. null, the default: 2 GB
+    for BPE, and all text for `character`, so that no character is unknown."""
     pattern: str = "gpt2"
-    """How BPE splits text into pieces, inside of which it merges: a name, or a regular expression of which every match
-    is a piece (`tokenizers.pre_tokenizers.Split`). `gpt2`, the default: words with the space before them, numbers,
-    punctuation. `llama3`: as Llama 3; numbers in groups of up to 3 digits, line breaks with the punctuation before
-    them. `digits`: as `gpt2`, but every digit is a piece. `unspaced`: for languages without spaces between words, such
-    as Chinese, Japanese and Thai. It is `llama3` with vowel signs and accents kept in their word, and with every run of
-    such a script as its own piece, so that no token mixes it with other letters."""
+    """How text is split into pieces before BPE. No token crosses the border between two pieces. Either one of the
+    names below, or a regular expression: each match, and the text between two matches, is a piece
+    (`tokenizers.pre_tokenizers.Split`). `gpt2`, the default: words with the space before them, numbers, punctuation.
+    `llama3`: as in Llama 3, with numbers in groups of up to 3 digits, and line breaks together with the punctuation
+    before them. `digits`: like `gpt2`, but every digit is a piece. `unspaced`: for languages without spaces between
+    words, such as Chinese, Japanese and Thai. It is like `llama3`, but vowel signs and accents stay in their word, and
+    a run of such a script is a piece of its own, so that no token mixes it with other letters."""
     min_frequency: int = Field(default=0, ge=0)
-    """How often a pair must occur to be merged into a token, as in `tokenizers.trainers.BpeTrainer`, whose default is 0
-    as well. The vocabulary may then be smaller than `vocab_size`."""
+    """How often a pair of tokens must occur to be merged into one, as in `tokenizers.trainers.BpeTrainer`. The default
+    is 0, as there. With a larger number, the vocabulary may be smaller than `vocab_size`."""
     special_tokens: tuple[str, ...] = ()
     """Further special tokens of a trained tokenizer, beside those for the end of a document and for padding, for
-    example `["<|im_start|>", "<|im_end|>"]`. `data.sources.N.special_tokens` says how text with such a name is read."""
+    example `["<|im_start|>", "<|im_end|>"]`. Whether such a name in the text becomes the token or stays text is set by
+    `data.sources.N.special_tokens`."""
     reserved_tokens: int = Field(default=0, ge=0, le=2**16)
-    """Number of special tokens `<|reserved_0|>`, `<|reserved_1|>`, ... of a trained tokenizer, to which fine-tuning can
-    give a meaning without a change of the vocabulary's size. Default: none."""
+    """Number of unused special tokens `<|reserved_0|>`, `<|reserved_1|>`, ... of a trained tokenizer. Fine-tuning can
+    use them later, and the vocabulary keeps its size. Default: 0."""
     byte_fallback: bool = False
-    """Encode a character that `bpe` or `character` has no token for as its UTF-8 bytes, with 256 tokens `<0x00>` to
-    `<0xFF>`, as in `tokenizers.models.BPE`. false, the default: such a character is the unknown token."""
+    """For `bpe` and `character`: encode a character without a token of its own as its UTF-8 bytes, with 256 tokens
+    `<0x00>` to `<0xFF>`, as in `tokenizers.models.BPE`. false, the default: it becomes the unknown token."""
     limit_alphabet: PositiveInt | None = None
     """For `bpe`: the maximum number of different characters that get a token, the most frequent first, as in
     `tokenizers.trainers.BpeTrainer`. null, the default: no maximum."""
@@ -240,7 +242,7 @@ class TokenizerSection(Section):
         return self
 
     def _unused_keys(self) -> set[str]:
-        """Keys that say how a tokenizer is trained, but not one of this `algorithm`."""
+        """Keys for the training of a tokenizer that this `algorithm` does not use."""
         return set().union(*_KEYS_OF_ALGORITHM.values()) - _KEYS_OF_ALGORITHM.get(self.algorithm or "", set())
 
     @model_serializer(mode="wrap")
@@ -251,7 +253,7 @@ class TokenizerSection(Section):
     @field_validator("pattern")
     @classmethod
     def _check_pattern(cls, pattern: str) -> str:
-        # A regular expression without any operator would split the text only at this very word.
+        # A plain word is more likely a misspelled name than a regular expression that matches only this word.
         if pattern not in SPLIT_PATTERNS and re.fullmatch(r"[\w-]*", pattern):
             names = ", ".join(SPLIT_PATTERNS)
             raise ValueError(f"there is no pattern {pattern!r}; give a regular expression or one of {names}")
@@ -293,9 +295,9 @@ class SourceSection(Section):
     order: write a folder that is called `text` as `./text`; a folder that exists comes before a Hub dataset of the same
     name. The files of a folder are read by their suffix (.txt, .json, .jsonl, .ndjson, .parquet, .csv, .tsv, each also
     compressed except for .parquet). A folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote is read as it
-    is. `tokens`: files of token ids, which `tokenizer.pretrained` must have made: `.bin` of nanoGPT, of llm.c and
-    modded-nanogpt, and of Megatron-LM (with `.idx` beside it), `.npy`, `.parquet`, and `.arrow` or a folder of
-    `save_to_disk`, given as `data_dir`."""
+    is. `tokens`: files of token ids that the tokenizer in `tokenizer.pretrained` made. They are `.bin` files of
+    nanoGPT, llm.c, modded-nanogpt or Megatron-LM (with `.idx` beside it), or `.npy`, `.parquet` or `.arrow` files. A
+    folder of `save_to_disk` is given as `data_dir`."""
     name: str | None = None
     """Configuration name of a Hub dataset, for example `sample-10BT`."""
     data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -318,12 +320,12 @@ class SourceSection(Section):
     document. The manifest counts every occurrence."""
     text_column: str = "text"
     """Name of the column that holds the text. A dot leads into a nested column: `meta.text` is `text` within `meta`,
-    unless there is a column that is called `meta.text`."""
+    unless a column is itself called `meta.text`."""
     text_template: str | None = None
     """Instead of `text_column`: how several columns make one text, for example `"{title}\\n\\n{body}"` (with the
     quotes). Names in braces are columns, written as in `text_column`; `{{` and `}}` are braces. Every column must exist
-    and hold text, which may be empty: a null is a bad document (`data.on_bad_document`). If all columns are empty, so
-    is the document."""
+    and hold text. An empty text is allowed, but a null makes the row a bad document (`data.on_bad_document`). If all
+    columns are empty, so is the document."""
     delimiter: str | None = None
     """Character between the fields of CSV files, for example `";"`. null: a tab in files that end in .tsv, and a comma
     in all others."""
@@ -332,26 +334,28 @@ class SourceSection(Section):
     in transformers."""
     documents_by: Literal["eos", "bos", "row", "file"] | None = None
     """For `path: tokens`: what one document is. `eos`: it ends with EOS. `bos`: it begins with BOS. `row`: a row of a
-    table, or a document of Megatron's index. `file`: the whole file. EOS, BOS and padding around a document are taken
-    off and counted, and the document is framed as text is. null: `row` where rows differ in length; required for files
-    without rows (`.bin` without an index, flat `.npy`) and for rows of one length, which may be blocks."""
+    table, or a document of Megatron's index. `file`: the whole file. EOS, BOS and padding around a document are removed
+    and counted. Then the document gets the same EOS and BOS as a document of text. null: `row` where rows differ in
+    length; the key is required for files without rows (`.bin` without an index, `.npy` with one dimension) and for rows
+    of one length, which may be blocks."""
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
     """For `path: tokens`: type of the ids in a `.bin` file without header and index, little-endian. null: uint16, as
     nanoGPT writes them; required if the tokenizer has more than 65,536 ids."""
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     """For `path: tokens`: minimum share, from 0 to 1, of the first tokens of each file that stay the same when they are
-    decoded and encoded again. If fewer do, another tokenizer has made them, and the run stops. 0: don't compare. null:
-    0.98, as measured: tokens of the same tokenizer reach 0.999, of others on English text 0.67 to 0.94."""
+    decoded and encoded again. If fewer do, another tokenizer made them, and the run stops. A file whose first documents
+    have fewer than 200 tokens in all is not checked. 0: check nothing. null: 0.98. In measurements, tokens of the same
+    tokenizer reached 0.999, and English text of other tokenizers 0.67 to 0.94."""
     max_documents: PositiveInt | None = None
-    """Read only the first documents of the source, at most this many, in the order of its files. As in
-    `split: train[:1000]`, empty and bad documents count, too. Unlike with a slice, nothing is read beyond them. null:
-    no limit. The manifest tells whether a limit ended the source. There is no limit in tokens, because how many tokens
-    a text has depends on the tokenizer, which may itself be trained on this text."""
+    """Read only the first documents of the source, at most this many, in the order of its files. Empty and bad
+    documents count too, as in `split: train[:1000]`. Such a slice reads all files to count their documents; with this
+    limit, reading stops. null: no limit. The manifest records whether a limit ended the source. There is no limit in
+    tokens, because the number of tokens depends on the tokenizer, which may be trained on this text."""
     max_bytes: PositiveInt | None = None
-    """Read only the first documents of the source that have together at most this many bytes of text (UTF-8, before it
-    is tokenized; with `path: tokens`, of the text that the tokens stand for), for example 4_000_000_000. About 4 bytes
-    of English text make a token; the manifest has the figure of each source, `bytes_per_token`. null: no limit. With
-    `max_documents`, reading ends at the first limit."""
+    """Read only the first documents of the source that together have at most this many bytes of text in UTF-8, for
+    example 4_000_000_000. With `path: tokens`, the bytes are those of the text that the tokens stand for. A token of
+    English text has about 4 bytes; the manifest has the figure of each source, `bytes_per_token`. null: no limit. If
+    `max_documents` is given too, reading ends at the limit that comes first."""
     weight: float | None = Field(default=None, ge=0)
     """Share of the training tokens, relative to the weights of the other sources. Either all sources have a weight or
     none has. Without weights every block of every source is seen once per epoch. A source with weight 0 is used only
@@ -389,7 +393,7 @@ class SourceSection(Section):
     def _one_character(cls, delimiter: str | None) -> str | None:
         delimiter = "\t" if delimiter == r"\t" else delimiter  # how YAML reads a tab without double quotes
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
-            raise ValueError('a `delimiter` is one character, for example ";" or "\\t", and no quotation mark')
+            raise ValueError('a `delimiter` is one character, for example ";" or "\\t", but not a quotation mark')
         return delimiter
 
     @model_validator(mode="after")
@@ -399,7 +403,7 @@ class SourceSection(Section):
             if self.text_column != "text":
                 raise ValueError("give `text_column` or `text_template`, not both")
             if not has_columns:
-                raise ValueError(f"`text_template` puts columns together, and `path: {self.path}` has none")
+                raise ValueError(f"`text_template` joins columns, and `path: {self.path}` has none")
             parse_template(self.text_template)
         if self.delimiter is not None and (self.path in ("text", "json", "parquet") or not has_columns):
             raise ValueError(f"`delimiter` is only for CSV files, and `path: {self.path}` reads none")
@@ -464,14 +468,15 @@ class DataSection(Section):
     `skip`: the document is left out and counted in the manifest by reason."""
     streaming: bool = False
     """Tokenize during training, directly from the sources, without preparing the training text first. Files are read
-    in order, several of similar size side by side, and nothing is shuffled without `shuffle_buffer`. Needs
+    in order, and files of similar size side by side. Nothing is shuffled without `shuffle_buffer`. Needs
     `tokenizer.pretrained`, and `validation_sources` for an evaluation."""
     shuffle_buffer: int = Field(default=0, ge=0)
-    """With `streaming`: the number of documents that are shuffled at a time, for example 10000. 0, the default: none.
-    Of the files that are read side by side, each has a buffer of its own. The next documents in the files' order fill
-    it, and are trained on in an order that depends only on `seed`, the files and the epoch. Their text is in memory,
-    and so is that of the next buffer, which is read meanwhile. A resumed run reads the documents of the unfinished
-    buffer again, and continues exactly. Prepared data are always shuffled as a whole and don't take this key."""
+    """With `streaming`: the number of documents that are shuffled at a time, for example 10000. 0, the default: nothing
+    is shuffled. The buffer is filled with the next documents of the files, and these are trained on in an order that
+    depends only on `seed`, the files and the epoch. Files that are read side by side have a buffer each. The text of a
+    buffer is in memory, and so is the text of the next one, which is read at the same time. A resumed run reads the
+    documents of the unfinished buffer again, and continues exactly. Prepared data are always shuffled as a whole and
+    don't take this key."""
     prepared_dir: str | None = None
     """Folder of the prepared data, which runs share: it has a subfolder for each fingerprint. Default: `prepared`
     beside `output_dir`. If your machines share no disk, set a URL that fsspec supports, for example

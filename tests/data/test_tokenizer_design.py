@@ -31,7 +31,7 @@ def pieces(made, text):
 
 
 def words(keys, text):
-    """The pieces of `pattern` as text, from the BPE over characters, which does not spell bytes."""
+    """The pieces into which `pattern` splits a text. BPE over characters shows them as they are, not as bytes."""
     made = train_tokenizer(section(algorithm="bpe", byte_fallback=True, **keys), [text])
     return pieces(made, text)
 
@@ -97,7 +97,7 @@ def test_characters_are_taken_from_all_text_unless_a_sample_is_asked_for():
     assert training_sample(asked, lambda: ["ab", "cd"]).is_cut
 
 
-def test_prepare_trains_on_a_sample_which_stands_in_the_manifest(folder):
+def test_prepare_trains_on_a_sample_and_records_its_size_in_the_manifest(folder):
     path = write_recipe(folder, tokenizer__train_on={"bytes": 5000})
     done = hfpretrain("prepare", str(path))
     assert "training the tokenizer on a sample" in done.stderr
@@ -120,7 +120,7 @@ def test_prepare_trains_on_a_sample_which_stands_in_the_manifest(folder):
     assert other.manifest["tokenizer_sha256"] == made.manifest["tokenizer_sha256"] and other.path != made.path
 
 
-# Names and bytes of what was prepared before these keys existed
+# Data that were prepared before these keys existed keep their name and their bytes
 
 
 def test_defaults_change_neither_the_name_nor_the_bytes_of_prepared_data(folder):
