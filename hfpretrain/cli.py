@@ -467,6 +467,8 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> None:
         raise RecipeError.at("--save", message)
     if args.data is not None:
         texts = tokenizer_report.limit_texts(file_texts(args.data), args.max_bytes)
+        if not texts:
+            raise RecipeError.at("--data", "the files have no text")
     else:
         texts = tokenizer_report.domain_texts(next(iter(recipes.values())).data, args.max_bytes)
     measured = []

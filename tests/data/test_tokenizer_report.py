@@ -1,11 +1,13 @@
 """`hfpretrain tokenizer`: the figures of several tokenizers on the same text."""
 
 import json
+import time
 
 import pytest
 from conftest import hfpretrain, small_text, write_jsonl, write_recipe
 from preparation import recipe
 
+from hfpretrain.data.fast_tokenizer import FastTokenizer
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.data.tokenizer_report import domain_texts, limit_texts, measure, plot_report
 from hfpretrain.recipe.schema import TokenizerSection
@@ -59,6 +61,17 @@ def test_a_token_counts_its_spaces_and_a_character_of_several_tokens_counts_once
     assert found["Latin"].characters == len("the river") and found["Latin"].tokens == 2
     (han,) = (found[name] for name in found if name == "Han")
     assert han.characters == 1 and han.tokens == 3 and han.bytes_per_token == 1
+
+
+def test_the_time_to_make_an_encoder_is_not_counted(bpe, monkeypatch):
+    create = FastTokenizer.create
+
+    def create_slowly(reference):
+        time.sleep(1)
+        return create(reference)
+
+    monkeypatch.setattr(FastTokenizer, "create", create_slowly)
+    assert measure("bpe", bpe, {"": ["quiet"]}).seconds < 1
 
 
 def test_the_longest_tokens_are_those_of_the_vocabulary(bpe):
@@ -115,6 +128,7 @@ def test_a_picture_of_many_tokenizers_is_drawn(bpe, tmp_path):
     [
         (["FOLDER/empty"], "give the text to measure on: a recipe, or --data FILE"),
         (["FOLDER/empty", "--data", "FOLDER/corpus.jsonl"], "is a folder without a tokenizer"),
+        (["FOLDER/recipe.yaml", "--data", "FOLDER/empty.txt"], "--data: the files have no text"),
         (["FOLDER/nowhere", "--data", "FOLDER/corpus.jsonl"], "nowhere"),
         (["FOLDER/recipe.yaml", "--plot", "FOLDER/picture.jpg"], "must be a .png file"),
         (["FOLDER/recipe.yaml", "--save", "FOLDER/empty"], "exists already"),
@@ -126,5 +140,6 @@ def test_a_picture_of_many_tokenizers_is_drawn(bpe, tmp_path):
 def test_wrong_arguments_of_the_command_are_named(folder, arguments, message):
     write_recipe(folder)
     (folder / "empty").mkdir()
+    (folder / "empty.txt").touch()
     done = hfpretrain("tokenizer", *(argument.replace("FOLDER", str(folder)) for argument in arguments))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
