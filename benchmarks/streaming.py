@@ -3,18 +3,17 @@
     python benchmarks/streaming.py [CORPUS.jsonl] [--megabytes 64] [--files 8] [--rounds 5] [--threads N]
         [--vocab-size 16384] [--tokenizer FOLDER]
 
-The encoder alone works on as many threads as streaming does, on the same texts in batches of the same size. The ways
-take turns in every round. Streaming is measured as a run reads it: `Prefetcher.next`, step after step, from files on
-the disk, without the first steps.
+The encoder alone uses as many threads as streaming, on the same texts in batches of the same size. Streaming is
+measured as a run reads it: `Prefetcher.next`, step after step, from files on the disk, without the first steps.
 
-- `files side by side`: files of one size, each of which is read at the same time
+- `files side by side`: files of one size, all of which are read at the same time
 - `one file`: all texts in one file
-- `one file, one thread`: the same with one thread that tokenizes
-- `shuffled`: one file with `data.shuffle_buffer`
-- `mixture`: two sources of several files
+- `one file, one thread`: the same, with one thread that tokenizes
+- `shuffled`: one file, with `data.shuffle_buffer`
+- `mixture`: two sources with several files each
 
-A device waits for data if it trains faster than the row of its kind. Prints medians, and the range of the ratios. The
-corpus (default: random words) is repeated to `--megabytes`.
+Every round measures each of them once. Prints the medians and the range of the ratios. If a device trains faster than
+the row of its kind, it waits for data. The corpus (default: random words) is repeated up to `--megabytes`.
 """
 
 import argparse
@@ -87,7 +86,7 @@ def stream(encoder, data, threads, num_tokens, sequences):
 
 
 def sections(folder, num_files):
-    """The data sections that are compared, and whether each tokenizes in one thread."""
+    """The data sections that are compared, by name."""
 
     def source(pattern, **more):
         return {"path": "json", "data_files": f"{folder}/{pattern}", **more}

@@ -1,17 +1,18 @@
-"""Curate a corpus with datatrove: language, quality, benchmark text, near duplicates, personal data.
+"""Curate a corpus with datatrove: by language, quality, benchmark text, near duplicates and personal data.
 
-    pip install datatrove orjson regex spacy tokenizers    # what the extra `curate` has
+    pip install datatrove orjson regex spacy tokenizers    # or: pip install "hfpretrain[curate]"
     python examples/curate.py RAW OUT [--benchmarks FOLDER] [--keep-language en] [--workers 8]
 
 RAW and FOLDER hold JSON lines (`*.jsonl`, `*.jsonl.gz`, ...) with the key `text`; RAW may be a URL such as
 s3://bucket/raw. A recipe reads the result with `path: json`, `data_files: OUT/*.jsonl.gz`. OUT/removed has each removed
-document and the reason, OUT/logs what each step did. The same command again goes on where it was stopped.
+document with the reason, and OUT/logs has a log of each step. If the command is stopped, run it again: it continues.
 
 The rules of --quality are those of FineWeb. They were made for English web pages, so look at OUT/removed before you use
-them for other text. c4 also removes lines, and the indentation of those it keeps. --keep-language needs
-`pip install aiohttp fasteners fasttext-numpy2-wheel`, and downloads fastText's lid.176 (130 MB) at first. Personal data
-are e-mail addresses and public IP addresses: they are replaced. Names and telephone numbers stay. datatrove skips lines
-that are no JSON, with a warning in OUT/logs. On a Slurm cluster give these lists to its `SlurmPipelineExecutor`.
+them for other text. The rule c4 also removes single lines, and the indentation of the lines it keeps. --keep-language
+needs `pip install aiohttp fasteners fasttext-numpy2-wheel`, and downloads fastText's lid.176 (130 MB) the first time.
+E-mail addresses and public IP addresses are replaced; other personal data, such as names and telephone numbers, stay.
+datatrove skips lines that are not JSON, with a warning in OUT/logs. On a Slurm cluster, give the same pipelines to
+datatrove's `SlurmPipelineExecutor`.
 """
 
 import argparse
@@ -56,9 +57,9 @@ MINHASH = dedup.MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8, ha
 
 
 def index_benchmarks(benchmarks: str, index: Path) -> None:
-    """Hash the 12-word sequences of each benchmark file, as NGramsDecontFilter reads them.
+    """Write the hashes of the 12-word sequences in each benchmark file, which `NGramsDecontFilter` reads.
 
-    datatrove's own NGramsDecontIndexer does it for tasks of lighteval, by name, with `datatrove[decont]`.
+    datatrove's own `NGramsDecontIndexer` takes names of lighteval tasks, not files, and needs `datatrove[decont]`.
     """
     split, hashed = load_word_tokenizer("eng").word_tokenize, create_hash_func(HASH)
     index.mkdir(parents=True, exist_ok=True)
@@ -88,14 +89,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--benchmarks", metavar="FOLDER", help="remove documents with 12 words in a row of these texts")
+    parser.add_argument(
+        "--benchmarks", metavar="FOLDER", help="remove documents that have 12 words in a row in common with these texts"
+    )
     parser.add_argument("--keep-language", metavar="CODE", help="of two letters, such as en")
     parser.add_argument("--quality", nargs="*", choices=QUALITY, default=list(QUALITY))
     parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same with any number")
     arguments = parser.parse_args()
     out = arguments.out
 
-    # A task has its file, so finished tasks are only valid for the same files and the same rules.
+    # Each task reads one file. A finished task is only valid for the same file and the same rules.
     files = get_datafolder(arguments.raw).list_files(glob_pattern=PATTERN)
     if not files:
         parser.error(f"{arguments.raw} has no {PATTERN}")
@@ -119,7 +122,7 @@ def main() -> None:
         except ImportError as error:
             parser.error(f"--keep-language: {error}")
     if arguments.benchmarks:
-        # Before deduplication: it could keep the contaminated one of two copies.
+        # Before deduplication, which could keep the contaminated document of two near duplicates.
         index_benchmarks(arguments.benchmarks, out / "benchmarks")
         filters.append(NGramsDecontFilter(str(out / "benchmarks"), CONTAMINATION, removed("benchmarks")))
     filtered = str(out / "filtered")

@@ -1,4 +1,4 @@
-"""fastokens gives the ids of tokenizers for real vocabularies, and a wrong encoder is noticed.
+"""fastokens gives the same ids as tokenizers for real vocabularies, and other ids are noticed.
 
 A short version of `benchmarks/real_tokenizers.py`.
 """
@@ -14,7 +14,7 @@ from real_tokenizers import code_points, compare, fuzzed, library_text, spoil
 from hfpretrain.data.fast_tokenizer import FastTokenizer
 
 FOLDER = Path(sys.prefix) / "real_tokenizers"
-"""Where `make install` puts packages that ship a vocabulary. They are not installed, only read."""
+"""Where `make test` puts packages that ship a vocabulary. They are not installed, only read."""
 NAMES = ("vocab.bpe", "tekken_240911.json", "tokenizer.model.v1", "mistral_instruct_tokenizer_241114.model.v7")
 
 
@@ -27,7 +27,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_both_libraries_give_the_same_ids(name, files):
     if name not in files:
-        pytest.skip(f"no package in {FOLDER} has {name}; get them with `make install`")
+        pytest.skip(f"no package in {FOLDER} has {name}; `make test` gets them")
     reference = real_tokenizers.load(files[name])
     fast = FastTokenizer.create(reference)
     assert isinstance(fast, FastTokenizer), fast
