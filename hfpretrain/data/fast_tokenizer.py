@@ -72,7 +72,7 @@ class FastTokenizer:
     @classmethod
     def create(cls, reference: Tokenizer) -> FastTokenizer | str:
         """A fast tokenizer for `reference`, or the reason why there is none."""
-        # The threads that call it already use all cores. Threads of its own would take twice the CPU time.
+        # The threads that call the tokenizer use all cores. With threads of its own, fastokens takes twice as much CPU.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         try:
             import fastokens

@@ -186,7 +186,7 @@ def stored_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def measure(name: str, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list[str]]) -> Measured:
     """Encode the documents of each domain as training does, and count their tokens.
 
-    `seconds` is the time in which one thread calls `Encoder`, which itself uses all cores.
+    `seconds` is the time of one thread that calls `Encoder`. `fastokens` then uses one core, `tokenizers` all of them.
     """
     size = tokenizer_size(tokenizer)
     measured = Measured(name, size, uses=np.zeros(size, np.int64))
