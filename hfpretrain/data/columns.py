@@ -12,6 +12,8 @@ from hfpretrain.recipe.template import parse_template
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
 
 class TextColumns:
     """The columns of a source that hold its text, and how they become one text."""
@@ -79,16 +81,23 @@ def arrow_batches(file: Any, num_rows: int) -> tuple[pa.Schema, Iterator[pa.Reco
     """The schema and the rows of an Arrow file, in batches of up to `num_rows`.
 
     It may have Arrow's file format or its stream format, which `datasets` writes. Raises `pa.ArrowInvalid` if it is
-    broken.
+    broken, and after the last row if a stream has no end.
     """
     import pyarrow as pa
 
     is_stream = file.read(6) != b"ARROW1"
+    # pyarrow takes a stream that was cut between two batches for a whole one.
+    has_end = not is_stream or (file.seek(0, 2) >= 8 and file.seek(-8, 2) >= 0 and file.read(8) == _END_OF_STREAM)
     file.seek(0)
     reader = pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)
-    batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
-    slices = (batch.slice(start, num_rows) for batch in batches for start in range(0, len(batch), num_rows))
-    return reader.schema, slices
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
+            yield from (batch.slice(start, num_rows) for start in range(0, len(batch), num_rows))
+        if not has_end:
+            raise pa.ArrowInvalid("the end of the Arrow stream is missing: the file was cut, or its writer was stopped")
+
+    return reader.schema, batches()
 
 
 def object_names(row: Mapping[str, Any]) -> Iterator[str]:

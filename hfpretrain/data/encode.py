@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
-from hfpretrain.data.tokenizer import document_prefix
+from hfpretrain.data.tokenizer import document_prefix, panics_as_errors
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSection
 
 if TYPE_CHECKING:
@@ -256,10 +256,12 @@ class Encoder:
 
     def _encode(self, backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
         try:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            with panics_as_errors():
+                encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # `tokenizers` raises nothing narrower for text that is not in the vocabulary
             text = next((text for text in texts if not _can_encode(backend, text)), texts[0])
-            message = f"cannot encode the text {text!r:.200}: {error}; use a tokenizer with an unknown token"
+            advice = "" if isinstance(error, RuntimeError) else "; use a tokenizer with an unknown token"
+            message = f"cannot encode the text {text!r:.200}: {error}{advice}"
             raise RecipeError.at("tokenizer", message) from error
         return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]
 
@@ -378,7 +380,8 @@ def _cut_at_lines(text: str) -> Iterator[str]:
 
 def _can_encode(backend: Tokenizer, text: str) -> bool:
     try:
-        backend.encode(text, add_special_tokens=False)
+        with panics_as_errors():
+            backend.encode(text, add_special_tokens=False)
     except Exception:  # as in `Encoder._encode`
         return False
     return True

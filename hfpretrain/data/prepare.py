@@ -166,6 +166,8 @@ def prepare_in_processes(recipe: Recipe, command: Sequence[str], num_processes: 
     with _lock_folder(path, ".lock"):
         if PreparedData.open(path) is not None or _download(data.prepared_dir, path) is not None:
             return
+        # An earlier command may have begun with another number of processes. Its finished parts are kept.
+        ShardRegistry(data, section, recipe.prepared_dir).remove(path.name, platform.node())
         _Preparation(data, section, path, num_workers=1)  # loads or trains the tokenizer, once for all processes
     run_shards(command, num_processes)
 

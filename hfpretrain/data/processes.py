@@ -6,10 +6,14 @@ thread is the slowest part. Several processes divide its work too.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import IO
 
 from hfpretrain.recipe.schema import RecipeError
@@ -19,9 +23,14 @@ def run_shards(command: Sequence[str], num_processes: int) -> None:
     """Run `command --shard I/num_processes` for every shard at the same time, and wait for all processes.
 
     Each line that a process writes to stderr is printed on stderr here, after the number of its shard. If a process
-    fails, the others are terminated and `RecipeError` is raised. Parts of the data that are finished are kept.
+    fails, the others are terminated and `RecipeError` is raised. Parts of the data that are finished are kept. If this
+    process gets SIGTERM or SIGHUP, it terminates the others and then itself.
     """
-    processes: list[subprocess.Popen[bytes]] = []
+    with _terminated_together() as processes:
+        _run(command, num_processes, processes)
+
+
+def _run(command: Sequence[str], num_processes: int, processes: list[subprocess.Popen[bytes]]) -> None:
     readers: list[threading.Thread] = []
     try:
         for number in range(1, num_processes + 1):
@@ -38,16 +47,49 @@ def run_shards(command: Sequence[str], num_processes: int) -> None:
                 except subprocess.TimeoutExpired:
                     continue
                 del waiting[number]
-                if code != 0:
+                if code < 0:
+                    message = f"the process of shard {number}/{num_processes} was ended by {signal.Signals(-code).name}"
+                    advice = "run the same command again to continue, with fewer processes if memory ran out"
+                    raise RecipeError.at("--num-processes", f"{message}; {advice}")
+                if code > 0:
                     message = f"the process of shard {number}/{num_processes} ended with exit code {code}"
                     raise RecipeError.at("--num-processes", f"{message}; its messages are above")
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
+        _terminate(processes)
         for reader in readers:
             reader.join()
+
+
+def _terminate(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+
+
+@contextlib.contextmanager
+def _terminated_together() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A list for processes, which are terminated when SIGTERM or SIGHUP ends this process."""
+    processes: list[subprocess.Popen[bytes]] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield processes
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        _terminate(processes)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:  # as `nohup` does
+            signal.signal(number, end)
+    try:
+        yield processes
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_lines(shard: str, lines: IO[bytes] | None) -> None:

@@ -101,10 +101,14 @@ class ShardRegistry:
         if self._remote is not None:
             self._remote.upload(self._folder, [name])
 
-    def remove(self, folder: str) -> None:
-        """Delete the records of a finished preparation; `folder`: name of its prepared folder."""
+    def remove(self, folder: str, host: str | None = None) -> None:
+        """Delete the records of the shards of a prepared folder.
+
+        `folder`: its name. `host`: only shards that were made on this machine.
+        """
         for path in self._folder.glob("*-of-*.json"):
-            if json.loads(path.read_text(encoding="utf-8")).get("folder") == folder:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.get("folder") == folder and host in (None, found.get("host")):
                 path.unlink()
         with contextlib.suppress(OSError):  # not empty, or not there
             self._folder.rmdir()

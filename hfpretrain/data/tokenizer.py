@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -241,7 +242,8 @@ def _train_in_thread(backend: Tokenizer, documents: Iterable[str], trainer: Any)
 
     def work() -> None:
         try:
-            backend.train_from_iterator(_in_batches(texts()), trainer)
+            with panics_as_errors():
+                backend.train_from_iterator(_in_batches(texts()), trainer)
         except BaseException as error:  # raised again in the main thread
             failed.append(error)
 
@@ -258,6 +260,8 @@ def _train_in_thread(backend: Tokenizer, documents: Iterable[str], trainer: Any)
     except BaseException:
         stopped.set()  # the thread ends at the next text; it can't be stopped while it merges
         raise
+    if failed and isinstance(failed[0], RuntimeError):
+        raise RecipeError.at("tokenizer", f"can't be trained on this text: {failed[0]}") from failed[0]
     if failed:
         raise failed[0]
 
@@ -327,6 +331,21 @@ def pattern_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
             Regex(given)
         except Exception as error:  # `tokenizers` raises nothing narrower
             yield Problem("tokenizer.pattern", f"{given!r} is not a regular expression: {error}")
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise a panic of the library `tokenizers`, which is no `Exception`, as `RuntimeError`.
+
+    A regular expression that takes too many steps on a text causes one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        hint = "; a simpler tokenizer.pattern takes fewer steps" if "retry-limit" in str(error) else ""
+        raise RuntimeError(f"{error}{hint}") from error
 
 
 def _in_batches(documents: Iterable[str], size: int = 1000) -> Iterator[list[str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, environment, hfpretrain, script, small_text, started_module, write_jsonl, write_recipe
 from preparation import checksums, recipe
@@ -205,6 +206,31 @@ def test_processes_of_one_machine_give_the_same_bytes(folder):
     broken = hfpretrain("prepare", path, "--num-processes", "2")
     assert broken.returncode == 2 and "corpus.jsonl:201: broken JSON" in broken.stderr, broken.stderr
     assert "--num-processes: " in hfpretrain("prepare", path, "--num-processes", "2", "--shard", "1/2").stderr
+
+
+def test_a_preparation_continues_with_another_number_of_processes(folder):
+    expected = checksums(prepare(recipe(folder, data__prepared_dir=str(folder / "straight"))).path)
+    shared = recipe(folder)
+    prepare_shard(shared, 0, 3)  # the other two were killed
+    result = hfpretrain("prepare", str(write_recipe(folder)), "--num-processes", "2")
+    assert result.returncode == 0, result.stderr
+    assert checksums(prepared_path(shared)) == expected
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script = tmp_path / "shards.py"
+    script.write_text(
+        "import sys; from hfpretrain.data.processes import run_shards; "
+        "run_shards([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(100)'], 2)"
+    )
+    process = subprocess.Popen([sys.executable, script], env=environment(PYTHONPATH=str(ROOT)))
+    shards = []
+    while len(shards) < 2:
+        time.sleep(0.1)
+        shards = psutil.Process(process.pid).children()
+    process.terminate()
+    assert process.wait(30) == -signal.SIGTERM
+    assert not any(shard.is_running() for shard in shards)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])

@@ -381,3 +381,23 @@ def test_a_limited_training_source_is_refused_in_a_stream(folder):
 def test_recipes_without_the_new_keys_keep_the_names_of_their_prepared_folders(folder):
     data = recipe(folder).data
     assert fingerprint(data, TokenizerSection(pretrained="gpt2"), [["json", ["a", 1, "b"]]]) == "cba820aefa44537a"
+
+
+def test_an_arrow_stream_that_was_cut_between_two_batches_is_refused(tmp_path):
+    """pyarrow, and with it `datasets.load_from_disk`, read it as a shorter one."""
+    texts = small_text(3000)
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    with pa.ipc.open_stream(file.read_bytes()) as reader:
+        schema, batches = reader.schema, list(reader)
+    assert len(batches) > 1
+    with pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches[:2]:
+            writer.write(batch)
+    file.write_bytes(file.read_bytes()[:-8])  # without the mark of its end
+    source = SourceSection(path=str(tmp_path / "saved"))
+    with pytest.raises(RecipeError, match="the end of the Arrow stream is missing"):
+        list(corpus.Reader(source).read())
+    *good, bad = corpus.Reader(source, on_bad_document="skip").read()
+    assert [document.text for document in good] == texts[: sum(map(len, batches[:2]))]
+    assert bad.problem[0] == "truncated_file"

@@ -175,6 +175,16 @@ def test_a_regular_expression_as_pattern():
     assert made.decode(made.encode(MIXED, add_special_tokens=False)) == MIXED
 
 
+def test_a_pattern_that_takes_too_many_steps_on_a_text_is_refused():
+    """The library panics, with an exception that is no `Exception`."""
+    bad = "a" * 60
+    with pytest.raises(RecipeError, match=r"tokenizer: can't be trained on this text: .*simpler tokenizer\.pattern"):
+        train_tokenizer(section(pattern="(a+)+b"), [bad, *small_text(20)])
+    made = train_tokenizer(section(pattern="(a+)+b"), small_text(20))
+    with pytest.raises(RecipeError, match=r"tokenizer: cannot encode the text 'aaa.*simpler tokenizer\.pattern"):
+        Encoder(made, token_dtype(400))([bad])
+
+
 @pytest.mark.parametrize("pattern", ["gpt2", "llama3", "digits", "unspaced", r"\S+|\s+"])
 @pytest.mark.parametrize("keys", [{}, {"algorithm": "bpe", "byte_fallback": True}], ids=["bytes", "characters"])
 def test_every_text_survives_every_pattern_and_every_byte_is_counted(pattern, keys, tmp_path):
