@@ -210,10 +210,10 @@ def test_no_process_reads_what_others_train_on(files, encode, bytes_read, tmp_pa
     def count(ranks):
         bytes_read.clear()
         steps_of(ranks, range(60))
-        return bytes_read
+        # Threads of streams that were read before may still read ahead.
+        return {name: number for name, number in bytes_read.items() if name.startswith("rank")}
 
-    once = dict(count(sharing(make, 8)))
-    once.pop("alone", None)  # it may still read ahead
+    once = count(sharing(make, 8))
     assert sum(once.values()) < 1.3 * expected, once  # some is read ahead of the last step
     assert len(once) == {"mixture": 4, "files of several sizes": 1}.get(kind, 2 if "fewer" in kind else 8)
     if kind == "mixture":  # without an exchange, each process reads everything
