@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,14 @@ def continue_text(
                 break
             new_ids.append(token)
     return new_ids
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD in place of control characters, except line breaks and tabs.
+
+    A model that is hardly trained writes them, and in a terminal they move the cursor or change colors.
+    """
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:

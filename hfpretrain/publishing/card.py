@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hfpretrain import files
+from hfpretrain.evaluation.prompts import printable
 from hfpretrain.planning import table
 from hfpretrain.recipe.addresses import repo_id_problem
 from hfpretrain.recipe.redaction import redact, strip_folders
@@ -479,6 +480,7 @@ def _limits(records: _Records) -> str:
 
 
 def _fenced(text: str, kind: str = "text") -> str:
-    """A code block whose fence is longer than any in the text."""
+    """A code block whose fence is longer than any in the text. Control characters are replaced."""
+    text = printable(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}{kind}\n{text.rstrip()}\n{fence}"

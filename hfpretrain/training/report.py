@@ -12,6 +12,7 @@ from hfpretrain import files
 from hfpretrain.checkpoints import export
 from hfpretrain.data.summary import summary
 from hfpretrain.data.tokenizer import describe_framing, document_prefix, document_start
+from hfpretrain.evaluation.prompts import printable
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.redaction import redact_all, strip_folders
 from hfpretrain.recipe.yaml import dump_recipe
@@ -124,7 +125,7 @@ def run_summary(
         f"{report['max_token_loss_difference']:.1e}",
         *(f"  {'note':<16} {text}" for text in notes),
         "  sample",
-        *("    | " + line for line in text.splitlines()[:12]),
+        *("    | " + line for line in printable(text).splitlines()[:12]),
     ]
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpretrain.evaluation.prompts import continue_text
+from hfpretrain.evaluation.prompts import continue_text, printable
 
 SIZES = {
     "vocab_size": 64,
@@ -39,3 +39,7 @@ def test_padding_changes_no_token(config, context):
                 break
             expected.append(token)
     assert made == expected and len(made) > 5
+
+
+def test_control_characters_of_a_continuation_are_not_printed():
+    assert printable("a\x1b[31mb\x00\r\tc\n漢🌊\x9b") == "a\ufffd[31mb\ufffd\ufffd\tc\n漢🌊\ufffd"
