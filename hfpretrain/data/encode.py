@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
-from hfpretrain.data.tokenizer import document_prefix, panics_as_errors
+from hfpretrain.data.tokenizer import TokenizerPanicError, document_prefix, panics_as_errors
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSection
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class Encoder:
                 encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # `tokenizers` raises nothing narrower for text that is not in the vocabulary
             text = next((text for text in texts if not _can_encode(backend, text)), texts[0])
-            advice = "" if isinstance(error, RuntimeError) else "; use a tokenizer with an unknown token"
+            advice = "" if isinstance(error, TokenizerPanicError) else "; use a tokenizer with an unknown token"
             message = f"cannot encode the text {text!r:.200}: {error}{advice}"
             raise RecipeError.at("tokenizer", message) from error
         return [np.fromiter(encoding.ids, dtype=self.dtype, count=len(encoding)) for encoding in encodings]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hfpretrain.data.tokenizer import panics_as_errors
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -131,7 +133,8 @@ class FastTokenizer:
     def _compare(self, texts: list[str]) -> None:
         ids, offsets = self._encode(texts)
         try:
-            encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+            with panics_as_errors():
+                encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # `tokenizers` raises nothing narrower for text that is not in the vocabulary
             raise UnprovenError(f"tokenizers can't encode a text to compare with: {error}") from error
         for number, encoding in enumerate(encodings):

@@ -260,7 +260,7 @@ def _train_in_thread(backend: Tokenizer, documents: Iterable[str], trainer: Any)
     except BaseException:
         stopped.set()  # the thread ends at the next text; it can't be stopped while it merges
         raise
-    if failed and isinstance(failed[0], RuntimeError):
+    if failed and isinstance(failed[0], TokenizerPanicError):
         raise RecipeError.at("tokenizer", f"can't be trained on this text: {failed[0]}") from failed[0]
     if failed:
         raise failed[0]
@@ -333,9 +333,13 @@ def pattern_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("tokenizer.pattern", f"{given!r} is not a regular expression: {error}")
 
 
+class TokenizerPanicError(Exception):
+    """The library `tokenizers` panicked."""
+
+
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise a panic of the library `tokenizers`, which is no `Exception`, as `RuntimeError`.
+    """Raise a panic of the library `tokenizers`, which is no `Exception`, as `TokenizerPanicError`.
 
     A regular expression that takes too many steps on a text causes one.
     """
@@ -345,7 +349,7 @@ def panics_as_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         hint = "; a simpler tokenizer.pattern takes fewer steps" if "retry-limit" in str(error) else ""
-        raise RuntimeError(f"{error}{hint}") from error
+        raise TokenizerPanicError(f"{error}{hint}") from error
 
 
 def _in_batches(documents: Iterable[str], size: int = 1000) -> Iterator[list[str]]:
