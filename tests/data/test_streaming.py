@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import environment, rows, small_text, train, write_jsonl, write_recipe
 from hub_server import HubServer, Repo
+from preparation import stream, tokens
 from warm import WarmProcess
 
 from hfpretrain.data import corpus
 from hfpretrain.data.encode import Encoder
-from hfpretrain.data.streaming import LaneState, StreamingData
+from hfpretrain.data.streaming import LaneState
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.files import seal
 from hfpretrain.recipe.schema import DataSection, RecipeError, TokenizerSection
@@ -39,26 +40,6 @@ def files(tmp_path):
 def section(folder, **keywords):
     keywords.setdefault("sources", [{"path": "json", "data_files": str(folder / "*.jsonl")}])
     return DataSection(**keywords, block_size=32, streaming=True)
-
-
-def stream(data, encode, num_processes=1, process_index=0, first_step=0, states=None, held_out=frozenset()):
-    return StreamingData(
-        data,
-        encode,
-        held_out,
-        first_step=first_step,
-        states=states or {},
-        micro_batch_size=2,
-        accumulation_steps=8 // num_processes,
-        process_index=process_index,
-        num_processes=num_processes,
-        eos_token_id=encode.eos_token_id,
-        document_masking=False,
-    )
-
-
-def tokens(step_data):
-    return torch.cat([batch["input_ids"] for batch in step_data.batches])
 
 
 def mixture(folder):

@@ -21,13 +21,14 @@ import torch
 from conftest import ROOT, environment, rows, small_text, write_jsonl, write_recipe
 from fsspec.implementations.memory import MemoryFileSystem
 from preparation import recipe as make_recipe
+from preparation import stream, tokens
 
 from hfpretrain.data import batches, corpus
 from hfpretrain.data.batches import Prefetcher, ReadingEndedError
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.identity import fingerprint
 from hfpretrain.data.read_ahead import ReadAhead
-from hfpretrain.data.streaming import LaneState, StreamingData, load_lane_states, save_lane_states
+from hfpretrain.data.streaming import LaneState, load_lane_states, save_lane_states
 from hfpretrain.data.threads import DaemonPool
 from hfpretrain.data.tokenizer import train_tokenizer
 from hfpretrain.engines.distributed import RowExchange
@@ -73,27 +74,6 @@ def section(folder, kind="mixture", **keywords):
 
 
 KINDS = ("mixture", "files of several sizes", "fewer files than processes", "files of one size")
-
-
-def stream(data, encode, num_processes=1, process_index=0, first_step=0, states=None, **keywords):
-    return StreamingData(
-        data,
-        encode,
-        keywords.pop("held_out", frozenset()),
-        first_step=first_step,
-        states=states or {},
-        micro_batch_size=2,
-        accumulation_steps=8 // num_processes,
-        process_index=process_index,
-        num_processes=num_processes,
-        eos_token_id=encode.eos_token_id,
-        document_masking=False,
-        **keywords,
-    )
-
-
-def tokens(step_data):
-    return torch.cat([batch["input_ids"] for batch in step_data.batches])
 
 
 class Meeting:
