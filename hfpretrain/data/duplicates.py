@@ -71,7 +71,7 @@ def ngram_overlap(
 
     def mark_found(chunk: np.ndarray) -> None:
         for values in hashes([chunk]):
-            candidates = values[table[values >> shift]]
+            candidates = values[table[(values >> shift).view(np.int64)]]
             indices = np.searchsorted(wanted, candidates)
             indices[indices == len(wanted)] = 0
             found[indices[wanted[indices] == candidates]] = True

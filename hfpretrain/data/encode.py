@@ -158,7 +158,9 @@ class Encoder:
         if self._special is None:
             return Counter()
         # First look for the characters that all names begin with, which is much faster than looking for many names.
-        candidates = (text for text in texts if self._special_start in text)
+        # Most texts lack one of them, and looking for a single character is faster still.
+        rare, start = set(self._special_start), self._special_start
+        candidates = (text for text in texts if all(character in text for character in rare) and start in text)
         return Counter(name for text in candidates for name in self._special.findall(text))
 
     def count_special_ids(self, documents: Iterable[np.ndarray]) -> Counter[str]:
@@ -243,10 +245,12 @@ class Encoder:
     def _encode_fast(self, texts: list[str]) -> tuple[list[np.ndarray], list[int]]:
         """The ids of each text, and the numbers of the texts whose ids include a framing token."""
         assert self.fast is not None
-        ids, offsets = self.fast(texts)
-        framing = np.flatnonzero(np.isin(ids, self._framing_ids)) if len(self._framing_ids) else ids[:0]
+        wide, offsets = self.fast(texts)
+        ids = wide.astype(self.dtype)
+        # A comparison for each of the few ids takes a tenth of the time of `np.isin`.
+        framing = np.concatenate([np.flatnonzero(ids == token_id) for token_id in self._framing_ids])
         found = np.unique(np.searchsorted(offsets, framing, side="right") - 1)
-        return np.split(ids.astype(self.dtype), offsets[1:-1]), found.tolist()
+        return np.split(ids, offsets[1:-1]), found.tolist()
 
     def _encode_slowly(self, texts: list[str]) -> tuple[list[np.ndarray], list[int]]:
         """As `_encode_fast`, by `tokenizers`."""

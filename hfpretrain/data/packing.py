@@ -96,28 +96,34 @@ def pack(
 ) -> None:
     """Tokenize `batches` on `num_workers` threads and write their parts into the folder `work`.
 
-    `encoder`: returns the encoder of the part with this key. `bytes_of_token`: int64 (vocabulary,). `unknown_id`: the
+    `encoder`: returns the encoder of the part with this key. `bytes_of_token`: int (vocabulary,). `unknown_id`: the
     token for text that the tokenizer does not know. `progress`: called with each batch and its number of tokens. An
     unfinished part has no account and is made again next time. The bytes written depend only on the documents.
     """
     for folder in ("parts", "documents"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     part: _PartPacker | None = None
+    # A narrow type, because looking up the bytes of every token takes as long as memory needs for the result.
+    bytes_of_token = bytes_of_token.astype(np.min_scalar_type(bytes_of_token.max()))
 
     def encode(batch: TextBatch) -> _Encoded:
         texts: list[Any] = [item.text for item in batch.items]
         encode_texts = encoder(batch.part)
         if batch.framing:
-            return _Encoded(encode_texts.frame(texts), encode_texts.count_special_ids(texts))
-        try:
-            return _Encoded(encode_texts.encode_proven(texts), encode_texts.count_special(texts))
-        except UnprovenError as error:
-            raise UnprovenPartError(batch.part, str(error)) from error
+            documents, special = encode_texts.frame(texts), encode_texts.count_special_ids(texts)
+        else:
+            try:
+                documents, special = encode_texts.encode_proven(texts), encode_texts.count_special(texts)
+            except UnprovenError as error:
+                raise UnprovenPartError(batch.part, str(error)) from error
+        num_bytes = [int(bytes_of_token.take(ids).sum(dtype=np.int64)) for ids in documents]
+        unknown = [0 if unknown_id is None else int((ids == unknown_id).sum()) for ids in documents]
+        return _Encoded(documents, special, num_bytes, unknown)
 
     def write(batch: TextBatch, encoded: _Encoded) -> None:
         nonlocal part
-        part = part or _PartPacker(work, batch.part, data, encoder(batch.part), unknown_id)
-        part.add(batch, encoded, bytes_of_token)
+        part = part or _PartPacker(work, batch.part, data, encoder(batch.part))
+        part.add(batch, encoded)
         if batch.ends_part:
             part.close(batch.ends_group, batch.stopped_at_limit)
             part = None
@@ -150,34 +156,41 @@ def pack(
 
 
 class _Encoded(NamedTuple):
-    """Token ids of each text of a batch from `Encoder`, and how often the texts contain each special token's name."""
+    """The texts of a batch as token ids."""
 
     ids: list[np.ndarray]
+    """From `Encoder`."""
     special: Counter[str]
+    """How often the texts contain each special token's name."""
+    num_bytes: list[int]
+    """Bytes of UTF-8 that the tokens of each text stand for."""
+    unknown: list[int]
+    """Number of unknown tokens in each text."""
 
 
 class _PartPacker:
     """Packs one part: writes the blocks of each split, and finally the account."""
 
-    def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder, unknown_id: int | None):
+    def __init__(self, work: Path, key: str, data: DataSection, encoder: Encoder):
         self._work, self._key, self._data, self._encoder = work, key, data, encoder
         self._packers: dict[str, _ConcatPacker] = {}
         self._origins: dict[str, int] = {}
         self._read: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._special: Counter[str] = Counter()
-        self._unknown_id, self._unknown = unknown_id, 0
+        self._unknown = 0
         self._sample: Counter[str] = Counter()
         self._from_tokens: Counter[str] = Counter()
         self._framing: Counter[int] = Counter()
 
-    def add(self, batch: TextBatch, encoded: _Encoded, bytes_of_token: np.ndarray) -> None:
+    def add(self, batch: TextBatch, encoded: _Encoded) -> None:
         """Append the documents of a batch."""
         self._special.update(encoded.special)
         self._read.update({name: getattr(batch, name) for name in READ_COUNTS})
         self._dropped.update(batch.dropped)
         self._count_tokens_read(batch)
-        for item, ids in zip(batch.items, encoded.ids, strict=True):
+        of_texts = zip(batch.items, encoded.ids, encoded.num_bytes, encoded.unknown, strict=True)
+        for item, ids, num_bytes, unknown in of_texts:
             if isinstance(item.text, str):
                 self._sample_lost_text(item.text)
             if len(ids) == len(self._encoder.prefix) + 1:  # the normalizer has removed the whole text
@@ -189,9 +202,8 @@ class _PartPacker:
             packer = self._packers.get(item.split) or self._open_packer(item.split)
             origin = self._origins.setdefault(item.origin, len(self._origins))
             packer.add(ids, item, origin)
-            if self._unknown_id is not None:
-                self._unknown += int((ids == self._unknown_id).sum())
-            packer.token_bytes += int(bytes_of_token[ids].sum())
+            packer.token_bytes += num_bytes
+            self._unknown += unknown
 
     def _count_tokens_read(self, batch: TextBatch) -> None:
         """If the source has tokens, count the ids that are kept, those that are dropped, and EOS, BOS and padding."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -123,7 +124,8 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
                     return open_verified(path)
                 registry = ShardRegistry(data, section, recipe.prepared_dir)
                 _check_shards(registry, _shard_inputs(data, section), path)
-                prepared = _Preparation(data, section, path, num_workers or num_cores()).finish()
+                with _modules_not_collected():
+                    prepared = _Preparation(data, section, path, num_workers or num_cores()).finish()
                 registry.remove(path.name)
                 check_unknown_share(prepared, section.max_unknown)
                 return prepared
@@ -152,7 +154,8 @@ def prepare_shard(recipe: Recipe, index: int, count: int, num_workers: int | Non
         if (PreparedData.open(path) or _download(data.prepared_dir, path)) is None:
             registry = ShardRegistry(data, section, recipe.prepared_dir)
             registry.add(Shard(path.name, _shard_inputs(data, section), index, count))
-            _Preparation(data, section, path, num_workers or num_cores()).make_parts(index, count)
+            with _modules_not_collected():
+                _Preparation(data, section, path, num_workers or num_cores()).make_parts(index, count)
     return path
 
 
@@ -309,6 +312,26 @@ def _lock_folder(path: Path, suffix: str) -> Iterator[None]:
             f"cannot write {error.filename or path}: {error.strerror or error}; finished parts are kept; run the "
             "same command again to continue",
         ) from error
+
+
+@contextlib.contextmanager
+def _modules_not_collected() -> Iterator[None]:
+    """Within it, the garbage collector does not look at what was imported before.
+
+    Preparing makes so many objects that the collector often looks at all of them. The modules have some 300,000, and
+    no garbage. With them, preparation takes a tenth longer.
+    """
+    import datasets  # noqa: F401
+    import transformers  # noqa: F401
+
+    if gc.get_freeze_count():  # the caller has done it, for longer
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Preparation:
