@@ -64,7 +64,8 @@ def ngram_overlap(
     distinct = len(wanted)
     wanted = wanted[:_MAX_NGRAMS]
     # Most n-grams of train do not occur in validation. A table of the hashes' upper bits quickly rules them out.
-    shift = np.uint64(64 - max(16, (16 * len(wanted)).bit_length()))
+    # It has 64 places for each, so that few others pass, but at most 64 MiB.
+    shift = np.uint64(64 - min(26, max(16, (64 * len(wanted)).bit_length())))
     table = np.zeros(2 ** int(64 - shift), dtype=bool)
     table[wanted >> shift] = True
     found = np.zeros(len(wanted), dtype=bool)

@@ -49,7 +49,11 @@ class Encoder:
         self.eos_token_id = tokenizer.eos_token_id
         self.prefix = document_prefix(tokenizer)
         self._start, self._end = np.array(self.prefix, dtype=dtype), np.array([self.eos_token_id], dtype=dtype)
-        self.tokenizer_sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        as_json = tokenizer.backend_tokenizer.to_str()
+        self.tokenizer_sha256 = hashlib.sha256(as_json.encode()).hexdigest()
+        content = orjson.loads(as_json)
+        self.keeps_all_text = _keeps_all_text(content)
+        """Whether no text can lose a character."""
         self._framing_ids = framing_ids(tokenizer)
         self._framing_tokens: list[str] = tokenizer.convert_ids_to_tokens(self._framing_ids)
         self._without_framing: Tokenizer | None = None
@@ -59,7 +63,7 @@ class Encoder:
         self._special_start = _common_start(names)
         self._special_ids = tokenizer.convert_tokens_to_ids(names)
         self._as_tokens = self._readable_as_tokens(special_tokens, set(names))
-        self._backend = _with_special(tokenizer.backend_tokenizer, self._as_tokens)
+        self._backend = _with_special(content, self._as_tokens)
         self._own_special_tokens = special_tokens
         own = special_tokens if isinstance(special_tokens, str) else tuple(special_tokens)
         self._by_special_tokens: dict[str | tuple[str, ...], Encoder] = {own: self}
@@ -172,18 +176,6 @@ class Encoder:
     def token(self, token_id: int) -> str:
         """A token as the tokenizer spells it."""
         return str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
-
-    @functools.cached_property
-    def keeps_all_text(self) -> bool:
-        """Whether no text can lose a character: the vocabulary has every byte, and nothing changes or removes text."""
-        content = orjson.loads(self._backend.to_str())
-        first = content["pre_tokenizer"] or {}
-        steps = first.get("pretokenizers", [first])
-        kinds = {step.get("type") for step in steps}
-        removes = any(step.get("behavior") == "Removed" for step in steps)
-        is_byte_level = "ByteLevel" in kinds <= {"ByteLevel", "Split", "Digits"} and content["model"]["type"] == "BPE"
-        has_all_bytes = _byte_alphabet().keys() <= content["model"]["vocab"].keys() if is_byte_level else False
-        return has_all_bytes and not removes and content["normalizer"] is None
 
     def lost_characters(self, text: str) -> tuple[int, int, int]:
         """Counts of a text's characters, without spaces: all, lost and replaced.
@@ -413,11 +405,21 @@ def _without_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
     return made
 
 
-def _with_special(backend: Tokenizer, allowed: set[str]) -> Tokenizer:
-    """A copy of the tokenizer that reads the special tokens in `allowed` as tokens, all others as ordinary text."""
+def _keeps_all_text(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer, given as JSON, has a token for every byte, and changes and removes no text."""
+    first = content["pre_tokenizer"] or {}
+    steps = first.get("pretokenizers", [first])
+    kinds = {step.get("type") for step in steps}
+    removes = any(step.get("behavior") == "Removed" for step in steps)
+    is_byte_level = "ByteLevel" in kinds <= {"ByteLevel", "Split", "Digits"} and content["model"]["type"] == "BPE"
+    has_all_bytes = _byte_alphabet().keys() <= content["model"]["vocab"].keys() if is_byte_level else False
+    return has_all_bytes and not removes and content["normalizer"] is None
+
+
+def _with_special(content: dict[str, Any], allowed: set[str]) -> Tokenizer:
+    """The tokenizer with this JSON, which reads the special tokens in `allowed` as tokens, all others as text."""
     from tokenizers import Tokenizer
 
-    content = orjson.loads(backend.to_str())
     for added in content["added_tokens"]:
         added["special"] = added["special"] and added["content"] not in allowed
     made = Tokenizer.from_buffer(orjson.dumps(content))
