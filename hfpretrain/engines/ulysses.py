@@ -52,7 +52,7 @@ class Ulysses(ZeRO3):
             yield Problem(key, f"{message}; use zero3.yaml")
         if getattr(text_config, "output_router_logits", False):
             message = "the router's balancing loss can't be computed from parts of sequences"
-            yield Problem(key, f"{message}; set model.config.output_router_logits to false")
+            yield Problem(key, f"{message}; set output_router_logits: false in model.config, or in config_overrides")
         yield from uneven_heads_problems(key, text_config, processes_per_sequence)
         if block_size % processes_per_sequence:
             message = f"{processes_per_sequence} processes can't divide data.block_size, {block_size}, evenly"

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from hfpretrain.modeling.config import whole_config
+from hfpretrain.modeling.config import load_config, whole_config
+from hfpretrain.modeling.overrides import KEY
 from hfpretrain.modeling.structure import decoder_layers
 from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError
 
@@ -49,6 +50,58 @@ def build_model(
     return model
 
 
+def require_same_tensors(section: ModelSection) -> None:
+    """Raise `RecipeError` if `section.config_overrides` adds or drops a tensor of the checkpoint, or changes its shape.
+
+    Models are built on the meta device only, so no weights are read. Tensors that `section.allow_missing` matches may
+    be added or dropped.
+    """
+    overrides = section.config_overrides
+    if not overrides:
+        return
+    before = _tensor_shapes(section, {})
+    changed = _changed_tensors(section, before, _tensor_shapes(section, overrides))
+    if not changed:
+        return
+    problems = []
+    for key, value in overrides.items():
+        try:
+            texts = _changed_tensors(section, before, _tensor_shapes(section, {key: value}))
+        except RecipeError:  # the key is only valid together with another one
+            continue
+        if texts:
+            problems.append(_changed_tensors_problem(f"{KEY}.{key}", texts))
+    raise RecipeError(problems or _changed_tensors_problem(KEY, changed))
+
+
+def _tensor_shapes(section: ModelSection, overrides: dict[str, Any]) -> dict[str, list[int]]:
+    """Shapes of the parameters of the checkpoint's model, and of the buffers that a checkpoint has, by name."""
+    config = load_config(section.model_copy(update={"config_overrides": overrides}))
+    model = build_model(section.model_copy(update={"pretrained": None, "attn_implementation": "auto"}), config)
+    parameters = dict(model.named_parameters())  # a tied one has one name
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {name: list(tensor.shape) for name, tensor in {**parameters, **buffers}.items()}
+
+
+def _changed_tensors(section: ModelSection, before: dict[str, list[int]], after: dict[str, list[int]]) -> list[str]:
+    """A text for each tensor that differs between two models in its shape, or that only one of them has."""
+    texts = []
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if old is not None and new is not None and old != new:
+            texts.append(f"{name} has shape {old} in the checkpoint, but {new} with this value")
+        elif old != new and not _is_allowed(section, name):
+            texts.append(f"{name} {new} is not in the checkpoint" if old is None else f"{name} {old} is dropped")
+    return texts
+
+
+def _changed_tensors_problem(path: str, texts: list[str]) -> Problem:
+    more = f", and so on for {len(texts) - 1} more tensors" if len(texts) > 1 else ""
+    fix = "leave the key out, or train a new model with model.config"
+    return Problem(path, f"does not fit the checkpoint's tensors: {texts[0]}{more}; {fix}")
+
+
 def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
     """Load `section.pretrained`. Raises `RecipeError` with the names of missing and unexpected tensors."""
     import torch
@@ -56,6 +109,9 @@ def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention:
 
     whole = whole_config(section)
     is_part = type(whole) is not type(config) and _causal_lm_class(whole) is not _causal_lm_class(config)
+    if is_part:
+        text = whole.get_text_config()
+        setattr(whole, next(name for name, part in vars(whole).items() if part is text), config)
     # `ignore_mismatched_sizes`, since `_loading_problems` reports tensors of another shape by name.
     model, info = AutoModelForCausalLM.from_pretrained(
         section.pretrained,
@@ -115,8 +171,7 @@ def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) ->
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
     def not_allowed(names: Any) -> list[str]:
-        patterns = section.allow_missing
-        return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        return [name for name in names if not _is_allowed(section, name)]
 
     path, fix = "model.pretrained", "correct config.json or the weights, or list the tensors in model.allow_missing"
     if missing := not_allowed(info["missing_keys"]):
@@ -127,9 +182,15 @@ def _loading_problems(section: ModelSection, name: str, info: dict[str, Any]) ->
         yield Problem(path, f"{text}; {fix}")
     if mismatched := info["mismatched_keys"]:
         texts = [f"{key} has shape {list(theirs)}, in the model {list(ours)}" for key, theirs, ours in mismatched]
-        yield Problem(path, f"the weights of {section.pretrained} don't fit its config.json: {join_names(texts)}")
+        where = "config.json" if not section.config_overrides else f"config.json with {KEY}"
+        yield Problem(path, f"the weights of {section.pretrained} don't fit its {where}: {join_names(texts)}")
     if info["error_msgs"]:
         yield Problem(path, f"{section.pretrained} can't be loaded: {join_names(info['error_msgs'])}")
+
+
+def _is_allowed(section: ModelSection, name: str) -> bool:
+    """Whether only the checkpoint or only the model may have a tensor of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in section.allow_missing)
 
 
 def import_model_code(config: PretrainedConfig) -> None:

@@ -61,9 +61,9 @@ def require_causal(
     if not torch.allclose(first, second, rtol, atol):
         fix = "; use another model"
         if getattr(model.config, "is_decoder", None) is False:
-            fix = "; set model.config.is_decoder: true, which some classes support, or use another model"
+            fix = f"; set {section.config_key}.is_decoder: true, which some classes support, or use another model"
         message = f"{type(model).__name__} is not causal: its predictions depend on later tokens{fix}"
-        raise RecipeError.at("model.config", message)
+        raise RecipeError.at("model.config" if section.pretrained is None else "model.pretrained", message)
 
 
 def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
@@ -134,9 +134,9 @@ def routing_note(model: PreTrainedModel) -> str:
     text = f"{type(model).__name__} trains without a balancing loss, so its router may end up using few of its experts"
     coefficient = getattr(model.config, "router_aux_loss_coef", None)  # None: the class has no such loss
     if coefficient is not None and getattr(model.config, "output_router_logits", None) is False:
-        text += ". Set model.config.output_router_logits: true to add one"
+        text += ". Set output_router_logits: true in model.config, or in model.config_overrides, to add one"
     elif coefficient == 0:
-        text += ". model.config.router_aux_loss_coef is 0"
+        text += ". Its router_aux_loss_coef is 0"
     return text
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hfpretrain.modeling.config_keys import is_read_by_model, known_config_keys, unknown_config_key_message
+from hfpretrain.modeling.overrides import config_changes, override_config, reserved_problems
 from hfpretrain.recipe.addresses import load_error_message, missing_path_problem
 from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError
@@ -21,6 +22,8 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     """Problems of `model.config` in a recipe's raw mapping: unknown keys, wrong values, a context that is too short.
 
+    Of `model.config_overrides`, only the keys that another key of the recipe sets: the others depend on the checkpoint.
+
     Imports transformers but not torch.
     """
     from transformers import AutoConfig
@@ -28,6 +31,9 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     section = mapping.get("model")
+    overrides = section.get("config_overrides") if isinstance(section, dict) else None
+    if isinstance(overrides, dict):
+        yield from reserved_problems(overrides)
     keywords = section.get("config") if isinstance(section, dict) else None
     if not isinstance(keywords, dict) or "model_type" not in keywords:
         return
@@ -38,10 +44,11 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
         )
         yield Problem("model.config.model_type", f"{message} (got {model_type!r})")
         return
-    known = known_config_keys(model_type)
-    unknown = [k for k in keywords if k != "model_type" and k not in known and not is_read_by_model(model_type, k)]
+    config_class = CONFIG_MAPPING[model_type]
+    known = known_config_keys(config_class)
+    unknown = [k for k in keywords if k != "model_type" and k not in known and not is_read_by_model(config_class, k)]
     for key in unknown:
-        yield Problem(f"model.config.{key}", unknown_config_key_message(key, model_type, known))
+        yield Problem(f"model.config.{key}", unknown_config_key_message(key, config_class, known))
     try:
         given = {key: value for key, value in keywords.items() if key not in unknown}
         config = AutoConfig.for_model(**{**_special_ids(model_type), **given})
@@ -81,13 +88,13 @@ def _export_problem(config: PretrainedConfig) -> str | None:
     return f"{message}, and AutoModelForCausalLM can't load a model of type {part}"
 
 
-def context_problems(config: PretrainedConfig, block_size: Any) -> Iterator[Problem]:
-    """A problem if blocks are longer than the model's longest context."""
+def context_problems(config: PretrainedConfig, block_size: Any, config_key: str = "model.config") -> Iterator[Problem]:
+    """A problem if blocks are longer than the model's longest context. `config_key`: `ModelSection.config_key`."""
     for key in CONTEXT_KEYS:
         positions = getattr(config, key, None)
         if isinstance(positions, int) and isinstance(block_size, int) and 0 < positions < block_size:
             message = f"must be at most the model's {key}, {positions} (got {block_size})"
-            yield Problem("data.block_size", f"{message}; lower it, or raise model.config.{key}")
+            yield Problem("data.block_size", f"{message}; lower it, or raise {config_key}.{key}")
             return
 
 
@@ -122,9 +129,11 @@ def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSecti
 
 
 def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
-    """The config of a model. `defaults`: values for keys of a new model's config that the section does not set.
+    """The config of a model, with `section.config_overrides`.
 
-    Raises `RecipeError` if `section.pretrained` has no config, or if `AutoModelForCausalLM` could not load the export.
+    `defaults`: values for keys of a new model's config that the section does not set. Raises `RecipeError` if
+    `section.pretrained` has no config, if the overrides don't suit it, or if `AutoModelForCausalLM` could not load the
+    export.
     """
     from transformers import AutoConfig
 
@@ -134,6 +143,11 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         if (reason := _export_problem(config)) is not None:
             raise RecipeError.at("model.config.model_type", f"{reason}; use another model")
         return config
+    return override_config(_text_config(section), section.config_overrides)
+
+
+def _text_config(section: ModelSection) -> PretrainedConfig:
+    """The config of the text model of `section.pretrained`, as it is in the checkpoint."""
     if problem := missing_path_problem(section.pretrained or ""):
         raise RecipeError.at("model.pretrained", problem)
     try:
@@ -153,6 +167,14 @@ def load_config(section: ModelSection, **defaults: Any) -> PretrainedConfig:
         message = f"{section.pretrained} is of type {config.model_type}: {reason}; {advice}"
         raise RecipeError.at("model.pretrained", message)
     return text
+
+
+def override_notes(section: ModelSection) -> Iterator[str]:
+    """What `section.config_overrides` changes, for the records of a run."""
+    if not section.config_overrides:
+        return
+    changes = config_changes(_text_config(section), load_config(section))
+    yield f"model.config_overrides changes the checkpoint's config: {'; '.join(changes) or 'nothing'}"
 
 
 def whole_config(section: ModelSection) -> PretrainedConfig:
@@ -200,7 +222,7 @@ def resolve_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    problems = [*context_problems(config, block_size), *_special_id_problems(section, tokenizer)]
+    problems = [*context_problems(config, block_size, section.config_key), *_special_id_problems(section, tokenizer)]
     if config.vocab_size < tokenizer_size:
         problems.append(vocabulary_problem(config.vocab_size, tokenizer_size, section))
     if problems:

@@ -8,16 +8,18 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfpretrain.recipe.keys import unknown_key_message
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def known_config_keys(model_type: str) -> set[str]:
+
+def known_config_keys(config_class: type[PretrainedConfig]) -> set[str]:
     """Keys that a config class accepts: its fields, those of `PretrainedConfig`, and the aliases in `attribute_map`."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config_class = CONFIG_MAPPING[model_type]
     keys: set[str] = set()
     with contextlib.suppress(StrictDataclassError):  # some classes raise it for their own defaults
         keys = {key for key in config_class().to_dict() if not key.startswith("_")}
@@ -42,7 +44,7 @@ _SYNONYMS = (
 )
 
 
-def unknown_config_key_message(key: str, model_type: str, known: set[str]) -> str:
+def unknown_config_key_message(key: str, config_class: type[PretrainedConfig], known: set[str]) -> str:
     """The message for an unknown key. If other classes have it, the message gives the name in this class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -50,12 +52,12 @@ def unknown_config_key_message(key: str, model_type: str, known: set[str]) -> st
     meant = Counter(name for names in _SYNONYMS if key in names for name in names)
     for other in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         meant.update(name for name, alias in CONFIG_MAPPING[other].attribute_map.items() if alias == key)
-    own = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
+    own = config_class.attribute_map
     found = next((own.get(name, name) for name, _ in meant.most_common() if name in known), None)
     if found is not None:
-        return f"unknown key; in {model_type} it is `{found}`"
+        return f"unknown key; in {config_class.model_type} it is `{found}`"
     # Suggest keys of this class only, not those that every config has.
-    sizes = [name for name in getattr(CONFIG_MAPPING[model_type], "__annotations__", {}) if not name.startswith("_")]
+    sizes = [name for name in getattr(config_class, "__annotations__", {}) if name in known]
     return (
         unknown_key_message(key, known)
         if difflib.get_close_matches(key, known, 1, 0.5)
@@ -63,10 +65,8 @@ def unknown_config_key_message(key: str, model_type: str, known: set[str]) -> st
     )
 
 
-def is_read_by_model(model_type: str, key: str) -> bool:
+def is_read_by_model(config_class: type[PretrainedConfig], key: str) -> bool:
     """Whether the model's code reads a key that its config class does not declare, as some read `head_dim`."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    path = Path(sys.modules[CONFIG_MAPPING[model_type].__module__].__file__ or "")
+    path = Path(sys.modules[config_class.__module__].__file__ or "")
     code = path.with_name(path.name.replace("configuration_", "modeling_"))
     return code.is_file() and re.search(rf'config(\.|, "){re.escape(key)}\b', code.read_text("utf-8")) is not None

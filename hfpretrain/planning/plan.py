@@ -17,8 +17,8 @@ from hfpretrain.data.source_files import is_folder
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size
 from hfpretrain.engines.choose import require_model, require_optimizer
 from hfpretrain.modeling import loss, optim
-from hfpretrain.modeling.build import build_model
-from hfpretrain.modeling.config import load_config
+from hfpretrain.modeling.build import build_model, require_same_tensors
+from hfpretrain.modeling.config import load_config, override_notes
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.structure import Parameters, decoder_layers, parameters_of_config
 from hfpretrain.modeling.trainable import freeze_outside_loss
@@ -248,6 +248,8 @@ def make_plan(
     def build() -> PreTrainedModel:
         return build_model(section, config, device="cpu")
 
+    if resolved.config is None:
+        require_same_tensors(recipe.model)
     model = build_model(section, config)
     freeze_outside_loss(model, block_size)
     sizes = memory.model_sizes(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
@@ -312,7 +314,7 @@ def make_plan(
 def _notes(
     recipe: Recipe, engines: list[Sharding], document_masking: bool, chunked_loss: bool, precision: str
 ) -> list[str]:
-    notes = []
+    notes = list(override_notes(recipe.model))
     if vocabulary_may_shrink(recipe):
         notes.append("parameters are counted for tokenizer.vocab_size tokens; the trained tokenizer may have fewer")
     if precision != "no" and any(engine.family == "replica" for engine in engines):

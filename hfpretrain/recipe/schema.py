@@ -89,6 +89,13 @@ class ModelSection(Section):
     `revision` as well."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
+    config_overrides: dict[str, Any] = {}
+    """Changes of the config of `pretrained`: any key of its class that changes no tensor, for example
+    `{attention_dropout: 0.1}` or `{rope_parameters: {rope_theta: 500000}, max_position_embeddings: 32768}`. The keys of
+    `rope_parameters` that are not given keep their values. If `rope_type` changes, only `rope_theta`,
+    `partial_rotary_factor` and the original context length are kept. Any other value replaces that of the checkpoint.
+    If the checkpoint has parts for images or sound, the keys are those of its text model. The run's first lines show
+    what changes, and the export has the changed config. Default: none."""
     allow_missing: tuple[str, ...] = ()
     """Names of tensors that only the checkpoint `pretrained` or only the model may have, for example
     `[lm_head.weight]`. `*` matches any characters. A tensor that the checkpoint lacks is drawn from the seed. A tensor
@@ -114,14 +121,23 @@ class ModelSection(Section):
 
     _revision = model_validator(mode="before")(_with_revision)
 
+    @property
+    def config_key(self) -> str:
+        """Path of the mapping that sets keys of the model's config."""
+        return "model.config" if self.pretrained is None else "model.config_overrides"
+
     @model_validator(mode="after")
     def _check_one_origin(self) -> ModelSection:
         if (self.config is None) == (self.pretrained is None):
-            raise ValueError("give exactly one of `config` (a new model) and `pretrained` (train a checkpoint further)")
+            both = "; `config_overrides` changes the config of a checkpoint" if self.config is not None else ""
+            message = "give exactly one of `config` (a new model) and `pretrained` (train a checkpoint further)"
+            raise ValueError(message + both)
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("`config` needs `model_type`, for example llama, qwen3, gpt2")
         if self.pretrained is not None and self.depth_scaled_init:
             raise ValueError("`depth_scaled_init` draws new weights and would overwrite those of `pretrained`")
+        if self.config_overrides and self.pretrained is None:
+            raise ValueError("`config_overrides` belongs to `pretrained`; a new model has these keys in `config`")
         for key in ("revision", "allow_missing"):
             if getattr(self, key) and self.pretrained is None:
                 raise ValueError(f"`{key}` belongs to `pretrained`, which is not given")

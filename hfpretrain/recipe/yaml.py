@@ -188,7 +188,7 @@ def _value_problems(mapping: dict[str, Any], recipe: Recipe) -> Iterator[Problem
             yield Problem(path, f"is too large; integers must be below 2**53 (got {value:.3e})")
         elif isinstance(value, str) and "\0" in value:
             yield Problem(path, f"contains a NUL character (got {value!r:.100})")
-        elif value == "" and not path.startswith(("evaluation.prompts.", "model.config.")):
+        elif value == "" and not path.startswith(("evaluation.prompts.", "model.config.", "model.config_overrides.")):
             yield Problem(path, "is an empty string; give a value, or leave the key out")
 
 

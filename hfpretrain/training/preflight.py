@@ -106,13 +106,15 @@ def disk_problems(output_dir: Path, num_bytes: int) -> list[Problem]:
 def require_buildable_model(section: ModelSection, no_decay: Sequence[str]) -> None:
     """Build the recipe's model on the meta device, which takes a fraction of a second at any size.
 
-    Raises `RecipeError` if it can't be built or exported, or if a pattern of `optimizer.no_decay` matches no parameter.
-    A model with remote code is not built.
+    Raises `RecipeError` if it can't be built or exported, if it does not fit the checkpoint's tensors, or if a pattern
+    of `optimizer.no_decay` matches no parameter. A model with remote code is not built.
     """
     from hfpretrain.modeling import optim
+    from hfpretrain.modeling.build import require_same_tensors
 
     model = _build_model(section, "meta")
     if model is not None:
+        require_same_tensors(section)
         optim.decayed_names(model, no_decay)
 
 
@@ -128,13 +130,15 @@ def check_small_model(
     computed in chunks.
     """
     from hfpretrain.modeling import checks
+    from hfpretrain.modeling.config import override_notes
     from hfpretrain.modeling.structure import count_parameters, has_experts
 
-    blueprint = _build_model(section, "meta")
+    blueprint, notes = _build_model(section, "meta"), list(override_notes(section))
     if blueprint is None or count_parameters(blueprint).total > _MAX_CHECKED_PARAMETERS:
-        if training.document_masking is False:
-            return []
-        return ["whether the model can mask the documents of a block from each other is tested when training starts"]
+        if training.document_masking is not False:
+            what = "whether the model can mask the documents of a block from each other"
+            notes.append(f"{what} is tested when training starts")
+        return notes
     model = _build_model(section, "cpu")
     assert model is not None
     checks.require_causal(model, section)
@@ -143,7 +147,8 @@ def check_small_model(
     checks.resolve_document_masking(training.document_masking, leak, packs)
     checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)
     step_loss = checks.examine_loss(model)
-    notes = [note] if (note := step_loss.note(type(model).__name__)) else []
+    if note := step_loss.note(type(model).__name__):
+        notes.append(note)
     if has_experts(model) and not step_loss.adds_term:
         notes.append(checks.routing_note(model))
     if leak is not None and packs_documents is None:

@@ -33,7 +33,7 @@ from hfpretrain.modeling.checks import (
     routing_note,
     use_chunked_loss,
 )
-from hfpretrain.modeling.config import context_note, generation_config, load_config, resolve_config
+from hfpretrain.modeling.config import context_note, generation_config, load_config, override_notes, resolve_config
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.structure import Parameters, count_parameters, has_experts
@@ -205,6 +205,8 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     vocab_size, tokenizer_size = prepared.manifest["vocab_size"], prepared.manifest["tokenizer_size"]
     config = resolve_config(recipe.model, vocab_size, tokenizer, tokenizer_size, recipe.data.block_size)
     notes.add(context_note(recipe.model, config, recipe.data.block_size))
+    for text in override_notes(recipe.model):
+        notes.add(text)
     generation = generation_config(recipe.model, tokenizer)
     import_model_code(config)
     if recipe.model.attn_implementation.startswith("flex") and engine.device.type == "cpu":
