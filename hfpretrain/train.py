@@ -22,7 +22,6 @@ import transformers
 
 from hfpretrain import files
 from hfpretrain.data import threads
-from hfpretrain.engines.start import EXIT_CODE_FILE
 from hfpretrain.publishing import card
 from hfpretrain.publishing.publisher import BackgroundPublisher
 from hfpretrain.recipe import redaction
@@ -66,12 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     console.keep_from_failing("stdout", "stderr")
     rank = int(os.environ.get("RANK", "0"))
     code = _main(sys.argv[1:] if arguments is None else arguments, rank)
-    path = os.environ.get(EXIT_CODE_FILE)
-    if path and rank == 0:
-        try:
-            Path(path).write_text(f"{code}\n", encoding="utf-8")
-        except OSError as error:
-            print(f"the exit code {code} can't be written to {path}: {error.strerror}", file=sys.stderr)
+    if rank == 0:
+        launch.record_exit_code(code)
     return code
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from hfpretrain.engines.start import end_with_parent
+from hfpretrain.engines.start import EXIT_CODE_FILE, end_with_parent
 from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.machine import has_gpu
 from hfpretrain.recipe.schema import Problem, RecipeError
@@ -79,6 +79,15 @@ def leave_message(text: str) -> None:
         content = {"message": text, "timestamp": int(time.time())}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def record_exit_code(code: int) -> None:
+    """Write the exit code of the main process into the file that `EXIT_CODE_FILE` names, if it names one."""
+    if path := os.environ.get(EXIT_CODE_FILE):
+        try:
+            Path(path).write_text(f"{code}\n", encoding="utf-8")
+        except OSError as error:
+            print(f"the exit code {code} can't be written to {path}: {error.strerror}", file=sys.stderr)
 
 
 def has_group() -> bool:

@@ -19,11 +19,13 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from hfpretrain.engines import launch
 from hfpretrain.recipe.schema import Problem, RecipeError
 
 SILENCE_SECONDS = 30  # a rank that writes no new status for this long counts as lost
 _BROKEN_SILENCE_SECONDS = 4  # this many once a connection to a rank has broken, since some rank has just died
 _REPORT_SECONDS = 30  # after this long, a rank that waits for rank 0 prints what it waits for
+_KNOWN = "recipe_error/known"  # counts the ranks that end with the same `RecipeError`
 _GRACE_SECONDS = 3  # a failed rank's launcher has this long to end its other ranks: its report says more than ours
 
 
@@ -49,6 +51,8 @@ class Status:
     """None while the rank runs, empty after it ended well, else its error."""
     disconnected: bool = False
     """Whether a connection to another rank broke."""
+    recipe_error: dict[str, Any] | None = None
+    """The `RecipeError` that ends this rank: `problems`, and the rank and the host that found it. Otherwise None."""
 
 
 class FailureDetector:
@@ -132,7 +136,9 @@ class Watch:
 
     Every rank writes its status into the process group's store once a second. Rank 0 reads the statuses of all ranks;
     the others read only the status of rank 0 and the failure that it found. So the store's load grows only linearly
-    with the number of ranks. A rank that finds a failure prints it, and all ranks end with exit code 1.
+    with the number of ranks. A rank that finds a failure prints it, and all ranks end with exit code 1. If a rank ends
+    with a `RecipeError`, for example because a file that only this rank reads is broken, all ranks end with its message
+    and exit code 2.
     """
 
     def __init__(self) -> None:
@@ -146,6 +152,8 @@ class Watch:
         self._num_tasks = 0
         self._paused = 0.0
         self._ticks: dict[int, int] | None = None
+        self._recipe_error: dict[str, Any] | None = None
+        self._looks_at_error = 0
 
     def beat(self, phase: str, step: int) -> None:
         """Record that the main thread is in `phase` of `step`. All ranks must make the same calls. It is cheap."""
@@ -233,7 +241,9 @@ class Watch:
     def _write(self, tick: int, end: str | None = None) -> None:
         count, phase, step = self._progress
         own = (self._units, self._task, self._waits)
-        status = Status(self._host, os.getpid(), tick, count, phase, step, *own, end, self._disconnected)
+        status = Status(
+            self._host, os.getpid(), tick, count, phase, step, *own, end, self._disconnected, self._recipe_error
+        )
         self._store.set(f"status/{self._rank}", json.dumps(asdict(status)))
 
     def _watch(self) -> None:
@@ -255,6 +265,8 @@ class Watch:
             statuses = {rank: Status(**json.loads(value)) for rank, value in zip(others, values, strict=True)}
             self._first = statuses[0]
             self._note_new_statuses(statuses)
+            if (recipe_error := self._find_recipe_error(statuses)) is not None and not self._closed.is_set():
+                self._end_with(recipe_error)
             found = self._detector.find_failure(statuses, self._disconnected)
             if found is not None and not self._closed.is_set():
                 text, lost = found
@@ -263,6 +275,15 @@ class Watch:
                 self._end(
                     text, reports=self._rank == 0 or self._reports_for_host(), lost=[statuses[rank] for rank in lost]
                 )
+
+    def _find_recipe_error(self, statuses: Mapping[int, Status]) -> dict[str, Any] | None:
+        """The `RecipeError` that ends another rank, once it is there for two looks.
+
+        This rank may have the same error, because it read the same file. It then ends by itself.
+        """
+        found = next((status.recipe_error for status in statuses.values() if status.recipe_error is not None), None)
+        self._looks_at_error += found is not None
+        return found if self._looks_at_error >= 2 else None
 
     def _note_new_statuses(self, statuses: Mapping[int, Status]) -> None:
         """Forget that this process was suspended, once all other ranks have written a new status."""
@@ -315,6 +336,33 @@ class Watch:
         time.sleep(_GRACE_SECONDS - 1 if reports else _GRACE_SECONDS)
         os._exit(1)
 
+    def _end_with(self, recipe_error: dict[str, Any]) -> None:
+        """End this rank with the `RecipeError` of another one."""
+        if not self._ending.acquire(blocking=False):
+            return
+        self._recipe_error = recipe_error
+        problems = [str(Problem(**problem)) for problem in recipe_error["problems"]]
+        text = "\n  ".join([f"error on rank {recipe_error['rank']} ({recipe_error['host']}):", *problems])
+        if self._rank == 0 or self._reports_for_host():
+            launch.leave_message(text)
+            print(text, file=sys.stderr, flush=True)
+        if self._rank == 0:
+            launch.record_exit_code(2)
+        self._tell_recipe_error(" ".join(text.split()))
+        os._exit(2)
+
+    def _tell_recipe_error(self, end: str) -> None:
+        """Write the last status of this rank, and wait until all ranks know its `RecipeError`.
+
+        The store may end with this rank.
+        """
+        with contextlib.suppress(dist.DistError):  # the store has ended
+            self._write(-1, end[:500])
+            self._store.add(_KNOWN, 1)
+            deadline = time.monotonic() + 2 * _GRACE_SECONDS
+            while time.monotonic() < deadline and int(self._store.add(_KNOWN, 0)) < len(self._ranks):
+                time.sleep(0.1)
+
     def __enter__(self) -> Watch:
         return self
 
@@ -332,8 +380,14 @@ class Watch:
         self._threads[0].join(_GRACE_SECONDS)
         if self._threads[0].is_alive():
             return
+        end = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if isinstance(error, RecipeError):
+            problems = [asdict(problem) for problem in error.problems]
+            self._recipe_error = {"rank": self._rank, "host": self._host, "problems": problems}
+            self._tell_recipe_error(end)
+            return
         try:
-            self._write(-1, "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500])
+            self._write(-1, end)
         except dist.DistError:
             return
         if error is not None and len(self._ranks) > int(os.environ.get("LOCAL_WORLD_SIZE", len(self._ranks))):

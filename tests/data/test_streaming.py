@@ -295,7 +295,8 @@ def local(files, encode, tmp_path):
     return lambda **changes: write_recipe(
         files,
         tokenizer={"pretrained": str(files / "tokenizer")},
-        data__sources=[{"path": "json", "data_files": str(files / "[0-9].jsonl"), **changes.pop("source", {})}],
+        data__sources=changes.pop("data__sources", None)
+        or [{"path": "json", "data_files": str(files / "[0-9].jsonl"), **changes.pop("source", {})}],
         data__validation_fraction=0.0,
         data__streaming=True,
         **changes,
@@ -329,8 +330,13 @@ def test_a_checkpoint_of_the_first_version_is_refused_with_that_version(files, l
     assert result.returncode == 2 and "checkpoint of hfpretrain 0.1.0" in result.stderr, result.stderr
 
 
-def test_an_error_in_the_text_of_one_process_is_reported(files, local):
-    with (files / "7.jsonl").open("a") as file:
+@pytest.mark.parametrize("is_mixture", [False, True])
+@pytest.mark.parametrize("number", [0, 7])
+def test_an_error_in_the_text_of_one_process_ends_all_with_its_message(files, local, number, is_mixture):
+    with (files / f"{number}.jsonl").open("a") as file:
         file.write("{bad\n")
-    result = train(local(), "--training.max_steps=200", engine="ddp")
-    assert result.returncode != 0 and "7.jsonl:51: broken JSON" in result.stderr, result.stderr
+    sources = [{"path": "json", "data_files": str(files / f"{n}.jsonl"), "weight": 0.5} for n in (0, 7)]
+    recipe = local(**({"data__sources": sources} if is_mixture else {}))
+    result = train(recipe, "--training.max_steps=200", engine="ddp")
+    assert result.returncode == 2 and f"{number}.jsonl:51: broken JSON" in result.stderr, result.stderr
+    assert "the run ends on all ranks" not in result.stderr, "the message of a program's error, not of a user's"

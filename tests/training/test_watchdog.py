@@ -20,6 +20,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 SUMS = """
 import os, signal, subprocess, time
 import torch, torch.distributed as dist
+from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.training.watchdog import Watch
 
 dist.init_process_group("gloo")
@@ -32,6 +33,8 @@ with Watch() as watch:
         if step == 3 and os.environ["RANK"] == os.environ.get("BAD"):
             if os.environ["FAULT"] == "error":
                 raise ValueError("a broken disk")
+            if os.environ["FAULT"] == "recipe":
+                raise RecipeError.at("data.sources.0", "a broken line")
             subprocess.Popen(["sh", "-c", f"sleep 12; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), getattr(signal, os.environ["FAULT"]))
         watch.beat("train", step)
@@ -138,6 +141,18 @@ def test_the_other_machine_reports_which_rank_failed(sums):
     assert all(code == 1 for code, _ in results) and "ValueError: a broken disk" in results[1][1]
     message = rf"the run ends on all ranks: rank 1 on {HOST}, pid \d+ \(step 3, phase data\) failed: ValueError"
     assert re.search(message, results[0][1]), results[0][1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_end_with_the_recipe_error_of_one(sums, rank, tmp_path):
+    code_file = tmp_path / "code"
+    results = on_two_machines(sums, BAD=str(rank), FAULT="recipe", HFPRETRAIN_EXIT_CODE_FILE=str(code_file))
+    assert re.search("RecipeError: data.sources.0: a broken line", results[rank][1]), results[rank][1]
+    other = results[1 - rank][1]
+    assert f"error on rank {rank} ({HOST}):\n  data.sources.0: a broken line" in other, other
+    assert re.search(r"exitcode +: 2 ", other) and "the run ends on all ranks" not in other, other
+    if rank == 1:
+        assert code_file.read_text() == "2\n", "rank 0 leaves the exit code of the run"
 
 
 def test_the_other_machine_reports_that_the_first_machine_is_down(sums):
