@@ -106,6 +106,18 @@ def object_names(row: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"{name}.{inner}" for inner in object_names(value)) if isinstance(value, dict) else [name]
 
 
+def id_columns(fields: Iterable[pa.Field]) -> list[str]:
+    """Names of the columns in an Arrow schema that probably have token ids: lists of integers, `input_ids` first."""
+    import pyarrow as pa
+
+    def has_ids(kind: pa.DataType) -> bool:
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        return is_list and pa.types.is_integer(kind.value_type)
+
+    names = [field.name for field in fields if has_ids(field.type)]
+    return sorted(names, key=lambda name: name != "input_ids")
+
+
 def field_names(fields: Iterable[pa.Field]) -> Iterator[str]:
     """Names of the columns in an Arrow schema, nested ones with dots."""
     for field in fields:

@@ -105,6 +105,8 @@ class Reader:
         """Whether the last `read` ended at `max_documents` or `max_bytes` although the source has more documents."""
         self._columns = TextColumns(source)
         self._skip = on_bad_document == "skip"
+        self.notes: list[str] = []
+        """Sentences about files that are left out or read otherwise than one may expect."""
         self._dataset: Any = None
         self._raw: Any = None
         self._done_bytes = 0
@@ -113,6 +115,7 @@ class Reader:
             self.pieces = [Piece(PYTHON_STDLIB, None)]
         elif (pieces := self._file_pieces()) is not None:
             self.pieces = pieces
+            self._note_cut_documents()
         else:
             self._dataset = self._load_dataset()
             number = getattr(self._dataset, "num_shards", 1) if self._is_streamed else 1
@@ -232,7 +235,7 @@ class Reader:
 
     def _file_pieces(self) -> list[Piece] | None:
         """The files of the split, or the parts of them in a slice; None if `datasets` reads the source."""
-        splits = source_files.find_splits(self.source, self.key)
+        splits = source_files.find_splits(self.source, self.key, self.notes)
         if splits is None:
             return None
         found = {name: [Piece(*file) for file in files] for name, files in splits.items()}
@@ -248,6 +251,17 @@ class Reader:
                 f"{self.key}.delimiter", "is only for CSV files, and this source has none; leave the key out"
             )
         return found[self.source.split] if self._is_streamed else self._slice_pieces(found)
+
+    def _note_cut_documents(self) -> None:
+        """Note it if documents of tokens seem to continue in the next file."""
+        if self._vocabulary is None or self.source.documents_by not in ("eos", "bos") or len(self.pieces) < 2:
+            return
+        origins = list(dict.fromkeys(piece.origin for piece in self.pieces))
+        if count := self._vocabulary.count_cuts(origins, self.source, self.key):
+            token = self.source.documents_by.upper()
+            message = f"{self.key}: at {count:,} of {len(origins) - 1:,} borders between files, there is no {token}"
+            advice = "a document that continues in the next file is read as two documents"
+            source_files.note_once(f"{message}; {advice}", self.notes)
 
     def _slice_pieces(self, files: dict[str, list[Piece]]) -> list[Piece]:
         """The parts of files that make up a slice such as `train[:10%]`. Slices count documents."""
@@ -331,7 +345,7 @@ class Reader:
                 return
             except Exception as error:
                 raise self._read_error(", ".join(self.source.patterns) or origin, error) from error
-            for values in self._table_rows(table):
+            for values in self._table_rows(table, origin):
                 row += 1
                 yield self._document(values, origin, row)
 
@@ -344,18 +358,35 @@ class Reader:
                 return Document("", origin, row, problem=(reason, f"{what}, got {value!r:.100}"))
         return _make_document(self._columns.join(values), origin, row)
 
-    def _column_paths(self, schema: Any) -> list[tuple[str, ...]]:
-        """Where an Arrow schema has each text column. Raises `RecipeError` if one is missing."""
-        paths = [columns.path_of(schema, name) for name in self._columns.names]
-        for name, path in zip(self._columns.names, paths, strict=True):
+    def _column_paths(self, schema: Any, origin: str) -> list[tuple[str, ...]]:
+        """Where an Arrow schema has each text column. Raises `RecipeError` if one is missing or there twice."""
+        paths = []
+        for name in self._columns.names:
+            path = columns.path_of(schema, name)
             if path is None:
                 message = _missing_column_message(name, columns.field_names(schema))
-                raise RecipeError.at(f"{self.key}.{self._columns.key}", message)
-        return [path for path in paths if path is not None]
+                raise self._column_error(origin, f"{message}{self._advice_for_ids(columns.id_columns(schema))}")
+            if (count := schema.names.count(path[0])) > 1:
+                raise self._column_error(origin, f"there are {count} columns with the name {path[0]!r}; rename them")
+            paths.append(path)
+        return paths
 
-    def _table_rows(self, table: Any) -> Iterator[tuple[Any, ...]]:
+    def _column_error(self, origin: str, message: str) -> RecipeError:
+        """The error of `text_column` or `text_template` in a file."""
+        return RecipeError.at(f"{self.key}.{self._columns.key}", f"{redact(origin)}: {message}")
+
+    def _advice_for_ids(self, names: Sequence[str]) -> str:
+        """What to do about a source that has token ids in these columns, and no text; empty without such columns."""
+        if not names:
+            return ""
+        path = self.source.path
+        where = f"`data_dir: {path}`" if source_files.is_folder(self.source) else "the same `data_files` or `data_dir`"
+        column = "" if names[0] == "input_ids" else f" and `ids_column: {names[0]}`"
+        return f". The column {names[0]!r} has token ids: set `path: tokens`, {where}{column}"
+
+    def _table_rows(self, table: Any, origin: str) -> Iterator[tuple[Any, ...]]:
         """The values of the text columns in each row of an Arrow table or record batch."""
-        paths = self._column_paths(table.schema)
+        paths = self._column_paths(table.schema, origin)
         return zip(*(columns.column_values(table, path) for path in paths), strict=True)
 
     def _report_broken_file(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
@@ -420,9 +451,9 @@ class Reader:
 
         row = 0
         with self._open_checked(origin, "parquet") as file, pyarrow.parquet.ParquetFile(file) as table:
-            names = [".".join(path) for path in self._column_paths(table.schema_arrow)]
+            names = [".".join(path) for path in self._column_paths(table.schema_arrow, origin)]
             for batch in table.iter_batches(_BATCH_SIZE, columns=names):
-                for values in self._table_rows(batch):
+                for values in self._table_rows(batch, origin):
                     row += 1
                     yield self._document(values, origin, row)
 
@@ -430,9 +461,9 @@ class Reader:
         row = 0
         with self._open_checked(origin, "arrow") as file:
             schema, batches = columns.arrow_batches(file, _BATCH_SIZE)
-            self._column_paths(schema)
+            self._column_paths(schema, origin)
             for batch in batches:
-                for values in self._table_rows(batch):
+                for values in self._table_rows(batch, origin):
                     row += 1
                     yield self._document(values, origin, row)
 

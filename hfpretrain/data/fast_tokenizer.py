@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,9 @@ class FastTokenizer:
                 is_first = self._windows < _FIRST_WINDOWS
                 if is_first or before // _CHARS_PER_WINDOW != self._chars // _CHARS_PER_WINDOW:
                     self._windows += 1
-                    start = 0 if is_first else hash(text) % max(1, len(text) - _WINDOW_CHARS)
+                    # Not by `hash`, which differs between processes.
+                    drawn = zlib.crc32(text[-_WINDOW_CHARS:].encode("utf-8", "surrogatepass"))
+                    start = 0 if is_first else drawn % max(1, len(text) - _WINDOW_CHARS)
                     windows.append(text[start : start + _WINDOW_CHARS])
         if windows:
             self._compare(windows)

@@ -391,6 +391,8 @@ class _Preparation:
         }
         if (sample := self.work / "tokenizer" / _TOKENIZER_SAMPLE).is_file():
             extra["tokenizer_sample"] = json.loads(sample.read_text(encoding="utf-8"))
+        if notes := [note for reader in (*self.readers, *self.validation_readers) for note in reader.notes]:
+            extra["reading_notes"] = notes
         shutil.rmtree(self.work / "scan", ignore_errors=True)
         shutil.rmtree(self.work / _UNPROVEN_PARTS, ignore_errors=True)
         for left in list(self.work.rglob("*" + files.INCOMPLETE)):

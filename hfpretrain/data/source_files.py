@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 from hfpretrain.recipe.addresses import LFS_POINTER, LFS_POINTER_PROBLEM
+from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import FILE_FORMATS, RecipeError, SourceSection
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -89,16 +90,20 @@ def is_folder(source: SourceSection) -> bool:
     return os.path.isdir(source.path) and source.path not in FILE_FORMATS and not is_packaged(source.path)
 
 
-def find_splits(source: SourceSection, key: str) -> dict[str, list[SourceFile]] | None:
-    """The files of each split that the source's `split` names; None if `datasets` finds and reads them."""
+def find_splits(source: SourceSection, key: str, notes: list[str] | None = None) -> dict[str, list[SourceFile]] | None:
+    """The files of each split that the source's `split` names; None if `datasets` finds and reads them.
+
+    `notes`: gets a sentence about files that are left out or listed twice.
+    """
     names = [part.partition("[")[0].strip() for part in source.split.split("+")]
-    found = {name: find_files(source, key, name) for name in names}
+    found = {name: find_files(source, key, name, notes) for name in names}
     known = {name: files for name, files in found.items() if files is not None}
     return known if len(known) == len(found) else None
 
 
-def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] | None:
-    """The files of a split, sorted within each pattern. None if `datasets` finds and reads them.
+def find_files(source: SourceSection, key: str, split: str, notes: list[str] | None = None) -> list[SourceFile] | None:
+    """The files of a split, sorted within each pattern. None if `datasets` finds and reads them. `notes`: as in
+    `find_splits`.
 
     Raises `RecipeError` if a pattern matches no file, or one that can't be read, or if it is unclear which files belong
     to the split.
@@ -109,17 +114,22 @@ def find_files(source: SourceSection, key: str, split: str) -> list[SourceFile] 
     if source.path not in FILE_FORMATS and (not is_folder(source) or source.name or _has_configurations(source)):
         return None
     found: dict[str, tuple[str, int | None]] = {}
+    repeated: list[str] = []
+    notes = [] if notes is None else notes
     for pattern in source.patterns or ("**/*",):
-        matches = expand_pattern(source, pattern, key)
-        if PurePath(pattern).name in ("*", "**"):
-            matches = _without_markers(source, matches)
+        matches = _without_markers(source, pattern, expand_pattern(source, pattern, key), key, notes)
         if not matches:
             where = f"{key}.data_files" if source.patterns else f"{key}.{'data_dir' if source.data_dir else 'path'}"
             raise RecipeError.at(
                 where, f"no file matches {pattern if source.patterns else os.path.join(_root_name(source), pattern)}"
             )
         for name, info in matches:  # a file that is given twice, even by another path, is read once
-            found.setdefault(os.path.realpath(name) if "://" not in name else name, (name, info.get("size")))
+            real = os.path.realpath(name) if "://" not in name else name
+            repeated += [name] if real in found else []
+            found.setdefault(real, (name, info.get("size")))
+    if repeated:
+        files = f"{repeated[0]}, which is" if len(repeated) == 1 else f"{len(repeated):,} files, such as {repeated[0]},"
+        note_once(f"{key}.data_files: {files} listed more than once, but read once", notes)
     listed = _token_files(list(found.values()), key) if source.holds_tokens else list(found.values())
     named = _files_of_split(source, key, split, listed)
     if source.path in FILE_FORMATS:
@@ -140,11 +150,11 @@ def _token_files(files: list[tuple[str, int | None]], key: str) -> list[tuple[st
 
     An index of Megatron-LM is read with its `.bin`. `Dataset.map` leaves caches in a folder of `Dataset.save_to_disk`.
     """
-    names = {name for name, _ in files}
+    stems = {os.path.splitext(name)[0] for name, _ in files if name.lower().endswith(".bin")}
 
     def is_index_or_cache(path: Path) -> bool:
-        if path.suffix == ".idx":
-            return str(path.with_suffix(".bin")) in names
+        if path.suffix.lower() == ".idx":
+            return str(path.with_suffix("")) in stems
         if path.suffix != ".arrow" or not _is_saved_dataset(path.parent):
             return False
         return path not in _files_of_saved_dataset(path.parent, f"{key}.data_files")[0]
@@ -431,28 +441,51 @@ def path_below(folder: str, name: str) -> str:
 
 
 def _without_markers(
-    source: SourceSection, matches: list[tuple[str, dict[str, Any]]]
+    source: SourceSection, pattern: str, matches: list[tuple[str, dict[str, Any]]], key: str, notes: list[str]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Leave out files that accompany data, with one log line."""
+    """Leave out files that accompany data, and note them.
+
+    A pattern such as `*.jsonl` says which files are data, so only those are left out that lie in a folder of a writer
+    that has not finished, such as `_temporary`.
+    """
     root = _root_name(source)
     names = {name: PurePath(path_below(root, name)) for name, _ in matches}
+    is_any_name = PurePath(pattern).name in ("*", "**")
     saved = {path.parent for path in names.values() if path.name == "dataset_info.json"}  # by `Dataset.save_to_disk`
-    left_out = {
-        name
-        for name, path in names.items()
-        if _MARKERS.fullmatch(path.name)
-        or (path.name == "state.json" and path.parent in saved)
-        or any(part.startswith("__") and part != "__" for part in path.parent.parts)
-    }
+    asked_for = [part for part in PurePath(pattern).parts if _is_hidden(part)]
+
+    def is_marker(path: PurePath) -> bool:
+        hidden = filter(_is_hidden, path.parent.parts)
+        if not all(any(fnmatchcase(part, asked) for asked in asked_for) for part in hidden):
+            return True
+        return is_any_name and (
+            _MARKERS.fullmatch(path.name) is not None
+            or _is_hidden(path.name)
+            or (path.name == "state.json" and path.parent in saved)
+        )
+
+    left_out = {name for name, path in names.items() if is_marker(path)}
     if left_out:
-        more = " and more" if len(left_out) > 5 else ""
-        _log_once(f"left out, because these names are not those of data files: {', '.join(sorted(left_out)[:5])}{more}")
+        listed = ", ".join(sorted(left_out)[:5]) + (f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else "")
+        note_once(f"{key}: left out, because these names are not those of data files: {listed}", notes)
     return [(name, info) for name, info in matches if name not in left_out]
 
 
+def _is_hidden(part: str) -> bool:
+    """Whether Spark and Hive leave out a file or folder of this name. A partition such as `_day=1` is none."""
+    return part.startswith(("_", ".")) and part not in ("_", "__", ".", "..") and "=" not in part
+
+
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Log a sentence, unless this process has logged it before."""
     logger.info(message)
+
+
+def note_once(message: str, notes: list[str]) -> None:
+    """Log a sentence once in this process, and add it to `notes`."""
+    log_once(redact(message))
+    notes.append(redact(message))
 
 
 def _has_configurations(source: SourceSection) -> bool:

@@ -36,6 +36,7 @@ def summary(prepared: PreparedData) -> str:
             listed = ", ".join(f"{count:,} {token}" for token, count in special.items())
             lines.append(f"  special tokens source {number}: its text contains {listed}")
     lines += [f"  limit          {text}" for text in limit_notes(prepared)]
+    lines += [f"  files          {text}" for text in reading_notes(prepared)]
     lines += [f"  tokenizer      {text}" for text in preparation_notes(prepared)]
     found = manifest["hygiene"]
     if found["train_duplicates"]:
@@ -59,6 +60,12 @@ def limit_notes(prepared: PreparedData) -> list[str]:
             counts = f"{source['documents_read']:,} documents ({source['bytes_read']:,} bytes)"
             found.append(f"{name}: only its first {counts} were read, up to max_documents or max_bytes")
     return found
+
+
+def reading_notes(prepared: PreparedData) -> list[str]:
+    """Sentences about files that were left out, and about documents that continue in the next file."""
+    notes: list[str] = prepared.manifest.get("reading_notes", [])
+    return notes
 
 
 def preparation_notes(prepared: PreparedData) -> list[str]:

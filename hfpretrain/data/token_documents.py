@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,11 @@ from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SAMPLE_TOKENS, _SAMPLE_TOKENS_PER_DOCUMENT, _MIN_SAMPLE_TOKENS = 2**13, 2**11, 200
+# So many tokens of a file's first chunk are compared, and one in `_TOKENS_PER_SAMPLED` of the other chunks.
+_SAMPLE_TOKENS, _MIN_SAMPLE_TOKENS, _MIN_LAST_TOKENS = 2**13, 200, 512
+_TOKENS_PER_SAMPLED = 256
+# Of one document, unless there are too few documents.
+_SAMPLE_TOKENS_PER_DOCUMENT, _MAX_SAMPLE_TOKENS_PER_DOCUMENT = 2**8, 2**11
 _MIN_AGREEMENT = 0.98
 _PROBES = ("a", "Two  Words", " x\n\ty", "Straße №1 漢字 🌊", "e\u0301 ﬁ", "it's 1234")
 logger = logging.getLogger(__name__)
@@ -50,7 +56,7 @@ class Vocabulary:
         from tokenizers import Tokenizer
 
         self.size = tokenizer_size(tokenizer)
-        self._name = tokenizer.name_or_path
+        self.name_or_path = tokenizer.name_or_path
         self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
         texts = token_texts(tokenizer, self.size)
         self._texts = pa.array(texts, pa.large_binary())
@@ -98,13 +104,13 @@ class Vocabulary:
     def documents(self, origin: str, source: SourceSection, key: str) -> Iterator[TokenDocument]:
         """The documents of a file, including empty ones and those with a problem.
 
-        Raises `RecipeError` if the file is broken, if an id is not in the vocabulary, or if the first documents show
-        that another tokenizer made the ids.
+        Raises `RecipeError` if the file is broken, if an id is not in the vocabulary, or if a sample of the documents
+        shows that another tokenizer made the ids.
         """
         file = open_token_file(origin, source, key, self.size)
         by = _documents_by(file, source, key)
         if by == "bos" and self.bos_token_id is None:
-            raise RecipeError.at(f"{key}.documents_by", f"the tokenizer {self._name} has no BOS token")
+            raise RecipeError.at(f"{key}.documents_by", f"the tokenizer {self.name_or_path} has no BOS token")
         chunks = self._checked(file, key)
         if by == "row":
             groups = _rows(chunks)
@@ -112,14 +118,21 @@ class Vocabulary:
             groups = _one_document(chunks)
         else:
             groups = self._divide(chunks, by, origin, key)
-        row, is_checked = 1, False
+        row, agreement = 1, _Agreement(self, origin, source.min_agreement, key)
         for ids, bounds in groups:
             found = self._make_documents(ids, bounds, row)
-            if not is_checked:
-                self._require_same_tokenizer(found, origin, source.min_agreement, key)
-                is_checked = True
+            agreement.add(found, len(ids))
             yield from found
             row += len(found)
+        agreement.finish()
+
+    def count_cuts(self, origins: Sequence[str], source: SourceSection, key: str) -> int:
+        """Number of neighboring files between which a document may continue, since neither has EOS, BOS or padding
+        there."""
+        ends = [open_token_file(origin, source, key, self.size).ends() for origin in origins]
+        known = [pair for pair in ends if pair is not None and min(pair) >= 0 and max(pair) < self.size]
+        pairs = itertools.pairwise(known)
+        return sum(not (self._is_framing[last] or self._is_framing[first]) for (_, last), (first, _) in pairs)
 
     def _checked(self, file: TokenFile, key: str) -> Iterator[TokenChunk]:
         """The chunks of a file. Raises `RecipeError` with the largest id that is not in the vocabulary, if any."""
@@ -227,32 +240,77 @@ class Vocabulary:
             found.append(TokenDocument(ids[start:end], framing, row, num_chars, len(in_utf8), digest, problem))
         return found
 
-    def _require_same_tokenizer(
-        self, documents: list[TokenDocument], origin: str, min_agreement: float | None, key: str
-    ) -> None:
-        """Raises `RecipeError` if too many tokens change when they are decoded and encoded again."""
-        min_agreement = _MIN_AGREEMENT if min_agreement is None else min_agreement
-        sample: list[list[int]] = []
-        total = 0
-        for document in documents:
-            if document.problem is None and total < _SAMPLE_TOKENS:
-                sample.append(document.ids[:_SAMPLE_TOKENS_PER_DOCUMENT].tolist())
-                total += len(sample[-1])
-        if not min_agreement or not self.can_encode_again or total < _MIN_SAMPLE_TOKENS:
-            return
-        same = sum(self._num_equal(*pair) for pair in zip(sample, self._encode_again(sample), strict=True))
-        if same / total < min_agreement:
-            what = f"only {same / total:.1%} of its first tokens stay the same when they are decoded and encoded again"
-            advice = (
-                f"another tokenizer than {self._name} has made them: name it in tokenizer.pretrained, or lower "
-                f"`min_agreement` (now {min_agreement:g}) if the tokens are drawn at random, as with BPE dropout"
-            )
-            raise RecipeError.at(f"{key}.min_agreement", f"{origin}: {what}; {advice}")
+    def count_equal(self, documents: list[list[int]]) -> int:
+        """Number of tokens of the documents that stay the same when they are decoded and encoded again."""
+        return sum(self._num_equal(*pair) for pair in zip(documents, self._encode_again(documents), strict=True))
 
     def _num_equal(self, one: list[int], other: list[int]) -> int:
         """Number of tokens that occur in both lists and end at the same byte of the text."""
         placed = [set(zip(np.cumsum(self._bytes[ids]).tolist(), ids, strict=True)) for ids in (one, other)]
         return len(placed[0] & placed[1])
+
+
+class _Agreement:
+    """Compares a sample of a file's tokens with what they become when they are decoded and encoded again.
+
+    The share of equal tokens must be at least `min_agreement` in the first `_SAMPLE_TOKENS` tokens of the sample, in
+    the next ones, and so on. So documents of another tokenizer are found anywhere in the file.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, origin: str, min_agreement: float | None, key: str):
+        self._vocabulary, self._origin, self._key = vocabulary, origin, key
+        self._least = _MIN_AGREEMENT if min_agreement is None else min_agreement
+        self._is_checked = bool(self._least) and vocabulary.can_encode_again
+        self._budget = float(_SAMPLE_TOKENS)
+        self._is_first = True
+        self._rows: list[int] = []
+        self._same = self._total = 0
+        self._before = (0, 0)
+
+    def add(self, documents: list[TokenDocument], num_tokens: int) -> None:
+        """Take a sample of these documents, which have `num_tokens` tokens. Raises `RecipeError` if too few agree."""
+        if not self._is_checked:
+            return
+        sample: list[list[int]] = []
+        usable = [document for document in documents if document.problem is None and len(document.ids)]
+        if usable and self._budget >= 1:
+            most = max(_SAMPLE_TOKENS_PER_DOCUMENT, math.ceil(self._budget / len(usable)))
+            most = min(most, _MAX_SAMPLE_TOKENS_PER_DOCUMENT)
+            mean = min(most, max(1, num_tokens / len(usable)))
+            count = min(len(usable), math.ceil(self._budget / mean))
+            # Documents at equal distances.
+            chosen = [usable[int((number + 0.5) * len(usable) / count)] for number in range(count)]
+            sample = [document.ids[:most].tolist() for document in chosen]
+            self._budget -= sum(map(len, sample))
+            self._rows += [document.row for document in chosen]
+        self._same += self._vocabulary.count_equal(sample) if sample else 0
+        self._total += sum(map(len, sample))
+        if self._is_first:
+            self._is_first, self._budget = False, 0.0
+            self._judge(self._same, self._total)
+        self._budget += num_tokens / _TOKENS_PER_SAMPLED
+        if self._total >= _SAMPLE_TOKENS:
+            self._judge(self._same, self._total)
+            self._before, self._same, self._total = (self._same, self._total), 0, 0
+            self._rows = self._rows[-1:]
+
+    def finish(self) -> None:
+        """Judge the last tokens of the sample, if they are few together with those before them."""
+        if self._is_checked and self._total:
+            before = (0, 0) if self._total >= _MIN_LAST_TOKENS else self._before
+            self._judge(self._same + before[0], self._total + before[1])
+
+    def _judge(self, same: int, total: int) -> None:
+        if total < _MIN_SAMPLE_TOKENS or same / total >= self._least:
+            return
+        rows = f"its documents {self._rows[0]:,} to {self._rows[-1]:,}"
+        what = f"only {same / total:.1%} of {total:,} tokens in a sample of {rows} stay the same"
+        advice = (
+            f"another tokenizer than {self._vocabulary.name_or_path} has made them: name it in tokenizer.pretrained, "
+            f"or lower `min_agreement` (now {self._least:g}) if the tokens are drawn at random, as with BPE dropout"
+        )
+        message = f"{self._origin}: {what} when they are decoded and encoded again; {advice}"
+        raise RecipeError.at(f"{self._key}.min_agreement", message)
 
 
 def load_vocabulary(data: DataSection, tokenizer: PreTrainedTokenizerFast) -> Vocabulary | None:

@@ -10,8 +10,9 @@ Formats, by suffix and first bytes:
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,8 @@ from hfpretrain.data.corpus import first_line
 from hfpretrain.recipe.schema import RecipeError, SourceSection
 
 SUFFIXES = (".bin", ".npy", ".parquet", ".arrow")
-INDEX = ".idx"
+INDEXES = (".idx", ".IDX", ".Idx")
+"""Suffixes of an index of Megatron-LM, as people spell them."""
 CHUNK_TOKENS = 2**18
 _BATCH_ROWS = 1000
 _HEADER_DTYPE, _HEADER_BYTES = np.dtype("<i4"), 1024
@@ -57,6 +59,8 @@ class TokenFile(NamedTuple):
     `documents`: each row is a document."""
     chunks: Callable[[], Iterator[TokenChunk]]
     """Called without arguments, reads all ids of the file in order."""
+    ends: Callable[[], tuple[int, int] | None]
+    """Called without arguments, returns the first and the last id of the file; None if it has no ids."""
 
 
 def open_token_file(origin: str, source: SourceSection, key: str, tokenizer_size: int | None = None) -> TokenFile:
@@ -95,8 +99,9 @@ def open_token_file(origin: str, source: SourceSection, key: str, tokenizer_size
 
 
 def index_of(origin: str) -> Path:
-    """Where the index of a Megatron-LM `.bin` file would be. It need not exist."""
-    return Path(origin).with_suffix(INDEX)
+    """Where the index of a Megatron-LM `.bin` file is or would be. It need not exist."""
+    paths = [Path(origin).with_suffix(suffix) for suffix in INDEXES]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def _open_flat(origin: str, source: SourceSection, key: str, tokenizer_size: int | None) -> TokenFile:
@@ -111,7 +116,24 @@ def _open_flat(origin: str, source: SourceSection, key: str, tokenizer_size: int
     if len(ids) >= _MIN_IDS and ids.any() and not ids[1::2].any():
         message = f"every second id of {origin}, read as {dtype.name}, is 0: each id has more bytes than that"
         raise RecipeError.at(f"{key}.dtype", f"{message}; set the type that the file was written with")
-    return TokenFile(origin, "none", lambda: _flat_chunks(origin, dtype, 0, size // dtype.itemsize))
+    return _flat_file(origin, dtype, 0, size // dtype.itemsize)
+
+
+def _flat_file(origin: str, dtype: np.dtype[Any], offset: int, count: int) -> TokenFile:
+    """A file with `count` ids, one after another, from byte `offset` on."""
+    return TokenFile(
+        origin,
+        "none",
+        lambda: _flat_chunks(origin, dtype, offset, count),
+        lambda: _flat_ends(origin, dtype, offset, count),
+    )
+
+
+def _flat_ends(origin: str, dtype: np.dtype[Any], offset: int, count: int) -> tuple[int, int] | None:
+    if not count:
+        return None
+    first, last = (int(_read(origin, dtype, offset, at, at + 1)[0]) for at in (0, count - 1))
+    return first, last
 
 
 def _flat_chunks(origin: str, dtype: np.dtype[Any], offset: int, count: int) -> Iterator[TokenChunk]:
@@ -145,7 +167,7 @@ def _open_with_header(origin: str, start: bytes, key: str) -> TokenFile:
         what = "it is truncated" if size < expected else "it is longer than its header says"
         message = f"{origin} has {size:,} bytes, but its header names {count:,} ids, which take {expected:,}"
         raise RecipeError.at(key, f"{message}: {what}; get the file again")
-    return TokenFile(origin, "none", lambda: _flat_chunks(origin, dtype, len(start), count))
+    return _flat_file(origin, dtype, len(start), count)
 
 
 def _open_megatron(origin: str, key: str) -> TokenFile:
@@ -195,7 +217,7 @@ def _open_megatron(origin: str, key: str) -> TokenFile:
             yield TokenChunk(ids, bounds[first : last + 1] - bounds[first])
             first = last
 
-    return TokenFile(origin, "documents", chunks)
+    return TokenFile(origin, "documents", chunks, lambda: _flat_ends(origin, dtype, 0, int(bounds[-1])))
 
 
 def _open_numpy(origin: str, key: str) -> TokenFile:
@@ -213,7 +235,7 @@ def _open_numpy(origin: str, key: str) -> TokenFile:
         raise RecipeError.at(key, f"{origin} is stored in Fortran order (by columns); save np.ascontiguousarray of it")
     dtype, offset, num_rows, length = array.dtype, array.offset, len(array), array.shape[-1]
     if array.ndim == 1:
-        return TokenFile(origin, "none", lambda: _flat_chunks(origin, dtype, offset, length))
+        return _flat_file(origin, dtype, offset, length)
 
     def chunks() -> Iterator[TokenChunk]:
         step = max(1, CHUNK_TOKENS // max(1, length))
@@ -222,7 +244,7 @@ def _open_numpy(origin: str, key: str) -> TokenFile:
             ids = _read(origin, dtype, offset, first * length, last * length)
             yield TokenChunk(ids, np.arange(last - first + 1, dtype=np.int64) * length)
 
-    return TokenFile(origin, "equal", chunks)
+    return TokenFile(origin, "equal", chunks, lambda: _flat_ends(origin, dtype, offset, num_rows * length))
 
 
 def _open_table(origin: str, suffix: str, column: str, key: str) -> TokenFile:
@@ -244,14 +266,42 @@ def _open_table(origin: str, suffix: str, column: str, key: str) -> TokenFile:
     def chunks() -> Iterator[TokenChunk]:
         row = 0
         for values in batches():
-            yield _list_chunk(values, f"{origin}, rows {row + 1} to {row + len(values)}", key, column)
+            yield _list_chunk(values, origin, row, key, column)
             row += len(values)
+
+    def ends() -> tuple[int, int] | None:
+        read = _last_parquet_ids if suffix == ".parquet" else _last_arrow_ids
+        first = next((chunk.ids for chunk in chunks() if len(chunk.ids)), None)
+        return None if first is None else (int(first[0]), read(origin, column))
 
     first = next((values for values in batches() if len(values)), None)
     if first is None:
-        return TokenFile(origin, "documents", chunks)
+        return TokenFile(origin, "documents", chunks, ends)
     is_equal = pa.types.is_fixed_size_list(first.type) or (len(first) > 1 and _have_one_length(first))
-    return TokenFile(origin, "equal" if is_equal else "documents", chunks)
+    return TokenFile(origin, "equal" if is_equal else "documents", chunks, ends)
+
+
+def _last_parquet_ids(origin: str, column: str) -> int:
+    """The last id of a parquet file that has ids. Reads no more row groups than needed."""
+    import pyarrow.parquet
+
+    with open(origin, "rb") as file, pyarrow.parquet.ParquetFile(file) as table:
+        groups = (table.read_row_group(n, [column]).column(0) for n in reversed(range(table.num_row_groups)))
+        return _last_id(itertools.chain.from_iterable(reversed(group.chunks) for group in groups))
+
+
+def _last_arrow_ids(origin: str, column: str) -> int:
+    """As `_last_parquet_ids`, for an Arrow file, which is mapped and not read."""
+    import pyarrow as pa
+
+    with pa.memory_map(origin) as file:
+        batches = [batch.column(column) for batch in arrow_batches(file, _BATCH_ROWS)[1]]
+        return _last_id(reversed(batches))
+
+
+def _last_id(lists: Iterable[Any]) -> int:
+    """The last id in columns with lists of ids, given from the last one on."""
+    return next(int(flat[-1].as_py()) for flat in (values.flatten() for values in lists) if len(flat))
 
 
 def _parquet_batches(origin: str, column: str, key: str) -> Iterator[Any]:
@@ -276,9 +326,10 @@ def _arrow_batches(origin: str, column: str, key: str) -> Iterator[Any]:
 def _require_ids(schema: Any, origin: str, column: str, key: str) -> None:
     import pyarrow as pa
 
-    if column not in schema.names:
+    if (count := schema.names.count(column)) != 1:
         there = ", ".join(schema.names[:20])
-        raise RecipeError.at(f"{key}.ids_column", f"{origin} has no column {column!r}; there are: {there}")
+        has = "no column" if count == 0 else f"{count} columns with the name"
+        raise RecipeError.at(f"{key}.ids_column", f"{origin} has {has} {column!r}; there are: {there}")
     kind = schema.field(column).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):
@@ -292,12 +343,22 @@ def _have_one_length(lists: Any) -> bool:
     return len(pc.unique(pc.list_value_length(lists))) == 1
 
 
-def _list_chunk(values: Any, where: str, key: str, column: str) -> TokenChunk:
-    """The chunk of a column with a list of ids in each row. Raises `RecipeError` if a list or an id is null."""
+def _list_chunk(values: Any, origin: str, first_row: int, key: str, column: str) -> TokenChunk:
+    """The chunk of a column with a list of ids in each row. Raises `RecipeError` if a list or an id is null.
+
+    `first_row`: the number of rows of the file before these.
+    """
     import pyarrow.compute as pc
 
     flat = values.flatten()
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
     if values.null_count or flat.null_count:
-        raise RecipeError.at(key, f"{where}: the column {column!r} has missing values; remove these rows")
-    lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False).astype(np.int64)
-    return TokenChunk(flat.to_numpy(), np.concatenate([[0], np.cumsum(lengths)]))
+        rows = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
+        ids = np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))
+        of_ids = np.searchsorted(bounds, ids[:1], side="right") - 1
+        row = first_row + int(min([*rows[:1], *of_ids])) + 1
+        count = len(rows) + len(np.unique(np.searchsorted(bounds, ids, side="right")))
+        more = f" ({count} such rows among the first {first_row + len(values):,})" if count > 1 else ""
+        raise RecipeError.at(key, f"{origin}:{row}: the column {column!r} has a missing value{more}; remove such rows")
+    return TokenChunk(flat.to_numpy(), bounds)

@@ -358,10 +358,11 @@ class SourceSection(Section):
     """For `path: tokens`: type of the ids in a `.bin` file without header and index, little-endian. null: uint16, as
     nanoGPT writes them; required if the tokenizer has more than 65,536 ids."""
     min_agreement: float | None = Field(default=None, ge=0, le=1)
-    """For `path: tokens`: minimum share, from 0 to 1, of the first tokens of each file that stay the same when they are
-    decoded and encoded again. If fewer do, another tokenizer made them, and the run stops. A file whose first documents
-    have fewer than 200 tokens in all is not checked. 0: check nothing. null: 0.98. In measurements, tokens of the same
-    tokenizer reached 0.999, and English text of other tokenizers 0.67 to 0.94."""
+    """For `path: tokens`: minimum share, from 0 to 1, of tokens that stay the same when they are decoded and encoded
+    again. The tokens are a sample of each file, taken from its beginning to its end. If fewer stay the same, another
+    tokenizer made them, and the run stops. A file whose sample has fewer than 200 tokens is not checked. 0: check
+    nothing. null: 0.98. In measurements, tokens of the same tokenizer reached 0.999, and English text of other
+    tokenizers 0.67 to 0.94."""
     max_documents: PositiveInt | None = None
     """Read only the first documents of the source, at most this many, in the order of its files. Empty and bad
     documents count too, as in `split: train[:1000]`. Such a slice reads all files to count their documents; with this

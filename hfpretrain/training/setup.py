@@ -19,7 +19,8 @@ from hfpretrain.data.batches import epochs_by_source, format_epochs
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
-from hfpretrain.data.summary import limit_notes, preparation_notes
+from hfpretrain.data.source_files import log_once
+from hfpretrain.data.summary import limit_notes, preparation_notes, reading_notes
 from hfpretrain.data.tokenizer import describe_framing, set_chat_template
 from hfpretrain.engines import choose, launch
 from hfpretrain.engines.base import Engine
@@ -317,6 +318,9 @@ def _load_data(
         texts = vocabulary.require_matching_ids(recipe.model, recipe.tokenizer, tokenizer)
     for text in (*limit_notes(prepared), *preparation_notes(prepared), *texts):
         notes.add(text)
+    for text in reading_notes(prepared):
+        log_once(text)  # if the data was prepared now, it is logged already
+        notes.append(text)
     return prepared, tokenizer
 
 

@@ -11,7 +11,7 @@ from preparation import checksums, recipe
 from real_tokenizers import compare, unnoticed
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from hfpretrain.data import encode, packing
+from hfpretrain.data import encode, fast_tokenizer, packing
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
 from hfpretrain.data.prepare import prepare
@@ -223,3 +223,14 @@ def test_text_is_searched_for_lost_characters_only_where_some_can_be_lost(change
     for name, value in changes.items():
         setattr(made.backend_tokenizer, name, value)
     assert Encoder(made, np.dtype(np.uint16)).keeps_all_text is expected
+
+
+def test_the_windows_that_are_compared_are_the_same_in_every_process(monkeypatch):
+    fast = FastTokenizer.create(byte_level())
+    fast._windows = fast_tokenizer._FIRST_WINDOWS
+    monkeypatch.setattr(fast_tokenizer, "_CHARS_PER_WINDOW", 1)
+    compared = []
+    monkeypatch.setattr(fast, "_compare", compared.extend)
+    texts = ["".join(f"{letter} {number}\n" for number in range(1000)) for letter in "ab"]
+    fast(texts)
+    assert [text.index(window) for text, window in zip(texts, compared, strict=True)] == [2094, 2840]

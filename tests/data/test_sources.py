@@ -401,3 +401,61 @@ def test_an_arrow_stream_that_was_cut_between_two_batches_is_refused(tmp_path):
     *good, bad = corpus.Reader(source, on_bad_document="skip").read()
     assert [document.text for document in good] == texts[: sum(map(len, batches[:2]))]
     assert bad.problem[0] == "truncated_file"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_missing_column_is_reported_with_its_file(tmp_path, suffix):
+    def write(name, **columns):
+        table = pa.table(columns)
+        path = tmp_path / name / f"a.{suffix}"
+        path.parent.mkdir()
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(table, path)
+            return {"path": "parquet", "data_files": str(path)}
+        datasets.Dataset(table).save_to_disk(path.parent / "saved")
+        return {"path": str(path.parent / "saved")}
+
+    source = write("other", body=["x"], meta=[{"title": "y"}])
+    where = source.get("data_files", source["path"])
+    message = refusal(**source)
+    assert where in message and "no column 'text'; there are: body, meta.title" in message
+    assert message.count("text_column") == 1
+    message = refusal(**source, text_template="{body}{meta.id}")
+    assert where in message and "text_template" in message and "no column 'meta.id'" in message
+    source = write("ids", input_ids=[[1, 2]], attention_mask=[[1, 1]])
+    message = refusal(**source)
+    advice = f"`data_dir: {source['path']}`" if suffix == "arrow" else "the same `data_files`"
+    assert f"The column 'input_ids' has token ids: set `path: tokens`, {advice}" in message
+    assert "ids_column: tokens" in refusal(**write("other ids", tokens=[[1, 2]]))
+    if suffix == "parquet":
+        table = pa.table([pa.array(["left"]), pa.array(["right"])], names=["text", "text"])
+        pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+        message = refusal(path="parquet", data_files=str(tmp_path / "twice.parquet"))
+        assert "twice.parquet: there are 2 columns with the name 'text'" in message
+
+
+def test_folders_of_writers_that_have_not_finished_are_left_out(tmp_path, caplog):
+    caplog.set_level("INFO", "hfpretrain")
+    for name in ("a", "_temporary/0/b", "day=1/c", "_day=2/d", "_e", "day=1/_temporary/f", ".g", "day=1/.h/i"):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, [path.stem])
+    for source in ({"path": str(tmp_path)}, {"path": "json", "data_dir": str(tmp_path)}):
+        reader = corpus.Reader(SourceSection(**source))
+        assert sorted(document.text for document in reader.read()) == ["a", "c", "d"]
+        (note,) = reader.notes
+        assert all(name in note for name in ("_temporary/0/b", "_e", "day=1/_temporary/f")) and note in caplog.text
+    whole = {"path": "json", "data_files": str(tmp_path / "**" / "*.jsonl")}
+    assert sorted(d.text for d in documents(**whole)) == ["_e", "a", "c", "d"], "the pattern says what data is"
+    for pattern in ("_temporary/**/*.jsonl", "_temp*/*/*.jsonl", "_temporary/0/b.jsonl"):
+        assert [d.text for d in documents(path="json", data_files=str(tmp_path / pattern))] == ["b"]
+
+
+def test_a_file_that_is_listed_twice_is_noted(tmp_path, caplog, folder):
+    caplog.set_level("INFO", "hfpretrain")
+    path = str(folder / "corpus.jsonl")
+    made = prepare(recipe(folder, data__sources=[{"path": "json", "data_files": [path, str(folder / "*.jsonl")]}]))
+    assert made.manifest["sources"][0]["documents_read"] == 200
+    (note,) = made.manifest["reading_notes"]
+    assert note == f"data.sources.0.data_files: {path}, which is listed more than once, but read once"
+    assert caplog.text.count(note) == 1 and note in summary(made)

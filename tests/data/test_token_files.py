@@ -1,6 +1,7 @@
 """Sources of tokens: each format gives the same data as its text, and broken or wrong files are refused."""
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ from preparation import checksums, recipe, token_stream
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hfpretrain.data import packing, prepared, token_files
+from hfpretrain.data import packing, prepared, source_files, token_files
 from hfpretrain.data.batches import training_data
 from hfpretrain.data.corpus import Reader
 from hfpretrain.data.encode import framing_ids, token_bytes, token_texts
@@ -162,6 +163,27 @@ def parquet_packed_rows(folder, ids, eos):
     stream = np.concatenate([stream, np.full(-len(stream) % 50, eos, "<u2")])
     write_table(folder / "train.parquet", stream.reshape(-1, 50).tolist(), pa.list_(pa.int32(), 50))
     return tokens(folder, "train.parquet", documents_by="eos")
+
+
+def numpy_packed(folder, ids, eos):
+    stream = flat(ids, eos)
+    np.save(folder / "train.npy", np.concatenate([stream, np.full(-len(stream) % 50, eos, "<u2")]).reshape(-1, 50))
+    return tokens(folder, "train.npy", documents_by="eos")
+
+
+def write_arrow(path, rows):
+    """Write rows of one length in Arrow's stream format."""
+    table = pa.table({"input_ids": pa.array(rows.tolist(), pa.list_(pa.int32(), rows.shape[1]))})
+    with pa.ipc.new_stream(path, table.schema) as file:
+        file.write_table(table, max_chunksize=7)
+
+
+def arrow_packed_rows(folder, ids, eos):
+    stream = flat(ids, eos)
+    write_arrow(
+        folder / "train.arrow", np.concatenate([stream, np.full(-len(stream) % 50, eos, "<u2")]).reshape(-1, 50)
+    )
+    return tokens(folder, "train.arrow", documents_by="eos")
 
 
 def saved_dataset(folder, ids, eos):
@@ -495,13 +517,97 @@ def test_wrong_types_of_ids_are_refused(folder, tokenizer):
     assert "no column 'tokens'; there are: input_ids" in refusal(
         folder, tokens(folder, "train.parquet", ids_column="tokens")
     )
-    write_table(folder / "train.parquet", [[5, None], [6]])
-    assert "rows 1 to 2" in refusal(folder, tokens(folder, "train.parquet"))
+    np.save(folder / "train.npy", flat(ids, eos))
     np.save(folder / "train.npy", flat(ids, eos))
     assert "records the type" in refusal(folder, tokens(folder, "train.npy", documents_by="eos", dtype="uint16"))
     np.save(folder / "train.npy", flat(ids, eos))
     (folder / "train.npy").rename(path)
     assert prepare(of_tokens(folder, tokens(folder, "train.bin", documents_by="eos")))  # by its first bytes
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_missing_value_is_named_by_its_row(folder, small_chunks, suffix, size):
+    kind = pa.list_(pa.int32()) if size is None else pa.list_(pa.int32(), size)
+    rows = [[5, 6]] * 20
+    for at, value, more in ((11, None, ""), (16, [5, None], ""), (8, None, " (2 such rows among the first 14)")):
+        rows_now = [*rows]
+        rows_now[at] = value
+        if more:
+            rows_now[10] = [None, 6]
+        table = pa.table({"input_ids": pa.array(rows_now, kind)})
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(table, folder / "train.parquet")
+        else:
+            with pa.ipc.new_file(folder / "train.arrow", table.schema) as file:
+                file.write_table(table)
+        message = refusal(folder, tokens(folder, f"train.{suffix}", documents_by="row"))
+        assert f"train.{suffix}:{at + 1}: the column 'input_ids' has a missing value{more}; remove" in message
+
+
+def test_a_column_that_is_there_twice_is_refused(folder):
+    table = pa.table([pa.array([[5, 6]]), pa.array([[7]])], names=["input_ids", "input_ids"])
+    pyarrow.parquet.write_table(table, folder / "train.parquet")
+    assert "train.parquet has 2 columns with the name 'input_ids'" in refusal(folder, tokens(folder, "train.parquet"))
+
+
+def test_an_index_in_upper_case_is_found(folder, tokenizer):
+    write_megatron(folder / "lower", encoded(tokenizer), "int32")
+    expected = blocks(prepare(of_tokens(folder, tokens(folder, "lower.bin"))))
+    (folder / "upper").mkdir()
+    for suffix in (".bin", ".idx"):
+        (folder / "lower").with_suffix(suffix).rename(folder / "upper" / f"A{suffix.upper()}")
+    for source in (tokens(folder, "upper/A.BIN"), {"path": "tokens", "data_dir": str(folder / "upper")}):
+        assert blocks(prepare(of_tokens(folder, source))) == expected
+    (folder / "upper" / "A.BIN").rename(folder / "upper" / "A.bin")
+    assert blocks(prepare(of_tokens(folder, tokens(folder, "upper/*")))) == expected
+    before = source_identity(SourceSection(**tokens(folder, "upper/A.bin")))
+    write_megatron(folder / "upper" / "A", encoded(tokenizer)[:100] * 2, "int32")
+    assert source_identity(SourceSection(**tokens(folder, "upper/A.bin"))) != before
+
+
+@pytest.mark.parametrize("write", [nanogpt, numpy_flat, numpy_packed, parquet_packed_rows, arrow_packed_rows])
+def test_documents_that_continue_in_the_next_file_are_noted(folder, tokenizer, write, caplog):
+    ids, eos = encoded(tokenizer)[:60], tokenizer.eos_token_id
+    caplog.set_level("INFO", "hfpretrain")
+    source_files.log_once.cache_clear()
+    names = []
+    for number, (first, last) in enumerate([(0, 20), (20, 40), (40, 60)]):
+        made = write(folder, ids[first:last], eos)
+        path = Path(made["data_files"])
+        names.append(str(path.rename(path.with_stem(f"{number}"))))
+    source = {**made, "data_files": names}
+    assert "reading_notes" not in prepare(of_tokens(folder, source)).manifest
+    stream = flat(ids, eos)
+    packed = np.array_split(np.concatenate([stream, np.full(-len(stream) % 300, eos, "<u2")]).reshape(-1, 50), 3)
+    for name, rows in zip(names, packed, strict=True):
+        if rows[-1, -1] == eos:
+            rows[-1, -1] = rows[-1, -2]
+        if write is arrow_packed_rows:
+            write_arrow(Path(name), rows)
+        elif write is parquet_packed_rows:
+            write_table(Path(name), rows.tolist(), pa.list_(pa.int32(), 50))
+        elif name.endswith("bin"):
+            rows.astype("<u2").tofile(name)
+        else:
+            np.save(name, rows if write is numpy_packed else rows.reshape(-1))
+    made = prepare(of_tokens(folder, {**source, "min_agreement": 0}))
+    (note,) = made.manifest["reading_notes"]
+    assert note.startswith("data.sources.0: at 2 of 2 borders between files, there is no EOS;") and note in caplog.text
+    assert note in summary(made)
+
+
+@pytest.mark.parametrize("part", ["middle", "end"])
+def test_tokens_of_another_tokenizer_are_found_anywhere_in_a_file(folder, tokenizer, small_chunks, part):
+    section = TokenizerSection(algorithm="byte_level_bpe", vocab_size=320)
+    other = train_tokenizer(section, ["unlike text, quite other"] * 9)
+    ours, theirs = encoded(tokenizer) * 5, encoded(other)[:100]
+    ids = [*ours[:500], *theirs, *ours[500:]] if part == "middle" else [*ours, *theirs]
+    source = nanogpt(folder, ids, tokenizer.eos_token_id)
+    message = refusal(folder, source)
+    assert "min_agreement" in message and "of its documents" in message
+    for write in (nanogpt, parquet_rows, megatron):  # tokens of the same tokenizer are never refused
+        assert prepare(of_tokens(folder, write(folder, encoded(tokenizer) * 5, tokenizer.eos_token_id)))
 
 
 @pytest.mark.parametrize(
