@@ -128,8 +128,8 @@ def find_files(source: SourceSection, key: str, split: str, notes: list[str] | N
             repeated += [name] if real in found else []
             found.setdefault(real, (name, info.get("size")))
     if repeated:
-        files = f"{repeated[0]}, which is" if len(repeated) == 1 else f"{len(repeated):,} files, such as {repeated[0]},"
-        note_once(f"{key}.data_files: {files} listed more than once, but read once", notes)
+        which = f"{repeated[0]} is" if len(repeated) == 1 else f"{len(repeated):,} files, such as {repeated[0]}, are"
+        note_once(f"{key}.data_files: {which} listed more than once, but read once", notes)
     listed = _token_files(list(found.values()), key) if source.holds_tokens else list(found.values())
     named = _files_of_split(source, key, split, listed)
     if source.path in FILE_FORMATS:

@@ -457,5 +457,5 @@ def test_a_file_that_is_listed_twice_is_noted(tmp_path, caplog, folder):
     made = prepare(recipe(folder, data__sources=[{"path": "json", "data_files": [path, str(folder / "*.jsonl")]}]))
     assert made.manifest["sources"][0]["documents_read"] == 200
     (note,) = made.manifest["reading_notes"]
-    assert note == f"data.sources.0.data_files: {path}, which is listed more than once, but read once"
+    assert note == f"data.sources.0.data_files: {path} is listed more than once, but read once"
     assert caplog.text.count(note) == 1 and note in summary(made)
