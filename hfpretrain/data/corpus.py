@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
 import glob
 import hashlib
 import io
 import itertools
 import json
-import lzma
 import os
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import orjson
 
 from hfpretrain.data import columns, source_files
 from hfpretrain.data.columns import TextColumns
+from hfpretrain.data.decompression import decompressed, is_damage
 from hfpretrain.data.source_files import expand_pattern
 from hfpretrain.recipe.redaction import is_redacted, redact
 from hfpretrain.recipe.schema import DataSection, RecipeError, SourceSection
@@ -36,6 +35,7 @@ GROUP_BYTES = 2**26
 _SAMPLE_BY = "set what one document is: `sample_by: line`, `paragraph` (between blank lines) or `document` (a file)"
 # Limits for listing columns in a message: in a file that is no table, the first line may be a whole document.
 _MAX_NAMES, _NAME_CHARS = 12, 60
+Line = TypeVar("Line", str, bytes)
 _document_counts: dict[tuple[Any, ...], int] = {}
 
 
@@ -402,10 +402,9 @@ class Reader:
         except RecipeError:
             raise
         except Exception as error:  # what file formats and remote file systems raise may be anything
-            # Decompressors raise a plain OSError without errno; disks and networks set errno, or raise a subclass.
-            broken = type(error) is OSError and error.errno is None
-            broken |= isinstance(error, (EOFError, lzma.LZMAError, json.JSONDecodeError))
-            if not broken and type(error).__name__ != "ArrowInvalid":  # of a parquet file
+            if isinstance(error, _LineError):
+                row, error = error.row - 1, error.error
+            if not is_damage(error):
                 raise self._read_error(origin, error) from error
             problem = ("truncated_file", f"cannot be read further: {first_line(error)}")
             yield Document("", origin, row + 1, problem=problem)
@@ -421,13 +420,18 @@ class Reader:
             self._raw = _open_file(origin)
         if not suffix:
             return self._raw
-        file = _decompress(self._raw, suffix)
+        file = _decompress(self._raw, suffix, origin)
         source_files.require_data(origin, file.peek(source_files.HEAD_BYTES), self.key, kind=kind)
         return file
 
     def _json_documents(self, origin: str) -> Iterator[Document]:
         with self._open_checked(origin, "json") as file:
-            start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+            # Byte by byte, since a damaged file may have less than one wants to read at once.
+            start = b""
+            for byte in iter(lambda: file.read(1), b""):
+                start = (start + byte).removeprefix(b"\xef\xbb\xbf").lstrip()
+                if start and not b"\xef\xbb\xbf".startswith(start):
+                    break
         yield from self._json_array_documents(origin) if start[:1] == b"[" else self._json_lines_documents(origin)
 
     def _json_array_documents(self, origin: str) -> Iterator[Document]:
@@ -495,7 +499,9 @@ class Reader:
                     row = next(rows)
                 except StopIteration:
                     return
-                except csv.Error as error:
+                except Exception as error:
+                    if not isinstance(error, csv.Error):
+                        raise _LineError(rows.line_num + 1, error) from error
                     yield Document("", origin, rows.line_num, problem=("broken_csv", f"broken CSV: {error}"))
                     continue
                 if len(row) == len(header):
@@ -507,12 +513,18 @@ class Reader:
     def _json_lines_documents(self, origin: str) -> Iterator[Document]:
         """The documents of a file with one object per line. `datasets` 5.2 can neither name nor skip a broken line."""
         with self._open_checked(origin, "json") as file:
-            start = list(itertools.islice(file, 10))
-            lines = [line for line in start if line.strip()]
+            numbered = _numbered(file)
+            start: list[tuple[int, bytes]] = []
+            damage: _LineError | None = None
+            try:
+                start.extend(itertools.islice(numbered, 10))
+            except _LineError as error:  # raised after the lines before it
+                damage = error
+            lines = [line for _, line in start if line.strip()]
             if len(lines) > 1 and _is_cut_object(lines[0], lines[1]):
                 advice = "write each object on one line, for example with `jq -c . FILE`"
                 raise RecipeError.at(self.key, f"{origin} has a JSON object that spans several lines: {advice}")
-            for row, line in enumerate(itertools.chain(start, file), 1):
+            for row, line in itertools.chain(start, numbered):
                 try:
                     value = _load_json(line)
                 except UnicodeDecodeError as error:
@@ -524,6 +536,8 @@ class Reader:
                         yield Document("", origin, row, problem=("broken_json", f"broken JSON: {error}"))
                     continue
                 yield self._json_document(value, origin, row)
+            if damage is not None:
+                raise damage
 
     def _text_documents(self, origin: str) -> Iterator[Document]:
         """Lines, paragraphs between blank lines, or the whole file. All kinds of line endings become a newline."""
@@ -532,13 +546,13 @@ class Reader:
             self._open_checked(origin, "text"), encoding="utf-8-sig", errors="surrogateescape"
         ) as file:
             if self.source.sample_by == "line":
-                for row, line in enumerate(file, 1):
+                for row, line in _numbered(file):
                     yield _make_document(line.removesuffix("\n"), origin, row)
             elif self.source.sample_by == "document":
                 yield _make_document(file.read(), origin, 1, has_lines=True)
             else:
                 lines: list[str] = []
-                for row, line in enumerate(file, 1):
+                for row, line in _numbered(file):
                     if line.strip("\n"):
                         lines.append(line)
                     elif lines:
@@ -548,6 +562,28 @@ class Reader:
                 if lines:
                     text = "".join(lines).removesuffix("\n")
                     yield _make_document(text, origin, row - len(lines) + 1, has_lines=True)
+
+
+class _LineError(Exception):
+    """An error of reading a line, and the number of the line, counted from 1."""
+
+    def __init__(self, row: int, error: Exception):
+        super().__init__(row, error)
+        self.row, self.error = row, error
+
+
+def _numbered(file: Iterable[Line]) -> Iterator[tuple[int, Line]]:
+    """The lines of a file and their numbers. Raises `_LineError` if the next one can't be read."""
+    row, lines = 0, iter(file)
+    while True:
+        try:
+            line = next(lines)
+        except StopIteration:
+            return
+        except Exception as error:  # what a remote file system raises may be anything
+            raise _LineError(row + 1, error) from error
+        row += 1
+        yield row, line
 
 
 def _load_json(line: bytes) -> Any:
@@ -621,22 +657,13 @@ def _open_file(origin: str) -> Any:
     return io.BufferedReader(file, 2**20) if hasattr(file, "readinto") else file
 
 
-def _decompress(file: Any, suffix: str) -> Any:
-    """Decompress a file, including one that consists of several compressed ones."""
-    import pyarrow as pa
-
-    if suffix == ".xz":
-        return lzma.open(file)
-    if suffix == ".bz2":  # Arrow can't read one with an empty member
-        return bz2.open(file)
-    # Not by zstandard's own reader, which does not report a truncated file.
-    stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), source_files.CODECS[suffix])
-    return io.BufferedReader(stream, 2**16)
+def _decompress(file: Any, suffix: str, origin: str) -> io.BufferedReader:
+    """The decompressed bytes of an open file."""
+    return decompressed(file, suffix, lambda: _open_file(origin))
 
 
 def _text_size(piece: Piece, names: Sequence[str], sample_bytes: int = 2**22) -> int | None:
     """`Reader.text_size` of a whole file; estimated from `sample_bytes` of text if the file is compressed."""
-    import pyarrow as pa
     import pyarrow.parquet
 
     suffix = source_files.codec_suffix(piece.origin)
@@ -649,11 +676,13 @@ def _text_size(piece: Piece, names: Sequence[str], sample_bytes: int = 2**22) ->
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
                 chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
                 return sum(one.total_uncompressed_size for one in chunks if one.path_in_schema in names)
-            file = _decompress(raw, suffix)
+            file = _decompress(raw, suffix, piece.origin)
             size = len(file.read(sample_bytes))
             return size if not file.read(1) else size * (piece.size or 0) // raw.tell()
-        except (OSError, EOFError, lzma.LZMAError, pa.ArrowInvalid):  # a broken file is reported when its text is read
-            return None
+        except Exception as error:
+            if isinstance(error, OSError) or is_damage(error):  # reported when the text is read
+                return None
+            raise
 
 
 def _read_head(file: Any) -> bytes:
