@@ -485,25 +485,35 @@ class Reader:
         with io.TextIOWrapper(
             self._open_checked(origin, "csv"), "utf-8-sig", errors="surrogateescape", newline=""
         ) as file:
-            rows = csv.reader(file, delimiter=delimiter)
-            header = next(rows, None)
+            # `strict`: otherwise a quotation mark that is not closed joins the rows after it into one field.
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            try:
+                header = next(rows, None)
+            except csv.Error as error:
+                raise RecipeError.at(self.key, f"{origin}:1: the header is broken CSV: {error}") from error
             if header is None:
                 return
             for name in self._columns.names:
                 if name not in header:
                     message = _missing_column_message(name, header, origin)
                     raise RecipeError.at(f"{self.key}.{self._columns.key}", message)
+                if (count := header.count(name)) > 1:
+                    raise self._column_error(origin, f"there are {count} columns with the name {name!r}; rename them")
             indices = [header.index(name) for name in self._columns.names]
             while True:
+                first = rows.line_num + 1
                 try:
                     row = next(rows)
                 except StopIteration:
                     return
-                except Exception as error:
-                    if not isinstance(error, csv.Error):
-                        raise _LineError(rows.line_num + 1, error) from error
-                    yield Document("", origin, rows.line_num, problem=("broken_csv", f"broken CSV: {error}"))
+                except csv.Error as error:
+                    what = _describe_csv_error(error, first, rows.line_num)
+                    # How many rows are lost is unknown, so each line counts.
+                    for line in range(first, rows.line_num + 1):
+                        yield Document("", origin, line, problem=("broken_csv", what))
                     continue
+                except Exception as error:
+                    raise _LineError(rows.line_num + 1, error) from error
                 if len(row) == len(header):
                     yield self._document([row[index] for index in indices], origin, rows.line_num)
                 elif row:  # not a blank line
@@ -615,6 +625,18 @@ def _make_document(text: str, origin: str, row: int, *, has_lines: bool = False)
         problem, position = ("nul_bytes", "the text contains a NUL character"), text.index("\0")
     line = text.count("\n", 0, position) if has_lines else 0
     return Document("", origin, row + line, problem=problem)
+
+
+def _describe_csv_error(error: csv.Error, first: int, last: int) -> str:
+    """A sentence about a row of a CSV file, which goes from line `first` to line `last`."""
+    lines = f"line {first}" if first == last else f"lines {first} to {last}"
+    if "unexpected end of data" in str(error):
+        what = f"a quotation mark in {lines} is not closed before the end of the file"
+    elif "expected after" in str(error):
+        what = f"a quoted field in {lines} has more text after its closing quotation mark"
+    else:
+        return f"broken CSV: {error}"
+    return f'broken CSV: {what}; close it, and write a quotation mark within a quoted field twice ("")'
 
 
 def _missing_column_message(column: str, columns: Iterable[str], csv: str = "") -> str:

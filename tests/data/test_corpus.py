@@ -291,6 +291,46 @@ def test_a_csv_row_with_more_fields_than_the_header_is_bad(tmp_path):
     assert [d.text for d in found if not d.problem] == [*(f"row {n},\nof two lines" for n in range(2500)), "last"]
 
 
+@pytest.mark.parametrize(
+    ("lines", "broken", "what", "kept"),
+    [
+        (["a,1", '"open,2', "b,3", "c,4"], [3, 4, 5], "lines 3 to 5 is not closed before the end of the file", ["a"]),
+        (["a,1", '"open,2', "b,3", 'c,"4"', "d,5"], [3, 4, 5], "lines 3 to 5 has more text after", ["a", "d"]),
+        (['"said "yes" twice",1', "a,2"], [2], "line 2 has more text after", ["a"]),
+        (
+            ['"said ""yes""",1', '"two\nlines",2', '5" disk,3', "a,4"],
+            [],
+            "",
+            ['said "yes"', "two\nlines", '5" disk', "a"],
+        ),
+    ],
+)
+def test_an_open_quotation_mark_joins_no_rows(tmp_path, lines, broken, what, kept):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["text,id", *lines]) + "\n")
+    source = SourceSection(path="csv", data_files=str(path))
+    found = list(corpus.Reader(source, on_bad_document="skip").read())
+    assert [d.row for d in found if d.problem] == broken and [d.text for d in found if not d.problem] == kept
+    assert {d.problem[0] for d in found if d.problem} <= {"broken_csv"}
+    if broken:
+        message = refusal(path="csv", data_files=str(path))
+        assert f"a.csv:{broken[0]}: broken CSV" in message and what in message
+    path.write_text('text\n"open\nanother document\n')  # with one column, every line is a row
+    assert "a.csv:2: broken CSV: a quotation mark in lines 2 to 3" in refusal(path="csv", data_files=str(path))
+    path.write_text('"text\na\n')
+    assert "a.csv:1: the header is broken CSV" in refusal(path="csv", data_files=str(path))
+
+
+def test_a_column_of_a_csv_file_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,id,text,id\nleft,1,right,2\n")
+    message = refusal(path="csv", data_files=str(path))
+    assert f"text_column: {path}: there are 2 columns with the name 'text'; rename them" in message
+    assert "with the name 'id'" in refusal(path="csv", data_files=str(path), text_template="{id}")
+    path.write_text("text,id,id\nleft,1,2\n")
+    assert read(path="csv", data_files=str(path)) == ["left"], "columns that are not read may have any names"
+
+
 def test_a_folder_with_files_of_other_splits_is_refused(tmp_path, monkeypatch):
     for name in ("train", "validation", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", [name])
