@@ -155,7 +155,12 @@ class Encoder:
 
     def count_unknown(self, ids: np.ndarray) -> int:
         """Number of ids in `ids`, (n,), that stand for text that the tokenizer does not know."""
-        return sum(int((ids == number).sum()) for number in set(self._unknown) - set(self._framing_ids))
+        return sum(int((ids == number).sum()) for number in self.unknown_ids)
+
+    @property
+    def unknown_ids(self) -> list[int]:
+        """The ids that stand for text that the tokenizer does not know; empty if it knows all text."""
+        return sorted(set(self._unknown) - set(self._framing_ids))
 
     def count_special(self, texts: Iterable[str]) -> Counter[str]:
         """How often the texts contain the name of each special token."""

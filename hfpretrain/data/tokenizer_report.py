@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,7 @@ from hfpretrain.data.encode import Encoder, token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepared_path, train_on_sample
 from hfpretrain.data.prepared import PreparedData, is_validation
 from hfpretrain.data.tokenizer import load_tokenizer, tokenizer_size
+from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, SourceSection, TokenizerSection
 
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MAX_FILES = 16
-NUM_LONGEST = 5
+NUM_LONGEST = NUM_UNKNOWN = 5
 _BATCH = 64
 _MAX_SCRIPTS = 14
 _OTHER, _NUMBERS, _SYMBOLS, _SPACES = "other letters", "numbers", "symbols", "spaces"
@@ -80,7 +85,14 @@ class Measured:
     longest: list[tuple[str, int]] = field(default_factory=list)
     """The longest tokens and how often each occurs, the longest first."""
     seconds: float = 0.0
-    """Time to encode all text, in seconds."""
+    """Time to encode all text, in seconds, on `num_threads` threads."""
+    num_threads: int = 1
+    unknown: dict[str, int] = field(default_factory=dict)
+    """By domain: number of tokens that are the unknown token."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """By domain: number of characters without a token, other than spaces."""
+    unknown_texts: list[tuple[str, int]] = field(default_factory=list)
+    """Texts that become the unknown token, and how often, the most frequent first."""
 
     @property
     def total(self) -> Size:
@@ -183,31 +195,54 @@ def stored_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise RecipeError.at(name, error.problems[0].message) from error
 
 
-def measure(name: str, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list[str]]) -> Measured:
+def measure(
+    name: str, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list[str]], num_threads: int | None = None
+) -> Measured:
     """Encode the documents of each domain as training does, and count their tokens.
 
-    `seconds` is the time of one thread that calls `Encoder`. `fastokens` then uses one core, `tokenizers` all of them.
+    `num_threads` threads encode, by default one for each core, whichever library encodes.
     """
     size = tokenizer_size(tokenizer)
-    measured = Measured(name, size, uses=np.zeros(size, np.int64))
+    measured = Measured(name, size, uses=np.zeros(size, np.int64), num_threads=num_threads or num_cores())
     encoder = Encoder(tokenizer, np.dtype(np.uint32))
     encoder([""])  # makes what encodes the text, so that `seconds` does not count it
+    batches = [
+        (domain, documents[start : start + _BATCH])
+        for domain, documents in texts.items()
+        for start in range(0, len(documents), _BATCH)
+    ]
+    with _no_threads_in_tokenizers(), ThreadPoolExecutor(measured.num_threads) as pool:
+        began = time.perf_counter()
+        encoded = list(pool.map(encoder, [batch for _, batch in batches]))
+        measured.seconds = time.perf_counter() - began
     scripts = _Scripts(tokenizer)
-    for domain, documents in texts.items():
-        of_domain = measured.domains[domain] = Size()
-        for start in range(0, len(documents), _BATCH):
-            batch = documents[start : start + _BATCH]
-            began = time.perf_counter()
-            encoded = encoder(batch)
-            measured.seconds += time.perf_counter() - began
-            ids = np.concatenate([one[len(encoder.prefix) : -1] for one in encoded])
-            measured.uses += np.bincount(ids, minlength=size)
-            num_bytes, characters = sum(len(text.encode()) for text in batch), sum(map(len, batch))
-            of_domain.add(Size(num_bytes, characters, len(ids)))
-            scripts.count(batch)
+    for domain in texts:
+        measured.domains[domain], measured.unknown[domain], measured.lost[domain] = Size(), 0, 0
+    for (domain, batch), documents in zip(batches, encoded, strict=True):
+        ids = np.concatenate([one[len(encoder.prefix) : -1] for one in documents])
+        measured.uses += np.bincount(ids, minlength=size)
+        num_bytes, characters = sum(len(text.encode()) for text in batch), sum(map(len, batch))
+        measured.domains[domain].add(Size(num_bytes, characters, len(ids)))
+        measured.unknown[domain] += encoder.count_unknown(ids)
+        measured.lost[domain] += scripts.count(batch, encoder.unknown_ids)
     measured.scripts = scripts.sizes()
+    measured.unknown_texts = scripts.unknown_texts.most_common(NUM_UNKNOWN)
     measured.longest = _longest_tokens(tokenizer, measured.uses)
     return measured
+
+
+@contextlib.contextmanager
+def _no_threads_in_tokenizers() -> Iterator[None]:
+    """Let `tokenizers` start no threads of its own in each call, as in a preparation."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _longest_tokens(tokenizer: PreTrainedTokenizerFast, uses: np.ndarray) -> list[tuple[str, int]]:
@@ -231,19 +266,34 @@ class _Scripts:
         self._backend.no_padding()
         self._class_of = np.full(0x110000, 255, dtype=np.uint8)
         self._counts = np.zeros((3, len(_CLASSES)), dtype=np.int64)
+        self.unknown_texts: Counter[str] = Counter()
+        """How often each text became the unknown token."""
 
-    def count(self, texts: Sequence[str]) -> None:
-        """Count the tokens of texts. A token's text reaches from the end of the token before it to its own end."""
+    def count(self, texts: Sequence[str], unknown_ids: Sequence[int]) -> int:
+        """Count the tokens of texts. A token's text reaches from the end of the token before it to its own end.
+
+        `unknown_ids`: ids of the unknown token. Returns the number of characters without a token, other than spaces.
+        """
+        num_lost = 0
         for text, encoding in zip(
             texts, self._backend.encode_batch(list(texts), add_special_tokens=False), strict=True
         ):
+            points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            edges = np.zeros(len(points) + 1, dtype=np.int64)
+            np.add.at(edges, offsets[:, 0], 1)
+            np.add.at(edges, offsets[:, 1], -1)
+            is_space = self._classes(points) == _CLASSES.index(_SPACES)
+            # Only their number is right: behind a lost character, the offsets of a word's tokens may be shifted.
+            num_lost += int(((np.cumsum(edges[:-1]) == 0) & ~is_space).sum())
+            unknown = offsets[np.isin(np.array(encoding.ids, dtype=np.int64), unknown_ids)]
+            self.unknown_texts.update(text[start:end] for start, end in unknown.tolist())
             if not len(encoding):
                 continue
-            points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
             bytes_before = np.zeros(len(points) + 1, dtype=np.int64)
             lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
             np.cumsum(lengths, out=bytes_before[1:])
-            ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
+            ends = np.maximum.accumulate(offsets[:, 1])
             ends[-1] = len(points)
             starts = np.concatenate([[0], ends[:-1]])
             classes = self._classes(points)
@@ -254,6 +304,7 @@ class _Scripts:
             for row, weights in enumerate((bytes_before[ends] - bytes_before[starts], ends - starts, None)):
                 found = np.bincount(of_token, weights, minlength=len(_CLASSES))
                 self._counts[row] += found.astype(np.int64)
+        return num_lost
 
     def _classes(self, points: np.ndarray) -> np.ndarray:
         """The index in `_CLASSES` of each character, uint8 (n,), of `points`, uint32 (n,)."""
@@ -295,6 +346,10 @@ def as_json(measured: Sequence[Measured]) -> list[dict[str, Any]]:
             "vocab_used": one.used,
             "bytes_per_second": one.total.bytes / one.seconds,
             "tokens_per_second": one.total.tokens / one.seconds,
+            "num_threads": one.num_threads,
+            "unknown_tokens": one.unknown,
+            "characters_without_token": one.lost,
+            "unknown_texts": one.unknown_texts,
             "domains": {name: vars(size) for name, size in one.domains.items()},
             "scripts": {name: vars(size) for name, size in one.scripts.items()},
             "longest_tokens": one.longest,
@@ -326,10 +381,26 @@ def format_report(measured: Sequence[Measured]) -> str:
     rows.append(["vocabulary"])
     add("  tokens", "", ((f"{one.vocab_size:,}", "") for one in measured))
     add("  used", "", ((f"{one.used:,}", f"{one.used / one.vocab_size:.1%}") for one in measured))
-    rows.append(["speed"])
+    for label, counts, of in (
+        ("unknown tokens", [one.unknown for one in measured], "tokens"),
+        ("characters without a token", [one.lost for one in measured], "characters"),
+    ):
+        rows.append([label])
+        for name in first.domains if any(any(some.values()) for some in counts) else ():
+            shares = [
+                some[name] / max(1, getattr(one.domains[name], of)) for some, one in zip(counts, measured, strict=True)
+            ]
+            add(f"  {name}", "", ((f"{share:.2%}" if share else "none", "") for share in shares))
+        if rows[-1] == [label]:
+            add("  all", "", (("none", "") for _ in measured))
+    rows.append(["speed", f"{first.num_threads} thread(s)"])
     add("  text", "", ((f"{one.total.bytes / one.seconds / 1e6:,.1f} MB/s", "") for one in measured))
     add("  tokens", "", ((f"{one.total.tokens / one.seconds / 1e6:,.2f} M/s", "") for one in measured))
     lines = _align(rows, [one.name for one in measured])
+    for one in measured:
+        if one.unknown_texts:
+            lines.append(f"most frequent unknown text of {one.name}, and how often the text has it")
+            lines += [f"  {uses:>8,}  {_short(text)}" for text, uses in one.unknown_texts]
     for one in measured:
         lines.append(f"longest tokens of {one.name}, and how often the text has them")
         lines += [f"  {uses:>8,}  {_short(token)}" for token, uses in one.longest]

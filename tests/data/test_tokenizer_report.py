@@ -1,15 +1,20 @@
 """`hfpretrain tokenizer`: the figures of several tokenizers on the same text."""
 
 import json
+import os
+import threading
 import time
 
 import pytest
 from conftest import hfpretrain, small_text, write_jsonl, write_recipe
 from preparation import recipe
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from hfpretrain.data.encode import Encoder
 from hfpretrain.data.fast_tokenizer import FastTokenizer
 from hfpretrain.data.tokenizer import train_tokenizer
-from hfpretrain.data.tokenizer_report import domain_texts, limit_texts, measure, plot_report
+from hfpretrain.data.tokenizer_report import as_json, domain_texts, format_report, limit_texts, measure, plot_report
 from hfpretrain.recipe.schema import TokenizerSection
 
 BPE = TokenizerSection(algorithm="byte_level_bpe", vocab_size=400)
@@ -72,6 +77,52 @@ def test_the_time_to_make_an_encoder_is_not_counted(bpe, monkeypatch):
 
     monkeypatch.setattr(FastTokenizer, "create", create_slowly)
     assert measure("bpe", bpe, {"": ["quiet"]}).seconds < 1
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_both_libraries_are_timed_on_the_same_threads(bpe, monkeypatch, is_fast):
+    if not is_fast:
+        monkeypatch.setattr(FastTokenizer, "create", lambda reference: "is not tested")
+    used = {}
+    encode = Encoder.__call__
+
+    def slowly(self, texts):
+        used[threading.get_ident()] = os.environ.get("TOKENIZERS_PARALLELISM")
+        time.sleep(0.05)
+        return encode(self, texts)
+
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.setattr(Encoder, "__call__", slowly)
+    found = measure("bpe", bpe, {"one": small_text(200), "two": ["quiet"]}, num_threads=3)
+    used.pop(threading.get_ident())  # makes what encodes the text
+    assert len(used) == 3 and set(used.values()) == {"false"} and "TOKENIZERS_PARALLELISM" not in os.environ
+    assert "3 thread(s)" in format_report([found]) and as_json([found])[0]["num_threads"] == 3
+    assert found.domains == measure("bpe", bpe, {"one": small_text(200), "two": ["quiet"]}, num_threads=1).domains
+
+
+def test_unknown_text_is_counted_by_domain_with_examples(bpe):
+    characters = train_tokenizer(TokenizerSection(algorithm="character"), ["abc abd"])
+    texts = {"known": ["abc ab"], "other": ["axbx y", "dx"], "empty": [""]}
+    found = measure("characters", characters, texts)
+    assert found.unknown == {"known": 0, "other": 4, "empty": 0} and not any(found.lost.values())
+    assert found.unknown_texts == [("x", 3), ("y", 1)]
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "</s>": 2}, merges=[]))  # leaves out what it does not know
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    losing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    other = measure("losing", losing, {**texts, "lost": ["xyz"]})
+    assert other.lost == {"known": 1, "other": 5, "empty": 0, "lost": 3} and not any(other.unknown.values())
+    report = format_report([found, measure("bpe", bpe, texts)])
+    lines = [line.split() for line in report.splitlines()]
+    start = lines.index(["unknown", "tokens"])
+    assert lines[start + 1 : start + 4] == [
+        ["known", "none", "none"],
+        ["other", "50.00%", "none"],
+        ["empty", "none", "none"],
+    ]
+    assert lines[start + 4 : start + 6] == [["characters", "without", "a", "token"], ["all", "none", "none"]]
+    assert "most frequent unknown text of characters" in report and "3  'x'" in report
+    assert "unknown text of bpe" not in report
+    assert as_json([found])[0]["unknown_tokens"]["other"] == 4
 
 
 def test_the_longest_tokens_are_those_of_the_vocabulary(bpe):
