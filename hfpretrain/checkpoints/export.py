@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CONFIG_FOLDER = "config"
 """Folder of a run with the model's config and the tokenizer: what an export needs beside the weights."""
 GENERATION_CONFIG = "generation_config.json"
+MAX_SHARD_SIZE = "5GB"
+"""Largest size of a file of weights, as in `huggingface_hub.save_torch_model`. transformers 5 has 50 GB. Loaders read
+several files at a time, and a failed upload repeats only one file."""
 
 
 def write_model(
@@ -48,18 +51,30 @@ def write_model(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    state_dict = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state_dict.items()}
+    dtype_of = _dtypes_by_name(model, getattr(torch, dtype))
+    state_dict = {k: v.to(dtype_of(k)) if v.is_floating_point() else v for k, v in state_dict.items()}
     model.load_state_dict({**state_dict, **_tied_weights(model, state_dict)}, assign=True)
     model.tie_weights()
     model.config.use_cache = True
     work = files.create_work_folder(path)
-    model.save_pretrained(work)
+    model.save_pretrained(work, max_shard_size=MAX_SHARD_SIZE)
     if generation_config is not None:
         # Written unchanged: `save_pretrained` refuses some generation configs of published models.
         generation_config.to_json_file(work / GENERATION_CONFIG)
     tokenizer.save_pretrained(work)
     files.add_sums(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
     files.replace_folder(work, path)
+
+
+def _dtypes_by_name(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The dtype of each tensor in a model of `dtype`, by name: some stay float32, such as DeepSeek's router biases."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    names = list(model._get_dtype_plan(dtype))
+    if not names:
+        return lambda name: dtype
+    in_float32, *_ = build_glob_alternation(names)
+    return lambda name: torch.float32 if in_float32.search(name) else dtype
 
 
 def _tied_weights(model: Any, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

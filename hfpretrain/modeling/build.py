@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from hfpretrain.modeling.config import load_config, whole_config
 from hfpretrain.modeling.overrides import KEY
 from hfpretrain.modeling.structure import decoder_layers
+from hfpretrain.modeling.trainable import join_patterns
 from hfpretrain.recipe.schema import ModelSection, Problem, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Number of layers that predict further tokens. llama.cpp's converter looks for their tensors.
+_NUM_MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
 
 def build_model(
-    section: ModelSection, config: PretrainedConfig, device: str = "meta", seed: int = 0
+    section: ModelSection,
+    config: PretrainedConfig,
+    device: str = "meta",
+    seed: int = 0,
+    note: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
     """Build a new model in float32 on `device`, or load `section.pretrained` on the CPU.
 
     By default a new model is on the meta device, and `initialization.InitialWeights` draws its values. `seed`: seed for
-    the tensors that the checkpoint lacks and that `section.allow_missing` matches. Raises `RecipeError` if no model can
-    be built from the config, if the checkpoint can't be loaded, or if it has other tensors than the model.
+    the tensors that the checkpoint lacks and that `section.allow_missing` matches. `note` is called with a sentence on
+    the checkpoint's tensors that the model does not have, and on each change of the config that follows from them.
+
+    Raises `RecipeError` if no model can be built from the config, if the checkpoint can't be loaded, or if it has other
+    tensors than the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -37,7 +49,7 @@ def build_model(
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = _load_pretrained(section, config, attention)
+                model = _load_pretrained(section, config, attention, note)
     except RecipeError:
         raise
     except Exception as error:  # wrong values in a config may raise anything
@@ -102,7 +114,9 @@ def _changed_tensors_problem(path: str, texts: list[str]) -> Problem:
     return Problem(path, f"does not fit the checkpoint's tensors: {texts[0]}{more}; {fix}")
 
 
-def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+def _load_pretrained(
+    section: ModelSection, config: PretrainedConfig, attention: str | None, note: Callable[[str], None]
+) -> PreTrainedModel:
     """Load `section.pretrained`. Raises `RecipeError` with the names of missing and unexpected tensors."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -112,21 +126,77 @@ def _load_pretrained(section: ModelSection, config: PretrainedConfig, attention:
     if is_part:
         text = whole.get_text_config()
         setattr(whole, next(name for name, part in vars(whole).items() if part is text), config)
-    # `ignore_mismatched_sizes`, since `_loading_problems` reports tensors of another shape by name.
-    model, info = AutoModelForCausalLM.from_pretrained(
-        section.pretrained,
-        config=whole if is_part else config,
-        revision=section.revision,
-        attn_implementation=attention,
-        dtype=torch.float32,
-        trust_remote_code=section.trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    problems = list(_loading_problems(section, type(model).__name__, info))
-    if problems:
+    with _ignored_tensors() as ignored:
+        # `ignore_mismatched_sizes`, since `_loading_problems` reports tensors of another shape by name.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            section.pretrained,
+            config=whole if is_part else config,
+            revision=section.revision,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    name = type(model).__name__
+    if problems := list(_loading_problems(section, name, info)):
         raise RecipeError(problems)
-    return _text_model(model, config, attention) if is_part else model
+    _note_left_out(note, ignored, f"{name} ignores them when it is loaded")
+    _note_left_out(note, info["unexpected_keys"], "model.allow_missing matches them")
+    if missing := sorted(info["missing_keys"]):
+        text = f"{len(missing)} tensors are not in the checkpoint and are drawn from the seed (model.allow_missing)"
+        note(f"{text}: {join_patterns(missing)}")
+    if is_part:
+        loaded, model = model, _text_model(model, config, attention)
+        kept = {tensor.data_ptr() for tensor in model.state_dict().values()}
+        parts = [name for name, tensor in loaded.state_dict().items() if tensor.data_ptr() not in kept]
+        _note_left_out(note, parts, "only the text model is trained")
+    _correct_config(model, bool(ignored), note)
+    return model
+
+
+def _correct_config(model: PreTrainedModel, has_ignored_tensors: bool, note: Callable[[str], None]) -> None:
+    """Correct the config of a loaded model where it promises tensors that the export will not have."""
+    config: Any = model.config
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head is None or head.weight is embeddings.weight
+    if getattr(config, "tie_word_embeddings", False) and not is_tied:  # transformers does not tie tensors that differ
+        config.tie_word_embeddings = False
+        note(
+            "the checkpoint's config has tie_word_embeddings: true, but its output layer differs from its embeddings. "
+            "Both are trained, and the config of the export has false"
+        )
+    for key in _NUM_MTP_LAYERS if has_ignored_tensors else ():
+        if number := getattr(config, key, None):
+            setattr(config, key, 0)
+            note(f"the config of the export has {key}: 0 instead of {number}, since it has no such layers")
+
+
+@contextlib.contextmanager
+def _ignored_tensors() -> Iterator[list[str]]:
+    """Collects the tensors of a checkpoint that transformers drops without reporting them, because the class of the
+    model lists them, such as the layers for predicting several tokens (`mtp.*`)."""
+    from transformers import PreTrainedModel
+
+    found: list[str] = []
+    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def adjust_and_collect(model: PreTrainedModel, info: Any) -> None:
+        unexpected = set(info.unexpected_keys)
+        adjust(model, info)
+        found.extend(sorted(unexpected - set(info.unexpected_keys)))
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = adjust_and_collect
+    try:
+        yield found
+    finally:
+        PreTrainedModel._adjust_missing_and_unexpected_keys = adjust
+
+
+def _note_left_out(note: Callable[[str], None], names: Iterable[str], reason: str) -> None:
+    if names := sorted(names):
+        text = f"{len(names)} tensors of the checkpoint are neither trained nor exported, because {reason}"
+        note(f"{text}: {join_patterns(names)}")
 
 
 def _causal_lm_class(config: PretrainedConfig) -> Any:

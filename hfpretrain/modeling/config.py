@@ -112,6 +112,14 @@ def context_note(section: ModelSection, config: PretrainedConfig, block_size: in
     )
 
 
+def dtype_note(section: ModelSection, config: PretrainedConfig) -> str | None:
+    """A note if the export of a pretrained model has another dtype than the checkpoint; else None."""
+    given = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if section.pretrained is None or given in ("None", section.dtype):
+        return None
+    return f"the checkpoint's weights are in {given}, and those of the export in {section.dtype} (model.dtype)"
+
+
 def vocabulary_problem(vocab_size: int, tokenizer_size: int, section: ModelSection | None = None) -> Problem:
     """The problem of a tokenizer with more ids than the model has embeddings. `section`: the model's, if known."""
     if section is not None and section.pretrained is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +77,15 @@ class UntrainedParameters:
         lines = []
         for reason, names in reasons:
             if names:
-                patterns = list(dict.fromkeys(map(name_pattern, names)))
-                more = f", and {len(patterns) - 3} other patterns" if len(patterns) > 3 else ""
-                lines.append(f"{len(names)} parameters are not trained, {reason}: {', '.join(patterns[:3])}{more}")
+                lines.append(f"{len(names)} parameters are not trained, {reason}: {join_patterns(names)}")
         return "\n".join(lines)
+
+
+def join_patterns(names: Iterable[str]) -> str:
+    """The first three patterns of many names, as text."""
+    patterns = list(dict.fromkeys(map(name_pattern, names)))
+    more = f", and {len(patterns) - 3} other patterns" if len(patterns) > 3 else ""
+    return ", ".join(patterns[:3]) + more
 
 
 def name_pattern(name: str) -> str:

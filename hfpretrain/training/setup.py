@@ -34,7 +34,14 @@ from hfpretrain.modeling.checks import (
     routing_note,
     use_chunked_loss,
 )
-from hfpretrain.modeling.config import context_note, generation_config, load_config, override_notes, resolve_config
+from hfpretrain.modeling.config import (
+    context_note,
+    dtype_note,
+    generation_config,
+    load_config,
+    override_notes,
+    resolve_config,
+)
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.structure import Parameters, count_parameters, has_experts
@@ -206,6 +213,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     vocab_size, tokenizer_size = prepared.manifest["vocab_size"], prepared.manifest["tokenizer_size"]
     config = resolve_config(recipe.model, vocab_size, tokenizer, tokenizer_size, recipe.data.block_size)
     notes.add(context_note(recipe.model, config, recipe.data.block_size))
+    notes.add(dtype_note(recipe.model, config))
     for text in override_notes(recipe.model):
         notes.add(text)
     generation = generation_config(recipe.model, tokenizer)
@@ -214,7 +222,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         raise RecipeError.at("model.attn_implementation", "flex_attention has no backward pass on CPUs; use sdpa")
     peak_memory = PeakMemory()
     with engine.plain_initialization():
-        model = build_model(recipe.model, config, seed=recipe.seed)
+        model = build_model(recipe.model, config, seed=recipe.seed, note=notes.add)
         untrained = freeze_outside_loss(model, recipe.data.block_size)
     attention = model.config._attn_implementation
     if recipe.model.attn_implementation == "auto" and attention != "sdpa":
