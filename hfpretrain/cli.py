@@ -169,11 +169,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--include-path", metavar="FOLDER", help="folder with your own task files; their code is run")
     evaluate.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: as each task defines it")
     evaluate.add_argument("--limit", type=int, help="number of documents of each task; default: all")
-    compare = command("compare", _compare, "compare two checkpoints on the same documents, by bits per byte")
+    compare = command(
+        "compare",
+        _compare,
+        "compare two checkpoints on the same documents: what MODEL_B gained and lost in bits per byte",
+    )
     compare.add_argument("a", metavar="MODEL_A", help=_MODEL)
     compare.add_argument("b", metavar="MODEL_B", help="as MODEL_A; the tokenizers may differ")
     for scores in (evaluate, compare):
-        scores.add_argument("recipe", metavar="RECIPE", nargs="?", help="evaluate on this recipe's validation text")
+        text = "evaluate on this recipe's validation text"
+        if scores is compare:
+            text += "; default: that of the run MODEL_B, or of the run MODEL_A"
+        scores.add_argument("recipe", metavar="RECIPE", nargs="?", help=text)
         files = "evaluate on a .txt file (one document) or a .jsonl file (key `text`); may be given several times"
         scores.add_argument("--data", action="append", metavar="[NAME=]FILE", help=files)
         scores.add_argument(
@@ -532,9 +539,31 @@ def _with_nulls(report: Any) -> Any:
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.evaluation.base import gain_text
     from hfpretrain.evaluation.score import compare_checkpoints
 
-    print(json.dumps(_with_nulls(compare_checkpoints(args.a, args.b, *_scoring_inputs(args, overrides))), indent=1))
+    if args.recipe is None and args.data is None:
+        args.recipe = _recipe_of_run(args.b) or _recipe_of_run(args.a)
+        if args.recipe is None:
+            message = f"give a recipe or --data FILE, since neither {args.a} nor {args.b} is a run with a recipe"
+            raise RecipeError.at("recipe", message)
+        print(f"evaluating on the validation text of {args.recipe}", file=sys.stderr)
+    inputs = _scoring_inputs(args, overrides)
+    found = compare_checkpoints(args.a, args.b, *inputs)
+    print(f"{args.b} compared with {args.a}, in bits per byte (95% intervals over documents):", file=sys.stderr)
+    key = "bits_per_byte_difference"
+    for name in ("", *(inputs[0] if len(inputs[0]) > 1 else ())):
+        prefix = f"{name}/" if name else ""
+        text = gain_text(found[f"{prefix}{key}"], found[f"{prefix}{key}_interval"])
+        print(f"  {name or 'all text':<14} {text}", file=sys.stderr)
+    print(json.dumps(_with_nulls(found), indent=1))
+
+
+def _recipe_of_run(model: str) -> str | None:
+    """The recipe of the run that `model` is, or whose checkpoint or export it is; None if there is none."""
+    path = Path(model)
+    near = (path / "recipe.yaml", path.parent / "recipe.yaml")  # an export is the folder `model` of its run
+    return next((str(file) for file in near if path.is_dir() and file.is_file()), None)
 
 
 def _scoring_inputs(args: argparse.Namespace, overrides: list[str]) -> tuple[Any, ...]:

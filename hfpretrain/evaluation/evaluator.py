@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
@@ -13,8 +14,10 @@ from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.tokenizer import document_start
 from hfpretrain.engines.base import Engine
 from hfpretrain.evaluation import lm_eval_tasks, prompts, sums
+from hfpretrain.evaluation.base import BaseEvaluation, row_gain_text
 from hfpretrain.evaluation.recipe_metrics import RecipeMetrics, trust_problems
 from hfpretrain.evaluation.validation import ValidationSets, domains
+from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import EvaluationSection, RecipeError
 
 if TYPE_CHECKING:
@@ -53,8 +56,9 @@ class Evaluation:
 class Evaluator:
     """Runs the evaluations of a recipe with the current weights. Every rank must have one and make the same calls.
 
-    `has_validation`: whether the recipe has validation data. `beat` is called to show progress. `stop_if_asked` is
-    called where all ranks have made the same number of forward passes, and may raise.
+    `has_validation`: whether the recipe has validation data. `base`: keeps the evaluation of the model that the run
+    began with, to compare the others with it; None for a new model. `beat` is called to show progress. `stop_if_asked`
+    is called where all ranks have made the same number of forward passes, and may raise.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Evaluator:
         micro_batch_size: int,
         block_size: int,
         num_steps: int,
+        base: BaseEvaluation | None,
         records: Recorder,
         beat: Callable[[], None],
         stop_if_asked: Callable[[], None],
@@ -79,7 +84,7 @@ class Evaluator:
         self._eos_token_id = prepared.manifest["eos_token_id"]
         self._has_validation, self._document_masking = has_validation, document_masking
         self._micro_batch_size, self._block_size, self._num_steps = micro_batch_size, block_size, num_steps
-        self._beat, self._stop_if_asked = beat, stop_if_asked
+        self._base, self._beat, self._stop_if_asked = base, beat, stop_if_asked
         self._is_main = engine.process_index == 0
         self._sets = ValidationSets(prepared)
         if problems := list(trust_problems({"evaluation": section.model_dump()})):
@@ -128,19 +133,33 @@ class Evaluator:
             return loss
         figures = self._sets.figures(documents) | self._metrics.compute()
         figures["loss_by_context"] = sums.loss_by_context(contexts)
+        base = self._compare_with_base(step, documents, figures)
         row = {f"eval/{name}": value for name, value in figures.items()}
-        records.write_row({"step": step, "tokens": tokens, **row})
-        records.print_line(
-            f"step {step}: validation loss {figures['loss']:.4f}, perplexity "
-            f"{figures['perplexity']:.2f}, bits per byte {figures['bits_per_byte']:.4f}"
-        )
-        for name in domains(row):  # one set may get worse while the total improves
+        records.write_row({"step": step, "tokens": tokens, **base, **row})
+        for name in ("", *domains(row)):  # one set may get worse while the total improves
+            prefix, start = (f"{name}/", f"  {name}: ") if name else ("", f"step {step}: validation ")
+            gain = row_gain_text(row, name)
             records.print_line(
-                f"  {name}: loss {figures[f'{name}/loss']:.4f}, perplexity {figures[f'{name}/perplexity']:.2f}, "
-                f"bits per byte {figures[f'{name}/bits_per_byte']:.4f}"
+                f"{start}loss {figures[f'{prefix}loss']:.4f}, perplexity {figures[f'{prefix}perplexity']:.2f}, "
+                f"bits per byte {figures[f'{prefix}bits_per_byte']:.4f}{f': {gain}' if gain else ''}"
             )
         records.draw_plot()
         return loss
+
+    def _compare_with_base(self, step: int, documents: np.ndarray, figures: dict[str, Any]) -> dict[str, str]:
+        """Add what was gained since the run began to `figures`, or keep this evaluation as the base if it is the first.
+
+        Returns what the row of the base says.
+        """
+        if self._base is None:
+            return {}
+        sets = self._sets.by_set(documents)
+        if step == 0:
+            self._base.keep(sets)
+            return {"base": redact(self._base.name)}
+        if self._base.is_known:
+            figures |= self._base.figures(sets)
+        return {}
 
     def _with_metrics(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the batches, after adding each to the recipe's metrics."""

@@ -100,7 +100,8 @@ def compare_checkpoints(a: str, b: str, texts: Texts, windows: Windows) -> dict[
     """Score both models on the same documents, and compare their bits per byte, which don't depend on the tokenizers.
 
     The result has the difference a - b with its 95% interval over documents, and `wins_of_a`: the share of documents on
-    which a has fewer bits. A document with equal bits counts half.
+    which a has fewer bits. A document with equal bits counts half. If there are several sets of texts, the result has
+    these figures for each of them, too: `NAME/bits_per_byte_difference` and so on.
     """
     scores = [_score(model, texts, windows) for model in (a, b)]
     for model, score in zip((a, b), scores, strict=True):
@@ -109,25 +110,31 @@ def compare_checkpoints(a: str, b: str, texts: Texts, windows: Windows) -> dict[
                 f"the tokenizer of {model} gives {score.report['unknown_tokens']} unknown tokens, whose text it loses"
             )
             raise RecipeError.at("data", f"{message}, so bits per byte can't be compared; choose other text")
-    bits = np.concatenate([score.documents[:, 2:] for score in scores], axis=1)  # nll and bytes of a, then of b
-    bits = bits[(bits[:, 1] > 0) & (bits[:, 3] > 0)]
-    if not len(bits):
-        raise RecipeError.at("data", "contains no document with tokens to score for both models")
+    bits = [score.documents[:, 2:] for score in scores]  # nll and bytes
+    found: dict[str, Any] = {"a": {"model": a, **scores[0].report}, "b": {"model": b, **scores[1].report}}
+    found |= _comparison("data", *bits)
+    if len(texts) > 1:
+        ends = np.cumsum([len(some) for some in texts.values()])[:-1]
+        for name, *parts in zip(texts, *(np.split(part, ends) for part in bits), strict=True):
+            found |= {f"{name}/{key}": value for key, value in _comparison(f"data.{name}", *parts).items()}
+    return found
 
-    def difference(rows: np.ndarray) -> Any:
-        return (rows[..., 0] / rows[..., 1] - rows[..., 2] / rows[..., 3]) / np.log(2)
 
-    by_document = difference(bits)
-    interval = None
-    if len(bits) > 1:
-        interval = sums.percentiles(difference(sums.resample(bits)))
+def _comparison(path: str, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """The figures of `compare_checkpoints` for documents, whose nll and bytes are `a` and `b`: float64 (documents, 2).
+
+    `path`: names the documents in a message.
+    """
+    difference = sums.bits_per_byte_difference(a, b)
+    if difference is None:
+        raise RecipeError.at(path, "contains no document with tokens to score for both models")
+    scored = (a[:, 1] > 0) & (b[:, 1] > 0)
+    ours, theirs = (part[scored, 0] / part[scored, 1] for part in (a, b))
     return {
-        "a": {"model": a, **scores[0].report},
-        "b": {"model": b, **scores[1].report},
-        "bits_per_byte_difference": float(difference(bits.sum(axis=0))),
-        "bits_per_byte_difference_interval": interval,
-        "wins_of_a": float((by_document < 0).mean() + (by_document == 0).mean() / 2),
-        "documents": len(bits),
+        "bits_per_byte_difference": difference[0],
+        "bits_per_byte_difference_interval": difference[1],
+        "wins_of_a": float((ours < theirs).mean() + (ours == theirs).mean() / 2),
+        "documents": len(ours),
     }
 
 

@@ -19,7 +19,8 @@ DOCUMENTS = "documents"
 """Key in a batch for the number of each label's document, int64 (batch, length)."""
 _INTERVAL = 0.95
 _NUM_RESAMPLES = 1000
-_MAX_GROUPS = 20_000
+MAX_GROUPS = 20_000
+"""The largest number of groups of documents that is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,33 @@ def figures_of_sets(sets: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {f"{name}/{key}": value for name, documents in sets.items() for key, value in figures(documents).items()}
 
 
+def bits_per_byte_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, list[float] | None] | None:
+    """The difference a - b in bits per byte and its 95% interval, by bootstrap over pairs of documents.
+
+    `a`, `b`: float64 (documents, 2), the nll and the bytes of the text of the same documents, by two models. Documents
+    without bytes in either are left out. The interval is None if one document is left. None if none is left.
+    """
+    pairs = np.concatenate([a, b], axis=1)
+    pairs = pairs[(pairs[:, 1] > 0) & (pairs[:, 3] > 0)]
+    if not len(pairs):
+        return None
+    interval = percentiles(_difference(resample(pairs))) if len(pairs) > 1 else None
+    return float(_difference(pairs.sum(axis=0))), interval
+
+
+def _difference(pairs: np.ndarray) -> Any:
+    return (pairs[..., 0] / pairs[..., 1] - pairs[..., 2] / pairs[..., 3]) / math.log(2)
+
+
 def resample(documents: np.ndarray, seed: int = 0) -> np.ndarray:
     """Sums over documents drawn with replacement, 1,000 times: float64 (documents, n) to (1000, n).
 
     More than 20,000 documents are first divided at random into 20,000 groups, and groups are drawn.
     """
     generator = np.random.default_rng(seed)
-    if len(documents) > _MAX_GROUPS:
-        grouped = np.zeros((_MAX_GROUPS, documents.shape[1]))
-        np.add.at(grouped, generator.permutation(len(documents)) % _MAX_GROUPS, documents)
+    if len(documents) > MAX_GROUPS:
+        grouped = np.zeros((MAX_GROUPS, documents.shape[1]))
+        np.add.at(grouped, generator.permutation(len(documents)) % MAX_GROUPS, documents)
         documents = grouped
     probabilities = np.full(len(documents), 1 / len(documents))
     return np.concatenate(

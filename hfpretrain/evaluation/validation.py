@@ -67,19 +67,23 @@ class ValidationSets:
             eos_before_bos = self._eos_before_bos
             yield sums.scored_batch(ids, documents, valid, eos_token_id=eos_token_id, eos_before_bos=eos_before_bos)
 
-    def figures(self, documents: np.ndarray) -> dict[str, Any]:
-        """Figures of all sets together, and of each domain as `DOMAIN/...`. For `documents` see `sums.Sums`."""
-        tables = []
-        for number, ratio in enumerate(self._bytes_ratios):
+    def by_set(self, documents: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of `documents` by validation set, with the bytes of the text instead of those of its tokens.
+
+        For `documents` see `sums.Sums`. A set that is not a domain has the empty name.
+        """
+        tables = {}
+        for number, (name, ratio) in enumerate(zip(self.names, self._bytes_ratios, strict=True)):
             table = documents[self._ends[number] : self._ends[number + 1]].copy()
             table[:, 3] *= ratio
-            tables.append(table)
-        by_domain = {
-            name.removeprefix(f"{VALIDATION}-"): table
-            for name, table in zip(self.names, tables, strict=True)
-            if name != VALIDATION
-        }
-        return sums.figures(np.concatenate(tables)) | sums.figures_of_sets(by_domain)
+            tables["" if name == VALIDATION else name.removeprefix(f"{VALIDATION}-")] = table
+        return tables
+
+    def figures(self, documents: np.ndarray) -> dict[str, Any]:
+        """Figures of all sets together, and of each domain as `DOMAIN/...`. For `documents` see `sums.Sums`."""
+        tables = self.by_set(documents)
+        by_domain = {name: table for name, table in tables.items() if name}
+        return sums.figures(np.concatenate(list(tables.values()))) | sums.figures_of_sets(by_domain)
 
 
 def domains(row: dict[str, Any]) -> list[str]:

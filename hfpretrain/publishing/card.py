@@ -309,7 +309,9 @@ def _blocks(records: _Records, name: str | None, title: str, step: int | None) -
     """The text of each generated block, by block name. `name`: the repo's name, None if there is no repo."""
     blocks = {
         "summary": _summary(records, name, title, step),
-        "results": f"## Results\n\n{_validation_table(records)}\n\n{_tasks_table(records)}",
+        "results": "\n\n".join(
+            filter(None, ["## Results", _validation_table(records), _gains(records), _tasks_table(records)])
+        ),
         "loss": "![Training and validation loss](loss.png)",
         "use": _use(records.data, name or title, step),
         "samples": _samples(records, step),
@@ -350,6 +352,15 @@ def _figure(figures: Mapping[str, Any], metric: str, digits: int) -> str:
     interval = figures.get(f"{metric}_interval")
     low_high = f" ({interval[0]:,.{digits}f} to {interval[1]:,.{digits}f})" if interval else ""
     return f"{value:,.{digits}f}{low_high}"
+
+
+def _gains(records: _Records) -> str:
+    """What the model gained and lost since the run began with an existing model; empty for a new model."""
+    if not (gains := records.history.gains()):
+        return ""
+    base = f" `{strip_folders(records.history.base)}`" if records.history.base else ""
+    intro = f"Compared with the base model{base}, in bits per byte, with 95% confidence intervals of the difference:"
+    return "\n".join([intro, "", *(f"- {name or 'all validation text'}: {text}" for name, text in gains.items())])
 
 
 def _tasks_table(records: _Records) -> str:

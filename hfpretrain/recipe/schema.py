@@ -378,8 +378,9 @@ class SourceSection(Section):
     none has. Without weights every block of every source is seen once per epoch. A source with weight 0 is used only
     in `data.stages` that give it a weight."""
     domain: str | None = Field(default=None, pattern="^[A-Za-z0-9_.-]+$")
-    """For a validation source: the name under which evaluation reports it separately, for example `code`. Sources with
-    the same name are evaluated as one set. Either all validation sources have a name or none has."""
+    """For a validation source: the name under which evaluation reports it separately, for example `code`, or `old` and
+    `new` when a pretrained model is trained further. Sources with the same name are evaluated as one set. Either all
+    validation sources have a name or none has."""
     max_epochs: PositiveInt | None = None
     """How many times the source's tokens may be seen. A run that needs more is refused at its start; a stream stops
     when they are used up. null: no limit."""
@@ -756,7 +757,11 @@ class LmEvalSection(Section):
 
 
 class EvaluationSection(Section):
-    """Loss, perplexity and bits per byte of the whole validation text at step 0, every `every_steps` and at the end."""
+    """Loss, perplexity and bits per byte of the whole validation text at step 0, every `every_steps` and at the end.
+
+    A run that begins with `model.pretrained` also compares each evaluation with step 0: the bits per byte that it
+    gained or lost, with a 95% interval, for each `domain` of `data.validation_sources`. With old and new text as two
+    domains, it measures what the model forgets."""
 
     every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations. null: only at step 0 and at the end."""

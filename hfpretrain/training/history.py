@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hfpretrain.evaluation.base import row_gain_text
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.training.metrics_file import iterate_metrics
 
@@ -59,6 +60,8 @@ class History:
         """Losses of each validation set by its name; those of all sets together under the empty name."""
         self.evaluations: list[dict[str, Any]] = []
         """The rows of the first and of the last evaluation; one row if there was one evaluation."""
+        self.base: str | None = None
+        """The existing model that the run began with, as its recipe names it, if it was evaluated in this folder."""
         self.logged: dict[str, Any] = {}
         """The row of the last log step."""
         self.exported: dict[str, Any] = {}
@@ -94,6 +97,7 @@ class History:
             return
         if "eval/loss" in row:
             self.evaluations = [*self.evaluations[:1], row]
+            self.base = row.get("base", self.base)
             for name in ("", *domains(row)):
                 key = f"eval/{name}/loss" if name else "eval/loss"
                 self.validation.setdefault(name, Curve()).add(tokens, row[key])
@@ -104,6 +108,13 @@ class History:
             self.tasks = row
         if found:
             self.figures |= found | {key: row[key] for key in ("step", "tokens") if key in row}
+
+    def gains(self) -> dict[str, str]:
+        """What the run has gained or lost by its last evaluation, in words: for all text under the empty name, and for
+        each domain. Empty for a run that began with a new model."""
+        last = self.evaluations[-1] if self.evaluations else {}
+        texts = {name: row_gain_text(last, name) for name in ("", *domains(last))}
+        return {name: text for name, text in texts.items() if text is not None}
 
     def speeds(self) -> Iterator[tuple[int, float]]:
         """Step and tokens per second of each log step."""

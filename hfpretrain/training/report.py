@@ -114,6 +114,7 @@ def run_summary(
     for row in history.evaluations:
         lines.append(f"  {_evaluation_time(row['step'], state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
+    lines += _gain_lines(history)
     if epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
@@ -135,6 +136,15 @@ def evaluation_text(row: dict[str, Any], domain: str = "") -> str:
     prefix = f"eval/{domain}/" if domain else "eval/"  # `float`: metrics.jsonl has strings for NaN
     loss, perplexity, bits = (float(row[prefix + key]) for key in ("loss", "perplexity", "bits_per_byte"))
     return f"loss {loss:.4f}   perplexity {perplexity:,.2f}   bits per byte {bits:.4f}"
+
+
+def _gain_lines(history: History) -> list[str]:
+    """Lines about what the run gained and lost since it began with an existing model; none for a new model."""
+    if not (gains := history.gains()):
+        return []
+    base = f"compared with {history.base}" if history.base else "compared with the model before training"
+    lines = [f"  {'gained or lost':<16} bits per byte {base}; 95% intervals, paired by document"]
+    return [*lines, *(f"    {name or 'all text':<14} {text}" for name, text in gains.items())]
 
 
 def _evaluation_time(step: int, last_step: int) -> str:

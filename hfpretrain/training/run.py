@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import time
 import traceback
@@ -19,6 +20,7 @@ from hfpretrain.data.batches import format_epochs
 from hfpretrain.data.ledger import Consumption
 from hfpretrain.engines import distributed, launch
 from hfpretrain.engines.base import Engine, is_out_of_memory
+from hfpretrain.evaluation.base import BASE_EVALUATION, BaseEvaluation
 from hfpretrain.evaluation.evaluator import Evaluator
 from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
@@ -43,6 +45,8 @@ from hfpretrain.training.watchdog import Watch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -93,6 +97,7 @@ def _train(
         # Without a `metrics.jsonl` here, the evaluation is in the records of another run, so it is repeated.
         state.evaluated = state.evaluated and newest.has_records
     first_step = state.step
+    base, unknown_base = _base_evaluation(setup, newest.path)
     feed.start(state)
     publisher = make_publisher(output_dir, recipe.hub if is_main else HubSection())
     if is_main:
@@ -101,7 +106,7 @@ def _train(
     saved_step = None if newest.path is None else first_step
     trackers = _tracker_starters(recipe, setup.engine.accelerator, state.run_id)
     records = Records(output_dir, trackers, is_main, recipe.training.num_steps, saved_step)
-    for text in (*setup.notes, *newest.passed_over, *changes):
+    for text in (*setup.notes, *newest.passed_over, *changes, *unknown_base):
         records.write_event(first_step, text)
     saver = RunSaver(
         setup,
@@ -111,6 +116,7 @@ def _train(
         records=records,
         stops=stops,
         watch=watch,
+        base=base,
         saved_step=saved_step,
     )
     evaluator = Evaluator(
@@ -124,6 +130,7 @@ def _train(
         micro_batch_size=recipe.training.micro_batch_size,
         block_size=recipe.data.block_size,
         num_steps=recipe.training.num_steps,
+        base=base,
         records=records,
         beat=lambda: watch.beat("evaluate", state.step),
         stop_if_asked=vote.stop_if_asked,
@@ -175,6 +182,22 @@ def _train(
     if (text := publisher.table()) != "":
         print("", text, sep="\n", flush=True)
     return model_path
+
+
+def _base_evaluation(setup: Setup, checkpoint: Path | None) -> tuple[BaseEvaluation | None, list[str]]:
+    """The evaluation of the model that the run trains further, which the newest checkpoint holds, if there is one.
+
+    It is None for a new model. Also returns a sentence if it should be in the checkpoint and is not.
+    """
+    name = setup.recipe.model.pretrained
+    if name is None or not setup.recipe.data.has_validation:
+        return None, []
+    base = BaseEvaluation(name)
+    if not setup.is_main or checkpoint is None or base.load(checkpoint / BASE_EVALUATION):
+        return base, []
+    text = f"{checkpoint} has no evaluation of {name}, so what the run gains and loses is not measured"
+    logger.warning(text)
+    return base, [text]
 
 
 def _stopped_before_first_step(training: TrainingSection, stops: Stops) -> RecipeError:

@@ -12,6 +12,7 @@ import numpy as np
 from hfpretrain.checkpoints import saver
 from hfpretrain.data.ledger import LEDGER
 from hfpretrain.data.streaming import save_lane_states
+from hfpretrain.evaluation.base import BASE_EVALUATION, BaseEvaluation
 from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training.publisher import Publisher, record_publishing
 from hfpretrain.training.records import Records
@@ -30,6 +31,7 @@ class NotSavedError(RuntimeError):
 class RunSaver:
     """Saves a run's full state, and records how the saves and the pushes to the Hub went.
 
+    `base`: the evaluation of the model that the run began with, which checkpoints keep; None for a new model.
     `saved_step`: the step of the checkpoint that the run resumes from, None for a new run.
     """
 
@@ -43,8 +45,10 @@ class RunSaver:
         records: Records,
         stops: Stops,
         watch: Watch,
+        base: BaseEvaluation | None,
         saved_step: int | None,
     ):
+        self._base = base
         self._engine, self._state, self._output_dir = setup.engine, state, setup.output_dir
         self._publisher, self._records, self._stops, self._watch = publisher, records, stops, watch
         self._is_main, self._is_stream = setup.is_main, setup.recipe.data.streaming
@@ -79,6 +83,8 @@ class RunSaver:
             checksums = self._state.consumption.ledger.checksums
             writers[LEDGER] = lambda path: np.save(path, checksums)
             writers["recipe.yaml"] = lambda path: path.write_bytes(self._recipe)
+            if self._base is not None and self._base.is_known:
+                writers[BASE_EVALUATION] = self._base.save
         if self._is_stream and self._engine.is_main_data_process:
             states, next_step = self._state.data_state, self._state.data_step(self._state.step - 1) + 1
             writers[f"data-{self._engine.data_index}.pt"] = lambda path: save_lane_states(states, next_step, path)

@@ -71,7 +71,7 @@ def test_the_interval_contains_the_truth_as_often_as_stated():
 def test_drawing_groups_of_documents_keeps_the_interval(monkeypatch):
     documents = corpus(5000, 0)
     width = np.ptp(figures(documents)["loss_interval"])
-    monkeypatch.setattr(sums_module, "_MAX_GROUPS", 1000)
+    monkeypatch.setattr(sums_module, "MAX_GROUPS", 1000)
     assert np.ptp(figures(documents)["loss_interval"]) == pytest.approx(width, rel=0.15)
 
 
