@@ -360,7 +360,7 @@ def _parameters_and_notes(recipe: Recipe) -> tuple[Any, list[str]]:
     optim.require_library(recipe.optimizer)
     # Raises if transformers does not accept the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
-    preflight.require_buildable_model(recipe.model, recipe.optimizer.no_decay)
+    preflight.require_buildable_model(recipe.model, recipe.optimizer)
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
     if prepared is not None:
         check_unknown_share(prepared, recipe.tokenizer.max_unknown)
@@ -381,6 +381,7 @@ def _parameters_and_notes(recipe: Recipe) -> tuple[Any, list[str]]:
     if problems := preflight.disk_problems(Path(recipe.output_dir), size):
         raise RecipeError(problems)
     lines.append(f"disk             {size / 2**20:,.1f} MiB for checkpoints and the export, without the prepared text")
+    lines += plan.parameter_group_lines(recipe)
     note = context_note(recipe.model, plan.model_config(recipe), recipe.data.block_size)
     return counts, [*lines, *([f"note             {note}"] if note else []), *notes]
 

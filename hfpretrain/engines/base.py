@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hfpretrain.engines import launch, pieces
 from hfpretrain.modeling import initialization
+from hfpretrain.modeling.groups import Phases, first_trained_step, phase_at
 from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.schema import Problem
 
@@ -49,6 +50,9 @@ class Engine:
         self.num_processes, self.process_index = accelerator.num_processes, accelerator.process_index
         self.device: torch.device = accelerator.device
         self.max_grad_norm: float | None = None
+        self._step: int | None = None
+        self._phases: dict[str, Phases] = {}
+        """How each parameter that the optimizer has is trained, if the recipe has `optimizer.groups`."""
 
     @classmethod
     def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
@@ -242,7 +246,16 @@ class Engine:
         self.max_grad_norm = max_grad_norm
         self._configure(model, micro_batch_size, all_get_gradients)
         self._place(model, weights)
-        self._wrap(model, build_optimizer, weights)
+
+        def build(model: torch.nn.Module) -> torch.optim.Optimizer:
+            optimizer = build_optimizer(model)
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                if "phases" in group:
+                    self._phases |= {names[parameter]: group["phases"] for parameter in group["params"]}
+            return optimizer
+
+        self._wrap(model, build, weights)
 
     def _configure(self, model: torch.nn.Module, micro_batch_size: int, all_get_gradients: bool) -> None:
         """Configure the library that the engine uses, before `accelerator.prepare`."""
@@ -262,6 +275,16 @@ class Engine:
         return getattr(self.model, "module", self.model)
 
     # A step.
+
+    def begin_step(self, step: int) -> None:
+        """Train each parameter as its phase says in this step, counted from 0. Called before the first micro-step.
+
+        The learning rates are set by the scheduler. Without phases this does nothing.
+        """
+        self._step = step
+        for group in self.optimizer.optimizer.param_groups:
+            if "phases" in group:
+                group["weight_decay"] = phase_at(group["phases"], step).weight_decay
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """A context for one micro-step. The last one of a step reduces the gradients over processes."""
@@ -288,9 +311,26 @@ class Engine:
 
         Returns the norm before clipping, float32 (); it is not finite if any gradient is not.
         """
+        self._drop_frozen_gradients()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         assert norm is not None
         return whole_tensor(norm)
+
+    def _drop_frozen_gradients(self) -> None:
+        """Drop the gradients of the parameters that are frozen in this step, and of the rows that are.
+
+        The optimizers skip parameters without a gradient, and the norm does not count them.
+        """
+        if self._step is None or not self._phases:
+            return
+        for name, parameter in self.unwrapped_model.named_parameters():
+            if name not in self._phases or parameter.grad is None:
+                continue
+            phase = phase_at(self._phases[name], self._step)
+            if phase.lr == 0:
+                parameter.grad = None
+            elif phase.first_row:
+                pieces.zero_rows(parameter.grad, phase.first_row)
 
     def update(self) -> None:
         """Do an optimizer step with the present gradients."""
@@ -423,19 +463,30 @@ class Engine:
     def load_state(self, path: Path, group: Any) -> bool:
         """Load a `state` that was saved under any engine, number of processes and precision.
 
-        `group`: a process group of all processes, for the CPU; None for a single process. Returns False if the
-        checkpoint has no loss scale for fp16, which then starts from its initial value.
+        `group`: a process group of all processes, for the CPU; None for a single process. A parameter that
+        `optimizer.groups` had not trained yet has no optimizer state in the checkpoint, and then has none here. Returns
+        False if the checkpoint has no loss scale for fp16, which then starts from its initial value.
         """
         asked = self.state()
+        begun = {name.partition(pieces.SEPARATOR)[0] for name in pieces.names_in(path, "optimizer")}
+        not_begun = [n for n, phases in self._phases.items() if first_trained_step(phases) and n not in begun]
+        for name in not_begun:
+            asked["optimizer"].pop(name, None)
         scaler = asked.pop("scaler", None)
         saved = pieces.names_in(path, "scaler")
         if scaler is not None and saved:
             asked["scaler"] = {key: value for key, value in scaler.items() if key in saved}
         loaded = pieces.load(asked, path, group)
         self._weights_loaded()
+        for name in not_begun:
+            self._forget_optimizer_state(name)
         if scaler is not None and saved:
             self.load_scaler({**scaler, **loaded["scaler"]})
         return scaler is None or bool(saved)
+
+    def _forget_optimizer_state(self, name: str) -> None:
+        """Set the optimizer's state of a parameter to what it is before the parameter is first trained."""
+        self.optimizer.optimizer.state.pop(dict(self.unwrapped_model.named_parameters())[name], None)
 
     def _weights_loaded(self) -> None:
         """Copy the weights of `state` to those that the engine computes with. Called after `state` was loaded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from hfpretrain.engines import launch
 from hfpretrain.engines.base import BuildOptimizer, Engine
 from hfpretrain.engines.pieces import Fragments, Piece, cut_into_boxes
 from hfpretrain.modeling import initialization
+from hfpretrain.modeling.groups import Phases, first_trained_step, phase_at
 from hfpretrain.modeling.initialization import Weights
 from hfpretrain.recipe.schema import Problem, RecipeError
 
@@ -152,7 +154,7 @@ class DeepSpeed(Engine):
         # compiler.
         config["zero_force_ds_cpu_optimizer"] = False
         # The default bucket takes a gigabyte even for the smallest model.
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_parameters))
 
     def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
@@ -174,6 +176,7 @@ class DeepSpeed(Engine):
 
     def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
         super()._wrap(model, build_optimizer, weights)
+        self._watch_phases()
         assert self.model.gradient_clipping() == (self.max_grad_norm or 0.0)
         assert self.model.gradient_accumulation_steps() == self.accelerator.gradient_accumulation_steps
         if weights is not None and self.accelerator.mixed_precision != "no":
@@ -187,6 +190,36 @@ class DeepSpeed(Engine):
         for name, value in weights:
             if name in parameters and parameters[name].requires_grad:
                 safe_set_full_fp32_param(parameters[name], value.to(self.model.device))
+
+    def _watch_phases(self) -> None:
+        """Mask gradients where they are computed, and let the optimizer skip what is frozen in a step.
+
+        DeepSpeed reduces gradients in flat tensors. Their norm must not count frozen parameters, so these get zeros.
+        """
+        for name, parameter in self.model.module.named_parameters():
+            phases = self._phases.get(name, ())
+            if any(phase.lr == 0 or phase.first_row for phase in phases):
+                parameter.register_hook(functools.partial(self._mask_gradient, phases))
+
+        def skip_frozen(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            for group in optimizer.param_groups:
+                if self._step is not None and "phases" in group and phase_at(group["phases"], self._step).lr == 0:
+                    for flat in group["params"]:
+                        flat.grad = None
+
+        if self._phases:
+            self.model.optimizer.optimizer.register_step_pre_hook(skip_frozen)
+
+    def _mask_gradient(self, phases: Phases, gradient: torch.Tensor) -> torch.Tensor:
+        if self._step is None:
+            return gradient
+        phase = phase_at(phases, self._step)
+        if phase.lr == 0:
+            return torch.zeros_like(gradient)
+        if phase.first_row:
+            gradient = gradient.clone()
+            gradient[: phase.first_row].zero_()
+        return gradient
 
     # A step.
 
@@ -273,6 +306,19 @@ class DeepSpeed(Engine):
                 for key, value in states[flat].items()
             }
         return found
+
+    def state_to_save(self) -> dict[str, Any]:
+        """See `Engine`. DeepSpeed makes the state of all parameters at once; one that has no step yet is not saved."""
+        found = super().state_to_save()
+        for name, phases in self._phases.items():
+            if first_trained_step(phases) and not found["optimizer"][name]["step"].item():
+                del found["optimizer"][name]
+        return found
+
+    def _forget_optimizer_state(self, name: str) -> None:
+        flat = next(flat for other, _, flat, *_ in self._locations() if other == name)
+        for value in self.model.optimizer.optimizer.state[flat].values():
+            value.zero_()
 
     def _trained(self) -> Iterator[tuple[str, Any]]:
         parameters = self.model.module.named_parameters()

@@ -160,7 +160,15 @@ def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]
 def names_in(path: Path, part: str) -> set[str]:
     """Names of the entries in `part` of a saved state."""
     names = _Reader(path).read_metadata().state_dict_metadata
-    return {name.removeprefix(part + _SEPARATOR) for name in names if name.startswith(part + _SEPARATOR)}
+    return {name.removeprefix(part + SEPARATOR) for name in names if name.startswith(part + SEPARATOR)}
+
+
+def zero_rows(tensor: torch.Tensor, number: int) -> None:
+    """Set the first `number` rows of a tensor, or of a `DTensor`, to zero in place."""
+    value = to_fragments(tensor)
+    parts = value.pieces if isinstance(value, Fragments) else [((0,), value)]
+    for offsets, part in parts:
+        part[: max(0, number - offsets[0])].zero_()
 
 
 def load_whole_tensors(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -170,7 +178,7 @@ def load_whole_tensors(path: Path, parts: Sequence[str]) -> dict[str, torch.Tens
     """
     found: dict[str, Any] = {part: {} for part in parts}
     for name, entry in _Reader(path).read_metadata().state_dict_metadata.items():
-        part, _, rest = name.partition(_SEPARATOR)
+        part, _, rest = name.partition(SEPARATOR)
         if part in found and isinstance(entry, TensorStorageMetadata):
             found[part][rest] = torch.empty(entry.size, dtype=entry.properties.dtype)
     try:
@@ -243,14 +251,14 @@ def _ignore_warning_about_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-_SEPARATOR = "//"
+SEPARATOR = "//"
 
 
 def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}{_SEPARATOR}")
+            flat |= _flatten(value, f"{prefix}{key}{SEPARATOR}")
         else:
             flat[prefix + key] = value
     return flat
@@ -259,7 +267,7 @@ def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, value in flat.items():
-        *path, last = name.split(_SEPARATOR)
+        *path, last = name.split(SEPARATOR)
         node = state
         for key in path:
             node = node.setdefault(key, {})

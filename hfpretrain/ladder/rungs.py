@@ -218,6 +218,9 @@ def _rung_mapping(recipe: Recipe, tokens: float, compute_ratio: float, num_proce
     lr_factor = compute_ratio**LR_EXPONENT
     mapping = recipe.model_dump(mode="json")
     mapping["optimizer"]["lr"] = float(f"{recipe.optimizer.lr * lr_factor:.4g}")
+    for group in mapping["optimizer"]["groups"]:
+        if group["until_step"] is not None:
+            group["until_step"] = _scale_steps(group["until_step"], steps_ratio)
     mapping["training"] |= {
         "tokens_per_step": tokens_per_step,
         "micro_batch_size": micro_batch_size,

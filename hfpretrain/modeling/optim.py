@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import importlib.util
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from transformers import get_scheduler
 
+from hfpretrain.modeling.groups import Phases, phase_at
 from hfpretrain.recipe.schema import OptimizerSection, RecipeError, SchedulerSection
 
 # Parameters of state-space layers. Mamba's own code marks them with `_no_weight_decay`, that of transformers does not.
@@ -238,34 +241,63 @@ def average_weights(weights: dict[str, torch.Tensor], moments: Mapping[str, Any]
 
 
 def named_groups(
-    model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
+    model: torch.nn.Module,
+    section: OptimizerSection,
+    decayed: set[str],
+    hidden: set[str],
+    phases: Mapping[str, Phases] | None = None,
 ) -> list[dict[str, Any]]:
-    """The parameter groups of `build_optimizer`. Their keys: `optimizer`, `weight_decay`, `parameters` (names)."""
+    """The parameter groups of `build_optimizer`.
+
+    Their keys: `optimizer`, `weight_decay`, `parameters` (names), and `phases` if `phases` are given.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
     for optimizer in ("muon", "adamw") if section.name == "muon" else (section.name,):
         some = [name for name in names if section.name != "muon" or (name in hidden) == (optimizer == "muon")]
         for decays in (True, False):
             found = [name for name in some if (name in decayed) == decays]
-            weight_decay = section.weight_decay if decays else 0.0
-            groups.append({"optimizer": optimizer, "weight_decay": weight_decay, "parameters": found})
+            if phases is None:
+                weight_decay = section.weight_decay if decays else 0.0
+                groups.append({"optimizer": optimizer, "weight_decay": weight_decay, "parameters": found})
+                continue
+            for own in dict.fromkeys(phases[name] for name in found):
+                group = {"optimizer": optimizer, "weight_decay": own[0].weight_decay, "phases": own}
+                groups.append({**group, "parameters": [name for name in found if phases[name] == own]})
     return [group for group in groups if group["parameters"]]
 
 
+def groups_record(groups: list[dict[str, Any]], frozen: list[str]) -> list[dict[str, Any]]:
+    """The groups of `named_groups` as plain values, and one for the `frozen` parameters if there are any."""
+    record = [
+        {**group, "phases": [asdict(phase) for phase in group["phases"]]} if "phases" in group else group
+        for group in groups
+    ]
+    return [*record, {"optimizer": None, "parameters": frozen}] if frozen else record
+
+
 def build_optimizer(
-    model: torch.nn.Module, section: OptimizerSection, decayed: set[str], hidden: set[str]
+    model: torch.nn.Module,
+    section: OptimizerSection,
+    decayed: set[str],
+    hidden: set[str],
+    phases: Mapping[str, Phases] | None = None,
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer.
 
-    `decayed`: names of the parameters with weight decay. `hidden`: names of the matrices that Muon trains.
+    `decayed`: names of the parameters with weight decay. `hidden`: names of the matrices that Muon trains. `phases`:
+    see `ParameterGroups.phases`. With them, each parameter group has the key `phases`, which `build_scheduler` and
+    `Engine.begin_step` read.
     """
     parameters = dict(model.named_parameters())
+    named = named_groups(model, section, decayed, hidden, phases)
 
     def groups_of(optimizer: str) -> list[dict[str, Any]]:
-        found = [group for group in named_groups(model, section, decayed, hidden) if group["optimizer"] == optimizer]
         return [
-            {"params": [parameters[name] for name in group["parameters"]], "weight_decay": group["weight_decay"]}
-            for group in found
+            {"params": [parameters[name] for name in group["parameters"]]}
+            | {key: group[key] for key in ("weight_decay", "phases") if key in group}
+            for group in named
+            if group["optimizer"] == optimizer
         ]
 
     if section.name == "muon":
@@ -288,7 +320,10 @@ def _adamw(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.opt
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection, num_training_steps: int) -> Any:
-    """The schedule of `transformers.get_scheduler`, a `LambdaLR`. Raises `RecipeError` for wrong keywords."""
+    """The schedule of `transformers.get_scheduler`, a `LambdaLR`, times the factors of `optimizer.groups`.
+
+    Raises `RecipeError` for wrong keywords.
+    """
     try:
         scheduler = get_scheduler(
             section.name,
@@ -299,9 +334,27 @@ def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection,
         )
         for step in (0, section.num_warmup_steps, num_training_steps // 2, num_training_steps):
             scheduler.lr_lambdas[0](step)  # so that a wrong value is found now and not in the middle of the run
-        return scheduler
     except (TypeError, ValueError, ArithmeticError) as error:
         raise RecipeError.at("scheduler.scheduler_specific_kwargs", f"{section.name}: {error}") from error
+    if any("phases" in group for group in optimizer.param_groups):
+        scheduler.lr_lambdas = [
+            functools.partial(_group_factor, factor, group["phases"])
+            for factor, group in zip(scheduler.lr_lambdas, optimizer.param_groups, strict=True)
+        ]
+        set_step(scheduler, 0)
+    return scheduler
+
+
+def _group_factor(schedule: Callable[[int], float], phases: Phases, step: int) -> float:
+    """What the optimizer's learning rate is multiplied by for a parameter group at a step."""
+    return schedule(step) * phase_at(phases, step).lr
+
+
+def scheduled_rate(scheduler: Any) -> float:
+    """The learning rate of the next step by the schedule alone, without the factors of `optimizer.groups`."""
+    factor = scheduler.lr_lambdas[0]
+    schedule = factor.args[0] if isinstance(factor, functools.partial) and factor.func is _group_factor else factor
+    return float(scheduler.base_lrs[0] * schedule(scheduler.last_epoch))
 
 
 def learning_rate(section: SchedulerSection, lr: float, num_training_steps: int, step: int) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,13 +90,19 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 
 def _idle_parameters(model: PreTrainedModel) -> int:
     """Number of parameters in the experts that a token is not routed to."""
+    experts, idle = _experts(model)
+    return int(sum(experts.values()) * idle)
+
+
+def _experts(model: PreTrainedModel) -> tuple[dict[int, int], Fraction]:
+    """Numbers of parameters of the experts by the tensor's `id`, and the fraction that a token is not routed to."""
     config = model.config.get_text_config()
     num_experts, chosen = (
         next((n for n in (getattr(config, key, None) for key in keys) if isinstance(n, int) and n > 0), None)
         for keys in (_NUM_EXPERTS_KEYS, _EXPERTS_PER_TOKEN_KEYS)
     )
     if num_experts is None or chosen is None:
-        return 0
+        return {}, Fraction(0)
     experts: dict[int, int] = {}
     layers = decoder_layers(model)
     for module in model.modules():
@@ -104,7 +111,43 @@ def _idle_parameters(model: PreTrainedModel) -> int:
         own = [parameter for parameter in module.parameters(recurse=False) if parameter.shape[:1] == (num_experts,)]
         if any(parameter.ndim == 3 for parameter in own):
             experts.update({id(parameter): parameter.numel() for parameter in own})
-    return sum(experts.values()) * (num_experts - chosen) // num_experts
+    return experts, Fraction(num_experts - chosen, num_experts)
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """The part of a model that a recipe freezes. Parameters are those that process one token, in matrix products."""
+
+    parameters: int = 0
+    """Parameters whose gradient is not computed."""
+    below: int = 0
+    """Those of them in the first layers, below every trained parameter. No gradient passes through these layers."""
+    layers_below: int = 0
+    """Number of these layers."""
+
+
+def frozen_part(model: PreTrainedModel, frozen: Collection[str]) -> FrozenPart:
+    """The part of a model that consists of the parameters named in `frozen`."""
+    if not frozen:
+        return FrozenPart()
+    named = dict(model.named_parameters())
+    own = {id(named[name]) for name in frozen}
+    experts, idle = _experts(model)
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    # Rows of the input embedding are looked up, not multiplied, unless the matrix is the output embedding too.
+    looked_up = {id(p) for p in inputs.parameters()} - ({id(p) for p in head.parameters()} if head else set())
+
+    def active(module: torch.nn.Module) -> int:
+        parameters = [p for p in module.parameters() if id(p) in own and id(p) not in looked_up]
+        return int(sum(p.numel() * (1 - idle if id(p) in experts else 1) for p in parameters))
+
+    below = layers_below = 0
+    if all(id(p) in own for p in inputs.parameters()):
+        layers = decoder_layers(model)
+        first = next((n for n, layer in enumerate(layers) if any(id(p) not in own for p in layer.parameters())), None)
+        layers_below = len(layers) if first is None else first
+        below = sum(active(layer) for layer in layers[:layers_below])
+    return FrozenPart(active(model), below, layers_below)
 
 
 def parameters_of_config(config: PretrainedConfig) -> Parameters:

@@ -89,6 +89,8 @@ class ModelSizes:
     """Bytes."""
     moments: int
     """Bytes of what the optimizer keeps for all parameters."""
+    frozen: int = 0
+    """Number of parameters that no step trains. They have no gradients and no optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,7 @@ def model_sizes(model: PreTrainedModel, layers: Any, moments: int) -> ModelSizes
         output_embedding=sum(parameter.numel() for parameter in output.parameters()) if output is not None else 0,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         moments=moments,
+        frozen=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
     )
 
 
@@ -311,9 +314,10 @@ def process_memory(
     buckets until the last micro-step, so both count. FSDP2 shards float32 weights, gradients and moments, and gathers a
     layer's weights in 16 bits. DeepSpeed has 16-bit weights and gradients, and float32 copies of the weights
     ("masters"); stages 1 and 2 copy a process's shard even if the weights are float32. DeepSpeed allocates its whole
-    reduction bucket at once; on a CPU only the part that is written to takes memory.
+    reduction bucket at once; on a CPU only the part that is written to takes memory. Under DeepSpeed, each process has
+    a part of the frozen parameters in float32 in the host's memory, for checkpoints and the export.
     """
-    total = sizes.total
+    total, trained = sizes.total, sizes.total - sizes.frozen
     width = 4 if mixed_precision in ("no", "tf32") else 2  # bytes of a number in the precision
     weights_by, gradients_by, optimizer_by, activations_by = (
         sharding.num_shards(over, num_processes)
@@ -321,11 +325,11 @@ def process_memory(
     )
     buffers, update_bytes, bucket = sizes.buffers, 0, 0
     if sharding.family == "deepspeed":
-        weights, gradients = width * total // weights_by, width * total // gradients_by
+        weights, gradients = width * total // weights_by, width * trained // gradients_by
         masters = 0 if width == 4 and sharding.weights == "all" else 4
-        optimizer = (masters * total + sizes.moments) // optimizer_by
-        bucket = width * min(REDUCE_BUCKET, total)
-        shard = total // optimizer_by
+        optimizer = (masters * trained + sizes.moments) // optimizer_by
+        bucket = width * min(REDUCE_BUCKET, trained)
+        shard = trained // optimizer_by
         # For the update, 16-bit gradients are converted to float32.
         update_bytes = 4 * (min(shard, _SUB_GROUP) if sharding.weights == "all" else shard)
         if sharding.weights == "all":
@@ -333,11 +337,11 @@ def process_memory(
     else:
         weights, gradients, optimizer = (
             4 * total // weights_by,
-            4 * total // gradients_by,
+            4 * trained // gradients_by,
             sizes.moments // optimizer_by,
         )
         if sharding.keeps_gradients and accumulates:
-            buffers += 4 * total
+            buffers += 4 * trained
         if sharding.family == "fsdp2":
             # `3 * width`: the gathered weights of a layer, those of the next layer, and the layer's gradients. `4`: the
             # float32 copy of these gradients, which is summed over processes.
@@ -356,6 +360,8 @@ def process_memory(
         weights = optimizer = 0
         in_micro_step, in_update = in_micro_step - gradients, 0
         gradients = 0
+    if sharding.family == "deepspeed":
+        copy += 4 * sizes.frozen // num_processes
     if on_cpu:
         buffers += copy
     else:

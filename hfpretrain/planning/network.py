@@ -97,12 +97,12 @@ def exchanges_per_step(
 
     `shard_size`: number of devices that share one copy of the model under `hsdp`.
     """
-    total = sizes.total
+    total, trained = sizes.total, sizes.total - sizes.frozen
     width = 4 if mixed_precision in ("no", "tf32") else 2  # bytes of a number in the precision
     every = {"group_size": num_devices, "num_repeats": micro_steps}
-    buckets = math.ceil(total / min(REDUCE_BUCKET, total))
+    buckets = math.ceil(trained / min(REDUCE_BUCKET, trained))
     if engine == "ddp":
-        return [Exchange(2, 4 * total, num_devices, math.ceil(4 * total / _DDP_BUCKET))]
+        return [Exchange(2, 4 * trained, num_devices, math.ceil(4 * trained / _DDP_BUCKET))]
     if engine in ("fsdp2", "hsdp"):
         units = sizes.num_layers + 2  # layers, input embedding and output embedding
         if engine == "hsdp":
@@ -110,19 +110,19 @@ def exchanges_per_step(
         exchanges = [
             Exchange(1, width * total, num_collectives=units, **every),
             Exchange(1, width * (total - sizes.output_embedding), num_collectives=units - 1, **every),
-            Exchange(1, 4 * total, num_collectives=units, **every),
+            Exchange(1, 4 * trained, num_collectives=units, **every),
         ]
         if engine == "hsdp":
             num_groups = num_devices // shard_size
-            exchanges.append(Exchange(2, 4 * total / shard_size, num_groups, units, micro_steps, stride=shard_size))
+            exchanges.append(Exchange(2, 4 * trained / shard_size, num_groups, units, micro_steps, stride=shard_size))
         return exchanges
     if engine == "zero3":
         fetches = math.ceil(total / _PREFETCH_BUCKET)
         gathers = [Exchange(1, width * total, num_collectives=fetches, **every)] * 2
-        return [*gathers, Exchange(1, width * total, num_collectives=buckets, **every)]
+        return [*gathers, Exchange(1, width * trained, num_collectives=buckets, **every)]
     num_reductions = micro_steps if engine == "zero2" else 1
-    reduction = Exchange(2, width * total, num_devices, buckets, num_reductions)
-    return [reduction, Exchange(1, width * total, num_devices, buckets)]
+    reduction = Exchange(2, width * trained, num_devices, buckets, num_reductions)
+    return [reduction, Exchange(1, width * trained, num_devices, buckets)]
 
 
 @dataclass(frozen=True)

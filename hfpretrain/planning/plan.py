@@ -20,7 +20,8 @@ from hfpretrain.modeling import loss, optim
 from hfpretrain.modeling.build import build_model, require_same_tensors
 from hfpretrain.modeling.config import load_config, override_notes
 from hfpretrain.modeling.flops import model_flops_per_token
-from hfpretrain.modeling.structure import Parameters, decoder_layers, parameters_of_config
+from hfpretrain.modeling.groups import ParameterGroups
+from hfpretrain.modeling.structure import Parameters, decoder_layers, frozen_part, parameters_of_config
 from hfpretrain.modeling.trainable import freeze_outside_loss
 from hfpretrain.planning import devices, memory
 from hfpretrain.planning.memory import Memory, MicroStepMemory, ModelSizes, Sharding
@@ -164,9 +165,23 @@ def disk_bytes(recipe: Recipe) -> int:
     """Bytes that a run's checkpoints and its export take at most, with one more checkpoint that is being written."""
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
     model = build_model(section, model_config(recipe))
+    parameter_groups(recipe, model).freeze()
     sizes = memory.model_sizes(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
     checkpoint, export = memory.checkpoint_and_export_bytes(sizes, recipe.model.dtype)
     return (recipe.checkpoint.keep_last + 1) * checkpoint + export
+
+
+def parameter_groups(recipe: Recipe, model: PreTrainedModel) -> ParameterGroups:
+    """The groups of the recipe's optimizer. Raises `RecipeError` if they don't fit the model."""
+    return ParameterGroups(model, recipe.optimizer, optim.decayed_names(model, recipe.optimizer.no_decay))
+
+
+def parameter_group_lines(recipe: Recipe) -> list[str]:
+    """A sentence for each of `optimizer.groups`; none without groups."""
+    if not recipe.optimizer.groups:
+        return []
+    section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
+    return parameter_groups(recipe, build_model(section, model_config(recipe))).lines()
 
 
 def prepared_data(recipe: Recipe) -> PreparedData | None:
@@ -236,7 +251,6 @@ def make_plan(
     )
     on_cpu, target, precision, peak = hardware.on_cpu, hardware.device, hardware.mixed_precision, hardware.peak_flops
     counts = count_parameters_of(config)
-    per_token = model_flops_per_token(config, counts, block_size)
     tokens = training.num_steps * training.tokens_per_step
     # Processes on one CPU share its peak.
     total_peak = None if peak is None else peak * (1 if on_cpu else num_processes)
@@ -245,13 +259,20 @@ def make_plan(
     if section.attn_implementation.startswith(("flash", "flex")):
         section = section.model_copy(update={"attn_implementation": "auto"})
 
-    def build() -> PreTrainedModel:
-        return build_model(section, config, device="cpu")
-
     if resolved.config is None:
         require_same_tensors(recipe.model)
     model = build_model(section, config)
     freeze_outside_loss(model, block_size)
+    groups = parameter_groups(recipe, model)
+    groups.freeze()
+    per_token = model_flops_per_token(config, counts, block_size, frozen_part(model, groups.frozen))
+
+    def build() -> PreTrainedModel:
+        model = build_model(section, config, device="cpu")
+        for name in groups.frozen:
+            model.get_parameter(name).requires_grad_(False)
+        return model
+
     sizes = memory.model_sizes(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
     chunked_loss = training.chunked_loss is not False if resolved.chunked_loss is None else resolved.chunked_loss
     chunked_loss = chunked_loss and loss.can_chunk(model)
@@ -443,7 +464,8 @@ def cpu_step_seconds(
     size, block_size = recipe.training.micro_batch_size, recipe.data.block_size
     section = recipe.optimizer
     decayed, hidden = optim.decayed_names(model, section.no_decay), optim.hidden_names(model)
-    optimizer = optim.build_optimizer(model, section, decayed, hidden)
+    phases = parameter_groups(recipe, model).phases if section.groups else None
+    optimizer = optim.build_optimizer(model, section, decayed, hidden, phases)
     if chunked_loss:
         loss.install_chunked_loss(model)
     ids = torch.randint(model.config.get_text_config().vocab_size, (size, block_size))

@@ -573,6 +573,50 @@ class DataSection(Section):
 _Average = Annotated[float, Field(ge=0, lt=1)]
 
 
+class ParameterGroupSection(Section):
+    """Parameters that are frozen, or that are trained with another learning rate or weight decay."""
+
+    params: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of parameters, for example `model.embed_tokens.*` or `["model.embed_tokens.*", "lm_head.*"]`. `*` matches
+    any characters. A run's `optimizer.json` lists the names of all parameters. A pattern that matches none is an
+    error."""
+    lr: float = Field(default=1.0, ge=0)
+    """Factor by which the learning rate of `optimizer.lr` and `scheduler` is multiplied, for example 10 or 0.1. 0: the
+    parameters are frozen. They keep their values, and without `until_step` they take no memory for gradients and
+    optimizer. Default: 1."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of the matrices and embeddings of the group. null: `optimizer.weight_decay`."""
+    until_step: PositiveInt | None = None
+    """The group is in force in this many first optimizer steps of the run. After them, the next group that matches a
+    parameter is in force, or none. The optimizer's state of a parameter begins with the first step in which it is
+    trained. Until then, gradients of frozen parameters are computed and dropped, so a step takes as much memory and
+    time as a later one. null: the group is in force during the whole run."""
+    rows_from: PositiveInt | None = None
+    """For input and output embeddings: only the rows from this token id on are trained, for example 32000 to train
+    those of the tokens that were added to a vocabulary of 32,000. The rows before keep their values. While only some
+    rows are trained, the embedding gets no weight decay. null: all rows."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of `params`."""
+        return (self.params,) if isinstance(self.params, str) else self.params
+
+    @model_validator(mode="after")
+    def _check_values(self) -> ParameterGroupSection:
+        if 0 < self.lr < 1e-3:
+            raise ValueError(
+                f"`lr` of a group is a factor on `optimizer.lr`, and {self.lr:g} would all but freeze it; give 1 for "
+                "the rate of the recipe, 0.1 for a tenth of it, or 0 to freeze"
+            )
+        if self.lr == 0:
+            for key in ("weight_decay", "rows_from"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"`{key}` has no effect on frozen parameters (`lr: 0`); leave it out")
+        if self.rows_from is not None and self.weight_decay:
+            raise ValueError("an embedding of which `rows_from` trains a part gets no `weight_decay`; leave it out")
+        return self
+
+
 class OptimizerSection(Section):
     """An optimizer and the keywords of its class. Matrices and embeddings get weight decay; norms, biases, other
     vectors and the decay rates of state-space layers do not. A run's `optimizer.json` lists the parameters of each
@@ -600,6 +644,12 @@ class OptimizerSection(Section):
     no_decay: tuple[str, ...] = ()
     """Names of further parameters that get no weight decay, for example `["*embed_tokens*"]`. `*` matches any
     characters. Default: none. A pattern that matches no parameter is an error."""
+    groups: tuple[ParameterGroupSection, ...] = ()
+    """Parameters that are frozen or have rates of their own. If several groups match a parameter, the first one that is
+    in force applies. Parameters that no group matches are trained with the values of this section. For example, to
+    train the embeddings alone in the first 500 steps, and everything after them:
+    `[{params: "model.embed_tokens.*", until_step: 500}, {params: "*", lr: 0, until_step: 500}]`. The start of a run
+    lists what each group has. Default: none."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Momentum of `muon`. The default, 0.95, is torch's."""
     beta2_decay: float = Field(default=-0.8, le=0)

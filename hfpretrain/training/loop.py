@@ -10,6 +10,7 @@ import torch
 from hfpretrain.data.batches import StepData
 from hfpretrain.engines.base import Engine
 from hfpretrain.evaluation.evaluator import Evaluator, is_due
+from hfpretrain.modeling import optim
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.training.feed import Feed
@@ -68,9 +69,10 @@ def fit(
         clock.mark("data")
         # A rank that still waits for its data does not get here, so `Watch` sees that it is behind the others.
         watch.beat("train", state.step)
+        engine.begin_step(state.step)
         loss, grad_norm = compute_gradients(engine, setup.step_loss, step_data, before_micro_step)
         clock.mark("forward_backward")
-        lr = setup.scheduler.get_last_lr()
+        lr, lr_by_group = optim.scheduled_rate(setup.scheduler), setup.scheduler.get_last_lr()
         problem = stability.find_problem(loss, grad_norm)
         if problem is None:
             engine.update()
@@ -81,7 +83,7 @@ def fit(
         state.advance(step_data, loss, tokens_per_step, settings)
         records.advance_progress()
         if is_due(state.step, recipe.logging.every_steps, num_steps):
-            log.write(records, grad_norm, lr)
+            log.write(records, grad_norm, lr, lr_by_group)
 
 
 def compute_gradients(

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from hfpretrain.recipe.schema import (
     DataSection,
     EvaluationSection,
     ModelSection,
+    OptimizerSection,
     Problem,
     Recipe,
     RecipeError,
@@ -103,19 +104,21 @@ def disk_problems(output_dir: Path, num_bytes: int) -> list[Problem]:
     return [Problem("output_dir", f"{message}; make room, lower checkpoint.keep_last or choose another disk")]
 
 
-def require_buildable_model(section: ModelSection, no_decay: Sequence[str]) -> None:
+def require_buildable_model(section: ModelSection, optimizer: OptimizerSection) -> None:
     """Build the recipe's model on the meta device, which takes a fraction of a second at any size.
 
-    Raises `RecipeError` if it can't be built or exported, if it does not fit the checkpoint's tensors, or if a pattern
-    of `optimizer.no_decay` matches no parameter. A model with remote code is not built.
+    Raises `RecipeError` if it can't be built or exported, if it does not fit the checkpoint's tensors, or if
+    `optimizer.no_decay` or `optimizer.groups` don't fit its parameters. A model with remote code is not built.
     """
     from hfpretrain.modeling import optim
     from hfpretrain.modeling.build import require_same_tensors
+    from hfpretrain.modeling.groups import ParameterGroups
 
     model = _build_model(section, "meta")
     if model is not None:
         require_same_tensors(section)
-        optim.decayed_names(model, no_decay)
+        decayed = optim.decayed_names(model, optimizer.no_decay)
+        ParameterGroups(model, optimizer, decayed, knows_vocabulary=False)
 
 
 def check_small_model(

@@ -43,8 +43,9 @@ from hfpretrain.modeling.config import (
     resolve_config,
 )
 from hfpretrain.modeling.flops import model_flops_per_token
+from hfpretrain.modeling.groups import ParameterGroups
 from hfpretrain.modeling.loss import StepLoss
-from hfpretrain.modeling.structure import Parameters, count_parameters, has_experts
+from hfpretrain.modeling.structure import Parameters, count_parameters, frozen_part, has_experts
 from hfpretrain.modeling.trainable import UntrainedParameters, freeze_outside_loss, train_padding_rows
 from hfpretrain.planning import devices
 from hfpretrain.recipe.redaction import redact_all
@@ -235,7 +236,13 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
 
     decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
     undecayed = optim.undecayed_matrices(model, decayed)
-    optimizer_groups = optim.named_groups(model, recipe.optimizer, decayed, hidden)
+    groups = ParameterGroups(model, recipe.optimizer, decayed)
+    groups.freeze()
+    frozen = frozen_part(model, groups.frozen)
+    for line in groups.lines():
+        notes.add(line)
+    phases = groups.phases if recipe.optimizer.groups else None
+    optimizer_groups = optim.named_groups(model, recipe.optimizer, decayed, hidden, phases)
     weights = None
     if recipe.model.pretrained is None:
         weights = initialization.InitialWeights(model, recipe.seed, recipe.model.depth_scaled_init, watch.unit_done)
@@ -244,7 +251,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     schedulers: list[Any] = []
 
     def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        optimizer = optim.build_optimizer(model, recipe.optimizer, decayed, hidden)
+        optimizer = optim.build_optimizer(model, recipe.optimizer, decayed, hidden, phases)
         schedulers.append(optim.build_scheduler(optimizer, recipe.scheduler, training.num_steps))
         return optimizer
 
@@ -300,11 +307,11 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         parameters=parameters,
         untrained=untrained,
         undecayed=undecayed,
-        optimizer_groups=optimizer_groups,
+        optimizer_groups=optim.groups_record(optimizer_groups, groups.frozen),
         initial_weights=initial_weights,
         token_bytes=torch.from_numpy(token_bytes(tokenizer, config.vocab_size)).to(engine.device),
         epochs=_epochs(recipe, prepared),
-        flops_per_token=model_flops_per_token(model.config, parameters, recipe.data.block_size),
+        flops_per_token=model_flops_per_token(model.config, parameters, recipe.data.block_size, frozen),
         peak_flops=_peak_flops(engine),
         peak_memory=peak_memory,
         notes=notes,
@@ -350,7 +357,7 @@ def _check_model(recipe: Recipe, engine: Engine) -> None:
     """Raise `RecipeError` if the model of a new run can't be built, before hours are spent on preparing text."""
     if not any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         with engine.plain_initialization():
-            preflight.require_buildable_model(recipe.model, recipe.optimizer.no_decay)
+            preflight.require_buildable_model(recipe.model, recipe.optimizer)
 
 
 def _epochs(recipe: Recipe, prepared: PreparedData) -> list[float] | None:

@@ -34,10 +34,10 @@ class StepLog:
         self._first_step = state.step
         self.clock = Clock(engine.device)
 
-    def write(self, records: Records, grad_norm: float, lr: list[float]) -> None:
+    def write(self, records: Records, grad_norm: float, lr: float, lr_by_group: list[float]) -> None:
         """Write the row of the step that is done. All ranks must call it.
 
-        `lr`: the learning rate of each optimizer group.
+        `lr`: the learning rate by the recipe's schedule. `lr_by_group`: that of each of the optimizer's groups.
         """
         state, training = self._state, self._training
         state.gather(self._engine)
@@ -53,7 +53,7 @@ class StepLog:
             "tokens": state.tokens,
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "lr": lr[0],
+            "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": tokens_per_second / self._engine.num_processes,
@@ -66,8 +66,8 @@ class StepLog:
             "ledger": state.consumption.ledger.digest,
             **state.consumption.by_source(),
         }
-        if len(set(lr)) > 1:
-            row["lr_by_group"] = lr
+        if set(lr_by_group) != {lr}:
+            row["lr_by_group"] = lr_by_group
         if self._streaming:
             row["documents_dropped"] = state.consumption.documents_dropped
         records.write_log_step(row)

@@ -148,7 +148,8 @@ def test_a_no_decay_pattern_without_a_match_fails_before_text_is_read(folder):
 def test_a_model_that_cannot_be_built_is_refused(folder):
     musicgen = recipe_mapping(folder, model__config={"model_type": "musicgen"})
     with pytest.raises(RecipeError, match=r"model\.config: no model can be built: "):
-        require_buildable_model(Recipe.model_validate(musicgen).model, ())
+        recipe = Recipe.model_validate(musicgen)
+        require_buildable_model(recipe.model, recipe.optimizer)
 
 
 def test_check_runs_the_tests_of_training_on_a_small_model(folder):

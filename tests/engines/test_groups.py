@@ -1,0 +1,133 @@
+"""Parameter groups (`optimizer.groups`) under all engines: frozen parameters and rows, switches."""
+
+import json
+
+import pytest
+import torch
+from conftest import rows, small_text, train, write_jsonl, write_recipe
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from hfpretrain import load_recipe
+from hfpretrain.engines import pieces
+from hfpretrain.modeling import initialization
+from hfpretrain.modeling.build import build_model
+
+SWITCH, ROWS_FROM = 3, 300
+GROUPS = [
+    {"params": ["model.embed_tokens.*", "lm_head.*"], "rows_from": ROWS_FROM, "lr": 2.0, "until_step": SWITCH},
+    {"params": "*", "lr": 0, "until_step": SWITCH},
+    {"params": "model.layers.0.*", "lr": 0},
+    {"params": "model.layers.1.mlp.*", "lr": 0.5, "weight_decay": 0.3},
+]
+"""New rows of the embeddings alone in the first steps, then all but the first layer."""
+EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def write(folder, groups=GROUPS, **changes):
+    write_jsonl(folder / "corpus.jsonl", small_text(200))
+    changes = {"scheduler": {"name": "constant"}, "checkpoint__keep_last": 9, **changes}
+    return write_recipe(folder, optimizer__groups=groups, **changes)
+
+
+def run(recipe, folder, name, until, *changes):
+    arguments = (f"--output_dir={folder}", f"--training.max_steps={until}", *changes)
+    result = train(recipe, *arguments, engine=name, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def drawn_weights(recipe, run):
+    first = load_recipe(recipe)
+    config = AutoConfig.from_pretrained(run / "config")
+    model = build_model(first.model, config)
+    names = {name for name, _ in model.named_parameters()}
+    return {name: w for name, w in initialization.InitialWeights(model, first.seed) if name in names}
+
+
+def parameters_with_state(checkpoint):
+    return {name.partition(pieces.SEPARATOR)[0] for name in pieces.names_in(checkpoint, "optimizer")}
+
+
+def check_equal(single, other, last):
+    """Check that two runs have the same losses and gradient norms, before, at and after the switch."""
+    found, expected = rows(other, "loss"), rows(single, "loss")
+    assert list(found) == list(range(1, last + 1))
+    for step, row in found.items():
+        assert row["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5), step
+        assert row["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-4), step
+        assert row["lr_by_group"] and set(row["lr_by_group"]) == set(expected[step]["lr_by_group"])
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A run in one process, with a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("groups")
+    recipe = write(folder, checkpoint__every_steps=1)
+    run(recipe, folder / "single", "single", 8)
+    return folder
+
+
+def test_parameters_are_frozen_until_their_step_and_rows_keep_their_values(single):
+    folder, drawn = single / "single", drawn_weights(single / "recipe.yaml", single / "single")
+    weights = {
+        step: pieces.load_whole_tensors(folder / "checkpoints" / f"step-{step:08d}", ["model"]) for step in range(1, 9)
+    }
+    for name, first in drawn.items():
+        assert torch.equal(weights[8][name], first) == name.startswith("model.layers.0."), name
+        if name in EMBEDDINGS:
+            assert torch.equal(weights[SWITCH][name][:ROWS_FROM], first[:ROWS_FROM])
+            assert not torch.equal(weights[1][name][ROWS_FROM:], first[ROWS_FROM:])
+            assert not torch.equal(weights[SWITCH + 1][name][:ROWS_FROM], first[:ROWS_FROM])
+        else:
+            assert torch.equal(weights[SWITCH][name], first)
+            assert torch.equal(weights[SWITCH + 1][name], first) == name.startswith("model.layers.0.")
+
+
+def test_the_optimizers_state_of_a_parameter_begins_with_its_first_trained_step(single):
+    checkpoints = single / "single" / "checkpoints"
+    assert parameters_with_state(checkpoints / f"step-{SWITCH:08d}") == EMBEDDINGS
+    trained = {name for name in drawn_weights(single / "recipe.yaml", single / "single") if ".layers.0." not in name}
+    assert parameters_with_state(checkpoints / f"step-{SWITCH + 1:08d}") == trained
+    state = pieces.load_whole_tensors(checkpoints / f"step-{SWITCH + 2:08d}", ["optimizer"])
+    assert state["model.norm.weight"]["step"] == 2 and state["lm_head.weight"]["step"] == SWITCH + 2
+
+
+def test_the_records_of_a_run_say_what_its_groups_have(single):
+    *groups, frozen = json.loads((single / "single" / "optimizer.json").read_text())
+    names = {name for group in groups for name in group["parameters"]}
+    assert all(".layers.0." in name for name in frozen["parameters"]) and not names & set(frozen["parameters"])
+    (mlp,) = [group for group in groups if "model.layers.1.mlp.up_proj.weight" in group["parameters"]]
+    assert [(phase["until_step"], phase["lr"]) for phase in mlp["phases"]] == [(SWITCH, 0.0), (None, 0.5)]
+    assert mlp["phases"][1]["weight_decay"] == 0.3
+    events = [json.loads(line) for line in (single / "single" / "metrics.jsonl").read_text().splitlines()]
+    texts = "\n".join(str(event) for event in events)
+    assert "optimizer.groups.2 (model.layers.0.*): 9,280 parameters in 9 tensors are frozen" in texts
+    assert {row["lr"] for row in rows(single / "single", "loss").values()} == {3e-3}
+
+
+@pytest.mark.parametrize(
+    "legs",
+    [
+        (("zero3", 2), ("fsdp2", 4), ("zero2", 6)),
+        pytest.param((("ddp", 2), ("zero3", 4), ("single", 5)), marks=pytest.mark.slow),
+        pytest.param((("fsdp2", 3), ("zero3", 4), ("tp", 5)), marks=pytest.mark.slow),
+        pytest.param((("tp", 2), ("zero1", 4), ("zero3_ulysses", 5)), marks=pytest.mark.slow),
+        pytest.param((("zero3_ulysses", 4), ("ddp", 5)), marks=pytest.mark.slow),
+        pytest.param((("zero2", 3), ("ddp", 4), ("fsdp2", 5)), marks=pytest.mark.slow),
+    ],
+    ids=lambda legs: "-".join(name for name, _ in legs),
+)
+def test_a_run_moves_from_engine_to_engine_across_the_switch(single, tmp_path, legs):
+    for name, until in legs:
+        result = run(single / "recipe.yaml", tmp_path / "run", name, until, "--checkpoint.every_steps=2")
+        assert (until == legs[0][1]) or "resumed from" in result.stderr
+    check_equal(single / "single", tmp_path / "run", legs[-1][1])
+    drawn, exported = (
+        drawn_weights(single / "recipe.yaml", tmp_path / "run"),
+        load_file(tmp_path / "run" / "model" / "model.safetensors"),
+    )
+    expected = pieces.load_whole_tensors(single / "single" / "checkpoints" / f"step-{legs[-1][1]:08d}", ["model"])
+    for name, first in drawn.items():
+        assert torch.equal(exported[name], first) == name.startswith("model.layers.0."), name
+        torch.testing.assert_close(exported[name], expected[name], rtol=0, atol=2e-4)
