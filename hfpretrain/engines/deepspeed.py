@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,8 +67,9 @@ class DeepSpeed(Engine):
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
-        # Frozen parameters in float32, for the export and checkpoints: DeepSpeed keeps them only in 16 bits.
-        self._frozen: dict[str, torch.Tensor] = {}
+        # The shape of each frozen parameter, and this process's part of its flattened float32 values, on the CPU. They
+        # are for the export and checkpoints: DeepSpeed keeps frozen parameters only in 16 bits.
+        self._frozen: dict[str, tuple[torch.Size, torch.Tensor]] = {}
 
     @classmethod
     def build_accelerator(cls, keywords: dict[str, Any], precision: str) -> Accelerator:
@@ -158,18 +159,35 @@ class DeepSpeed(Engine):
         config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_parameters))
 
     def _place(self, model: torch.nn.Module, weights: Weights | None) -> None:
-        names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         if weights is None:
-            self._frozen = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if n in names}
+            for name, parameter in frozen.items():
+                self._keep_frozen(name, parameter)
         else:
-            self._fill(model, self._keeping(names, weights))
+            self._fill(model, self._keeping(frozen.keys(), weights))
 
-    def _keeping(self, names: set[str], weights: Weights) -> Weights:
+    def _keeping(self, names: Collection[str], weights: Weights) -> Weights:
         """Yield all `weights`, and keep copies of those in `names` in `_frozen`."""
         for name, value in weights:
             if name in names:
-                self._frozen[name] = value.detach().float().clone()
+                self._keep_frozen(name, value)
             yield name, value
+
+    def _keep_frozen(self, name: str, value: torch.Tensor) -> None:
+        size = self._frozen_part_size(value.shape)
+        part = value.detach().flatten()[size * self.process_index : size * (self.process_index + 1)]
+        self._frozen[name] = value.shape, part.to("cpu", torch.float32, copy=True)
+
+    def _frozen_part_size(self, shape: torch.Size) -> int:
+        """Number of elements of a frozen parameter that each process has; the last processes may have fewer."""
+        return -(-shape.numel() // self.num_processes)
+
+    def _whole_frozen(self, name: str) -> torch.Tensor:
+        """A frozen parameter in float32. All processes must call it."""
+        shape, part = self._frozen[name]
+        padded = torch.nn.functional.pad(part, (0, self._frozen_part_size(shape) - part.numel()))
+        whole: torch.Tensor = self.accelerator.gather(padded.to(self.device))
+        return whole[: shape.numel()].view(shape)
 
     def _fill(self, model: torch.nn.Module, weights: Weights) -> None:
         initialization.fill(model, weights)
@@ -278,7 +296,7 @@ class DeepSpeed(Engine):
 
     def _full_parameter(self, name: str, parameter: Any) -> torch.Tensor:
         if not parameter.requires_grad:
-            return self._frozen[name]
+            return self._whole_frozen(name)
         from deepspeed.utils import safe_get_full_fp32_param
 
         whole: torch.Tensor = safe_get_full_fp32_param(parameter).detach()
@@ -291,10 +309,13 @@ class DeepSpeed(Engine):
         `safe_get_full_*` gather each tensor on every process. `safe_get_local_*` support only stage 3, and return
         copies if the state is offloaded, so a checkpoint could not be loaded in place.
 
-        Frozen weights are in no flat tensor. Every process has them whole.
+        Frozen weights are in no flat tensor. Each process has a part of each on the CPU.
         """
         states = self.model.optimizer.optimizer.state
-        found: dict[str, Any] = {"model": dict(self._frozen), "optimizer": {}}
+        found: dict[str, Any] = {"model": {}, "optimizer": {}}
+        for name, (whole, part) in self._frozen.items():
+            first = self._frozen_part_size(whole) * self.process_index
+            found["model"][name] = Fragments(whole, list(cut_into_boxes(whole, first, part)) if part.numel() else [])
         for name, shape, flat, start, first, numel in self._locations():
 
             def pieces(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
@@ -342,8 +363,8 @@ class DeepSpeed(Engine):
 
     def _weights_loaded(self) -> None:
         parameters: dict[str, Any] = dict(self.model.module.named_parameters())
-        for name, value in self._frozen.items():
-            self._set_frozen(parameters[name], value)
+        for name in self._frozen:
+            self._set_frozen(parameters[name], self._whole_frozen(name))
         self._copy_masters_to_weights()
 
     def _set_frozen(self, parameter: Any, value: torch.Tensor) -> None:

@@ -252,7 +252,7 @@ def named_groups(
     Their keys: `optimizer`, `weight_decay`, `parameters` (names), and `phases` if `phases` are given.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = []
+    groups: list[dict[str, Any]] = []
     for optimizer in ("muon", "adamw") if section.name == "muon" else (section.name,):
         some = [name for name in names if section.name != "muon" or (name in hidden) == (optimizer == "muon")]
         for decays in (True, False):
@@ -262,8 +262,9 @@ def named_groups(
                 groups.append({"optimizer": optimizer, "weight_decay": weight_decay, "parameters": found})
                 continue
             for own in dict.fromkeys(phases[name] for name in found):
-                group = {"optimizer": optimizer, "weight_decay": own[0].weight_decay, "phases": own}
-                groups.append({**group, "parameters": [name for name in found if phases[name] == own]})
+                same = [name for name in found if phases[name] == own]
+                group = {"optimizer": optimizer, "weight_decay": own[0].weight_decay, "parameters": same, "phases": own}
+                groups.append(group)
     return [group for group in groups if group["parameters"]]
 
 
