@@ -121,7 +121,8 @@ class FrozenPart:
     parameters: int = 0
     """Parameters whose gradient is not computed."""
     below: int = 0
-    """Those of them in the first layers, below every trained parameter. No gradient passes through these layers."""
+    """Parameters of the first layers, below every trained parameter, through which no gradient passes. If only the
+    output embedding is trained, it counts too: no gradient of its input is needed."""
     layers_below: int = 0
     """Number of these layers."""
 
@@ -135,7 +136,8 @@ def frozen_part(model: PreTrainedModel, frozen: Collection[str]) -> FrozenPart:
     experts, idle = _experts(model)
     head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     # Rows of the input embedding are looked up, not multiplied, unless the matrix is the output embedding too.
-    looked_up = {id(p) for p in inputs.parameters()} - ({id(p) for p in head.parameters()} if head else set())
+    outputs = {id(p) for p in head.parameters()} if head is not None else set()
+    looked_up = {id(p) for p in inputs.parameters()} - outputs
 
     def active(module: torch.nn.Module) -> int:
         parameters = [p for p in module.parameters() if id(p) in own and id(p) not in looked_up]
@@ -147,6 +149,8 @@ def frozen_part(model: PreTrainedModel, frozen: Collection[str]) -> FrozenPart:
         first = next((n for n, layer in enumerate(layers) if any(id(p) not in own for p in layer.parameters())), None)
         layers_below = len(layers) if first is None else first
         below = sum(active(layer) for layer in layers[:layers_below])
+        if head is not None and all(id(p) in own or id(p) in outputs for p in model.parameters()):
+            below += sum(p.numel() for p in head.parameters())
     return FrozenPart(active(model), below, layers_below)
 
 

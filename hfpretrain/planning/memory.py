@@ -262,7 +262,10 @@ def simulate(
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
     # `model.to` swaps tensors in place, which fake tensors do not allow.
-    cast = {parameter: torch.nn.Parameter(parameter.detach().to(dtype)) for parameter in model.parameters()}
+    cast = {
+        parameter: torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, cast[parameter])

@@ -9,7 +9,7 @@ from hfpretrain.modeling.structure import parameters_of_config
 from hfpretrain.planning import memory
 from hfpretrain.planning.plan import make_plan
 from hfpretrain.planning.table import format_plan
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import OptimizerSection, RecipeError
 
 
 def test_only_the_experts_that_a_token_is_routed_to_count_as_active():
@@ -111,3 +111,30 @@ def test_a_batch_that_does_not_divide_is_refused_and_gets_no_time(folder):
     # Engines that can run are planned beside those that can't.
     plan = make_plan(load_recipe(path), num_processes=2, device="A100-80GB")
     assert plan.seconds_per_step > 0 and "two equal groups" in format_plan(plan)
+
+
+def test_frozen_parameters_have_no_gradients_and_no_optimizer_state_in_a_plan(folder):
+    recipe = load_recipe(write_recipe(folder, training__mixed_precision="bf16"))
+
+    def plan(*groups):
+        section = OptimizerSection(lr=1e-3, groups=groups)
+        return make_plan(recipe.model_copy(update={"optimizer": section}), num_processes=2, device="H100-80GB")
+
+    def rows(plan):
+        return {row.engine: row.memory for row in plan.engines if row.memory}
+
+    whole, part = plan(), plan({"params": "model.layers.*", "lr": 0})
+    later = plan({"params": "model.layers.*", "lr": 0, "until_step": 3})
+    assert rows(later) == rows(whole) and later.flops == whole.flops
+    total, frozen = part.sizes.total, part.sizes.frozen
+    trained = total - frozen
+    assert frozen == 2 * 9280 and part.sizes.moments == 8 * trained and 0.5 < part.flops / whole.flops < 0.9
+    memory = rows(part)
+    assert memory["ddp"].optimizer == 8 * trained and memory["fsdp2"].optimizer == 4 * trained
+    assert memory["ddp"].gradients == 4 * trained and memory["fsdp2"].gradients == 2 * trained
+    assert memory["zero2"].optimizer == 6 * trained and memory["zero3"].weights == rows(whole)["zero3"].weights == total
+    assert memory["zero3"].host == 2 * frozen  # its part of the float32 values
+    for name, needed in memory.items():
+        assert needed.peak < rows(whole)[name].peak, name
+    (row,) = [row for row in part.engines if row.engine == "ddp"]
+    assert row.checkpoint_bytes == 4 * total + 8 * trained
