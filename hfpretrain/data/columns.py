@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,12 @@ class TextColumns:
         """The recipe's key that names the columns."""
         self.names = tuple(dict.fromkeys(name for _, name in parts if name is not None)) or (source.text_column,)
         """Each column's name once, as in the recipe. A dot leads into a nested column."""
+        self.parts = {part for name in self.names for part in (name, *name.split("."))}
+        """The names, and those of the columns around and in nested ones."""
+        self.outer = {part for name in self.names for part in name.split(".")[:-1]}
+        """Names of the columns around nested ones."""
+        self.json_keys = tuple(sorted({json.dumps(part).encode() for part in self.parts}))
+        """`parts` as they are written in a JSON file."""
         self._parts = [(text, None if name is None else self.names.index(name)) for text, name in parts]
 
     def join(self, values: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import sysconfig
 import tokenize
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -437,12 +438,25 @@ class Reader:
     def _json_array_documents(self, origin: str) -> Iterator[Document]:
         """The documents of one array of objects, which has to be read as a whole."""
         with self._open_checked(origin, "json") as file:
-            values = json.loads(file.read())
+            values = json.loads(file.read(), object_pairs_hook=self._object)
         return (self._json_document(value, origin, row) for row, value in enumerate(values, 1))
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object. A key of the text columns that is there more than once would silently have its last value."""
+        found = dict(pairs)
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        wanted = [key for key in repeated if key in self._columns.parts]
+        # An object inside of another one only matters if a column is in it.
+        inner = [found[key] for key in self._columns.outer if key in found]
+        nested = [value.key for value in inner if isinstance(value, _RepeatedKeys)]
+        return _RepeatedKeys(found, [*wanted, *nested][0]) if wanted or nested else found
 
     def _json_document(self, value: Any, origin: str, row: int) -> Document:
         if not isinstance(value, dict):
             return Document("", origin, row, problem=("broken_json", "not a JSON object"))
+        if isinstance(value, _RepeatedKeys):
+            what = f"the object has the key {value.key!r} more than once"
+            return Document("", origin, row, problem=("broken_json", what))
         try:
             values = [columns.value_of(value, name) for name in self._columns.names]
         except KeyError as error:
@@ -536,7 +550,9 @@ class Reader:
                 raise RecipeError.at(self.key, f"{origin} has a JSON object that spans several lines: {advice}")
             for row, line in itertools.chain(start, numbered):
                 try:
-                    value = _load_json(line)
+                    # An object in the text column may have the same key, so this is only a first look.
+                    may_repeat = any(line.count(key) > 1 for key in self._columns.json_keys)
+                    value = json.loads(line, object_pairs_hook=self._object) if may_repeat else _load_json(line)
                 except UnicodeDecodeError as error:
                     problem = ("invalid_utf8", f"not valid UTF-8 ({error.reason}, byte {line[error.start]:#04x})")
                     yield Document("", origin, row, problem=problem)
@@ -572,6 +588,14 @@ class Reader:
                 if lines:
                     text = "".join(lines).removesuffix("\n")
                     yield _make_document(text, origin, row - len(lines) + 1, has_lines=True)
+
+
+class _RepeatedKeys(dict[str, Any]):
+    """A JSON object in which `key` is there more than once."""
+
+    def __init__(self, values: dict[str, Any], key: str):
+        super().__init__(values)
+        self.key = key
 
 
 class _LineError(Exception):

@@ -22,9 +22,10 @@ from hfpretrain.recipe.schema import RecipeError
 def run_shards(command: Sequence[str], num_processes: int) -> None:
     """Run `command --shard I/num_processes` for every shard at the same time, and wait for all processes.
 
-    Each line that a process writes to stderr is printed on stderr here, after the number of its shard. If a process
-    fails, the others are terminated and `RecipeError` is raised. Parts of the data that are finished are kept. If this
-    process gets SIGTERM or SIGHUP, it terminates the others and then itself.
+    Each line that a process writes to stderr is printed on stderr here, after the number of its shard. If several
+    processes end with the same error, for example because all of them open a broken file, it is printed once. If a
+    process fails, the others are terminated and `RecipeError` is raised. Parts of the data that are finished are kept.
+    If this process gets SIGTERM or SIGHUP, it terminates the others and then itself.
     """
     with _terminated_together() as processes:
         _run(command, num_processes, processes)
@@ -32,12 +33,13 @@ def run_shards(command: Sequence[str], num_processes: int) -> None:
 
 def _run(command: Sequence[str], num_processes: int, processes: list[subprocess.Popen[bytes]]) -> None:
     readers: list[threading.Thread] = []
+    errors = _ErrorLines()
     try:
         for number in range(1, num_processes + 1):
             shard = f"{number}/{num_processes}"
             process = subprocess.Popen([*command, "--shard", shard], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             processes.append(process)
-            readers.append(threading.Thread(target=_print_lines, args=(shard, process.stderr), daemon=True))
+            readers.append(threading.Thread(target=_print_lines, args=(shard, process.stderr, errors), daemon=True))
             readers[-1].start()
         waiting = dict(enumerate(processes, 1))
         while waiting:
@@ -92,7 +94,26 @@ def _terminated_together() -> Iterator[list[subprocess.Popen[bytes]]]:
             signal.signal(number, handler)
 
 
-def _print_lines(shard: str, lines: IO[bytes] | None) -> None:
+class _ErrorLines:
+    """The lines of the errors of all processes."""
+
+    def __init__(self) -> None:
+        self._lines: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, line: str) -> bool:
+        """Add a line. Returns whether it is new."""
+        with self._lock:
+            is_new = line not in self._lines
+            self._lines.add(line)
+        return is_new
+
+
+def _print_lines(shard: str, lines: IO[bytes] | None, errors: _ErrorLines) -> None:
     assert lines is not None
-    for line in lines:
-        sys.stderr.write(f"[{shard}] {line.decode('utf-8', 'replace').rstrip()}\n")
+    is_error = False
+    for content in lines:
+        line = content.decode("utf-8", "replace").rstrip()
+        is_error = is_error or line == "error:"  # with which a command's last lines begin
+        if not is_error or errors.add(line):
+            sys.stderr.write(f"[{shard}] {line}\n")

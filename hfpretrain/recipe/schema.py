@@ -319,7 +319,9 @@ class SourceSection(Section):
     data_files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Files or globs, for example `data/*.jsonl.gz`. Compressed files (gz, zst, xz, bz2) need not be unpacked. A name
     that exists is taken literally, even if it contains `*` or `[`. A pattern whose last part is just `*` skips files
-    that accompany data, such as `LICENSE` and `_SUCCESS`."""
+    that accompany data, such as `LICENSE`, and those whose names begin with `_`, as Spark and Hive do. Folders such as
+    `_temporary` are skipped in any case, unless the pattern names them. A file that is listed twice is read once. The
+    log and the manifest list what was left out."""
     data_dir: str | None = None
     """Folder with the data files."""
     split: str = "train"
@@ -353,7 +355,8 @@ class SourceSection(Section):
     table, or a document of Megatron's index. `file`: the whole file. EOS, BOS and padding around a document are removed
     and counted. Then the document gets the same EOS and BOS as a document of text. null: `row` where rows differ in
     length; the key is required for files without rows (`.bin` without an index, `.npy` with one dimension) and for rows
-    of one length, which may be blocks."""
+    of one length, which may be blocks. A document never continues in the next file; if it seems to, a note says how
+    often."""
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
     """For `path: tokens`: type of the ids in a `.bin` file without header and index, little-endian. null: uint16, as
     nanoGPT writes them; required if the tokenizer has more than 65,536 ids."""
@@ -483,7 +486,8 @@ class DataSection(Section):
     """Keep only the first of several training documents with the same text. Duplicates are counted in any case."""
     on_bad_document: Literal["error", "skip"] = "error"
     """What happens at a broken line, a missing text or invalid UTF-8. `error`: the run stops and names file and line.
-    `skip`: the document is left out and counted in the manifest by reason."""
+    `skip`: the document is left out and counted in the manifest by reason. Of a damaged file, all documents before the
+    damage are read. Of a CSV row with an open quotation mark, each line counts."""
     streaming: bool = False
     """Tokenize during training, directly from the sources, without preparing the training text first. Files are read
     in order, and files of similar size side by side. Nothing is shuffled without `shuffle_buffer`. Needs

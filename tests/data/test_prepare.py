@@ -26,6 +26,7 @@ from hfpretrain.data import packing, prepared, tokenizer
 from hfpretrain.data.batches import collate, training_data
 from hfpretrain.data.inspection import sequences_of_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, prepare_shard, prepared_path, wait_for_prepared
+from hfpretrain.data.processes import run_shards
 from hfpretrain.data.summary import summary
 from hfpretrain.recipe.schema import RecipeError, TokenizerSection
 
@@ -215,6 +216,14 @@ def test_a_preparation_continues_with_another_number_of_processes(folder):
     result = hfpretrain("prepare", str(write_recipe(folder)), "--num-processes", "2")
     assert result.returncode == 0, result.stderr
     assert checksums(prepared_path(shared)) == expected
+
+
+def test_the_same_error_of_several_processes_is_printed_once(capfd):
+    fails = "import sys, time; time.sleep(0.5); sys.exit('starting\\nerror:\\n  data.sources.0: a.bin is truncated')"
+    with pytest.raises(RecipeError, match="--num-processes: the process of shard"):
+        run_shards([sys.executable, "-c", fails], 2)
+    text = capfd.readouterr().err
+    assert text.count("error:") == 1 and text.count("a.bin is truncated") == 1
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):

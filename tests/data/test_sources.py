@@ -519,3 +519,21 @@ def test_zeros_after_and_between_compressed_members_are_ignored(tmp_path, suffix
     assert read(path="json", data_files=str(path)) == [f"line {number}" for number in range(1000)]
     path.write_bytes(members[0][:-20] + b"\0" * 5000)
     assert f"{path}:" in refusal(path="json", data_files=str(path))
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_a_key_that_is_there_twice_is_a_bad_document(tmp_path, is_array):
+    path = tmp_path / "a.jsonl"
+    good = '{"text": "a", "id": 1, "id": 2, "meta": {"text": "not the same"}, "b": {"text": 1, "text": 2}}'
+
+    def write(*lines):
+        path.write_text("[" + ",".join(lines) + "]" if is_array else "\n".join(lines) + "\n")
+
+    write(good, '{"text": "left", "text": "right"}', json.dumps({"text": 'says "text": "text"'}))
+    source = {"path": "json", "data_files": str(path)}
+    assert "a.jsonl:2: the object has the key 'text' more than once" in refusal(**source)
+    found = documents(on_bad_document="skip", **source)
+    assert [d.text for d in found] == ["a", "", 'says "text": "text"'] and found[1].problem[0] == "broken_json"
+    write(good, '{"meta": {"text": "x"}, "meta": {"text": "y"}}', '{"meta": {"text": "x", "text": "y"}}')
+    found = documents(on_bad_document="skip", **source, text_column="meta.text")
+    assert [d.text for d in found] == ["not the same", "", ""]
