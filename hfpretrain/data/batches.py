@@ -314,9 +314,12 @@ class Prefetcher:
             except queue.Full:
                 continue
 
-    def next(self, must_stop: Callable[[], bool] = lambda: False) -> StepData | None:
-        """The next step's data. None if `must_stop()` is true and the data is not ready 5 seconds later."""
-        return _wait_for_item(self._queue, must_stop)
+    def next(self, must_stop: Callable[[], bool] = lambda: False, at_once: bool = False) -> StepData | None:
+        """The next step's data.
+
+        None if `must_stop()` is true and the data is not ready 5 seconds later, or, with `at_once`, not ready yet.
+        """
+        return _wait_for_item(self._queue, must_stop, at_once)
 
     def close(self) -> None:
         """Stop the thread. A thread that waits for a disk or a server can't be stopped; it ends with the process."""
@@ -341,8 +344,10 @@ def run_in_thread(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | N
     return _wait_for_item(done, must_stop)
 
 
-def _wait_for_item(items: queue.Queue[T | BaseException], must_stop: Callable[[], bool]) -> T | None:
-    """The next item. Raises it if it is an error. Returns None when `run_in_thread` does."""
+def _wait_for_item(
+    items: queue.Queue[T | BaseException], must_stop: Callable[[], bool], at_once: bool = False
+) -> T | None:
+    """The next item. Raises it if it is an error. Returns None when `Prefetcher.next` does."""
     stop_requested: float | None = None
     while True:
         try:
@@ -350,7 +355,7 @@ def _wait_for_item(items: queue.Queue[T | BaseException], must_stop: Callable[[]
         except queue.Empty:
             if must_stop():
                 stop_requested = stop_requested or time.monotonic()
-                if time.monotonic() - stop_requested >= STOP_WAIT_SECONDS:
+                if at_once or time.monotonic() - stop_requested >= STOP_WAIT_SECONDS:
                     return None
             continue
         if isinstance(item, BaseException):

@@ -377,18 +377,25 @@ def _have_similar_sizes(sizes: list[int | None], max_ratio: float) -> bool:
 
 
 class Exchange(Protocol):
-    """Sends blocks between the processes of a run. All processes must call it for the same steps, in order."""
+    """What the processes of a run tell each other about their data. All must make the same calls, in the same order."""
+
+    def begin(self, step: int) -> None:
+        """Wait until all processes have read their lanes for data step `step`.
+
+        So either all processes get the data of a step or none does. Raises `ReadingEndedError` if this step and later
+        ones are not trained, or if another process has called `leave`.
+        """
+        ...
 
     def __call__(self, outgoing: Sequence[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         """Send each process its array, int32 (n,), and return the array from each process.
 
-        `sizes`: the length of the array from each process. Raises `ReadingEndedError` if another process has called
-        `leave`.
+        `sizes`: the length of the array from each process.
         """
         ...
 
     def leave(self) -> None:
-        """Tell the other processes, in place of the next call, that this process reads no more data."""
+        """Tell the other processes, in place of the next call of `begin`, that this process reads no more data."""
         ...
 
 
@@ -401,7 +408,7 @@ class StreamingData:
     `num_threads`: number of threads that tokenize; by default one for each core. The other arguments are those of
     `TrainingData`.
 
-    Until `share_reading` is called, a process reads every lane that its sequences come from, even if others do too.
+    Until `join` is called, a process reads every lane that its sequences come from, even if others do too.
     """
 
     def __init__(
@@ -446,6 +453,7 @@ class StreamingData:
         self._owners = self._assign_owners(shares)
         self._first_lanes = np.cumsum([0, *self._num_lanes[:-1]])  # number of each stream's first lane, over all lanes
         self._exchange: Exchange | None = None
+        self._swaps = False
         used = []
         for stream, number in enumerate(self._num_lanes.tolist()):
             size = self._per_step // number
@@ -504,12 +512,13 @@ class StreamingData:
             len(self._num_lanes) > 1 or int(self._num_lanes[0]) % self._num_processes > 0
         )
 
-    def share_reading(self, exchange: Exchange, reads: bool = True) -> None:
-        """Read each lane on one process only. All processes must call this before the first step.
+    def join(self, exchange: Exchange, swaps: bool, reads: bool = True) -> None:
+        """Begin each step together with the other processes, and read each lane on one process only.
 
+        All processes must call this before the first step. `swaps`: whether they need blocks from each other.
         `reads`: whether this process may read. Of several processes that train on the same sequences, one may.
         """
-        self._exchange = exchange
+        self._exchange, self._swaps = exchange, swaps
         owned = [key for key in self._lanes if reads and self._owner(*key) == self._process_index]
         self._lanes = {key: self._lanes[key] for key in owned}
 
@@ -534,7 +543,7 @@ class StreamingData:
     def step(self, step: int) -> StepData:
         """This process's data of data step `step`, which must be later than the last one. Steps in between are skipped.
 
-        Raises `ReadingEndedError` if another process reads no more steps.
+        Raises `ReadingEndedError` as `Exchange.begin` does.
         """
         assert step >= self._next, "a stream has no random access"
         while self._next < step:
@@ -546,6 +555,8 @@ class StreamingData:
         before, after = self.order.counts(positions[0]), self.order.counts(positions[-1] + 1)
         per_lane = (after - before) // self._num_lanes
         blocks = {(stream, lane): made.blocks(int(per_lane[stream])) for (stream, lane), made in self._lanes.items()}
+        if self._exchange is not None:
+            self._exchange.begin(step)
         streams, counts = self.order.draw(positions)
         lanes, indices = np.divmod(counts - before[streams], per_lane[streams])
         places = list(zip(streams.tolist(), lanes.tolist(), indices.tolist(), strict=True))
@@ -555,7 +566,7 @@ class StreamingData:
             return np.stack(rows) if rows else np.zeros((0, self._block_size), np.int64)
 
         mine = slice(self._mine.start, self._mine.stop)
-        if self._exchange is None:
+        if not self._swaps:
             rows = rows_at(self._mine)
         else:
             owners = self._owners[self._first_lanes[streams] + lanes]
@@ -613,7 +624,7 @@ class StreamingData:
 
     def example(self) -> dict[str, torch.Tensor]:
         """A batch of one sequence, the same at each call. Training still gets this sequence."""
-        if self._example is None and self._exchange is None:
+        if self._example is None and not self._swaps:
             lane = next(iter(self._lanes.values()))
             self._example = self._collate_rows(lane.copy().blocks(1))[0]
         elif self._example is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -63,17 +64,46 @@ class RowExchange:
     def __init__(self, group: Any, processes_per_sequence: int):
         self._group, self._per_sequence = group, processes_per_sequence
         self._size = torch.distributed.get_world_size(group)
-        self._sends = torch.distributed.get_rank(group) % processes_per_sequence == 0
+        self._rank = torch.distributed.get_rank(group)
+        self._lock = threading.Lock()
+        self._last, self._has_ended = -1, False
+        self.read = -1
+        """The last data step for which this process has read its own lanes."""
+
+    def begin(self, step: int) -> None:
+        """Wait until all processes have called this for data step `step`.
+
+        Raises `ReadingEndedError` if rank 0 has called `end`, or if another process has called `leave`.
+        """
+        self.read = step
+        if self._has_left(False):
+            raise ReadingEndedError
+        # All processes have their data now. Rank 0 decides for all, because `end` may be called at the same time.
+        with self._lock:
+            begins = torch.tensor([not self._has_ended])
+            if begins:
+                self._last = step
+        torch.distributed.broadcast(begins, group=self._group, group_src=0)
+        if not begins:
+            raise ReadingEndedError
+
+    def end(self) -> int:
+        """Let no more steps begin. Call it on rank 0, in any thread.
+
+        Returns the last data step that all processes get; -1 if there is none.
+        """
+        with self._lock:
+            self._has_ended = True
+            return self._last
 
     def __call__(self, outgoing: Sequence[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         """Send an array, int32 (n,), to the processes of each part of the data, and return the array from each part.
 
-        `sizes`: the length of the array from each part. Raises `ReadingEndedError` if another process called `leave`.
+        `sizes`: the length of the array from each part.
         """
-        if self._has_left(False):
-            raise ReadingEndedError
         parts = [number // self._per_sequence for number in range(self._size)]
-        to_send = [outgoing[part] if self._sends else np.zeros(0, np.int32) for part in parts]
+        sends = self._rank % self._per_sequence == 0
+        to_send = [outgoing[part] if sends else np.zeros(0, np.int32) for part in parts]
         received = [sizes[part] if number % self._per_sequence == 0 else 0 for number, part in enumerate(parts)]
         tokens = torch.empty(sum(received), dtype=torch.int32)
         torch.distributed.all_to_all_single(
@@ -82,7 +112,7 @@ class RowExchange:
         return [part.numpy() for part in tokens.split(received)[:: self._per_sequence]]
 
     def leave(self) -> None:
-        """Tell the other processes, in place of the next call, that this process reads no more data."""
+        """Tell the other processes, in place of the next call of `begin`, that this process reads no more data."""
         with contextlib.suppress(RuntimeError):  # gloo raises it if another process has ended
             self._has_left(True)
 

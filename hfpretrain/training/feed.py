@@ -42,6 +42,9 @@ class Feed:
     def __init__(self, setup: Setup, checkpoint: Path | None, watch: Watch, stops: Stops):
         self._setup, self._watch, self._stops = setup, watch, stops
         self._prefetcher: Prefetcher | None = None
+        self._exchange: RowExchange | None = None
+        self._num_openings = 0
+        self._state: TrainState | None = None
         self.data = self._open(checkpoint)
 
     def _open(self, checkpoint: Path | None) -> TrainingData | StreamingData:
@@ -81,11 +84,13 @@ class Feed:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         data = self._read(lambda: StreamingData(section, encode, held_out, **keywords))
         engine = setup.engine
-        if data.shares_lanes or engine.processes_per_sequence > 1:
+        if engine.num_processes > 1:
             # A new group each time: after a rollback, a thread may still use the old one when its source answers.
             group = new_control_group(engine.num_processes, _EXCHANGE_SECONDS)
-            exchange = RowExchange(group, engine.processes_per_sequence)
-            data.share_reading(exchange, reads=engine.is_main_data_process)
+            self._exchange = RowExchange(group, engine.processes_per_sequence)
+            self._num_openings += 1
+            swaps = data.shares_lanes or engine.processes_per_sequence > 1
+            data.join(self._exchange, swaps, reads=engine.is_main_data_process)
         if setup.is_main:
             logger.info(data.describe_reading())
         return data
@@ -118,6 +123,7 @@ class Feed:
 
     def start(self, state: TrainState) -> None:
         """Start reading the data of the steps that follow `state`."""
+        self._state = state
         steps = range(state.step, self._setup.recipe.training.num_steps)
         data, pin_memory = self.data, self._setup.engine.device.type == "cuda"
         leave = data.leave if isinstance(data, StreamingData) else lambda: None
@@ -128,16 +134,55 @@ class Feed:
     def next(self) -> StepData:
         """The data of the next step. Raises `Stopping` if this process must stop and a source does not answer.
 
-        With several processes, it raises `StoppedEarlyError` instead. The other processes are in the middle of a step
-        and wait for this one, so no checkpoint can be saved. `Watch` then ends them.
+        With several processes that stream, all get the data or all raise `Stopping`, whichever of them must stop. With
+        several processes and prepared data, it raises `StoppedEarlyError` on this process alone.
         """
         assert self._prefetcher is not None
+        if self._exchange is not None:
+            return self._next_of_all(self._prefetcher, self._exchange)
         data = self._prefetcher.next(self._stops.due)
         if data is not None:
             return data
         if self._setup.engine.num_processes > 1:
-            raise StoppedEarlyError(f"{self._stops.reason} while a source did not answer")
+            # The other processes may be in the middle of a step, where they wait for this one. `Watch` ends them.
+            raise StoppedEarlyError(f"{self._stops.reason} while the prepared data could not be read")
         raise Stopping
+
+    def _next_of_all(self, prefetcher: Prefetcher, exchange: RowExchange) -> StepData:
+        """As `next`, for several processes that stream.
+
+        A process that must stop asks rank 0. If the data do not come within 5 seconds, rank 0 lets no more steps begin,
+        and tells all processes which step is the last. Until then no process has the data of a later step.
+        """
+        assert self._state is not None
+        state, watch = self._state, self._watch
+        data_step = state.data_step(state.step)
+        asked, last = (f"data/{self._num_openings}/{name}" for name in ("asked", "last"))
+        is_main, has_read = self._setup.is_main, False
+
+        def must_stop() -> bool:
+            nonlocal has_read
+            if not has_read and exchange.read >= data_step:
+                # `Watch` sees that only those processes are behind whose own sources do not answer.
+                has_read = True
+                watch.beat("data of other ranks", state.step)
+            if self._stops.due():
+                watch.publish(asked, True)
+            if is_main:
+                return bool(watch.published(asked))
+            found = watch.published(last)
+            return found is not None and found < data_step
+
+        while (data := prefetcher.next(must_stop, at_once=not is_main)) is None:
+            if is_main:
+                last_step = exchange.end()
+                watch.publish(last, last_step)
+                if last_step >= data_step:
+                    continue
+            raise Stopping
+        if not has_read:
+            watch.beat("data of other ranks", state.step)
+        return data
 
     def close(self) -> None:
         """End the thread."""

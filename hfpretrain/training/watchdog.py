@@ -187,6 +187,15 @@ class Watch:
             raise RecipeError([Problem(**problem) for problem in answer["problems"]])
         return answer["value"]
 
+    def publish(self, key: str, value: Any) -> None:
+        """Let all ranks read a JSON value with `published`, in the main thread. Needs several ranks."""
+        self._answers.set(f"published/{key}", json.dumps(value))
+
+    def published(self, key: str) -> Any:
+        """The value that a rank has given to `publish`; None if none has. Does not wait."""
+        key = f"published/{key}"
+        return json.loads(self._answers.get(key)) if self._answers.check([key]) else None
+
     def _answer_all(self, key: str, answer: dict[str, Any]) -> None:
         """Send all ranks the last answer of rank 0, and let them read it: the store may end with rank 0."""
         self._answers.set(key, json.dumps(answer))

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 import small
 import torch
@@ -87,11 +88,14 @@ class Meeting:
         meeting = self
 
         class Exchange:
-            def __call__(self, outgoing, sizes):
-                meeting._sent[index] = outgoing
+            def begin(self, step):
                 meeting._barrier.wait()
                 if meeting._left:
                     raise ReadingEndedError
+
+            def __call__(self, outgoing, sizes):
+                meeting._sent[index] = outgoing
+                meeting._barrier.wait()
                 received = [sent[index] for sent in meeting._sent]
                 assert list(map(len, received)) == list(sizes)
                 meeting._barrier.wait()
@@ -124,8 +128,7 @@ def sharing(make, num_processes):
     meeting = Meeting(num_processes)
     ranks = [make(num_processes, index) for index in range(num_processes)]
     for index, rank in enumerate(ranks):
-        if rank.shares_lanes:
-            rank.share_reading(meeting.of(index))
+        rank.join(meeting.of(index), swaps=rank.shares_lanes)
     return ranks
 
 
@@ -431,12 +434,13 @@ def exchange_rows(rank, number, folder):
         sizes = [1 + part, 1]
         if rank % 2:
             outgoing = [np.zeros(0, np.int32)] * 2
+        exchange.begin(step)
         found.append([one.tolist() for one in exchange(outgoing, sizes)])
     if rank == 3:
         exchange.leave()
         return found
     with pytest.raises(ReadingEndedError):
-        exchange([np.zeros(0, np.int32)] * 2, [0, 0])
+        exchange.begin(3)
     return found
 
 
@@ -449,7 +453,7 @@ def test_rows_are_exchanged_between_processes(tmp_path):
 
 def close_in_the_middle(rank, number, folder, data, encode):
     one = stream(data, encode, number, rank)
-    one.share_reading(RowExchange(torch.distributed.new_group(backend="gloo"), 1))
+    one.join(RowExchange(torch.distributed.new_group(backend="gloo"), 1), swaps=True)
     prefetcher = Prefetcher(one.step, range(1000), pin_memory=False, leave=one.leave)
     found = [prefetcher.next().checksum for _ in range(5)]
     time.sleep(0.2 * rank)  # all ranks stop after the same step, but not at the same time
@@ -498,17 +502,50 @@ def stalling_server(files):
     server.shutdown()
 
 
+def end_after(rank, number, folder, data, encode):
+    exchange = RowExchange(torch.distributed.new_group(backend="gloo"), 1)
+    one = stream(data, encode, number, rank)
+    one.join(exchange, swaps=True)
+    prefetcher = Prefetcher(one.step, range(1000), pin_memory=False, leave=one.leave)
+    found = [prefetcher.next().checksum for _ in range(3)]
+    last = exchange.end() if rank == 0 else None
+    while (data := prefetcher.next(lambda: not prefetcher._thread.is_alive(), at_once=True)) is not None:
+        found.append(data.checksum)
+    return len(found), last
+
+
+def test_all_processes_get_the_same_last_step_when_rank_0_ends_the_reading(files, encode, tmp_path):
+    (count, last), *others = run_ranks(end_after, tmp_path, section(files), encode, number=4)
+    assert last is not None and count == last + 1 >= 3 and {found for found, _ in others} == {count}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["single", "ddp"])
-def test_a_run_whose_source_stalls_stops_at_a_signal(tmp_path, encode, stalling_server, engine):
+@pytest.mark.parametrize(
+    ("engine", "rank", "number"),
+    [
+        ("single", None, signal.SIGTERM),
+        ("ddp", None, signal.SIGTERM),  # the launcher sends it to all ranks
+        ("ddp", 0, signal.SIGUSR1),
+        ("fsdp2", 1, signal.SIGUSR1),
+    ],
+)
+def test_a_run_whose_source_stalls_saves_and_stops_at_a_signal(
+    tmp_path, files, encode, stalling_server, engine, rank, number
+):
     encode._tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sources = [{"path": "json", "data_files": stalling_server}]
+    if rank is not None:  # each rank reads a source, and only that of one rank stalls
+        sources.append({"path": "json", "data_files": str(files / "8.jsonl")})
+    if rank == 0:  # in a mixture, both ranks train on both sources
+        sources = [{**source, "weight": 0.5} for source in sources]
     recipe = write_recipe(
         tmp_path,
         tokenizer={"pretrained": str(tmp_path / "tokenizer")},
-        data__sources=[{"path": "json", "data_files": stalling_server}],
+        data__sources=sources,
         data__validation_fraction=0.0,
         data__streaming=True,
         training__max_steps=100_000,
+        checkpoint__every_steps=100_000,
     )
     code = tmp_path / "code"
     process = subprocess.Popen(
@@ -524,11 +561,15 @@ def test_a_run_whose_source_stalls_stops_at_a_signal(tmp_path, encode, stalling_
         assert process.poll() is None, process.stderr.read()
         steps = len(rows(tmp_path / "run", "loss")) if (tmp_path / "run" / "metrics.jsonl").exists() else -1
         time.sleep(3)  # until no step comes any more
-    process.send_signal(signal.SIGTERM)
+    ranks = {one.environ().get("RANK"): one for one in psutil.Process(process.pid).children()}
+    (process if rank is None else ranks[str(rank)]).send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert code.read_text() == "75\n", stderr
-    # torch's launcher prints one itself when it gets a signal.
-    assert steps > 1 and stderr.count("Traceback") == stderr.count("SignalException: ") == (engine == "ddp"), stderr
-    if engine == "single":
-        (path,) = (tmp_path / "run" / "checkpoints").iterdir()
-        assert int(path.name.removeprefix("step-")) >= steps  # on a busy machine, steps may still have come
+    assert steps > 1 and f"stopped by {number.name if rank != 1 else 'another rank'} at step" in stderr, stderr
+    if rank is not None:
+        assert ("on 2 of 2 processes" in stderr) and ("reads 2 groups of files side by side" in stderr), stderr
+    assert stderr.count("Traceback") == (engine != "single"), stderr  # of torch's launcher
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    saved = int(path.name.removeprefix("step-"))
+    assert saved >= steps  # on a busy machine, steps may still have come
+    assert saved == max(rows(tmp_path / "run", "loss"))
