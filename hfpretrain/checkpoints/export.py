@@ -12,6 +12,7 @@ import torch
 
 from hfpretrain import files
 from hfpretrain.checkpoints import resume, saver, verify
+from hfpretrain.data.tokenizer import SENTENCEPIECE
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
 from hfpretrain.recipe.addresses import missing_path_problem
@@ -36,10 +37,12 @@ def write_model(
     path: Path,
     dtype: str = "float32",
     generation_config: GenerationConfig | None = None,
+    sentencepiece: Path | None = None,
 ) -> None:
     """Write safetensors in `dtype`, config, generation config and tokenizer to the folder `path`.
 
     `generation_config`: that of the pretrained model; None makes one from the special tokens of `config`.
+    `sentencepiece`: the SentencePiece file of the tokenizer, which is copied if it exists.
 
     The weights are loaded into a new model of `config`, so that the files contain no wrappers of the engine. A folder
     at `path` is replaced; its card and the files that no export wrote are kept.
@@ -62,6 +65,8 @@ def write_model(
         # Written unchanged: `save_pretrained` refuses some generation configs of published models.
         generation_config.to_json_file(work / GENERATION_CONFIG)
     tokenizer.save_pretrained(work)
+    if sentencepiece is not None and sentencepiece.is_file():
+        shutil.copyfile(sentencepiece, work / sentencepiece.name)
     files.add_sums(work, (file for file in sorted(work.rglob("*")) if file.is_file()))
     files.replace_folder(work, path)
 
@@ -110,7 +115,7 @@ def write_checkpoint_model(run: Path, checkpoint: Path, folder: Path) -> dict[st
     generation_config = None
     if (configs / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(configs)
-    write_model(config, weights, tokenizer, folder, recipe.model.dtype, generation_config)
+    write_model(config, weights, tokenizer, folder, recipe.model.dtype, generation_config, configs / SENTENCEPIECE)
     return weights
 
 

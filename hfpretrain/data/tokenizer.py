@@ -32,6 +32,7 @@ _EXPRESSIONS = {
 }
 # More letters, digits or other characters in a row than any word has.
 _LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\s\w]{256}")
+SENTENCEPIECE = "tokenizer.model"
 logger = logging.getLogger(__name__)
 
 
@@ -54,6 +55,29 @@ def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
     if section.add_bos is not None:
         set_add_bos(tokenizer, section.add_bos)
     return tokenizer
+
+
+def find_sentencepiece(section: TokenizerSection, tokenizer: PreTrainedTokenizerFast) -> Path | None:
+    """The SentencePiece file of `section.pretrained`, which transformers 5 does not save with a tokenizer.
+
+    llama.cpp's converter needs it for Gemma and others. `tokenizer`: that of the run. None if there is no such file, or
+    if `tokenizer` has other tokens than the file.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoTokenizer
+
+    if section.pretrained is None:
+        return None
+    path: Any = Path(section.pretrained) / SENTENCEPIECE
+    if not Path(section.pretrained).is_dir():  # loading the tokenizer has downloaded the file
+        path = try_to_load_from_cache(section.pretrained, SENTENCEPIECE, revision=section.revision)
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+        return None
+    own = AutoTokenizer.from_pretrained(
+        section.pretrained, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    is_same = len(own) == own.vocab_size and own.get_vocab() == tokenizer.get_vocab()
+    return Path(path) if is_same else None
 
 
 def document_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

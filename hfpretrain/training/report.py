@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 from hfpretrain import files
 from hfpretrain.checkpoints import export
 from hfpretrain.data.summary import summary
-from hfpretrain.data.tokenizer import describe_framing, document_prefix, document_start
+from hfpretrain.data.tokenizer import (
+    SENTENCEPIECE,
+    describe_framing,
+    document_prefix,
+    document_start,
+    find_sentencepiece,
+)
 from hfpretrain.evaluation.prompts import printable
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.redaction import redact_all, strip_folders
@@ -64,6 +71,9 @@ def write_run_files(setup: Setup, state: TrainState) -> None:
     folder = setup.output_dir
     setup.config.save_pretrained(folder / export.CONFIG_FOLDER)
     setup.tokenizer.save_pretrained(folder / export.CONFIG_FOLDER)
+    sentencepiece = find_sentencepiece(setup.pinned.tokenizer, setup.tokenizer)
+    if sentencepiece is not None:
+        shutil.copyfile(sentencepiece, folder / export.CONFIG_FOLDER / SENTENCEPIECE)
     if setup.generation_config is not None:
         setup.generation_config.to_json_file(folder / export.CONFIG_FOLDER / export.GENERATION_CONFIG)
     _, _, account = summary(setup.prepared).partition("\n")

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from hfpretrain.checkpoints import export, verify
 from hfpretrain.data.batches import format_epochs
 from hfpretrain.data.ledger import Consumption
+from hfpretrain.data.tokenizer import SENTENCEPIECE
 from hfpretrain.engines import distributed, launch
 from hfpretrain.engines.base import Engine, is_out_of_memory
 from hfpretrain.evaluation.base import BASE_EVALUATION, BaseEvaluation
@@ -259,7 +260,13 @@ def _finish(
         if setup.is_main:
             with engine.plain_initialization():
                 export.write_model(
-                    setup.config, state_dict, setup.tokenizer, model_path, recipe.model.dtype, setup.generation_config
+                    setup.config,
+                    state_dict,
+                    setup.tokenizer,
+                    model_path,
+                    recipe.model.dtype,
+                    setup.generation_config,
+                    output_dir / export.CONFIG_FOLDER / SENTENCEPIECE,
                 )
 
     def verify_export() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from conftest import small_text, train, write_recipe
+from conftest import hfpretrain, small_text, train, write_recipe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import GPT2, LLAMA, SMALL, SPECIAL, build
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from hfpretrain.checkpoints import export
 from hfpretrain.checkpoints.verify import compare_weights
-from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.data.tokenizer import find_sentencepiece, train_tokenizer
 from hfpretrain.modeling.build import build_model
 from hfpretrain.modeling.config import load_config
 from hfpretrain.recipe.schema import ModelSection, TokenizerSection
@@ -45,9 +45,9 @@ def make_tokenizer(folder, begins_with_bos=False):
     return made
 
 
-def save_base(folder, config, **keywords):
+def save_base(folder, config, begins_with_bos=True, **keywords):
     """A model of plain transformers with a tokenizer."""
-    made = make_tokenizer(folder, begins_with_bos=True)
+    made = make_tokenizer(folder, begins_with_bos)
     ids = {"bos_token_id": made.bos_token_id, "eos_token_id": 0, "pad_token_id": 1}
     model = build({**config, **ids, "vocab_size": 384})
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, **ids)
@@ -83,10 +83,15 @@ def test_an_export_keeps_what_its_sharded_bf16_base_has(folder):
     assert "bfloat16" not in notes(folder / "run")
 
 
-def test_a_float32_export_of_a_bf16_base_is_noted_and_tied_weights_stay_tied(folder):
-    save_base(folder / "base", GPT2, dtype=torch.bfloat16)
-    result = train(continued(folder))
+def test_a_float32_export_of_a_bf16_base_is_noted_and_has_its_ties_and_sentencepiece_file(folder):
+    save_base(folder / "base", GPT2, begins_with_bos=False, dtype=torch.bfloat16)
+    (folder / "base" / "tokenizer.model").write_bytes(b"pieces")  # transformers prefers tokenizer.json
+    result = train(continued(folder, checkpoint__every_steps=3))
     assert result.returncode == 0, result.stderr
+    assert hfpretrain("export", str(folder / "run"), str(folder / "later")).returncode == 0
+    for export_folder in (folder / "run" / "model", folder / "later"):
+        assert (export_folder / "tokenizer.model").read_bytes() == b"pieces"
+        assert "tokenizer.model" in (export_folder / "SHA256SUMS").read_text()
     assert "lm_head.weight" not in tensors(folder / "run" / "model")
     assert {tensor.dtype for tensor in tensors(folder / "run" / "model").values()} == {torch.float32}
     assert "in bfloat16, and those of the export in float32 (model.dtype)" in notes(folder / "run")
@@ -106,6 +111,18 @@ def test_ignored_tensors_are_reported_at_the_start_in_the_summary_and_in_the_car
         assert "2 tensors of the checkpoint are neither trained nor exported" in text, text
         assert "model.layers.*.eh_proj.weight" in text and "num_nextn_predict_layers: 0 instead of 1" in text
     assert AutoConfig.from_pretrained(folder / "run" / "model").num_nextn_predict_layers == 0
+
+
+def test_a_sentencepiece_file_that_lacks_tokens_is_not_exported(tmp_path):
+    section = TokenizerSection(pretrained=str(tmp_path))
+    made = make_tokenizer(tmp_path)
+    assert find_sentencepiece(section, made) is None
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    assert find_sentencepiece(section, made) == tmp_path / "tokenizer.model"
+    made.add_tokens(["riverbed"])
+    assert find_sentencepiece(section, made) is None  # the run has added a token
+    made.save_pretrained(tmp_path)
+    assert find_sentencepiece(section, made) is None  # the base has added one itself
 
 
 def loaded_notes(path, **keys):
