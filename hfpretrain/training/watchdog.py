@@ -352,12 +352,14 @@ class Watch:
         self._recipe_error = recipe_error
         problems = [str(Problem(**problem)) for problem in recipe_error["problems"]]
         text = "\n  ".join([f"error on rank {recipe_error['rank']} ({recipe_error['host']}):", *problems])
-        if self._rank == 0 or self._reports_for_host():
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of each host
             launch.leave_message(text)
             print(text, file=sys.stderr, flush=True)
         if self._rank == 0:
             launch.record_exit_code(2)
         self._tell_recipe_error(" ".join(text.split()))
+        if self._rank:
+            time.sleep(_GRACE_SECONDS)  # until rank 0 has left its message: its launcher ends it with this rank
         os._exit(2)
 
     def _tell_recipe_error(self, end: str) -> None:
