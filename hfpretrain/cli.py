@@ -293,7 +293,16 @@ def _load(args: argparse.Namespace, overrides: list[str]) -> Recipe:
     return load_recipe(args.recipe, overrides)
 
 
+def _load_with_trunk(args: argparse.Namespace, overrides: list[str]) -> Recipe:
+    """The recipe as a run of it prepares its data: a branch with the tokenizer of its trunk."""
+    from hfpretrain.checkpoints import trunk
+
+    recipe = _load(args, overrides)
+    return trunk.with_trunk_tokenizer(recipe, trunk.read_trunks(Path(recipe.output_dir)))
+
+
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
+    from hfpretrain.checkpoints import trunk
     from hfpretrain.recipe import shipped
     from hfpretrain.training import preflight
 
@@ -310,12 +319,17 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
         raise RecipeError.at("--num-processes", "is used only with --engine; add that, or leave it out")
     if problems:
         raise RecipeError(problems)
-    vocabulary_notes = _vocabulary_notes(recipe)
-    counts, lines = _parameters_and_notes(recipe)
+    trunks = trunk.read_trunks(Path(recipe.output_dir))
+    is_fetched = trunks or not (recipe.checkpoint.branch_from or "").startswith("hub://")
+    prepares = trunk.with_trunk_tokenizer(recipe, trunks) if is_fetched else recipe
+    vocabulary_notes = _vocabulary_notes(prepares)
+    counts, lines = _parameters_and_notes(prepares, trunk.origin_of(trunks).sequence)
     lines += [f"note             {text}" for text in vocabulary_notes]
     print(dump_recipe(recipe), end="")
     training, steps = recipe.training, recipe.training.num_steps
     tokens = steps * training.tokens_per_step
+    if recipe.checkpoint.branch_from is not None:
+        print(f"# branch           of {recipe.checkpoint.branch_from}; steps and tokens below are those of the branch")
     print(f"# steps            {steps:,} of {training.tokens_per_step:,} tokens = {tokens:,} tokens")
     sequences = training.tokens_per_step // recipe.data.block_size
     per_device = sequences // training.micro_batch_size
@@ -343,10 +357,10 @@ def _vocabulary_notes(recipe: Recipe) -> list[str]:
     return check_tokenizer(recipe.model, recipe.tokenizer, recipe.data, local_only=True)
 
 
-def _parameters_and_notes(recipe: Recipe) -> tuple[Any, list[str]]:
+def _parameters_and_notes(recipe: Recipe, first_sequence: int) -> tuple[Any, list[str]]:
     """Parameter counts, None where they are not known yet, and lines on epochs, disk space and context.
 
-    Without torch or transformers there are neither counts nor lines.
+    Without torch or transformers there are neither counts nor lines. `first_sequence`: as in `TrainingData`.
     """
     if find_spec("torch") is None or find_spec("transformers") is None:
         return None, []
@@ -370,7 +384,8 @@ def _parameters_and_notes(recipe: Recipe) -> tuple[Any, list[str]]:
     num_epochs = "known once the text is prepared"
     if prepared is not None:
         num_epochs = format_epochs(
-            recipe.data.sources, epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared)
+            recipe.data.sources,
+            epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared, first_sequence),
         )
     lines = [] if recipe.data.streaming else [f"epochs           {num_epochs}"]
     known = recipe.model.config is None or "vocab_size" in recipe.model.config or recipe.tokenizer.vocab_size
@@ -408,7 +423,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         keywords |= {"cluster": cluster, "shard_size": args.shard_size}
         numbers = args.scaling or list(network.DEVICES)
         keywords["mfu"] = DEFAULT_MFU if args.mfu is None else args.mfu
-        plan, rows = network.simulate_scaling(_load(args, overrides), numbers, **keywords)
+        plan, rows = network.simulate_scaling(_load_with_trunk(args, overrides), numbers, **keywords)
         simulated = json.dumps({"simulated": [asdict(row) for row in rows], "cluster": asdict(cluster)})
         print(simulated if args.json else network.format_scaling(plan, rows, cluster))
         return
@@ -417,7 +432,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
             name = f"--{flag.replace('_', '-')}"
             raise RecipeError.at(name, "is used only with --scaling; add that, or leave it out")
     processes = 1 if args.num_processes is None else args.num_processes
-    recipe = _load(args, overrides)
+    recipe = _load_with_trunk(args, overrides)
     require_divisible_batch(recipe, processes, args.engine)
     plan = make_plan(recipe, num_processes=processes, **keywords)
     print(json.dumps(as_json(plan)) if args.json else format_plan(plan))
@@ -433,7 +448,7 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
             raise RecipeError.at(flag, f"{number} must be at least 1")
     if args.num_processes is not None and args.shard is not None:
         raise RecipeError.at("--num-processes", "makes all shards; leave out --shard")
-    recipe = _load(args, overrides)
+    recipe = _load_with_trunk(args, overrides)
     if (args.num_processes or 1) > 1:
         threads = args.num_workers or max(1, num_cores() // args.num_processes)
         command = [sys.executable, "-m", "hfpretrain.cli", "prepare", args.recipe, *overrides]
@@ -498,13 +513,15 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain import files
-    from hfpretrain.checkpoints import saver
+    from hfpretrain.checkpoints import saver, trunk
     from hfpretrain.data.inspection import describe_step
 
     recipe = _load(args, overrides)
+    trunks = trunk.read_trunks(Path(recipe.output_dir))
+    recipe, origin = trunk.with_trunk_tokenizer(recipe, trunks), trunk.origin_of(trunks)
     saved = files.step_folders(Path(recipe.output_dir) / "checkpoints")
-    skipped = saver.read_train_state(saved[0])["skipped"] if saved else []
-    for line in describe_step(recipe, args.step, skipped):
+    skipped = saver.read_train_state(saved[0]).get("skipped", []) if saved else []
+    for line in describe_step(recipe, args.step, skipped, origin.step, origin.sequence):
         print(line)
 
 

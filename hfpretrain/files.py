@@ -262,6 +262,12 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     return manifest if is_unchanged else None
 
 
+def digest(path: Path) -> str | None:
+    """Checksum of a sealed folder: of its manifest, which has those of all files. None if there is no manifest."""
+    manifest = manifest_of(path)
+    return None if manifest is None else _manifest_sha256(manifest)
+
+
 def damage(path: Path, checksums: bool = True, file_read: Callable[[], None] = lambda: None) -> str | None:
     """Compare a sealed folder with its manifest; returns what is wrong with the first bad file, None if all match.
 

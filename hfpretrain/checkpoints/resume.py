@@ -1,23 +1,38 @@
-"""Finding the checkpoint to resume from: the newest intact one of a run, or that of `checkpoint.resume_from`."""
+"""Finding the checkpoint to start from: the newest intact one of a run, or the one that the recipe names.
+
+`checkpoint.resume_from` continues the same run in another folder. `checkpoint.branch_from` begins another run.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from hfpretrain import files
-from hfpretrain.checkpoints import saver
-from hfpretrain.checkpoints.recipe_changes import forbidden_changes
+from hfpretrain.checkpoints import saver, start, trunk
+from hfpretrain.checkpoints.trunk import Origin, Trunk
+from hfpretrain.data import order
+from hfpretrain.data.ledger import LEDGER, Ledger
+from hfpretrain.data.streaming import load_lane_states, save_lane_states
 from hfpretrain.engines import pieces
-from hfpretrain.recipe.addresses import parse_hub_address
+from hfpretrain.modeling import optim
+from hfpretrain.recipe.addresses import checkpoint_folder, parse_hub_address
 from hfpretrain.recipe.hub import explain_failure
+from hfpretrain.recipe.redaction import redact_all
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 
-_KEY = "checkpoint.resume_from"
+# Files of an export on the Hub that a tokenizer needs.
+_TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "vocab.*", "merges.txt")
+_COMMIT = "commit"
 logger = logging.getLogger(__name__)
 
 
@@ -59,88 +74,212 @@ def newest_undamaged(run: Path) -> Path | None:
     return next((path for path in files.step_folders(run / "checkpoints") if files.damage(path) is None), None)
 
 
-def fetch_initial_checkpoint(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> None:
-    """Copy or download the checkpoint of `checkpoint.resume_from` into the run's `checkpoints`, if the run has none.
+def fetch_initial_checkpoint(recipe: Recipe, file_read: Callable[[], None] = lambda: None) -> list[str]:
+    """Copy or download the checkpoint that the recipe names into the run's `checkpoints`, if the run has none.
 
-    `file_read` is called after each file whose checksum is compared. A download that was stopped resumes.
+    `file_read` is called after each file whose checksum is compared. A download that was stopped resumes. Returns
+    sentences about what was fetched.
 
-    Raises `RecipeError` if a checksum does not match, if the checkpoint's recipe differs in a key that can't change on
-    resume, or if its pickled index holds anything but tensors.
+    Raises `RecipeError` if a checksum does not match, if the checkpoint's recipe differs in a key that can't change, or
+    if its pickled index holds anything but tensors.
     """
-    given, folder = recipe.checkpoint.resume_from, Path(recipe.output_dir) / "checkpoints"
-    if given is None or _has_checkpoint(folder):
-        return
-    work = folder / f"resume_from{files.INCOMPLETE}"
+    folder, named = Path(recipe.output_dir) / "checkpoints", start.named_checkpoint(recipe.checkpoint)
+    if named is None or _has_checkpoint(folder):
+        return []
+    key, given = named
+    work, commit = folder / f"fetched{files.INCOMPLETE}", None
     work.mkdir(parents=True, exist_ok=True)
     address = parse_hub_address(given)
     if address is None:
-        state = _copy(Path(given), work / saver.STATE)
+        state = _copy(key, given, work)
     else:
         logger.info("reading %s", given)
-        state = _download(*address, work)
+        commit = _find_commit(key, *address)
+        state = _download(key, *address, commit, work)
     try:
-        _require_intact(given, state, recipe, file_read)
+        begun = _require_intact(key, given, state, recipe, file_read)
     except RecipeError:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    step = (files.manifest_of(state) or {})["step"]
     # A run folder must never contain checkpoints without the recipe they belong to.
     files.write_atomically(folder.parent / "recipe.yaml", dump_recipe(recipe))
-    state.rename(folder / f"step-{step:08d}")
+    stored = saver.read_train_state(state)
+    step = stored["step"]
+    if recipe.checkpoint.branch_from is None:
+        if "trunks" in stored:
+            trunk.write_trunks(folder.parent, trunk.from_json(stored["trunks"]))
+        state.rename(folder / f"step-{step:08d}")
+        logger.info("the run continues from step %d of %s", step, given)
+    else:
+        _begin_branch(recipe, begun, state, given, commit)
     shutil.rmtree(work, ignore_errors=True)
-    logger.info("the run continues from step %d of %s", step, given)
+    return [] if commit is None else [f"{key}: {given} is read at commit {commit}"]
 
 
 def _has_checkpoint(folder: Path) -> bool:
     return any(not path.name.endswith(files.INCOMPLETE) for path in folder.glob("step-*"))
 
 
-def _copy(given: Path, state: Path) -> Path:
-    if files.manifest_of(given) is None:
-        raise RecipeError.at(
-            _KEY, f"{given} is not a checkpoint; give a folder such as runs/NAME/checkpoints/step-00001000"
-        )
+def _copy(key: str, given: str, work: Path) -> Path:
+    """Copy or link a checkpoint and its run's tokenizer into `work`; returns the checkpoint's new folder."""
+    folder, state = checkpoint_folder(given), work / saver.STATE
+    if problem := start.missing_checkpoint_problem(given):
+        raise RecipeError.at(key, problem)
+    run = folder.absolute().parent.parent
     shutil.rmtree(state, ignore_errors=True)
-    shutil.copytree(given, state, copy_function=files.link_or_copy)
-    above = given.absolute().parent.parent / "recipe.yaml"
-    if not (state / "recipe.yaml").exists() and above.is_file():
-        shutil.copy2(above, state)
+    try:
+        shutil.copytree(folder, state, copy_function=files.link_or_copy)
+    except (OSError, shutil.Error) as error:
+        if folder.is_dir():
+            raise
+        message = f"{folder} was deleted while it was copied; name a checkpoint that its run keeps"
+        raise RecipeError.at(key, message) from error
+    if not (state / "recipe.yaml").exists() and (run / "recipe.yaml").is_file():
+        shutil.copy2(run / "recipe.yaml", state)
+    if (tokenizer := trunk.tokenizer_folder(run)).is_dir():
+        shutil.copytree(tokenizer, work / trunk.TOKENIZER, dirs_exist_ok=True)
     return state
 
 
-def _require_intact(given: str, state: Path, recipe: Recipe, file_read: Callable[[], None]) -> None:
+def _require_intact(key: str, given: str, state: Path, recipe: Recipe, file_read: Callable[[], None]) -> Recipe:
+    """Raise `RecipeError` if a checkpoint is damaged or does not fit the recipe. Returns the checkpoint's recipe."""
     if (reason := files.damage(state, file_read=file_read)) is not None:
-        raise RecipeError.at(_KEY, f"{given} is damaged: {reason}; run the same command again to read it again")
+        raise RecipeError.at(key, f"{given} is damaged: {reason}; run the same command again to read it again")
     if (files.manifest_of(state) or {}).get("step") != saver.read_train_state(state)["step"]:
         raise RecipeError.at(
-            _KEY, f"{given} is not a valid checkpoint: manifest.json and train_state.json have different steps"
+            key, f"{given} is not a valid checkpoint: manifest.json and train_state.json have different steps"
         )
     try:
         pieces.load_whole_tensors(state, ())
     except Exception as error:  # a file of unknown origin may raise anything
-        raise RecipeError.at(_KEY, f"{given} can't be loaded: {' '.join(str(error).split()):.300}") from error
+        raise RecipeError.at(key, f"{given} can't be loaded: {' '.join(str(error).split()):.300}") from error
     try:
         begun = read_recipe(state / "recipe.yaml")
     except RecipeError as error:
-        raise RecipeError.at(_KEY, f"the recipe.yaml of {given} can't be read: {error}") from error
-    if changed := forbidden_changes(recipe, begun):
-        advice = "undo the changes, or start from its weights alone with `model.pretrained`"
-        raise RecipeError([Problem(_KEY, f"{given} was saved with another recipe; {advice}"), *changed])
+        raise RecipeError.at(key, f"the recipe.yaml of {given} can't be read: {error}") from error
+    if changed := start.changed_keys(recipe, begun):
+        raise RecipeError([Problem(key, start.changes_message(recipe.checkpoint)), *changed])
+    return begun
 
 
-def _download(repo_id: str, revision: str, folder: Path) -> Path:
-    """Download the `state` folder of a revision into `folder`; its files are not verified yet.
+def _begin_branch(recipe: Recipe, begun: Recipe, state: Path, given: str, commit: str | None) -> None:
+    """Make the trunk's checkpoint `state` the first checkpoint of a branch.
 
-    Raises `RecipeError` if the revision has no such folder or the request to the Hub fails.
+    Weights and optimizer state are linked. The ledger begins anew, and its digest continues the trunk's.
+    """
+    run, stored = Path(recipe.output_dir), saver.read_train_state(state)
+    earlier = trunk.from_json(stored.get("trunks", []))
+    new = _describe_trunk(recipe, begun, stored, trunk.origin_of(earlier), files.digest(state) or "")
+    trunks = [*earlier, Trunk(given=given, commit=commit, **new)]
+    num_sources = len(recipe.data.sources) if recipe.data.weights else 1
+    counters = {
+        "step": stored["step"],
+        "tokens": stored["tokens"],
+        "segments": stored.get("segments", []),
+        "run_id": uuid.uuid4().hex[:8],
+        "trunks": trunk.to_json(trunks),
+        "ledger": Ledger(after=stored["ledger"]).digest,
+        "source_tokens": [0] * num_sources,
+        "source_documents": [0] * num_sources,
+        "documents_dropped": 0,
+        "data": stored["data"] if trunks[-1].continues_data else None,
+        "undecayed": stored.get("undecayed") if recipe.optimizer.no_decay == begun.optimizer.no_decay else None,
+        **{name: stored.get(name) for name in ("engine", "num_processes", "precision")},
+    }
+    path = run / "checkpoints" / f"step-{stored['step']:08d}"
+    work = files.create_work_folder(path)
+    known = {name: entry for name, entry in (files.manifest_of(state) or {})["files"].items() if _is_tensor_file(name)}
+    for name in known:
+        files.link_or_copy(state / name, work / name)
+    if recipe.data.streaming and trunks[-1].continues_data:
+        save_lane_states(load_lane_states(state)[0], 0, work / "data-0.pt")
+    np.save(work / LEDGER, np.zeros(0, np.uint64))
+    (work / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (work / saver.TRAIN_STATE).write_text(json.dumps(counters), encoding="utf-8")
+    if (tokenizer := state.parent / trunk.TOKENIZER).is_dir():
+        files.replace_folder(tokenizer, run / trunk.TOKENIZER)
+    trunk.write_trunks(run, trunks)
+    files.seal(work, path, {"step": stored["step"], "evaluation_loss": None}, known)
+    logger.info("the run branches off %s", trunk.describe(trunks))
+
+
+def _is_tensor_file(name: str) -> bool:
+    return name == ".metadata" or name.endswith(".distcp")
+
+
+def _describe_trunk(
+    recipe: Recipe, begun: Recipe, stored: dict[str, Any], before: Origin, checkpoint: str
+) -> dict[str, Any]:
+    """Fields of a `Trunk`. `stored`: its `train_state.json`; `before`: where the trunk itself began."""
+    step, section = stored["step"], begun.scheduler
+    continues = trunk.has_data_of_trunk(recipe, begun)
+    sequence = 0
+    if continues:
+        used = order.data_step(step, stored["skipped"]) - before.step
+        sequence = before.sequence + used * (begun.training.tokens_per_step // begun.data.block_size)
+    parts = stored.get("segments", [])
+    last_step = before.step + begun.training.num_steps
+    planned = (parts[-1].get("num_steps", last_step) if parts else last_step) - before.schedule_step
+    last = max(0, step - 1 - before.schedule_step)
+    schedule_step = before.schedule_step if recipe.scheduler.on_branch == "continue" else step
+    return {
+        "step": step,
+        "tokens": stored["tokens"],
+        "checkpoint": checkpoint,
+        "ledger": stored["ledger"],
+        "data": stored["data"],
+        "source_tokens": stored["source_tokens"],
+        "source_documents": stored["source_documents"],
+        "lr": optim.learning_rate(section, begun.optimizer.lr, planned, last),
+        "continues_data": continues,
+        "origin": Origin(step, schedule_step, sequence),
+        "changes": trunk.noted_changes(recipe, begun),
+        "recipe": redact_all(begun.model_dump(mode="json")),
+    }
+
+
+def _find_commit(key: str, repo_id: str, revision: str) -> str:
+    """The commit of a revision, so that a push while the files are downloaded can't mix two states."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().model_info(repo_id, revision=revision, timeout=60).sha)
+    except Exception as error:  # the Hub's HTTP library has exceptions of its own
+        raise RecipeError.at(key, f"hub://{repo_id}@{revision} can't be read: {explain_failure(error).text}") from error
+
+
+def _download(key: str, repo_id: str, revision: str, commit: str, folder: Path) -> Path:
+    """Download the `state` folder and the tokenizer of a commit into `folder`; the files are not verified yet.
+
+    Raises `RecipeError` if the commit has no such folder or the request to the Hub fails.
     """
     from huggingface_hub import snapshot_download
 
-    where = f"hub://{repo_id}@{revision}"
+    where, marker = f"hub://{repo_id}@{revision}", folder / _COMMIT
+    if marker.is_file() and marker.read_text(encoding="utf-8") != commit:  # the revision has moved since
+        shutil.rmtree(folder)
+        folder.mkdir()
+    marker.write_text(commit, encoding="utf-8")
+    patterns = [f"{saver.STATE}/*", *_TOKENIZER_PATTERNS]
     try:
-        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=f"{saver.STATE}/*")
+        snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=patterns)
     except Exception as error:  # the Hub's HTTP library has exceptions of its own
-        raise RecipeError.at(_KEY, f"{where} can't be read: {explain_failure(error).text}") from error
+        raise RecipeError.at(key, f"{where} can't be read: {explain_failure(error).text}") from error
     if not (folder / saver.STATE).is_dir():
         advice = "push with `hub.push_state: true`, or start from its weights alone with `model.pretrained`"
-        raise RecipeError.at(_KEY, f"{where} contains no training state; {advice}")
+        raise RecipeError.at(key, f"{where} contains no training state; {advice}")
+    (folder / trunk.TOKENIZER).mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and path != marker:
+            path.replace(folder / trunk.TOKENIZER / path.name)
     return folder / saver.STATE
+
+
+def require_same_shapes(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise `RecipeError` if the tensors of a trunk's checkpoint don't have the `shapes` of the branch's parameters."""
+    saved = {name: tuple(shape) for name, shape in pieces.shapes_in(checkpoint, "model").items()}
+    wrong = [name for name in sorted(saved.keys() | shapes.keys()) if saved.get(name) != shapes.get(name)]
+    if wrong:
+        texts = [f"{name} is {shapes.get(name, 'missing')} now, was {saved.get(name, 'missing')}" for name in wrong[:3]]
+        message = f"a branch has the model of its trunk, and {len(wrong)} tensors differ: {'; '.join(texts)}"
+        raise RecipeError.at("model", message)

@@ -168,6 +168,7 @@ class TrainingData:
 
     `streams`: the blocks of each source, or of all sources together. `stages`: as in `TrainingOrder`. `pad_token_id`:
     as in `collate`. `shift_blocks`: in each epoch after the first, blocks begin at other positions of the text.
+    `first_sequence`: position in the order at which step 0 begins, for a branch that continues its trunk's order.
     `documents_have_prefix`: documents begin with BOS.
     """
 
@@ -186,7 +187,9 @@ class TrainingData:
         pad_token_id: int | None = None,
         shift_blocks: bool = False,
         documents_have_prefix: bool = False,
+        first_sequence: int = 0,
     ):
+        self._first_sequence = first_sequence
         self._streams = list(streams)
         self.order = TrainingOrder([len(stream) for stream in streams], stages, seed)
         self._micro_batch_size, self._per_process = micro_batch_size, micro_batch_size * accumulation_steps
@@ -198,7 +201,7 @@ class TrainingData:
 
     def step(self, step: int) -> StepData:
         """What this process trains on in data step `step`, counted from 0; see `order.data_step`."""
-        first = (step * self._num_processes + self._process_index) * self._per_process
+        first = self._first_sequence + (step * self._num_processes + self._process_index) * self._per_process
         positions = np.arange(first, first + self._per_process)
         streams, rows, seams = self._sequences(positions)
         valid = np.ones(rows.shape, bool) if self._pad_token_id is None else ~padding_mask(rows, self._pad_token_id)
@@ -259,7 +262,7 @@ class TrainingData:
 
     def _positions(self, step: int) -> np.ndarray:
         per_step = self._num_processes * self._per_process
-        return np.arange(step * per_step, (step + 1) * per_step)
+        return self._first_sequence + np.arange(step * per_step, (step + 1) * per_step)
 
 
 class ReadingEndedError(Exception):
@@ -380,7 +383,8 @@ def training_data(
         documents_have_prefix=bool(prepared.document_prefix),
         **keywords,
     )
-    needed = made.order.counts(training.num_steps * training.tokens_per_step // data.block_size)
+    num_sequences = training.num_steps * training.tokens_per_step // data.block_size
+    needed = made.order.counts(keywords.get("first_sequence", 0) + num_sequences)
     caps = [source.max_epochs for source in data.sources]
     numbers = list(range(len(caps)))
     if not stages:  # all sources are one stream
@@ -401,10 +405,15 @@ def _stages(data: DataSection) -> list[tuple[int, list[float]]]:
     return [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
 
 
-def epochs_by_source(data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData) -> list[float]:
-    """How often a run sees the blocks of each source. A single number for all sources if they have no weights."""
+def epochs_by_source(
+    data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData, first_sequence: int = 0
+) -> list[float]:
+    """How often a run sees the blocks of each source. A single number for all sources if they have no weights.
+
+    `first_sequence`: as in `TrainingData`. The trunk's sequences before it count, too.
+    """
     sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
-    num_sequences = training.num_steps * training.tokens_per_step // data.block_size
+    num_sequences = first_sequence + training.num_steps * training.tokens_per_step // data.block_size
     counts = TrainingOrder(sizes, _stages(data), seed).counts(num_sequences)
     return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
 

@@ -14,21 +14,24 @@ from hfpretrain.data.prepared import PreparedData
 from hfpretrain.recipe.schema import Recipe, RecipeError
 
 
-def describe_step(recipe: Recipe, step: int, skipped: Sequence[Sequence[int]]) -> Iterator[str]:
+def describe_step(
+    recipe: Recipe, step: int, skipped: Sequence[Sequence[int]], first_step: int = 0, first_sequence: int = 0
+) -> Iterator[str]:
     """Lines that show each sequence of an optimizer step: its documents with file and line, and their text.
 
     `step`: counted from 1, as in `metrics.jsonl`. `skipped`: data steps that the run has left out, as in
-    `order.data_step`. Raises `RecipeError` if the data is not prepared or there is no such step.
+    `order.data_step`. `first_step`: steps of the trunk, if the run is a branch. `first_sequence`: as in `TrainingData`.
+    Raises `RecipeError` if the data is not prepared or there is no such step.
     """
     if recipe.data.streaming:
         raise RecipeError.at(
             "data.streaming",
             "streamed data has no index of its documents; only the steps of prepared data can be shown",
         )
-    if not 1 <= step <= recipe.training.num_steps:
-        raise RecipeError.at(
-            "--step", f"{step} is not a step of this run, whose steps are 1 to {recipe.training.num_steps}"
-        )
+    last_step = first_step + recipe.training.num_steps
+    if not first_step < step <= last_step:
+        message = f"{step} is not a step of this run, whose steps are {first_step + 1} to {last_step}"
+        raise RecipeError.at("--step", message + ("; earlier ones are of its trunk" if first_step else ""))
     path = prepared_path(recipe)
     if not path.exists():
         raise RecipeError.at(
@@ -48,9 +51,10 @@ def describe_step(recipe: Recipe, step: int, skipped: Sequence[Sequence[int]]) -
         num_processes=1,
         eos_token_id=prepared.manifest["eos_token_id"],
         document_masking=False,
+        first_sequence=first_sequence,
     )
     tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
-    index = data_step(step - 1, skipped)
+    index = data_step(step - 1, skipped) - first_step
     found = list(sequences_of_step(prepared, data, tokenizer, index))
     yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(index):016x}"
     for number, sequence in enumerate(found):

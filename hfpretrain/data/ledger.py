@@ -30,12 +30,13 @@ def sequence_checksum(rows: np.ndarray, positions: np.ndarray) -> int:
 class Ledger:
     """Proves which tokens a run has trained on: a checksum for each step, and a rolling hash over all of them.
 
-    The checksum of a step is a sum over its sequences, so it is equal for any number of processes.
+    The checksum of a step is a sum over its sequences, so it is equal for any number of processes. `after`: for a
+    branch, the digest of the trunk's ledger where the branch began; the rolling hash begins with it.
     """
 
-    def __init__(self, checksums: Iterable[int] = ()):
+    def __init__(self, checksums: Iterable[int] = (), after: str = ""):
         self._checksums = array("Q")
-        self._rolling = hashlib.blake2b(digest_size=16)
+        self._rolling = hashlib.blake2b(bytes.fromhex(after), digest_size=16)
         for checksum in checksums:
             self.append(int(checksum))
 
@@ -72,7 +73,7 @@ class Ledger:
 
 
 class Consumption:
-    """The ledger, tokens and documents that all processes have trained on since the start of the run.
+    """The ledger, tokens and documents that all processes have trained on since the start of the run or the branch.
 
     Each process adds its own steps, and `gather` sums them over the processes. Steps after the last `gather` are not
     counted yet.
@@ -112,8 +113,8 @@ class Consumption:
         """The entries for `train_state.json`; the checksums themselves are saved as `LEDGER`."""
         return {"ledger": self.ledger.digest, **self.by_source(), "documents_dropped": self.documents_dropped}
 
-    def restore(self, stored: dict[str, Any], checkpoint: Path) -> str:
-        """Load a checkpoint's counts, and remove the entries of `state` from `stored`.
+    def restore(self, stored: dict[str, Any], checkpoint: Path, after: str = "") -> str:
+        """Load a checkpoint's counts, and remove the entries of `state` from `stored`. `after`: as in `Ledger`.
 
         Returns the digest that the checkpoint's ledger must have. Raises `KeyError` if an entry is missing.
         """
@@ -121,5 +122,5 @@ class Consumption:
         self._tokens = np.array(stored.pop("source_tokens"))
         self._documents = np.array(stored.pop("source_documents"))
         self.documents_dropped = stored.pop("documents_dropped")
-        self.ledger = Ledger(np.load(checkpoint / LEDGER))
+        self.ledger = Ledger(np.load(checkpoint / LEDGER), after)
         return str(stored.pop("ledger"))

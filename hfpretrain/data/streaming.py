@@ -406,7 +406,7 @@ class StreamingData:
     `held_out`: digests of the validation documents. `max_unknown`: as in `TokenizerSection`. `stream_lanes`: the
     result of `assign_lanes`, equal on all processes; computed if None. `seed`: for `data.shuffle_buffer`.
     `num_threads`: number of threads that tokenize; by default one for each core. The other arguments are those of
-    `TrainingData`.
+    `TrainingData`; `first_sequence` is that of data step 0.
 
     Until `join` is called, a process reads every lane that its sequences come from, even if others do too.
     """
@@ -429,7 +429,9 @@ class StreamingData:
         stream_lanes: list[Lanes] | None = None,
         seed: int = 0,
         num_threads: int | None = None,
+        first_sequence: int = 0,
     ):
+        self._first_sequence = first_sequence
         self._micro_batch_size, self._next = micro_batch_size, first_step
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
         self._eos_before_bos = eos_token_id if encoder.prefix else None
@@ -551,7 +553,7 @@ class StreamingData:
         self._next += 1
         for lane in self._lanes.values():
             lane.start()
-        positions = step * self._per_step + np.arange(self._per_step)
+        positions = self._first_sequence + step * self._per_step + np.arange(self._per_step)
         before, after = self.order.counts(positions[0]), self.order.counts(positions[-1] + 1)
         per_lane = (after - before) // self._num_lanes
         blocks = {(stream, lane): made.blocks(int(per_lane[stream])) for (stream, lane), made in self._lanes.items()}

@@ -171,6 +171,16 @@ def zero_rows(tensor: torch.Tensor, number: int) -> None:
         part[: max(0, number - offsets[0])].zero_()
 
 
+def shapes_in(path: Path, part: str) -> dict[str, torch.Size]:
+    """Shapes of the tensors in `part` of a saved state, by name."""
+    entries = _Reader(path).read_metadata().state_dict_metadata.items()
+    return {
+        name.removeprefix(part + _SEPARATOR): entry.size
+        for name, entry in entries
+        if name.startswith(part + _SEPARATOR) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
 def load_whole_tensors(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Load the whole tensors of all `parts` of a saved state into one dictionary, by name.
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def is_due(step: int, every_steps: int | None, num_steps: int) -> bool:
+def is_due(step: int, every_steps: int | None, last_step: int) -> bool:
     """Whether `step` is the last step or a multiple of `every_steps`."""
-    return step == num_steps or (every_steps is not None and step % every_steps == 0)
+    return step == last_step or (every_steps is not None and step % every_steps == 0)
 
 
 class Recorder(Protocol):
@@ -56,9 +56,10 @@ class Evaluation:
 class Evaluator:
     """Runs the evaluations of a recipe with the current weights. Every rank must have one and make the same calls.
 
-    `has_validation`: whether the recipe has validation data. `base`: keeps the evaluation of the model that the run
-    began with, to compare the others with it; None for a new model. `beat` is called to show progress. `stop_if_asked`
-    is called where all ranks have made the same number of forward passes, and may raise.
+    `has_validation`: whether the recipe has validation data. `first_step`: number of steps before the run, which are
+    those of its trunk if it is a branch. `base`: keeps the evaluation of the model that the run began with, to compare
+    the others with it; None for a new model. `beat` is called to show progress. `stop_if_asked` is called where all
+    ranks have made the same number of forward passes, and may raise.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class Evaluator:
         document_masking: bool,
         micro_batch_size: int,
         block_size: int,
-        num_steps: int,
+        first_step: int,
+        last_step: int,
         base: BaseEvaluation | None,
         records: Recorder,
         beat: Callable[[], None],
@@ -83,7 +85,8 @@ class Evaluator:
         self._tokenizer, self._token_bytes = tokenizer, token_bytes
         self._eos_token_id = prepared.manifest["eos_token_id"]
         self._has_validation, self._document_masking = has_validation, document_masking
-        self._micro_batch_size, self._block_size, self._num_steps = micro_batch_size, block_size, num_steps
+        self._micro_batch_size, self._block_size = micro_batch_size, block_size
+        self._first_step, self._last_step = first_step, last_step
         self._base, self._beat, self._stop_if_asked = base, beat, stop_if_asked
         self._is_main = engine.process_index == 0
         self._sets = ValidationSets(prepared)
@@ -98,11 +101,13 @@ class Evaluator:
     def evaluate(self, step: int, tokens: int) -> Evaluation | None:
         """Run and record all evaluations that are due after `step` steps and `tokens` tokens; None if none are."""
         section = self._section
-        is_evaluation = step == 0 or is_due(step, section.every_steps, self._num_steps)
+        is_evaluation = step == self._first_step or is_due(step, section.every_steps, self._last_step)
         samples_due = is_evaluation and bool(section.prompts)
         validation_due = is_evaluation and self._has_validation
         tasks_due = (
-            section.lm_eval is not None and step > 0 and is_due(step, section.lm_eval.every_steps, self._num_steps)
+            section.lm_eval is not None
+            and step > self._first_step
+            and is_due(step, section.lm_eval.every_steps, self._last_step)
         )
         if not (validation_due or samples_due or tasks_due):
             return None

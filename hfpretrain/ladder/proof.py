@@ -67,6 +67,7 @@ def _short_run_overrides(recipe: Recipe, steps: int) -> list[str]:
         "logging.every_steps": 1,
         "logging.trackers": "[]",
         "checkpoint.resume_from": "null",
+        "checkpoint.branch_from": "null",
         "hub.repo_id": "null",
     }
     return [f"--{key}={value}" for key, value in values.items()]

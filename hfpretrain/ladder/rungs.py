@@ -245,7 +245,7 @@ def _rung_mapping(recipe: Recipe, tokens: float, compute_ratio: float, num_proce
     mapping["evaluation"] = {}
     mapping["checkpoint"] |= {"every_steps": max(1, num_steps // 4), "keep_last": 1, "keep_every": None}
     mapping["hub"]["repo_id"] = None  # rungs are not published
-    mapping["checkpoint"]["resume_from"] = None
+    mapping["checkpoint"] |= {"resume_from": None, "branch_from": None}
     mapping["logging"] |= {"every_steps": max(1, num_steps // 50), "trackers": [], "profile_steps": None}
     return mapping
 

@@ -64,6 +64,17 @@ def _missing_file_problem(folder: Path) -> str | None:
     return None
 
 
+_STEP = re.compile(r"(.+)@(?:step-)?(\d{1,8})")
+
+
+def checkpoint_folder(address: str) -> Path:
+    """The folder of a checkpoint that is given as `RUN@STEP`, for example `runs/base@1000`, or as the folder itself."""
+    match = _STEP.fullmatch(address)
+    if match is None or Path(address).exists():
+        return Path(address)
+    return Path(match[1]) / "checkpoints" / f"step-{int(match[2]):08d}"
+
+
 def parse_hub_address(address: str) -> tuple[str, str] | None:
     """Repo id and revision of `hub://USER/NAME@REVISION`; None if `address` does not begin with `hub://`."""
     if not address.startswith("hub://"):

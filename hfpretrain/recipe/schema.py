@@ -712,6 +712,11 @@ class SchedulerSection(Section):
     """Optimizer steps in which the learning rate rises linearly from 0 to `optimizer.lr`."""
     scheduler_specific_kwargs: dict[str, Any] = {}
     """Further keywords of this schedule, for example `{min_lr_rate: 0.1}` or `{num_decay_steps: 1000}`."""
+    on_branch: Literal["continue", "restart"] = "continue"
+    """With `checkpoint.branch_from`, which steps the schedule counts. `continue`, the default: the trunk's steps and
+    then those of the branch, so there is no second warm-up, and `warmup_stable_decay` decays in the last
+    `num_decay_steps` of the branch. `restart`: only the steps of the branch, so `linear` without warm-up falls from
+    `optimizer.lr` to 0 over the branch. The learning rate of the first step is written at the start."""
 
     @model_validator(mode="after")
     def _check_arguments(self) -> SchedulerSection:
@@ -858,15 +863,33 @@ class CheckpointSection(Section):
     """Write checkpoints in the background while training continues. Takes host memory for a copy of the state. A save
     that is due before the previous one is written waits for it. The last save of a run is not in the background."""
     resume_from: str | None = Field(default=None, min_length=1)
-    """Checkpoint to start from if `output_dir` has no checkpoint yet: the checkpoint folder of another run, or
-    `hub://USER/NAME@step-00001000`, which `hub.push_state` uploaded. Use the same recipe as the run that wrote the
-    checkpoint."""
+    """Checkpoint from which the same run continues in this `output_dir`, if that has no checkpoint yet:
+    `runs/NAME@1000`, its folder `runs/NAME/checkpoints/step-00001000`, or `hub://USER/NAME@step-00001000`, which
+    `hub.push_state` uploaded. Use the same recipe as the run that wrote the checkpoint. To change data, schedule or
+    batch size, use `branch_from`."""
+    branch_from: str | None = Field(default=None, min_length=1)
+    """Checkpoint of another run, the trunk, from which this run branches off. It is written as in `resume_from`, for
+    example `runs/trunk@1000`. Weights, optimizer state and the numbers of steps and tokens are the trunk's. Data,
+    schedule, `optimizer.lr`, batch size, length, seed and evaluation may differ. `model`, `tokenizer` and
+    `optimizer.name` must be those of the trunk; of `model`, only dropout, rotary positions, the context length and what
+    may change on resume can differ. `training.max_steps` and `training.max_tokens` are the length of the branch alone.
+    If the section `data` and `seed` are those of the trunk, the branch continues the trunk's order of the data.
+    Otherwise it begins with the first sequence of its own order. A tokenizer that the trunk trained on its text is used
+    as it is. `branch.json` in the run folder records where the branch began. See also `scheduler.on_branch`."""
 
-    @field_validator("resume_from")
+    @field_validator("resume_from", "branch_from")
     @classmethod
     def _check_address(cls, given: str | None) -> str | None:
         parse_hub_address(given or "")
         return given
+
+    @model_validator(mode="after")
+    def _check_one_start(self) -> CheckpointSection:
+        if self.resume_from is not None and self.branch_from is not None:
+            raise ValueError(
+                "give `resume_from` (continue the same run) or `branch_from` (begin another run), not both"
+            )
+        return self
 
 
 class StabilitySection(Section):
@@ -978,7 +1001,15 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
     except RecipeError as error:
         yield from error.problems
     decay_steps = scheduler.scheduler_specific_kwargs.get("num_decay_steps", 0)
-    if scheduler.num_warmup_steps >= training.num_steps:
+    is_branch = recipe.checkpoint.branch_from is not None
+    if is_branch and scheduler.on_branch == "continue":
+        if isinstance(decay_steps, int) and decay_steps > training.num_steps:
+            yield Problem(
+                "scheduler.scheduler_specific_kwargs.num_decay_steps",
+                f"{decay_steps} decay steps do not fit into a branch of {training.num_steps} steps; use fewer, or "
+                "lengthen the branch",
+            )
+    elif scheduler.num_warmup_steps >= training.num_steps:
         yield Problem(
             "scheduler.num_warmup_steps",
             f"{scheduler.num_warmup_steps} warm-up steps do not fit into a run of {training.num_steps} steps; use "
@@ -1004,7 +1035,8 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
                 message = f"{weight} is less than 1/10,000 of all weights, too little to be drawn; raise it, or use 0"
                 yield Problem(f"data.sources.{number}.weight", message)
     for number, stage in enumerate(recipe.data.stages):
-        if stage.from_tokens >= training.num_steps * training.tokens_per_step:
+        # A branch that continues the trunk's order of the data counts the trunk's tokens, too.
+        if stage.from_tokens >= training.num_steps * training.tokens_per_step and not is_branch:
             yield Problem(
                 f"data.stages.{number}.from_tokens",
                 f"{stage.from_tokens} tokens are only reached after the end of the run; lower it",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hfpretrain.recipe.addresses import missing_path_problem
+from hfpretrain.recipe.addresses import checkpoint_folder, missing_path_problem, parse_hub_address
 from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.schema import ModelSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.training.run_folder import ENVIRONMENT
@@ -19,18 +19,18 @@ ENVIRONMENT_KEY = "hub_commits"
 
 
 def find(
-    model: ModelSection, tokenizer: TokenizerSection, output_dir: Path, resume_from: str | None
+    model: ModelSection, tokenizer: TokenizerSection, output_dir: Path, start_from: str | None
 ) -> dict[str, str | None]:
     """Map each `pretrained` key of a recipe to its commit hash.
 
     A local folder maps to None. In offline mode, a repository that is not cached maps to an empty string. A run that
-    resumes uses the commits in its own records. A run that starts from another run's checkpoint uses the commits of
-    that run. In all other cases the Hub is asked.
+    resumes uses the commits in its own records. A run that starts from another run's checkpoint, `start_from`, uses the
+    commits of that run. In all other cases the Hub is asked.
 
     Only the main process calls this: if every rank asked, a push between two requests could give them different
     commits. Raises `RecipeError` if the Hub does not answer, or has no such repo or revision.
     """
-    known, found = _recorded_commits(output_dir, resume_from), dict[str, str | None]()
+    known, found = _recorded_commits(output_dir, start_from), dict[str, str | None]()
     asked: dict[tuple[str, str | None], str | None] = {}
     for key, section in _sections(model, tokenizer):
         name, revision = section.pretrained or "", section.revision
@@ -78,11 +78,11 @@ def _sections(
     return ((key, section) for key, section in sections if section.pretrained is not None)
 
 
-def _recorded_commits(output_dir: Path, resume_from: str | None) -> dict[str, str | None]:
-    """The recorded commits of the run in the output folder, or else of the run of `checkpoint.resume_from`."""
+def _recorded_commits(output_dir: Path, start_from: str | None) -> dict[str, str | None]:
+    """The recorded commits of the run in the output folder, or else of the run of the checkpoint `start_from`."""
     folders = [output_dir]
-    if resume_from is not None:
-        folders.append(Path(resume_from).absolute().parent.parent)
+    if start_from is not None and parse_hub_address(start_from) is None:
+        folders.append(checkpoint_folder(start_from).absolute().parent.parent)
     for folder in folders:
         path = folder / ENVIRONMENT
         if path.is_file():

@@ -56,6 +56,7 @@ class Feed:
             "num_processes": setup.engine.data_size,
             "eos_token_id": manifest["eos_token_id"],
             "document_masking": setup.document_masking,
+            "first_sequence": setup.origin.sequence,
         }
         if not recipe.data.streaming:
             return training_data(recipe.data, recipe.training, recipe.seed, setup.prepared, **keywords)
@@ -124,7 +125,7 @@ class Feed:
     def start(self, state: TrainState) -> None:
         """Start reading the data of the steps that follow `state`."""
         self._state = state
-        steps = range(state.step, self._setup.recipe.training.num_steps)
+        steps = range(state.step, self._setup.last_step)
         data, pin_memory = self.data, self._setup.engine.device.type == "cuda"
         leave = data.leave if isinstance(data, StreamingData) else lambda: None
         self._prefetcher = Prefetcher(

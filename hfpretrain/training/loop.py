@@ -44,7 +44,7 @@ def fit(
     `Stability.handle` does, and `NotSavedError` if the last checkpoint could not be written.
     """
     recipe, engine, clock = setup.recipe, setup.engine, log.clock
-    num_steps, tokens_per_step, settings = recipe.training.num_steps, recipe.training.tokens_per_step, setup.settings
+    last_step, tokens_per_step, settings = setup.last_step, recipe.training.tokens_per_step, setup.settings
 
     def before_micro_step(micro_step: int) -> None:
         watch.beat("train", state.step)
@@ -56,8 +56,8 @@ def fit(
         if not state.evaluated and (evaluation := evaluator.evaluate(state.step, state.tokens)) is not None:
             state.evaluated, state.evaluation_loss = True, evaluation.loss
             clock.mark("evaluate")
-        is_last = state.step >= num_steps
-        if state.step not in (0, saver.saved_step) and is_due(state.step, recipe.checkpoint.every_steps, num_steps):
+        is_last = state.step >= last_step
+        if state.step not in (0, saver.saved_step) and is_due(state.step, recipe.checkpoint.every_steps, last_step):
             saver.save(in_background=recipe.checkpoint.async_save and not is_last)
         saver.record(is_last)
         clock.mark("save")
@@ -82,7 +82,7 @@ def fit(
         clock.mark("optimizer")
         state.advance(step_data, loss, tokens_per_step, settings)
         records.advance_progress()
-        if is_due(state.step, recipe.logging.every_steps, num_steps):
+        if is_due(state.step, recipe.logging.every_steps, last_step):
             log.write(records, grad_norm, lr, lr_by_group)
 
 

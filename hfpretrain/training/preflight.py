@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpretrain.checkpoints.recipe_changes import forbidden_changes
+from hfpretrain.checkpoints import start
 from hfpretrain.data import corpus, source_files
 from hfpretrain.data.token_documents import Vocabulary
 from hfpretrain.data.token_files import open_token_file
-from hfpretrain.recipe.addresses import load_error_message, missing_path_problem, parse_hub_address
+from hfpretrain.recipe.addresses import checkpoint_folder, load_error_message, missing_path_problem, parse_hub_address
 from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.schema import (
     FILE_FORMATS,
@@ -64,7 +64,7 @@ def resource_problems(recipe: Recipe) -> list[Problem]:
         ),
         lambda: _pretrained_problems("model.pretrained", model.pretrained, model.revision, _model_problems),
         lambda: _evaluation_problems(recipe.evaluation),
-        lambda: _resume_problems(recipe),
+        lambda: _start_problems(recipe),
         lambda: _folder_problems(recipe),
     ]
     found: list[Problem] = []
@@ -344,19 +344,22 @@ def _evaluation_problems(section: EvaluationSection) -> Iterator[Problem]:
         yield Problem("evaluation.lm_eval", "needs the lm-eval package: pip install hfpretrain[lm-eval]")
 
 
-def _resume_problems(recipe: Recipe) -> Iterator[Problem]:
-    given, key = recipe.checkpoint.resume_from, "checkpoint.resume_from"
-    if given is None or any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
+def _start_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Problems of the checkpoint that a new run starts from: it is missing, or it does not fit the recipe."""
+    named = start.named_checkpoint(recipe.checkpoint)
+    if named is None or any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         return
+    key, given = named
     if (address := parse_hub_address(given)) is not None:
         yield from _repo_problems(key, *address, "model", ())
-    elif not (Path(given) / "manifest.json").is_file():
-        yield Problem(key, f"{given!r} is not a checkpoint: it has no manifest.json")
+    elif problem := start.missing_checkpoint_problem(given):
+        yield Problem(key, problem)
     else:
-        files = (Path(given) / "recipe.yaml", Path(given).absolute().parent.parent / "recipe.yaml")
+        folder = checkpoint_folder(given)
+        files = (folder / "recipe.yaml", folder.absolute().parent.parent / "recipe.yaml")
         of_run = next((file for file in files if file.is_file()), None)
-        if of_run is not None and (changed := forbidden_changes(recipe, read_recipe(of_run))):
-            yield Problem(key, f"{given} was saved with another recipe")
+        if of_run is not None and (changed := start.changed_keys(recipe, read_recipe(of_run))):
+            yield Problem(key, start.changes_message(recipe.checkpoint))
             yield from changed
 
 

@@ -135,10 +135,10 @@ class Records:
         output_dir: Path,
         trackers: Mapping[str, Callable[[], Any]],
         is_main: bool,
-        num_steps: int,
+        last_step: int,
         step: int | None,
     ):
-        self._output_dir, self.is_main, self._num_steps = output_dir, is_main, num_steps
+        self._output_dir, self.is_main, self._last_step = output_dir, is_main, last_step
         self._file = MetricsFile(output_dir / "metrics.jsonl", step) if is_main else None
         self._first_step, self._num_output_errors = step, 0
         self._samples: MetricsFile | None = None
@@ -146,7 +146,7 @@ class Records:
         disable = None if is_main else True
         self._step = step or 0
         self._trackers = [_Tracker(name, start, self._report) for name, start in trackers.items() if is_main]
-        self._progress = tqdm(total=num_steps, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
+        self._progress = tqdm(total=last_step, initial=step or 0, unit=" steps", disable=disable, dynamic_ncols=True)
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Write a row into `metrics.jsonl` and the trackers."""
@@ -208,7 +208,7 @@ class Records:
         self._progress.set_postfix_str(f"{text}, {speed}")
         if self._progress.disable:
             left = tqdm.format_interval(row["seconds_left"])
-            self.print_line(f"step {row['step']}/{self._num_steps}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
+            self.print_line(f"step {row['step']}/{self._last_step}: {text}, lr {row['lr']:.2e}, {speed}, {left} left")
 
     def record_output_errors(self, step: int) -> None:
         """Record why standard output or standard error can no longer be written to, if that is so."""

@@ -97,7 +97,7 @@ def write_run_files(setup: Setup, state: TrainState) -> None:
     files.write_atomically(folder / "optimizer.json", json.dumps(setup.optimizer_groups, indent=1))
     path = folder / ENVIRONMENT
     # A finished run that is started again trains nothing, so the file keeps what it was trained with.
-    if state.step < setup.recipe.training.num_steps or not path.exists():
+    if state.step < setup.last_step or not path.exists():
         files.write_atomically(path, json.dumps(environment(setup) | {"segments": state.segments}, indent=1))
 
 
@@ -110,9 +110,10 @@ def run_summary(
     num_parameters: int,
     epochs: str | None,
     notes: Sequence[str],
+    first_step: int,
 ) -> str:
     """What a finished run prints. `report`: see `verify.verify_export`. `epochs`: text of `format_epochs`, None for a
-    stream."""
+    stream. `first_step`: number of steps before the run, which are those of its trunk if it is a branch."""
     where = ", ".join(
         text if (first, last) == (1, state.step) else f"{text} (steps {first:,} to {last:,})"
         for text, first, last in segments.hardware_ranges(state.segments)
@@ -122,7 +123,7 @@ def run_summary(
         f"{output_dir.name}: {num_parameters:,} parameters, {state.tokens:,} tokens in {state.step:,} steps, {where}",
     ]
     for row in history.evaluations:
-        lines.append(f"  {_evaluation_time(row['step'], state.step):<16} {evaluation_text(row)}")
+        lines.append(f"  {_evaluation_time(row['step'], first_step, state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
     lines += _gain_lines(history)
     if epochs is not None:
@@ -157,6 +158,6 @@ def _gain_lines(history: History) -> list[str]:
     return [*lines, *(f"    {name or 'all text':<14} {text}" for name, text in gains.items())]
 
 
-def _evaluation_time(step: int, last_step: int) -> str:
-    """When an evaluation was made. A run that starts from another run's checkpoint has none before training."""
-    return {0: "before training", last_step: "after training"}.get(step, f"at step {step:,}")
+def _evaluation_time(step: int, first_step: int, last_step: int) -> str:
+    """When an evaluation was made. A run that resumes from another run's checkpoint has none before training."""
+    return {first_step: "before training", last_step: "after training"}.get(step, f"at step {step:,}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hfpretrain.data.batches import TrainingData
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.modeling import optim
-from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import CHANGEABLE_ON_RESUME, differences, read_recipe
 from hfpretrain.training import segments
 from hfpretrain.training.setup import Setup
@@ -83,14 +84,16 @@ def restore(
     stored = saver.read_train_state(path)
     origin = {name: stored.pop(name, None) for name in ("engine", "num_processes", "precision")}
     undecayed = stored.pop("undecayed", [])
-    setup.notes.add(decay_note(setup.recipe.optimizer.name, path, undecayed, setup.undecayed))
-    if stored.pop("data") != setup.data_identity:
+    if undecayed is not None:  # it is None at the start of a branch that changes `optimizer.no_decay`
+        setup.notes.add(decay_note(setup.recipe.optimizer.name, path, undecayed, setup.undecayed))
+    # At the start of a branch that does not continue the data order of its trunk, it is None.
+    if stored.pop("data") not in (None, setup.data_identity):
         is_first_version, add_bos = "segments" not in stored, setup.recipe.tokenizer.add_bos
         message = _other_data_message(path, is_first_version, setup.recipe.data.streaming, setup.prepared, add_bos)
         raise RecipeError.at("data", message)
-    num_steps = setup.recipe.training.num_steps
-    if stored["step"] > num_steps:
-        message = f"{path} is at step {stored['step']}, after the last step of the recipe, {num_steps}"
+    last_step = setup.last_step
+    if stored["step"] > last_step:
+        message = f"{path} is at step {stored['step']}, after the last step of the recipe, {last_step}"
         raise RecipeError.at("training", f"{message}; raise training.max_steps or training.max_tokens")
     try:
         digest = state.restore(stored, path)
@@ -102,7 +105,7 @@ def restore(
     _check_ledger(state, path, digest, data, setup.recipe.training.tokens_per_step, setup.prepared.path, watch)
     start = time.perf_counter()
     has_scaler = setup.engine.load_state(path, saving_group)
-    optim.set_step(setup.scheduler, state.step)
+    optim.set_step(setup.scheduler, state.step - setup.origin.schedule_step)
     setup.notes.add(
         None if has_scaler else f"the loss scale of fp16 starts from its initial value, since {path} has none"
     )
@@ -112,7 +115,8 @@ def restore(
         changes.append(f"training continues in {now}; up to step {state.step} it was in {before}")
     if setup.is_main:
         logger.info("resumed from %s, read in %.1f s", path, time.perf_counter() - start)
-        changes += _setting_changes(setup.recipe, setup.settings, state, path)
+        begins = bool(setup.trunks) and state.step == setup.origin.step
+        changes += _branch_changes(setup) if begins else _setting_changes(setup, state, path)
     for text in changes:
         logger.warning(text)
     return changes
@@ -174,7 +178,7 @@ def _check_ledger(
 
         def checksum(step: int) -> int:
             watch.unit_done()
-            return data.checksum(state.data_step(step))
+            return data.checksum(state.data_step(state.first_step + step))
 
         wrong = watch.run_on_main(
             "compare the ledger with the data", lambda: ledger.first_mismatch(checksum, tokens_per_step)
@@ -182,16 +186,32 @@ def _check_ledger(
     if wrong is not None:
         raise RecipeError.at(
             "data",
-            f"the tokens of step {wrong} in {prepared_path} are not those that {path} was trained on; "
-            "`hfpretrain verify` shows what changed; delete the folder to prepare the data again",
+            f"the tokens of step {state.first_step + wrong} in {prepared_path} are not those that {path} was trained "
+            "on; `hfpretrain verify` shows what changed; delete the folder to prepare the data again",
         )
     if ledger.digest != digest:
         raise RecipeError.at("data", f"the ledger in {path} does not match its train_state.json")
 
 
-def _setting_changes(recipe: Recipe, now: dict[str, Any], state: TrainState, path: Path) -> Iterator[str]:
-    """A sentence for each setting that has changed since the checkpoint at `path`. `now`: `Setup.settings`."""
-    last_step = recipe.training.num_steps
+def _branch_changes(setup: Setup) -> Iterator[str]:
+    """Sentences for the start of a branch: its first learning rate, and how its recipe differs from the trunk's."""
+    parent, recipe, origin = setup.trunks[-1], setup.recipe, setup.origin
+    number, step = (whole - origin.schedule_step for whole in (setup.last_step, origin.step))
+    lr = optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, number, step)
+    text = (
+        f"the learning rate is {lr:.2e} in step {origin.step + 1}, the first of the branch, and was {parent.lr:.2e} in "
+        f"the trunk's last (scheduler.on_branch: {recipe.scheduler.on_branch})"
+    )
+    if not math.isclose(lr, parent.lr, rel_tol=0.1):
+        other = "restart" if recipe.scheduler.on_branch == "continue" else "continue"
+        text += f". To avoid the jump, change the schedule, optimizer.lr, or set scheduler.on_branch: {other}"
+    yield text
+    yield from parent.changes
+
+
+def _setting_changes(setup: Setup, state: TrainState, path: Path) -> Iterator[str]:
+    """A sentence for each setting that has changed since the checkpoint at `path`."""
+    recipe, now, origin, last_step = setup.recipe, setup.settings, setup.origin, setup.last_step
     if state.step >= last_step:
         return
     before = state.segments[-1]
@@ -204,18 +224,38 @@ def _setting_changes(recipe: Recipe, now: dict[str, Any], state: TrainState, pat
     section, lr = recipe.scheduler, recipe.optimizer.lr
     planned = before.get("num_steps", old_recipe.training.num_steps)
     used, unchanged, following = (
-        optim.learning_rate(section, lr, number, step)
+        optim.learning_rate(section, lr, number - origin.schedule_step, step - origin.schedule_step)
         for number, step in ((planned, state.step - 1), (planned, state.step), (last_step, state.step))
     )
     if not math.isclose(unchanged, following, rel_tol=1e-3):
         yield (
             f"the learning rate is {used:.2e} in step {state.step} and {following:.2e} in the next, since the schedule "
             f"{section.name} depends on the number of steps, which was {planned} and is now {last_step} "
-            "(training.max_steps or training.max_tokens). To extend a run, use constant_with_warmup, or "
-            "warmup_stable_decay before its decay. Or start a new run from these weights (model.pretrained)"
+            "(training.max_steps or training.max_tokens). A run continues with more steps at the same rate with "
+            "constant_with_warmup, or with warmup_stable_decay before its decay. "
+            f"{_branch_advice(setup, planned, state.step)}"
         )
     attention = before.get("attn_implementation", old_recipe.model.attn_implementation)
     if attention not in ("auto", now["attn_implementation"]):
         yield f"attention is {now['attn_implementation']}; up to step {state.step} it was {attention}"
     for problem in differences(recipe, old_recipe, ignore=_WITHOUT_EFFECT_ON_STEPS):
         yield f"the recipe has changed since step {state.step}: {problem}"
+
+
+def _branch_advice(setup: Setup, planned: int, step: int) -> str:
+    """The command that trains further from a checkpoint of a run whose schedule does not allow more steps.
+
+    `planned`: the last step of the schedule so far. The checkpoint is the newest from before the decay if one is left.
+    """
+    recipe, run = setup.recipe, setup.output_dir
+    decay = recipe.scheduler.scheduler_specific_kwargs.get("num_decay_steps")
+    is_wsd = recipe.scheduler.name == "warmup_stable_decay" and isinstance(decay, int)
+    decay_start = planned - int(decay or 0) if is_wsd else 0
+    saved = [files.step_of(folder) for folder in files.step_folders(run / "checkpoints")]
+    stable = next((number for number in saved if number <= decay_start), None)
+    changes = [f"--output_dir={run}-branch", f"--checkpoint.branch_from={run}@{stable or step}"]
+    changes.append(f"--training.max_steps={setup.last_step - (stable or step)}")
+    if stable is None:
+        changes += ["--scheduler.on_branch=restart", "--scheduler.num_warmup_steps=0"]
+    command = shlex.join(["hfpretrain", "train", str(run / "recipe.yaml"), *changes])
+    return f"Or leave this run as it is, and continue from its step {stable or step} as another run: {command}"

@@ -106,7 +106,7 @@ def _train(
         publisher.start()
     saved_step = None if newest.path is None else first_step
     trackers = _tracker_starters(recipe, setup.engine.accelerator, state.run_id)
-    records = Records(output_dir, trackers, is_main, recipe.training.num_steps, saved_step)
+    records = Records(output_dir, trackers, is_main, setup.last_step, saved_step)
     for text in (*setup.notes, *newest.passed_over, *changes, *unknown_base):
         records.write_event(first_step, text)
     saver = RunSaver(
@@ -130,7 +130,8 @@ def _train(
         document_masking=setup.document_masking,
         micro_batch_size=recipe.training.micro_batch_size,
         block_size=recipe.data.block_size,
-        num_steps=recipe.training.num_steps,
+        first_step=setup.origin.step,
+        last_step=setup.last_step,
         base=base,
         records=records,
         beat=lambda: watch.beat("evaluate", state.step),
@@ -163,6 +164,7 @@ def _train(
                 flops_per_token=setup.flops_per_token,
                 peak_flops=setup.peak_flops,
                 peak_memory=setup.peak_memory,
+                last_step=setup.last_step,
             ),
             profiler=profiler,
             watch=watch,
@@ -289,6 +291,7 @@ def _finish(
             num_parameters=setup.parameters.total,
             epochs=None if setup.epochs is None else format_epochs(recipe.data.sources, setup.epochs),
             notes=setup.notes,
+            first_step=setup.origin.step,
         )
         print(summary, flush=True)
         records.record_output_errors(state.step)

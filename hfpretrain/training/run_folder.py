@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from hfpretrain.checkpoints import trunk
 from hfpretrain.checkpoints.recipe_changes import forbidden_changes
 from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
 from hfpretrain.recipe.yaml import read_recipe
@@ -54,6 +55,8 @@ def refuse_other_run(recipe: Recipe) -> None:
         begun = read_recipe(path)
     except RecipeError as error:
         raise RecipeError.at(str(path), f"can't be read, so this folder is left unchanged: {error}") from None
+    if (problem := trunk.other_run_problem(recipe)) is not None:
+        raise RecipeError(problem)
     masking = recipe.training.document_masking
     changed = [
         problem

@@ -7,21 +7,22 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfpretrain.checkpoints import resume
+from hfpretrain.checkpoints import resume, trunk
+from hfpretrain.checkpoints.trunk import Origin, Trunk
 from hfpretrain.data.batches import epochs_by_source, format_epochs
 from hfpretrain.data.encode import token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.source_files import log_once
 from hfpretrain.data.summary import limit_notes, preparation_notes, reading_notes
-from hfpretrain.data.tokenizer import describe_framing, set_chat_template
+from hfpretrain.data.tokenizer import describe_framing, load_tokenizer, set_chat_template
 from hfpretrain.engines import choose, launch
 from hfpretrain.engines.base import Engine
 from hfpretrain.modeling import initialization, optim
@@ -49,7 +50,7 @@ from hfpretrain.modeling.structure import Parameters, count_parameters, frozen_p
 from hfpretrain.modeling.trainable import UntrainedParameters, freeze_outside_loss, train_padding_rows
 from hfpretrain.planning import devices
 from hfpretrain.recipe.redaction import redact_all
-from hfpretrain.recipe.schema import Recipe, RecipeError, accumulation_steps
+from hfpretrain.recipe.schema import Recipe, RecipeError, TokenizerSection, accumulation_steps
 from hfpretrain.recipe.yaml import flatten
 from hfpretrain.training import commits, preflight, vocabulary
 from hfpretrain.training.peak_memory import PeakMemory
@@ -81,6 +82,8 @@ class Setup:
     """The recipe with Hub commits as the revisions of its model and its tokenizer."""
     hub_commits: dict[str, str | None]
     """These commits by key; see `commits.find`."""
+    trunks: list[Trunk]
+    """Where the run branched off other runs, the oldest first; empty if it is no branch."""
     output_dir: Path
     engine: Engine
     """Holds the model and the optimizer."""
@@ -122,6 +125,16 @@ class Setup:
         return self.engine.process_index == 0
 
     @property
+    def origin(self) -> Origin:
+        """What the run had behind it when it began."""
+        return trunk.origin_of(self.trunks)
+
+    @property
+    def last_step(self) -> int:
+        """The number of the run's last step. The steps of a branch follow those of its trunk."""
+        return self.origin.step + self.recipe.training.num_steps
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings under which this process trains. They may differ after a resume."""
         return {
@@ -131,7 +144,7 @@ class Setup:
             "precision": self.engine.precision,
             "attn_implementation": self.config._attn_implementation,
             "document_masking": self.document_masking,
-            "num_steps": self.recipe.training.num_steps,
+            "num_steps": self.last_step,
         }
 
     @property
@@ -188,13 +201,17 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     micro_steps = accumulation_steps(
         training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, engine.data_size
     )
-    watch.run_on_main(
-        "fetch the checkpoint of checkpoint.resume_from",
-        lambda: resume.fetch_initial_checkpoint(given, watch.unit_done),
-    )
+    trunks = _fetch_checkpoint(given, watch, notes)
+    origin = trunk.origin_of(trunks)
+    recipe = trunk.with_trunk_tokenizer(recipe, trunks)
     hub_commits: dict[str, str | None] = watch.run_on_main(
         "ask the Hub for commits",
-        lambda: commits.find(given.model, given.tokenizer, Path(given.output_dir), given.checkpoint.resume_from),
+        lambda: commits.find(
+            recipe.model,
+            recipe.tokenizer,
+            Path(given.output_dir),
+            given.checkpoint.branch_from or given.checkpoint.resume_from,
+        ),
     )
     for text in commits.notes(recipe.model, recipe.tokenizer, hub_commits):
         notes.add(text)
@@ -208,6 +225,8 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     )
     watch.run_on_main("check the model", lambda: _check_model(recipe, engine))
     prepared, tokenizer = _load_data(recipe, engine.process_index == 0, watch, notes)
+    if trunks:
+        watch.run_on_main("compare the tokenizer", lambda: _require_trunk_tokenizer(given, trunks, tokenizer))
     before_building()
     watch.beat("build", 0)
 
@@ -230,6 +249,8 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         logger.info("attention is %s, since %s does not support sdpa", attention, type(model).__name__)
     for line in str(untrained).splitlines():
         notes.add(line)
+    if trunks:
+        watch.run_on_main("compare the model with the trunk's", lambda: _require_trunk_shapes(given, origin, model))
     for row in train_padding_rows(model):
         notes.add(f"token {row} is padding in {config.model_type} and occurs in text, so its embedding is trained")
     parameters, is_mixture = count_parameters(model), has_experts(model)
@@ -252,7 +273,8 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
 
     def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
         optimizer = optim.build_optimizer(model, recipe.optimizer, decayed, hidden, phases)
-        schedulers.append(optim.build_scheduler(optimizer, recipe.scheduler, training.num_steps))
+        num_steps = origin.step - origin.schedule_step + training.num_steps
+        schedulers.append(optim.build_scheduler(optimizer, recipe.scheduler, num_steps))
         return optimizer
 
     engine.prepare(
@@ -293,6 +315,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         recipe=given,
         pinned=recipe,
         hub_commits=hub_commits,
+        trunks=trunks,
         output_dir=Path(recipe.output_dir),
         engine=engine,
         scheduler=schedulers[0],
@@ -310,12 +333,47 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         optimizer_groups=optim.groups_record(optimizer_groups, groups.frozen),
         initial_weights=initial_weights,
         token_bytes=torch.from_numpy(token_bytes(tokenizer, config.vocab_size)).to(engine.device),
-        epochs=_epochs(recipe, prepared),
+        epochs=_epochs(recipe, prepared, origin.sequence),
         flops_per_token=model_flops_per_token(model.config, parameters, recipe.data.block_size, frozen),
         peak_flops=_peak_flops(engine),
         peak_memory=peak_memory,
         notes=notes,
     )
+
+
+def _fetch_checkpoint(recipe: Recipe, watch: Watch, notes: Notes) -> list[Trunk]:
+    """Fetch the checkpoint that the recipe names. Returns the trunks of the run, which the main process reads."""
+    run = Path(recipe.output_dir)
+
+    def work() -> list[Any]:
+        texts = resume.fetch_initial_checkpoint(recipe, watch.unit_done)
+        return [texts, trunk.to_json(trunk.read_trunks(run))]
+
+    texts, found = watch.run_on_main("fetch the checkpoint that the recipe names", work)
+    trunks = trunk.from_json(found)
+    for text in (*texts, *trunk.notes(trunks, trunk.origin_of(trunks).step + recipe.training.num_steps)):
+        notes.add(text)
+    return trunks
+
+
+def _require_trunk_tokenizer(recipe: Recipe, trunks: Sequence[Trunk], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise `RecipeError` if a branch would read its text with another vocabulary than its trunk."""
+    folder = Path(recipe.output_dir) / trunk.TOKENIZER
+    if not folder.is_dir():
+        return
+    section = TokenizerSection(pretrained=str(folder), trust_remote_code=recipe.tokenizer.trust_remote_code)
+    theirs, ours = load_tokenizer(section).get_vocab(), tokenizer.get_vocab()
+    if changed := sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token)):
+        examples = "; ".join(f"{one!r} is {ours.get(one)} now, was {theirs.get(one)}" for one in changed[:3])
+        message = f"the ids of {len(changed):,} tokens are not those of {trunks[-1].given}: {examples}"
+        raise RecipeError.at("tokenizer", f"{message}. A branch needs the tokenizer of its trunk")
+
+
+def _require_trunk_shapes(recipe: Recipe, origin: Origin, model: torch.nn.Module) -> None:
+    """Raise `RecipeError` if the checkpoint at which a branch begins has tensors of other shapes than `model`."""
+    path = Path(recipe.output_dir) / "checkpoints" / f"step-{origin.step:08d}"
+    if path.is_dir():  # later it is deleted, as older checkpoints are
+        resume.require_same_shapes(path, {name: tuple(value.shape) for name, value in model.named_parameters()})
 
 
 def _load_data(
@@ -360,10 +418,10 @@ def _check_model(recipe: Recipe, engine: Engine) -> None:
             preflight.require_buildable_model(recipe.model, recipe.optimizer)
 
 
-def _epochs(recipe: Recipe, prepared: PreparedData) -> list[float] | None:
+def _epochs(recipe: Recipe, prepared: PreparedData, first_sequence: int) -> list[float] | None:
     if recipe.data.streaming:
         return None
-    found = epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared)
+    found = epochs_by_source(recipe.data, recipe.training, recipe.seed, prepared, first_sequence)
     logger.info("epochs of the training text: %s", format_epochs(recipe.data.sources, found))
     return found
 

@@ -45,15 +45,23 @@ class TrainState:
     """Data that rollbacks have left out, as `order.data_step` takes them."""
     segments: list[dict[str, Any]] = field(default_factory=list)
     """Ranges of steps with the settings they were trained under; see `segments.extend`."""
+    trunks: list[dict[str, Any]] = field(default_factory=list)
+    """Where the run branched off other runs, as `trunk.to_json` returns it; empty if it is no branch."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """The run's name in trackers."""
 
     def data_step(self, step: int) -> int:
         """Index of the data that optimizer step `step` trains on, both counted from 0.
 
-        The two are equal until a rollback leaves out the data of some steps.
+        The two are equal until a rollback leaves out the data of some steps. A branch counts its data from its own
+        first step.
         """
-        return order.data_step(step, self.skipped)
+        return order.data_step(step, self.skipped) - self.first_step
+
+    @property
+    def first_step(self) -> int:
+        """Number of optimizer steps before the run: those of its trunk, 0 if it is no branch."""
+        return int(self.trunks[-1]["step"]) if self.trunks else 0
 
     def advance(self, data: StepData, loss: float, tokens: int, settings: dict[str, Any]) -> None:
         """Count a step that is done: its data on this process, its loss, its tokens on all processes, and the settings
@@ -76,6 +84,8 @@ class TrainState:
     def to_dict(self) -> dict[str, Any]:
         """The entries for `train_state.json`. Call `gather` first."""
         names = [entry.name for entry in fields(self) if entry.name not in ("consumption", "data_state")]
+        if not self.trunks:  # so that older versions can read the checkpoints of runs without a trunk
+            names.remove("trunks")
         return copy.deepcopy({name: getattr(self, name) for name in names}) | self.consumption.state()
 
     def restore(self, stored: dict[str, Any], checkpoint: Path) -> str:
@@ -85,6 +95,7 @@ class TrainState:
         missing or unknown.
         """
         entries = dict(stored)
-        digest = self.consumption.restore(entries, checkpoint)
+        trunks = entries.get("trunks", ())
+        digest = self.consumption.restore(entries, checkpoint, trunks[-1]["ledger"] if trunks else "")
         vars(self).update(vars(TrainState(self.consumption, **entries)))
         return digest

@@ -15,7 +15,8 @@ from hfpretrain.training.state import TrainState
 class StepLog:
     """Measures the time between log steps, and writes their rows. Create it right before the first step.
 
-    `flops_per_token`, `peak_flops` and `peak_memory` are those of `Setup`. `streaming`: whether the data are a stream.
+    `flops_per_token`, `peak_flops`, `peak_memory` and `last_step` are those of `Setup`. `streaming`: whether the data
+    are a stream.
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class StepLog:
         flops_per_token: float,
         peak_flops: float | None,
         peak_memory: PeakMemory,
+        last_step: int,
     ):
+        self._last_step = last_step
         self._state, self._engine, self._training, self._streaming = state, engine, training, streaming
         self._flops_per_token, self._peak_flops, self._peak_memory = flops_per_token, peak_flops, peak_memory
         self._first_step = state.step
@@ -62,7 +65,7 @@ class StepLog:
             **{f"seconds/{part}": value for part, value in seconds.items()},
             "memory_bytes": self._peak_memory.now(),
             "peak_memory_bytes": self._peak_memory.peak(),
-            "seconds_left": (training.num_steps - state.step) * seconds_per_step,
+            "seconds_left": (self._last_step - state.step) * seconds_per_step,
             "ledger": state.consumption.ledger.digest,
             **state.consumption.by_source(),
         }
