@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hfpretrain.checkpoints import trunk
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import read_recipe
@@ -26,16 +27,18 @@ def find_runs(folder: Path) -> list[Path]:
 def describe_run(path: Path) -> dict[str, Any]:
     """Model, engine, figures and state of a run; None where a value is not known.
 
-    `loss`, `perplexity`, `bits/byte`, and `loss DOMAIN` for each named validation set are from the last evaluation.
+    `branch of` is the checkpoint at which a branch began; other runs have no such key. `loss`, `perplexity`,
+    `bits/byte`, and `loss DOMAIN` for each named validation set are from the last evaluation.
     """
     history = History.read(path / "metrics.jsonl")
     evaluated: dict[str, Any] = history.evaluations[-1] if history.evaluations else {}
     environment: dict[str, Any] = {}
     if (path / "environment.json").exists():
         environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    trunks = trunk.read_trunks(path)
     try:
         recipe = read_recipe(path / "recipe.yaml")
-        steps = recipe.training.num_steps
+        steps = trunk.origin_of(trunks).step + recipe.training.num_steps
         model = recipe.model.pretrained or (recipe.model.config or {}).get("model_type")
     except RecipeError:  # written by another version
         steps, model = None, None
@@ -58,6 +61,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "bits/byte": evaluated.get("eval/bits_per_byte"),
         "tokens/s": history.logged.get("tokens_per_second"),
         "state": state if state == "finished" else f"{state} at {step}/{steps or '?'}",
+        **({"branch of": trunks[-1].given} if trunks else {}),
         **{f"loss {name}": evaluated[f"eval/{name}/loss"] for name in domains(evaluated)},
     }
 
@@ -70,7 +74,8 @@ def runs_table(folder: Path) -> str:
     ]
     named = dict.fromkeys(name for found in described for name in found if name.startswith("loss "))
     at = _COLUMNS.index("loss") + 1
-    columns = (*_COLUMNS[:at], *named, *_COLUMNS[at:])
+    branch = ("branch of",) if any("branch of" in found for found in described) else ()
+    columns = (*_COLUMNS[:at], *named, *_COLUMNS[at:], *branch)
     lines = [columns, *(tuple(_cell(name, found.get(name)) for name in columns) for found in described)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     numbers = {"parameters", "tokens", "loss", "perplexity", "bits/byte", "tokens/s", *named}

@@ -87,9 +87,11 @@ def fetch_initial_checkpoint(recipe: Recipe, file_read: Callable[[], None] = lam
     if named is None or _has_checkpoint(folder):
         return []
     key, given = named
+    address = parse_hub_address(given)
+    if address is None and (problem := start.missing_checkpoint_problem(given)):
+        raise RecipeError.at(key, problem)
     work, commit = folder / f"fetched{files.INCOMPLETE}", None
     work.mkdir(parents=True, exist_ok=True)
-    address = parse_hub_address(given)
     if address is None:
         state = _copy(key, given, work)
     else:
@@ -123,8 +125,6 @@ def _has_checkpoint(folder: Path) -> bool:
 def _copy(key: str, given: str, work: Path) -> Path:
     """Copy or link a checkpoint and its run's tokenizer into `work`; returns the checkpoint's new folder."""
     folder, state = checkpoint_folder(given), work / saver.STATE
-    if problem := start.missing_checkpoint_problem(given):
-        raise RecipeError.at(key, problem)
     run = folder.absolute().parent.parent
     shutil.rmtree(state, ignore_errors=True)
     try:

@@ -22,7 +22,7 @@ TOKENIZER = "tokenizer"
 _KEY = "checkpoint.branch_from"
 # What may change in a config although the weights were trained with it: it changes no tensor's meaning.
 _CHANGEABLE_CONFIG = re.compile(
-    r"model\.(config|config_overrides)\.\w*(dropout|pdrop|rope|max_position_embeddings|n_positions|sliding_window)\b.*"
+    r"model\.(config|config_overrides)\.\w*(dropout|pdrop|rope|max_position_embeddings|n_positions|sliding_window)\w*(\..*)?"
 )
 # Keys whose changes say nothing about how the branch trains.
 _NOT_WORTH_A_NOTE = (

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hfpretrain import files
+from hfpretrain.checkpoints import trunk
+from hfpretrain.checkpoints.trunk import Trunk
 from hfpretrain.evaluation.prompts import printable
 from hfpretrain.planning import table
-from hfpretrain.recipe.addresses import repo_id_problem
+from hfpretrain.recipe.addresses import parse_hub_address, repo_id_problem
 from hfpretrain.recipe.redaction import redact, strip_folders
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError
 from hfpretrain.recipe.yaml import dump_mapping, read_recipe
@@ -58,6 +60,7 @@ class _Records:
     environment: dict[str, Any]
     data: dict[str, Any]
     history: History
+    trunks: list[Trunk]
 
     @classmethod
     def read(cls, run: Path, step: int | None) -> _Records:
@@ -67,7 +70,8 @@ class _Records:
             environment, data = (json.loads((run / name).read_text("utf-8")) for name in _JSON_FILES)
         except (OSError, ValueError) as error:
             raise RecipeError.at(str(run), f"is not a run folder of this version of hfpretrain: {error}") from error
-        return cls(run, recipe, environment, data, History.read(run / "metrics.jsonl", step))
+        history = History.read(run / "metrics.jsonl", step)
+        return cls(run, recipe, environment, data, history, trunk.read_trunks(run))
 
     def evaluations(self) -> list[tuple[int, dict[str, dict[str, Any]]]]:
         """The first and the last evaluation: the step, and the figures by validation set. The key "" means all text."""
@@ -243,7 +247,7 @@ def _metadata(records: _Records, title: str) -> dict[str, Any]:
         license=section.license,
         language=list(section.language) or None,
         datasets=datasets or None,
-        base_model=_base_model(records.recipe.model.pretrained),
+        base_model=_base_model(records),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hfpretrain", *section.tags],
@@ -299,8 +303,12 @@ def _hub_datasets(data: DataSection) -> list[str]:
     return list(dict.fromkeys(path for path in found if not Path(path).exists()))
 
 
-def _base_model(pretrained: str | None) -> str | None:
-    """The pretrained model, if it is on the Hub."""
+def _base_model(records: _Records) -> str | None:
+    """The trunk of a branch, or else the pretrained model, if it is on the Hub."""
+    addresses = [parse_hub_address(parent.given) for parent in records.trunks[-1:]]
+    if addresses and addresses[0] is not None:
+        return addresses[0][0]
+    pretrained = records.recipe.model.pretrained
     is_on_hub = pretrained is not None and repo_id_problem(pretrained) is None and not Path(pretrained).exists()
     return pretrained if is_on_hub else None
 
@@ -330,7 +338,8 @@ def _summary(records: _Records, name: str | None, title: str, step: int | None) 
     size = f"{records.environment['num_parameters']:,} parameters, {records.history.tokens:,} tokens"
     text = f"# {title}\n\nA causal language model ({origin}, {size}), pretrained with hfpretrain."
     if step is not None:
-        text += f" This is the checkpoint of step {step:,} of {recipe.training.num_steps:,}."
+        last_step = trunk.origin_of(records.trunks).step + recipe.training.num_steps
+        text += f" This is the checkpoint of step {step:,} of {last_step:,}."
     elif name is not None and recipe.hub.repo_id is not None and recipe.checkpoint.every_steps:
         text += " Each checkpoint of the training is a revision of this repo, named by its step."
     return text
@@ -443,9 +452,14 @@ def _training(records: _Records) -> str:
     dtype = history.exported.get("export/dtype", recipe.model.dtype)
     without_embeddings = f"{environment['num_non_embedding_parameters']:,} without embeddings"
     emissions = records.emissions()
+    of_steps = f"steps of {tokens_per_step:,}"
+    if trunks := records.trunks:
+        own, of_steps = last.get("step", 0) - trunks[-1].step, "steps, the trunk's included"
+        branch = f"{strip_folders(trunk.describe(trunks))}, then {own:,} steps of {tokens_per_step:,} tokens"
     facts = {
+        "branch of": branch if trunks else None,
         "parameters": f"{environment['num_parameters']:,} ({without_embeddings})",
-        "tokens": f"{last['tokens']:,} in {last['step']:,} steps of {tokens_per_step:,}" if last else None,
+        "tokens": f"{last['tokens']:,} in {last['step']:,} {of_steps}" if last else None,
         "epochs, by source": ", ".join(f"{number:.2f}" for number in environment.get("epochs") or ()),
         "compute": f"{last['flops']:.3g} FLOP" if last else None,
         "hardware": "; ".join(hardware),
@@ -474,14 +488,17 @@ def _reproduce(recipe: Recipe, environment: dict[str, Any]) -> str:
     mapping = recipe.model_dump(mode="json")
     public = strip_folders(mapping, texts=("prompts",))
     note = "" if public == mapping else " (without the names of local folders)"
-    intro = f"## Reproduce\n\nWith the recipe below as `recipe.yaml`{note}:"
+    start = f" and the checkpoint `{public['checkpoint']['branch_from']}`" if recipe.checkpoint.branch_from else ""
+    intro = f"## Reproduce\n\nWith the recipe below as `recipe.yaml`{note}{start}:"
     details = f"<details><summary>recipe.yaml</summary>\n\n{_fenced(dump_mapping(public), 'yaml')}\n\n</details>"
     return "\n\n".join([intro, _fenced("\n".join(commands), "sh"), details])
 
 
 def _limits(records: _Records) -> str:
-    notes = (f" {text[0].upper()}{text[1:]}." for text in records.environment.get("notes", ()))
-    text = "## Limits\n\n" + _LIMITS + "".join(notes)
+    notes = "".join(f" {text[0].upper()}{text[1:]}." for text in records.environment.get("notes", ()))
+    for parent in records.trunks:
+        notes = notes.replace(parent.given, strip_folders(parent.given))
+    text = "## Limits\n\n" + _LIMITS + notes
     if exported := records.history.exported:
         text += (
             " The export was loaded in a new process. Its loss on a stored batch was "

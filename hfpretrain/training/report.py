@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain import files
-from hfpretrain.checkpoints import export
+from hfpretrain.checkpoints import export, trunk
+from hfpretrain.checkpoints.trunk import Trunk
 from hfpretrain.data.summary import summary
 from hfpretrain.data.tokenizer import (
     SENTENCEPIECE,
@@ -110,10 +111,11 @@ def run_summary(
     num_parameters: int,
     epochs: str | None,
     notes: Sequence[str],
-    first_step: int,
+    trunks: Sequence[Trunk],
 ) -> str:
     """What a finished run prints. `report`: see `verify.verify_export`. `epochs`: text of `format_epochs`, None for a
-    stream. `first_step`: number of steps before the run, which are those of its trunk if it is a branch."""
+    stream. `trunks`: where the run branched off other runs."""
+    first_step = trunk.origin_of(trunks).step
     where = ", ".join(
         text if (first, last) == (1, state.step) else f"{text} (steps {first:,} to {last:,})"
         for text, first, last in segments.hardware_ranges(state.segments)
@@ -122,6 +124,9 @@ def run_summary(
         "",
         f"{output_dir.name}: {num_parameters:,} parameters, {state.tokens:,} tokens in {state.step:,} steps, {where}",
     ]
+    if trunks:
+        own = f"{state.tokens - trunks[-1].tokens:,} tokens in {state.step - first_step:,} steps of its own"
+        lines.append(f"  {'branch':<16} of {trunk.describe(trunks)}; {own}")
     for row in history.evaluations:
         lines.append(f"  {_evaluation_time(row['step'], first_step, state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]

@@ -291,7 +291,7 @@ def _finish(
             num_parameters=setup.parameters.total,
             epochs=None if setup.epochs is None else format_epochs(recipe.data.sources, setup.epochs),
             notes=setup.notes,
-            first_step=setup.origin.step,
+            trunks=setup.trunks,
         )
         print(summary, flush=True)
         records.record_output_errors(state.step)

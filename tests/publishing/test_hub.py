@@ -346,6 +346,38 @@ def test_a_damaged_or_malicious_state_is_refused_before_it_is_used(world):
     assert not list((world.folder / "fresh" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.parametrize("key", ["branch_from", "resume_from"])
+def test_a_checkpoint_from_the_hub_is_read_at_one_commit_although_its_revision_moves(world, key):
+    hub, repo, run, given = world.hub, world.repo, world.folder / key, f"hub://user/tiny@{STEPS[1]}"
+    before = repo.at(STEPS[1])
+    oid, hub.requests[:] = before.oid, []
+    moved = []
+
+    def push_after_the_first_request(method, path):
+        if not moved and any("/api/models/user/tiny/revision/" in request for request in hub.requests[:-1]):
+            moved.append(repo.commit(STEPS[1], "moved", dict(repo.at(STEPS[3]).files)))
+
+    path = world.recipe(
+        **{f"checkpoint__{key}": given}, output_dir=str(run), training__max_steps=4 if key == "branch_from" else 8
+    )
+    hub.fault = push_after_the_first_request
+    result = world.train(path)
+    hub.fault = None
+    assert result.returncode == 0 and moved, result.stderr
+    repo.branches[STEPS[1]], repo.commits[:] = before.oid, [one for one in repo.commits if one != moved[0]]
+    read = {request.partition("/resolve/")[2].split("/")[0] for request in hub.requests if "/resolve/" in request}
+    assert read == {oid}
+    events = [row.get("event") for row in map(json.loads, (run / "metrics.jsonl").open())]
+    assert f"checkpoint.{key}: {given} is read at commit {oid}" in events
+    if key == "branch_from":
+        (found,) = json.loads((run / "branch.json").read_text())
+        assert (found["commit"], found["step"], found["given"]) == (oid, 4, given)
+        assert ModelCard((run / "model" / "README.md").read_text()).data.base_model == "user/tiny"
+    weights = "model/model.safetensors"
+    # The cosine schedule of 8 steps continues, so this is the uninterrupted run.
+    assert (run / weights).read_bytes() == repo.at(STEPS[3]).files["model.safetensors"]
+
+
 def test_a_model_and_its_tokenizer_from_the_hub_are_trained_further(world):
     path = world.recipe(
         output_dir=str(world.folder / "continued"),
