@@ -283,3 +283,15 @@ def require_same_shapes(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) ->
         texts = [f"{name} is {shapes.get(name, 'missing')} now, was {saved.get(name, 'missing')}" for name in wrong[:3]]
         message = f"a branch has the model of its trunk, and {len(wrong)} tensors differ: {'; '.join(texts)}"
         raise RecipeError.at("model", message)
+
+
+def require_optimizer_state(checkpoint: Path, names: list[str]) -> None:
+    """Raise `RecipeError` if a trunk has not trained some of the parameters `names` that a branch trains."""
+    saved = {name.partition(pieces.SEPARATOR)[0] for name in pieces.names_in(checkpoint, "optimizer")}
+    if missing := [name for name in names if name not in saved]:
+        raise RecipeError.at(
+            "optimizer.groups",
+            f"the trunk has not trained {len(missing)} of the parameters that the branch trains, such as {missing[0]}, "
+            "so there is no optimizer state for them; freeze them as the trunk does, or start from its weights alone "
+            "with `model.pretrained`",
+        )

@@ -175,9 +175,9 @@ def shapes_in(path: Path, part: str) -> dict[str, torch.Size]:
     """Shapes of the tensors in `part` of a saved state, by name."""
     entries = _Reader(path).read_metadata().state_dict_metadata.items()
     return {
-        name.removeprefix(part + _SEPARATOR): entry.size
+        name.removeprefix(part + SEPARATOR): entry.size
         for name, entry in entries
-        if name.startswith(part + _SEPARATOR) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(part + SEPARATOR) and isinstance(entry, TensorStorageMetadata)
     }
 
 

@@ -159,7 +159,7 @@ class Evaluator:
         if self._base is None:
             return {}
         sets = self._sets.by_set(documents)
-        if step == 0:
+        if step == self._first_step:
             self._base.keep(sets)
             return {"base": redact(self._base.name)}
         if self._base.is_known:

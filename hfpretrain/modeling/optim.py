@@ -320,10 +320,13 @@ def _adamw(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.opt
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=fused)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection, num_training_steps: int) -> Any:
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, section: SchedulerSection, num_training_steps: int, first_step: int = 0
+) -> Any:
     """The schedule of `transformers.get_scheduler`, a `LambdaLR`, times the factors of `optimizer.groups`.
 
-    Raises `RecipeError` for wrong keywords.
+    `first_step`: number of steps before the schedule begins, those of a trunk; `optimizer.groups` counts them. Raises
+    `RecipeError` for wrong keywords.
     """
     try:
         scheduler = get_scheduler(
@@ -339,16 +342,16 @@ def build_scheduler(optimizer: torch.optim.Optimizer, section: SchedulerSection,
         raise RecipeError.at("scheduler.scheduler_specific_kwargs", f"{section.name}: {error}") from error
     if any("phases" in group for group in optimizer.param_groups):
         scheduler.lr_lambdas = [
-            functools.partial(_group_factor, factor, group["phases"])
+            functools.partial(_group_factor, factor, group["phases"], first_step)
             for factor, group in zip(scheduler.lr_lambdas, optimizer.param_groups, strict=True)
         ]
         set_step(scheduler, 0)
     return scheduler
 
 
-def _group_factor(schedule: Callable[[int], float], phases: Phases, step: int) -> float:
-    """What the optimizer's learning rate is multiplied by for a parameter group at a step."""
-    return schedule(step) * phase_at(phases, step).lr
+def _group_factor(schedule: Callable[[int], float], phases: Phases, first_step: int, step: int) -> float:
+    """What the optimizer's learning rate is multiplied by for a parameter group at a step of the schedule."""
+    return schedule(step) * phase_at(phases, first_step + step).lr
 
 
 def scheduled_rate(scheduler: Any) -> float:

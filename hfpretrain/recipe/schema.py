@@ -591,10 +591,11 @@ class ParameterGroupSection(Section):
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay of the matrices and embeddings of the group. null: `optimizer.weight_decay`."""
     until_step: PositiveInt | None = None
-    """The group is in force in this many first optimizer steps of the run. After them, the next group that matches a
-    parameter is in force, or none. The optimizer's state of a parameter begins with the first step in which it is
-    trained. Until then, gradients of frozen parameters are computed and dropped, so a step takes as much memory and
-    time as a later one. null: the group is in force during the whole run."""
+    """The group is in force in this many first optimizer steps of the run; a branch counts those of its trunk, too.
+    After them, the next group that matches a parameter is in force, or none. The optimizer's state of a parameter
+    begins with the first step in which it is trained. Until then, gradients of frozen parameters are computed and
+    dropped, so a step takes as much memory and time as a later one. null: the group is in force during the whole
+    run."""
     rows_from: PositiveInt | None = None
     """For input and output embeddings: only the rows from this token id on are trained, for example 32000 to train
     those of the tokens that were added to a vocabulary of 32,000. The rows before keep their values. While only some

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
+from hfpretrain import files
 from hfpretrain.checkpoints import export, verify
 from hfpretrain.data.batches import format_epochs
 from hfpretrain.data.ledger import Consumption
@@ -190,13 +191,15 @@ def _train(
 def _base_evaluation(setup: Setup, checkpoint: Path | None) -> tuple[BaseEvaluation | None, list[str]]:
     """The evaluation of the model that the run trains further, which the newest checkpoint holds, if there is one.
 
-    It is None for a new model. Also returns a sentence if it should be in the checkpoint and is not.
+    That is the trunk, if the run is a branch. It is None for a new model. Also returns a sentence if it should be in
+    the checkpoint and is not.
     """
-    name = setup.recipe.model.pretrained
+    name = setup.trunks[-1].given if setup.trunks else setup.recipe.model.pretrained
     if name is None or not setup.recipe.data.has_validation:
         return None, []
     base = BaseEvaluation(name)
-    if not setup.is_main or checkpoint is None or base.load(checkpoint / BASE_EVALUATION):
+    has_begun = checkpoint is not None and files.step_of(checkpoint) > setup.origin.step
+    if not setup.is_main or checkpoint is None or not has_begun or base.load(checkpoint / BASE_EVALUATION):
         return base, []
     text = f"{checkpoint} has no evaluation of {name}, so what the run gains and loses is not measured"
     logger.warning(text)

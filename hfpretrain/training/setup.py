@@ -44,7 +44,7 @@ from hfpretrain.modeling.config import (
     resolve_config,
 )
 from hfpretrain.modeling.flops import model_flops_per_token
-from hfpretrain.modeling.groups import ParameterGroups
+from hfpretrain.modeling.groups import ParameterGroups, first_trained_step
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.structure import Parameters, count_parameters, frozen_part, has_experts
 from hfpretrain.modeling.trainable import UntrainedParameters, freeze_outside_loss, train_padding_rows
@@ -249,8 +249,6 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         logger.info("attention is %s, since %s does not support sdpa", attention, type(model).__name__)
     for line in str(untrained).splitlines():
         notes.add(line)
-    if trunks:
-        watch.run_on_main("compare the model with the trunk's", lambda: _require_trunk_shapes(given, origin, model))
     for row in train_padding_rows(model):
         notes.add(f"token {row} is padding in {config.model_type} and occurs in text, so its embedding is trained")
     parameters, is_mixture = count_parameters(model), has_experts(model)
@@ -263,6 +261,10 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     for line in groups.lines():
         notes.add(line)
     phases = groups.phases if recipe.optimizer.groups else None
+    if trunks:
+        watch.run_on_main(
+            "compare the model with the trunk's", lambda: _require_trunk_state(given, origin, model, groups)
+        )
     optimizer_groups = optim.named_groups(model, recipe.optimizer, decayed, hidden, phases)
     weights = None
     if recipe.model.pretrained is None:
@@ -274,7 +276,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     def build_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
         optimizer = optim.build_optimizer(model, recipe.optimizer, decayed, hidden, phases)
         num_steps = origin.step - origin.schedule_step + training.num_steps
-        schedulers.append(optim.build_scheduler(optimizer, recipe.scheduler, num_steps))
+        schedulers.append(optim.build_scheduler(optimizer, recipe.scheduler, num_steps, origin.schedule_step))
         return optimizer
 
     engine.prepare(
@@ -369,11 +371,22 @@ def _require_trunk_tokenizer(recipe: Recipe, trunks: Sequence[Trunk], tokenizer:
         raise RecipeError.at("tokenizer", f"{message}. A branch needs the tokenizer of its trunk")
 
 
-def _require_trunk_shapes(recipe: Recipe, origin: Origin, model: torch.nn.Module) -> None:
-    """Raise `RecipeError` if the checkpoint at which a branch begins has tensors of other shapes than `model`."""
+def _require_trunk_state(recipe: Recipe, origin: Origin, model: torch.nn.Module, groups: ParameterGroups) -> None:
+    """Raise `RecipeError` if the checkpoint at which a branch begins does not have the state of `model`: tensors of the
+    same shapes, and optimizer state of all parameters that are trained from the first step on."""
     path = Path(recipe.output_dir) / "checkpoints" / f"step-{origin.step:08d}"
-    if path.is_dir():  # later it is deleted, as older checkpoints are
-        resume.require_same_shapes(path, {name: tuple(value.shape) for name, value in model.named_parameters()})
+    if not path.is_dir():  # later it is deleted, as older checkpoints are
+        return
+    parameters = dict(model.named_parameters())
+    resume.require_same_shapes(path, {name: tuple(value.shape) for name, value in parameters.items()})
+    resume.require_optimizer_state(
+        path,
+        [
+            name
+            for name, parameter in parameters.items()
+            if parameter.requires_grad and first_trained_step(groups.phases[name]) == 0
+        ],
+    )
 
 
 def _load_data(

@@ -118,6 +118,7 @@ def test_a_branch_with_other_data_schedule_and_batch_runs_on_other_processes_and
     assert [row["tokens"] for row in rows(run, "lr").values()] == [1024 + 512 * n for n in range(1, 7)]
     assert sorted(rows(run, "eval/loss")) == [4, 6, 9, 10] and "before training" in result.stdout
     assert f"branch           of {copy}@4 (step 4, 1,024 tokens); 3,072 tokens in 6 steps of its own" in result.stdout
+    assert f"bits per byte compared with {copy}@4" in result.stdout  # what the branch gained since it began
     # The tokenizer was trained on the trunk's text, and not on that of the branch.
     assert files.sha256(run / "model" / "tokenizer.json") == files.sha256(copy / "model" / "tokenizer.json")
     prepared_before = sorted((runs / "prepared").iterdir())
