@@ -193,11 +193,15 @@ class DeepSpeed(Engine):
         initialization.fill(model, weights)
 
     def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
+        is_cast = self.accelerator.mixed_precision != "no"
+        if weights is None and is_cast:
+            # DeepSpeed gives the parameters other tensors, and these keep their values.
+            weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
         super()._wrap(model, build_optimizer, weights)
         self._watch_phases()
         assert self.model.gradient_clipping() == (self.max_grad_norm or 0.0)
         assert self.model.gradient_accumulation_steps() == self.accelerator.gradient_accumulation_steps
-        if weights is not None and self.accelerator.mixed_precision != "no":
+        if weights is not None and is_cast:
             self._set_masters(weights)
 
     def _set_masters(self, weights: Weights) -> None:

@@ -1,12 +1,14 @@
 """Parameter groups (`optimizer.groups`) under all engines: frozen parameters and rows, switches."""
 
 import json
+import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import rows, small_text, train, write_jsonl, write_recipe
+from conftest import recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
 from hfpretrain.engines import pieces
@@ -131,3 +133,73 @@ def test_a_run_moves_from_engine_to_engine_across_the_switch(single, tmp_path, l
     for name, first in drawn.items():
         assert torch.equal(exported[name], first) == name.startswith("model.layers.0."), name
         torch.testing.assert_close(exported[name], expected[name], rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("muon", "fsdp2"), ("adafactor", "single"), ("adamw_8bit", "single"), ("adamw_schedule_free", "fsdp2")],
+)
+def test_other_optimizers_resume_before_the_switch_as_if_not_stopped(tmp_path, name, engine):
+    library = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}.get(name, "torch")
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    recipe = write(tmp_path, optimizer__name=name, checkpoint__every_steps=2)
+    run(recipe, tmp_path / "whole", engine, 5)
+    run(recipe, tmp_path / "run", engine, 2)
+    run(recipe, tmp_path / "run", engine, 5)
+    whole, resumed = (rows(tmp_path / one, "loss") for one in ("whole", "run"))
+    assert {step: row["loss"] for step, row in resumed.items()} == {step: row["loss"] for step, row in whole.items()}
+    drawn = drawn_weights(recipe, tmp_path / "run")
+    first, last = (
+        pieces.load_whole_tensors(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", ["model"]) for step in (2, 5)
+    )
+    for parameter, value in drawn.items():
+        assert torch.equal(last[parameter], value) == parameter.startswith("model.layers.0."), parameter
+        if parameter in EMBEDDINGS:
+            assert torch.equal(first[parameter][:ROWS_FROM], value[:ROWS_FROM])
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_rollback_across_the_switch_forgets_the_state_of_parameters_that_were_frozen_then(tmp_path, engine):
+    changes = {"stability__policy": "rollback", "checkpoint__every_steps": 3, "training__max_steps": 6}
+    recipe = write(tmp_path, [{**group, "until_step": 4} for group in GROUPS[:2]], **changes)
+    found = {}
+    for name in ("single", engine):
+        # Step 5, the first after the switch, is done; step 6 is unstable, and the run returns to step 3.
+        result = train(recipe, f"--output_dir={tmp_path / name}", engine=name, fault="gradient:5", timeout=400)
+        assert result.returncode == 0 and "stability.policy is rollback" in result.stderr, result.stderr
+        checkpoint = tmp_path / name / "checkpoints" / "step-00000006"
+        assert pieces.load_whole_tensors(checkpoint, ["optimizer"])["model.norm.weight"]["step"] == 2
+        found[name] = {step: row["loss"] for step, row in rows(tmp_path / name, "loss").items()}
+    assert found[engine] == pytest.approx(found["single"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_frozen_weights_of_a_pretrained_model_are_exported_as_they_were(tmp_path, engine, tied):
+    """Trained in bf16, which must round no weight. The norms are frozen within layers of which the rest is trained."""
+    config = recipe_mapping(tmp_path)["model"]["config"] | {"vocab_size": 320, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path / "base")
+    first = run(write(tmp_path, []), tmp_path / "tokenizer", "single", 3)
+    assert first.returncode == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "tokenizer" / "model" / name, tmp_path / "base")
+    groups = [
+        {"params": "model.embed_tokens.*", "rows_from": 310, "until_step": 2},
+        {"params": ["*norm*", "model.layers.0.*"], "lr": 0},
+        {"params": "*", "lr": 0, "until_step": 2},
+    ]
+    changes = {"model": {"pretrained": str(tmp_path / "base")}, "tokenizer": {"pretrained": str(tmp_path / "base")}}
+    recipe = write(tmp_path, groups, **changes, training__mixed_precision="bf16", checkpoint__every_steps=2)
+    run(recipe, tmp_path / "run", engine, 2)
+    base, exported = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "run/model"))
+    assert base.keys() == exported.keys()
+    assert {name for name in base if not torch.equal(base[name], exported[name])} == {"model.embed_tokens.weight"}
+    assert torch.equal(base["model.embed_tokens.weight"][:310], exported["model.embed_tokens.weight"][:310])
+    run(recipe, tmp_path / "run", engine, 4)
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    for name, value in base.items():
+        assert torch.equal(exported[name], value) == ("norm" in name or ".layers.0." in name), name
+    assert ("lm_head.weight" in exported) != tied
