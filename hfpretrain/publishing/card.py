@@ -26,7 +26,7 @@ from hfpretrain.evaluation.prompts import printable
 from hfpretrain.planning import table
 from hfpretrain.recipe.addresses import parse_hub_address, repo_id_problem
 from hfpretrain.recipe.redaction import redact, strip_folders
-from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError
+from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.recipe.yaml import dump_mapping, read_recipe
 from hfpretrain.training import run_folder, segments
 from hfpretrain.training.history import History
@@ -47,6 +47,9 @@ _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({arguments})
 tokenizer = AutoTokenizer.from_pretrained({arguments})"""
+# Names in llama.cpp of what splits text as `tokenizer.pattern` does. `llama-bpe` would also take words from the
+# vocabulary without merges, and prepend BOS.
+_LLAMA_CPP = {"gpt2": "gpt-2", "digits": "smollm", "llama3": "dbrx"}
 _LIMITS = """This is a base model. It continues text and does not follow instructions. It repeats what its training text
 contains, including errors and prejudices."""
 
@@ -315,13 +318,14 @@ def _base_model(records: _Records) -> str | None:
 
 def _blocks(records: _Records, name: str | None, title: str, step: int | None) -> dict[str, str]:
     """The text of each generated block, by block name. `name`: the repo's name, None if there is no repo."""
+    recipe = records.recipe
     blocks = {
         "summary": _summary(records, name, title, step),
         "results": "\n\n".join(
             filter(None, ["## Results", _validation_table(records), _gains(records), _tasks_table(records)])
         ),
         "loss": "![Training and validation loss](loss.png)",
-        "use": _use(records.data, name or title, step),
+        "use": f"{_use(records.data, name or title, step)}\n\n{_llama_cpp(recipe.tokenizer)}",
         "samples": _samples(records, step),
         "data": f"## Data\n\n{_sources(records.data)}\n\n{_fenced(records.data['account'])}",
         "training": f"## Training\n\n{_training(records)}",
@@ -391,6 +395,20 @@ def _framing(data: dict[str, Any]) -> str:
             f"The tokenizer puts `{data['document_start']}` before a text. In training, it stood before every document."
         )
     return f"Begin a prompt with `{data['document_start']}` to start a document; the tokenizer does not add it."
+
+
+def _llama_cpp(tokenizer: TokenizerSection) -> str:
+    """What llama.cpp's converter needs for a tokenizer that it can't know; empty for the tokenizer of another model."""
+    if tokenizer.algorithm is None:
+        return ""
+    kind = _LLAMA_CPP.get(tokenizer.pattern) if tokenizer.algorithm == "byte_level_bpe" else None
+    if kind is None:
+        return "llama.cpp can't split text as this tokenizer does, so a model in its format would get other tokens."
+    return (
+        "`convert_hf_to_gguf.py` of llama.cpp recognizes a tokenizer by a hash of the ids of a text. It does not know "
+        "this one, which was trained with the model, so it prints the hash and stops. Add two lines to its function "
+        f'`get_vocab_base_pre`: `if chkhsh == "HASH":` and `res = "{kind}"`.'
+    )
 
 
 def _samples(records: _Records, step: int | None) -> str:

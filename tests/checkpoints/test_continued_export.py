@@ -80,7 +80,7 @@ def test_an_export_keeps_what_its_sharded_bf16_base_has(folder):
     assert after == before and after["dtype"] == "bfloat16" and after["architectures"] == ["LlamaForCausalLM"]
     prompts = [AutoTokenizer.from_pretrained(path)("the river")["input_ids"] for path in (base, ours)]
     assert prompts[0] == prompts[1] and prompts[0][0] == after["bos_token_id"]
-    assert "bfloat16" not in notes(folder / "run")
+    assert "bfloat16" not in notes(folder / "run") and "llama.cpp" not in (ours / "README.md").read_text()
 
 
 def test_a_float32_export_of_a_bf16_base_is_noted_and_has_its_ties_and_sentencepiece_file(folder):
