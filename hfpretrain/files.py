@@ -345,6 +345,23 @@ def digests(paths: Sequence[Path]) -> list[tuple[int, str]]:
     return [(stat[0], known[str(path)][1]) for path, stat in before]
 
 
+def is_remembered(fact: str) -> bool:
+    """Whether `remember` was called on this machine with this fact, which is one line."""
+    return _is_recorded(_fact_path(fact), fact)
+
+
+def remember(fact: str) -> None:
+    """Record in the user's cache folder a fact that took time to find out."""
+    path = _fact_path(fact)
+    with contextlib.suppress(OSError):  # on a full disk, the fact is found out again
+        write_atomically(path, fact)
+        _drop_old_records(path.parent)
+
+
+def _fact_path(fact: str) -> Path:
+    return _cache_folder() / hashlib.sha256(f"{platform.node()}:{fact}".encode()).hexdigest()[:32]
+
+
 def _stat_signature(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]

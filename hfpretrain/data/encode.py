@@ -17,6 +17,7 @@ import orjson
 
 from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
 from hfpretrain.data.tokenizer import TokenizerPanicError, document_prefix, panics_as_errors
+from hfpretrain.data.vocabulary import byte_alphabet, token_text
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError, SourceSection
 
 if TYPE_CHECKING:
@@ -322,29 +323,16 @@ def token_texts(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[byt
     texts = [b""] * vocab_size
     named = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     special = {*named, *document_prefix(tokenizer)}
-    byte_alphabet = _byte_alphabet()
     vocabulary = tokenizer.get_vocab()
     backend = tokenizer.backend_tokenizer
     is_byte_level = "ByteLevel" in f"{type(backend.decoder).__name__} {backend.decoder!r}"
     for token, index in vocabulary.items():
         if index in special or index >= vocab_size:
             continue
-        if is_byte_level and byte_alphabet.keys() >= set(token):
-            texts[index] = bytes(map(byte_alphabet.__getitem__, token))
-        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):  # byte fallback of SentencePiece models
-            texts[index] = bytes.fromhex(token[3:5])
-        else:
-            texts[index] = token.replace("▁", " ").encode()
+        texts[index] = token_text(token, is_byte_level)
     if (unknown := unknown_id(tokenizer)) is not None and unknown < vocab_size:
         texts[unknown] = b"\xff"  # it stands for some text, and its loss counts; no text in UTF-8 has this byte
     return texts
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (Radford et al. 2019, `bytes_to_unicode`)."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def framing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -417,7 +405,7 @@ def _keeps_all_text(content: dict[str, Any]) -> bool:
     kinds = {step.get("type") for step in steps}
     removes = any(step.get("behavior") == "Removed" for step in steps)
     is_byte_level = "ByteLevel" in kinds <= {"ByteLevel", "Split", "Digits"} and content["model"]["type"] == "BPE"
-    has_all_bytes = _byte_alphabet().keys() <= content["model"]["vocab"].keys() if is_byte_level else False
+    has_all_bytes = byte_alphabet().keys() <= content["model"]["vocab"].keys() if is_byte_level else False
     return has_all_bytes and not removes and content["normalizer"] is None
 
 

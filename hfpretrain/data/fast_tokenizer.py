@@ -2,22 +2,28 @@
 
 The proof is a comparison: both libraries encode the same strings, and their ids must be equal. The strings are
 
-- fixed probes, before the first text is encoded,
+- fixed probes and texts with every token of the vocabulary, before the first text is encoded,
 - every character of the texts in a few contexts, when it occurs for the first time, and
 - windows of the texts themselves.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
+import re
 import threading
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 
+from hfpretrain import files
 from hfpretrain.data.tokenizer import panics_as_errors
+from hfpretrain.data.vocabulary import texts_with_every_token
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,6 +35,8 @@ _CHARS_PER_WINDOW = 2**19
 _FIRST_WINDOWS = 32
 _NUM_CODE_POINTS = 0x110000
 _LONG_CHARS = 2**16
+# Change this number with the texts of the comparison of vocabularies. The results of other texts are then forgotten.
+_PROOF = 1
 _PROBES = (
     "",
     " ",
@@ -57,38 +65,45 @@ class FastTokenizer:
     """Encodes texts with `fastokens`, and checks that the ids are those of `reference`, a tokenizer of `tokenizers`.
 
     The names of special tokens in a text are read as ordinary text. `create` makes one. Several threads may call it at
-    the same time. Raises `UnprovenError` if the probes give other ids.
+    the same time. Raises `UnprovenError` if the probes give other ids, or, with `compares_vocabulary`, the texts with
+    every token.
     """
 
-    def __init__(self, fast: Any, reference: Tokenizer):
+    def __init__(self, fast: Any, reference: Tokenizer, compares_vocabulary: bool = True):
         self._fast, self._reference = fast, reference
         self._lock = threading.Lock()
         self._is_known = np.zeros(_NUM_CODE_POINTS, dtype=bool)
         self._chars = self._windows = 0
-        self.compared = {"strings": 0, "characters": 0, "code_points": 0}
-        """How many strings were compared so far, with how many characters, and how many code points in all contexts."""
+        self.compared = {"strings": 0, "characters": 0, "code_points": 0, "tokens": 0}
+        """How many strings were compared so far, with how many characters, how many code points in all contexts, and
+        how many different tokens of the vocabulary."""
         # fastokens may cut a long text and encode its parts separately. The windows are too short to test that.
         long = "".join(_PROBES) * (_LONG_CHARS // sum(map(len, _PROBES)) + 1)
         self._compare([*_PROBES, long])
         self._check_code_points(np.arange(128, dtype=np.uint32))
+        if compares_vocabulary:
+            self._compare_vocabulary()
 
     @classmethod
     def create(cls, reference: Tokenizer) -> FastTokenizer | str:
         """A fast tokenizer for `reference`, or the reason why there is none."""
         # The threads that call the tokenizer use all cores. With threads of its own, fastokens takes twice as much CPU.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
+        as_json = reference.to_str()
+        fast = load_fastokens(as_json)
+        if isinstance(fast, str):
+            return fast
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("fastokens", "tokenizers")]
+        digest = hashlib.sha256(as_json.encode()).hexdigest()
+        proof = f"same ids for the vocabulary ({_PROOF}): {digest}, {', '.join(versions)}"
+        is_proven = files.is_remembered(proof)
         try:
-            import fastokens
-        except ImportError:
-            return "fastokens is not installed"
-        try:
-            fast = fastokens.Tokenizer.from_json_str(reference.to_str())
-        except Exception as error:  # it raises ValueError and others for what it doesn't implement
-            return f"fastokens does not support this tokenizer: {' '.join(str(error).split()):.200}"
-        try:
-            return cls(fast, reference)
+            made = cls(fast, reference, compares_vocabulary=not is_proven)
         except UnprovenError as error:
             return str(error)
+        if not is_proven:
+            files.remember(proof)
+        return made
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, uint32 (n,), and where each text's ids begin, with their end: int64 (texts + 1,).
@@ -133,7 +148,17 @@ class FastTokenizer:
             self._is_known[points] = True
             self.compared["code_points"] += len(points)
 
-    def _compare(self, texts: list[str]) -> None:
+    def _compare_vocabulary(self) -> None:
+        """Compare texts in which every token occurs: a difference in a rare token may be in no other text for long."""
+        content = orjson.loads(self._reference.to_str())
+        has_occurred = np.zeros(max(content["model"]["vocab"].values(), default=0) + 1, dtype=bool)
+        for texts in texts_with_every_token(content, has_occurred):
+            ids = self._compare(texts)
+            has_occurred[ids[ids < len(has_occurred)]] = True
+        self.compared["tokens"] = int(has_occurred.sum())
+
+    def _compare(self, texts: list[str]) -> np.ndarray:
+        """Compare texts and return their ids: uint32 (n,)."""
         ids, offsets = self._encode(texts)
         try:
             with panics_as_errors():
@@ -146,3 +171,64 @@ class FastTokenizer:
         with self._lock:
             self.compared["strings"] += len(texts)
             self.compared["characters"] += sum(map(len, texts))
+        return ids
+
+
+def load_fastokens(as_json: str) -> Any:
+    """The tokenizer with this JSON as one of fastokens. A string with the reason, if there is none."""
+    try:
+        import fastokens
+    except ImportError:
+        return "fastokens is not installed"
+    try:
+        return fastokens.Tokenizer.from_json_str(as_json)
+    except Exception as error:  # it raises ValueError and others for what it doesn't implement
+        reason = f"fastokens does not support this tokenizer: {' '.join(str(error).split()):.200}"
+    content = orjson.loads(as_json)
+    if (problem := _rewrite_for_fastokens(content)) is not None:
+        return f"{reason} ({problem})" if problem else reason
+    try:
+        return fastokens.Tokenizer.from_json_str(orjson.dumps(content).decode())
+    except Exception:
+        return reason
+
+
+def _rewrite_for_fastokens(content: dict[str, Any]) -> str | None:
+    """Change a tokenizer's JSON so that fastokens 0.3.5 reads it. All ids stay the same.
+
+    fastokens refuses a BPE vocabulary in which ids are missing (GPT-4o's): these ids get tokens that no text contains.
+    It has no Metaspace pre-tokenizer (Llama's and Mistral's in transformers 5), which becomes a normalizer.
+
+    Returns None if the JSON was changed, else why it can't be; an empty string if there is nothing to change.
+    """
+    model, pre_tokenizer = content["model"], content["pre_tokenizer"] or {}
+    if model["type"] != "BPE":
+        return ""
+    vocabulary: dict[str, int] = model["vocab"]
+    size = max(vocabulary.values(), default=-1) + 1
+    is_metaspace = pre_tokenizer.get("type") == "Metaspace"
+    if size == len(vocabulary) and not is_metaspace:
+        return ""
+    if size > 2 * len(vocabulary):
+        return f"its {len(vocabulary):,} tokens have ids up to {size - 1:,}"
+    if size > len(vocabulary) and model.get("ignore_merges") and "ByteLevel" not in str(pre_tokenizer):
+        return "ids are missing in its vocabulary, and it does not spell words in bytes"
+    # No merge makes these tokens. With `ignore_merges`, a word could be one, but bytes are never spelled with NUL.
+    unused = set(range(size)) - set(vocabulary.values())
+    model["vocab"] = vocabulary | {f"\0 unused {number}": number for number in unused}
+    if not is_metaspace:
+        return None
+    if content["normalizer"] is not None or any(not token["special"] for token in content["added_tokens"]):
+        # There, Metaspace treats each part of the text between added tokens, after the normalizer.
+        return "its Metaspace stands beside a normalizer, or beside added tokens that are read in the text"
+    space = pre_tokenizer["replacement"]
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": space}]
+    if pre_tokenizer["prepend_scheme"] != "never":
+        # Metaspace prepends nothing to a text that begins with a space. Prepend does, and the last step undoes it.
+        steps.append({"type": "Prepend", "prepend": space})
+        doubled = {"Regex": rf"\A{re.escape(space)}{{2}}"}
+        steps.append({"type": "Replace", "pattern": doubled, "content": space})
+    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    split = {"type": "Split", "pattern": {"String": space}, "behavior": "MergedWithNext", "invert": False}
+    content["pre_tokenizer"] = split if pre_tokenizer["split"] else None
+    return None

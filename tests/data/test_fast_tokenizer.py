@@ -1,5 +1,6 @@
 """fastokens gives the same ids as tokenizers, and where it doesn't, tokenizers encodes the text."""
 
+import json
 import logging
 import random
 
@@ -13,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from hfpretrain.data import encode, fast_tokenizer, packing
 from hfpretrain.data.encode import Encoder
-from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError
+from hfpretrain.data.fast_tokenizer import FastTokenizer, UnprovenError, load_fastokens
 from hfpretrain.data.prepare import prepare
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.data.tokenizer import train_tokenizer
@@ -76,6 +77,90 @@ def test_both_libraries_give_the_same_ids(name):
         assert ids[offsets[number] : offsets[number + 1]].tolist() == encoding.ids, texts[number]
     assert offsets[-1] == len(ids) > 100_000
     assert fast.compared["code_points"] > 10_000
+
+
+def metaspace(**settings):
+    """A BPE tokenizer like that of Llama 2 in transformers 5."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(**settings)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    alphabet = [chr(point) for point in range(33, 127)]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator([" ".join(small_text(200)[n : n + 9]) for n in range(0, 200, 9)], trainer)
+    content = json.loads(made.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    made = Tokenizer.from_str(json.dumps(content))
+    made.encode_special_tokens = True
+    return made
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_metaspace_tokenizer_is_encoded_by_fastokens_too(scheme, split):
+    reference = metaspace(prepend_scheme=scheme, split=split)
+    assert "Metaspace" in reference.to_str()
+    fast = FastTokenizer.create(reference)
+    assert isinstance(fast, FastTokenizer), fast
+    starts = ["", " ", "  ", "▁", "▁▁", " ▁", "\n ", "<s>", " <s>"]
+    texts = [*starts, *(f"{start}a stone" for start in starts), *small_text(50)]
+    draw = random.Random(0)
+    assert not compare(fast, reference, [*texts, *(random_text(draw) for _ in range(2000))]).different
+
+
+def test_a_metaspace_tokenizer_whose_added_tokens_are_read_stays_with_tokenizers():
+    reference = metaspace(prepend_scheme="first", split=False)
+    reference.add_tokens(["river"])
+    reason = FastTokenizer.create(reference)
+    assert "Metaspace" in reason and "added tokens that are read in the text" in reason
+
+
+def test_a_vocabulary_in_which_ids_are_missing_is_encoded_by_fastokens_too():
+    content = json.loads(byte_level(split=LLAMA3).to_str())
+    content["model"]["vocab"] = {
+        token: number + 5 * (number > 300) for token, number in content["model"]["vocab"].items()
+    }
+    content["added_tokens"] = content["added_tokens"][:2]
+    reference = Tokenizer.from_str(json.dumps(content))
+    reference.encode_special_tokens = True
+    fast = FastTokenizer.create(reference)
+    assert isinstance(fast, FastTokenizer), fast
+    texts = [*small_text(50), "\0 unused 302", "<|eos|>"]
+    assert not compare(fast, reference, texts).different
+    assert fast([" ".join(small_text(50))])[0].max() > 305
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace])
+def test_every_missing_merge_is_found_before_the_first_text(kind):
+    reference = kind()
+    content = json.loads(reference.to_str())
+    merges = content["model"]["merges"]
+    for number in range(0, len(merges), 29):
+        content["model"]["merges"] = merges[:number] + merges[number + 1 :]
+        spoiled = load_fastokens(json.dumps(content))
+        with pytest.raises(UnprovenError, match="different ids"):
+            FastTokenizer(spoiled, reference)
+
+
+def test_tokens_that_are_parts_of_characters_are_compared():
+    reference = Tokenizer(models.BPE())
+    reference.pre_tokenizer, reference.decoder = BYTE_LEVEL, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    draw = random.Random(0)
+    text = "".join(
+        chr(draw.choice((draw.randrange(0x4E00, 0x9000), draw.randrange(0x1F600, 0x1F640)))) for _ in range(9000)
+    )
+    reference.train_from_iterator([text[n : n + 30] for n in range(0, len(text), 30)], trainer)
+    made = FastTokenizer(load_fastokens(reference.to_str()), reference)
+    assert made.compared["tokens"] > 600 - 60  # single bytes that begin no character, or that always merge
+
+
+def test_a_vocabulary_is_compared_once_on_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    reference = byte_level()
+    assert FastTokenizer.create(reference).compared["tokens"] > 300
+    assert FastTokenizer.create(reference).compared["tokens"] == 0
+    reference.add_special_tokens(["<|other|>"])
+    assert FastTokenizer.create(reference).compared["tokens"] > 300
 
 
 def test_a_tokenizer_that_fastokens_refuses_is_encoded_by_tokenizers():
