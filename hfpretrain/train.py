@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from hfpretrain.engines import launcher
+
+if __name__ == "__main__":
+    launcher.end_with_launcher()  # before the other imports, which take seconds
+
 import gc
 import json
 import logging

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import IO
 
+from hfpretrain.recipe.machine import end_with_parent
 from hfpretrain.recipe.schema import RecipeError
 
 
@@ -25,7 +26,8 @@ def run_shards(command: Sequence[str], num_processes: int) -> None:
     Each line that a process writes to stderr is printed on stderr here, after the number of its shard. If several
     processes end with the same error, for example because all of them open a broken file, it is printed once. If a
     process fails, the others are terminated and `RecipeError` is raised. Parts of the data that are finished are kept.
-    If this process gets SIGTERM or SIGHUP, it terminates the others and then itself.
+    If this process gets SIGTERM or SIGHUP, it terminates the others and then itself. On Linux, the
+    others also end if it is killed.
     """
     with _terminated_together() as processes:
         _run(command, num_processes, processes)
@@ -37,7 +39,12 @@ def _run(command: Sequence[str], num_processes: int, processes: list[subprocess.
     try:
         for number in range(1, num_processes + 1):
             shard = f"{number}/{num_processes}"
-            process = subprocess.Popen([*command, "--shard", shard], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                [*command, "--shard", shard],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                preexec_fn=end_with_parent(signal.SIGTERM),
+            )
             processes.append(process)
             readers.append(threading.Thread(target=_print_lines, args=(shard, process.stderr, errors), daemon=True))
             readers[-1].start()

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from hfpretrain.engines.start import EXIT_CODE_FILE, end_with_parent
+from hfpretrain.engines.launcher import launch_arguments
+from hfpretrain.engines.start import EXIT_CODE_FILE
 from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.machine import has_gpu
 from hfpretrain.recipe.schema import Problem, RecipeError
@@ -28,22 +28,6 @@ OWNED_BY_RECIPE = "is set by the recipe; remove it from the accelerate file and 
 """The message for a setting of the accelerate config file that the recipe sets. `{}` stands for the recipe's key."""
 
 _RUNS: list[int] = []
-
-
-def end_with_launcher() -> None:
-    """On Linux, make this process receive SIGTERM when the `accelerate launch` that started it ends.
-
-    Otherwise the training would continue unnoticed. A launcher of one process does not forward signals, and no launcher
-    can forward SIGKILL.
-    """
-    import psutil
-
-    parent = psutil.Process().parent()
-    if sys.platform != "linux" or parent is None or _launch_arguments(parent.cmdline()) is None:
-        return
-    end_with_parent(signal.SIGTERM)
-    if os.getppid() != parent.pid:  # the launcher has ended meanwhile
-        signal.raise_signal(signal.SIGTERM)
 
 
 def sleeping_threads() -> dict[str, str]:
@@ -226,7 +210,7 @@ def launch_options() -> Any:
 
 
 def _options(command: list[str]) -> Any:
-    arguments = _launch_arguments(command)
+    arguments = launch_arguments(command)
     if arguments is None:
         return None
     from accelerate.commands.launch import launch_command_parser
@@ -246,19 +230,6 @@ def file_settings() -> dict[str, Any]:
     options = launch_options()
     path = None if options is None else _config_file(options)
     return {} if path is None else yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-
-
-def _launch_arguments(command: list[str]) -> list[str] | None:
-    """What follows `accelerate launch`, `accelerate-launch` or `-m accelerate.commands.launch` in a command line."""
-    for index, word in enumerate(command[:4]):
-        name = Path(word).name
-        if name == "accelerate" and command[index + 1 : index + 2] == ["launch"]:
-            return command[index + 2 :]
-        if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith(
-            "accelerate/commands/launch.py"
-        ):
-            return command[index + 1 :]
-    return None
 
 
 def _file_problems() -> Iterator[Problem]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 
 from hfpretrain.recipe import shipped
-from hfpretrain.recipe.machine import has_gpu
+from hfpretrain.recipe.machine import adopt_orphans, end_with_parent, has_gpu
 from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import parse_yaml
 
@@ -109,13 +108,13 @@ def run_to_end(command: list[str]) -> int:
             if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
                 signal.signal(number, forward_signal)
         try:
-            _adopt_orphans()
+            adopt_orphans()  # so that this process can wait for the ranks when their launcher dies
             # In a session of its own. Otherwise the ranks would receive a terminal's Ctrl-C a second time.
             launcher = subprocess.Popen(
                 command,
                 env={**os.environ, EXIT_CODE_FILE: str(code_file)},
                 start_new_session=True,
-                preexec_fn=lambda: end_with_parent(signal.SIGKILL),
+                preexec_fn=end_with_parent(signal.SIGKILL),
             )
             for early in received[:]:  # received before the launcher was started
                 _send_signal(early, launcher)
@@ -129,21 +128,6 @@ def run_to_end(command: list[str]) -> int:
         if received:
             return 128 + received[-1]
         return launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
-
-
-def end_with_parent(number: int) -> None:
-    """Have the kernel send this process the signal `number` when its parent process ends; on Linux only."""
-    _prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of the ranks when their launcher dies, so that this process can wait for them; Linux only."""
-    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, prctl(2)
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value)
 
 
 def _send_signal(number: int, launcher: subprocess.Popen[bytes]) -> None:

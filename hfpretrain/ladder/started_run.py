@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from hfpretrain.recipe.machine import end_with_parent
 from hfpretrain.recipe.redaction import SECRETS
 from hfpretrain.recipe.schema import RecipeError
 
@@ -17,7 +19,7 @@ class StartedRun(subprocess.Popen[bytes]):
     """A training run in the background.
 
     `command`: `launch_command` with recipe and overrides. `secrets`: addresses whose secrets are not in the recipe
-    file.
+    file. On Linux, the run gets SIGTERM when this process ends, and saves its state.
     """
 
     def __init__(self, command: list[str], secrets: Sequence[str] = ()):
@@ -25,7 +27,13 @@ class StartedRun(subprocess.Popen[bytes]):
         env = {**os.environ, SECRETS: json.dumps(list(secrets))} if secrets else None
         # A file, since a full pipe that nobody reads would block the training.
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the process
-        super().__init__(command, stdout=subprocess.DEVNULL, stderr=self._messages, env=env)
+        super().__init__(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=self._messages,
+            env=env,
+            preexec_fn=end_with_parent(signal.SIGTERM),
+        )
 
     def finish(self, folder: Path) -> None:
         """Wait for the end of the run. Raises `RecipeError` with its last messages if the run in `folder` fails.

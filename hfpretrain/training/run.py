@@ -20,7 +20,7 @@ from hfpretrain.checkpoints import export, verify
 from hfpretrain.data.batches import format_epochs
 from hfpretrain.data.ledger import Consumption
 from hfpretrain.data.tokenizer import SENTENCEPIECE
-from hfpretrain.engines import distributed, launch
+from hfpretrain.engines import distributed, launch, launcher
 from hfpretrain.engines.base import Engine, is_out_of_memory
 from hfpretrain.evaluation.base import BASE_EVALUATION, BaseEvaluation
 from hfpretrain.evaluation.evaluator import Evaluator
@@ -64,7 +64,7 @@ def run(
     is_main = int(os.environ.get("RANK", "0")) == 0
     with Watch() as watch, Stops(recipe.training.stop_after_seconds) as stops:
         launch.require_first_run()
-        launch.end_with_launcher()
+        launcher.end_with_launcher()
         check_launch(recipe)
         with run_folder.claim(recipe, is_main):
             engine = start_engine(recipe, watch)

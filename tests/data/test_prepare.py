@@ -226,7 +226,8 @@ def test_the_same_error_of_several_processes_is_printed_once(capfd):
     assert text.count("error:") == 1 and text.count("a.bin is truncated") == 1
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(tmp_path, number):
     script = tmp_path / "shards.py"
     script.write_text(
         "import sys; from hfpretrain.data.processes import run_shards; "
@@ -237,9 +238,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     while len(shards) < 2:
         time.sleep(0.1)
         shards = psutil.Process(process.pid).children()
-    process.terminate()
-    assert process.wait(30) == -signal.SIGTERM
-    assert not any(shard.is_running() for shard in shards)
+    process.send_signal(number)
+    assert process.wait(30) == -number
+    assert not psutil.wait_procs(shards, timeout=30)[1]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])

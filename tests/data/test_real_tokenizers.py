@@ -39,6 +39,7 @@ def test_both_libraries_give_the_same_ids(name, metaspace, files):
 
     tokens = FastTokenizer(fast._fast, reference).compared["tokens"]
     assert tokens > 0.99 * len(reference.get_vocab(with_added_tokens=False)) - 256
-    for place in (0.5, 1.0):
+    for place in (0.0, 0.9, 1.0):
         spoiled = spoil(reference, place, library_text(10_000))
-        assert spoiled.noticed == "at the start", str(spoiled)
+        # The others are merges that no text needs, because other merges make the same tokens.
+        assert spoiled.noticed == "at the start" or (place and spoiled.wrong == 0), str(spoiled)

@@ -5,9 +5,11 @@ import pty
 import resource
 import signal
 import subprocess
+import sys
 import termios
 import time
 
+import psutil
 import pytest
 import small
 import stopping as proof
@@ -191,6 +193,42 @@ def test_a_run_saves_and_stops_when_its_launcher_dies(folder, engine, number):
     assert code.read_text() == "75\n"
     (path,) = (folder / "run" / "checkpoints").iterdir()
     assert files.damage(path) is None and "stopped by" in next(iter(rows(folder / "run", "event").values()))["event"]
+
+
+SLOW_IMPORTS = """
+import pathlib, sys, time
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "transformers" and sys.orig_argv[1:3] == ["-m", "hfpretrain.train"]:
+            (pathlib.Path(__file__).parent / "importing").touch()
+            time.sleep(600)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("command", ["accelerate launch", "hfpretrain train"])
+def test_a_run_ends_when_its_launcher_is_killed_during_the_imports(folder, command):
+    recipe = write_recipe(folder)
+    (folder / "sitecustomize.py").write_text(SLOW_IMPORTS)
+    arguments = small.command(recipe, engine="single")
+    if command == "hfpretrain train":
+        arguments = [sys.executable, "-m", "hfpretrain.cli", "train", str(recipe), "--engine", "single"]
+    launcher = subprocess.Popen(
+        arguments, env=environment(PYTHONPATH=str(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (folder / "importing").exists():
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    started = psutil.Process(launcher.pid).children(recursive=True)
+    assert any("hfpretrain.train" in process.cmdline()[:3] for process in started)
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_a_stop_whose_save_fails_ends_with_exit_code_1(folder):
