@@ -232,7 +232,10 @@ def _parser() -> argparse.ArgumentParser:
     runs = command("runs", _runs, "list the runs in a folder: model, loss, throughput, state")
     runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="folder of runs; default: runs")
     runs.add_argument("--plot", metavar="PNG", help="also plot the validation losses of all runs")
-    generate = command("generate", _generate, "continue a prompt and print the text while it is generated")
+    controls = "On a terminal, control characters are shown as U+FFFD. A file or a pipe gets the text as it is."
+    generate = command(
+        "generate", _generate, "continue a prompt and print the text while it is generated", epilog=controls
+    )
     generate.add_argument("model", metavar="MODEL", help=_MODEL)
     generate.add_argument(
         "prompt", metavar="PROMPT", nargs="?", default="", help="text to continue; default: start a new document"
@@ -515,6 +518,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     from hfpretrain import files
     from hfpretrain.checkpoints import saver, trunk
     from hfpretrain.data.inspection import describe_step
+    from hfpretrain.evaluation.prompts import shown
 
     recipe = _load(args, overrides)
     trunks = trunk.read_trunks(Path(recipe.output_dir))
@@ -522,7 +526,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> None:
     saved = files.step_folders(Path(recipe.output_dir) / "checkpoints")
     skipped = saver.read_train_state(saved[0]).get("skipped", []) if saved else []
     for line in describe_step(recipe, args.step, skipped, origin.step, origin.sequence):
-        print(line)
+        print(shown(line))
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import unicodedata
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.schema import RecipeError
 
 _LENGTH_MULTIPLE = 32
+_BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # embeddings, overrides and isolates
 
 
 @torch.no_grad()
@@ -62,16 +64,30 @@ def continue_text(
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD in place of control characters, except line breaks and tabs.
+    """The text with U+FFFD in place of control characters, except line breaks and tabs, and of bidirectional controls.
 
-    A model that is hardly trained writes them, and in a terminal they move the cursor or change colors.
+    A model that is hardly trained writes them, and so do documents of the web. In a terminal they move the cursor,
+    change colors, or show text in another order than it has.
     """
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    return "".join("\ufffd" if _is_control(character) else character for character in text)
+
+
+def _is_control(character: str) -> bool:
+    return (unicodedata.category(character) == "Cc" and character not in "\n\t") or character in _BIDIRECTIONAL
+
+
+def shown(text: str) -> str:
+    """`printable(text)` if standard output is a terminal, else the text itself."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Print `prompt` and its continuation by `model`, token by token."""
+    """Print `prompt` and its continuation by `model`, token by token, on a terminal as `printable`."""
     from transformers import TextStreamer, set_seed
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(shown(text), stream_end)
 
     tokenizer, network = load_checkpoint(model)
     set_seed(seed)
@@ -90,6 +106,6 @@ def stream_text(model: str, prompt: str, max_new_tokens: int, temperature: float
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=min(max_new_tokens, context - len(ids)),
         pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=Streamer(tokenizer, skip_special_tokens=True),
         **sampled,
     )

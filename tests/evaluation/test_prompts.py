@@ -1,8 +1,15 @@
+import io
+import sys
+
 import pytest
 import torch
+from conftest import small_text
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpretrain.evaluation.prompts import continue_text, printable
+from hfpretrain.data.tokenizer import train_tokenizer
+from hfpretrain.evaluation import prompts
+from hfpretrain.evaluation.prompts import continue_text, printable, stream_text
+from hfpretrain.recipe.schema import TokenizerSection
 
 SIZES = {
     "vocab_size": 64,
@@ -43,3 +50,21 @@ def test_padding_changes_no_token(config, context):
 
 def test_control_characters_of_a_continuation_are_not_printed():
     assert printable("a\x1b[31mb\x00\r\tc\n漢🌊\x9b") == "a\ufffd[31mb\ufffd\ufffd\tc\n漢🌊\ufffd"
+    assert printable("a\u202etxt.exe\u2069 אב\u200f 👩\u200d👩") == "a\ufffdtxt.exe\ufffd אב\u200f 👩\u200d👩"
+
+
+class Terminal(io.StringIO):
+    def __init__(self, is_terminal):
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_generate_shows_no_control_character_on_a_terminal_and_writes_it_into_a_pipe(is_terminal, monkeypatch):
+    tokenizer = train_tokenizer(TokenizerSection(algorithm="byte_level_bpe", vocab_size=320), small_text(50))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA | {"vocab_size": 320}))
+    monkeypatch.setattr(prompts, "load_checkpoint", lambda _: (tokenizer, model))
+    monkeypatch.setattr(sys, "stdout", output := Terminal(is_terminal))
+    stream_text("model", "a \x1b[31mstone \u202e", 8, temperature=0.0, top_k=1, seed=0)
+    assert output.getvalue().startswith("a \ufffd[31mstone \ufffd" if is_terminal else "a \x1b[31mstone \u202e")
+    assert ("\x1b" in output.getvalue()) != is_terminal
