@@ -33,6 +33,7 @@ _VERSION_KEYS = (
 _LATER_SOURCE_KEYS = ("special_tokens", "text_template", "delimiter", "max_documents", "max_bytes", *TOKEN_KEYS)
 _LATER_TOKENIZER_KEYS = {
     *("train_on", "pattern", "min_frequency", "special_tokens", "reserved_tokens", "byte_fallback", "limit_alphabet"),
+    "extend",
 }
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 

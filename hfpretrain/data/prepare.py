@@ -23,6 +23,7 @@ from hfpretrain import __version__, files
 from hfpretrain.data import assemble, corpus, duplicates, packing
 from hfpretrain.data.corpus import Document, Reader, Splitter
 from hfpretrain.data.encode import Encoder, require_special_tokens, token_bytes, token_dtype, unknown_id
+from hfpretrain.data.extension import Extension, extend_tokenizer, load_extension
 from hfpretrain.data.identity import fingerprint, source_identity, tokenizer_identity
 from hfpretrain.data.packing import SplitText, TextBatch, UnprovenPartError
 from hfpretrain.data.prepared import PreparedData, is_validation, part_account, part_key, part_source
@@ -266,16 +267,44 @@ def wait_for_prepared(
     return prepared
 
 
-def train_on_sample(
-    section: TokenizerSection, data: DataSection
-) -> tuple[PreTrainedTokenizerFast, dict[str, int] | None]:
-    """Train the recipe's tokenizer. Returns it, and `TokenizerSample.counts`, or None if it was trained on all text."""
-    sample = training_sample(section, functools.partial(corpus.training_documents, data))
+class MadeTokenizer(NamedTuple):
+    """The tokenizer of a recipe."""
+
+    tokenizer: PreTrainedTokenizerFast
+    drawn: dict[str, int] | None = None
+    """`TokenizerSample.counts`; None if the tokenizer was not trained, or was trained on all text."""
+    extension: Extension | None = None
+    """What was added to a pretrained tokenizer."""
+
+    def save(self, folder: Path) -> None:
+        """Write it and how it was made into a folder."""
+        self.tokenizer.save_pretrained(folder)
+        if self.drawn is not None:
+            (folder / _TOKENIZER_SAMPLE).write_text(json.dumps(self.drawn), encoding="utf-8")
+        if self.extension is not None:
+            self.extension.save(folder)
+
+
+def make_tokenizer(section: TokenizerSection, data: DataSection) -> MadeTokenizer:
+    """Load the recipe's tokenizer and extend it, or train it on the recipe's training text."""
+    read = functools.partial(corpus.training_documents, data)
+    extend = section.extend
+    if section.pretrained is not None:
+        made = load_tokenizer(section)
+        if extend is None:
+            return MadeTokenizer(made)
+        sample = training_sample(section, read) if extend.learn else None
+        documents = () if sample is None else sample
+        extended = extend_tokenizer(extend, made, documents, section.trust_remote_code)
+        return MadeTokenizer(
+            extended[0], sample.counts() if sample is not None and sample.is_cut else None, extended[1]
+        )
+    sample = training_sample(section, read)
     if sample is None or not sample.is_cut:
         logger.info("training the tokenizer on the training text")
-        return train_tokenizer(section, corpus.training_documents(data) if sample is None else sample), None
+        return MadeTokenizer(train_tokenizer(section, read() if sample is None else sample))
     logger.info("training the tokenizer on a sample of the training text")
-    return train_tokenizer(section, sample), sample.counts()
+    return MadeTokenizer(train_tokenizer(section, sample), sample.counts())
 
 
 def load_prepared_tokenizer(prepared: PreparedData, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -357,7 +386,7 @@ class _Preparation:
         self.validation_readers = corpus.validation_readers(self.data, self.vocabulary)
         if self.remote is not None:
             self._upload_missing(self.remote, there)
-        self.vocab_size = padded_vocab_size(section, self.tokenizer)
+        self.vocab_size = padded_vocab_size(section, tokenizer_size(self.tokenizer))
 
     def _upload_missing(self, remote: RemoteCopy, there: set[str]) -> None:
         """Upload what an earlier call on this machine finished but did not upload."""
@@ -393,6 +422,8 @@ class _Preparation:
             extra["tokenizer_sample"] = json.loads(sample.read_text(encoding="utf-8"))
         if notes := [note for reader in (*self.readers, *self.validation_readers) for note in reader.notes]:
             extra["reading_notes"] = notes
+        if (extension := load_extension(self.work)) is not None:
+            extra["tokenizer_extension"] = extension.describe()
         shutil.rmtree(self.work / "scan", ignore_errors=True)
         shutil.rmtree(self.work / _UNPROVEN_PARTS, ignore_errors=True)
         for left in list(self.work.rglob("*" + files.INCOMPLETE)):
@@ -426,18 +457,12 @@ class _Preparation:
 
         folder = self.work / "tokenizer"
         if not folder.is_dir():
-            drawn = None
-            if self.section.pretrained is not None:
-                made = load_tokenizer(self.section)
-            else:
-                made, drawn = train_on_sample(self.section, self.data)
+            made = make_tokenizer(self.section, self.data)
             own = self.work / f"tokenizer-{os.getpid()}{files.INCOMPLETE}"
-            made.save_pretrained(own)
-            if drawn is not None:
-                (own / _TOKENIZER_SAMPLE).write_text(json.dumps(drawn), encoding="utf-8")
+            made.save(own)
             try:
                 own.rename(folder)
-                return made
+                return made.tokenizer
             except OSError:  # another shard on this disk has made it meanwhile
                 shutil.rmtree(own)
         try:

@@ -74,6 +74,8 @@ def preparation_notes(prepared: PreparedData) -> list[str]:
     requested, size = prepared.manifest.get("vocab_size_asked"), prepared.manifest["tokenizer_size"]
     if requested is not None and size < requested:
         found.append(f"the trained tokenizer has {size:,} tokens, not the {requested:,} of tokenizer.vocab_size")
+    if extension := prepared.manifest.get("tokenizer_extension"):
+        found.append(extension)
     if sample := prepared.manifest.get("tokenizer_sample"):
         drawn, whole = (
             f"{sample[f'{of}documents']:,} documents ({sample[f'{of}bytes']:,} bytes)" for of in ("", "of_")

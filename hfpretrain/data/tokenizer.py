@@ -173,7 +173,7 @@ def train_tokenizer(section: TokenizerSection, documents: Iterable[str]) -> PreT
             show_progress=False,
             **keywords,
         )
-        _train_in_thread(backend, documents, trainer)
+        train_in_thread(backend, (part for text in documents for part in split_long_words(text)), trainer)
         if not is_byte_level:
             backend = _finish_character_bpe(backend, len(special), section.byte_fallback)
     return PreTrainedTokenizerFast(
@@ -250,24 +250,25 @@ def _byte_tokens() -> list[str]:
     return [f"<0x{value:02X}>" for value in range(256)]
 
 
-def _train_in_thread(backend: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
+def train_in_thread(backend: Tokenizer, texts: Iterable[str], trainer: Any) -> None:
     """Train in a thread, because `tokenizers` blocks signals. The main thread can be interrupted, and logs progress."""
-    read = [0, 0]
+    num_chars = 0
     stopped = threading.Event()
 
-    def texts() -> Iterator[str]:
-        for text in documents:
+    def counted() -> Iterator[str]:
+        nonlocal num_chars
+        for text in texts:
             if stopped.is_set():
                 return
-            read[0], read[1] = read[0] + 1, read[1] + len(text)
-            yield from split_long_words(text)
+            num_chars += len(text)
+            yield text
 
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
             with panics_as_errors():
-                backend.train_from_iterator(_in_batches(texts()), trainer)
+                backend.train_from_iterator(_in_batches(counted()), trainer)
         except BaseException as error:  # raised again in the main thread
             failed.append(error)
 
@@ -279,8 +280,7 @@ def _train_in_thread(backend: Tokenizer, documents: Iterable[str], trainer: Any)
             worker.join(0.2)
             if time.monotonic() - logged > 30:
                 logged = time.monotonic()
-                done = f"{read[0]:,} documents with {read[1]:,} characters read"
-                logger.info("training the tokenizer: %s, %.0f s", done, logged - start)
+                logger.info("training the tokenizer: %s characters read, %.0f s", f"{num_chars:,}", logged - start)
     except BaseException:
         stopped.set()  # the thread ends at the next text; it can't be stopped while it merges
         raise
@@ -392,6 +392,6 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def padded_vocab_size(section: TokenizerSection, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The model's vocabulary for this tokenizer: its largest id + 1, rounded up to `pad_to_multiple_of`."""
-    return -(-tokenizer_size(tokenizer) // section.pad_to_multiple_of) * section.pad_to_multiple_of
+def padded_vocab_size(section: TokenizerSection, size: int) -> int:
+    """The model's vocabulary for a tokenizer of `size` ids: rounded up to `pad_to_multiple_of`."""
+    return -(-size // section.pad_to_multiple_of) * section.pad_to_multiple_of

@@ -19,7 +19,7 @@ import regex
 
 from hfpretrain.data import corpus
 from hfpretrain.data.encode import Encoder, token_bytes
-from hfpretrain.data.prepare import load_prepared_tokenizer, prepared_path, train_on_sample
+from hfpretrain.data.prepare import load_prepared_tokenizer, make_tokenizer, prepared_path
 from hfpretrain.data.prepared import PreparedData, is_validation
 from hfpretrain.data.tokenizer import load_tokenizer, tokenizer_size
 from hfpretrain.recipe.machine import num_cores
@@ -170,13 +170,11 @@ def _source_name(source: SourceSection) -> str:
 
 
 def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer: that of its prepared data if they exist, else loaded or trained as the recipe says."""
+    """The recipe's tokenizer: that of its prepared data if they exist, else made as the recipe says."""
     prepared = PreparedData.open(prepared_path(recipe))
     if prepared is not None:
         return load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
-    if recipe.tokenizer.pretrained is not None:
-        return load_tokenizer(recipe.tokenizer)
-    return train_on_sample(recipe.tokenizer, recipe.data)[0]
+    return make_tokenizer(recipe.tokenizer, recipe.data).tokenizer
 
 
 def stored_tokenizer(name: str) -> PreTrainedTokenizerFast:

@@ -79,9 +79,10 @@ class TokenizerSample:
 
 def training_sample(section: TokenizerSection, read: Callable[[], Iterable[str]]) -> TokenizerSample | None:
     """The sample that `section` asks for; None for all text, without a limit. `read`: as for `TokenizerSample`."""
-    if section.train_on is None and section.algorithm == "character":
+    limits = section.train_on if section.extend is None else section.extend.train_on
+    if limits is None and section.algorithm == "character":
         return None
-    return TokenizerSample(section.train_on or TrainOnSection(), read)
+    return TokenizerSample(limits or TrainOnSection(), read)
 
 
 def _hash(text: str) -> int:

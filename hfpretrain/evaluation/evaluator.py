@@ -16,7 +16,14 @@ from hfpretrain.engines.base import Engine
 from hfpretrain.evaluation import lm_eval_tasks, prompts, sums
 from hfpretrain.evaluation.base import BaseEvaluation, row_gain_text
 from hfpretrain.evaluation.recipe_metrics import RecipeMetrics, trust_problems
-from hfpretrain.evaluation.validation import ValidationSets, domains
+from hfpretrain.evaluation.validation import (
+    BASE_TOKENIZER,
+    BaseVocabulary,
+    ValidationSets,
+    base_tokenizer_lines,
+    domains,
+)
+from hfpretrain.modeling.loss import ids_left_out
 from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import EvaluationSection, RecipeError
 
@@ -58,8 +65,9 @@ class Evaluator:
 
     `has_validation`: whether the recipe has validation data. `first_step`: number of steps before the run, which are
     those of its trunk if it is a branch. `base`: keeps the evaluation of the model that the run began with, to compare
-    the others with it; None for a new model. `beat` is called to show progress. `stop_if_asked` is called where all
-    ranks have made the same number of forward passes, and may raise.
+    the others with it; None for a new model. `base_vocabulary`: of that model, if tokens were added to it; at step 0,
+    the validation text is then also scored with its own tokenizer. `beat` is called to show progress. `stop_if_asked`
+    is called where all ranks have made the same number of forward passes, and may raise.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Evaluator:
         prepared: PreparedData,
         tokenizer: PreTrainedTokenizerFast,
         token_bytes: torch.Tensor,
+        base_vocabulary: BaseVocabulary | None,
         has_validation: bool,
         document_masking: bool,
         micro_batch_size: int,
@@ -82,7 +91,7 @@ class Evaluator:
         stop_if_asked: Callable[[], None],
     ):
         self._section, self._engine, self._records = section, engine, records
-        self._tokenizer, self._token_bytes = tokenizer, token_bytes
+        self._tokenizer, self._token_bytes, self._base_vocabulary = tokenizer, token_bytes, base_vocabulary
         self._eos_token_id = prepared.manifest["eos_token_id"]
         self._has_validation, self._document_masking = has_validation, document_masking
         self._micro_batch_size, self._block_size = micro_batch_size, block_size
@@ -124,22 +133,29 @@ class Evaluator:
     def _validate(self, step: int, tokens: int) -> float:
         """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""
         engine, records = self._engine, self._records
-        batches = self._sets.batches(
-            batch_size=self._micro_batch_size,
-            process_index=engine.data_index,
-            num_processes=engine.data_size,
-            document_masking=self._document_masking,
-        )
-        found = sums.loss_sums(engine.model, self._with_metrics(batches), self._token_bytes, self._sets.num_documents)
-        documents, contexts = (engine.total(part).cpu().numpy() for part in (found.documents, found.contexts))
+        keywords: dict[str, Any] = {
+            "batch_size": self._micro_batch_size,
+            "process_index": engine.data_index,
+            "num_processes": engine.data_size,
+            "document_masking": self._document_masking,
+        }
+        documents, contexts = self._sum_losses(self._with_metrics(self._sets.batches(**keywords)))
         nll, count, *_ = documents.sum(axis=0)
         loss = float(nll / count)
+        base_documents, vocabulary = None, self._base_vocabulary if step == 0 else None
+        if vocabulary is not None:
+            batches = self._with_beats(self._sets.base_batches(vocabulary.pieces, **keywords))
+            with ids_left_out(engine.model, vocabulary.new_ids):
+                base_documents, _ = self._sum_losses(batches)
         if not self._is_main:  # only the main process computes the confidence intervals
             return loss
         figures = self._sets.figures(documents) | self._metrics.compute()
         figures["loss_by_context"] = sums.loss_by_context(contexts)
-        base = self._compare_with_base(step, documents, figures)
+        base = self._compare_with_base(step, documents if base_documents is None else base_documents, figures)
         row = {f"eval/{name}": value for name, value in figures.items()}
+        if base_documents is not None:
+            of_base = self._sets.figures(base_documents)
+            row |= {f"{BASE_TOKENIZER}/{name}": value for name, value in of_base.items()}
         records.write_row({"step": step, "tokens": tokens, **base, **row})
         for name in ("", *domains(row)):  # one set may get worse while the total improves
             prefix, start = (f"{name}/", f"  {name}: ") if name else ("", f"step {step}: validation ")
@@ -148,6 +164,8 @@ class Evaluator:
                 f"{start}loss {figures[f'{prefix}loss']:.4f}, perplexity {figures[f'{prefix}perplexity']:.2f}, "
                 f"bits per byte {figures[f'{prefix}bits_per_byte']:.4f}{f': {gain}' if gain else ''}"
             )
+        for line in base_tokenizer_lines(row):
+            records.print_line(line)
         records.draw_plot()
         return loss
 
@@ -165,6 +183,17 @@ class Evaluator:
         if self._base.is_known:
             figures |= self._base.figures(sets)
         return {}
+
+    def _sum_losses(self, batches: Iterable[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+        """`documents` and `contexts` of `sums.Sums` over all processes."""
+        found = sums.loss_sums(self._engine.model, batches, self._token_bytes, self._sets.num_documents)
+        documents, contexts = (self._engine.total(part).cpu().numpy() for part in (found.documents, found.contexts))
+        return documents, contexts
+
+    def _with_beats(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches:
+            self._beat_and_check_stop()
+            yield batch
 
     def _with_metrics(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the batches, after adding each to the recipe's metrics."""

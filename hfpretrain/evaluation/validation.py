@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from hfpretrain.data.batches import Blocks
+from hfpretrain.data.extension import Pieces
 from hfpretrain.data.prepared import VALIDATION, PreparedData
 from hfpretrain.evaluation import sums
+
+
+BASE_TOKENIZER = "base_tokenizer"
+"""Prefix of the figures of the base model with its own tokenizer, in the row of the evaluation at step 0."""
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class BaseVocabulary:
+    """The vocabulary of a pretrained model before tokens were added to it."""
+
+    pieces: Pieces
+    """Turns token ids into those of the base tokenizer."""
+    new_ids: slice
+    """Ids that the base model did not have, or that were no token of it."""
 
 
 class ValidationSets:
@@ -67,6 +85,49 @@ class ValidationSets:
             eos_before_bos = self._eos_before_bos
             yield sums.scored_batch(ids, documents, valid, eos_token_id=eos_token_id, eos_before_bos=eos_before_bos)
 
+    def base_batches(
+        self, pieces: Pieces, *, batch_size: int, process_index: int, num_processes: int, document_masking: bool
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """As `batches`, with the tokens of the base tokenizer, from which `pieces` makes them.
+
+        Blocks have as many tokens as those of training. A document may continue in the next block.
+        """
+        rows = self._base_rows(pieces)
+        padding = (np.full(self._block_size, self._eos_token_id), np.zeros(self._block_size, np.int64), 0)
+        eos_token_id = self._eos_token_id if document_masking else None
+        while some := list(itertools.islice(rows, batch_size * num_processes)):
+            first = process_index * batch_size
+            own = [*some[first : first + batch_size], *[padding] * batch_size][:batch_size]
+            ids, documents, lengths = (np.stack(part) for part in zip(*own, strict=True))
+            valid = np.arange(self._block_size) < lengths[:, None]
+            yield sums.scored_batch(
+                ids, documents, valid, eos_token_id=eos_token_id, eos_before_bos=self._eos_before_bos
+            )
+
+    def _base_rows(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Rows of the base tokenizer's ids, the document of each token, int64 (block_size,) each, and the number of
+        tokens. The last row of a set is padded."""
+        size = self._block_size
+        for blocks, remainder, starts, numbers in self._sets:
+            ids, documents = np.zeros(0, np.int64), np.zeros(0, np.int64)
+            for at in range(0, len(blocks) + 1, _ROWS_AT_ONCE):
+                rows = blocks[np.arange(at, min(at + _ROWS_AT_ONCE, len(blocks)))]
+                tokens = rows.reshape(-1)
+                if at + _ROWS_AT_ONCE > len(blocks):
+                    tokens = np.concatenate([tokens, np.array(remainder, np.int64)])
+                positions = at * size + np.arange(len(tokens))
+                of_token = numbers[np.searchsorted(starts, positions, side="right") - 1]
+                base, lengths = pieces(tokens)
+                ids = np.concatenate([ids, base])
+                documents = np.concatenate([documents, np.repeat(of_token, lengths)])
+                whole = len(ids) // size * size
+                for start in range(0, whole, size):
+                    yield ids[start : start + size], documents[start : start + size], size
+                ids, documents = ids[whole:], documents[whole:]
+            if len(ids):
+                missing = (0, size - len(ids))
+                yield np.pad(ids, missing, constant_values=self._eos_token_id), np.pad(documents, missing), len(ids)
+
     def by_set(self, documents: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of `documents` by validation set, with the bytes of the text instead of those of its tokens.
 
@@ -88,5 +149,21 @@ class ValidationSets:
 
 def domains(row: dict[str, Any]) -> list[str]:
     """Names of the domains in a row of metrics."""
-    names = (key[len("eval/") : -len("/bits_per_byte")] for key in row if key.endswith("/bits_per_byte"))
-    return [name for name in names if f"eval/{name}/loss" in row]
+    found = (re.fullmatch("eval/(.+)/bits_per_byte", key) for key in row)
+    return [match[1] for match in found if match is not None]
+
+
+def base_tokenizer_lines(row: dict[str, Any]) -> list[str]:
+    """Lines that compare an extended tokenizer with its base, for all text and each domain; empty for other rows."""
+    lines = []
+    for name in ("", *domains(row)) if f"{BASE_TOKENIZER}/loss" in row else ():
+        prefix = f"{name}/" if name else ""
+        (before, bits_before), (now, bits_now) = (
+            (row[f"{kind}/{prefix}tokens"], float(row[f"{kind}/{prefix}bits_per_byte"]))
+            for kind in (BASE_TOKENIZER, "eval")
+        )
+        lines.append(
+            f"  {name or 'tokenizers'}: base {bits_before:.4f} bits per byte, {before:,} tokens; extended "
+            f"{bits_now:.4f} bits per byte, {now:,} tokens ({now / before - 1:+.1%})"
+        )
+    return lines

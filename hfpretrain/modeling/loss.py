@@ -39,8 +39,26 @@ def token_losses(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tens
         if is_chunked(model):
             return model(**inputs, labels=labels, use_cache=False).logits[:, :-1, 0]
         logits = model(**inputs, use_cache=False).logits
+        if (left_out := _ids_left_out(causal_lm(model))) is not None:
+            logits[..., left_out] = -torch.inf
         rows = zip(logits[:, :-1], labels[:, 1:], strict=True)
         return torch.stack([cross_entropy(row.float(), targets, reduction="none") for row, targets in rows])
+
+
+@contextmanager
+def ids_left_out(model: Any, ids: slice) -> Iterator[None]:
+    """Inside this context, `token_losses` computes as if the model's vocabulary did not have these ids."""
+    network = causal_lm(model)
+    network.ids_left_out = ids
+    try:
+        yield
+    finally:
+        del network.ids_left_out
+
+
+def _ids_left_out(network: Any) -> slice | None:
+    found: slice | None = getattr(network, "ids_left_out", None)
+    return found
 
 
 def is_chunked(model: Any) -> bool:
@@ -152,7 +170,8 @@ def install_chunked_loss(network: Any, z_loss: float = 0.0) -> Callable[[], None
             return plain(hidden)
         if hasattr(head.weight, "placements"):
             raise ValueError("the output embedding is split across processes")
-        return head_loss(hidden, head.weight, head.bias, pending.pop(), z_loss=z_loss)
+        left_out = _ids_left_out(network)
+        return head_loss(hidden, head.weight, head.bias, pending.pop(), z_loss=z_loss, left_out=left_out)
 
     def divide(logits: Any, labels: Any, vocab_size: Any, num_items_in_batch: Any = None, **_: Any) -> torch.Tensor:
         num_items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
@@ -180,6 +199,7 @@ def head_loss(
     targets: torch.Tensor,
     num_tokens: int | None = None,
     z_loss: float = 0.0,
+    left_out: slice | None = None,
 ) -> torch.Tensor:
     """Cross entropy of a linear output embedding in float32, computed in chunks of `num_tokens`.
 
@@ -187,7 +207,7 @@ def head_loss(
     `hidden`: (batch, length, hidden). `weight`: (vocabulary, hidden). `targets`: int64 (batch, length); -100 is
     ignored. Matrix products are computed in the weight's dtype or autocast's, the rest in float32. `z_loss`: weight of
     a second term, the square of the logarithm of each softmax's denominator (PaLM, section 5). The gradients include
-    this term, the returned loss does not.
+    this term, the returned loss does not. `left_out`: ids that get no probability; only without gradients.
 
     `torch.nn.functional.linear_cross_entropy` (torch 2.13) is not used, because it sums in bf16 if the input is bf16,
     and because its chunks get smaller and slower with a larger vocabulary.
@@ -197,7 +217,9 @@ def head_loss(
     if torch.is_grad_enabled():
         total: torch.Tensor = _SummedLoss.apply(*inputs, z_loss)
         return total
-    return _token_losses(*inputs).view(*targets.shape, 1).clone()  # FSDP2 warns if a module returns a view
+    return (
+        _token_losses(*inputs, left_out=left_out).view(*targets.shape, 1).clone()
+    )  # FSDP2 warns if a module returns a view
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -247,6 +269,7 @@ def _token_losses(
     num_tokens: int,
     gradients: list[torch.Tensor | None] | None = None,
     z_loss: float = 0.0,
+    left_out: slice | None = None,
 ) -> torch.Tensor:
     """-log p of each target, float32 (tokens,).
 
@@ -262,6 +285,8 @@ def _token_losses(
             chunk = slice(start, start + num_tokens)
             inputs, target = hidden[chunk], targets[chunk, None]
             logits = linear(inputs, weight, bias)
+            if left_out is not None:
+                logits[:, left_out] = -torch.inf
             softmax = _compiled_losses() if _has_triton(device) else _losses_in_place
             losses[chunk], grad_logits = softmax(logits, target, gradients is not None, z_loss)
             if gradients is not None and grad_logits is not None:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpretrain.data.encode import token_dtype
+from hfpretrain.data.extension import listed_size
 from hfpretrain.data.prepare import prepared_path
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.source_files import is_folder
-from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size
+from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size
 from hfpretrain.engines.choose import require_model, require_optimizer
 from hfpretrain.modeling import loss, optim
 from hfpretrain.modeling.build import build_model, require_same_tensors
 from hfpretrain.modeling.config import load_config, override_notes
+from hfpretrain.modeling.embeddings import grown_vocab_size
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.groups import ParameterGroups
 from hfpretrain.modeling.structure import Parameters, decoder_layers, frozen_part, parameters_of_config
@@ -126,34 +128,45 @@ def as_json(record: Any) -> dict[str, Any]:
 
 def model_config(recipe: Recipe) -> PretrainedConfig:
     """The model's config, without reading the data. Raises `RecipeError` if the vocabulary size is not known yet."""
-    known = recipe.model.config is None or "vocab_size" in recipe.model.config
-    return load_config(recipe.model) if known else load_config(recipe.model, vocab_size=_vocab_size(recipe))
+    if recipe.model.config is not None and "vocab_size" not in recipe.model.config:
+        return load_config(recipe.model, vocab_size=padded_vocab_size(recipe.tokenizer, _tokenizer_size(recipe)))
+    config = load_config(recipe.model)
+    if recipe.model.pretrained is not None and recipe.tokenizer.extend is not None:
+        size = _tokenizer_size(recipe)
+        config.vocab_size = grown_vocab_size(config.vocab_size, size, padded_vocab_size(recipe.tokenizer, size))
+    return config
 
 
-def _vocab_size(recipe: Recipe) -> int:
-    """The model's vocabulary size as the tokenizer will set it, from the recipe or from prepared data."""
+def _tokenizer_size(recipe: Recipe) -> int:
+    """Number of ids of the recipe's tokenizer, from the recipe or from prepared data. At most as many as planned are
+    learned."""
     section = recipe.tokenizer
     prepared = prepared_data(recipe)
     if prepared is None and section.vocab_size is not None:
-        return -(-section.vocab_size // section.pad_to_multiple_of) * section.pad_to_multiple_of
+        return section.vocab_size
+    if prepared is None and section.extend is not None:
+        return listed_size(section.extend, load_tokenizer(section)) + section.extend.learn
     if prepared is None and section.pretrained is not None and Path(section.pretrained).is_dir():
-        return padded_vocab_size(section, load_tokenizer(section))
+        return tokenizer_size(load_tokenizer(section))
     prepared = prepared or PreparedData.open(prepared_path(recipe))
     if prepared is None:
         raise RecipeError.at(
             "model.config.vocab_size",
             "the vocabulary size is not known before the data are prepared; set this key, or run `hfpretrain prepare`",
         )
-    return int(prepared.manifest["vocab_size"])
+    return int(prepared.manifest["tokenizer_size"])
 
 
 def vocabulary_may_shrink(recipe: Recipe) -> bool:
     """Whether the vocabulary, and with it the model, may become smaller than planned.
 
-    That is possible until the tokenizer is trained: the text may give fewer tokens than `tokenizer.vocab_size`.
+    That is possible until the tokenizer is trained: the text may give fewer tokens than `tokenizer.vocab_size`, or than
+    `tokenizer.extend.learn`.
     """
-    follows_tokenizer = recipe.model.config is not None and "vocab_size" not in recipe.model.config
-    return follows_tokenizer and recipe.tokenizer.vocab_size is not None and prepared_data(recipe) is None
+    section, extend = recipe.tokenizer, recipe.tokenizer.extend
+    grows = extend is not None and extend.learn > 0
+    follows_tokenizer = grows if recipe.model.config is None else "vocab_size" not in recipe.model.config
+    return follows_tokenizer and (section.vocab_size is not None or grows) and prepared_data(recipe) is None
 
 
 def count_recipe_parameters(recipe: Recipe) -> Parameters:
@@ -337,7 +350,8 @@ def _notes(
 ) -> list[str]:
     notes = list(override_notes(recipe.model))
     if vocabulary_may_shrink(recipe):
-        notes.append("parameters are counted for tokenizer.vocab_size tokens; the trained tokenizer may have fewer")
+        key = "vocab_size" if recipe.tokenizer.extend is None else "extend.learn"
+        notes.append(f"parameters are counted for all tokens of tokenizer.{key}; training it may give fewer")
     if precision != "no" and any(engine.family == "replica" for engine in engines):
         notes.append("weights under single and ddp are in float32, and autocast makes 16-bit copies of them")
     if recipe.model.attn_implementation.startswith(("flash", "flex")):

@@ -23,6 +23,7 @@ from hfpretrain import files
 from hfpretrain.checkpoints import trunk
 from hfpretrain.checkpoints.trunk import Trunk
 from hfpretrain.evaluation.prompts import printable
+from hfpretrain.evaluation.validation import BASE_TOKENIZER, domains
 from hfpretrain.planning import table
 from hfpretrain.recipe.addresses import parse_hub_address, repo_id_problem
 from hfpretrain.recipe.redaction import redact, strip_folders
@@ -87,6 +88,14 @@ class _Records:
                     by_domain.setdefault(domain, {})[figure] = value
             found.append((row["step"], {name: part for name, part in by_domain.items() if "loss" in part}))
         return found
+
+    def base_tokenizer(self) -> list[tuple[str, dict[str, Any]]]:
+        """Figures of the base model with its own tokenizer, by validation set. Empty if the run did not extend one."""
+        row = self.history.evaluations[0] if self.history.evaluations else {}
+        sets = ["", *domains(row)] if f"{BASE_TOKENIZER}/loss" in row else []
+        prefixes = [(name, f"{BASE_TOKENIZER}/{name}/" if name else f"{BASE_TOKENIZER}/") for name in sets]
+        keys = [f"{figure}{suffix}" for figure in _FIGURES for suffix in ("", "_interval")]
+        return [(name, {key: row[prefix + key] for key in keys}) for name, prefix in prefixes]
 
     def tasks(self) -> list[tuple[str, str, float, float | None]]:
         """Task, metric, value and standard error of the last evaluation on downstream tasks."""
@@ -351,11 +360,17 @@ def _summary(records: _Records, name: str | None, title: str, step: int | None) 
 
 def _validation_table(records: _Records) -> str:
     lines = ["| validation | loss | perplexity | bits per byte |", "|---|---|---|---|"]
+    base = records.base_tokenizer()
+    for domain, figures in base:
+        cells = " | ".join(_figure(figures, metric, digits) for metric, digits in _FIGURES.items())
+        lines.append(f"| base model, its own tokenizer{f', {domain}' if domain else ''} | {cells} |")
     for step, by_domain in records.evaluations():
         for domain, figures in by_domain.items():
             cells = " | ".join(_figure(figures, metric, digits) for metric, digits in _FIGURES.items())
             lines.append(f"| step {step:,}{f', {domain}' if domain else ''} | {cells} |")
     caption = "In brackets: 95% confidence intervals, by bootstrap over documents."
+    if base:
+        caption += " Loss and perplexity are per token, so two tokenizers can be compared only by bits per byte."
     return "\n".join([*lines, "", caption]) if len(lines) > 2 else "No validation text was held out."
 
 

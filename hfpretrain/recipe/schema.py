@@ -169,6 +169,34 @@ class TrainOnSection(Section):
     """Maximum number of documents. null: no maximum."""
 
 
+class ExtendSection(Section):
+    """More tokens for the BPE tokenizer `tokenizer.pretrained`, for example for another language. They get ids after
+    all others. Each one is made by merges that come after those of the tokenizer, so it joins neighboring tokens of the
+    tokenizer, and all other text keeps its tokens and ids. With `model.pretrained`, the embedding of a new token begins
+    as the mean of those of the tokens that it joins, in the input and in the output (Hewitt 2021, "Initializing New
+    Word Embeddings for Pretrained Language Models"). At step 0, the evaluation also has the figures of the base model
+    with its own tokenizer."""
+
+    tokens: tuple[Annotated[str, Field(min_length=2)], ...] = ()
+    """Words that become one token each, for example `[photosynthesis, " mitochondria"]`. A word becomes a token both
+    after a space and without one, or only after a space if it is written with a space before it. A merge joins two
+    tokens, so a word that had n tokens needs n - 1 new ids. Words that are one token already are left out."""
+    learn: int = Field(default=0, ge=0, le=2**22)
+    """Number of tokens that are learned on the training text, in addition to `tokens`: BPE training that continues from
+    the tokenizer's own tokens. A pair of tokens that occurs only once is not joined, so there may be fewer."""
+    train_on: TrainOnSection | None = None
+    """The part of the training text on which `learn` learns, as in `tokenizer.train_on`. null, the default: up to
+    2 GB."""
+
+    @model_validator(mode="after")
+    def _check_extend(self) -> ExtendSection:
+        if not self.tokens and not self.learn:
+            raise ValueError("give `tokens` (a list of words), `learn` (a number of tokens), or both")
+        if self.train_on is not None and not self.learn:
+            raise ValueError("`train_on` is only for `learn`; leave it out")
+        return self
+
+
 class TokenizerSection(Section):
     """The tokenizer: an existing one (`pretrained`), or one trained on the recipe's training text (`algorithm`)."""
 
@@ -176,6 +204,8 @@ class TokenizerSection(Section):
     """Folder or Hub id of a fast tokenizer."""
     revision: str | None = None
     """Revision of `pretrained` on the Hub."""
+    extend: ExtendSection | None = None
+    """Add tokens to `pretrained`, for example `{learn: 2000}`. null, the default: none."""
     algorithm: Literal["byte_level_bpe", "bpe", "character"] | None = None
     """Train a tokenizer of this kind. `byte_level_bpe`: BPE over bytes as in GPT-2, which can encode any Unicode text.
     `bpe`: BPE over characters as in Llama 2, except that spaces stay as they are. `character`: one token for each
@@ -245,6 +275,8 @@ class TokenizerSection(Section):
             )
         if self.revision is not None and self.pretrained is None:
             raise ValueError("`revision` belongs to `pretrained`, which is not given")
+        if self.extend is not None and self.pretrained is None:
+            raise ValueError("`extend` is only for `pretrained`; raise `vocab_size` instead")
         for key in self._unused_keys():
             if getattr(self, key) != type(self).model_fields[key].default:
                 users = [f"`{name}`" for name, keys in _KEYS_OF_ALGORITHM.items() if key in keys]
@@ -1047,12 +1079,18 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
             "tokenizer.pretrained",
             "is missing; `data.streaming` needs an existing tokenizer, since training one reads all text",
         )
-    if recipe.tokenizer.pretrained is None:
-        for name in ("sources", "validation_sources"):
-            for number, source in enumerate(getattr(recipe.data, name)):
-                if source.holds_tokens:
-                    what = f"is missing; data.{name}.{number} has tokens: name the tokenizer that made them"
-                    yield Problem("tokenizer.pretrained", what)
+    extend = recipe.tokenizer.extend
+    if recipe.data.streaming and extend is not None and extend.learn:
+        message = "reads all text first, which `data.streaming` does not; prepare the data, or give `extend.tokens`"
+        yield Problem("tokenizer.extend.learn", message)
+    for name in ("sources", "validation_sources"):
+        for number, source in enumerate(getattr(recipe.data, name)):
+            if source.holds_tokens and recipe.tokenizer.pretrained is None:
+                what = f"is missing; data.{name}.{number} has tokens: name the tokenizer that made them"
+                yield Problem("tokenizer.pretrained", what)
+            elif source.holds_tokens and extend is not None:
+                message = f"data.{name}.{number} has tokens that were made without the new ones; use its text instead"
+                yield Problem("tokenizer.extend", message)
     evaluation = recipe.evaluation
     for key in ("every_steps", "metrics"):
         # Prompts need no validation text.

@@ -21,7 +21,7 @@ from hfpretrain.data.tokenizer import (
     find_sentencepiece,
 )
 from hfpretrain.evaluation.prompts import printable
-from hfpretrain.evaluation.validation import domains
+from hfpretrain.evaluation.validation import base_tokenizer_lines, domains
 from hfpretrain.recipe.redaction import redact_all, strip_folders
 from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.training import segments
@@ -130,6 +130,7 @@ def run_summary(
     for row in history.evaluations:
         lines.append(f"  {_evaluation_time(row['step'], first_step, state.step):<16} {evaluation_text(row)}")
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
+        lines += [f"  {line}" for line in base_tokenizer_lines(row)]
     lines += _gain_lines(history)
     if epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs}")

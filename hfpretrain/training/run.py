@@ -127,6 +127,7 @@ def _train(
         prepared=setup.prepared,
         tokenizer=setup.tokenizer,
         token_bytes=setup.token_bytes,
+        base_vocabulary=setup.base_vocabulary,
         has_validation=recipe.data.has_validation,
         document_masking=setup.document_masking,
         micro_batch_size=recipe.training.micro_batch_size,

@@ -18,6 +18,7 @@ from hfpretrain.checkpoints import resume, trunk
 from hfpretrain.checkpoints.trunk import Origin, Trunk
 from hfpretrain.data.batches import epochs_by_source, format_epochs
 from hfpretrain.data.encode import token_bytes
+from hfpretrain.data.extension import Extension, Pieces, load_extension
 from hfpretrain.data.prepare import load_prepared_tokenizer, prepare, wait_for_prepared
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.source_files import log_once
@@ -25,6 +26,7 @@ from hfpretrain.data.summary import limit_notes, preparation_notes, reading_note
 from hfpretrain.data.tokenizer import describe_framing, load_tokenizer, set_chat_template
 from hfpretrain.engines import choose, launch
 from hfpretrain.engines.base import Engine
+from hfpretrain.evaluation.validation import BaseVocabulary
 from hfpretrain.modeling import initialization, optim
 from hfpretrain.modeling.build import apply_liger_kernel, build_model, compile_layers, import_model_code, should_compile
 from hfpretrain.modeling.checks import (
@@ -43,6 +45,7 @@ from hfpretrain.modeling.config import (
     override_notes,
     resolve_config,
 )
+from hfpretrain.modeling.embeddings import add_token_embeddings
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.groups import ParameterGroups, first_trained_step
 from hfpretrain.modeling.loss import StepLoss
@@ -91,6 +94,8 @@ class Setup:
     """The learning rate scheduler, one of torch's."""
     tokenizer: PreTrainedTokenizerFast
     prepared: PreparedData
+    base_vocabulary: BaseVocabulary | None
+    """What the model's base lacked, if `tokenizer.extend` added tokens to a pretrained model."""
     config: PretrainedConfig
     """The config of the model that was built."""
     generation_config: GenerationConfig | None
@@ -231,6 +236,9 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     watch.beat("build", 0)
 
     vocab_size, tokenizer_size = prepared.manifest["vocab_size"], prepared.manifest["tokenizer_size"]
+    extension = None if recipe.model.pretrained is None else load_extension(prepared.path)
+    if extension is not None:
+        tokenizer_size = extension.first_id  # the checkpoint has embeddings for the base tokenizer
     config = resolve_config(recipe.model, vocab_size, tokenizer, tokenizer_size, recipe.data.block_size)
     notes.add(context_note(recipe.model, config, recipe.data.block_size))
     notes.add(dtype_note(recipe.model, config))
@@ -243,6 +251,11 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     peak_memory = PeakMemory()
     with engine.plain_initialization():
         model = build_model(recipe.model, config, seed=recipe.seed, note=notes.add)
+        base_vocabulary, old_size = None, model.config.vocab_size
+        if extension is not None:
+            new_ids = add_token_embeddings(model, extension.first_id, extension.pieces, vocab_size)
+            base_vocabulary = BaseVocabulary(Pieces(extension), new_ids)
+            notes.add(_growth_note(extension, old_size, model.config.vocab_size))
         untrained = freeze_outside_loss(model, recipe.data.block_size)
     attention = model.config._attn_implementation
     if recipe.model.attn_implementation == "auto" and attention != "sdpa":
@@ -296,6 +309,8 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         # Layers in fp8 scale by the largest value in a batch, so every token changes every other token a little. The
         # tests of what a token sees therefore need a copy of the model without fp8.
         probe = build_model(recipe.model, config, seed=recipe.seed)
+        if extension is not None:
+            add_token_embeddings(probe, extension.first_id, extension.pieces, vocab_size)
         probe = initialization.fill(probe, weights).to(engine.device)
     require_causal(probe, recipe.model, half_precision=engine.accelerator.mixed_precision != "no")
     packs = watch.run_on_main(
@@ -323,6 +338,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         scheduler=schedulers[0],
         tokenizer=tokenizer,
         prepared=prepared,
+        base_vocabulary=base_vocabulary,
         config=model.config,
         generation_config=generation,
         step_loss=step_loss,
@@ -334,7 +350,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         undecayed=undecayed,
         optimizer_groups=optim.groups_record(optimizer_groups, groups.frozen),
         initial_weights=initial_weights,
-        token_bytes=torch.from_numpy(token_bytes(tokenizer, config.vocab_size)).to(engine.device),
+        token_bytes=torch.from_numpy(token_bytes(tokenizer, model.config.vocab_size)).to(engine.device),
         epochs=_epochs(recipe, prepared, origin.sequence),
         flops_per_token=model_flops_per_token(model.config, parameters, recipe.data.block_size, frozen),
         peak_flops=_peak_flops(engine),
@@ -368,7 +384,10 @@ def _require_trunk_tokenizer(recipe: Recipe, trunks: Sequence[Trunk], tokenizer:
     if changed := sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token)):
         examples = "; ".join(f"{one!r} is {ours.get(one)} now, was {theirs.get(one)}" for one in changed[:3])
         message = f"the ids of {len(changed):,} tokens are not those of {trunks[-1].given}: {examples}"
-        raise RecipeError.at("tokenizer", f"{message}. A branch needs the tokenizer of its trunk")
+        message += ". A branch needs the tokenizer of its trunk"
+        if recipe.tokenizer.extend is not None:
+            message += ": leave tokenizer.extend out, and set tokenizer.pretrained and model.pretrained to its export"
+        raise RecipeError.at("tokenizer", message)
 
 
 def _require_trunk_state(recipe: Recipe, origin: Origin, model: torch.nn.Module, groups: ParameterGroups) -> None:
@@ -386,6 +405,15 @@ def _require_trunk_state(recipe: Recipe, origin: Origin, model: torch.nn.Module,
             for name, parameter in parameters.items()
             if parameter.requires_grad and first_trained_step(groups.phases[name]) == 0
         ],
+    )
+
+
+def _growth_note(extension: Extension, old_size: int, new_size: int) -> str:
+    """How the embeddings of new tokens begin."""
+    grown = "" if new_size == old_size else f"; the vocabulary of the model grows from {old_size:,} to {new_size:,}"
+    return (
+        f"the tokens {extension.first_id:,} to {extension.size - 1:,} are new: each embedding begins as the mean of "
+        f"those of the tokens that it joins{grown}"
     )
 
 

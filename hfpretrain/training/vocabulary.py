@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hfpretrain.data.encode import Encoder, all_sources, require_special_tokens
+from hfpretrain.data.extension import listed_size
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size, train_tokenizer
 from hfpretrain.modeling.config import load_config, resolve_config, vocabulary_problem
 from hfpretrain.recipe.schema import DataSection, ModelSection, Problem, RecipeError, TokenizerSection
@@ -44,8 +45,12 @@ def check_tokenizer(
                 raise RecipeError.at("tokenizer.vocab_size", message)
         return []
     tokenizer = load_tokenizer(section)
-    vocab_size = padded_vocab_size(section, tokenizer)
-    resolve_config(model, vocab_size, tokenizer, tokenizer_size(tokenizer), data.block_size)
+    size = tokenizer_size(tokenizer)
+    if section.extend is not None:
+        extended_size = listed_size(section.extend, tokenizer)
+        # The embeddings of a pretrained model grow, those of a new model have the size that the recipe sets.
+        size = size if model.pretrained is not None else extended_size
+    resolve_config(model, padded_vocab_size(section, size), tokenizer, size, data.block_size)
     return require_matching_ids(model, section, tokenizer)
 
 

@@ -14,7 +14,7 @@ from hfpretrain.data import tokenizer_sample
 from hfpretrain.data.encode import Encoder, token_bytes, token_dtype
 from hfpretrain.data.prepare import prepared_path
 from hfpretrain.data.prepared import verify
-from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, train_tokenizer
+from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size, train_tokenizer
 from hfpretrain.data.tokenizer_sample import TokenizerSample, training_sample
 from hfpretrain.recipe.schema import RecipeError, TokenizerSection, TrainOnSection
 
@@ -191,7 +191,7 @@ def test_every_text_survives_every_pattern_and_every_byte_is_counted(pattern, ke
     made = train_tokenizer(section(pattern=pattern, reserved_tokens=2, **keys), [MIXED, *small_text(50)])
     made.save_pretrained(tmp_path)
     loaded = load_tokenizer(TokenizerSection(pretrained=str(tmp_path)))
-    size = padded_vocab_size(section(), loaded)
+    size = padded_vocab_size(section(), tokenizer_size(loaded))
     encode, table = Encoder(loaded, token_dtype(size)), token_bytes(loaded, size)
     draw = random.Random(0)
     texts = [MIXED, "<|endoftext|> <0x41>", "\x01\x7f", "a  b\r\n\r\n c"]
