@@ -50,6 +50,8 @@ class Extension:
     """For each new token, the ids of the base tokenizer's tokens that it joins."""
     listed: int
     """How many new tokens come from `extend.tokens`. The others were learned."""
+    asked: int
+    """`extend.learn`. The text may give fewer tokens."""
 
     @property
     def size(self) -> int:
@@ -65,7 +67,10 @@ class Extension:
         learned = len(self.pieces) - self.listed
         parts = [f"{self.listed:,} for tokenizer.extend.tokens"] if self.listed else []
         parts += [f"{learned:,} learned on the training text"] if learned else []
-        return f"{len(self.pieces):,} tokens were added to the tokenizer's {self.first_id:,}: {' and '.join(parts)}"
+        text = f"{len(self.pieces):,} tokens were added to the tokenizer's {self.first_id:,}: {' and '.join(parts)}"
+        if learned < self.asked:
+            text += f", not the {self.asked:,} of tokenizer.extend.learn, since no other pair of tokens occurs twice"
+        return text
 
 
 def load_extension(prepared: Path) -> Extension | None:
@@ -111,11 +116,12 @@ def extend_tokenizer(
     if not merges.num_tokens:
         message = "is not needed: the tokenizer has all of these words as tokens already; leave it out"
         raise RecipeError.at("tokenizer.extend", message)
-    extension = Extension(merges.first_id, merges.pieces_of_new(), listed)
+    extension = Extension(merges.first_id, merges.pieces_of_new(), listed, section.learn)
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder)
         Path(folder, "tokenizer.json").write_text(json.dumps(merges.content()), encoding="utf-8")
         made = _load(folder, trust_remote_code)
+        made.name_or_path = base.name_or_path
     _require_same_encoding(base, made, extension, [*section.tokens, *checked])
     return made, extension
 
