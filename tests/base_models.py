@@ -119,6 +119,7 @@ def llama(folder, tied=False, vocab_size=None):
 def gpt2(folder):
     """Tied, with positions that are learned."""
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+    sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return save_model(folder, GPT2Config(**sizes, **_ids(gpt2_tokenizer(folder), None)))
 
 

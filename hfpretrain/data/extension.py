@@ -304,9 +304,9 @@ def _learn(merges: _Merges, documents: Iterable[str], number: int) -> list[str]:
             words.update(merges.words(part))
     counts: Counter[tuple[str, ...]] = Counter()
     for word, count in words.items():
-        for part in merges.parts(word):
-            if len(part) > 1:
-                counts[tuple(part)] += count
+        for tokens in merges.parts(word):
+            if len(tokens) > 1:
+                counts[tuple(tokens)] += count
     before, wanted = merges.num_tokens, number + number // 4 + 256
     while True:
         pairs = _frequent_pairs(counts, wanted)

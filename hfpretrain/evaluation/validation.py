@@ -17,7 +17,6 @@ from hfpretrain.data.extension import Pieces
 from hfpretrain.data.prepared import VALIDATION, PreparedData
 from hfpretrain.evaluation import sums
 
-
 BASE_TOKENIZER = "base_tokenizer"
 """Prefix of the figures of the base model with its own tokenizer, in the row of the evaluation at step 0."""
 _ROWS_AT_ONCE = 1024

@@ -40,7 +40,7 @@ def add_token_embeddings(
     text_config = model.config.get_text_config()
     size, old_size = first_id + len(pieces), text_config.vocab_size
     new_size = grown_vocab_size(old_size, size, padded_size)
-    _require_two_embeddings(model)
+    require_two_embeddings(model)
     modules = dict.fromkeys([model.get_input_embeddings(), model.get_output_embeddings()])
     parameters = {
         id(parameter): parameter
@@ -78,7 +78,8 @@ def _grow(old: torch.Tensor, first_id: int, pieces: Sequence[Sequence[int]], num
     return new
 
 
-def _require_two_embeddings(model: PreTrainedModel) -> None:
+def require_two_embeddings(model: PreTrainedModel) -> None:
+    """Raise `RecipeError` if a model's class has other tensors with a row for each token than its two embeddings."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__

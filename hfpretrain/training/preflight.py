@@ -104,14 +104,16 @@ def disk_problems(output_dir: Path, num_bytes: int) -> list[Problem]:
     return [Problem("output_dir", f"{message}; make room, lower checkpoint.keep_last or choose another disk")]
 
 
-def require_buildable_model(section: ModelSection, optimizer: OptimizerSection) -> None:
+def require_buildable_model(section: ModelSection, optimizer: OptimizerSection, gets_new_tokens: bool = False) -> None:
     """Build the recipe's model on the meta device, which takes a fraction of a second at any size.
 
     Raises `RecipeError` if it can't be built or exported, if it does not fit the checkpoint's tensors, or if
     `optimizer.no_decay` or `optimizer.groups` don't fit its parameters. A model with remote code is not built.
+    `gets_new_tokens`: also raise it if no tokens can be added to the pretrained model.
     """
     from hfpretrain.modeling import optim
     from hfpretrain.modeling.build import require_same_tensors
+    from hfpretrain.modeling.embeddings import require_two_embeddings
     from hfpretrain.modeling.groups import ParameterGroups
 
     model = _build_model(section, "meta")
@@ -119,6 +121,8 @@ def require_buildable_model(section: ModelSection, optimizer: OptimizerSection) 
         require_same_tensors(section)
         decayed = optim.decayed_names(model, optimizer.no_decay)
         ParameterGroups(model, optimizer, decayed, knows_vocabulary=False)
+        if gets_new_tokens and section.pretrained is not None:
+            require_two_embeddings(model)
 
 
 def check_small_model(

@@ -456,7 +456,8 @@ def _check_model(recipe: Recipe, engine: Engine) -> None:
     """Raise `RecipeError` if the model of a new run can't be built, before hours are spent on preparing text."""
     if not any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         with engine.plain_initialization():
-            preflight.require_buildable_model(recipe.model, recipe.optimizer)
+            extends = recipe.tokenizer.extend is not None
+            preflight.require_buildable_model(recipe.model, recipe.optimizer, extends)
 
 
 def _epochs(recipe: Recipe, prepared: PreparedData, first_sequence: int) -> list[float] | None:
