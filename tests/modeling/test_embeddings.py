@@ -94,7 +94,7 @@ def test_a_class_with_further_tensors_for_each_token_is_refused():
         "head_dim": 8,
         "vocab_size": 64,
     }
-    config = Gemma3nTextConfig(**sizes, **small, vocab_size=64, vocab_size_per_layer_input=64, pad_token_id=0)
+    config = Gemma3nTextConfig(**sizes, **small, vocab_size_per_layer_input=64, pad_token_id=0)
     with torch.device("meta"):
         model = Gemma3nForCausalLM(config)
     with pytest.raises(RecipeError, match=r"tokenizer\.extend: Gemma3nForCausalLM has more than an input"):

@@ -63,7 +63,12 @@ def test_a_run_trains_new_tokens_and_compares_the_tokenizers(tmp_path, kind):
     assert row["eval/new/tokens"] < 0.8 * row["base_tokenizer/new/tokens"]
     for text in (result.stdout, (run / "model" / "README.md").read_text()):
         assert f"{alone['new/bits_per_byte']:.4f}" in text and "base" in text
-    assert "base_tokenizer/loss" not in rows(run, "eval/loss")[4]
+    last = rows(run, "eval/loss")[4]
+    assert "base_tokenizer/loss" not in last
+    # What is gained and lost is compared with the base model and its own tokenizer.
+    for prefix in ("", "old/", "new/"):
+        gained = alone[f"{prefix}bits_per_byte"] - last[f"eval/{prefix}bits_per_byte"]
+        assert last[f"eval/{prefix}bits_per_byte_gained"] == pytest.approx(gained, abs=1e-5)
     # Plain transformers loads the export. Ids of the base are unchanged, and a word that took several tokens takes one.
     before, tokenizer = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(run / "model")
     added = load_extension(prepared_path(load_recipe(path)))
@@ -80,7 +85,7 @@ def test_a_run_trains_new_tokens_and_compares_the_tokenizers(tmp_path, kind):
     assert any("each embedding begins as the mean" in note for note in environment["notes"])
     assert environment["num_parameters"] == model.num_parameters()
     exported = evaluate_perplexity(run / "model", load_recipe(path))
-    assert rows(run, "eval/loss")[4]["eval/bits_per_byte"] == pytest.approx(exported["bits_per_byte"], rel=1e-5)
+    assert last["eval/bits_per_byte"] == pytest.approx(exported["bits_per_byte"], rel=1e-5)
 
 
 def losses(run):
