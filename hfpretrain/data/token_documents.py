@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # So many tokens of a file's first chunk are compared, and one in `_TOKENS_PER_SAMPLED` of the other chunks.
 _SAMPLE_TOKENS, _MIN_SAMPLE_TOKENS, _MIN_LAST_TOKENS = 2**13, 200, 512
-_TOKENS_PER_SAMPLED = 512
+_TOKENS_PER_SAMPLED = 256
 # Of one document, unless there are too few documents.
 _SAMPLE_TOKENS_PER_DOCUMENT, _MAX_SAMPLE_TOKENS_PER_DOCUMENT = 2**8, 2**11
 _MIN_AGREEMENT = 0.98
