@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         name = override.partition("=")[0]
         if "_" in name and "." not in name and (flag := name.replace("_", "-")) in args.flags:
             parser.error(f"unknown argument {name}; did you mean {flag}?")
-    if overrides and getattr(args, "recipe", None) is None:
+    finds_recipe = args.command is _compare and args.data is None  # that of one of the two runs
+    if overrides and getattr(args, "recipe", None) is None and not finds_recipe:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hfpretrain").setLevel(logging.INFO)

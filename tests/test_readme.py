@@ -122,10 +122,12 @@ def test_the_yaml_snippets_are_valid():
 
     from hfpretrain.recipe.schema import DataSection, EvaluationSection
 
-    mixture, evaluation = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    mixture, evaluation, replay = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
     section = DataSection.model_validate({**mixture["data"], "block_size": 1024})
     assert section.weights == [(0, [0.8, 0.2]), (9_000_000_000, [0.3, 0.7])]
     assert EvaluationSection.model_validate(evaluation["evaluation"]).lm_eval.limit == 500
+    section = DataSection.model_validate({**replay["data"], "block_size": 1024})
+    assert section.weights == [(0, [3, 1])] and [one.domain for one in section.validation_sources] == ["new", "old"]
 
 
 def test_the_slurm_script_prepares_a_shard(folder):

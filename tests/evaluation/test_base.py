@@ -131,6 +131,8 @@ def test_two_checkpoints_are_compared_by_domain_on_the_text_of_the_run(continued
     reverse = hfpretrain("compare", str(folder / "run" / "model"), str(folder / "base"), "--block-size", "32")
     # The text is still that of the run of the second model, if it is one with validation text.
     assert reverse.returncode == 0 and str(folder / "base" / "recipe.yaml") in reverse.stderr
+    shorter = hfpretrain("compare", str(folder / "base"), str(folder / "run"), "--data.block_size=16")
+    assert shorter.returncode == 0 and json.loads(shorter.stdout)["a"]["block_size"] == 16
     neither = hfpretrain("compare", str(folder), str(folder))
     assert neither.returncode == 2
     missing = hfpretrain("compare", "a", "b")
