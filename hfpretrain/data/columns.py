@@ -29,8 +29,7 @@ class TextColumns:
         """The names, and those of the columns around and in nested ones."""
         self.outer = {part for name in self.names for part in name.split(".")[:-1]}
         """Names of the columns around nested ones."""
-        self.json_keys = tuple(sorted({json.dumps(part).encode() for part in self.parts}))
-        """`parts` as they are written in a JSON file."""
+        self._json_keys = {part: json.dumps(part).encode() for part in sorted(self.parts)}
         self._parts = [(text, None if name is None else self.names.index(name)) for text, name in parts]
 
     def join(self, values: Sequence[str]) -> str:
@@ -40,6 +39,21 @@ class TextColumns:
         if not any(values):
             return ""
         return "".join(text if index is None else text + values[index] for text, index in self._parts)
+
+    def may_repeat(self, line: bytes, values: Mapping[str, Any]) -> bool:
+        """Whether one of `parts` may be there twice as a key of the JSON object `values`, which was read from `line`.
+
+        This is only a first look: an object inside of `values` may have the same key.
+        """
+        for name, key in self._json_keys.items():
+            # After the last key comes its value. So keys need not be looked for in the last part of the line, which is
+            # as long as the text.
+            value = values.get(name)
+            end = len(line) - (len(value) if isinstance(value, str) else 0)
+            first = line.find(key, 0, end)
+            if first >= 0 and line.find(key, first + 1, end) >= 0:
+                return True
+        return False
 
 
 def value_of(row: Mapping[str, Any], name: str) -> Any:

@@ -550,9 +550,9 @@ class Reader:
                 raise RecipeError.at(self.key, f"{origin} has a JSON object that spans several lines: {advice}")
             for row, line in itertools.chain(start, numbered):
                 try:
-                    # An object in the text column may have the same key, so this is only a first look.
-                    may_repeat = any(line.count(key) > 1 for key in self._columns.json_keys)
-                    value = json.loads(line, object_pairs_hook=self._object) if may_repeat else _load_json(line)
+                    value = _load_json(line)
+                    if isinstance(value, dict) and self._columns.may_repeat(line, value):
+                        value = json.loads(line, object_pairs_hook=self._object)
                 except UnicodeDecodeError as error:
                     problem = ("invalid_utf8", f"not valid UTF-8 ({error.reason}, byte {line[error.start]:#04x})")
                     yield Document("", origin, row, problem=problem)

@@ -71,25 +71,34 @@ def prepared_path(recipe: Recipe) -> Path:
     Call it only on the main process of a run: it reads all local source files that changed since this machine last
     read them, and asks the Hub.
     """
-    return _path(recipe.data, recipe.tokenizer, recipe.prepared_dir)
+    return _path(recipe.data, recipe.tokenizer, recipe.prepared_dir)[0]
 
 
-def _path(data: DataSection, section: TokenizerSection, prepared_dir: Path, has_prefix: bool | None = None) -> Path:
-    """As `prepared_path`. `has_prefix`: as `_has_prefix` returns it, if that is known."""
+def _path(
+    data: DataSection, section: TokenizerSection, prepared_dir: Path, has_prefix: bool | None = None
+) -> tuple[Path, PreTrainedTokenizerFast | None]:
+    """As `prepared_path`, and the tokenizer if it was loaded for that.
+
+    `has_prefix`: whether documents begin with tokens that calling the tokenizer adds, if that is known.
+    """
     sources, validation, of_tokenizer = _identities(data, section)
     identities = [*sources, *validation, of_tokenizer]
 
     def path(has_prefix: bool) -> Path:
         return prepared_dir / fingerprint(data, section, identities, has_prefix)
 
-    return path(_has_prefix(section, path) if has_prefix is None else has_prefix)
+    made = None
+    if has_prefix is None and (has_prefix := _recorded_prefix(section, path)) is None:
+        made = load_tokenizer(section)
+        has_prefix = bool(document_prefix(made))
+    return path(has_prefix), made
 
 
-def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool:
-    """Whether documents begin with tokens that calling the tokenizer adds before a text (often BOS).
+def _recorded_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool | None:
+    """Whether documents begin with tokens that calling the tokenizer adds before a text (often BOS), if that is known.
 
     `path`: returns the prepared folder for either answer. If a folder was prepared with this tokenizer section, its
-    manifest has the answer, and the tokenizer is not loaded. Older versions added no tokens and recorded no answer.
+    manifest has the answer. Older versions added no tokens and recorded no answer. None: the tokenizer must be loaded.
     """
     if section.pretrained is None or section.add_bos is False:
         return False
@@ -97,7 +106,7 @@ def _has_prefix(section: TokenizerSection, path: Callable[[bool], Path]) -> bool
         manifest = files.manifest_of(path(has_prefix)) or {}
         if "add_bos" in manifest and manifest["add_bos"] == section.add_bos:
             return has_prefix
-    return bool(document_prefix(load_tokenizer(section)))
+    return None
 
 
 def _identities(data: DataSection, section: TokenizerSection) -> tuple[list[Any], list[Any], list[Any]]:
@@ -116,7 +125,8 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
     stopped at any time, the next one resumes after the last finished part. Raises `RecipeError` if a source is missing,
     has no text, or has a bad document.
     """
-    path, data, section = prepared_path(recipe), recipe.data, recipe.tokenizer
+    data, section = recipe.data, recipe.tokenizer
+    path, loaded = _path(data, section, recipe.prepared_dir)
     if PreparedData.open(path) is None:  # finished data needs no lock, and its folder may be read-only
         with _lock_folder(path, ".lock"):
             prepared = PreparedData.open(path) or _download(data.prepared_dir, path)
@@ -126,7 +136,7 @@ def prepare(recipe: Recipe, num_workers: int | None = None) -> PreparedData:
                 registry = ShardRegistry(data, section, recipe.prepared_dir)
                 _check_shards(registry, _shard_inputs(data, section), path)
                 with _modules_not_collected():
-                    prepared = _Preparation(data, section, path, num_workers or num_cores()).finish()
+                    prepared = _Preparation(data, section, path, num_workers or num_cores(), loaded).finish()
                 registry.remove(path.name)
                 check_unknown_share(prepared, section.max_unknown)
                 return prepared
@@ -285,12 +295,17 @@ class MadeTokenizer(NamedTuple):
             self.extension.save(folder)
 
 
-def make_tokenizer(section: TokenizerSection, data: DataSection) -> MadeTokenizer:
-    """Load the recipe's tokenizer and extend it, or train it on the recipe's training text."""
+def make_tokenizer(
+    section: TokenizerSection, data: DataSection, loaded: PreTrainedTokenizerFast | None = None
+) -> MadeTokenizer:
+    """Load the recipe's tokenizer and extend it, or train it on the recipe's training text.
+
+    `loaded`: the tokenizer `section.pretrained`, if it was loaded before.
+    """
     read = functools.partial(corpus.training_documents, data)
     extend = section.extend
     if section.pretrained is not None:
-        made = load_tokenizer(section)
+        made = load_tokenizer(section) if loaded is None else loaded
         if extend is None:
             return MadeTokenizer(made)
         sample = training_sample(section, read) if extend.learn else None
@@ -364,9 +379,19 @@ def _modules_not_collected() -> Iterator[None]:
 
 
 class _Preparation:
-    """One preparation: makes the tokenizer and the unfinished parts, and assembles the folder."""
+    """One preparation: makes the tokenizer and the unfinished parts, and assembles the folder.
 
-    def __init__(self, data: DataSection, section: TokenizerSection, path: Path, num_workers: int):
+    `loaded`: the tokenizer `section.pretrained`, if it was loaded before.
+    """
+
+    def __init__(
+        self,
+        data: DataSection,
+        section: TokenizerSection,
+        path: Path,
+        num_workers: int,
+        loaded: PreTrainedTokenizerFast | None = None,
+    ):
         import datasets
 
         datasets.disable_progress_bars()
@@ -380,7 +405,7 @@ class _Preparation:
             self.remote.download(self.work, [name for name in there if name.startswith(folders)])
         self.start_seconds = time.perf_counter()
         self._unproven = self._read_unproven_parts()
-        self.tokenizer = self._load_or_make_tokenizer()
+        self.tokenizer = self._load_or_make_tokenizer(loaded)
         self.vocabulary = load_vocabulary(self.data, self.tokenizer)
         self.readers = corpus.training_readers(self.data, self.vocabulary)
         self.validation_readers = corpus.validation_readers(self.data, self.vocabulary)
@@ -403,7 +428,7 @@ class _Preparation:
         sources, validation, of_tokenizer = _identities(self.data, self.section)
         parts = self.make_parts(0, 1)
         has_prefix = bool(document_prefix(self.tokenizer))
-        if _path(self.data, self.section, self.path.parent, has_prefix) != self.path:
+        if _path(self.data, self.section, self.path.parent, has_prefix)[0] != self.path:
             raise RecipeError.at("data.sources", "a source changed while it was prepared; run the command again")
         extra = {
             "vocab_size": self.vocab_size,
@@ -451,13 +476,13 @@ class _Preparation:
         logger.info("prepared %s in %.1f s on %d thread(s)", self.path, seconds, self.num_workers)
         return prepared
 
-    def _load_or_make_tokenizer(self) -> PreTrainedTokenizerFast:
+    def _load_or_make_tokenizer(self, loaded: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:
         """The tokenizer in the work folder, made if there is none. A preparation never changes its tokenizer."""
         from transformers import AutoTokenizer
 
         folder = self.work / "tokenizer"
         if not folder.is_dir():
-            made = make_tokenizer(self.section, self.data)
+            made = make_tokenizer(self.section, self.data, loaded)
             own = self.work / f"tokenizer-{os.getpid()}{files.INCOMPLETE}"
             made.save(own)
             try:
