@@ -28,6 +28,7 @@ from hfpretrain.training.loading import load_recipe
 _MODEL = "an exported folder, a run, a checkpoint, or ID[@REVISION] on the Hub"
 _EPILOG = """RECIPE is a recipe file or the name of a shipped recipe. Any number of --section.key=value may follow it.
 `hfpretrain train -h` lists all keys, and `hfpretrain train -h optimizer` the keys of one section."""
+_WHEN = """An average costs seconds and no training. A decay branch (checkpoint.branch_from) trains further."""
 _ENGINE = "accelerate config file, or the name of a shipped one such as ddp or fsdp2"
 
 
@@ -254,6 +255,20 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="CHECKPOINT", help="runs/NAME/checkpoints/step-..., or a run folder for its newest"
     )
     export.add_argument("out", metavar="OUT", help="folder to create")
+    average = command(
+        "average",
+        _average,
+        "average the weights of several checkpoints of a run, and evaluate the result",
+        epilog=_WHEN,
+    )
+    average.add_argument("run", metavar="RUN", help="run folder")
+    folder = "folder to create; default: a folder below RUN/averages, named after the steps"
+    average.add_argument("out", metavar="OUT", nargs="?", help=folder)
+    chosen = average.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--last", type=int, metavar="K", help="average the K newest checkpoints")
+    chosen.add_argument("--steps", metavar="STEPS", help="average the checkpoints of these steps, such as 100,200,300")
+    shares = "a weight for each checkpoint, the oldest first, such as 1,2,3; default: all the same"
+    average.add_argument("--weights", metavar="WEIGHTS", help=shares)
     path = command("path", _path, "print the path of a shipped recipe or accelerate config file")
     path.add_argument("name", metavar="NAME", help="name of the recipe or config file, for example quickstart or ddp")
     push = command("push", _push, "upload a run's checkpoints and export to a Hub repo, except what it already has")
@@ -648,11 +663,22 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
 
 def _verify_prepared(run: Path) -> dict[str, Any]:
     """Verify every file of the prepared data that a run was trained on, or report that this machine lacks them."""
-    from hfpretrain.data.prepared import find_prepared, verify
+    from hfpretrain.data.prepared import verify
     from hfpretrain.training.run_folder import DATA
 
     if not (run / DATA).exists():
         return {}
+    path = _prepared_folder(run)
+    if path is None:
+        return {"prepared_data": f"not verified, because it is not in {load_recipe(run / 'recipe.yaml').prepared_dir}"}
+    return {"prepared_data": str(path)} | {f"prepared_{key}": value for key, value in verify(path).items()}
+
+
+def _prepared_folder(run: Path) -> Path | None:
+    """The prepared data that a run was trained on; None if this machine lacks them."""
+    from hfpretrain.data.prepared import find_prepared
+    from hfpretrain.training.run_folder import DATA
+
     try:
         data = json.loads((run / DATA).read_text(encoding="utf-8"))
         name, checksum = data.get("prepared"), data["checksum"]
@@ -660,10 +686,7 @@ def _verify_prepared(run: Path) -> dict[str, Any]:
         message = f"does not say which data the run was trained on: {error}"
         raise RecipeError(Problem(str(run / DATA), message)) from error
     roots = [load_recipe(run / "recipe.yaml").prepared_dir, run.parent / "prepared"]
-    path = find_prepared(roots, name, checksum)
-    if path is None:
-        return {"prepared_data": f"not verified, because it is not in {roots[0]}"}
-    return {"prepared_data": str(path)} | {f"prepared_{key}": value for key, value in verify(path).items()}
+    return find_prepared(roots, name, checksum)
 
 
 def _verify_downstream(args: argparse.Namespace) -> None:
@@ -745,6 +768,86 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
     from hfpretrain.publishing.card import write_card_and_metrics
 
     print(*export_checkpoint(Path(args.checkpoint), Path(args.out), write_card_and_metrics), sep="\n")
+
+
+def _average(args: argparse.Namespace, _: list[str]) -> None:
+    from hfpretrain import files
+    from hfpretrain.checkpoints import average, resume
+    from hfpretrain.publishing.card import write_average_card
+
+    run = Path(args.run)
+    steps = None if args.steps is None else [int(number) for number in _numbers("--steps", args.steps, r"\d+")]
+    weights = None if args.weights is None else list(map(float, _numbers("--weights", args.weights, r"[\d.eE+-]+")))
+    chosen = average.choose_checkpoints(run, args.last, steps)
+    shares = average.shares_of(weights, len(chosen))
+    folder = Path(args.out) if args.out else average.default_folder(run, chosen, weights is not None)
+    numbers = [files.step_of(path) for path in chosen]
+    how = f"the mean of the weights of the steps {', '.join(f'{number:,}' for number in numbers)}"
+    if weights is not None:
+        how += f", in the proportions {', '.join(f'{share:.3g}' for share in shares)}"
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def describe(work: Path) -> None:
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print to stdout, too
+            rows["average"] = _evaluate_on_prepared(run, str(work))
+        write_average_card(run, work, numbers[-1], how, rows["average"])
+
+    number = average.write_average(run, chosen, shares, folder, describe)
+    print(
+        f"{folder}: {how}",
+        f"  verified       loaded with plain transformers, its {number} tensors are the means",
+        sep="\n",
+    )
+    if not rows["average"]:
+        print(
+            f"  not evaluated  there is no prepared validation text; `hfpretrain evaluate {folder} RECIPE` reads others"
+        )
+        return
+    newest = resume.newest_undamaged(run)
+    if newest is not None:
+        rows[f"step {files.step_of(newest):,}, the newest"] = _evaluate_on_prepared(run, str(newest))
+    width = max(len(f"{name}, {domain}") for name, row in rows.items() for domain in row)
+    print(f"  {'':<{width}} {'loss':>10} {'perplexity':>12} {'bits per byte':>14}")
+    for domain in rows["average"]:
+        for name, row in rows.items():
+            figures, label = row[domain], f"{name}, {domain}" if domain else name
+            print(
+                f"  {label:<{width}} {figures['loss']:>10.4f} {figures['perplexity']:>12,.2f} "
+                f"{figures['bits_per_byte']:>14.4f}"
+            )
+
+
+def _numbers(flag: str, given: str, pattern: str) -> list[str]:
+    """The parts of a list of numbers with commas between them."""
+    parts = [part.strip() for part in given.split(",")]
+    for part in parts:
+        if re.fullmatch(pattern, part) is None or not _is_number(part):
+            raise RecipeError.at(flag, f"{part!r} is not a number; write numbers with commas, for example 1,2,3")
+    return parts
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _evaluate_on_prepared(run: Path, model: str) -> dict[str, dict[str, Any]]:
+    """Figures of a model on the validation sets that the run was evaluated on; empty if there are none here."""
+    from hfpretrain.data.prepared import PreparedData
+    from hfpretrain.evaluation.score import evaluate_prepared
+    from hfpretrain.training.run_folder import ENVIRONMENT
+
+    recipe, path = read_recipe(run / "recipe.yaml"), _prepared_folder(run)
+    prepared = None if path is None else PreparedData.open(path)
+    if prepared is None or not recipe.data.has_validation:
+        return {}
+    masking = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["document_masking"]
+    return evaluate_prepared(
+        model, prepared, batch_size=recipe.training.micro_batch_size, document_masking=bool(masking)
+    )
 
 
 def _path(args: argparse.Namespace, _: list[str]) -> None:

@@ -16,7 +16,7 @@ from hfpretrain.data.tokenizer import SENTENCEPIECE
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
 from hfpretrain.recipe.addresses import missing_path_problem
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import Recipe, RecipeError
 from hfpretrain.recipe.yaml import read_recipe
 
 if TYPE_CHECKING:
@@ -95,28 +95,36 @@ def write_checkpoint_model(run: Path, checkpoint: Path, folder: Path) -> dict[st
     Takes twice the memory of the weights. Returns the float32 weights by name. Raises `RecipeError` if the checksums of
     the checkpoint don't match or the run folder has no `config` folder.
     """
+    if (reason := files.damage(checkpoint)) is not None:
+        raise RecipeError.at(str(checkpoint), reason)
+    recipe = read_recipe(run / "recipe.yaml")
+    weights = pieces.load_whole_tensors(checkpoint, ("model", "buffers"))
+    if optim.evaluates_average(recipe.optimizer):
+        optim.average_weights(weights, pieces.load_whole_tensors(checkpoint, ("optimizer",)), recipe.optimizer)
+    write_run_model(run, recipe, weights, folder)
+    return weights
+
+
+def write_run_model(run: Path, recipe: Recipe, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write float32 `weights` as the model of a run to `folder`, with its config and tokenizer. `recipe`: the run's.
+
+    Raises `RecipeError` if the run folder has no `config` folder.
+    """
     import transformers
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     transformers.utils.logging.disable_progress_bar()
-    if (reason := files.damage(checkpoint)) is not None:
-        raise RecipeError.at(str(checkpoint), reason)
     configs = run / CONFIG_FOLDER
     if not configs.is_dir():
         raise RecipeError.at(
             str(configs), "is missing; it should contain the config and the tokenizer of the checkpoint"
         )
-    recipe = read_recipe(run / "recipe.yaml")
     config = AutoConfig.from_pretrained(configs, trust_remote_code=recipe.model.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(configs, trust_remote_code=recipe.tokenizer.trust_remote_code)
-    weights = pieces.load_whole_tensors(checkpoint, ("model", "buffers"))
-    if optim.evaluates_average(recipe.optimizer):
-        optim.average_weights(weights, pieces.load_whole_tensors(checkpoint, ("optimizer",)), recipe.optimizer)
     generation_config = None
     if (configs / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(configs)
     write_model(config, weights, tokenizer, folder, recipe.model.dtype, generation_config, configs / SENTENCEPIECE)
-    return weights
 
 
 def export_checkpoint(given: Path, folder: Path, describe: Callable[[Path, Path, int], None]) -> list[str]:
@@ -126,8 +134,7 @@ def export_checkpoint(given: Path, folder: Path, describe: Callable[[Path, Path,
     `folder` appears: `from_pretrained` must load exactly the weights of the checkpoint. Returns lines to print. Raises
     `RecipeError` if `folder` is not empty, or `given` is neither a checkpoint nor a run with one.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError.at("OUT", f"{folder} already exists and is not overwritten; choose a new folder")
+    require_new_folder(folder)
     checkpoint = given if saver.is_checkpoint(given) else resume.newest_undamaged(given)
     if checkpoint is None:
         neither = f"{given} is neither a checkpoint (runs/NAME/checkpoints/step-...) nor a run with an undamaged one"
@@ -148,6 +155,12 @@ def export_checkpoint(given: Path, folder: Path, describe: Callable[[Path, Path,
         f"{folder}: step {step:,} of {run}",
         f"  verified       loaded with plain transformers, its {number} tensors equal those of {checkpoint}",
     ]
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise `RecipeError` if an export to `folder` would overwrite something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError.at("OUT", f"{folder} already exists and is not overwritten; choose a new folder")
 
 
 def run_of(checkpoint: Path) -> Path:

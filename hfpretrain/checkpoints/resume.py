@@ -277,7 +277,7 @@ def _download(key: str, repo_id: str, revision: str, commit: str, folder: Path) 
 
 def require_same_shapes(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise `RecipeError` if the tensors of a trunk's checkpoint don't have the `shapes` of the branch's parameters."""
-    saved = {name: tuple(shape) for name, shape in pieces.shapes_in(checkpoint, "model").items()}
+    saved = pieces.StoredTensors(checkpoint, "model").shapes
     wrong = [name for name in sorted(saved.keys() | shapes.keys()) if saved.get(name) != shapes.get(name)]
     if wrong:
         texts = [f"{name} is {shapes.get(name, 'missing')} now, was {saved.get(name, 'missing')}" for name in wrong[:3]]

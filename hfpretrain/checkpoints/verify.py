@@ -9,7 +9,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def _sample(model: Any, tokenizer: Any) -> dict[str, str | None]:
     return {"sample": tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)}
 
 
-def compare_weights(folder: Path, weights: dict[str, torch.Tensor], trust_remote_code: bool) -> int:
+def compare_weights(folder: Path, weights: Mapping[str, torch.Tensor], trust_remote_code: bool) -> int:
     """Load a plain folder and compare all its weights with `weights`, rounded to its dtype.
 
     Returns the number of its tensors. Raises `RecipeError` if one is missing, unexpected or different.
@@ -143,7 +143,7 @@ def compare_weights(folder: Path, weights: dict[str, torch.Tensor], trust_remote
             wrong.append(name)
     if wrong:
         names = ", ".join(sorted(wrong)[:3])
-        raise RecipeError.at(str(folder), f"{len(wrong)} weights are not those of the checkpoint: {names}")
+        raise RecipeError.at(str(folder), f"{len(wrong)} weights are not those that were exported: {names}")
     return len(found)
 
 

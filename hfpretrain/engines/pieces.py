@@ -11,7 +11,7 @@ import math
 import pathlib
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +171,38 @@ def zero_rows(tensor: torch.Tensor, number: int) -> None:
         part[: max(0, number - offsets[0])].zero_()
 
 
-def shapes_in(path: Path, part: str) -> dict[str, torch.Size]:
-    """Shapes of the tensors in `part` of a saved state, by name."""
-    entries = _Reader(path).read_metadata().state_dict_metadata.items()
-    return {
-        name.removeprefix(part + SEPARATOR): entry.size
-        for name, entry in entries
-        if name.startswith(part + SEPARATOR) and isinstance(entry, TensorStorageMetadata)
-    }
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors in `part` of a saved state by name, each read whole from the disk when it is asked for."""
+
+    def __init__(self, path: Path, part: str):
+        _ignore_warning_about_one_process()
+        self._reader, self._prefix = _Reader(path), part + SEPARATOR
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._entries = {
+            name.removeprefix(self._prefix): entry
+            for name, entry in entries.items()
+            if name.startswith(self._prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            dcp.load({self._prefix + name: tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)  # type: ignore[attr-defined]
+        except dcp.CheckpointException as error:  # type: ignore[attr-defined] # no `Exception`
+            raise RuntimeError(str(next(iter(error.failures.values()))[0])) from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, by name."""
+        return {name: tuple(entry.size) for name, entry in self._entries.items()}
 
 
 def load_whole_tensors(path: Path, parts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -235,14 +259,21 @@ class _Index(pickle.Unpickler):
 
 
 class _Reader(filesystem.FileSystemReader):
+    _index: Any = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._index is None:
+            self._index = self._read_index(*args, **kwargs)
+        self._index.storage_meta.load_id = self.load_id
+        return self._index
+
+    def _read_index(self, *args: Any, **kwargs: Any) -> Any:
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             found = _Index(file).load()
         for entry in found.storage_data.values():
             if Path(entry.relative_path).name != str(entry.relative_path):
                 raise ValueError(f"its index refers to the file {entry.relative_path!r} outside of the checkpoint")
         found.storage_meta = found.storage_meta or metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
         return found
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from hfpretrain.data.encode import Encoder, token_bytes, unknown_id
+from hfpretrain.data.prepared import PreparedData
 from hfpretrain.evaluation import lm_eval_tasks, sums
 from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
 from hfpretrain.evaluation.texts import Texts, checked_texts, recipe_texts
+from hfpretrain.evaluation.validation import ValidationSets
 from hfpretrain.modeling.checks import isolates_documents, use_chunked_loss
 from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.schema import DataSection, LmEvalSection, Recipe, RecipeError, TrainingSection
@@ -94,6 +96,26 @@ def evaluate_checkpoint(model: str, texts: Texts, windows: Windows) -> dict[str,
     report's `document_masking` says whether attention ended at document boundaries.
     """
     return _score(model, texts, windows).report
+
+
+def evaluate_prepared(
+    model: str, prepared: PreparedData, *, batch_size: int, document_masking: bool
+) -> dict[str, dict[str, Any]]:
+    """Loss, perplexity and bits per byte of `model` on the validation sets of prepared data, by domain.
+
+    The blocks are those of the evaluations during training. The key "" means all sets together.
+    """
+    tokenizer, network = load_checkpoint(model)
+    use_chunked_loss(network, "auto")
+    sets = ValidationSets(prepared)
+    table = torch.from_numpy(token_bytes(tokenizer, network.config.vocab_size)).to(network.device)
+    batches = sets.batches(batch_size=batch_size, process_index=0, num_processes=1, document_masking=document_masking)
+    found = sums.loss_sums(network, batches, table, sets.num_documents)
+    by_domain: dict[str, dict[str, Any]] = {}
+    for key, value in sets.figures(found.documents.cpu().numpy()).items():
+        domain, _, figure = key.rpartition("/")
+        by_domain.setdefault(domain, {})[figure] = value
+    return by_domain
 
 
 def compare_checkpoints(a: str, b: str, texts: Texts, windows: Windows) -> dict[str, Any]:

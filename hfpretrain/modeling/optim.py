@@ -237,7 +237,12 @@ def average_weights(weights: dict[str, torch.Tensor], moments: Mapping[str, Any]
     `moments`: the optimizer's state by parameter name, which has `z`.
     """
     for name in weights.keys() & moments.keys():
-        weights[name].lerp_(moments[name]["z"], 1 - 1 / section.betas[0])
+        average_weight(weights[name], moments[name]["z"], section)
+
+
+def average_weight(weight: torch.Tensor, z: torch.Tensor, section: OptimizerSection) -> None:
+    """As `average_weights`, for one tensor."""
+    weight.lerp_(z, 1 - 1 / section.betas[0])
 
 
 def named_groups(

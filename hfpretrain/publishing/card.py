@@ -10,6 +10,7 @@ Generated text stands in blocks between two markers. Text outside of the blocks 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +66,8 @@ class _Records:
     data: dict[str, Any]
     history: History
     trunks: list[Trunk]
+    average: str | None = None
+    """How the weights of the model were averaged; None if they are those of one step."""
 
     @classmethod
     def read(cls, run: Path, step: int | None) -> _Records:
@@ -130,7 +133,33 @@ def write_card(run: Path, model: Path, step: int | None = None, repo_id: str | N
     `step`: the step of the checkpoint, None at the end of the run. Text that a person wrote into an existing card is
     kept. Raises `RecipeError` if `run` is not a run folder.
     """
-    records = _Records.read(run, step)
+    _write(_Records.read(run, step), model, step, repo_id)
+
+
+def write_average_card(
+    run: Path, model: Path, step: int, average: str, figures: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write the card, the loss plot and `metrics.json` of averaged weights into `model`, an exported folder.
+
+    `step`: the last that was averaged. `average`: how, in a few words. `figures`: of the average, by validation set;
+    the key "" means all text.
+    """
+    records = dataclasses.replace(_Records.read(run, step), average=average)
+    found = {
+        f"eval/{f'{domain}/' if domain else ''}{figure}": value
+        for domain, part in figures.items()
+        for figure, value in part.items()
+    }
+    history = records.history
+    row = {"step": step, "tokens": history.tokens, **found}
+    history.evaluations, history.tasks, history.exported = [row] if found else [], {}, {}
+    _write(records, model, None, None)
+    (model / "metrics.json").write_text(json.dumps({**row, "average": average}, indent=1), encoding="utf-8")
+    files.add_sums(model, [model / "metrics.json"])
+
+
+def _write(records: _Records, model: Path, step: int | None, repo_id: str | None) -> None:
+    run = records.run
     name = repo_id or records.recipe.hub.repo_id
     title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
     plot_loss(records.history, model / "loss.png", title)
@@ -335,7 +364,7 @@ def _blocks(records: _Records, name: str | None, title: str, step: int | None) -
         ),
         "loss": "![Training and validation loss](loss.png)",
         "use": f"{_use(records.data, name or title, step)}\n\n{_llama_cpp(recipe.tokenizer)}",
-        "samples": _samples(records, step),
+        "samples": "" if records.average else _samples(records, step),
         "data": f"## Data\n\n{_sources(records.data)}\n\n{_fenced(records.data['account'])}",
         "training": f"## Training\n\n{_training(records)}",
         "reproduce": _reproduce(records.recipe, records.environment),
@@ -350,7 +379,9 @@ def _summary(records: _Records, name: str | None, title: str, step: int | None) 
     origin = f"{kind}, trained further" if recipe.model.pretrained else f"{kind}, trained from scratch"
     size = f"{records.environment['num_parameters']:,} parameters, {records.history.tokens:,} tokens"
     text = f"# {title}\n\nA causal language model ({origin}, {size}), pretrained with hfpretrain."
-    if step is not None:
+    if records.average is not None:
+        text += f" Its weights are {records.average}."
+    elif step is not None:
         last_step = trunk.origin_of(records.trunks).step + recipe.training.num_steps
         text += f" This is the checkpoint of step {step:,} of {last_step:,}."
     elif name is not None and recipe.hub.repo_id is not None and recipe.checkpoint.every_steps:
@@ -367,7 +398,8 @@ def _validation_table(records: _Records) -> str:
     for step, by_domain in records.evaluations():
         for domain, figures in by_domain.items():
             cells = " | ".join(_figure(figures, metric, digits) for metric, digits in _FIGURES.items())
-            lines.append(f"| step {step:,}{f', {domain}' if domain else ''} | {cells} |")
+            when = f"step {step:,}" if records.average is None else "average"
+            lines.append(f"| {when}{f', {domain}' if domain else ''} | {cells} |")
     caption = "In brackets: 95% confidence intervals, by bootstrap over documents."
     if base:
         caption += " Loss and perplexity are per token, so two tokenizers can be compared only by bits per byte."
