@@ -287,7 +287,7 @@ def require_same_shapes(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) ->
 
 def require_optimizer_state(checkpoint: Path, names: list[str]) -> None:
     """Raise `RecipeError` if a trunk has not trained some of the parameters `names` that a branch trains."""
-    saved = {name.partition(pieces.SEPARATOR)[0] for name in pieces.names_in(checkpoint, "optimizer")}
+    saved = pieces.first_level_names(checkpoint, "optimizer")
     if missing := [name for name in names if name not in saved]:
         raise RecipeError.at(
             "optimizer.groups",

@@ -468,7 +468,7 @@ class Engine:
         False if the checkpoint has no loss scale for fp16, which then starts from its initial value.
         """
         asked = self.state()
-        begun = {name.partition(pieces.SEPARATOR)[0] for name in pieces.names_in(path, "optimizer")}
+        begun = pieces.first_level_names(path, "optimizer")
         not_begun = [n for n, phases in self._phases.items() if first_trained_step(phases) and n not in begun]
         for name in not_begun:
             asked["optimizer"].pop(name, None)

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from hfpretrain.engines import launch
+from hfpretrain.engines import launch, pieces
 from hfpretrain.engines.base import BuildOptimizer, Engine
 from hfpretrain.engines.pieces import Fragments, Piece, cut_into_boxes
 from hfpretrain.modeling import initialization
@@ -322,12 +322,12 @@ class DeepSpeed(Engine):
             found["model"][name] = Fragments(whole, list(cut_into_boxes(whole, first, part)) if part.numel() else [])
         for name, shape, flat, start, first, numel in self._locations():
 
-            def pieces(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
+            def parts(tensor: torch.Tensor, shape=shape, start=start, first=first, numel=numel) -> list[Piece]:  # type: ignore[no-untyped-def]
                 return list(cut_into_boxes(shape, first, tensor.detach().narrow(0, start, numel))) if numel else []
 
-            found["model"][name] = Fragments(shape, pieces(flat))
+            found["model"][name] = Fragments(shape, parts(flat))
             found["optimizer"][name] = {
-                key: Fragments(shape, pieces(value)) if value.shape == flat.shape else value
+                key: Fragments(shape, parts(value)) if value.shape == flat.shape else value
                 for key, value in states[flat].items()
             }
         return found
@@ -339,6 +339,28 @@ class DeepSpeed(Engine):
             if first_trained_step(phases) and not found["optimizer"][name]["step"].item():
                 del found["optimizer"][name]
         return found
+
+    def load_state(self, path: Path, group: Any) -> bool:
+        """See `Engine`. Raises `RecipeError` if parameters that share a number of steps here have different ones there.
+
+        A branch may have other groups than its trunk, and DeepSpeed has one number for all parameters of a group.
+        """
+        saved = pieces.first_level_names(path, "optimizer")
+        flats = {name: id(flat) for name, _, flat, *_ in self._locations() if name in saved}
+        asked = {"optimizer": {name: {"step": torch.zeros(())} for name in flats}}
+        found = pieces.load(asked, path, group)["optimizer"] if flats else {}
+        first: dict[int, str] = {}
+        for name, flat in flats.items():
+            other = first.setdefault(flat, name)
+            numbers = [int(found[one]["step"]) for one in (other, name)]
+            if numbers[0] != numbers[1]:
+                message = (
+                    f"{path} was saved with other groups: {other} was trained in {numbers[0]} steps and {name} in "
+                    f"{numbers[1]}, and ZeRO can't keep two numbers within one group; give the same groups, or use "
+                    "single, ddp or fsdp2"
+                )
+                raise RecipeError.at("optimizer.groups", message)
+        return super().load_state(path, group)
 
     def _forget_optimizer_state(self, name: str) -> None:
         flat = next(flat for other, _, flat, *_ in self._locations() if other == name)

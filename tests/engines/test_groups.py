@@ -47,10 +47,6 @@ def drawn_weights(recipe, run):
     return {name: w for name, w in initialization.InitialWeights(model, first.seed) if name in names}
 
 
-def parameters_with_state(checkpoint):
-    return {name.partition(pieces.SEPARATOR)[0] for name in pieces.names_in(checkpoint, "optimizer")}
-
-
 def check_equal(single, other, last):
     """Check that two runs have the same losses and gradient norms, before, at and after the switch."""
     found, expected = rows(other, "loss"), rows(single, "loss")
@@ -88,9 +84,9 @@ def test_parameters_are_frozen_until_their_step_and_rows_keep_their_values(singl
 
 def test_the_optimizers_state_of_a_parameter_begins_with_its_first_trained_step(single):
     checkpoints = single / "single" / "checkpoints"
-    assert parameters_with_state(checkpoints / f"step-{SWITCH:08d}") == EMBEDDINGS
+    assert pieces.first_level_names(checkpoints / f"step-{SWITCH:08d}", "optimizer") == EMBEDDINGS
     trained = {name for name in drawn_weights(single / "recipe.yaml", single / "single") if ".layers.0." not in name}
-    assert parameters_with_state(checkpoints / f"step-{SWITCH + 1:08d}") == trained
+    assert pieces.first_level_names(checkpoints / f"step-{SWITCH + 1:08d}", "optimizer") == trained
     state = pieces.load_whole_tensors(checkpoints / f"step-{SWITCH + 2:08d}", ["optimizer"])
     assert state["model.norm.weight"]["step"] == 2 and state["lm_head.weight"]["step"] == SWITCH + 2
 
@@ -203,3 +199,15 @@ def test_frozen_weights_of_a_pretrained_model_are_exported_as_they_were(tmp_path
     for name, value in base.items():
         assert torch.equal(exported[name], value) == ("norm" in name or ".layers.0." in name), name
     assert ("lm_head.weight" in exported) != tied
+
+
+def test_a_branch_with_other_groups_is_refused_where_zero_would_mix_two_numbers_of_steps(single, tmp_path):
+    branch = f"--checkpoint.branch_from={single / 'single'}@5"
+    arguments = (single / "recipe.yaml", f"--output_dir={tmp_path / 'run'}", branch, "--training.max_steps=7")
+    freeze = '--optimizer.groups=[{params: "model.layers.0.*", lr: 0}]'
+    result = train(*arguments, freeze, engine="zero2", timeout=400)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stdout + result.stderr
+    assert "optimizer.groups: " in result.stderr and "trained in 5 steps" in result.stderr
+    shutil.rmtree(tmp_path / "run")
+    result = train(*arguments, freeze)
+    assert result.returncode == 0, result.stdout + result.stderr
