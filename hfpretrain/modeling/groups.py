@@ -93,15 +93,20 @@ class ParameterGroups:
         for name in self.frozen:
             self._parameters[name].requires_grad_(False)
 
-    def lines(self) -> list[str]:
-        """A sentence for each group about its parameters and what happens to them; none without groups."""
+    def lines(self, num_steps: int) -> list[str]:
+        """A sentence for each group on what it has and how that is trained in a run of `num_steps`.
+
+        Without groups there are none.
+        """
         if not self._section.groups:
             return []
         lines = []
         for number, group in enumerate(self._section.groups):
             names = [name for name in self._names[number] if self._applies(number, name)]
             patterns = ", ".join(group.patterns)
-            lines.append(f"optimizer.groups.{number} ({patterns}): {self._describe(names)} {self._effect(group)}")
+            late = f", which is the whole run of {num_steps:,}" if (group.until_step or 0) >= num_steps else ""
+            text = f"{self._describe(names)} {self._effect(group)}{late}"
+            lines.append(f"optimizer.groups.{number} ({patterns}): {text}")
         if others := [name for name in self._parameters if not any(name in names for names in self._names)]:
             lines.append(f"{self._describe(others)} are in none of optimizer.groups")
         return lines
@@ -121,7 +126,8 @@ class ParameterGroups:
         until = "" if group.until_step is None else f" in the first {group.until_step:,} steps"
         if group.lr == 0:
             return f"are frozen{until}"
-        rate = f"at {group.lr:g} times optimizer.lr, {group.lr * self._section.lr:.3g},"
+        factor = "" if group.lr == 1 else f"{group.lr:g} times "
+        rate = f"at {factor}optimizer.lr, {group.lr * self._section.lr:.3g},"
         rows = "" if group.rows_from is None else f" in the rows from {group.rows_from:,} on, without weight decay,"
         decay = "" if group.weight_decay is None else f" with weight decay {group.weight_decay:g}"
         return f"are trained {rate}{rows}{decay}{until}".rstrip(",")
@@ -148,7 +154,7 @@ class ParameterGroups:
                 "(model.config.tie_word_embeddings: false)"
             )
         patterns = list(dict.fromkeys(map(name_pattern, self._parameters)))
-        near = difflib.get_close_matches(pattern, [*self._parameters, *patterns], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(pattern, dict.fromkeys([*self._parameters, *patterns]), n=3, cutoff=0.5)
         near = near or [name for name in patterns if pattern.strip("*.").rpartition(".")[2] in name][:3]
         text = f"the nearest are {', '.join(near)}" if near else f"the model's names are {', '.join(patterns[:8])}, ..."
         return f"no parameter has a name that matches {pattern!r}; {text}"

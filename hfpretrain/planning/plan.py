@@ -194,7 +194,7 @@ def parameter_group_lines(recipe: Recipe) -> list[str]:
     if not recipe.optimizer.groups:
         return []
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
-    return parameter_groups(recipe, build_model(section, model_config(recipe))).lines()
+    return parameter_groups(recipe, build_model(section, model_config(recipe))).lines(recipe.training.num_steps)
 
 
 def prepared_data(recipe: Recipe) -> PreparedData | None:

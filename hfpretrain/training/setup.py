@@ -271,7 +271,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     groups = ParameterGroups(model, recipe.optimizer, decayed)
     groups.freeze()
     frozen = frozen_part(model, groups.frozen)
-    for line in groups.lines():
+    for line in groups.lines(training.num_steps):
         notes.add(line)
     phases = groups.phases if recipe.optimizer.groups else None
     if trunks:

@@ -69,17 +69,18 @@ def test_each_group_says_what_it_has():
         {"params": "*", "lr": 0, "until_step": 1000},
         {"params": "*.mlp.*", "weight_decay": 0.5},
     )
-    assert made.lines() == [
+    assert made.lines(2000) == [
         "optimizer.groups.0 (model.embed_tokens.*): 2,048 parameters in 1 tensor (model.embed_tokens.weight is also "
         "lm_head.weight) are trained at 10 times optimizer.lr, 0.01, in the rows from 60 on, without weight decay, in "
         "the first 1,000 steps",
         "optimizer.groups.1 (*): 23,264 parameters in 28 tensors are frozen in the first 1,000 steps",
-        "optimizer.groups.2 (*.mlp.*): 13,824 parameters in 9 tensors are trained at 1 times optimizer.lr, 0.001, with "
+        "optimizer.groups.2 (*.mlp.*): 13,824 parameters in 9 tensors are trained at optimizer.lr, 0.001, with "
         "weight decay 0.5",
     ]
+    assert made.lines(800)[1].endswith(" are frozen in the first 1,000 steps, which is the whole run of 800")
     _, made = groups_of(UNTIED, {"params": "*.mlp.*", "lr": 0})
-    assert made.lines()[-1] == "13,536 parameters in 21 tensors are in none of optimizer.groups"
-    assert groups_of(UNTIED)[1].lines() == []
+    assert made.lines(1000)[-1] == "13,536 parameters in 21 tensors are in none of optimizer.groups"
+    assert groups_of(UNTIED)[1].lines(1000) == []
 
 
 @pytest.mark.parametrize(
