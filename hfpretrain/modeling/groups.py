@@ -52,9 +52,12 @@ def first_trained_step(phases: Phases) -> int | None:
 class ParameterGroups:
     """The parameters of a model by the groups of a recipe. Make it before an engine shards the model.
 
-    `decayed`: names of the parameters with weight decay. `knows_vocabulary`: whether the embeddings of `model` have
-    their final number of rows. Raises `RecipeError` with all problems of the groups: patterns
-    that match nothing, groups that never apply, rows of what is no embedding, and steps in which nothing is trained.
+    `decayed`: names of the parameters with weight decay. `first_new_row`: the row of the first token that was added to
+    the vocabulary; None if it is not known, as before the tokenizer is made. `knows_vocabulary`: whether the embeddings
+    of `model` have their final number of rows.
+
+    Raises `RecipeError` with all problems of the groups: patterns that match nothing, groups that never apply, rows of
+    what is no embedding, and steps in which nothing is trained.
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class ParameterGroups:
         model: PreTrainedModel,
         section: OptimizerSection,
         decayed: Collection[str],
+        first_new_row: int | None = None,
         knows_vocabulary: bool = True,
     ):
         self._section = section
+        self._first_new_row = first_new_row
         self._parameters = dict(model.named_parameters())
         self._aliases = _aliases(model, self._parameters)
         self._embeddings = _embedding_names(model, self._parameters)
@@ -128,7 +133,11 @@ class ParameterGroups:
             return f"are frozen{until}"
         factor = "" if group.lr == 1 else f"{group.lr:g} times "
         rate = f"at {factor}optimizer.lr, {group.lr * self._section.lr:.3g},"
-        rows = "" if group.rows_from is None else f" in the rows from {group.rows_from:,} on, without weight decay,"
+        rows = ""
+        if group.rows_from == "new" and self._first_new_row is None:
+            rows = " in the rows of new tokens, without weight decay,"
+        elif group.rows_from is not None:
+            rows = f" in the rows from {self._first_row(group):,} on, without weight decay,"
         decay = "" if group.weight_decay is None else f" with weight decay {group.weight_decay:g}"
         return f"are trained {rate}{rows}{decay}{until}".rstrip(",")
 
@@ -169,11 +178,17 @@ class ParameterGroups:
                 continue
             own = decay if group.weight_decay is None or name not in self._decayed else group.weight_decay
             own = 0.0 if group.rows_from else own
-            phases.append(Phase(group.until_step, group.lr, own, group.rows_from or 0))
+            phases.append(Phase(group.until_step, group.lr, own, self._first_row(group)))
             if group.until_step is None:
                 return tuple(phases)
             step = group.until_step
         return (*phases, Phase(None, 1.0, decay))
+
+    def _first_row(self, group: ParameterGroupSection) -> int:
+        """The first row that a group trains."""
+        if group.rows_from == "new":
+            return self._first_new_row or 1
+        return group.rows_from or 0
 
     def _rows_problems(self, knows_vocabulary: bool) -> Iterator[Problem]:
         for number, (group, names) in enumerate(zip(self._section.groups, self._names, strict=True)):
@@ -187,8 +202,8 @@ class ParameterGroups:
                 continue
             for name in names:
                 rows = self._parameters[name].shape[0]
-                if knows_vocabulary and group.rows_from >= rows:
-                    yield Problem(path, f"{name} has {rows:,} rows, numbered from 0 (got {group.rows_from:,})")
+                if knows_vocabulary and (first := self._first_row(group)) >= rows:
+                    yield Problem(path, f"{name} has {rows:,} rows, numbered from 0 (got {first:,})")
 
     def _unused_problems(self) -> Iterator[Problem]:
         """Groups that never apply, since earlier groups have all their parameters."""

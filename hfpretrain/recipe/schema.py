@@ -628,10 +628,10 @@ class ParameterGroupSection(Section):
     begins with the first step in which it is trained. Until then, gradients of frozen parameters are computed and
     dropped, so a step takes as much memory and time as a later one. null: the group is in force during the whole
     run."""
-    rows_from: PositiveInt | None = None
-    """For input and output embeddings: only the rows from this token id on are trained, for example 32000 to train
-    those of the tokens that were added to a vocabulary of 32,000. The rows before keep their values. While only some
-    rows are trained, the embedding gets no weight decay. null: all rows."""
+    rows_from: Literal["new"] | PositiveInt | None = None
+    """For input and output embeddings: only the rows from this token id on are trained, for example 32000. `new`: only
+    those of the tokens that `tokenizer.extend` adds to a pretrained model. The rows before keep their values. While
+    only some rows are trained, the embedding gets no weight decay. null: all rows."""
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -684,9 +684,9 @@ class OptimizerSection(Section):
     groups: tuple[ParameterGroupSection, ...] = ()
     """Parameters that are frozen or have rates of their own. If several groups match a parameter, the first one that is
     in force applies. Parameters that no group matches are trained with the values of this section. For example, to
-    train the embeddings alone in the first 500 steps, and everything after them:
-    `[{params: "model.embed_tokens.*", until_step: 500}, {params: "*", lr: 0, until_step: 500}]`. The start of a run
-    lists what each group has. Default: none."""
+    train the embeddings of new tokens alone in the first 500 steps, and everything after them:
+    `[{params: ["*embed_tokens*", "lm_head*"], rows_from: new, until_step: 500}, {params: "*", lr: 0, until_step: 500}]`
+    (without `lm_head*` if the embeddings are tied). The start of a run lists what each group has. Default: none."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Momentum of `muon`. The default, 0.95, is torch's."""
     beta2_decay: float = Field(default=-0.8, le=0)
@@ -1080,6 +1080,10 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
             "is missing; `data.streaming` needs an existing tokenizer, since training one reads all text",
         )
     extend = recipe.tokenizer.extend
+    for number, group in enumerate(recipe.optimizer.groups):
+        if group.rows_from == "new" and (extend is None or recipe.model.pretrained is None):
+            message = "needs `tokenizer.extend` and `model.pretrained`; set them, or give the first token id"
+            yield Problem(f"optimizer.groups.{number}.rows_from", f"`new` {message}")
     if recipe.data.streaming and extend is not None and extend.learn:
         message = "reads all text first, which `data.streaming` does not; prepare the data, or give `extend.tokens`"
         yield Problem("tokenizer.extend.learn", message)

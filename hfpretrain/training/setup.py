@@ -268,7 +268,12 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
 
     decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
     undecayed = optim.undecayed_matrices(model, decayed)
-    groups = ParameterGroups(model, recipe.optimizer, decayed)
+    if extension is not None and extension.pieces:
+        first_new_row = extension.first_id
+    else:
+        first_new_row = None
+        _refuse_groups_of_new_rows(recipe)
+    groups = ParameterGroups(model, recipe.optimizer, decayed, first_new_row)
     groups.freeze()
     frozen = frozen_part(model, groups.frozen)
     for line in groups.lines(training.num_steps):
@@ -388,6 +393,14 @@ def _require_trunk_tokenizer(recipe: Recipe, trunks: Sequence[Trunk], tokenizer:
         if recipe.tokenizer.extend is not None:
             message += ": leave tokenizer.extend out, and set tokenizer.pretrained and model.pretrained to its export"
         raise RecipeError.at("tokenizer", message)
+
+
+def _refuse_groups_of_new_rows(recipe: Recipe) -> None:
+    """Raise `RecipeError` if a group of the optimizer is for the rows of new tokens."""
+    for number, group in enumerate(recipe.optimizer.groups):
+        if group.rows_from == "new":
+            message = "`tokenizer.extend` has added no token, so there are no new rows; leave it out"
+            raise RecipeError.at(f"optimizer.groups.{number}.rows_from", message)
 
 
 def _require_trunk_state(recipe: Recipe, origin: Origin, model: torch.nn.Module, groups: ParameterGroups) -> None:

@@ -6,11 +6,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from base_models import BASES
 from conftest import recipe_mapping, rows, small_text, train, write_jsonl, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
+from hfpretrain.data.extension import load_extension
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import initialization
 from hfpretrain.modeling.build import build_model
@@ -211,3 +213,42 @@ def test_a_branch_with_other_groups_is_refused_where_zero_would_mix_two_numbers_
     shutil.rmtree(tmp_path / "run")
     result = train(*arguments, freeze)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("llama", "single"),
+        pytest.param("gemma", "zero3", marks=pytest.mark.slow),
+        pytest.param("llama", "fsdp2", marks=pytest.mark.slow),
+    ],
+)
+def test_the_embeddings_of_new_tokens_are_trained_alone_first(tmp_path, kind, engine):
+    (tmp_path / "base").mkdir()
+    base = str(BASES[kind](tmp_path / "base"))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    tied = "lm_head.weight" not in weights
+    embeddings = ["model.embed_tokens.weight"] if tied else sorted(EMBEDDINGS)
+    groups = [
+        {"params": embeddings, "rows_from": "new", "lr": 5.0, "until_step": 2},
+        {"params": "*", "lr": 0, "until_step": 2},
+    ]
+    changes = {
+        "model": {"pretrained": base},
+        "tokenizer": {"pretrained": base, "extend": {"tokens": ["photosynthesis"]}},
+    }
+    recipe = write(tmp_path, groups, **changes, checkpoint__every_steps=2)
+    result = run(recipe, tmp_path / "run", engine, 2)
+    (added,) = {load_extension(path).first_id for path in (tmp_path / "prepared").iterdir() if load_extension(path)}
+    assert (
+        f"in the rows from {added} on, without weight decay, in the first 2 steps, which is the whole run"
+        in result.stderr
+    )
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert exported.keys() == weights.keys() and added < len(exported["model.embed_tokens.weight"])
+    for name, value in weights.items():
+        rows_of_base = added if name in embeddings else None
+        assert torch.equal(exported[name][:rows_of_base], value[:rows_of_base]), name
+    run(recipe, tmp_path / "run", engine, 3)
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not any(torch.equal(exported[name][: len(value)], value) for name, value in weights.items())

@@ -155,6 +155,13 @@ def test_scalars_are_read_as_in_yaml_1_2():
         ({"output_dir": ""}, "output_dir", "empty"),
         ({"data__prepared_dir": "a\0b"}, "data.prepared_dir", "NUL"),
         ({"data__shift_blocks": True, "data__packing": "best_fit"}, "data", "packing: concat"),
+        ({"optimizer__groups": [{"params": "*", "lr": 3e-4}]}, "optimizer.groups.0", "a factor on `optimizer.lr`"),
+        ({"optimizer__groups": [{"params": "*", "lr": 0, "rows_from": 9}]}, "optimizer.groups.0", "has no effect"),
+        (
+            {"optimizer__groups": [{"params": "*", "rows_from": "new"}]},
+            "optimizer.groups.0.rows_from",
+            "tokenizer.extend",
+        ),
     ],
 )
 def test_wrong_values_are_refused_with_path_and_fix(folder, changes, path, fragment):
