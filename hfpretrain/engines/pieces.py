@@ -160,12 +160,12 @@ def load(state: dict[str, Any], path: Path, group: Any = None) -> dict[str, Any]
 def names_in(path: Path, part: str) -> set[str]:
     """Names of the entries in `part` of a saved state."""
     names = _Reader(path).read_metadata().state_dict_metadata
-    return {name.removeprefix(part + _SEPARATOR) for name in names if name.startswith(part + _SEPARATOR)}
+    return {name.removeprefix(part + SEPARATOR) for name in names if name.startswith(part + SEPARATOR)}
 
 
 def first_level_names(path: Path, part: str) -> set[str]:
     """Names of the parameters that have entries in `part` of a saved state."""
-    return {name.partition(_SEPARATOR)[0] for name in names_in(path, part)}
+    return {name.partition(SEPARATOR)[0] for name in names_in(path, part)}
 
 
 def zero_rows(tensor: torch.Tensor, number: int) -> None:
@@ -181,7 +181,7 @@ class StoredTensors(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: Path, part: str):
         _ignore_warning_about_one_process()
-        self._reader, self._prefix = _Reader(path), part + _SEPARATOR
+        self._reader, self._prefix = _Reader(path), part + SEPARATOR
         entries = self._reader.read_metadata().state_dict_metadata
         self._entries = {
             name.removeprefix(self._prefix): entry
@@ -217,7 +217,7 @@ def load_whole_tensors(path: Path, parts: Sequence[str]) -> dict[str, torch.Tens
     """
     found: dict[str, Any] = {part: {} for part in parts}
     for name, entry in _Reader(path).read_metadata().state_dict_metadata.items():
-        part, _, rest = name.partition(_SEPARATOR)
+        part, _, rest = name.partition(SEPARATOR)
         if part in found and isinstance(entry, TensorStorageMetadata):
             found[part][rest] = torch.empty(entry.size, dtype=entry.properties.dtype)
     try:
@@ -297,14 +297,14 @@ def _ignore_warning_about_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-_SEPARATOR = "//"
+SEPARATOR = "//"
 
 
 def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}{_SEPARATOR}")
+            flat |= _flatten(value, f"{prefix}{key}{SEPARATOR}")
         else:
             flat[prefix + key] = value
     return flat
@@ -313,7 +313,7 @@ def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, value in flat.items():
-        *path, last = name.split(_SEPARATOR)
+        *path, last = name.split(SEPARATOR)
         node = state
         for key in path:
             node = node.setdefault(key, {})
