@@ -851,9 +851,9 @@ class LmEvalSection(Section):
 class EvaluationSection(Section):
     """Loss, perplexity and bits per byte of the whole validation text at step 0, every `every_steps` and at the end.
 
-    A run that begins with `model.pretrained` also compares each evaluation with step 0: the bits per byte that it
-    gained or lost, with a 95% interval, for each `domain` of `data.validation_sources`. With old and new text as two
-    domains, it measures what the model forgets."""
+    A run that begins with `model.pretrained` or `checkpoint.branch_from` also compares each evaluation with its first:
+    the bits per byte that it gained or lost, with a 95% interval, for each `domain` of `data.validation_sources`. With
+    old and new text as two domains, it measures what the model forgets."""
 
     every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations. null: only at step 0 and at the end."""
