@@ -66,9 +66,9 @@ class RowExchange:
         self._size = torch.distributed.get_world_size(group)
         self._rank = torch.distributed.get_rank(group)
         self._lock = threading.Lock()
-        self._last, self._has_ended = -1, False
-        self.read = -1
-        """The last data step for which this process has read its own lanes."""
+        self._has_ended = False
+        self.read = self.begun = -1
+        """The last data step for which this process has read its own lanes, and the last one that all have begun."""
 
     def begin(self, step: int) -> None:
         """Wait until all processes have called this for data step `step`.
@@ -81,11 +81,12 @@ class RowExchange:
         # All processes have their data now. Rank 0 decides for all, because `end` may be called at the same time.
         with self._lock:
             begins = torch.tensor([not self._has_ended])
-            if begins:
-                self._last = step
+            if begins and self._rank == 0:
+                self.begun = step
         torch.distributed.broadcast(begins, group=self._group, group_src=0)
         if not begins:
             raise ReadingEndedError
+        self.begun = step
 
     def end(self) -> int:
         """Let no more steps begin. Call it on rank 0, in any thread.
@@ -94,7 +95,7 @@ class RowExchange:
         """
         with self._lock:
             self._has_ended = True
-            return self._last
+            return self.begun
 
     def __call__(self, outgoing: Sequence[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         """Send an array, int32 (n,), to the processes of each part of the data, and return the array from each part.

@@ -6,6 +6,7 @@ import base64
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hfpretrain.data.streaming import Lanes, StreamingData, assign_lanes, load_l
 from hfpretrain.data.token_documents import load_vocabulary
 from hfpretrain.engines.distributed import RowExchange, new_control_group
 from hfpretrain.recipe.machine import num_cores
-from hfpretrain.recipe.schema import DataSection
+from hfpretrain.recipe.schema import DataSection, Problem, RecipeError
 from hfpretrain.training.setup import Setup
 from hfpretrain.training.state import TrainState
 from hfpretrain.training.stopping import StoppedEarlyError, Stopping, Stops
@@ -133,18 +134,25 @@ class Feed:
         )
 
     def next(self) -> StepData:
-        """The data of the next step. Raises `Stopping` if this process must stop and a source does not answer.
+        """The data of the next step.
 
-        With several processes that stream, all get the data or all raise `Stopping`, whichever of them must stop. With
-        several processes and prepared data, it raises `StoppedEarlyError` on this process alone.
+        Raises `Stopping` if a source can't be read, or if this process must stop and a source does not answer. With
+        several processes that stream, all get the data or all raise `Stopping`, whichever of them has the reason. With
+        several processes and prepared data, this process alone raises the error, or `StoppedEarlyError`.
         """
         assert self._prefetcher is not None
         if self._exchange is not None:
             return self._next_of_all(self._prefetcher, self._exchange)
-        data = self._prefetcher.next(self._stops.due)
+        is_alone = self._setup.engine.num_processes == 1
+        try:
+            data = self._prefetcher.next(self._stops.due)
+        except Exception as error:
+            if is_alone:
+                raise Stopping(error) from error
+            raise
         if data is not None:
             return data
-        if self._setup.engine.num_processes > 1:
+        if not is_alone:
             # The other processes may be in the middle of a step, where they wait for this one. `Watch` ends them.
             raise StoppedEarlyError(f"{self._stops.reason} while the prepared data could not be read")
         raise Stopping
@@ -152,13 +160,15 @@ class Feed:
     def _next_of_all(self, prefetcher: Prefetcher, exchange: RowExchange) -> StepData:
         """As `next`, for several processes that stream.
 
-        A process that must stop asks rank 0. If the data do not come within 5 seconds, rank 0 lets no more steps begin,
-        and tells all processes which step is the last. Until then no process has the data of a later step.
+        A process that must stop, or that can't read its data, asks rank 0. If the data do not come within 5 seconds,
+        rank 0 lets no more steps begin, and tells all processes which step is the last. Until then no process has the
+        data of a later step.
         """
         assert self._state is not None
         state, watch = self._state, self._watch
         data_step = state.data_step(state.step)
-        asked, last = (f"data/{self._num_openings}/{name}" for name in ("asked", "last"))
+        asked, last, failed = (f"data/{self._num_openings}/{name}" for name in ("asked", "last", "failed"))
+        failure: Exception | None = None
         is_main, has_read = self._setup.is_main, False
 
         def must_stop() -> bool:
@@ -174,13 +184,26 @@ class Feed:
             found = watch.published(last)
             return found is not None and found < data_step
 
-        while (data := prefetcher.next(must_stop, at_once=not is_main)) is None:
+        while True:
+            try:
+                data = prefetcher.next(must_stop, at_once=not is_main)
+            except Exception as error:
+                if exchange.begun >= data_step:  # the others train on this step
+                    raise
+                failure = error
+                watch.publish(failed, _describe_error(error))
+                watch.publish(asked, True)
+                continue
+            if data is not None:
+                break
             if is_main:
                 last_step = exchange.end()
                 watch.publish(last, last_step)
                 if last_step >= data_step:
                     continue
-            raise Stopping
+            if failure is None and (found := watch.published(failed)) is not None:
+                failure = _described_error(found)
+            raise Stopping(failure) from failure
         if not has_read:
             watch.beat("data of other ranks", state.step)
         return data
@@ -195,3 +218,16 @@ class Feed:
         self.close()
         if isinstance(self.data, StreamingData):
             self.data = self._open(checkpoint)
+
+
+def _describe_error(error: Exception) -> dict[str, Any]:
+    """An error as a JSON value, from which `_described_error` makes it on another rank."""
+    if isinstance(error, RecipeError):
+        return {"problems": [asdict(problem) for problem in error.problems]}
+    return {"text": f"another rank can't read its data: {type(error).__name__}: {error}"}
+
+
+def _described_error(described: dict[str, Any]) -> Exception:
+    if "problems" in described:
+        return RecipeError([Problem(**problem) for problem in described["problems"]])
+    return RuntimeError(described["text"])

@@ -172,11 +172,16 @@ def _train(
             watch=watch,
             stop_if_asked=vote.stop_if_asked,
         )
-    except Stopping:
+    except Stopping as stop:
+        if stop.error is not None and state.step == first_step:
+            raise stop.error from None
         if stops.reason == "training.stop_after" and state.step == first_step:
             raise _stopped_before_first_step(recipe.training, stops) from None
-        _save_and_stop(state, saver, publisher, records, stops, close)
+        reason = "an error in the data" if stop.error is not None else stops.reason or "another rank"
+        _save_and_stop(state, saver, publisher, records, stops, close, reason)
         setup.engine.finish()
+        if stop.error is not None:
+            raise stop.error from None
         return None
     watch.beat("export", state.step)
     close()
@@ -220,10 +225,11 @@ def _save_and_stop(
     records: Records,
     stops: Stops,
     close: Callable[[], None],
+    reason: str,
 ) -> None:
     """Save the state, so that the same command resumes from it, and end the records. All ranks must call it.
 
-    Raises `NotSavedError` if the checkpoint could not be written.
+    `reason`: why the run stops. Raises `NotSavedError` if the checkpoint could not be written.
     """
     start = time.perf_counter()
     saver.wait()
@@ -233,7 +239,7 @@ def _save_and_stop(
     publisher.close()
     record_publishing(publisher, records, state.step)
     left = stops.seconds_left()
-    text = f"stopped by {stops.reason or 'another rank'} at step {state.step}"
+    text = f"stopped by {reason} at step {state.step}"
     text += f"; saving took {time.perf_counter() - start:.1f} s"
     text += "" if left is None else f", and {left:.0f} s of training.stop_after are left"
     records.write_event(state.step, text)

@@ -23,7 +23,14 @@ class StoppedEarlyError(BaseException):
 
 
 class Stopping(Exception):  # noqa: N818 - not an error
-    """All ranks have agreed to stop here."""
+    """All ranks have agreed to stop here.
+
+    `error`: why the next step has no data, if that is the reason. All ranks raise it once the state is saved.
+    """
+
+    def __init__(self, error: Exception | None = None):
+        super().__init__()
+        self.error = error
 
 
 class Stops:

@@ -18,7 +18,7 @@ from hfpretrain.data import corpus
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.streaming import LaneState
 from hfpretrain.data.tokenizer import train_tokenizer
-from hfpretrain.files import seal
+from hfpretrain.files import damage, seal
 from hfpretrain.recipe.schema import DataSection, RecipeError, TokenizerSection
 
 TEXTS = small_text(400)
@@ -331,12 +331,24 @@ def test_a_checkpoint_of_the_first_version_is_refused_with_that_version(files, l
 
 
 @pytest.mark.parametrize("is_mixture", [False, True])
-@pytest.mark.parametrize("number", [0, 7])
-def test_an_error_in_the_text_of_one_process_ends_all_with_its_message(files, local, number, is_mixture):
+@pytest.mark.parametrize(("engine", "number"), [("ddp", 0), ("ddp", 7), ("single", 7)])
+def test_an_error_in_the_text_of_one_process_ends_all_with_its_message_and_saves(
+    files, local, engine, number, is_mixture
+):
+    for n in range(8):  # so long that steps are trained before the error, which is near the end of a file
+        write_jsonl(files / f"{n}.jsonl", small_text(200, seed=n))
     with (files / f"{number}.jsonl").open("a") as file:
         file.write("{bad\n")
     sources = [{"path": "json", "data_files": str(files / f"{n}.jsonl"), "weight": 0.5} for n in (0, 7)]
     recipe = local(**({"data__sources": sources} if is_mixture else {}))
-    result = train(recipe, "--training.max_steps=200", engine="ddp")
-    assert result.returncode == 2 and f"{number}.jsonl:51: broken JSON" in result.stderr, result.stderr
+    arguments = [recipe, "--training.tokens_per_step=2048", "--training.micro_batch_size=32"]
+    arguments += ["--training.max_steps=200", "--checkpoint.every_steps=1000"]
+    result = train(*arguments, engine=engine)
+    assert result.returncode == 2 and f"{number}.jsonl:201: broken JSON" in result.stderr, result.stderr
+    (path,) = (files / "run" / "checkpoints").glob("step-*")
+    saved = int(path.name.removeprefix("step-"))
+    assert damage(path) is None and 1 < saved == max(rows(files / "run", "loss")), result.stderr
+    again = train(*arguments, engine=engine)
+    assert again.returncode == 2 and f"{number}.jsonl:201: broken JSON" in again.stderr, again.stderr
+    assert max(rows(files / "run", "loss")) == saved
     assert "the run ends on all ranks" not in result.stderr, "the message of a program's error, not of a user's"
