@@ -90,6 +90,7 @@ def override_config(config: PretrainedConfig, overrides: Mapping[str, Any], path
     if getattr(config, _ROPE, None) is not None:
         own, rope_problems = _with_merged_rope(config, own, path)
         problems += rope_problems
+    problems += _range_problems(own, path)
     if problems:
         raise RecipeError(problems)
     keywords = {**before, **own}
@@ -109,6 +110,17 @@ def override_config(config: PretrainedConfig, overrides: Mapping[str, Any], path
     if problems:
         raise RecipeError(problems)
     return changed
+
+
+def _range_problems(overrides: dict[str, Any], path: str) -> Iterator[Problem]:
+    """A problem for each number that config classes accept, but no model can compute with."""
+    for key, value in overrides.items():
+        if not isinstance(value, (int, float)):
+            continue
+        if ("dropout" in key or "pdrop" in key) and not 0 <= value < 1:
+            yield Problem(f"{path}.{key}", f"must be at least 0 and less than 1 (got {value})")
+        if key in ("max_position_embeddings", "n_positions", "max_seq_len", "sliding_window") and value < 1:
+            yield Problem(f"{path}.{key}", f"must be at least 1 (got {value})")
 
 
 def config_changes(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
@@ -172,6 +184,9 @@ def _merge_rope(
     kind = given.get("rope_type", old_kind)
     if kind not in kinds:
         problems.append(Problem(f"{path}.rope_type", f"must be one of {', '.join(sorted(kinds))} (got {kind!r})"))
+    theta = given.get("rope_theta", 1.0)
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        problems.append(Problem(f"{path}.rope_theta", f"must be a number above 0 (got {theta!r})"))
     kept = old if kind == old_kind else {key: old[key] for key in old if key in _KEPT_ROPE or key in special}
     merged = {**kept, **given}
     if kind in _WITH_ORIGINAL_CONTEXT:
