@@ -104,8 +104,9 @@ def compare_engine(folder, engine, kind="llama", **changes):
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     single, other = (AutoModelForCausalLM.from_pretrained(folder / name / "model") for name in ("single", engine))
     assert single.config.vocab_size == other.config.vocab_size
-    for name, value in single.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+    for module in ("get_input_embeddings", "get_output_embeddings"):
+        expected, weight = (getattr(model, module)().weight for model in (single, other))
+        torch.testing.assert_close(weight, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
@@ -114,16 +115,20 @@ def test_new_tokens_mean_the_same_under_sharding_engines(tmp_path, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_new_tokens_mean_the_same_for_every_base_under_every_engine(tmp_path, engine, kind):
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("ddp", "gpt2"),
+        ("fsdp2", "gemma"),
+        ("zero1", "gemma"),
+        ("zero2", "tied llama"),
+        ("zero3", "gemma"),
+        ("tp", "llama"),
+        ("zero3_ulysses", "llama"),
+    ],
+)
+def test_new_tokens_mean_the_same_under_every_engine(tmp_path, engine, kind):
     compare_engine(tmp_path, engine, kind)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["tp", "zero3_ulysses"])
-def test_new_tokens_mean_the_same_under_engines_that_cut_a_sequence_or_a_matrix(tmp_path, engine):
-    compare_engine(tmp_path, engine)
 
 
 def test_a_resumed_run_finds_its_tokens_and_ends_with_the_same_weights(tmp_path):
