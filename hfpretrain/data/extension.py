@@ -215,11 +215,13 @@ class _Merges:
             else:
                 yield from _PARTS.findall(word)
 
-    def _split_into_words(self, text: str) -> list[str]:
+    def _split_into_words(self, text: str, as_text: bool = False) -> list[str]:
+        """The words of a text, as the base tokenizer writes them or, with `as_text`, as they stand in the text."""
         if self._backend.normalizer is not None:
             text = self._backend.normalizer.normalize_str(text)
         before = self._backend.pre_tokenizer
-        return [text] if before is None else [word for word, _ in before.pre_tokenize_str(text)]
+        found = [(text, (0, len(text)))] if before is None else before.pre_tokenize_str(text)
+        return [text[start:end] if as_text else word for word, (start, end) in found]
 
     def add_word(self, text: str) -> None:
         """Add the merges that make a word of `extend.tokens` one token."""
@@ -227,10 +229,8 @@ class _Merges:
             tokens = self.encode(form)
             while len(tokens) > 1:
                 if not any(self.join(*pair) for pair in itertools.pairwise(tokens)):
-                    message = (
-                        f"{text!r} can't be one token: the tokenizer encodes it as {tokens}, and can't join bytes, "
-                    )
-                    raise _word_error(f"{message}special tokens, or tokens that other text has apart; leave it out")
+                    message = f"{text!r} can't be one token, since no two of its tokens {tokens} can be joined. Tokens "
+                    raise _word_error(f"{message}for bytes, such as <0xE2>, and special tokens never can; leave it out")
                 tokens = self.encode(form)
 
     def _forms(self, text: str) -> list[str]:
@@ -250,6 +250,7 @@ class _Merges:
             plain = words[0].lstrip("▁") if len(words) == 1 else ""
             forms = [form for form in (f"▁{plain}", plain)[: 1 if text != word else 2] if plain]
         if not forms:
+            words = self._split_into_words(word, as_text=True)
             message = f"{text!r} is {len(words)} words for this tokenizer, {words}, and no token can reach from one "
             raise _word_error(f"{message}word into the next; leave it out, or list the words")
         return forms

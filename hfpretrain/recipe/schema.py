@@ -177,7 +177,7 @@ class ExtendSection(Section):
     Word Embeddings for Pretrained Language Models"). At step 0, the evaluation also has the figures of the base model
     with its own tokenizer."""
 
-    tokens: tuple[Annotated[str, Field(min_length=2)], ...] = ()
+    tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Words that become one token each, for example `[photosynthesis, " mitochondria"]`. A word becomes a token both
     after a space and without one, or only after a space if it is written with a space before it. A merge joins two
     tokens, so a word that had n tokens needs n - 1 new ids. Words that are one token already are left out."""

@@ -103,7 +103,7 @@ def test_the_order_of_the_documents_does_not_change_what_is_learned(tmp_path):
 
 def test_words_share_their_parts_and_words_that_are_tokens_already_are_left_out(tmp_path):
     base = gpt2_tokenizer(tmp_path)
-    words = ("abcd", "bcda", "dabc", "river", "abab")
+    words = ("abcd", "bcda", "dabc", "river", "abab", "→", "漢")
     made, added = extend_tokenizer(ExtendSection(tokens=words), base)
     assert added.listed == len(added.pieces) == added.size - added.first_id
     for word in words:
@@ -121,6 +121,7 @@ def test_words_share_their_parts_and_words_that_are_tokens_already_are_left_out(
         (["light years"], "'light years' is 2 words for this tokenizer"),
         (["don't"], "is 2 words"),
         (["12345"], "is 2 words"),
+        (["el niño"], "'el niño' is 2 words for this tokenizer, ['el', ' niño']"),
         (["  leaves"], "with at most one space before it"),
         (["leaves "], "with at most one space before it"),
     ],
@@ -133,7 +134,7 @@ def test_a_word_that_can_not_be_one_token_is_refused(tmp_path, words, message):
 
 def test_characters_that_are_spelled_in_bytes_are_not_joined(tmp_path):
     base = TOKENIZERS["llama2"](tmp_path)
-    with pytest.raises(RecipeError, match="can't join bytes"):
+    with pytest.raises(RecipeError, match="Tokens for bytes, such as <0xE2>, and special tokens never can"):
         extend_tokenizer(ExtendSection(tokens=["naïveté"]), base)
     made, added = extend_tokenizer(ExtendSection(learn=10), base, ["漢字漢字 leaves"] * 20)
     of_bytes = {number for token, number in base.get_vocab().items() if token.startswith("<0x")}
