@@ -80,7 +80,8 @@ def preparation_notes(prepared: PreparedData) -> list[str]:
         drawn, whole = (
             f"{sample[f'{of}documents']:,} documents ({sample[f'{of}bytes']:,} bytes)" for of in ("", "of_")
         )
-        found.append(f"trained on a sample of {drawn}, of {whole}, drawn by a hash of each document")
+        how = "trained" if extension is None else "the new tokens were learned"
+        found.append(f"{how} on a sample of {drawn}, of {whole}, drawn by a hash of each document")
     data = prepared.manifest["recipe"]
     number_of_sources = len(prepared.manifest["source_identities"])
     for number, source in enumerate(prepared.manifest["sources"]):

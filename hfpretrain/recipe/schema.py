@@ -174,8 +174,8 @@ class ExtendSection(Section):
     all others. Each one is made by merges that come after those of the tokenizer, so it joins neighboring tokens of the
     tokenizer, and all other text keeps its tokens and ids. With `model.pretrained`, the embedding of a new token begins
     as the mean of those of the tokens that it joins, in the input and in the output (Hewitt 2021, "Initializing New
-    Word Embeddings for Pretrained Language Models"). At step 0, the evaluation also has the figures of the base model
-    with its own tokenizer."""
+    Word Embeddings for Pretrained Language Models"). `optimizer.groups` can train the new embeddings alone at first
+    (`rows_from: new`). At step 0, the evaluation also has the figures of the base model with its own tokenizer."""
 
     tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Words that become one token each, for example `[photosynthesis, " mitochondria"]`. A word becomes a token both

@@ -391,7 +391,11 @@ def _require_trunk_tokenizer(recipe: Recipe, trunks: Sequence[Trunk], tokenizer:
         message = f"the ids of {len(changed):,} tokens are not those of {trunks[-1].given}: {examples}"
         message += ". A branch needs the tokenizer of its trunk"
         if recipe.tokenizer.extend is not None:
-            message += ": leave tokenizer.extend out, and set tokenizer.pretrained and model.pretrained to its export"
+            message += (
+                ", and tokenizer.extend learns other tokens on other text. Keep the trunk's data.sources, or start a new "
+                "run from its weights alone, with its export as model.pretrained and tokenizer.pretrained, and without "
+                "tokenizer.extend"
+            )
         raise RecipeError.at("tokenizer", message)
 
 

@@ -180,7 +180,7 @@ def test_prepared_data_have_the_extended_tokenizer_and_record_its_sample(folder)
     assert sample["bytes"] == 3000 and sample["of_documents"] > sample["documents"] > 5
     text = summary(prepared)
     assert f"20 tokens were added to the tokenizer's {len(base)}: 20 learned on the training text" in text
-    assert "trained on a sample of" in text
+    assert "the new tokens were learned on a sample of" in text
     assert f"tokenizer/{files.MANIFEST}" not in prepared.manifest["files"]
     assert "tokenizer/extension.json" in prepared.manifest["files"]
     assert prepare(made).checksum == prepared.checksum
