@@ -392,9 +392,9 @@ def _require_trunk_tokenizer(recipe: Recipe, trunks: Sequence[Trunk], tokenizer:
         message += ". A branch needs the tokenizer of its trunk"
         if recipe.tokenizer.extend is not None:
             message += (
-                ", and tokenizer.extend learns other tokens on other text. Keep the trunk's data.sources, or start a new "
-                "run from its weights alone, with its export as model.pretrained and tokenizer.pretrained, and without "
-                "tokenizer.extend"
+                ", and tokenizer.extend learns other tokens on other text. Keep the trunk's data.sources, or start a "
+                "new run from its weights alone, with its export as model.pretrained and tokenizer.pretrained, and "
+                "without tokenizer.extend"
             )
         raise RecipeError.at("tokenizer", message)
 
