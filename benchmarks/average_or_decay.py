@@ -5,8 +5,9 @@ newest checkpoint; averages of the last 2, 4 and 8 of its 20 checkpoints; and de
 fifth or a tenth of the steps before its end and decay linearly to 0. `decay, then average` is the average of the last 4
 checkpoints of the first branch. Every figure is the loss in nats per token over the whole validation split.
 
-Which to take when: a decay branch, if there are tokens left to train on. An average, if there are none, or to see about
-what a decay would give while the trunk is training. It costs seconds. `benchmarks/README.md` has the figures.
+Which to take when: an average costs seconds and no training, so it can be made at any time during a run. A decay branch
+trains on the last tokens with a lower rate, so it must be planned before they are spent. The last column says what each
+of them gains over the newest checkpoint.
 """
 
 from __future__ import annotations

@@ -136,7 +136,10 @@ def fixed_changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
 
 def noted_changes(recipe: Recipe, begun: Recipe) -> list[str]:
     """How a branch's recipe differs from the trunk's, a sentence for each key, without data and records."""
-    return [f"unlike the trunk's, {problem}" for problem in differences(recipe, begun, ignore=_NOT_WORTH_A_NOTE)]
+    found = differences(recipe, begun, ignore=_NOT_WORTH_A_NOTE)
+    # A section that was empty, and now has keys, differs as well as its keys do.
+    sections = {other.path.rpartition(".")[0] for other in found}
+    return [f"unlike the trunk's, {problem}" for problem in found if problem.path not in sections]
 
 
 def has_data_of_trunk(recipe: Recipe, begun: Recipe) -> bool:

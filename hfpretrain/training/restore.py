@@ -200,7 +200,7 @@ def _branch_changes(setup: Setup) -> Iterator[str]:
     lr = optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, number, step)
     text = (
         f"the learning rate is {lr:.2e} in step {origin.step + 1}, the first of the branch, and was {parent.lr:.2e} in "
-        f"the trunk's last (scheduler.on_branch: {recipe.scheduler.on_branch})"
+        f"step {origin.step} of the trunk (scheduler.on_branch: {recipe.scheduler.on_branch})"
     )
     if not math.isclose(lr, parent.lr, rel_tol=0.1):
         other = "restart" if recipe.scheduler.on_branch == "continue" else "continue"
