@@ -8,11 +8,13 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import sysconfig
+import time
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
 PYTHON_STDLIB = "builtin:python-stdlib"
 _BATCH_SIZE = 1000
 GROUP_BYTES = 2**26
+_RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # waits before a file of a server that fails is read again
 _SAMPLE_BY = "set what one document is: `sample_by: line`, `paragraph` (between blank lines) or `document` (a file)"
 # Limits for listing columns in a message: in a file that is no table, the first line may be a whole document.
 _MAX_NAMES, _NAME_CHARS = 12, 60
 Line = TypeVar("Line", str, bytes)
+logger = logging.getLogger(__name__)
 _document_counts: dict[tuple[Any, ...], int] = {}
 
 
@@ -232,7 +236,7 @@ class Reader:
             "tokens": self._token_documents,
             "arrow": self._arrow_documents,
         }[piece.kind]
-        return self._report_broken_file(read(piece.origin), piece.origin)
+        return self._read_file(lambda: read(piece.origin), piece.origin)
 
     def _file_pieces(self) -> list[Piece] | None:
         """The files of the split, or the parts of them in a slice; None if `datasets` reads the source."""
@@ -390,25 +394,36 @@ class Reader:
         paths = self._column_paths(table.schema, origin)
         return zip(*(columns.column_values(table, path) for path in paths), strict=True)
 
-    def _report_broken_file(self, documents: Iterator[Document], origin: str) -> Iterator[Document]:
-        """The documents, and one bad document at the end if the file itself is truncated or broken.
+    def _read_file(self, read: Callable[[], Iterator[Document]], origin: str) -> Iterator[Document]:
+        """The documents of a file, and one bad document at the end if the file itself is truncated or broken.
 
-        If a disk or network fails, raises `RecipeError`: those documents exist and must not be counted as bad.
+        `read`: reads the file from its beginning. If a server fails, it is called again, up to a minute later. If a
+        disk fails, or a server for longer, raises `RecipeError`: those documents exist and must not be counted as bad.
         """
-        row = 0
-        try:
-            for document in documents:
-                row = document.row
-                yield document
-        except RecipeError:
-            raise
-        except Exception as error:  # what file formats and remote file systems raise may be anything
-            if isinstance(error, _LineError):
-                row, error = error.row - 1, error.error
-            if not is_damage(error):
-                raise self._read_error(origin, error) from error
-            problem = ("truncated_file", f"cannot be read further: {first_line(error)}")
-            yield Document("", origin, row + 1, problem=problem)
+        row = number = tries = 0
+        while True:
+            try:
+                for document in itertools.islice(read(), number, None):
+                    row, number, tries = document.row, number + 1, 0
+                    yield document
+                return
+            except RecipeError:
+                raise
+            except Exception as error:  # what file formats and remote file systems raise may be anything
+                found = error
+            if isinstance(found, _LineError):
+                row, found = found.row - 1, found.error
+            if is_damage(found):
+                yield Document(
+                    "", origin, row + 1, problem=("truncated_file", f"cannot be read further: {first_line(found)}")
+                )
+                return
+            problem = self._read_error(origin, found)
+            if tries == len(_RETRY_SECONDS) or not _may_pass(origin, found):
+                raise problem from found
+            logger.warning("%s; trying again in %g s", redact(str(problem)), _RETRY_SECONDS[tries])
+            time.sleep(_RETRY_SECONDS[tries])
+            tries += 1
 
     def _open_checked(self, origin: str, kind: str) -> Any:
         """Open a file's decompressed bytes. Raises `RecipeError` if they begin like a file of another format."""
@@ -596,6 +611,11 @@ class _RepeatedKeys(dict[str, Any]):
     def __init__(self, values: dict[str, Any], key: str):
         super().__init__(values)
         self.key = key
+
+
+def _may_pass(origin: str, error: Exception) -> bool:
+    """Whether an error of reading a file may be gone at the next attempt."""
+    return "://" in origin and not isinstance(error, (FileNotFoundError, PermissionError))
 
 
 class _LineError(Exception):
@@ -789,8 +809,9 @@ def load_builder(source: SourceSection, key: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters."""
-    return f"{(str(error).splitlines() or [''])[0]:.300}"
+    """The first line of an error's message, with the next one if it ends with a colon; at most 300 characters."""
+    first, *rest = str(error).splitlines() or [""]
+    return f"{f'{first} {rest[0].strip()}' if rest and first.endswith(':') else first:.300}"
 
 
 def training_readers(data: DataSection, vocabulary: Vocabulary | None = None) -> list[Reader]:

@@ -1,16 +1,19 @@
 import gzip
+import io
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import fsspec
 import pandas
 import pytest
 import zstandard
 from conftest import small_text, write_jsonl
+from fsspec.implementations.memory import MemoryFileSystem
 
 from hfpretrain import files
 from hfpretrain.data import corpus
@@ -36,6 +39,78 @@ def test_formats_and_compressions_give_the_same_documents(tmp_path):
     assert read(path="parquet", data_files=str(tmp_path / "d.parquet")) == TEXTS
     assert read(path="csv", data_files=str(tmp_path / "e.csv")) == TEXTS[:3]
     assert read(path="json", data_files=str(tmp_path / "a.jsonl"), split="train[:50%]") == TEXTS[:2]
+
+
+class FlakyFile(io.RawIOBase):
+    """A file whose server closes the connection after 60,000 bytes, the first `failures` times."""
+
+    failures = 0
+
+    def __init__(self, content):
+        self._file = io.BytesIO(content)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        size = min(len(buffer), 60_000 - self._file.tell()) if FlakyFile.failures else len(buffer)
+        if size == 0:
+            FlakyFile.failures -= 1
+            raise ConnectionResetError("the server has closed the connection")
+        return self._file.readinto(memoryview(buffer)[:size])
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=0):
+        return self._file.seek(offset, whence)
+
+    def tell(self):
+        return self._file.tell()
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    protocol = "flaky"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def open(self, path, mode="rb", **keywords):
+        if "r" not in mode:
+            return super().open(path, mode, **keywords)
+        return FlakyFile(self.cat(path))
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    monkeypatch.setattr(corpus, "_RETRY_SECONDS", (0.01, 0.02))
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    lines = [json.dumps({"text": f"document {number}"}) + "\n" for number in range(10_000)]
+    with fsspec.filesystem("flaky").open("/a.jsonl", "wb") as file:
+        file.write("".join(lines).encode())
+    yield FlakyFile
+    FlakyFile.failures = 0
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_file_of_a_server_that_fails_for_a_while_is_read_again(flaky, failures, caplog):
+    reader = corpus.Reader(SourceSection(path="json", data_files="flaky://a.jsonl"))
+    flaky.failures = failures
+    documents, error = [], None
+    try:
+        documents.extend((document.text, document.row) for document in reader.read())
+    except RecipeError as found:
+        error = str(found)
+    expected = [(f"document {number}", number + 1) for number in range(10_000)]
+    if failures < 3:
+        assert documents == expected and error is None
+        assert caplog.text.count("trying again in") == failures and "ConnectionResetError" in caplog.text
+    else:
+        assert 100 < len(documents) < 10_000 and documents == expected[: len(documents)]
+        assert "a.jsonl: ConnectionResetError: the server has closed the connection" in error
 
 
 def test_globs_folders_and_lists_select_files(tmp_path):
