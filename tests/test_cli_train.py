@@ -109,7 +109,7 @@ def test_the_help_of_train_shows_the_keys_of_a_recipe_and_of_one_section(folder)
     for key in ("output_dir", "training.tokens_per_step", "evaluation.lm_eval.tasks", "data.sources.0.path"):
         assert f"  {key}: " in everything.stdout
     assert "--engine" in everything.stdout and section.stdout in everything.stdout
-    assert "optimizer.weight_decay: number (default: 0.1)" in section.stdout and "scheduler" not in section.stdout
+    assert "optimizer.weight_decay: number (default: 0.1)" in section.stdout and "scheduler.name" not in section.stdout
     of_module = train("-h", "optimizer")
     assert of_module.returncode == 0 and section.stdout in of_module.stdout
     wrong = hfpretrain("train", "-h", "optimzer")

@@ -144,7 +144,7 @@ def test_unknown_text_is_counted_and_too_much_is_an_error_unless_allowed(folder)
         with pytest.raises(RecipeError, match=r"data.sources.0: 9.09% of its tokens .*tokenizer.max_unknown"):
             prepare(recipe(folder, data__validation_fraction=0.0))
     with pytest.raises(RecipeError, match=r"tokenizer.max_unknown"):  # what `check` prints below the recipe
-        _parameters_and_notes(recipe(folder, data__validation_fraction=0.0))
+        _parameters_and_notes(recipe(folder, data__validation_fraction=0.0), 0)
     allowed = {"pretrained": str(folder / "tokenizer"), "max_unknown": 0.1}
     prepare(recipe(folder, data__validation_fraction=0.0, tokenizer=allowed))
     data = DataSection(sources=[source(folder)], block_size=32, streaming=True)
