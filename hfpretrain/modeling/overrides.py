@@ -23,7 +23,7 @@ _OF_CHECKPOINT = "is that of the checkpoint, so it can't change; use another mod
 _OF_ATTENTION = "is set by model.attn_implementation"
 _OF_DTYPE = "is set by model.dtype for the export, and by training.mixed_precision for training"
 _RESERVED = {
-    "vocab_size": "is the number of embeddings of the checkpoint, and the tokenizer must fit it",
+    "vocab_size": "follows from the checkpoint and the tokenizer; to add tokens, use tokenizer.extend",
     "bos_token_id": _OF_TOKENIZER,
     "eos_token_id": _OF_TOKENIZER,
     "pad_token_id": _OF_TOKENIZER,

@@ -445,7 +445,13 @@ def _framing(data: dict[str, Any]) -> str:
 
 
 def _llama_cpp(tokenizer: TokenizerSection) -> str:
-    """What llama.cpp's converter needs for a tokenizer that it can't know; empty for the tokenizer of another model."""
+    """What llama.cpp's converter needs for a trained or extended tokenizer; empty for that of another model."""
+    if tokenizer.extend is not None:
+        return (
+            "`convert_hf_to_gguf.py` of llama.cpp recognizes a tokenizer by a hash of the ids of a text. If it does "
+            "not know this one, which has more tokens than that of its base, it prints the hash and stops. Add the "
+            "hash to its function `get_vocab_base_pre`, with the `res` that it has for the tokenizer of the base."
+        )
     if tokenizer.algorithm is None:
         return ""
     kind = _LLAMA_CPP.get(tokenizer.pattern) if tokenizer.algorithm == "byte_level_bpe" else None

@@ -1,6 +1,7 @@
 from huggingface_hub import ModelCard
 
 from hfpretrain.publishing import card
+from hfpretrain.recipe.schema import TokenizerSection
 
 NEW = """---
 license: mit
@@ -57,3 +58,15 @@ def test_metadata_that_cannot_be_parsed_stay_as_text():
     for metadata in ("a: [", "- a list", "1: a number"):
         updated = ModelCard(card.with_edits(f"---\n{metadata}\n---\nwords\n", NEW))
         assert metadata in updated.text and "words" in updated.text and updated.data.license == "mit"
+
+
+def test_the_card_gives_what_llama_cpp_needs_for_a_tokenizer_that_it_cannot_know():
+    def text(**section):
+        return card._llama_cpp(TokenizerSection(**section))
+
+    assert text(pretrained="base") == ""
+    assert "`res` that it has for the tokenizer of the base" in text(pretrained="base", extend={"learn": 5})
+    trained = {"algorithm": "byte_level_bpe", "vocab_size": 320}
+    assert 'res = "gpt-2"' in text(**trained) and 'res = "dbrx"' in text(**trained, pattern="llama3")
+    assert "can't split text as this tokenizer does" in text(**trained, pattern="unspaced")
+    assert "can't split text as this tokenizer does" in text(algorithm="character")
