@@ -205,11 +205,8 @@ def packed_losses(recipe: Path, num_steps: int) -> Packed:
         loaded.training,
         loaded.seed,
         setup.prepared,
-        micro_batch_size=loaded.training.micro_batch_size,
-        accumulation_steps=setup.accumulation_steps,
-        process_index=0,
         num_processes=1,
-        eos_token_id=setup.prepared.manifest["eos_token_id"],
+        process_index=0,
         document_masking=setup.document_masking,
     )
     assert setup.document_masking

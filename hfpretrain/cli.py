@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from hfpretrain import __version__
 from hfpretrain.engines import launch
 from hfpretrain.recipe import redaction
-from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError
+from hfpretrain.recipe.schema import LmEvalSection, Problem, Recipe, RecipeError, length_stages
 from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 from hfpretrain.training import console
 from hfpretrain.training.loading import load_recipe
@@ -330,7 +330,7 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.engine is not None:
         problems += preflight.engine_problems(
             recipe.training,
-            recipe.data.block_size,
+            recipe.data,
             shipped.find_file(args.engine, "engine", path="--engine"),
             args.num_processes,
         )
@@ -350,11 +350,14 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     if recipe.checkpoint.branch_from is not None:
         print(f"# branch           of {recipe.checkpoint.branch_from}; steps and tokens below are those of the branch")
     print(f"# steps            {steps:,} of {training.tokens_per_step:,} tokens = {tokens:,} tokens")
-    sequences = training.tokens_per_step // recipe.data.block_size
-    per_device = sequences // training.micro_batch_size
-    print(
-        f"# one step         {sequences:,} sequences of {recipe.data.block_size}; accumulation x processes {per_device}"
-    )
+    for stage in length_stages(recipe.data, training):
+        sequences = training.tokens_per_step // stage.block_size
+        per_device = sequences // stage.micro_batch_size
+        begins = f"; from step {stage.first_step + 1:,}" if stage.key else ""
+        print(
+            f"# one step         {sequences:,} sequences of {stage.block_size}; accumulation x processes {per_device}"
+            f"{begins}"
+        )
     if counts is not None:
         from hfpretrain.planning.plan import vocabulary_may_shrink
 
@@ -416,7 +419,7 @@ def _parameters_and_notes(recipe: Recipe, first_sequence: int) -> tuple[Any, lis
         raise RecipeError(problems)
     lines.append(f"disk             {size / 2**20:,.1f} MiB for checkpoints and the export, without the prepared text")
     lines += plan.parameter_group_lines(recipe)
-    note = context_note(recipe.model, plan.model_config(recipe), recipe.data.block_size)
+    note = context_note(recipe.model, plan.model_config(recipe), recipe.data.longest_block_size)
     return counts, [*lines, *([f"note             {note}"] if note else []), *notes]
 
 

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, rows, small_text, train
+from conftest import ROOT, rows, small_text, train, write_jsonl, write_recipe
 from transformers import AutoConfig
 
 from hfpretrain import load_recipe
@@ -104,3 +104,39 @@ def test_recipes_on_a_local_text_train(tmp_path, name):
     result = train(ROOT / "recipes" / f"{name}.yaml", text, f"--output_dir={tmp_path / 'run'}", *short)
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "run", "eval/loss")[2]["eval/bits_per_byte"] > 0
+
+
+def test_the_recipe_that_extends_the_context_trains_from_256_to_1024_tokens(tmp_path):
+    """On a tiny base. The sizes of blocks and batches are those of the recipe divided by 16 and 32."""
+    text = tmp_path / "long.jsonl"
+    write_jsonl(text, [" ".join(small_text(20, seed)) for seed in range(60)])
+    base = write_recipe(
+        tmp_path,
+        data__sources=[{"path": "json", "data_files": str(text)}],
+        data__block_size=256,
+        model__config__max_position_embeddings=256,
+        training__tokens_per_step=4096,
+        training__max_steps=4,
+        output_dir=str(tmp_path / "base"),
+    )
+    result = train(base)
+    assert result.returncode == 0, result.stderr
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(" ".join(small_text(60, number)))
+    model = tmp_path / "base" / "model"
+    changes = [f"--model.pretrained={model}", f"--tokenizer.pretrained={model}"]
+    changes += ["--model.config_overrides.max_position_embeddings=1024", "--data.block_size=256"]
+    changes += ["--data.validation_fraction=0.2", "--data.stages.0.block_size=1024", "--data.stages.0.from_tokens=8192"]
+    changes += ["--training.tokens_per_step=4096", "--training.micro_batch_size=4", "--training.max_steps=4"]
+    changes += ["--scheduler.num_warmup_steps=1", "--scheduler.scheduler_specific_kwargs.num_decay_steps=2"]
+    changes += [f"--data.sources.0.data_files={tmp_path / '*.txt'}", f"--output_dir={tmp_path / 'run'}"]
+    result = train(ROOT / "recipes" / "extend-context.yaml", *changes, "--training.mixed_precision=no")
+    assert result.returncode == 0, result.stderr
+    assert [row["block_size"] for row in rows(tmp_path / "run", "block_size").values()] == [1024]  # logged at the end
+    evaluated = rows(tmp_path / "run", "eval/loss")
+    assert list(evaluated) == [0, 2, 4]
+    for row in evaluated.values():
+        assert all(row[f"eval/loss_with_context/{name}"] > 0 for name in ("1-255", "256-511", "512-1023"))
+    config = AutoConfig.from_pretrained(tmp_path / "run" / "model")
+    assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (1024, 1_500_000)
+    assert re.search(r"loss by the number of tokens .*\n +1-255 +256-511 +512-1023\n +before training", result.stdout)

@@ -13,7 +13,7 @@ from hfpretrain import files
 from hfpretrain.checkpoints import export, saver, verify
 from hfpretrain.engines.pieces import SEPARATOR, StoredTensors
 from hfpretrain.modeling import optim
-from hfpretrain.recipe.schema import OptimizerSection, RecipeError
+from hfpretrain.recipe.schema import OptimizerSection, Recipe, RecipeError, length_stages
 from hfpretrain.recipe.yaml import read_recipe
 
 AVERAGES = "averages"
@@ -99,6 +99,16 @@ def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int] | None)
     return chosen
 
 
+def _require_same_rope(recipe: Recipe, checkpoints: Sequence[Path]) -> None:
+    """Raise `RecipeError` if a stage changed the model's `rope_parameters` between the checkpoints."""
+    numbers = [export.stage_of_checkpoint(recipe, path) for path in checkpoints]
+    between = length_stages(recipe.data, recipe.training)[min(numbers) + 1 : max(numbers) + 1]
+    for stage in between:
+        if stage.rope_parameters:
+            message = f"{stage.key} changed rope_parameters between the checkpoints; choose those of one stage"
+            raise RecipeError.at("--steps", message)
+
+
 def shares_of(weights: Sequence[float] | None, number: int) -> list[float]:
     """The share of each of `number` checkpoints in the mean, with the sum 1. `weights`: None for equal shares."""
     if weights is None:
@@ -136,10 +146,11 @@ def write_average(
     """
     export.require_new_folder(folder)
     recipe = read_recipe(run / "recipe.yaml")
+    _require_same_rope(recipe, checkpoints)
     work = files.create_work_folder(folder)
     try:
         averaged = AveragedTensors(checkpoints, shares, recipe.optimizer)
-        export.write_run_model(run, recipe, dict(averaged), work)
+        export.write_run_model(run, recipe, dict(averaged), work, checkpoints[-1])
         number = verify.compare_weights(work, averaged, recipe.model.trust_remote_code)
         describe(work)
         if folder.is_dir():

@@ -12,11 +12,13 @@ import torch
 
 from hfpretrain import files
 from hfpretrain.checkpoints import resume, saver, verify
+from hfpretrain.data import order
 from hfpretrain.data.tokenizer import SENTENCEPIECE
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
+from hfpretrain.modeling.rope import rope_of_stages
 from hfpretrain.recipe.addresses import missing_path_problem
-from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.recipe.schema import Recipe, RecipeError, length_stages
 from hfpretrain.recipe.yaml import read_recipe
 
 if TYPE_CHECKING:
@@ -101,12 +103,16 @@ def write_checkpoint_model(run: Path, checkpoint: Path, folder: Path) -> dict[st
     weights = pieces.load_whole_tensors(checkpoint, ("model", "buffers"))
     if optim.evaluates_average(recipe.optimizer):
         optim.average_weights(weights, pieces.load_whole_tensors(checkpoint, ("optimizer",)), recipe.optimizer)
-    write_run_model(run, recipe, weights, folder)
+    write_run_model(run, recipe, weights, folder, checkpoint)
     return weights
 
 
-def write_run_model(run: Path, recipe: Recipe, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write float32 `weights` as the model of a run to `folder`, with its config and tokenizer. `recipe`: the run's.
+def write_run_model(
+    run: Path, recipe: Recipe, weights: dict[str, torch.Tensor], folder: Path, checkpoint: Path
+) -> None:
+    """Write float32 `weights` as the model of a run to `folder`, with its config and tokenizer.
+
+    `recipe`: the run's. `checkpoint`: the newest one that the weights are from.
 
     Raises `RecipeError` if the run folder has no `config` folder.
     """
@@ -120,11 +126,25 @@ def write_run_model(run: Path, recipe: Recipe, weights: dict[str, torch.Tensor],
             str(configs), "is missing; it should contain the config and the tokenizer of the checkpoint"
         )
     config = AutoConfig.from_pretrained(configs, trust_remote_code=recipe.model.trust_remote_code)
+    # The config in the folder is that of the first stage.
+    ropes = rope_of_stages(config, length_stages(recipe.data, recipe.training))
+    if (rope_parameters := ropes[stage_of_checkpoint(recipe, checkpoint)]) is not None:
+        config.get_text_config().rope_parameters = rope_parameters
     tokenizer = AutoTokenizer.from_pretrained(configs, trust_remote_code=recipe.tokenizer.trust_remote_code)
     generation_config = None
     if (configs / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(configs)
     write_model(config, weights, tokenizer, folder, recipe.model.dtype, generation_config, configs / SENTENCEPIECE)
+
+
+def stage_of_checkpoint(recipe: Recipe, checkpoint: Path) -> int:
+    """Number of the last stage that a checkpoint was trained in, counted from 0; see `schema.length_stages`."""
+    state = saver.read_train_state(checkpoint)
+    trunks = state.get("trunks")
+    steps_of_trunk = trunks[-1]["step"] if trunks else 0
+    last_step = order.data_step(state["step"] - 1, state.get("skipped", ())) - steps_of_trunk
+    first_steps = [stage.first_step for stage in length_stages(recipe.data, recipe.training)]
+    return order.stage_of(first_steps, max(0, last_step))
 
 
 def export_checkpoint(given: Path, folder: Path, describe: Callable[[Path, Path, int], None]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from hfpretrain import files
 from hfpretrain.checkpoints.recipe_changes import forbidden_changes
 from hfpretrain.recipe.addresses import checkpoint_folder, parse_hub_address
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, TokenizerSection
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, TokenizerSection, length_stages
 from hfpretrain.recipe.yaml import CHANGEABLE_ON_RESUME, differences
 
 BRANCH = "branch.json"
@@ -118,10 +118,32 @@ def notes(trunks: Sequence[Trunk], last_step: int) -> list[str]:
         return []
     trunk = trunks[-1]
     begin = f"a branch of {describe(trunks)} that trains steps {trunk.step + 1:,} to {last_step:,}"
-    order = "the data order begins anew, because `data` or `seed` is not that of the trunk"
+    reason = "`data` or `seed` is not that of the trunk, or a stage of `data` sets a block size"
+    order = f"the data order begins anew, because {reason}"
     if trunk.continues_data:
         order = f"the data order of the trunk continues with sequence {trunk.origin.sequence:,}"
     return [begin, order]
+
+
+def rope_note(trunks: Sequence[Trunk], rope_parameters: dict[str, Any]) -> str | None:
+    """A note if a branch begins with other `rope_parameters` than those of its trunk's last stage; else None.
+
+    Stages change them in the trunk only. The config of a branch is that of its own recipe.
+    """
+    if not trunks:
+        return None
+    begun, steps = Recipe.model_validate(trunks[-1].recipe), trunks[-1].step - origin_of(trunks[:-1]).step
+    changed: dict[str, Any] = {}
+    for stage in length_stages(begun.data, begun.training):
+        if stage.first_step < steps:
+            changed |= stage.rope_parameters or {}
+    if all(rope_parameters.get(key) == value for key, value in changed.items()):
+        return None
+    where = f"{begun.model.config_key}.rope_parameters"
+    return (
+        f"a stage of the trunk changed the model's rope_parameters to {changed}, but this branch begins with "
+        f"{rope_parameters}; set {where} to keep those of the trunk"
+    )
 
 
 def fixed_changes(recipe: Recipe, begun: Recipe) -> list[Problem]:
@@ -145,8 +167,11 @@ def noted_changes(recipe: Recipe, begun: Recipe) -> list[str]:
 def has_data_of_trunk(recipe: Recipe, begun: Recipe) -> bool:
     """Whether a branch may continue the data order of its trunk: same section `data`, and same seed.
 
-    A stream is read in steps of one size, so it also needs the trunk's batch size.
+    A stream is read in steps of one size, so it also needs the trunk's batch size. Where stages change the block size,
+    each has an order of its own, which no branch continues.
     """
+    if recipe.data.changes_length or begun.data.changes_length:
+        return False
     changed = [problem.path for problem in differences(recipe, begun, ignore=CHANGEABLE_ON_RESUME)]
     if recipe.data.streaming and "training.tokens_per_step" in changed:
         return False

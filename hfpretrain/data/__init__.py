@@ -8,7 +8,8 @@ Terms of this package:
   the last finished one.
 - account: the JSON file with the counts and checksums of a part.
 - shard: the work of one machine in a preparation (`hfpretrain prepare --shard I/N`).
-- split: the blocks with one use in a prepared folder: `train-0`, `train-1`, ..., `validation`, `validation-DOMAIN`.
+- split: the blocks with one use in a prepared folder: `train-0`, `train-1`, ..., `validation`, `validation-DOMAIN`. If
+  stages change the block size, `train-0-1024` has the documents of `train-0` in blocks of 1,024 tokens.
 - validation set: a validation split, as evaluation calls it.
 - stream: what training draws sequences from: one source of a mixture, or all sources together. With prepared data, each
   stream is a train split.

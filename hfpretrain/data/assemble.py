@@ -23,9 +23,11 @@ from hfpretrain.data.prepared import (
     RowWriter,
     document_hashes,
     features,
+    is_repacked,
     is_validation,
     part_account,
     part_source,
+    split_block_sizes,
     token_chunks,
     write_table,
 )
@@ -55,10 +57,16 @@ def assemble(
         raise RecipeError.at("tokenizer", f"parts in {work} were made with different tokenizers; delete this folder")
     entries = _verified_entries(work, accounts)
     num_streams = 0 if data.streaming else len(data.sources) if data.weights else 1
-    names = [f"train-{number}" for number in range(num_streams)]
-    names += data.validation_splits
+    block_sizes: dict[str, int] = {}
+    for number in range(num_streams):
+        block_sizes |= split_block_sizes(data, f"train-{number}")
+    for name in data.validation_splits:
+        block_sizes |= split_block_sizes(data, name)
     sources = _count_by_source(accounts, 0 if data.streaming else len(data.sources))
-    splits = {name: _join_split(work, name, accounts, data.block_size, dtype) for name in names}
+    splits = {}
+    for name, block_size in block_sizes.items():
+        own = {} if block_size == data.block_size else {"block_size": block_size}
+        splits[name] = {**_join_split(work, name, accounts, block_size, dtype), **own}
     _require_text(splits, data, sources)
     content = {
         "format": FORMAT,
@@ -102,7 +110,12 @@ def _count_by_source(accounts: dict[str, Any], num_sources: int) -> list[dict[st
         entry: dict[str, Any] = {name: sum(a[name] for a in mine) for name in READ_COUNTS}
         entry["dropped"] = dict(sum((Counter(account["dropped"]) for account in mine), Counter()))
         for kind in ("train", VALIDATION):
-            entries = [e for a in mine for name, e in a["splits"].items() if name.startswith(kind)]
+            entries = [
+                entry
+                for account in mine
+                for name, entry in account["splits"].items()
+                if name.startswith(kind) and not is_repacked(name)
+            ]
             entry[kind] = {
                 name: sum(e.get(name, 0) for e in entries)
                 for name in ("documents", "bytes", "tokens", "separators", "bos")
@@ -201,15 +214,15 @@ def _require_text(splits: dict[str, Any], data: DataSection, sources: list[dict[
                     f"the {name} split is empty; use a larger fraction or, for few documents, `validation_by: tail`",
                 )
             continue
-        key = f"data.sources.{name.removeprefix('train-')}" if data.weights else "data.sources"
+        key = f"data.sources.{name.split('-')[1]}" if data.weights else "data.sources"
         if not entry["documents"]:
             raise RecipeError.at(key, "no document is left to train on; lower data.validation_fraction")
         if not entry["rows"]:
-            raise RecipeError.at(
-                key,
-                f"the training text has {entry['remainder']} tokens, less than one block of {data.block_size}; "
-                "lower data.block_size or add text",
-            )
+            size, blocks = data.block_size, "data.block_size"
+            if is_repacked(name):
+                size, blocks = entry["block_size"], "the block_size of the stage"
+            message = f"the training text has {entry['remainder']} tokens, less than one block of {size}"
+            raise RecipeError.at(key, f"{message}; lower {blocks} or add text")
 
 
 def _duplicates_and_overlap(
@@ -217,7 +230,8 @@ def _duplicates_and_overlap(
 ) -> dict[str, Any]:
     """Count exact duplicates in train and in validation, and n-grams of validation that also occur in train."""
     result: dict[str, Any] = {}
-    train, held_out = ([name for name in splits if is_validation(name) == wanted] for wanted in (False, True))
+    once = [name for name in splits if not is_repacked(name)]
+    train, held_out = ([name for name in once if is_validation(name) == wanted] for wanted in (False, True))
     for kind, names in (("train", train), (VALIDATION, held_out)):
         tables = [work / "documents" / f"{name}-{key}.parquet" for name in names for key in accounts]
         tables = [table for table in tables if table.exists()]

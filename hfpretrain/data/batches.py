@@ -6,6 +6,8 @@ sequence, never which sequences a step has.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import queue
 import threading
@@ -24,11 +26,12 @@ from hfpretrain.data.prepared import PreparedData
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import (
     DataSection,
+    LengthStage,
     Recipe,
     RecipeError,
     SourceSection,
     TrainingSection,
-    accumulation_steps,
+    length_stages,
 )
 
 STOP_WAIT_SECONDS = 5.0
@@ -168,8 +171,9 @@ class TrainingData:
 
     `streams`: the blocks of each source, or of all sources together. `stages`: as in `TrainingOrder`. `pad_token_id`:
     as in `collate`. `shift_blocks`: in each epoch after the first, blocks begin at other positions of the text.
-    `first_sequence`: position in the order at which step 0 begins, for a branch that continues its trunk's order.
-    `documents_have_prefix`: documents begin with BOS.
+    `first_sequence`: position in the order at which the first step begins, for a branch that continues its trunk's
+    order. `documents_have_prefix`: documents begin with BOS. `first_step`, `first_position`: the data step, and the
+    number of sequences of the run, at which the order begins. `order`: as in `TrainingOrder`.
     """
 
     def __init__(
@@ -188,20 +192,25 @@ class TrainingData:
         shift_blocks: bool = False,
         documents_have_prefix: bool = False,
         first_sequence: int = 0,
+        first_step: int = 0,
+        first_position: int = 0,
+        order: int = 0,
     ):
         self._first_sequence = first_sequence
         self._streams = list(streams)
-        self.order = TrainingOrder([len(stream) for stream in streams], stages, seed)
+        self.order = TrainingOrder([len(stream) for stream in streams], stages, seed, order)
+        self._first_step, self._first_position = first_step, first_position
         self._micro_batch_size, self._per_process = micro_batch_size, micro_batch_size * accumulation_steps
         self._process_index, self._num_processes = process_index, num_processes
         self._eos_token_id, self._document_masking = eos_token_id, document_masking
         self._pad_token_id, self._shift_blocks = pad_token_id, shift_blocks
         self._eos_before_bos = eos_token_id if documents_have_prefix else None
-        self._block_size = self._streams[0].block_size
+        self.block_size = self._streams[0].block_size
 
     def step(self, step: int) -> StepData:
         """What this process trains on in data step `step`, counted from 0; see `order.data_step`."""
-        first = self._first_sequence + (step * self._num_processes + self._process_index) * self._per_process
+        first = ((step - self._first_step) * self._num_processes + self._process_index) * self._per_process
+        first += self._first_sequence
         positions = np.arange(first, first + self._per_process)
         streams, rows, seams = self._sequences(positions)
         valid = np.ones(rows.shape, bool) if self._pad_token_id is None else ~padding_mask(rows, self._pad_token_id)
@@ -209,19 +218,21 @@ class TrainingData:
             count_by_source(streams, counted & valid, len(self._streams))
             for counted in (valid, rows == self._eos_token_id)
         )
-        return StepData(self._collate_rows(rows, seams), sequence_checksum(rows, positions), tokens, documents)
+        checksum = sequence_checksum(rows, positions + self._first_position)
+        return StepData(self._collate_rows(rows, seams), checksum, tokens, documents)
 
     def _rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Streams, rows and shifts of the sequences at these positions of the run: three int64 (n,)."""
+        """Streams, rows and shifts of the sequences at these positions, counted from the beginning of these data: three
+        int64 (n,)."""
         streams, rows, epochs = self.order(positions)
         if not self._shift_blocks:
             return streams, rows, np.zeros_like(rows)
-        return streams, rows, epoch_shifts(epochs, self._block_size)
+        return streams, rows, epoch_shifts(epochs, self.block_size)
 
     def _sequences(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Streams int64 (n,), tokens int64 (n, block_size) and, if blocks are shifted, seams int64 (n,), else None."""
         streams, rows, shifts = self._rows_at(positions)
-        tokens = np.empty((len(positions), self._block_size), dtype=np.int64)
+        tokens = np.empty((len(positions), self.block_size), dtype=np.int64)
         seams = np.zeros_like(rows)
         for stream, shift in np.unique(np.stack([streams, shifts]), axis=1).T:
             here = (streams == stream) & (shifts == shift)
@@ -243,8 +254,12 @@ class TrainingData:
         ]
 
     def example(self) -> dict[str, torch.Tensor]:
-        """A batch of one sequence, the first of step 0."""
-        return {name: tensor[:1] for name, tensor in self.step(0).batches[0].items()}
+        """A batch of one sequence, the first of these data."""
+        return {name: tensor[:1] for name, tensor in self.step(self._first_step).batches[0].items()}
+
+    def part(self, step: int) -> TrainingData:
+        """The data of a data step's stage: these data."""
+        return self
 
     def locate_sequences(self, step: int) -> list[tuple[int, int, int]]:
         """Where every sequence of a step comes from, over all processes: (stream, row, shift in tokens)."""
@@ -258,11 +273,35 @@ class TrainingData:
     def checksum(self, step: int) -> int:
         """The checksum of a step over all processes."""
         positions = self._positions(step)
-        return sequence_checksum(self._sequences(positions)[1], positions)
+        return sequence_checksum(self._sequences(positions)[1], positions + self._first_position)
 
     def _positions(self, step: int) -> np.ndarray:
         per_step = self._num_processes * self._per_process
+        step -= self._first_step
         return self._first_sequence + np.arange(step * per_step, (step + 1) * per_step)
+
+
+class StagedData:
+    """The micro-batches of this process in a run whose stages have different block sizes.
+
+    `parts`: the data of the stages, in their order. `first_steps`: the data step at which each begins, the first at 0.
+    """
+
+    def __init__(self, parts: Sequence[TrainingData], first_steps: Sequence[int]):
+        self._parts, self._first_steps = list(parts), list(first_steps)
+        self.order = parts[0].order
+
+    def part(self, step: int) -> TrainingData:
+        """The data of a data step's stage."""
+        return self._parts[bisect.bisect_right(self._first_steps, step) - 1]
+
+    def step(self, step: int) -> StepData:
+        """See `TrainingData`."""
+        return self.part(step).step(step)
+
+    def checksum(self, step: int) -> int:
+        """See `TrainingData`."""
+        return self.part(step).checksum(step)
 
 
 class ReadingEndedError(Exception):
@@ -367,42 +406,119 @@ def _wait_for_item(
 
 
 def training_data(
-    data: DataSection, training: TrainingSection, seed: int, prepared: PreparedData, **keywords: Any
-) -> TrainingData:
-    """The prepared training text in the recipe's order; `keywords` are those of `TrainingData`.
+    data: DataSection,
+    training: TrainingSection,
+    seed: int,
+    prepared: PreparedData,
+    num_processes: int,
+    first_sequence: int = 0,
+    **keywords: Any,
+) -> TrainingData | StagedData:
+    """The prepared training text in the recipe's order, divided among `num_processes`.
 
-    Raises `RecipeError` if the run needs a source more often than its `max_epochs`.
+    `first_sequence`: as in `TrainingData`, 0 if stages change the block size. `keywords` are `process_index` and
+    `document_masking` of `TrainingData`. Raises `RecipeError` if the run needs a
+    source more often than its `max_epochs`, or if a step's sequences can't be divided evenly.
     """
-    stages = _stages(data)
-    made = TrainingData(
-        [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in prepared.train_splits],
-        stages,
-        seed=seed,
-        pad_token_id=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
-        shift_blocks=data.shift_blocks,
-        documents_have_prefix=bool(prepared.document_prefix),
-        **keywords,
-    )
-    num_sequences = training.num_steps * training.tokens_per_step // data.block_size
-    needed = made.order.counts(keywords.get("first_sequence", 0) + num_sequences)
+    ranges = block_ranges(data, training)
+    assert not first_sequence or len(ranges) == 1
+    parts: list[TrainingData] = []
+    for number, found in enumerate(ranges):
+        splits = prepared.train_splits_of(found.block_size)
+        streams = [Blocks(prepared.blocks(split), prepared.last_rows(split)) for split in splits]
+        for stage in found.stages:
+            part = TrainingData(
+                streams,
+                found.weights,
+                seed=seed,
+                micro_batch_size=stage.micro_batch_size,
+                accumulation_steps=stage.accumulation_steps(training.tokens_per_step, num_processes),
+                num_processes=num_processes,
+                eos_token_id=prepared.manifest["eos_token_id"],
+                pad_token_id=prepared.manifest["eos_token_id"] if data.packing == "best_fit" else None,
+                shift_blocks=data.shift_blocks,
+                documents_have_prefix=bool(prepared.document_prefix),
+                first_sequence=first_sequence,
+                first_step=found.stages[0].first_step,
+                first_position=found.first_position,
+                order=number,
+                **keywords,
+            )
+            parts.append(part)
+    _check_epochs(data, _epochs_by_range(ranges, seed, prepared, first_sequence))
+    first_steps = [stage.first_step for stage in length_stages(data, training)]
+    return parts[0] if len(parts) == 1 else StagedData(parts, first_steps)
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Steps of a run that read blocks of one size in one order: those of a stage, and of stages after it that keep the
+    block size."""
+
+    stages: list[LengthStage]
+    first_position: int
+    """Number of sequences of the run before these steps."""
+    num_sequences: int
+    """Number of sequences in these steps."""
+    weights: list[tuple[int, list[float]]]
+    """First sequence, counted from the beginning of the range, and weights of each stage of a mixture, as
+    `TrainingOrder` takes them."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.stages[0].block_size
+
+
+def block_ranges(data: DataSection, training: TrainingSection) -> list[BlockRange]:
+    """The ranges of a run's steps that read blocks of one size; a single one for most runs."""
+    groups = [list(group) for _, group in itertools.groupby(length_stages(data, training), lambda s: s.block_size)]
+    ends = [min(group[0].first_step, training.num_steps) for group in groups[1:]] + [training.num_steps]
+    ranges: list[BlockRange] = []
+    position = 0
+    for stages, end in zip(groups, ends, strict=True):
+        block_size, first_step = stages[0].block_size, stages[0].first_step
+        num_sequences = max(0, end - first_step) * (training.tokens_per_step // block_size)
+        weights: list[tuple[int, list[float]]] = []
+        for tokens, values in data.weights:
+            first = max(0, -(-(tokens - first_step * training.tokens_per_step) // block_size))
+            # Those that end before the range begins are left out.
+            weights = [*(pair for pair in weights if pair[0] < first), (first, values)]
+        ranges.append(BlockRange(stages, position, num_sequences, weights))
+        position += num_sequences
+    return ranges
+
+
+def _check_epochs(data: DataSection, epochs: Sequence[Sequence[float]]) -> None:
+    """Raise `RecipeError` if a source is read more often than its `max_epochs`. `epochs`: see `_epochs_by_range`."""
     caps = [source.max_epochs for source in data.sources]
     numbers = list(range(len(caps)))
-    if not stages:  # all sources are one stream
+    if not data.weights:  # all sources are one stream
         numbers = [min(numbers, key=lambda number: caps[number] or math.inf)]
         caps = [caps[numbers[0]]]
-    for number, count, size, cap in zip(numbers, needed, made.order.sizes, caps, strict=True):
-        if cap is not None and count > cap * size:
+    for number, found, cap in zip(numbers, zip(*epochs, strict=True), caps, strict=True):
+        most = found[0] if len(found) == 1 else sum(map(math.ceil, found))
+        if cap is not None and most > cap:
+            times = f"{found[0]:.2f} times" if len(found) == 1 else f"up to {most} times"
+            stages = "" if len(found) == 1 else ", since a stage with another block size reads it from the beginning"
             raise RecipeError.at(
                 f"data.sources.{number}.max_epochs",
-                f"is {cap}, but the run reads this source {count / size:.2f} times ({count:,} of {size:,} blocks); "
-                "lower its weight, shorten the run, or raise max_epochs",
+                f"is {cap}, but the run reads this source {times}{stages}; lower its weight, shorten the run, or raise "
+                "max_epochs",
             )
-    return made
 
 
-def _stages(data: DataSection) -> list[tuple[int, list[float]]]:
-    """First sequence and weights of each stage of a mixture, as `TrainingOrder` takes them."""
-    return [(-(-tokens // data.block_size), weights) for tokens, weights in data.weights]
+def _epochs_by_range(
+    ranges: Sequence[BlockRange], seed: int, prepared: PreparedData, first_sequence: int
+) -> list[list[float]]:
+    """How often each range of a run's steps reads the blocks of each stream. `first_sequence`: as in `TrainingData`."""
+    found = []
+    for part in ranges:
+        splits = prepared.train_splits_of(part.block_size)
+        sizes = [prepared.manifest["splits"][split]["rows"] for split in splits]
+        counts = TrainingOrder(sizes, part.weights, seed).counts(first_sequence + part.num_sequences)
+        found.append([float(count) / size for count, size in zip(counts, sizes, strict=True)])
+    return found
 
 
 def epochs_by_source(
@@ -412,10 +528,8 @@ def epochs_by_source(
 
     `first_sequence`: as in `TrainingData`. The trunk's sequences before it count, too.
     """
-    sizes = [prepared.manifest["splits"][split]["rows"] for split in prepared.train_splits]
-    num_sequences = first_sequence + training.num_steps * training.tokens_per_step // data.block_size
-    counts = TrainingOrder(sizes, _stages(data), seed).counts(num_sequences)
-    return [float(count) / size for count, size in zip(counts, sizes, strict=True)]
+    found = _epochs_by_range(block_ranges(data, training), seed, prepared, first_sequence)
+    return [sum(epochs) for epochs in zip(*found, strict=True)]
 
 
 def format_epochs(sources: Sequence[SourceSection], found: Sequence[float]) -> str:
@@ -441,23 +555,17 @@ def training_batches(
     `labels` and, with `document_masking`, `position_ids`: int64 (micro_batch_size, block_size). Labels are not shifted;
     they are -100 at padding, at BOS if documents begin with it, and where another text begins in a shifted block.
     Position ids restart where a document begins. Call a model that isolates packed documents by its position ids with
-    `use_cache=False` and without an attention mask. Other models need `document_masking=False`. Raises `RecipeError` if
-    the number of sequences in a step is not a multiple of `micro_batch_size * num_processes`.
+    `use_cache=False` and without an attention mask. Other models need `document_masking=False`. Where a stage of
+    `data.stages` begins, the batches change, and your loop must change the model's `rope_parameters`. Raises
+    `RecipeError` if the number of sequences in a step is not a multiple of `micro_batch_size * num_processes`.
     """
-    training = recipe.training
-    steps = accumulation_steps(
-        training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes
-    )
     data = training_data(
         recipe.data,
-        training,
+        recipe.training,
         recipe.seed,
         prepared,
-        micro_batch_size=training.micro_batch_size,
-        accumulation_steps=steps,
+        num_processes,
         process_index=process_index,
-        num_processes=num_processes,
-        eos_token_id=prepared.manifest["eos_token_id"],
         document_masking=document_masking,
     )
-    return (data.step(step).batches for step in range(start_step, training.num_steps))
+    return (data.step(step).batches for step in range(start_step, recipe.training.num_steps))

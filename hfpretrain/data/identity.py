@@ -218,6 +218,8 @@ def fingerprint(data: DataSection, tokenizer: TokenizerSection, identities: list
             # `min_agreement` only decides whether the tokens are accepted, and does not change them.
             if name == "min_agreement" or getattr(section, name) == SourceSection.model_fields[name].default:
                 del source[name]
+    if len(data.block_sizes) > 1:
+        content["block_sizes"] = data.block_sizes
     for source in content["sources"]:
         # Weights decide the order of training. On disk it only matters whether there are any: each source then has its
         # own blocks.

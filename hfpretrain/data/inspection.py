@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hfpretrain.data.batches import TrainingData, training_data
+from hfpretrain.data.batches import StagedData, TrainingData, training_data
 from hfpretrain.data.order import data_step
 from hfpretrain.data.prepare import load_prepared_tokenizer, open_verified, prepared_path
 from hfpretrain.data.prepared import PreparedData
@@ -39,24 +39,12 @@ def describe_step(
             f"there is no {path}; the data is not prepared, or its sources changed since; run `hfpretrain prepare`",
         )
     prepared = open_verified(path)
-    block_size = recipe.data.block_size
-    data = training_data(
-        recipe.data,
-        recipe.training,
-        recipe.seed,
-        prepared,
-        micro_batch_size=1,
-        accumulation_steps=recipe.training.tokens_per_step // block_size,
-        process_index=0,
-        num_processes=1,
-        eos_token_id=prepared.manifest["eos_token_id"],
-        document_masking=False,
-        first_sequence=first_sequence,
-    )
-    tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
     index = data_step(step - 1, skipped) - first_step
+    order = (recipe.data, recipe.training, recipe.seed, prepared, 1, first_sequence)
+    data = training_data(*order, process_index=0, document_masking=False).part(index)
+    tokenizer = load_prepared_tokenizer(prepared, recipe.tokenizer.trust_remote_code)
     found = list(sequences_of_step(prepared, data, tokenizer, index))
-    yield f"step {step}: {len(found)} sequences of {block_size} tokens, checksum {data.checksum(index):016x}"
+    yield f"step {step}: {len(found)} sequences of {data.block_size} tokens, checksum {data.checksum(index):016x}"
     for number, sequence in enumerate(found):
         shift = f", shifted by {sequence['shift']} tokens" if sequence["shift"] else ""
         yield f"\nsequence {number}: block {sequence['block']} of {sequence['split']}{shift}"
@@ -66,11 +54,12 @@ def describe_step(
 
 
 def sequences_of_step(
-    prepared: PreparedData, data: TrainingData, tokenizer: Any, step: int
+    prepared: PreparedData, data: TrainingData | StagedData, tokenizer: Any, step: int
 ) -> Iterator[dict[str, Any]]:
     """Block and documents of each sequence of data step `step`, counted from 0, over all processes."""
+    data = data.part(step)
     for (stream, row, shift), ids in zip(data.locate_sequences(step), data.rows(step), strict=True):
-        split = prepared.train_splits[stream]
+        split = prepared.train_splits_of(data.block_size)[stream]
         following = (row + 1) % prepared.manifest["splits"][split]["rows"]
         from_row, from_next_row = ids[: len(ids) - shift], ids[len(ids) - shift :]
         texts = _split_at_eos(from_row, tokenizer.eos_token_id)

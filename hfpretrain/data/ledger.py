@@ -79,14 +79,17 @@ class Consumption:
     counted yet.
     """
 
-    def __init__(self, num_sources: int):
+    def __init__(self, num_sources: int, num_stages: int = 1):
         self.ledger = Ledger()
         self.documents_dropped = 0
         self._tokens, self._documents = np.zeros((2, num_sources), dtype=np.int64)
+        self._stage_tokens = np.zeros((num_stages, num_sources), dtype=np.int64)
         self._not_gathered: list[list[int]] = []
+        self._stages: list[int] = []
 
-    def add(self, data: StepData) -> None:
-        """Count this process's data of a step that is done."""
+    def add(self, data: StepData, stage: int = 0) -> None:
+        """Count this process's data of a step that is done. `stage`: number of the step's stage."""
+        self._stages.append(stage)
         signed = data.checksum - 2**64 if data.checksum >= 2**63 else data.checksum
         self._not_gathered.append([signed, data.documents_dropped, *data.tokens.tolist(), *data.documents.tolist()])
 
@@ -97,17 +100,20 @@ class Consumption:
         """
         if not self._not_gathered:
             return
-        for checksum, dropped, *counts in sum_over_processes(self._not_gathered):
+        rows = sum_over_processes(self._not_gathered)
+        for stage, (checksum, dropped, *counts) in zip(self._stages, rows, strict=True):
             self.ledger.append(checksum % 2**64)
             tokens, documents = np.split(np.array(counts), 2)
             self._tokens += tokens
+            self._stage_tokens[stage] += tokens
             self._documents += documents
             self.documents_dropped += dropped
-        self._not_gathered = []
+        self._not_gathered, self._stages = [], []
 
-    def by_source(self) -> dict[str, list[int]]:
-        """Tokens and documents of each source."""
-        return {"source_tokens": self._tokens.tolist(), "source_documents": self._documents.tolist()}
+    def by_source(self) -> dict[str, list[Any]]:
+        """Tokens and documents of each source and, if there are several stages, tokens of each source in each stage."""
+        found = {"source_tokens": self._tokens.tolist(), "source_documents": self._documents.tolist()}
+        return found | ({"stage_tokens": self._stage_tokens.tolist()} if len(self._stage_tokens) > 1 else {})
 
     def state(self) -> dict[str, Any]:
         """The entries for `train_state.json`; the checksums themselves are saved as `LEDGER`."""
@@ -118,7 +124,9 @@ class Consumption:
 
         Returns the digest that the checkpoint's ledger must have. Raises `KeyError` if an entry is missing.
         """
-        self._not_gathered = []
+        self._not_gathered, self._stages = [], []
+        if len(self._stage_tokens) > 1:
+            self._stage_tokens = np.array(stored.pop("stage_tokens"))
         self._tokens = np.array(stored.pop("source_tokens"))
         self._documents = np.array(stored.pop("source_documents"))
         self.documents_dropped = stored.pop("documents_dropped")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -51,10 +52,12 @@ class TrainingOrder:
     `sizes`: rows of each stream. `stages`: (first position, weights of the streams), the first one at position 0; empty
     for a single stream. Streams are interleaved evenly in rounds of 10,000 sequences, so that at any time in a stage
     the proportion of each stream is its weight to within 1e-4. Each stream is shuffled again in each of its epochs.
+    `order`: number of the order. Each number shuffles in another way.
     """
 
-    def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
+    def __init__(self, sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int, order: int = 0):
         self.sizes, self.seed = list(sizes), seed
+        self._order = (order,) if order else ()
         stages = stages or [(0, [1.0])]
         self._first = np.array([first for first, _ in stages])
         self._tables = [_interleave(weights) for _, weights in stages]
@@ -98,7 +101,7 @@ class TrainingOrder:
             all_epochs[here] = epochs
             for epoch in np.unique(epochs):
                 chosen = epochs == epoch
-                permutation = Permutation(self.sizes[stream], self.seed, int(stream), int(epoch))
+                permutation = Permutation(self.sizes[stream], self.seed, int(stream), int(epoch), *self._order)
                 rows[here[chosen]] = permutation(offsets[chosen])
         return streams, rows, all_epochs
 
@@ -132,3 +135,19 @@ def data_step(step: int, skipped: Sequence[Sequence[int]]) -> int:
     their data from `count` steps further ahead.
     """
     return step + sum(count for first, count in skipped if first <= step)
+
+
+def stage_of(first_steps: Sequence[int], step: int) -> int:
+    """Number of the stage that data step `step` belongs to. `first_steps`: the first data step of each stage."""
+    return bisect.bisect_right(first_steps, step) - 1
+
+
+def steps_of_stages(
+    first_steps: Sequence[int], steps: range, data_step: Callable[[int], int] = lambda step: step
+) -> list[int]:
+    """Number of optimizer steps of each stage among `steps`.
+
+    `first_steps`: the first data step of each stage. `data_step`: returns the data step of an optimizer step.
+    """
+    begins = [bisect.bisect_left(steps, first, key=data_step) for first in first_steps]
+    return [end - begin for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True)]

@@ -25,7 +25,14 @@ from hfpretrain import files
 from hfpretrain.data import prepared
 from hfpretrain.data.encode import Encoder
 from hfpretrain.data.fast_tokenizer import UnprovenError
-from hfpretrain.data.prepared import READ_COUNTS, SAMPLE_CHARS, RowWriter, is_validation, write_table
+from hfpretrain.data.prepared import (
+    READ_COUNTS,
+    SAMPLE_CHARS,
+    RowWriter,
+    is_validation,
+    split_block_sizes,
+    write_table,
+)
 from hfpretrain.recipe.schema import DataSection
 
 PART_CHARS = 2**26
@@ -199,10 +206,10 @@ class _PartPacker:
                     self._read["documents_kept"] -= 1
                     self._dropped["no_tokens"] += 1
                 continue
-            packer = self._packers.get(item.split) or self._open_packer(item.split)
             origin = self._origins.setdefault(item.origin, len(self._origins))
-            packer.add(ids, item, origin)
-            packer.token_bytes += num_bytes
+            for packer in self._packers_of(item.split):
+                packer.add(ids, item, origin)
+                packer.token_bytes += num_bytes
             self._unknown += unknown
 
     def _count_tokens_read(self, batch: TextBatch) -> None:
@@ -221,13 +228,16 @@ class _PartPacker:
             found = self._encoder.lost_characters(text[:SAMPLE_CHARS])
             self._sample.update(dict(zip(("characters", "lost", "replaced"), found, strict=True)))
 
-    def _open_packer(self, split: str) -> _ConcatPacker:
-        # Validation is always `concat`, so that its loss does not depend on how the training text is packed.
-        best_fit = self._data.packing == "best_fit" and not is_validation(split)
-        kind = _BestFitPacker if best_fit else _ConcatPacker
-        packer = kind(self._work, split, self._key, self._data.block_size, self._encoder)
-        self._packers[split] = packer
-        return packer
+    def _packers_of(self, split: str) -> list[_ConcatPacker]:
+        """The packers of a split's documents: one for each block size."""
+        block_sizes = split_block_sizes(self._data, split)
+        if split not in self._packers:
+            # Validation is always `concat`, so that its loss does not depend on how the training text is packed.
+            best_fit = self._data.packing == "best_fit" and not is_validation(split)
+            kind = _BestFitPacker if best_fit else _ConcatPacker
+            for name, block_size in block_sizes.items():
+                self._packers[name] = kind(self._work, name, self._key, block_size, self._encoder)
+        return [self._packers[name] for name in block_sizes]
 
     def close(self, ends_group: bool, stopped_at_limit: bool) -> None:
         """Write the remaining blocks, then the account, which marks the part as done."""

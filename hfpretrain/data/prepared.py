@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hfpretrain import files
-from hfpretrain.recipe.schema import RecipeError
+from hfpretrain.recipe.schema import DataSection, RecipeError
 
 FORMAT = 3
 VALIDATION = "validation"
@@ -53,9 +53,18 @@ class PreparedData:
 
     @property
     def train_splits(self) -> list[str]:
-        """Names of the training streams, in the order of `data.sources`."""
-        names = [name for name in self.manifest["splits"] if not is_validation(name)]
+        """Names of the training streams in blocks of `data.block_size`, in the order of `data.sources`."""
+        names = [name for name in self.manifest["splits"] if not is_validation(name) and not is_repacked(name)]
         return sorted(names, key=lambda name: int(name.removeprefix("train-")))
+
+    def train_splits_of(self, block_size: int) -> list[str]:
+        """Names of the training streams in blocks of `block_size` tokens, in the order of `data.sources`."""
+        is_first = block_size == self.manifest["block_size"]
+        return self.train_splits if is_first else [repacked(name, block_size) for name in self.train_splits]
+
+    def block_size(self, split: str) -> int:
+        """Tokens in a block of a split."""
+        return block_size_of(self.manifest, split)
 
     @property
     def validation_splits(self) -> list[str]:
@@ -68,7 +77,7 @@ class PreparedData:
 
         column = datasets.load_from_disk(str(self.path / split)).data.column("input_ids")
         return [
-            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.manifest["block_size"])
+            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.block_size(split))
             for chunk in column.chunks
             if len(chunk)
         ]
@@ -95,7 +104,7 @@ class PreparedData:
             key, rows = next(parts)
         table = read_table(self.path / "documents" / f"{split}-{key}.parquet")
         origins = json.loads((self.path / "parts" / f"{key}.json").read_text(encoding="utf-8"))["origins"]
-        block_size = self.manifest["block_size"]
+        block_size = self.block_size(split)
         first, end = np.searchsorted(table["start"], [row * block_size + 1, (row + 1) * block_size])
         first = max(0, first - 1)
         return [(origins[table["origin"][i]], int(table["row"][i])) for i in range(first, end)]
@@ -114,13 +123,38 @@ class PreparedData:
             documents = zip(table["origin"].tolist(), table["row"].tolist(), strict=True)
             starts.append(table["start"] + offset)
             numbers.append([known.setdefault((origins[origin], row), len(known)) for origin, row in documents])
-            offset += rows * self.manifest["block_size"]
+            offset += rows * self.block_size(split)
         return np.concatenate(starts).astype(np.int64), np.concatenate(numbers).astype(np.int64)
 
 
 def is_validation(split: str) -> bool:
     """Whether the split of this name is held out from training."""
     return split.partition("-")[0] == VALIDATION
+
+
+def repacked(split: str, block_size: int) -> str:
+    """Name of the split with the same documents as the train split `split`, in blocks of another size."""
+    return f"{split}-{block_size}"
+
+
+def is_repacked(split: str) -> bool:
+    """Whether a split has the documents of another split, in blocks of another size."""
+    return not is_validation(split) and split.count("-") == 2
+
+
+def split_block_sizes(data: DataSection, split: str) -> dict[str, int]:
+    """The splits that the documents of `split` are written to, and the block size of each.
+
+    The training text has a split for each block size of the recipe. Validation text is cut into the largest blocks.
+    """
+    if is_validation(split):
+        return {split: data.longest_block_size}
+    return {split: data.block_size, **{repacked(split, size): size for size in data.block_sizes[1:]}}
+
+
+def block_size_of(manifest: dict[str, Any], split: str) -> int:
+    """Tokens in a block of a split."""
+    return int(manifest["splits"][split].get("block_size", manifest["block_size"]))
 
 
 def find_prepared(roots: Iterable[Path], name: str | None, checksum: str) -> Path | None:
@@ -164,16 +198,17 @@ def verify(path: Path) -> dict[str, int]:
     others = sorted(there.symmetric_difference(manifest["files"]))
     require(not others, f"has no entry for {', '.join(others[:1])}, which is in the folder")
     for name, split in manifest["splits"].items():
+        block_size = block_size_of(manifest, name)
         tokens = rows = separators = prefix_tokens = 0
         for chunk in token_chunks(path / name, split):
             tokens, separators = tokens + len(chunk), separators + int((chunk == manifest["eos_token_id"]).sum())
             prefix_tokens += sum(int((chunk == token_id).sum()) for token_id in set(prefix))
-        rows = (tokens - split["remainder"]) // manifest["block_size"]
+        rows = (tokens - split["remainder"]) // block_size
         bos = split.get("bos", 0)
         expected_tokens = split["tokens"] + split["separators"] + bos + split["padding"]
         require(rows == split["rows"], f"{name} has {rows} blocks on disk, {split['rows']} in the manifest")
         require(tokens == expected_tokens, f"{name} has {tokens} tokens on disk, {expected_tokens} in the manifest")
-        require(split["remainder"] < manifest["block_size"], f"the remainder of {name} is not shorter than a block")
+        require(split["remainder"] < block_size, f"the remainder of {name} is not shorter than a block")
         num_ids = len(split["remainder_ids"])
         require(
             split["remainder"] == num_ids, f"the remainder of {name} is {split['remainder']}, but has {num_ids} ids"
@@ -205,8 +240,13 @@ def verify(path: Path) -> dict[str, int]:
             what = f"{counts['tokens_kept']} ids kept, {kept} tokens in the splits"
             require(counts["tokens_kept"] == kept or not is_of_one_kind, f"source {number}: {what}")
     totals = ("documents", "bytes", "tokens", "separators", "bos")
+    for name in filter(is_repacked, manifest["splits"]):
+        first = manifest["splits"][name.rpartition("-")[0]]
+        for total in ("documents", "bytes", "tokens", "bos"):  # the number of separators depends on `best_fit`
+            counts = [split.get(total, 0) for split in (manifest["splits"][name], first)]
+            require(counts[0] == counts[1], f"{name} has {counts[0]} {total}, but in other blocks it has {counts[1]}")
     for total in totals:
-        out = sum(split.get(total, 0) for split in manifest["splits"].values())
+        out = sum(split.get(total, 0) for name, split in manifest["splits"].items() if not is_repacked(name))
         into = sum(source[kind].get(total, 0) for source in manifest["sources"] for kind in ("train", VALIDATION))
         require(out == into, f"{total}: {into} from the sources, {out} in the splits")
     return {"files": len(manifest["files"])} | {

@@ -13,12 +13,13 @@ def summary(prepared: PreparedData) -> str:
     manifest = prepared.manifest
     lines = [f"prepared data    {prepared.path}"]
     for name, entry in manifest["splits"].items():
-        share = entry["padding"] / max(1, entry["rows"] * manifest["block_size"])
+        block_size = prepared.block_size(name)
+        share = entry["padding"] / max(1, entry["rows"] * block_size)
         padding = f" - {entry['padding']:,} padding ({share:.2%})" if entry["padding"] else ""
         bos = f" + {entry['bos']:,} BOS" if entry.get("bos") else ""
         lines.append(
             f"  {name:<14} {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens + "
-            f"{entry['separators']:,} separators{bos} = {entry['rows']:,} blocks x {manifest['block_size']}{padding} + "
+            f"{entry['separators']:,} separators{bos} = {entry['rows']:,} blocks x {block_size}{padding} + "
             f"{entry['remainder']} remainder"
         )
     for number, source in enumerate(manifest["sources"]):

@@ -286,6 +286,12 @@ class Engine:
             if "phases" in group:
                 group["weight_decay"] = phase_at(group["phases"], step).weight_decay
 
+    def set_batch(self, micro_batch_size: int, accumulation_steps: int) -> None:
+        """Train on micro-batches of another size from the next step on, or on another number of them in a step."""
+        self.accelerator.gradient_accumulation_steps = accumulation_steps
+        # accelerate counts all micro-steps, and reduces the gradients after each multiple of the number in a step.
+        self.accelerator.step = 0
+
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """A context for one micro-step. The last one of a step reduces the gradients over processes."""
         return self.accelerator.accumulate(self.model)

@@ -245,6 +245,15 @@ class DeepSpeed(Engine):
 
     # A step.
 
+    def set_batch(self, micro_batch_size: int, accumulation_steps: int) -> None:
+        """See `Engine`."""
+        super().set_batch(micro_batch_size, accumulation_steps)
+        # DeepSpeed's public functions (0.19.8) don't know the number of processes if sequences are cut.
+        config = self.model._config
+        config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps = micro_batch_size, accumulation_steps
+        config.train_batch_size = micro_batch_size * accumulation_steps * self.data_size
+        assert self.model.gradient_accumulation_steps() == accumulation_steps
+
     def _backward(self, loss: torch.Tensor) -> None:
         # accelerate would make DeepSpeed update the weights in the same call.
         self.model.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)

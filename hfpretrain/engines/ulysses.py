@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,11 @@ class Ulysses(ZeRO3):
         self.accelerator.parallelism_config.sp_handler.sp_attn_implementation = "sdpa"
         mask_documents(model)
 
+    def set_batch(self, micro_batch_size: int, accumulation_steps: int) -> None:
+        """See `Engine`."""
+        super().set_batch(micro_batch_size, accumulation_steps)
+        set_attention_batch(micro_batch_size)
+
     def split_sequences(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `split`."""
         return split(batch, self.process_index % self.processes_per_sequence, self.processes_per_sequence)
@@ -113,6 +119,21 @@ def mask_documents(model: PreTrainedModel) -> None:
         return sdpa(module, query, key, value, document_mask(position_ids), **kwargs)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = masked
+
+
+def set_attention_batch(micro_batch_size: int) -> None:
+    """Make DeepSpeed's attention accept another number of sequences in a micro-batch.
+
+    DeepSpeed 0.19 compares each batch with the size that it was registered with. Its attention is a variable of the
+    function that it registers with transformers.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attention = inspect.getclosurevars(ALL_ATTENTION_FUNCTIONS["sdpa"]).nonlocals["uattn"]
+    attention.batch_size = micro_batch_size
+    for name in ("required_query_shape", "required_key_value_shape", "required_context_shape"):
+        length, _, *rest = getattr(attention, name)
+        setattr(attention, name, torch.Size([length, micro_batch_size, *rest]))
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:

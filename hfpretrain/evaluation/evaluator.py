@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,11 +63,12 @@ class Evaluation:
 class Evaluator:
     """Runs the evaluations of a recipe with the current weights. Every rank must have one and make the same calls.
 
-    `has_validation`: whether the recipe has validation data. `first_step`: number of steps before the run, which are
-    those of its trunk if it is a branch. `base`: keeps the evaluation of the model that the run began with, to compare
-    the others with it; None for a new model. `base_vocabulary`: of that model, if tokens were added to it; at step 0,
-    the validation text is then also scored with its own tokenizer. `beat` is called to show progress. `stop_if_asked`
-    is called where all ranks have made the same number of forward passes, and may raise.
+    `has_validation`: whether the recipe has validation data. `block_sizes`: all block sizes of the run.
+    `micro_batch_size`: sequences of the largest block size in a forward pass. `first_step`: number of steps before the
+    run, which are those of its trunk if it is a branch. `base`: keeps the evaluation of the model that the run began
+    with, to compare the others with it; None for a new model. `base_vocabulary`: of that model, if tokens were added to
+    it; at step 0, the validation text is then also scored with its own tokenizer. `beat` is called to show progress.
+    `stop_if_asked` is called where all ranks have made the same number of forward passes, and may raise.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Evaluator:
         has_validation: bool,
         document_masking: bool,
         micro_batch_size: int,
-        block_size: int,
+        block_sizes: Sequence[int],
         first_step: int,
         last_step: int,
         base: BaseEvaluation | None,
@@ -94,8 +95,9 @@ class Evaluator:
         self._tokenizer, self._token_bytes, self._base_vocabulary = tokenizer, token_bytes, base_vocabulary
         self._eos_token_id = prepared.manifest["eos_token_id"]
         self._has_validation, self._document_masking = has_validation, document_masking
-        self._micro_batch_size, self._block_size = micro_batch_size, block_size
+        self._micro_batch_size, self._block_size = micro_batch_size, max(block_sizes)
         self._first_step, self._last_step = first_step, last_step
+        self._edges = sums.context_edges(block_sizes)
         self._base, self._beat, self._stop_if_asked = base, beat, stop_if_asked
         self._is_main = engine.process_index == 0
         self._sets = ValidationSets(prepared)
@@ -107,10 +109,14 @@ class Evaluator:
         if section.lm_eval is not None:
             self._tasks = lm_eval_tasks.Tasks(section.lm_eval, "evaluation.lm_eval.tasks", self._is_main)
 
-    def evaluate(self, step: int, tokens: int) -> Evaluation | None:
-        """Run and record all evaluations that are due after `step` steps and `tokens` tokens; None if none are."""
+    def evaluate(self, step: int, tokens: int, ends_stage: bool = False) -> Evaluation | None:
+        """Run and record all evaluations that are due after `step` steps and `tokens` tokens; None if none are.
+
+        `ends_stage`: whether a stage with another block size, or another rotary position embedding, follows.
+        """
         section = self._section
-        is_evaluation = step == self._first_step or is_due(step, section.every_steps, self._last_step)
+        is_due_here = step == self._first_step or is_due(step, section.every_steps, self._last_step)
+        is_evaluation = is_due_here or ends_stage
         samples_due = is_evaluation and bool(section.prompts)
         validation_due = is_evaluation and self._has_validation
         tasks_due = (
@@ -123,14 +129,14 @@ class Evaluator:
         loss = None
         with self._engine.evaluated_weights():
             if validation_due:
-                loss = self._validate(step, tokens)
+                loss = self._validate(step, tokens, ends_stage)
             if samples_due:
                 self._sample(step)
             if tasks_due and self._tasks is not None:
                 self._run_tasks(self._tasks, step, tokens)
         return Evaluation(loss)
 
-    def _validate(self, step: int, tokens: int) -> float:
+    def _validate(self, step: int, tokens: int, ends_stage: bool) -> float:
         """Loss, perplexity and bits per byte over all validation sets, equal on any number of processes."""
         engine, records = self._engine, self._records
         keywords: dict[str, Any] = {
@@ -139,20 +145,22 @@ class Evaluator:
             "num_processes": engine.data_size,
             "document_masking": self._document_masking,
         }
-        documents, contexts = self._sum_losses(self._with_metrics(self._sets.batches(**keywords)))
+        documents, contexts, ranges = self._sum_losses(self._with_metrics(self._sets.batches(**keywords)))
         nll, count, *_ = documents.sum(axis=0)
         loss = float(nll / count)
         base_documents, vocabulary = None, self._base_vocabulary if step == 0 else None
         if vocabulary is not None:
             batches = self._with_beats(self._sets.base_batches(vocabulary.pieces, **keywords))
             with ids_left_out(engine.model, vocabulary.new_ids):
-                base_documents, _ = self._sum_losses(batches)
+                base_documents, *_ = self._sum_losses(batches)
         if not self._is_main:  # only the main process computes the confidence intervals
             return loss
         figures = self._sets.figures(documents) | self._metrics.compute()
         figures["loss_by_context"] = sums.loss_by_context(contexts)
+        by_range = sums.loss_in_ranges(ranges, self._edges)
+        figures |= {f"loss_with_context/{name}": loss for name, loss in by_range.items()}
         base = self._compare_with_base(step, documents if base_documents is None else base_documents, figures)
-        row = {f"eval/{name}": value for name, value in figures.items()}
+        row = {f"eval/{name}": value for name, value in figures.items()} | ({"ends_stage": True} if ends_stage else {})
         if base_documents is not None:
             of_base = self._sets.figures(base_documents)
             row |= {f"{BASE_TOKENIZER}/{name}": value for name, value in of_base.items()}
@@ -166,6 +174,9 @@ class Evaluator:
             )
         for line in base_tokenizer_lines(row):
             records.print_line(line)
+        if by_range:
+            text = ", ".join(f"{name}: {loss:.4f}" for name, loss in by_range.items())
+            records.print_line(f"  loss by the number of tokens that a prediction sees: {text}")
         records.draw_plot()
         return loss
 
@@ -184,11 +195,12 @@ class Evaluator:
             figures |= self._base.figures(sets)
         return {}
 
-    def _sum_losses(self, batches: Iterable[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-        """`documents` and `contexts` of `sums.Sums` over all processes."""
-        found = sums.loss_sums(self._engine.model, batches, self._token_bytes, self._sets.num_documents)
-        documents, contexts = (self._engine.total(part).cpu().numpy() for part in (found.documents, found.contexts))
-        return documents, contexts
+    def _sum_losses(self, batches: Iterable[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`documents`, `contexts` and `ranges` of `sums.Sums` over all processes."""
+        engine, edges = self._engine, self._edges
+        found = sums.loss_sums(engine.model, batches, self._token_bytes, self._sets.num_documents, edges)
+        documents, contexts = (engine.total(part).cpu().numpy() for part in (found.documents, found.contexts))
+        return documents, contexts, (engine.total(found.ranges) if edges else found.ranges).cpu().numpy()
 
     def _with_beats(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         for batch in batches:

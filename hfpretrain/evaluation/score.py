@@ -39,7 +39,7 @@ class Windows:
 
     def as_trained(self, data: DataSection, training: TrainingSection) -> Windows:
         """These windows, with the recipe's block size if they have none, and with the recipe's document masking."""
-        block_size = data.block_size if self.block_size is None else self.block_size
+        block_size = data.longest_block_size if self.block_size is None else self.block_size
         masking = self.document_masking and training.document_masking is not False
         return replace(self, block_size=block_size, document_masking=masking)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class Sums:
     """(documents, 4): nll in nats, tokens, the nll of the tokens that are text, the UTF-8 bytes of those tokens."""
     contexts: torch.Tensor
     """(buckets, 2): nll and tokens of the predictions that see from 2^bucket to 2^(bucket + 1) - 1 tokens."""
+    ranges: torch.Tensor
+    """(edges, 2): nll and tokens of the predictions that see less than an edge and not less than the one before."""
 
 
 def scored_batch(
@@ -66,14 +68,21 @@ def predictions(model: Any, batch: dict[str, torch.Tensor], device: torch.device
 
 @torch.no_grad()
 def loss_sums(
-    model: Any, batches: Iterable[dict[str, torch.Tensor]], token_bytes: torch.Tensor, num_documents: int
+    model: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    token_bytes: torch.Tensor,
+    num_documents: int,
+    edges: Sequence[int] = (),
 ) -> Sums:
     """Sums over all labels that are not -100, on the device of `token_bytes`.
 
-    `batches`: see `scored_batch`. `token_bytes`: int64 (vocabulary,), 0 for special tokens. The logits are never all
-    in memory if the model computes its loss in chunks.
+    `batches`: see `scored_batch`. `token_bytes`: int64 (vocabulary,), 0 for special tokens. `edges`: numbers of tokens
+    that divide the predictions by how many tokens they see, the last one larger than all, see `Sums.ranges`. The logits
+    are never all in memory if the model computes its loss in chunks.
     """
     device = token_bytes.device
+    ranges = torch.zeros(len(edges), 2, dtype=torch.float64, device=device)
+    borders = torch.tensor(edges, dtype=torch.int64, device=device)
     documents = torch.zeros(num_documents, 4, dtype=torch.float64, device=device)
     contexts = torch.zeros(64, 2, dtype=torch.float64, device=device)
     with eval_mode(model):
@@ -89,9 +98,11 @@ def loss_sums(
             positions = inputs.get("position_ids")
             if positions is None:
                 positions = torch.arange(valid.shape[1] + 1, device=device).expand(len(valid), -1)
-            bucket = (positions[:, :-1][valid] + 1).double().log2().long()
-            contexts.index_add_(0, bucket, rows[:, :2])
-    return Sums(documents, contexts)
+            seen = positions[:, :-1][valid] + 1
+            contexts.index_add_(0, seen.double().log2().long(), rows[:, :2])
+            if edges:
+                ranges.index_add_(0, torch.bucketize(seen, borders, right=True), rows[:, :2])
+    return Sums(documents, contexts, ranges)
 
 
 def perplexity_figures(nll: float, tokens: int, content_nll: float, num_bytes: float) -> dict[str, float]:
@@ -172,6 +183,32 @@ def percentiles(values: np.ndarray) -> list[float]:
     """Bounds of the middle 95% of `values`, float64 (n,)."""
     tail = 100 * (1 - _INTERVAL) / 2
     return [float(value) for value in np.percentile(values, (tail, 100 - tail))]
+
+
+def context_edges(block_sizes: Sequence[int]) -> list[int]:
+    """Numbers of tokens that divide the contexts of a run with several block sizes; empty if it has a single one.
+
+    They are the block sizes, and the smallest one doubled as often as the largest one allows. A prediction within a
+    block of n tokens sees less than n.
+    """
+    smallest, largest = min(block_sizes), max(block_sizes)
+    if smallest == largest:
+        return []
+    doubled = [smallest * 2**power for power in range((largest // smallest).bit_length())]
+    return sorted({*block_sizes, *doubled})
+
+
+def loss_in_ranges(ranges: np.ndarray, edges: Sequence[int]) -> dict[str, float]:
+    """Loss by the number of tokens that a prediction sees, between `edges`: `1-255`, `256-511`, ...
+
+    `ranges`: float64 (edges, 2), same as `Sums.ranges`. A range without predictions is left out.
+    """
+    firsts = [1, *edges][: len(edges)]
+    return {
+        f"{first}-{edge - 1}": float(nll / tokens)
+        for first, edge, (nll, tokens) in zip(firsts, edges, ranges, strict=True)
+        if tokens
+    }
 
 
 def loss_by_context(contexts: np.ndarray) -> dict[str, float]:

@@ -37,9 +37,11 @@ class ValidationSets:
 
     def __init__(self, prepared: PreparedData):
         manifest = prepared.manifest
-        self._block_size, self._eos_token_id = manifest["block_size"], manifest["eos_token_id"]
+        self._eos_token_id = manifest["eos_token_id"]
         self._eos_before_bos = self._eos_token_id if prepared.document_prefix else None
         self.names = prepared.validation_splits
+        # All validation splits have blocks of the same size.
+        self._block_size = prepared.block_size(self.names[0]) if self.names else manifest["block_size"]
         self._sets: list[tuple[Blocks, list[int], np.ndarray, np.ndarray]] = []
         self._ends = [0]
         # Bytes of the text divided by the bytes of its tokens: they differ if the tokenizer normalizes text.

@@ -209,6 +209,10 @@ def _rung_mapping(recipe: Recipe, tokens: float, compute_ratio: float, num_proce
     `BATCH_EXPONENT` and `LR_EXPONENT`. Warm-up, decay and stages stay the same fraction of the run.
     """
     training, block_size = recipe.training, recipe.data.block_size
+    for number, stage in enumerate(recipe.data.stages):
+        if stage.block_size is not None:
+            message = "the ladder's laws are for one block size; leave the stage out of the ladder's recipe"
+            raise RecipeError.at(f"data.stages.{number}.block_size", message)
     sequences, micro_batch_size = _batch(
         training.tokens_per_step / block_size * compute_ratio**BATCH_EXPONENT, training.micro_batch_size, num_processes
     )

@@ -59,8 +59,12 @@ def config_problems(mapping: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("model.config.model_type", f"{reason}; use another model (got {model_type!r})")
         return
     data = mapping.get("data")
-    block_size = data.get("block_size") if isinstance(data, dict) else None
-    yield from context_problems(config, block_size)
+    if isinstance(data, dict):
+        stages: Any = data.get("stages")
+        numbered = enumerate(stages if isinstance(stages, list) else [])
+        sections = {"data": data, **{f"data.stages.{number}": stage for number, stage in numbered}}
+        for key, block_size in ((key, one.get("block_size")) for key, one in sections.items() if isinstance(one, dict)):
+            yield from context_problems(config, block_size, key=f"{key}.block_size")
     tokenizer = mapping.get("tokenizer")
     wanted = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
     if isinstance(wanted, int) and isinstance(keywords.get("vocab_size"), int) and keywords["vocab_size"] < wanted:
@@ -88,13 +92,18 @@ def _export_problem(config: PretrainedConfig) -> str | None:
     return f"{message}, and AutoModelForCausalLM can't load a model of type {part}"
 
 
-def context_problems(config: PretrainedConfig, block_size: Any, config_key: str = "model.config") -> Iterator[Problem]:
-    """A problem if blocks are longer than the model's longest context. `config_key`: `ModelSection.config_key`."""
-    for key in CONTEXT_KEYS:
-        positions = getattr(config, key, None)
+def context_problems(
+    config: PretrainedConfig, block_size: Any, config_key: str = "model.config", key: str = "data.block_size"
+) -> Iterator[Problem]:
+    """A problem if blocks are longer than the model's longest context.
+
+    `config_key`: `ModelSection.config_key`. `key`: the recipe's path of `block_size`.
+    """
+    for name in CONTEXT_KEYS:
+        positions = getattr(config, name, None)
         if isinstance(positions, int) and isinstance(block_size, int) and 0 < positions < block_size:
-            message = f"must be at most the model's {key}, {positions} (got {block_size})"
-            yield Problem("data.block_size", f"{message}; lower it, or raise {config_key}.{key}")
+            message = f"must be at most the model's {name}, {positions} (got {block_size})"
+            yield Problem(key, f"{message}; lower it, or raise {config_key}.{name}")
             return
 
 
@@ -217,9 +226,16 @@ def _accepts_none(model_type: str, key: str) -> bool:
 
 
 def resolve_config(
-    section: ModelSection, vocab_size: int, tokenizer: Any, tokenizer_size: int, block_size: int
+    section: ModelSection,
+    vocab_size: int,
+    tokenizer: Any,
+    tokenizer_size: int,
+    block_size: int,
+    block_key: str = "data.block_size",
 ) -> PretrainedConfig:
     """The model's config. For a new model, `vocab_size` and the special token ids default to those of the tokenizer.
+
+    `block_size`: the largest of the run. `block_key`: its path in the recipe.
 
     Raises `RecipeError` for a tokenizer larger than the vocabulary and for blocks longer than the context.
     """
@@ -230,7 +246,8 @@ def resolve_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    problems = [*context_problems(config, block_size, section.config_key), *_special_id_problems(section, tokenizer)]
+    context = context_problems(config, block_size, section.config_key, block_key)
+    problems = [*context, *_special_id_problems(section, tokenizer)]
     if config.vocab_size < tokenizer_size:
         problems.append(vocabulary_problem(config.vocab_size, tokenizer_size, section))
     if problems:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -258,6 +259,11 @@ def simulate(
             peak=tally.peak,
             peak_without_gradients=tally.peak_without_gradients,
         )
+
+
+def largest(found: Sequence[MicroStepMemory]) -> MicroStepMemory:
+    """The largest of each part over several micro-steps."""
+    return MicroStepMemory(*map(max, zip(*map(astuple, found), strict=True)))
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -196,7 +196,7 @@ def _rows(
 ) -> Iterator[ScalingRow]:
     training, number = recipe.training, plan.num_processes
     try:
-        steps = accumulation_steps(training.tokens_per_step, plan.block_size, training.micro_batch_size, number)
+        steps = accumulation_steps(training.tokens_per_step, plan.block_size, plan.micro_batch_size, number)
     except RecipeError as error:
         yield ScalingRow("all", number, reason=error.problems[0].message)
         return

@@ -12,6 +12,7 @@ import torch
 
 from hfpretrain.data.encode import token_dtype
 from hfpretrain.data.extension import listed_size
+from hfpretrain.data.order import steps_of_stages
 from hfpretrain.data.prepare import prepared_path
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.source_files import is_folder
@@ -29,7 +30,15 @@ from hfpretrain.planning import devices, memory
 from hfpretrain.planning.memory import Memory, MicroStepMemory, ModelSizes, Sharding
 from hfpretrain.recipe.keys import unknown_key_message
 from hfpretrain.recipe.machine import num_cores
-from hfpretrain.recipe.schema import FILE_FORMATS, Recipe, RecipeError, SourceSection, accumulation_steps
+from hfpretrain.recipe.schema import (
+    FILE_FORMATS,
+    LengthStage,
+    Recipe,
+    RecipeError,
+    SourceSection,
+    length_stages,
+    longest_stage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -227,7 +236,8 @@ def require_divisible_batch(recipe: Recipe, num_processes: int, engine: str | No
     if num_processes < 1 or any(sharding.splits for sharding in shardings):
         return
     training = recipe.training
-    accumulation_steps(training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, num_processes)
+    for stage in length_stages(recipe.data, training):
+        stage.accumulation_steps(training.tokens_per_step, num_processes)
 
 
 def make_plan(
@@ -256,7 +266,8 @@ def make_plan(
         known = [sharding.name for sharding in memory.SHARDINGS]
         message = unknown_key_message(engine or "", known).replace("unknown key", "unknown engine")
         raise RecipeError.at("--engine", f"{message} (got {engine!r}; known: {', '.join(known)})")
-    training, block_size = recipe.training, recipe.data.block_size
+    training, longest = recipe.training, longest_stage(recipe.data, recipe.training)
+    stages = length_stages(recipe.data, training)
     resolved = resolved or ResolvedSettings()
     config = model_config(recipe) if resolved.config is None else resolved.config
     hardware = devices.find_hardware(
@@ -275,10 +286,17 @@ def make_plan(
     if resolved.config is None:
         require_same_tensors(recipe.model)
     model = build_model(section, config)
-    freeze_outside_loss(model, block_size)
+    freeze_outside_loss(model, longest.block_size)
     groups = parameter_groups(recipe, model)
     groups.freeze()
-    per_token = model_flops_per_token(config, counts, block_size, frozen_part(model, groups.frozen))
+    frozen = frozen_part(model, groups.frozen)
+    num_steps = steps_of_stages([stage.first_step for stage in stages], range(training.num_steps))
+    shares = [number / training.num_steps for number in num_steps]
+    # The mean over all steps, as are the seconds of a step below.
+    per_token = sum(
+        share * model_flops_per_token(config, counts, stage.block_size, frozen)
+        for share, stage in zip(shares, stages, strict=True)
+    )
 
     def build() -> PreTrainedModel:
         model = build_model(section, config, device="cpu")
@@ -300,18 +318,24 @@ def make_plan(
     can_run = any(row.memory is not None and (row.num_processes == num_processes or len(rows) == 1) for row in rows)
     planned_mfu, step_flops = DEFAULT_MFU if mfu is None else mfu, per_token * training.tokens_per_step
     seconds = step_flops / (total_peak * planned_mfu) if total_peak is not None and can_run else None
-    micro_steps = training.tokens_per_step // (block_size * training.micro_batch_size * num_processes)
+    micro_steps = [
+        training.tokens_per_step // (stage.block_size * stage.micro_batch_size * num_processes) for stage in stages
+    ]
     is_small = counts.total <= _TIMED_PARAMETERS and 20 * counts.total < usable * target.memory
-    timed = mfu is None and on_cpu and seconds is not None and micro_steps > 0 and is_small
-    if timed and seconds is not None and seconds / micro_steps <= _TIMED_SECONDS:
+    timed = mfu is None and on_cpu and seconds is not None and min(micro_steps) > 0 and is_small
+    if timed and seconds is not None and seconds / min(micro_steps) <= _TIMED_SECONDS:
         # Building draws weights, and a plan must not change what is drawn after it.
         with torch.random.fork_rng(devices=[]):
-            seconds = cpu_step_seconds(build(), recipe, precision, num_processes, micro_steps, chunked_loss)
+            seconds = sum(
+                share * cpu_step_seconds(build(), recipe, stage, precision, num_processes, number, chunked_loss)
+                for share, stage, number in zip(shares, stages, micro_steps, strict=True)
+            )
         planned_mfu = step_flops / (seconds * (total_peak or 1.0))
     else:
         timed = False
     hours = None if seconds is None else seconds * training.num_steps / 3600
-    run_bytes = tokens * token_dtype(config.get_text_config().vocab_size).itemsize
+    # The text is prepared once for each block size.
+    run_bytes = tokens * token_dtype(config.get_text_config().vocab_size).itemsize * len(recipe.data.block_sizes)
     prepared_bytes, prepared_source = _prepared_bytes_and_source(recipe, run_bytes)
     return Plan(
         name=Path(recipe.output_dir).name,
@@ -323,8 +347,8 @@ def make_plan(
         num_steps=training.num_steps,
         tokens_per_step=training.tokens_per_step,
         tokens=tokens,
-        micro_batch_size=training.micro_batch_size,
-        block_size=block_size,
+        micro_batch_size=longest.micro_batch_size,
+        block_size=longest.block_size,
         mixed_precision=precision,
         num_processes=num_processes,
         device=target.name,
@@ -359,6 +383,13 @@ def _notes(
         notes.append(f"activations are simulated with sdpa attention; {attention} needs as much memory or less")
     if recipe.training.compile is True:
         notes.append("activations are simulated without torch.compile, which needs as much memory or less")
+    stages = length_stages(recipe.data, recipe.training)
+    if len(stages) > 1:
+        sizes = ", ".join(f"{stage.micro_batch_size} x {stage.block_size:,}" for stage in stages)
+        notes.append(
+            f"memory is the largest of all stages of data.stages, with micro-batches of {sizes} tokens; FLOPs and "
+            "seconds of a step are means over them"
+        )
     whole = [engine.name for engine in engines if engine.splits == "tensors"]
     if chunked_loss and len(whole) < len(engines):
         notes.append(f"the loss is computed in chunks (training.chunked_loss){', except under tp' if whole else ''}")
@@ -417,13 +448,18 @@ class _RowMaker:
             message = f"{engine.name} splits {engine.splits} across processes, so --num-processes must be at least 2"
             raise RecipeError.at("--num-processes", message)
         if engine.splits:
-            model, block_size = self.recipe.model, self.recipe.data.block_size
-            require_model(engine.name, number, self.config, model.attn_implementation, block_size)
+            for block_size in self.recipe.data.block_sizes:
+                require_model(engine.name, number, self.config, self.recipe.model.attn_implementation, block_size)
+
+    def _batches(self) -> list[tuple[int, int]]:
+        """Sequences in a micro-batch, and their tokens, in each stage of the run."""
+        stages = length_stages(self.recipe.data, self.recipe.training)
+        return list(dict.fromkeys((stage.micro_batch_size, stage.block_size) for stage in stages))
 
     def _accumulates(self, engine: Sharding, number: int) -> bool:
         training, data_size = self.recipe.training, 1 if engine.splits else number
-        block_size = self.recipe.data.block_size
-        return accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, data_size) > 1
+        stages = length_stages(self.recipe.data, training)
+        return max(stage.accumulation_steps(training.tokens_per_step, data_size) for stage in stages) > 1
 
     def _simulate(self, engine: Sharding, accumulates: bool) -> MicroStepMemory:
         forward = memory.forward_precision(engine, self.precision)
@@ -436,13 +472,17 @@ class _RowMaker:
         key = tuple(settings.values())
         if key not in self.simulated:
             try:
-                self.simulated[key] = memory.simulate(
-                    self.build,
-                    batch_size=self.recipe.training.micro_batch_size,
-                    block_size=self.recipe.data.block_size,
-                    document_masking=self.document_masking,
-                    **settings,
-                )
+                found = [
+                    memory.simulate(
+                        self.build,
+                        batch_size=batch_size,
+                        block_size=block_size,
+                        document_masking=self.document_masking,
+                        **settings,
+                    )
+                    for batch_size, block_size in self._batches()
+                ]
+                self.simulated[key] = memory.largest(found)
             except RecipeError as error:
                 self.simulated[key] = error
         result = self.simulated[key]
@@ -467,7 +507,13 @@ def _is_local(source: SourceSection) -> bool:
 
 
 def cpu_step_seconds(
-    model: PreTrainedModel, recipe: Recipe, precision: str, num_processes: int, micro_steps: int, chunked_loss: bool
+    model: PreTrainedModel,
+    recipe: Recipe,
+    stage: LengthStage,
+    precision: str,
+    num_processes: int,
+    micro_steps: int,
+    chunked_loss: bool,
 ) -> float:
     """Seconds of an optimizer step on this machine's CPU, from timing a micro-step and an update, which change `model`.
 
@@ -475,8 +521,7 @@ def cpu_step_seconds(
     about a small model, which spends most of its time outside of matrix products: a model of a million parameters was
     measured at 2% of the peak, one of 50 million at 57%.
     """
-    size, block_size = recipe.training.micro_batch_size, recipe.data.block_size
-    section = recipe.optimizer
+    size, block_size, section = stage.micro_batch_size, stage.block_size, recipe.optimizer
     decayed, hidden = optim.decayed_names(model, section.no_decay), optim.hidden_names(model)
     phases = parameter_groups(recipe, model).phases if section.groups else None
     optimizer = optim.build_optimizer(model, section, decayed, hidden, phases)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpretrain.planning.plan import DEFAULT_MFU, Plan, ResolvedSettings, as_json, make_plan
-from hfpretrain.recipe.schema import Recipe, RecipeError
+from hfpretrain.recipe.schema import Recipe, RecipeError, length_stages, longest_stage
 
 FILE = "plan.json"
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "peak", "host")
@@ -178,7 +178,8 @@ def out_of_memory_message(
             changes.append((text, row.memory.peak))
     now = peaks.get(engine_name)
     helpful = sorted((change for change in changes if now is None or change[1] < now), key=lambda change: change[1])
-    size = f"{recipe.training.micro_batch_size} sequences of {recipe.data.block_size} tokens"
+    longest = longest_stage(recipe.data, recipe.training)
+    size = f"{longest.micro_batch_size} sequences of {longest.block_size} tokens"
     lines = [f"{size} do not fit on {device_name} under {engine_name}: {message}", "", format_plan(plan), ""]
     lines += [f"Peak memory of a process is {_bytes(now) if now else 'not known'} in the plan. Changes that help most:"]
     lines += [f"  {_bytes(peak):>10}  {text}" for text, peak in helpful[:3]]
@@ -199,6 +200,12 @@ def _recipes_with_less_memory(recipe: Recipe) -> list[tuple[str, Recipe]]:
     # The smaller sizes divide the present one, so that a step still has a whole number of micro-batches.
     smaller = [next(n for n in range(most, 0, -1) if size % n == 0) for most in sorted({size // 2, size // 8} - {0})]
     found = [changed("training", micro_batch_size=number) for number in dict.fromkeys(smaller)]
+    # A micro-batch must not be smaller than a sequence of a later stage.
+    found = [
+        (text, made)
+        for text, made in found
+        if all(stage.micro_batch_size for stage in length_stages(made.data, made.training))
+    ]
     if not recipe.model.gradient_checkpointing:
         found.append(changed("model", gradient_checkpointing=True))
     if recipe.training.chunked_loss is False:

@@ -401,9 +401,25 @@ def _validation_table(records: _Records) -> str:
             when = f"step {step:,}" if records.average is None else "average"
             lines.append(f"| {when}{f', {domain}' if domain else ''} | {cells} |")
     caption = "In brackets: 95% confidence intervals, by bootstrap over documents."
+    if len(lines) == 2:
+        return "No validation text was held out."
     if base:
         caption += " Loss and perplexity are per token, so two tokenizers can be compared only by bits per byte."
-    return "\n".join([*lines, "", caption]) if len(lines) > 2 else "No validation text was held out."
+    return "\n".join([*lines, "", caption, *_context_table(records)])
+
+
+def _context_table(records: _Records) -> list[str]:
+    """A table of the loss by the number of tokens that a prediction sees; empty for a run with a single block size."""
+    losses = records.history.loss_by_context()
+    ranges = list(dict.fromkeys(name for found in losses.values() for name in found))
+    if not ranges:
+        return []
+    lines = ["", "Loss by the number of tokens that a prediction sees:", "", f"| tokens | {' | '.join(ranges)} |"]
+    lines.append("|---" * (len(ranges) + 1) + "|")
+    for step, found in losses.items():
+        cells = (f"{found[name]:.4f}" if name in found else "" for name in ranges)
+        lines.append(f"| step {step:,} | {' | '.join(cells)} |")
+    return lines
 
 
 def _figure(figures: Mapping[str, Any], metric: str, digits: int) -> str:

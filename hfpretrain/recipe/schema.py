@@ -5,6 +5,7 @@ Neither torch nor a Hugging Face library is imported here, so that `hfpretrain c
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import typing
@@ -479,12 +480,37 @@ class SourceSection(Section):
 
 
 class StageSection(Section):
-    """A later part of the run with other weights of the sources, for example only the best ones at the end."""
+    """A later part of the run with other weights of the sources, for example only the best ones at the end, or with
+    longer blocks."""
 
     from_tokens: PositiveInt
-    """The stage begins with the first sequence after this number of training tokens."""
-    weights: tuple[Annotated[float, Field(ge=0)], ...]
-    """Weights of `data.sources` in this stage, in their order. 0 leaves a source out."""
+    """The stage begins with the first sequence after this number of training tokens. A stage that sets `block_size`
+    begins with the first step after it."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """Weights of `data.sources` in this stage, in their order. 0 leaves a source out. null: as before the stage."""
+    block_size: int | None = Field(default=None, ge=2)
+    """Tokens in one training sequence from this stage on, for example 32768. A step keeps its `tokens_per_step`, so it
+    has fewer sequences if they are longer. The text is prepared once for each block size, and a stage with another
+    block size reads it in a new order from the beginning of an epoch. Validation always uses blocks of the largest
+    size. Needs prepared data, without `streaming`. null: as before the stage."""
+    micro_batch_size: PositiveInt | None = None
+    """With `block_size`: sequences per device in one forward pass in this stage. null: as many as have the tokens of a
+    micro-batch of the run's beginning, `training.micro_batch_size * data.block_size`."""
+    rope_parameters: dict[str, Any] | None = None
+    """With `block_size`: keys of the model's `rope_parameters` that change where this stage begins, with the names of
+    transformers, for example `{rope_theta: 1_000_000}` or `{rope_type: yarn, factor: 8.0,
+    original_max_position_embeddings: 4096}`. Other keys keep their values. With another `rope_type`, only `rope_theta`
+    and `partial_rotary_factor` do. The export has the values of the last stage. Later stages keep them. null: no
+    change."""
+
+    @model_validator(mode="after")
+    def _check_change(self) -> StageSection:
+        if self.weights is None and self.block_size is None:
+            raise ValueError("a stage changes `weights`, `block_size` or both; give at least one of them")
+        for key in ("micro_batch_size", "rope_parameters"):
+            if getattr(self, key) is not None and self.block_size is None:
+                raise ValueError(f"`{key}` is only for a stage that sets `block_size`, which may stay as it was")
+        return self
 
 
 class DataSection(Section):
@@ -502,10 +528,11 @@ class DataSection(Section):
     """How the validation text is chosen. `document`: by a hash of each document, so that a document stays on its side
     when others are added. `tail`: the last part of each document's characters, for a corpus that is one long text."""
     block_size: PositiveInt
-    """Tokens in one training sequence, for example 2048."""
+    """Tokens in one training sequence, for example 2048. `stages` can change it during the run."""
     stages: tuple[StageSection, ...] = ()
-    """Other weights of the sources from a number of tokens on. Every source needs a `weight`, which holds until the
-    first stage."""
+    """Other weights of the sources, or another block size, from a number of tokens on. If a stage has `weights`, every
+    source needs a `weight`, which holds until the first stage. For example `[{from_tokens: 1_000_000_000, block_size:
+    32768, rope_parameters: {rope_theta: 1_000_000}}]`."""
     packing: Literal["concat", "best_fit"] = "concat"
     """How documents fill blocks. `concat`: one document after another, cut where a block ends, without padding.
     `best_fit`: only a document that is longer than a block is cut, and blocks are padded (Ding et al. 2024, "Fewer
@@ -548,12 +575,12 @@ class DataSection(Section):
             raise ValueError("`domain` is only for `validation_sources`")
         if len({source.domain is None for source in self.validation_sources}) > 1:
             raise ValueError("give every validation source a `domain` or none")
-        if self.stages and not any(weighted):
-            raise ValueError("`stages` change the sources' `weight`: give every source one")
+        if any(stage.weights for stage in self.stages) and not any(weighted):
+            raise ValueError("`weights` of `stages` change the sources' `weight`: give every source one")
         if any(weighted) and not any(source.weight for source in self.sources):
             raise ValueError("all sources have weight 0")
         for stage in self.stages:
-            if len(stage.weights) != len(self.sources) or not any(stage.weights):
+            if stage.weights is not None and (len(stage.weights) != len(self.sources) or not any(stage.weights)):
                 raise ValueError(f"a stage needs {len(self.sources)} weights, one for each source, not all 0")
         starts = [stage.from_tokens for stage in self.stages]
         if starts != sorted(set(starts)):
@@ -566,6 +593,8 @@ class DataSection(Section):
             raise ValueError(
                 "`deduplicate` and `packing: best_fit` need prepared data; `streaming` does not support them"
             )
+        if self.streaming and any(stage.block_size is not None for stage in self.stages):
+            raise ValueError("`block_size` of `stages` needs prepared data; leave out `streaming`, or the block size")
         if self.streaming and any(source.is_limited for source in self.sources):
             raise ValueError("`max_documents` and `max_bytes` of `sources` need prepared data, without `streaming`")
         if self.shuffle_buffer and not self.streaming:
@@ -602,8 +631,32 @@ class DataSection(Section):
         """(first token, weights of the sources) of every stage of a mixture; empty without weights."""
         if self.sources[0].weight is None:
             return []
-        first = (0, [source.weight or 0.0 for source in self.sources])
-        return [first, *((stage.from_tokens, list(stage.weights)) for stage in self.stages)]
+        found = [(0, [source.weight or 0.0 for source in self.sources])]
+        for stage in self.stages:
+            found.append((stage.from_tokens, found[-1][1] if stage.weights is None else list(stage.weights)))
+        return found
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Every block size of the run once, in the order of their first use."""
+        return list(dict.fromkeys([self.block_size, *(stage.block_size for stage in self.stages if stage.block_size)]))
+
+    @property
+    def changes_length(self) -> bool:
+        """Whether a stage sets a block size."""
+        return any(stage.block_size is not None for stage in self.stages)
+
+    @property
+    def longest_block_key(self) -> str:
+        """Path of the key that sets the largest block size of the run."""
+        stages = [stage.block_size for stage in self.stages]
+        longest = self.longest_block_size
+        return "data.block_size" if longest == self.block_size else f"data.stages.{stages.index(longest)}.block_size"
+
+    @property
+    def longest_block_size(self) -> int:
+        """The largest block size of the run. The validation text is cut into blocks of this size."""
+        return max(self.block_sizes)
 
 
 _Average = Annotated[float, Field(ge=0, lt=1)]
@@ -1068,8 +1121,11 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
                 message = f"{weight} is less than 1/10,000 of all weights, too little to be drawn; raise it, or use 0"
                 yield Problem(f"data.sources.{number}.weight", message)
     for number, stage in enumerate(recipe.data.stages):
-        # A branch that continues the trunk's order of the data counts the trunk's tokens, too.
-        if stage.from_tokens >= training.num_steps * training.tokens_per_step and not is_branch:
+        # A stage that sets a block size begins with a whole step. A branch that continues the trunk's order of the data
+        # counts the trunk's tokens, too.
+        unit = 1 if stage.block_size is None else training.tokens_per_step
+        is_late = -(-stage.from_tokens // unit) * unit >= training.num_steps * training.tokens_per_step
+        if is_late and (recipe.data.changes_length or not is_branch):
             yield Problem(
                 f"data.stages.{number}.from_tokens",
                 f"{stage.from_tokens} tokens are only reached after the end of the run; lower it",
@@ -1095,6 +1151,7 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
             elif source.holds_tokens and extend is not None:
                 message = f"data.{name}.{number} has tokens that were made without the new ones; use its text instead"
                 yield Problem("tokenizer.extend", message)
+    yield from _length_problems(recipe)
     evaluation = recipe.evaluation
     for key in ("every_steps", "metrics"):
         # Prompts need no validation text.
@@ -1105,17 +1162,92 @@ def cross_section_problems(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: int, num_processes: int) -> int:
+@dataclass(frozen=True)
+class LengthStage:
+    """Steps of a run with one block size and one rotary position embedding: its beginning, or an entry of
+    `data.stages` that sets `block_size`."""
+
+    key: str
+    """Path of the entry in the recipe; empty for the beginning of the run."""
+    first_step: int
+    """Number of the first data step, counted from 0; see `data.order.data_step`."""
+    block_size: int
+    micro_batch_size: int
+    """Sequences per device. 0 if a micro-batch has fewer tokens than a sequence, or not a whole number of them."""
+    rope_parameters: dict[str, Any] | None = None
+    """Keys of the model's `rope_parameters` that change where the stage begins."""
+
+    def accumulation_steps(self, tokens_per_step: int, num_processes: int) -> int:
+        """See the function of this name."""
+        if not self.micro_batch_size:
+            message = (
+                "is missing: training.micro_batch_size x data.block_size tokens are not a whole number of sequences"
+            )
+            raise RecipeError.at(
+                f"{self.key}.micro_batch_size", f"{message} of {self.block_size} tokens; set it, for example to 1"
+            )
+        return accumulation_steps(tokens_per_step, self.block_size, self.micro_batch_size, num_processes, self.key)
+
+
+def length_stages(data: DataSection, training: TrainingSection) -> list[LengthStage]:
+    """The beginning of the run, and its stages that set a block size, in their order."""
+    found = [LengthStage("", 0, data.block_size, training.micro_batch_size)]
+    for number, stage in enumerate(data.stages):
+        if stage.block_size is not None:
+            size, uneven = divmod(training.micro_batch_size * data.block_size, stage.block_size)
+            first_step = -(-stage.from_tokens // training.tokens_per_step)
+            micro_batch_size = stage.micro_batch_size or (0 if uneven else size)
+            key = f"data.stages.{number}"
+            found.append(LengthStage(key, first_step, stage.block_size, micro_batch_size, stage.rope_parameters))
+    return found
+
+
+def longest_stage(data: DataSection, training: TrainingSection) -> LengthStage:
+    """The first of the stages with the largest block size."""
+    return max(length_stages(data, training), key=lambda stage: stage.block_size)
+
+
+def _length_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Problems of the stages that set a block size."""
+    training = recipe.training
+    stages = length_stages(recipe.data, training)
+    for before, stage in itertools.pairwise(stages):
+        if training.tokens_per_step % stage.block_size:
+            possible = _divisors(training.tokens_per_step)
+            shorter, longer = ([n for n in possible if (n > stage.block_size) == is_longer] for is_longer in (0, 1))
+            nearest = _join_numbers([*shorter[-2:], *longer[:2]])
+            yield Problem(
+                f"{stage.key}.block_size",
+                f"training.tokens_per_step {training.tokens_per_step} is not a multiple of it (got "
+                f"{stage.block_size}); nearest possible: {nearest}; or change tokens_per_step",
+            )
+        else:
+            try:
+                stage.accumulation_steps(training.tokens_per_step, num_processes=1)
+            except RecipeError as error:
+                yield from error.problems
+        if stage.first_step == before.first_step:
+            yield Problem(
+                f"{stage.key}.from_tokens",
+                f"the stage begins in the same step, {stage.first_step + 1}, as the one before it; raise it by "
+                f"training.tokens_per_step, {training.tokens_per_step}, or more",
+            )
+
+
+def accumulation_steps(
+    tokens_per_step: int, block_size: int, micro_batch_size: int, num_processes: int, stage: str = ""
+) -> int:
     """Micro-steps per optimizer step on each process.
 
-    Raises `RecipeError` with possible values if a step's tokens can't be divided evenly.
+    `stage`: path of the entry of `data.stages` that sets `block_size`, if one does. Raises `RecipeError` with possible
+    values if a step's tokens can't be divided evenly.
     """
     sequences, remainder = divmod(tokens_per_step, block_size)
     if remainder:
         near = sorted({max(1, sequences) * block_size, (sequences + 1) * block_size})
         raise RecipeError.at(
             "training.tokens_per_step",
-            f"{tokens_per_step} is not a multiple of data.block_size {block_size}; nearest: "
+            f"{tokens_per_step} is not a multiple of {stage or 'data'}.block_size {block_size}; nearest: "
             + ", ".join(map(str, near)),
         )
     steps, remainder = divmod(sequences, micro_batch_size * num_processes)
@@ -1126,7 +1258,7 @@ def accumulation_steps(tokens_per_step: int, block_size: int, micro_batch_size: 
         else:
             fix = "possible micro_batch_size: " + _join_numbers(_divisors(per_process))
         raise RecipeError.at(
-            "training.micro_batch_size",
+            f"{stage or 'training'}.micro_batch_size",
             f"a step has {sequences} sequences (tokens_per_step {tokens_per_step} / block_size {block_size}), not a "
             f"multiple of micro_batch_size {micro_batch_size} x {num_processes} process(es); {fix}",
         )

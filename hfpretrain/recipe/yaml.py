@@ -226,6 +226,7 @@ def dump_mapping(mapping: dict[str, Any]) -> str:
 CHANGEABLE_ON_RESUME = (
     "output_dir",
     "data.prepared_dir",
+    "data.stages.*.micro_batch_size",
     "model.attn_implementation",
     "model.gradient_checkpointing",
     "model.dtype",
@@ -252,16 +253,21 @@ CHANGEABLE_ON_RESUME = (
 def differences(now: Recipe, before: Recipe, ignore: Sequence[str] = ()) -> list[Problem]:
     """Keys in which a recipe differs from the one of an earlier run, as problems.
 
-    `ignore`: dotted paths of keys or sections. Secrets of addresses are not compared, because an address with a new
-    signature is the same address.
+    `ignore`: dotted paths of keys or sections, where `*` is any entry of a list. Secrets of addresses are not compared,
+    because an address with a new signature is the same address.
     """
     flat_now, flat_before = (dict(flatten(redact_all(recipe.model_dump(mode="json")))) for recipe in (now, before))
     return [
         Problem(path, f"is {flat_now.get(path)!r} now, was {flat_before.get(path)!r}")
         for path in sorted(flat_now.keys() | flat_before.keys())
-        if flat_now.get(path) != flat_before.get(path)
-        and not any(path == skipped or path.startswith(skipped + ".") for skipped in ignore)
+        if flat_now.get(path) != flat_before.get(path) and not any(_is_within(path, skipped) for skipped in ignore)
     ]
+
+
+def _is_within(path: str, pattern: str) -> bool:
+    """Whether a dotted path is `pattern`, or lies within it; `*` in a pattern is any entry of a list."""
+    pairs = itertools.zip_longest(path.split("."), pattern.split("."))
+    return all(wanted in (None, "*", key) for key, wanted in pairs)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

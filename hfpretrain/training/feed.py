@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hfpretrain.data.batches import Prefetcher, StepData, T, TrainingData, run_in_thread, training_data
+from hfpretrain.data.batches import Prefetcher, StagedData, StepData, T, TrainingData, run_in_thread, training_data
 from hfpretrain.data.corpus import held_out_digests
 from hfpretrain.data.encode import Encoder, token_dtype
 from hfpretrain.data.identity import pin_to_commits
@@ -38,7 +38,7 @@ class Feed:
     stream resumes; prepared data need none.
     """
 
-    data: TrainingData | StreamingData
+    data: TrainingData | StagedData | StreamingData
 
     def __init__(self, setup: Setup, checkpoint: Path | None, watch: Watch, stops: Stops):
         self._setup, self._watch, self._stops = setup, watch, stops
@@ -48,19 +48,21 @@ class Feed:
         self._state: TrainState | None = None
         self.data = self._open(checkpoint)
 
-    def _open(self, checkpoint: Path | None) -> TrainingData | StreamingData:
+    def _open(self, checkpoint: Path | None) -> TrainingData | StagedData | StreamingData:
         setup, recipe, manifest = self._setup, self._setup.recipe, self._setup.prepared.manifest
         keywords: dict[str, Any] = {
-            "micro_batch_size": recipe.training.micro_batch_size,
-            "accumulation_steps": setup.accumulation_steps,
             "process_index": setup.engine.data_index,
             "num_processes": setup.engine.data_size,
-            "eos_token_id": manifest["eos_token_id"],
             "document_masking": setup.document_masking,
             "first_sequence": setup.origin.sequence,
         }
         if not recipe.data.streaming:
             return training_data(recipe.data, recipe.training, recipe.seed, setup.prepared, **keywords)
+        keywords |= {
+            "micro_batch_size": recipe.training.micro_batch_size,
+            "accumulation_steps": setup.stages.current.accumulation_steps,
+            "eos_token_id": manifest["eos_token_id"],
+        }
         sequences = recipe.training.tokens_per_step // recipe.data.block_size
         # Read the sources at the commits that the manifest of the prepared data records.
         identities = (manifest["source_identities"], manifest["validation_identities"])
@@ -119,9 +121,10 @@ class Feed:
             raise StoppedEarlyError(self._stops.reason)
         return result
 
-    def example(self) -> dict[str, torch.Tensor]:
-        """A batch of one sequence, on the CPU."""
-        return self._read(self.data.example)
+    def example(self, step: int = 0) -> dict[str, torch.Tensor]:
+        """A batch of one sequence with the block size of data step `step`, on the CPU."""
+        data = self.data
+        return self._read(data.example if isinstance(data, StreamingData) else data.part(step).example)
 
     def start(self, state: TrainState) -> None:
         """Start reading the data of the steps that follow `state`."""

@@ -12,6 +12,9 @@ from hfpretrain.evaluation.base import row_gain_text
 from hfpretrain.evaluation.validation import domains
 from hfpretrain.training.metrics_file import iterate_metrics
 
+LOSS_WITH_CONTEXT = "eval/loss_with_context/"
+"""Beginning of the keys of an evaluation's losses by the number of tokens that a prediction sees."""
+
 
 class Curve:
     """Points of a curve, added in the order of x.
@@ -51,7 +54,7 @@ class Curve:
 class History:
     """What a summary, a model card and a plot need of the rows of a `metrics.jsonl`.
 
-    Takes little memory: 16 bytes for each log step, and nothing else grows with the run.
+    Takes little memory: 16 bytes for each log step, and nothing else grows with the number of steps.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()):
@@ -62,6 +65,8 @@ class History:
         """The rows of the first and of the last evaluation; one row if there was one evaluation."""
         self.base: str | None = None
         """The existing model that the run began with, as its recipe names it, if it was evaluated in this folder."""
+        self.stage_ends: list[dict[str, Any]] = []
+        """The rows of the evaluations where a stage ends and another follows."""
         self.logged: dict[str, Any] = {}
         """The row of the last log step."""
         self.exported: dict[str, Any] = {}
@@ -98,6 +103,8 @@ class History:
         if "eval/loss" in row:
             self.evaluations = [*self.evaluations[:1], row]
             self.base = row.get("base", self.base)
+            if row.get("ends_stage"):
+                self.stage_ends.append(row)
             for name in ("", *domains(row)):
                 key = f"eval/{name}/loss" if name else "eval/loss"
                 self.validation.setdefault(name, Curve()).add(tokens, row[key])
@@ -115,6 +122,16 @@ class History:
         last = self.evaluations[-1] if self.evaluations else {}
         texts = {name: row_gain_text(last, name) for name in ("", *domains(last))}
         return {name: text for name, text in texts.items() if text is not None}
+
+    def loss_by_context(self) -> dict[int, dict[str, float]]:
+        """Loss by the number of tokens that a prediction sees, by step: before training, where a stage ends, and at the
+        end. Empty for a run with a single block size."""
+        found = {}
+        for row in sorted([*self.evaluations, *self.stage_ends], key=lambda row: int(row["step"])):
+            losses = {k.rpartition("/")[2]: float(v) for k, v in row.items() if k.startswith(LOSS_WITH_CONTEXT)}
+            if losses:
+                found[row["step"]] = losses
+        return found
 
     def speeds(self) -> Iterator[tuple[int, float]]:
         """Step and tokens per second of each log step."""

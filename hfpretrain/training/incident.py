@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from hfpretrain import files
-from hfpretrain.data.batches import StepData, TrainingData
+from hfpretrain.data.batches import StagedData, StepData, TrainingData
 from hfpretrain.data.inspection import sequences_of_step
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
@@ -21,7 +21,7 @@ def sequences_of(
     engine: Engine,
     prepared: PreparedData,
     tokenizer: Any,
-    data: TrainingData | StreamingData,
+    data: TrainingData | StagedData | StreamingData,
     data_step: int,
     step_data: StepData,
 ) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def sequences_of(
     main process gets the texts.
     """
     is_main = engine.process_index == 0
-    if isinstance(data, TrainingData):
+    if not isinstance(data, StreamingData):
         return list(sequences_of_step(prepared, data, tokenizer, data_step)) if is_main else []
     ids = [row for batch in step_data.batches for row in batch["input_ids"].tolist()]
     gathered = gather_object(ids if engine.is_main_data_process else [])

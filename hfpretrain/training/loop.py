@@ -44,16 +44,22 @@ def fit(
     `Stability.handle` does, and `NotSavedError` if the last checkpoint could not be written.
     """
     recipe, engine, clock = setup.recipe, setup.engine, log.clock
-    last_step, tokens_per_step, settings = setup.last_step, recipe.training.tokens_per_step, setup.settings
+    last_step, tokens_per_step, stages = setup.last_step, recipe.training.tokens_per_step, setup.stages
 
     def before_micro_step(micro_step: int) -> None:
         watch.beat("train", state.step)
         stop_if_asked()
-        first = (state.step * engine.data_size + engine.data_index) * setup.accumulation_steps
-        seed_dropout(engine, recipe.seed, (first + micro_step) * recipe.training.micro_batch_size)
+        stage = stages.current
+        first = (state.step - stage.first_step) * engine.data_size + engine.data_index
+        first = (first * stage.accumulation_steps + micro_step) * stage.micro_batch_size
+        seed_dropout(engine, recipe.seed, stage.first_sequence + first)
 
     while True:
-        if not state.evaluated and (evaluation := evaluator.evaluate(state.step, state.tokens)) is not None:
+        # What is evaluated is the model of the step that is done.
+        before, following = max(0, state.data_step(state.step - 1)), state.data_step(state.step)
+        stages.enter(before)
+        ends_stage = stages.end_between(before, following) and state.step < last_step
+        if not state.evaluated and (evaluation := evaluator.evaluate(state.step, state.tokens, ends_stage)) is not None:
             state.evaluated, state.evaluation_loss = True, evaluation.loss
             clock.mark("evaluate")
         is_last = state.step >= last_step
@@ -64,6 +70,10 @@ def fit(
         if is_last:
             return
         profiler.update(state.step)
+        if stages.enter(state.data_step(state.step)):
+            state.losses.clear()  # the first losses of a stage are not compared with those of another
+            records.write_event(state.step, text := f"stage {stages.number + 1} begins: {stages.current}")
+            records.print_line(f"step {state.step + 1}: {text}")
         watch.beat("data", state.step)
         step_data = feed.next()
         clock.mark("data")
@@ -80,7 +90,7 @@ def fit(
             continue
         setup.scheduler.step()
         clock.mark("optimizer")
-        state.advance(step_data, loss, tokens_per_step, settings)
+        state.advance(step_data, loss, tokens_per_step, setup.settings, stages.number)
         records.advance_progress()
         if is_due(state.step, recipe.logging.every_steps, last_step):
             log.write(records, grad_norm, lr, lr_by_group)

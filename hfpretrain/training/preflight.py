@@ -33,7 +33,7 @@ from hfpretrain.recipe.schema import (
     SourceSection,
     TokenizerSection,
     TrainingSection,
-    accumulation_steps,
+    length_stages,
 )
 from hfpretrain.recipe.yaml import read_recipe
 from hfpretrain.training.run_folder import refuse_other_run
@@ -76,7 +76,9 @@ def resource_problems(recipe: Recipe) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
-def engine_problems(training: TrainingSection, block_size: int, path: Path, num_processes: int | None) -> list[Problem]:
+def engine_problems(
+    training: TrainingSection, data: DataSection, path: Path, num_processes: int | None
+) -> list[Problem]:
     """Problems of an accelerate config file, and of the recipe's batch size for its number of processes."""
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -87,11 +89,16 @@ def engine_problems(training: TrainingSection, block_size: int, path: Path, num_
         return [Problem("--engine", f"{path} is not an accelerate config file: {' '.join(str(error).split()):.300}")]
     number = config.num_processes if num_processes is None else num_processes
     num_data_ranks = max(1, number // (sizes.get("tp_size", 1) * sizes.get("sp_size", 1)))
-    try:
-        accumulation_steps(training.tokens_per_step, block_size, training.micro_batch_size, num_data_ranks)
-    except RecipeError as error:
-        return error.problems
-    return []
+    found: list[Problem] = []
+    for stage in length_stages(data, training):
+        try:
+            stage.accumulation_steps(training.tokens_per_step, num_data_ranks)
+        except RecipeError as error:
+            found += error.problems
+        if stage.block_size % sizes.get("sp_size", 1):
+            message = f"{sizes['sp_size']} processes can't divide a sequence of {stage.block_size} tokens evenly"
+            found.append(Problem(f"{stage.key or 'data'}.block_size", message))
+    return found
 
 
 def disk_problems(output_dir: Path, num_bytes: int) -> list[Problem]:
@@ -138,9 +145,12 @@ def check_small_model(
     """
     from hfpretrain.modeling import checks
     from hfpretrain.modeling.config import override_notes
+    from hfpretrain.modeling.rope import change_rope, rope_of_stages
     from hfpretrain.modeling.structure import count_parameters, has_experts
 
     blueprint, notes = _build_model(section, "meta"), list(override_notes(section))
+    stages = length_stages(data, training)
+    ropes = [None] * len(stages) if blueprint is None else rope_of_stages(blueprint.config, stages)
     if blueprint is None or count_parameters(blueprint).total > _MAX_CHECKED_PARAMETERS:
         if training.document_masking is not False:
             what = "whether the model can mask the documents of a block from each other"
@@ -149,7 +159,12 @@ def check_small_model(
     model = _build_model(section, "cpu")
     assert model is not None
     checks.require_causal(model, section)
-    leak = None if training.document_masking is False else checks.leak_reason(model, data.block_size)
+    leak = None
+    for rope_parameters in ropes:
+        if rope_parameters is not None:
+            change_rope(model, rope_parameters)
+        if training.document_masking is not False:
+            leak = leak or checks.leak_reason(model, data.longest_block_size)
     packs = leak is not None and _packs_documents(data) if packs_documents is None else packs_documents
     checks.resolve_document_masking(training.document_masking, leak, packs)
     checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)

@@ -51,7 +51,7 @@ def environment(setup: Setup) -> dict[str, Any]:
         "chunked_loss": setup.chunked_loss,
         "epochs": setup.epochs,
         "notes": setup.notes,
-        "accumulation_steps": setup.accumulation_steps,
+        "accumulation_steps": setup.stages.all[0].accumulation_steps,
         "num_parameters": setup.parameters.total,
         "num_non_embedding_parameters": setup.parameters.non_embedding,
         "initial_weights": setup.initial_weights,
@@ -132,6 +132,7 @@ def run_summary(
         lines += [f"    {name:<14} {evaluation_text(row, name)}" for name in domains(row)]
         lines += [f"  {line}" for line in base_tokenizer_lines(row)]
     lines += _gain_lines(history)
+    lines += context_lines(history.loss_by_context(), first_step, state.step)
     if epochs is not None:
         lines.append(f"  {'epochs':<16} {epochs}")
     text = f"none: {report['sample_error']}" if report["sample"] is None else report["sample"]
@@ -162,6 +163,21 @@ def _gain_lines(history: History) -> list[str]:
     base = f"compared with {history.base}" if history.base else "compared with the model before training"
     lines = [f"  {'gained or lost':<16} bits per byte {base}; 95% intervals, paired by document"]
     return [*lines, *(f"    {name or 'all text':<14} {text}" for name, text in gains.items())]
+
+
+def context_lines(losses: dict[int, dict[str, float]], first_step: int, last_step: int) -> list[str]:
+    """A table of `History.loss_by_context`."""
+    if not losses:
+        return []
+    ranges = list(dict.fromkeys(name for found in losses.values() for name in found))
+    width = max(8, *map(len, ranges))
+    lines = ["  loss by the number of tokens that a prediction sees"]
+    lines.append(f"  {'':<16} {'  '.join(name.rjust(width) for name in ranges)}")
+    for step, found in losses.items():
+        cells = (f"{found[name]:.4f}" if name in found else "" for name in ranges)
+        when = _evaluation_time(step, first_step, last_step)
+        lines.append(f"  {when:<16} {'  '.join(cell.rjust(width) for cell in cells)}")
+    return lines
 
 
 def _evaluation_time(step: int, first_step: int, last_step: int) -> str:

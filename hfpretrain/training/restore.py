@@ -14,7 +14,7 @@ from typing import Any
 
 from hfpretrain import files
 from hfpretrain.checkpoints import resume, saver
-from hfpretrain.data.batches import TrainingData
+from hfpretrain.data.batches import StagedData, TrainingData
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
 from hfpretrain.modeling import optim
@@ -72,7 +72,7 @@ def restore(
     setup: Setup,
     state: TrainState,
     path: Path,
-    data: TrainingData | StreamingData,
+    data: TrainingData | StagedData | StreamingData,
     saving_group: Any,
     watch: Watch,
 ) -> list[str]:
@@ -167,14 +167,14 @@ def _check_ledger(
     state: TrainState,
     path: Path,
     digest: str,
-    data: TrainingData | StreamingData,
+    data: TrainingData | StagedData | StreamingData,
     tokens_per_step: int,
     prepared_path: Path,
     watch: Watch,
 ) -> None:
     """Raise `RecipeError` if the checkpoint's ledger says that the run was trained on other data than those on disk."""
     ledger, wrong = state.consumption.ledger, None
-    if isinstance(data, TrainingData):
+    if not isinstance(data, StreamingData):
 
         def checksum(step: int) -> int:
             watch.unit_done()

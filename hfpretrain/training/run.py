@@ -28,7 +28,7 @@ from hfpretrain.modeling.build import compile_error
 from hfpretrain.planning import table
 from hfpretrain.planning.plan import ResolvedSettings
 from hfpretrain.recipe.redaction import redact_all
-from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, TrainingSection
+from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, TrainingSection, longest_stage
 from hfpretrain.recipe.yaml import flatten
 from hfpretrain.training import report, run_folder
 from hfpretrain.training.feed import Feed
@@ -91,9 +91,13 @@ def _train(
     newest = find_newest_checkpoint(output_dir, setup.engine.process_index, watch)
     feed = Feed(setup, newest.path, watch, stops)
     watch.beat("rehearse", 0)
-    rehearse(setup.engine, setup.step_loss, feed.example(), recipe.training.micro_batch_size)
+    # Each stage is rehearsed, the first one last, so that one that does not fit into memory fails now.
+    for number in reversed(range(len(setup.stages.all))):
+        setup.stages.enter_number(number)
+        stage = setup.stages.current
+        rehearse(setup.engine, setup.step_loss, feed.example(stage.first_step), stage.micro_batch_size)
 
-    state, changes = TrainState(Consumption(len(feed.data.order.sizes))), []
+    state, changes = TrainState(Consumption(len(feed.data.order.sizes), len(setup.stages.all))), []
     if newest.path is not None:
         changes = restore(setup, state, newest.path, feed.data, saving_group, watch)
         # Without a `metrics.jsonl` here, the evaluation is in the records of another run, so it is repeated.
@@ -130,8 +134,8 @@ def _train(
         base_vocabulary=setup.base_vocabulary,
         has_validation=recipe.data.has_validation,
         document_masking=setup.document_masking,
-        micro_batch_size=recipe.training.micro_batch_size,
-        block_size=recipe.data.block_size,
+        micro_batch_size=longest_stage(recipe.data, recipe.training).micro_batch_size,
+        block_sizes=recipe.data.block_sizes,
         first_step=setup.origin.step,
         last_step=setup.last_step,
         base=base,
@@ -163,7 +167,7 @@ def _train(
                 setup.engine,
                 recipe.training,
                 streaming=recipe.data.streaming,
-                flops_per_token=setup.flops_per_token,
+                stages=setup.stages,
                 peak_flops=setup.peak_flops,
                 peak_memory=setup.peak_memory,
                 last_step=setup.last_step,
@@ -185,7 +189,9 @@ def _train(
         return None
     watch.beat("export", state.step)
     close()
-    model_path = _finish(setup, state, first_step, feed.example(), records, watch, write_card)
+    model_path = _finish(
+        setup, state, first_step, feed.example(setup.stages.current.first_step), records, watch, write_card
+    )
     watch.stop_watching()
     publisher.finish(stops.due)
     record_publishing(publisher, records, state.step)

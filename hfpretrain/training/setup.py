@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,19 +50,21 @@ from hfpretrain.modeling.embeddings import add_token_embeddings
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.groups import ParameterGroups, first_trained_step
 from hfpretrain.modeling.loss import StepLoss
-from hfpretrain.modeling.structure import Parameters, count_parameters, frozen_part, has_experts
+from hfpretrain.modeling.rope import change_rope, rope_of_stages
+from hfpretrain.modeling.structure import FrozenPart, Parameters, count_parameters, frozen_part, has_experts
 from hfpretrain.modeling.trainable import UntrainedParameters, freeze_outside_loss, train_padding_rows
 from hfpretrain.planning import devices
 from hfpretrain.recipe.redaction import redact_all
-from hfpretrain.recipe.schema import Recipe, RecipeError, TokenizerSection, accumulation_steps
+from hfpretrain.recipe.schema import LengthStage, Recipe, RecipeError, TokenizerSection, length_stages
 from hfpretrain.recipe.yaml import flatten
 from hfpretrain.training import commits, preflight, vocabulary
 from hfpretrain.training.peak_memory import PeakMemory
+from hfpretrain.training.stages import Stage, Stages
 from hfpretrain.training.versions import LIBRARIES, version_of
 from hfpretrain.training.watchdog import Watch
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +103,8 @@ class Setup:
     """The config of the model that was built."""
     generation_config: GenerationConfig | None
     step_loss: StepLoss
-    accumulation_steps: int
-    """Number of micro-steps in a step."""
+    stages: Stages
+    """The stages with their block size and batch; a single one for most runs."""
     document_masking: bool
     """Whether the documents in a block are masked from each other."""
     chunked_loss: bool
@@ -118,7 +121,6 @@ class Setup:
     """Bytes of text that each token stands for, on the device: int64 (vocab_size,)."""
     epochs: list[float] | None
     """How often the run goes through each source, None for a stream."""
-    flops_per_token: float
     peak_flops: float | None
     """FLOP/s of all devices together. None if unknown. In a CPU run, only rank 0 has it."""
     peak_memory: PeakMemory
@@ -141,8 +143,9 @@ class Setup:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings under which this process trains. They may differ after a resume."""
-        return {
+        """The settings under which this process trains now. They may differ after a resume, and in another stage."""
+        stage = {"block_size": self.stages.current.block_size} if len(self.stages.all) > 1 else {}
+        return stage | {
             "engine": self.engine.name,
             "num_processes": self.engine.num_processes,
             "device": self.engine.device_name,
@@ -203,9 +206,9 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     are incompatible.
     """
     given, training, notes = recipe, recipe.training, Notes()
-    micro_steps = accumulation_steps(
-        training.tokens_per_step, recipe.data.block_size, training.micro_batch_size, engine.data_size
-    )
+    lengths = length_stages(recipe.data, training)
+    micro_steps = [stage.accumulation_steps(training.tokens_per_step, engine.data_size) for stage in lengths]
+    longest = recipe.data.longest_block_size
     trunks = _fetch_checkpoint(given, watch, notes)
     origin = trunk.origin_of(trunks)
     recipe = trunk.with_trunk_tokenizer(recipe, trunks)
@@ -221,13 +224,9 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     for text in commits.notes(recipe.model, recipe.tokenizer, hub_commits):
         notes.add(text)
     recipe = commits.pin_revisions(recipe, hub_commits)
-    choose.require_model(
-        engine.name,
-        engine.processes_per_sequence,
-        load_config(recipe.model),
-        recipe.model.attn_implementation,
-        recipe.data.block_size,
-    )
+    model_facts = (load_config(recipe.model), recipe.model.attn_implementation)
+    for block_size in recipe.data.block_sizes:
+        choose.require_model(engine.name, engine.processes_per_sequence, *model_facts, block_size)
     watch.run_on_main("check the model", lambda: _check_model(recipe, engine))
     prepared, tokenizer = _load_data(recipe, engine.process_index == 0, watch, notes)
     if trunks:
@@ -239,8 +238,10 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     extension = None if recipe.model.pretrained is None else load_extension(prepared.path)
     if extension is not None:
         tokenizer_size = extension.first_id  # the checkpoint has embeddings for the base tokenizer
-    config = resolve_config(recipe.model, vocab_size, tokenizer, tokenizer_size, recipe.data.block_size)
-    notes.add(context_note(recipe.model, config, recipe.data.block_size))
+    config = resolve_config(recipe.model, vocab_size, tokenizer, tokenizer_size, longest, recipe.data.longest_block_key)
+    ropes = rope_of_stages(config, lengths)
+    notes.add(trunk.rope_note(trunks, getattr(config.get_text_config(), "rope_parameters", None) or {}))
+    notes.add(context_note(recipe.model, config, longest))
     notes.add(dtype_note(recipe.model, config))
     for text in override_notes(recipe.model):
         notes.add(text)
@@ -256,7 +257,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
             new_ids = add_token_embeddings(model, extension.first_id, extension.pieces, vocab_size)
             base_vocabulary = BaseVocabulary(Pieces(extension), new_ids)
             notes.add(_growth_note(extension, old_size, model.config.vocab_size))
-        untrained = freeze_outside_loss(model, recipe.data.block_size)
+        untrained = freeze_outside_loss(model, longest)
     attention = model.config._attn_implementation
     if recipe.model.attn_implementation == "auto" and attention != "sdpa":
         logger.info("attention is %s, since %s does not support sdpa", attention, type(model).__name__)
@@ -302,7 +303,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         weights,
         build_optimizer,
         micro_batch_size=training.micro_batch_size,
-        accumulation_steps=micro_steps,
+        accumulation_steps=micro_steps[0],
         max_grad_norm=training.max_grad_norm,
         all_get_gradients=untrained.is_known,
     )
@@ -322,7 +323,11 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         "look for blocks of several documents", lambda: recipe.data.streaming or prepared.packs_documents()
     )
     wanted = training.document_masking
-    leak = None if wanted is False else leak_reason(probe, recipe.data.block_size)
+    leak = None if wanted is False else leak_reason(probe, longest)
+    is_compiled = should_compile(training.compile, training.num_steps * max(micro_steps), engine.can_compile)
+    stages = Stages(_stages(recipe, lengths, micro_steps, ropes, model.config, parameters, frozen), engine, is_compiled)
+    if wanted is not False and leak is None:
+        leak = _leak_of_later_stages(stages, probe, longest)
     document_masking = resolve_document_masking(wanted, leak, packs)
     if packs and not document_masking:
         notes.add("documents in a block are not masked from each other (training.document_masking)")
@@ -331,8 +336,10 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     notes.add(step_loss.note(type(network).__name__))
     if is_mixture and not step_loss.adds_term:
         notes.add(routing_note(network))
-    if should_compile(training.compile, training.num_steps * micro_steps, engine.can_compile):
+    if is_compiled:
         compile_layers(network)
+    for text in _stage_notes(stages, origin.step):
+        notes.add(text)
     return Setup(
         recipe=given,
         pinned=recipe,
@@ -347,7 +354,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         config=model.config,
         generation_config=generation,
         step_loss=step_loss,
-        accumulation_steps=micro_steps,
+        stages=stages,
         document_masking=document_masking,
         chunked_loss=chunked_loss,
         parameters=parameters,
@@ -357,7 +364,6 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         initial_weights=initial_weights,
         token_bytes=torch.from_numpy(token_bytes(tokenizer, model.config.vocab_size)).to(engine.device),
         epochs=_epochs(recipe, prepared, origin.sequence),
-        flops_per_token=model_flops_per_token(model.config, parameters, recipe.data.block_size, frozen),
         peak_flops=_peak_flops(engine),
         peak_memory=peak_memory,
         notes=notes,
@@ -432,6 +438,59 @@ def _growth_note(extension: Extension, old_size: int, new_size: int) -> str:
         f"the tokens {extension.first_id:,} to {extension.size - 1:,} are new: each embedding begins as the mean of "
         f"those of the tokens that it joins{grown}"
     )
+
+
+def _stages(
+    recipe: Recipe,
+    lengths: list[LengthStage],
+    micro_steps: list[int],
+    ropes: list[dict[str, Any] | None],
+    config: PretrainedConfig,
+    parameters: Parameters,
+    frozen: FrozenPart,
+) -> list[Stage]:
+    """The stages of a run. The lists have an entry for each. `frozen`: see `model_flops_per_token`."""
+    found: list[Stage] = []
+    for length, steps, rope in zip(lengths, micro_steps, ropes, strict=True):
+        first_sequence = 0
+        if found:
+            before = found[-1]
+            first_sequence = before.first_sequence + (length.first_step - before.first_step) * before.sequences
+        stage = Stage(
+            length.first_step,
+            first_sequence,
+            length.block_size,
+            length.micro_batch_size,
+            steps,
+            recipe.training.tokens_per_step // length.block_size,
+            model_flops_per_token(config, parameters, length.block_size, frozen),
+            rope,
+        )
+        found.append(stage)
+    return found
+
+
+def _leak_of_later_stages(stages: Stages, model: PreTrainedModel, block_size: int) -> str | None:
+    """The `leak_reason` of a model with the rotary position embedding of a later stage; None if there is none."""
+    network, reasons = stages.engine.unwrapped_model, []
+    for number in range(1, len(stages.all)):
+        stages.enter_number(number)
+        if model is not network and (rope_parameters := stages.current.rope_parameters) is not None:
+            change_rope(model, rope_parameters)
+        reasons.append(leak_reason(model, block_size))
+    stages.enter_number(0)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _stage_notes(stages: Stages, first_step: int) -> Iterator[str]:
+    """A sentence about each stage, if there are several. `first_step`: number of steps before the run."""
+    if len(stages.all) > 1:
+        yield f"stage 1 begins with step {first_step + 1}: {stages.all[0]}"
+    for number, (before, stage) in enumerate(itertools.pairwise(stages.all), 2):
+        order = ""
+        if before.block_size != stage.block_size:
+            order = ". It reads the text in a new order, so text of an earlier stage may come again"
+        yield f"stage {number} begins with step {first_step + stage.first_step + 1}: {stage}{order}"
 
 
 def _load_data(

@@ -63,10 +63,10 @@ class TrainState:
         """Number of optimizer steps before the run: those of its trunk, 0 if it is no branch."""
         return int(self.trunks[-1]["step"]) if self.trunks else 0
 
-    def advance(self, data: StepData, loss: float, tokens: int, settings: dict[str, Any]) -> None:
-        """Count a step that is done: its data on this process, its loss, its tokens on all processes, and the settings
-        it was trained under."""
-        self.consumption.add(data)
+    def advance(self, data: StepData, loss: float, tokens: int, settings: dict[str, Any], stage: int = 0) -> None:
+        """Count a step that is done: its data on this process, its loss, its tokens on all processes, the settings it
+        was trained under, and the number of its stage."""
+        self.consumption.add(data, stage)
         self.data_state = data.state
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.window_loss, self.window_steps = self.window_loss + loss, self.window_steps + 1

@@ -45,12 +45,12 @@ def check_tokenizer(
                 raise RecipeError.at("tokenizer.vocab_size", message)
         return []
     tokenizer = load_tokenizer(section)
-    size = tokenizer_size(tokenizer)
+    size, longest = tokenizer_size(tokenizer), (data.longest_block_size, data.longest_block_key)
     if section.extend is not None:
         extended_size = listed_size(section.extend, tokenizer)
         # The embeddings of a pretrained model grow, those of a new model have the size that the recipe sets.
         size = size if model.pretrained is not None else extended_size
-    resolve_config(model, padded_vocab_size(section, size), tokenizer, size, data.block_size)
+    resolve_config(model, padded_vocab_size(section, size), tokenizer, size, *longest)
     return require_matching_ids(model, section, tokenizer)
 
 

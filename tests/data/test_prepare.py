@@ -597,9 +597,8 @@ def test_the_documents_of_shifted_blocks_are_known(folder, small_parts):
     assert made.path == prepare(recipe(folder)).path  # nothing on disk depends on it
     assert len(made.last_rows("train-0")) > 3
     rows = made.manifest["splits"]["train-0"]["rows"]
-    process = {"micro_batch_size": 1, "accumulation_steps": 8, "process_index": 0, "num_processes": 1}
     order = with_shift.data, with_shift.training, with_shift.seed
-    data = training_data(*order, made, eos_token_id=made.manifest["eos_token_id"], document_masking=True, **process)
+    data = training_data(*order, made, num_processes=1, process_index=0, document_masking=True)
     tokenizer = load_prepared_tokenizer(made)
     for step in range(rows // 8 + 1, 2 * rows // 8):  # the second epoch
         for sequence in sequences_of_step(made, data, tokenizer, step):

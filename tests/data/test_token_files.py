@@ -234,8 +234,7 @@ def test_the_same_steps_are_trained_from_tokens_and_from_text(folder, tokenizer)
     weighted.append({"path": "json", "data_files": str(folder / "corpus.jsonl"), "weight": 3.0})
     as_text = [{**weighted[1], "weight": weight} for weight in (1.0, 3.0)]
     mixed, text = of_tokens(folder, *weighted), of_text(folder, data__sources=as_text)
-    keywords = {"micro_batch_size": 2, "accumulation_steps": 4, "process_index": 0, "num_processes": 1}
-    keywords |= {"eos_token_id": tokenizer.eos_token_id, "document_masking": True}
+    keywords = {"num_processes": 1, "process_index": 0, "document_masking": True}
     steps = []
     for one in (mixed, text):
         data = training_data(one.data, one.training, one.seed, prepare(one), **keywords)

@@ -95,12 +95,12 @@ def test_unusable_folders_and_checkpoints_are_reported(folder):
 
 def test_a_wrong_engine_file_or_number_of_processes_is_reported(folder):
     recipe = load_recipe(write_recipe(folder))
-    training, block_size = recipe.training, recipe.data.block_size
-    assert engine_problems(training, block_size, find_file("ddp", "engine"), 2) == []
-    (found,) = engine_problems(training, block_size, find_file("ddp", "engine"), 3)
+    training, data = recipe.training, recipe.data
+    assert engine_problems(training, data, find_file("ddp", "engine"), 2) == []
+    (found,) = engine_problems(training, data, find_file("ddp", "engine"), 3)
     assert found.path == "training.micro_batch_size" and "3 process(es)" in found.message
     (folder / "wrong.yaml").write_text("distributed_type: MULTI_GPU\nnum_procs: 3\n")
-    (found,) = engine_problems(training, block_size, folder / "wrong.yaml", None)
+    (found,) = engine_problems(training, data, folder / "wrong.yaml", None)
     assert "is not an accelerate config file" in found.message
 
 
