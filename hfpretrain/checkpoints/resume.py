@@ -20,14 +20,14 @@ from hfpretrain import files
 from hfpretrain.checkpoints import saver, start, trunk
 from hfpretrain.checkpoints.trunk import Origin, Trunk
 from hfpretrain.data import order
-from hfpretrain.data.ledger import LEDGER, Ledger
+from hfpretrain.data.ledger import LEDGER, Consumption, Ledger
 from hfpretrain.data.streaming import load_lane_states, save_lane_states
 from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
 from hfpretrain.recipe.addresses import checkpoint_folder, parse_hub_address
 from hfpretrain.recipe.hub import explain_failure
 from hfpretrain.recipe.redaction import redact_all
-from hfpretrain.recipe.schema import Problem, Recipe, RecipeError
+from hfpretrain.recipe.schema import Problem, Recipe, RecipeError, length_stages
 from hfpretrain.recipe.yaml import dump_recipe, read_recipe
 
 # Files of an export on the Hub that a tokenizer needs.
@@ -178,10 +178,8 @@ def _begin_branch(recipe: Recipe, begun: Recipe, state: Path, given: str, commit
         "segments": stored.get("segments", []),
         "run_id": uuid.uuid4().hex[:8],
         "trunks": trunk.to_json(trunks),
+        **Consumption(num_sources, len(length_stages(recipe.data, recipe.training))).state(),
         "ledger": Ledger(after=stored["ledger"]).digest,
-        "source_tokens": [0] * num_sources,
-        "source_documents": [0] * num_sources,
-        "documents_dropped": 0,
         "data": stored["data"] if trunks[-1].continues_data else None,
         "undecayed": stored.get("undecayed") if recipe.optimizer.no_decay == begun.optimizer.no_decay else None,
         **{name: stored.get(name) for name in ("engine", "num_processes", "precision")},
