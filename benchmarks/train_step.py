@@ -354,7 +354,7 @@ def main() -> int:
         seconds, setup, _ = timed_run(args.recipe, args.steps, overrides, peers)
         for name, values in seconds.items():
             found.setdefault(name, []).append(values)
-        facts = setup.flops_per_token, setup.peak_flops, setup.recipe.training.tokens_per_step
+        facts = setup.stages.current.flops_per_token, setup.peak_flops, setup.recipe.training.tokens_per_step
         del setup
         gc.collect()
     ours = np.concatenate(found["hfpretrain"])
