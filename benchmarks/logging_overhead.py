@@ -10,12 +10,12 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hfpretrain import load_recipe
 from hfpretrain.train import train
-from hfpretrain.training.records import Records
 from hfpretrain.training.step_log import StepLog
 
 
@@ -24,9 +24,9 @@ def block_seconds(recipe: str | Path, steps: int, every: int) -> np.ndarray:
     ends: list[float] = []
     write = StepLog.write
 
-    def write_every_other(log: StepLog, records: Records, grad_norm: float, lr: list[float]) -> None:
+    def write_every_other(log: StepLog, *arguments: Any) -> None:
         if len(ends) % 2:
-            write(log, records, grad_norm, lr)
+            write(log, *arguments)
         else:
             log._state.window_loss, log._state.window_steps = 0.0, 0
         ends.append(time.perf_counter())

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small import rows
 from train_step import timed_run
 
 SIZES = ["--model.config.hidden_size=128", "--model.config.intermediate_size=384", "--model.config.num_hidden_layers=4",
@@ -31,8 +34,12 @@ def result(name: str, lr: float, steps: int, overrides: list[str]) -> tuple[floa
     chosen = [f"--optimizer.name={name}", f"--optimizer.lr={lr}", f"--scheduler.num_warmup_steps={steps // 10}"]
     if name == "adamw_schedule_free":
         chosen += ["--scheduler.name=constant_with_warmup"]
-    seconds, run, _ = timed_run("recipes/quickstart.yaml", steps, [*SIZES, *chosen, *overrides])
-    return run.state.evaluation_loss, float(np.median(seconds["hfpretrain"]))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        arguments = [*SIZES, *chosen, f"--output_dir={run}", *overrides]
+        seconds, *_ = timed_run("recipes/quickstart.yaml", steps, arguments)
+        loss = rows(run, "eval/loss")[steps]["eval/loss"]
+    return loss, float(np.median(seconds["hfpretrain"]))
 
 
 def main() -> None:
