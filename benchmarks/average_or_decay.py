@@ -5,9 +5,8 @@ newest checkpoint; averages of the last 2, 4 and 8 of its 20 checkpoints; and de
 fifth or a tenth of the steps before its end and decay linearly to 0. `decay, then average` is the average of the last 4
 checkpoints of the first branch. Every figure is the loss in nats per token over the whole validation split.
 
-Which to take when: an average costs seconds and no training, so it can be made at any time during a run. A decay branch
-trains on the last tokens with a lower rate, so it must be planned before they are spent. The last column says what each
-of them gains over the newest checkpoint.
+The last column says what each of them gains over the newest checkpoint. benchmarks/README.md has the figures and says
+which to take when.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ from hfpretrain.training.loading import load_recipe
 _MODEL = "an exported folder, a run, a checkpoint, or ID[@REVISION] on the Hub"
 _EPILOG = """RECIPE is a recipe file or the name of a shipped recipe. Any number of --section.key=value may follow it.
 `hfpretrain train -h` lists all keys, and `hfpretrain train -h optimizer` the keys of one section."""
-_WHEN = """An average costs seconds and no training. A decay branch (checkpoint.branch_from) trains further."""
+_WHEN = """While the learning rate is constant, an average over the last tenth to fifth of the steps gains about as much
+as a decay of the rate, without training (benchmarks/README.md). After a decay, it gains nothing. A decay branch
+(checkpoint.branch_from) costs its steps, and can train on other data."""
 _ENGINE = "accelerate config file, or the name of a shipped one such as ddp or fsdp2"
 
 
