@@ -243,6 +243,7 @@ def files_in(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_stream_continues_it_under_zero(runs):
     sources = [
         {"path": "json", "data_files": str(runs / f"{name}.jsonl"), "weight": weight}

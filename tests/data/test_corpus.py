@@ -433,6 +433,7 @@ def test_a_file_that_cannot_be_opened_is_not_skipped_as_a_bad_one(monkeypatch, e
         raise error
 
     monkeypatch.setattr(type(memory), "_open", refuse)
+    monkeypatch.setattr(corpus, "_RETRY_SECONDS", (0.01,))
     source = SourceSection(path="json", data_files="memory://refused/a.jsonl")
     with pytest.raises(RecipeError, match="cannot read"):
         list(corpus.Reader(source, on_bad_document="skip").read())

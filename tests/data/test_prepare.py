@@ -471,6 +471,7 @@ def test_a_failing_network_is_an_error_and_skips_no_document(folder, monkeypatch
 
     memory = fsspec.filesystem("memory")
     memory.pipe(f"/{folder.name}/corpus.jsonl", (folder / "corpus.jsonl").read_bytes())
+    monkeypatch.setattr("hfpretrain.data.corpus._RETRY_SECONDS", (0.01,))
     monkeypatch.setattr(type(memory), "_open", lambda self, path, *_, **__: Breaking(self.cat(path)))
     sources = [{"path": "json", "data_files": f"memory://{folder.name}/corpus.jsonl"}]
     with pytest.raises(RecipeError, match=r"cannot read .*corpus\.jsonl"):

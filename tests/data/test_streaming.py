@@ -330,8 +330,15 @@ def test_a_checkpoint_of_the_first_version_is_refused_with_that_version(files, l
     assert result.returncode == 2 and "checkpoint of hfpretrain 0.1.0" in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("is_mixture", [False, True])
-@pytest.mark.parametrize(("engine", "number"), [("ddp", 0), ("ddp", 7), ("single", 7)])
+@pytest.mark.parametrize(
+    ("engine", "number", "is_mixture"),
+    [
+        ("ddp", 7, False),
+        ("single", 7, True),
+        *(pytest.param("ddp", *case, marks=pytest.mark.slow) for case in ((0, False), (0, True), (7, True))),
+        pytest.param("single", 7, False, marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_in_the_text_of_one_process_ends_all_with_its_message_and_saves(
     files, local, engine, number, is_mixture
 ):

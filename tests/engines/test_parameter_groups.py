@@ -173,7 +173,7 @@ def test_a_rollback_across_the_switch_forgets_the_state_of_parameters_that_were_
     assert found[engine] == pytest.approx(found["single"], rel=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_frozen_weights_of_a_pretrained_model_are_exported_as_they_were(tmp_path, engine, tied):
     """Trained in bf16, which must round no weight. The norms are frozen within layers of which the rest is trained."""

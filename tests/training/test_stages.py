@@ -53,7 +53,13 @@ def single(tmp_path_factory):
 
 
 # Each engine resumes from a checkpoint of one process: inside of a stage, or where one ends.
-@pytest.mark.parametrize(("step", "name"), list(enumerate(ENGINES, 1)))
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        pytest.param(step, name, marks=() if name in ("fsdp2", "zero3") else pytest.mark.slow)
+        for step, name in enumerate(ENGINES, 1)
+    ],
+)
 def test_a_run_goes_through_its_stages_the_same_under_every_engine(single, step, name):
     checkpoint = single / "single" / "checkpoints" / f"step-{step:08d}"
     changes = [f"--output_dir={single / name}", f"--checkpoint.resume_from={checkpoint}", "--checkpoint.every_steps=3"]
