@@ -165,7 +165,7 @@ def _require_intact(key: str, given: str, state: Path, recipe: Recipe, file_read
 def _begin_branch(recipe: Recipe, begun: Recipe, state: Path, given: str, commit: str | None) -> None:
     """Make the trunk's checkpoint `state` the first checkpoint of a branch.
 
-    Weights and optimizer state are linked. The ledger begins anew, and its digest continues the trunk's.
+    Weights and optimizer state are linked. The ledger begins empty, and its digest continues the trunk's.
     """
     run, stored = Path(recipe.output_dir), saver.read_train_state(state)
     earlier = trunk.from_json(stored.get("trunks", []))

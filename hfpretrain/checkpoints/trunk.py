@@ -119,7 +119,7 @@ def notes(trunks: Sequence[Trunk], last_step: int) -> list[str]:
     trunk = trunks[-1]
     begin = f"a branch of {describe(trunks)} that trains steps {trunk.step + 1:,} to {last_step:,}"
     reason = "`data` or `seed` is not that of the trunk, or a stage of `data` sets a block size"
-    order = f"the data order begins anew, because {reason}"
+    order = f"the data order begins at its first sequence, because {reason}"
     if trunk.continues_data:
         order = f"the data order of the trunk continues with sequence {trunk.origin.sequence:,}"
     return [begin, order]

@@ -108,7 +108,7 @@ def test_a_branch_with_other_data_schedule_and_batch_runs_on_other_processes_and
     ]
     result = succeed(train(runs / "recipe.yaml", *arguments, engine="fsdp2", processes=2))
     for text in (
-        "the data order begins anew, because `data` or `seed` is not that of the trunk",
+        "the data order begins at its first sequence, because `data` or `seed` is not that of the trunk",
         "1.00e-03 in step 5, the first of the branch, and was 3.00e-03 in step 4 of the trunk (scheduler.on_",
         "unlike the trunk's, training.tokens_per_step: is 512 now, was 256",
         "unlike the trunk's, seed: is 7 now, was 0",
@@ -268,4 +268,4 @@ def test_a_branch_of_a_stream_continues_it_under_zero(runs):
     ledgers = [rows(runs / name, "ledger")[6]["ledger"] for name in ("continued", "sharded")]
     assert ledgers[0] == ledgers[1]
     arguments += [f"--output_dir={runs / 'larger'}", "--training.tokens_per_step=512", "--training.max_steps=1"]
-    assert "the data order begins anew" in succeed(train(runs / "recipe.yaml", *arguments)).stderr
+    assert "the data order begins at its first sequence" in succeed(train(runs / "recipe.yaml", *arguments)).stderr
