@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # DeepSpeed's CUDA ops are compiled when first used, not at installation.
 export DS_BUILD_OPS = 0
+# A worker that crashed ends the tests. xdist 3.8 would start another one, and with single tests as groups it then waits
+# forever.
+XDIST := --max-worker-restart 0
 
 .PHONY: install quickstart test proofs overhead style quality
 
@@ -24,11 +27,11 @@ quickstart: install
 	$(BIN)/accelerate launch -q --config_file accelerate_configs/single.yaml -m hfpretrain.train recipes/quickstart.yaml
 
 test: install $(VENV)/real_tokenizers
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 4
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 4 $(XDIST)
 
 # What takes minutes: tests marked slow, and what a step costs beside that of a bare loop.
 proofs: install overhead
-	$(BIN)/python -m pytest -m slow --numprocesses 2
+	$(BIN)/python -m pytest -m slow --numprocesses 2 $(XDIST)
 
 overhead: install
 	$(BIN)/python benchmarks/train_step.py --check --rounds 1 --steps 40

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -33,6 +32,7 @@ from hfpretrain.data.prepared import (
     split_block_sizes,
     write_table,
 )
+from hfpretrain.data.tokenizer import no_threads_in_tokenizers
 from hfpretrain.recipe.schema import DataSection
 
 PART_CHARS = 2**26
@@ -136,30 +136,20 @@ def pack(
             part = None
         progress(batch, sum(map(len, encoded.ids)))
 
-    # `tokenizers` releases the GIL, so these threads run in parallel. If `tokenizers` started its own threads in each
-    # call, they would wait for the longest document of the batch.
-    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        with ThreadPoolExecutor(num_workers) as pool:
-            pending: deque[tuple[TextBatch, Future[_Encoded]]] = deque()
-            try:
-                for batch in batches:
-                    pending.append((batch, pool.submit(encode, batch)))
-                    while len(pending) > 2 * num_workers or (pending and pending[0][1].done()):
-                        done, future = pending.popleft()
-                        write(done, future.result())
-                while pending:
+    with no_threads_in_tokenizers(), ThreadPoolExecutor(num_workers) as pool:
+        pending: deque[tuple[TextBatch, Future[_Encoded]]] = deque()
+        try:
+            for batch in batches:
+                pending.append((batch, pool.submit(encode, batch)))
+                while len(pending) > 2 * num_workers or (pending and pending[0][1].done()):
                     done, future = pending.popleft()
                     write(done, future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        if parallelism is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+            while pending:
+                done, future = pending.popleft()
+                write(done, future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class _Encoded(NamedTuple):

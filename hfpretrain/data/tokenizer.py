@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -34,6 +35,8 @@ _EXPRESSIONS = {
 _LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\s\w]{256}")
 SENTENCEPIECE = "tokenizer.model"
 logger = logging.getLogger(__name__)
+
+_trainings: set[threading.Thread] = set()
 
 
 def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
@@ -266,11 +269,14 @@ def train_in_thread(backend: Tokenizer, texts: Iterable[str], trainer: Any) -> N
     failed: list[BaseException] = []
 
     def work() -> None:
+        _trainings.add(threading.current_thread())
         try:
             with panics_as_errors():
                 backend.train_from_iterator(_in_batches(counted()), trainer)
         except BaseException as error:  # raised again in the main thread
             failed.append(error)
+        finally:
+            _trainings.discard(threading.current_thread())
 
     start = logged = time.monotonic()
     try:
@@ -288,6 +294,35 @@ def train_in_thread(backend: Tokenizer, texts: Iterable[str], trainer: Any) -> N
         raise RecipeError.at("tokenizer", f"can't be trained on this text: {failed[0]}") from failed[0]
     if failed:
         raise failed[0]
+
+
+@contextlib.contextmanager
+def no_threads_in_tokenizers() -> Iterator[None]:
+    """Let `tokenizers` start no threads of its own in each call.
+
+    Use it around threads that call `tokenizers`: it releases the GIL, so they run in parallel. With its own threads,
+    each call would wait for the longest document of its batch.
+
+    The only switch is an environment variable. `tokenizers` reads it while it trains, and crashes if the environment
+    changes at that moment. So this first waits for interrupted trainings.
+    """
+    wait_for_interrupted_trainings()
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def wait_for_interrupted_trainings() -> None:
+    """Wait until the threads of interrupted trainings have ended, which may take minutes if they merge."""
+    for thread in list(_trainings):
+        logger.info("waiting for the end of an interrupted training of a tokenizer")
+        thread.join()
 
 
 def split_long_words(text: str) -> Iterator[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import time
 import unicodedata
 from collections import Counter
@@ -21,7 +19,7 @@ from hfpretrain.data import corpus
 from hfpretrain.data.encode import Encoder, token_bytes
 from hfpretrain.data.prepare import load_prepared_tokenizer, make_tokenizer, prepared_path
 from hfpretrain.data.prepared import PreparedData, is_validation
-from hfpretrain.data.tokenizer import load_tokenizer, tokenizer_size
+from hfpretrain.data.tokenizer import load_tokenizer, no_threads_in_tokenizers, tokenizer_size
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.redaction import redact
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, SourceSection, TokenizerSection
@@ -209,7 +207,7 @@ def measure(
         for domain, documents in texts.items()
         for start in range(0, len(documents), _BATCH)
     ]
-    with _no_threads_in_tokenizers(), ThreadPoolExecutor(measured.num_threads) as pool:
+    with no_threads_in_tokenizers(), ThreadPoolExecutor(measured.num_threads) as pool:
         began = time.perf_counter()
         encoded = list(pool.map(encoder, [batch for _, batch in batches]))
         measured.seconds = time.perf_counter() - began
@@ -227,20 +225,6 @@ def measure(
     measured.unknown_texts = scripts.unknown_texts.most_common(NUM_UNKNOWN)
     measured.longest = _longest_tokens(tokenizer, measured.uses)
     return measured
-
-
-@contextlib.contextmanager
-def _no_threads_in_tokenizers() -> Iterator[None]:
-    """Let `tokenizers` start no threads of its own in each call, as in a preparation."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _longest_tokens(tokenizer: PreTrainedTokenizerFast, uses: np.ndarray) -> list[tuple[str, int]]:

@@ -1,6 +1,7 @@
 import json
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from hfpretrain.data.tokenizer import (
     END_OF_TEXT,
     chat_template_problems,
     load_tokenizer,
+    no_threads_in_tokenizers,
     padded_vocab_size,
     split_long_words,
     tokenizer_size,
@@ -151,6 +153,10 @@ def test_training_a_tokenizer_can_be_interrupted_and_raises_errors_of_the_text()
 
     with pytest.raises(RecipeError, match="broken"):
         train_tokenizer(BPE, broken())
+    interrupted = [thread for thread in threading.enumerate() if thread.name == "tokenizer"]
+    assert interrupted
+    with no_threads_in_tokenizers():
+        assert not any(thread.is_alive() for thread in interrupted)
 
 
 def test_a_vocabulary_smaller_than_requested_is_reported_and_sizes_the_model(folder):
