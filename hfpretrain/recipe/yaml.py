@@ -258,10 +258,14 @@ def differences(now: Recipe, before: Recipe, ignore: Sequence[str] = ()) -> list
     """
     flat_now, flat_before = (dict(flatten(redact_all(recipe.model_dump(mode="json")))) for recipe in (now, before))
     return [
-        Problem(path, f"is {flat_now.get(path)!r} now, was {flat_before.get(path)!r}")
+        Problem(path, f"is {_shown(flat_now.get(path))} now, was {_shown(flat_before.get(path))}")
         for path in sorted(flat_now.keys() | flat_before.keys())
         if flat_now.get(path) != flat_before.get(path) and not any(_is_within(path, skipped) for skipped in ignore)
     ]
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _is_within(path: str, pattern: str) -> bool:
