@@ -1,12 +1,14 @@
 """Benchmarks that `make proofs` does not start itself, run at small size."""
 
+import argparse
 import subprocess
 import sys
 
+import extend_context
 import families
 import growth
 import pytest
-from conftest import ROOT, environment, write_recipe
+from conftest import ROOT, environment, write_jsonl, write_recipe
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -69,3 +71,24 @@ def test_growth_measures_and_draws(tmp_path):
     exponents = {row[0].strip("| "): float(row[4]) for row in rows}
     (whole,) = (value for name, value in exponents.items() if name.startswith("Loss") and name.endswith("whole"))
     assert whole == pytest.approx(1, abs=0.3)  # memory, not time
+
+
+def test_extend_context_compares_two_runs_of_a_base(tmp_path):
+    words = ["red", "green", "blue", "runs", "over", "water", "light", "stone"]
+    documents = [" ".join(words[(start * step + step) % 8] for step in range(1500)) for start in range(20)]
+    write_jsonl(tmp_path / "corpus.jsonl", documents)
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    base = write_recipe(
+        tmp_path,
+        model__config=config,
+        data={"sources": [{"path": "json", "data_files": str(tmp_path / "corpus.jsonl")}], "block_size": 256}
+        | {"validation_fraction": 0.2},
+        training={"tokens_per_step": 1024, "micro_batch_size": 4, "max_steps": 4},
+    )
+    run = extend_context.trained(extend_context.yaml.safe_load(base.read_text()), tmp_path)
+    args = argparse.Namespace(base=str(run), steps=10, lr=1e-3, rope_theta=80_000)
+    found = extend_context.losses(args, tmp_path / "runs")
+    assert list(found) == ["base", "256 tokens", "1,024 tokens"]
+    assert all(by_range["512-1023"] < found["base"]["512-1023"] for by_range in list(found.values())[1:])
+    assert extend_context.table(found).count("\n") == 4
