@@ -1,10 +1,10 @@
-"""Peak resident memory of the whole process tree of `hfpretrain prepare`, for corpora of several sizes.
+"""Peak memory of the whole process tree of `hfpretrain prepare`, for corpora of several sizes.
 
     python benchmarks/memory.py CORPUS.jsonl[.gz] [--megabytes 100 2000] [--document-megabytes 100]
 
 The given corpus is repeated, and every copy of a document has another first line. The last corpus is one single
-document. A tokenizer of 16,384 tokens is trained once on the given corpus. Memory is the sum of the resident memory of
-all processes, sampled every 50 ms.
+document. A tokenizer of 16,384 tokens is trained once on the given corpus. Memory is the sum of the proportional
+set sizes of all processes, sampled every 50 ms. Memory that processes share is counted once.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def peak(recipe: Path) -> tuple[float, float, dict[str, int]]:
     while process.poll() is None:
         try:
             tree = [process, *process.children(recursive=True)]
-            most = max(most, sum(member.memory_info().rss for member in tree))
+            most = max(most, sum(member.memory_full_info().pss for member in tree))
         except psutil.NoSuchProcess:
             pass
         time.sleep(0.05)
