@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # DeepSpeed's CUDA ops are compiled when first used, not at installation.
 export DS_BUILD_OPS = 0
-# A worker that crashed ends the tests. xdist 3.8 would start another one, and with single tests as groups it then waits
-# forever.
+# A worker that crashes ends the tests. xdist 3.8 would start another worker, which waits forever where each test is a
+# group of its own (`pytest_xdist_make_scheduler` in tests/conftest.py).
 XDIST := --max-worker-restart 0
 
 .PHONY: install quickstart test proofs overhead style quality

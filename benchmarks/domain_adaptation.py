@@ -43,11 +43,12 @@ def base_run(recipe: str, steps: int, output: Path) -> Path:
         path = output / "base.yaml"
         mapping = load_recipe(recipe, [f"--output_dir={run}", f"--training.max_steps={steps}"]).model_dump(mode="json")
         path.write_text(yaml.safe_dump(mapping), encoding="utf-8")
-        _train(path)
+        train_recipe(path)
     return run
 
 
-def _train(recipe: Path) -> None:
+def train_recipe(recipe: Path) -> None:
+    """Train a recipe, or resume it. Raises `RuntimeError` if the run fails."""
     done = train(recipe, timeout=24 * 3600)
     if done.returncode:
         raise RuntimeError(f"the training of {recipe} failed:\n{done.stdout}{done.stderr}")
@@ -143,7 +144,7 @@ def adapt(args: argparse.Namespace, output: Path) -> dict[str, Any]:
     new = Path(args.new).absolute()
     texts = write_held_out(base, new, output)
     for arm in args.arms:
-        _train(write_recipe(arm, base, new, output, args))
+        train_recipe(write_recipe(arm, base, new, output, args))
     return measure(args.arms, base, output, texts)
 
 

@@ -16,21 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from small import rows, train
+from domain_adaptation import base_run, train_recipe
+from small import rows
 
 RANGES = ("32-63", "64-127", "128-255", "256-511", "512-1023")
 SHORT, LONG = 256, 1024
-
-
-def trained(mapping: dict[str, Any], folder: Path) -> Path:
-    """Train a recipe in `folder`, or resume it, and return its run folder."""
-    run = Path(mapping["output_dir"])
-    recipe = folder / f"{run.name}.yaml"
-    recipe.write_text(yaml.safe_dump(mapping), encoding="utf-8")
-    done = train(recipe, timeout=24 * 3600)
-    if done.returncode:
-        raise RuntimeError(f"the training of {recipe} failed:\n{done.stdout}{done.stderr}")
-    return run
 
 
 def recipes(base: Path, args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
@@ -47,6 +37,7 @@ def recipes(base: Path, args: argparse.Namespace, folder: Path) -> dict[str, dic
         "logging": {"trackers": []},
         "optimizer": {"lr": args.lr},
     }
+    mapping["training"].pop("max_tokens", None)
     mapping["training"] |= {"max_steps": args.steps, "tokens_per_step": 8 * LONG}
     mapping["data"]["block_size"] = SHORT
     stage = {
@@ -67,16 +58,15 @@ def losses(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]
     from hfpretrain.evaluation.score import evaluate_perplexity
 
     folder.mkdir(parents=True, exist_ok=True)
-    base = Path(args.base or folder / "base").absolute()
-    if not args.base:
-        quickstart = load_recipe("quickstart", [f"--output_dir={base}", "--logging.trackers=[]"])
-        trained(quickstart.model_dump(mode="json"), folder)
+    base = Path(args.base).absolute() if args.base else base_run("quickstart", 500, folder)
     found: dict[str, dict[str, float]] = {}
     for name, mapping in recipes(base, args, folder).items():
-        run = trained(mapping, folder)
-        recipe = load_recipe(folder / f"{run.name}.yaml")
-        found[name] = evaluate_perplexity(run / "model", recipe, block_size=LONG)["loss_by_context"]
-    # The base's own config has no place for 1,024 tokens. The first evaluation of the longer run is the base with more.
+        run = Path(mapping["output_dir"])
+        path = folder / f"{run.name}.yaml"
+        path.write_text(yaml.safe_dump(mapping), encoding="utf-8")
+        train_recipe(path)
+        found[name] = evaluate_perplexity(run / "model", load_recipe(path), block_size=LONG)["loss_by_context"]
+    # The base's own config allows fewer than 1,024 tokens. The longer run has evaluated it with more before training.
     return {"base": rows(folder / "longer", "eval/loss")[0]["eval/loss_by_context"], **found}
 
 

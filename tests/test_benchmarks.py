@@ -86,8 +86,8 @@ def test_extend_context_compares_two_runs_of_a_base(tmp_path):
         | {"validation_fraction": 0.2},
         training={"tokens_per_step": 1024, "micro_batch_size": 4, "max_steps": 4},
     )
-    run = extend_context.trained(extend_context.yaml.safe_load(base.read_text()), tmp_path)
-    args = argparse.Namespace(base=str(run), steps=10, lr=1e-3, rope_theta=80_000)
+    extend_context.train_recipe(base)
+    args = argparse.Namespace(base=str(tmp_path / "run"), steps=10, lr=1e-3, rope_theta=80_000)
     found = extend_context.losses(args, tmp_path / "runs")
     assert list(found) == ["base", "256 tokens", "1,024 tokens"]
     assert all(by_range["512-1023"] < found["base"]["512-1023"] for by_range in list(found.values())[1:])

@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 
 from hfpretrain import files
-from hfpretrain.data.tokenizer import panics_as_errors
+from hfpretrain.data.tokenizer import panics_as_errors, wait_for_interrupted_trainings
 from hfpretrain.data.vocabulary import texts_with_every_token
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class FastTokenizer:
     def create(cls, reference: Tokenizer) -> FastTokenizer | str:
         """A fast tokenizer for `reference`, or the reason why there is none."""
         # The threads that call the tokenizer use all cores. With threads of its own, fastokens takes twice as much CPU.
+        wait_for_interrupted_trainings()
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         as_json = reference.to_str()
         fast = load_fastokens(as_json)

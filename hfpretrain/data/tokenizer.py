@@ -37,6 +37,7 @@ SENTENCEPIECE = "tokenizer.model"
 logger = logging.getLogger(__name__)
 
 _trainings: set[threading.Thread] = set()
+"""The threads in which `tokenizers` trains now. They go on if the training is interrupted."""
 
 
 def load_tokenizer(section: TokenizerSection) -> PreTrainedTokenizerFast:
@@ -303,8 +304,7 @@ def no_threads_in_tokenizers() -> Iterator[None]:
     Use it around threads that call `tokenizers`: it releases the GIL, so they run in parallel. With its own threads,
     each call would wait for the longest document of its batch.
 
-    The only switch is an environment variable. `tokenizers` reads it while it trains, and crashes if the environment
-    changes at that moment. So this first waits for interrupted trainings.
+    The only switch is an environment variable.
     """
     wait_for_interrupted_trainings()
     before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -319,7 +319,11 @@ def no_threads_in_tokenizers() -> Iterator[None]:
 
 
 def wait_for_interrupted_trainings() -> None:
-    """Wait until the threads of interrupted trainings have ended, which may take minutes if they merge."""
+    """Wait until the threads of interrupted trainings have ended, which may take minutes if they merge.
+
+    Call it before the environment changes. While `tokenizers` trains, it reads a variable at every merge, and the
+    process crashes if the environment changes at that moment.
+    """
     for thread in list(_trainings):
         logger.info("waiting for the end of an interrupted training of a tokenizer")
         thread.join()

@@ -18,6 +18,7 @@ from hfpretrain.data.encode import Encoder, token_dtype
 from hfpretrain.data.identity import pin_to_commits
 from hfpretrain.data.streaming import Lanes, StreamingData, assign_lanes, load_lane_states
 from hfpretrain.data.token_documents import load_vocabulary
+from hfpretrain.data.tokenizer import wait_for_interrupted_trainings
 from hfpretrain.engines.distributed import RowExchange, new_control_group
 from hfpretrain.recipe.machine import num_cores
 from hfpretrain.recipe.schema import DataSection, Problem, RecipeError
@@ -85,6 +86,7 @@ class Feed:
             "num_threads": max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
         }
         # The threads of `StreamingData` tokenize in parallel. `tokenizers` would start as many threads of its own.
+        wait_for_interrupted_trainings()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         data = self._read(lambda: StreamingData(section, encode, held_out, **keywords))
         engine = setup.engine

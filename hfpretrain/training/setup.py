@@ -393,7 +393,9 @@ def _require_trunk_tokenizer(recipe: Recipe, trunks: Sequence[Trunk], tokenizer:
     section = TokenizerSection(pretrained=str(folder), trust_remote_code=recipe.tokenizer.trust_remote_code)
     theirs, ours = load_tokenizer(section).get_vocab(), tokenizer.get_vocab()
     if changed := sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token)):
-        examples = "; ".join(f"{one!r} is {ours.get(one)} now, was {theirs.get(one)}" for one in changed[:3])
+        examples = "; ".join(
+            f"{one!r} is {ours.get(one, 'missing')} now, was {theirs.get(one, 'missing')}" for one in changed[:3]
+        )
         message = f"the ids of {len(changed):,} tokens are not those of {trunks[-1].given}: {examples}"
         message += ". A branch needs the tokenizer of its trunk"
         if recipe.tokenizer.extend is not None:

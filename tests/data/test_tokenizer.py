@@ -6,9 +6,11 @@ import time
 
 import pytest
 from conftest import hfpretrain, small_text, write_recipe
+from tokenizers import Tokenizer, models
 
 from hfpretrain import load_recipe
 from hfpretrain.data.encode import token_bytes
+from hfpretrain.data.fast_tokenizer import FastTokenizer
 from hfpretrain.data.prepare import prepare, prepared_path
 from hfpretrain.data.summary import preparation_notes
 from hfpretrain.data.tokenizer import (
@@ -157,6 +159,20 @@ def test_training_a_tokenizer_can_be_interrupted_and_raises_errors_of_the_text()
     assert interrupted
     with no_threads_in_tokenizers():
         assert not any(thread.is_alive() for thread in interrupted)
+
+
+def enter_and_leave():
+    with no_threads_in_tokenizers():
+        pass
+
+
+@pytest.mark.parametrize("change", [enter_and_leave, lambda: FastTokenizer.create(Tokenizer(models.BPE()))])
+def test_the_environment_changes_only_when_no_interrupted_training_is_left(monkeypatch, change):
+    thread = threading.Thread(target=time.sleep, args=(0.5,))
+    monkeypatch.setattr("hfpretrain.data.tokenizer._trainings", {thread})
+    thread.start()
+    change()
+    assert not thread.is_alive()
 
 
 def test_a_vocabulary_smaller_than_requested_is_reported_and_sizes_the_model(folder):
