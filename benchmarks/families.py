@@ -3,10 +3,10 @@
     python benchmarks/families.py [--only llama gemma3 ...] [--engine ddp] [--results FILE] [--logs FOLDER]
 
 Each family has its own config with small sizes (`SIZES`, `OVERRIDES`). A run of three steps, with two micro-batches
-each, is compared with a bare loop over the same weights and batches. These are compared:
+each, is compared with a bare loop over the same weights and batches. Both leave experts unbalanced. These are compared:
 
 - loss and gradient norm, by the largest relative difference of the three steps; the loss of the bare loop is the
-  next-token loss, computed from the logits, plus the class's balancing loss
+  next-token loss, computed from the logits
 - the class's own loss and the next-token loss
 - the logits of a packed document and those of the document alone
 - the loss of the reloaded export and that of the bare loop's weights
@@ -262,6 +262,7 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
         family.result, family.reason = "not trained by transformers", _one_line(error)
         return
     written = recipe_of(folder, keywords)
+    written["training"] |= _no_balancing(keywords, vocab_size, special)
     base.write_text(yaml.safe_dump(written))
     try:
         recipe = load_recipe(base)
@@ -290,6 +291,23 @@ def run_family(family: Family, folder: Path, engine: str | None) -> None:
     if family.result != "fails":
         family.result = "differs" if family.problems else "equal"
         family.reason = "; ".join(family.problems)
+
+
+def _no_balancing(keywords: dict[str, Any], vocab_size: int, special: dict[str, int]) -> dict[str, float]:
+    """The keys of a recipe that leave the experts unbalanced, as in the bare loop. The tests compare the balancing."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hfpretrain.modeling.routers import find_routers
+
+    with torch.device("meta"):
+        routers = find_routers(AutoModelForCausalLM.from_config(plain_config(keywords, vocab_size, special)))
+    keys = {}
+    if any(router.bias for router in routers):
+        keys["router_bias_rate"] = 0.0
+    if any(router.logits for router in routers):
+        keys["router_aux_loss_coef"] = 0.0
+    return keys
 
 
 def _run(path: Path, recipe: Any, folder: Path, engine: str | None) -> str:
@@ -391,7 +409,7 @@ def _split(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _bare_loop(model: Any, batches: list[dict[str, Any]], recipe: Any) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of the next-token loss plus the class's balancing loss, a mean over micro-batches."""
+    """Losses and gradient norms of the next-token loss."""
     import torch
 
     section = recipe.optimizer
@@ -407,8 +425,7 @@ def _bare_loop(model: Any, batches: list[dict[str, Any]], recipe: Any) -> tuple[
             outputs = model(**inputs, use_cache=False)
             loss = _next_token(outputs.logits, micro["labels"]) / number
             total += loss.item()
-            auxiliary = _balancing(model, micro, outputs)
-            (loss if auxiliary is None else loss + auxiliary / 2).backward()
+            loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, recipe.training.max_grad_norm or math.inf)))
         losses.append(total)
         optimizer.step()

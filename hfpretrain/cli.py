@@ -398,7 +398,9 @@ def _parameters_and_notes(recipe: Recipe, first_sequence: int) -> tuple[Any, lis
     optim.require_library(recipe.optimizer)
     # Raises if transformers does not accept the keywords of the schedule.
     optim.learning_rate(recipe.scheduler, recipe.optimizer.lr, recipe.training.num_steps, step=0)
-    preflight.require_buildable_model(recipe.model, recipe.optimizer, recipe.tokenizer.extend is not None)
+    preflight.require_buildable_model(
+        recipe.model, recipe.optimizer, recipe.training, recipe.tokenizer.extend is not None
+    )
     prepared = None if recipe.data.streaming else plan.prepared_data(recipe)
     if prepared is not None:
         check_unknown_share(prepared, recipe.tokenizer.max_unknown)

@@ -210,8 +210,13 @@ class Engine:
         return self.accelerator.reduce(value.clone() if self.is_main_data_process else torch.zeros_like(value), "sum")
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
-        """Like `total`, for a loss. If the engine cuts sequences, every process adds the loss of its own part."""
+        """Like `total`, for a loss or a count of tokens. If the engine cuts sequences, every process adds its part."""
         return self.total(value)
+
+    @property
+    def loss_parts(self) -> int:
+        """Number of processes that compute a part of a micro-step's loss each."""
+        return self.data_size
 
     def largest(self, value: int) -> int:
         """The largest of all processes' numbers."""

@@ -51,9 +51,6 @@ class Ulysses(ZeRO3):
         if getattr(text_config, "num_key_value_heads", None) is None:
             message = f"the config of {text_config.model_type} has no num_key_value_heads, which DeepSpeed reads"
             yield Problem(key, f"{message}; use zero3.yaml")
-        if getattr(text_config, "output_router_logits", False):
-            message = "the router's balancing loss can't be computed from parts of sequences"
-            yield Problem(key, f"{message}; set output_router_logits: false in model.config, or in config_overrides")
         yield from uneven_heads_problems(key, text_config, processes_per_sequence)
         if block_size % processes_per_sequence:
             message = f"{processes_per_sequence} processes can't divide data.block_size, {block_size}, evenly"
@@ -88,8 +85,13 @@ class Ulysses(ZeRO3):
         return split(batch, self.process_index % self.processes_per_sequence, self.processes_per_sequence)
 
     def total_loss(self, value: torch.Tensor) -> torch.Tensor:
-        """A loss summed over all processes."""
+        """A loss or a count summed over all processes."""
         return self.accelerator.reduce(value, "sum")
+
+    @property
+    def loss_parts(self) -> int:
+        """Every process: each has tokens of its own."""
+        return self.num_processes
 
 
 def mask_documents(model: PreTrainedModel) -> None:

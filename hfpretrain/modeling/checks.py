@@ -11,6 +11,7 @@ import torch
 
 from hfpretrain.modeling.build import model_error
 from hfpretrain.modeling.loss import StepLoss, chunked_loss_installed, install_chunked_loss, summed_loss
+from hfpretrain.modeling.routers import COEFFICIENTS
 from hfpretrain.modeling.structure import causal_lm, eval_mode
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import ModelSection, RecipeError
@@ -18,7 +19,6 @@ from hfpretrain.recipe.schema import ModelSection, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes that hold the weight of the output `aux_loss`
 _TOLERANCE = 2e-5  # nats; rounding a loss of about 10 nats to float32 changes it by a tenth of this
 
 
@@ -129,17 +129,6 @@ def resolve_document_masking(wanted: Literal["auto"] | bool, leak: str | None, p
     raise RecipeError.at("training.document_masking", f"packed documents can't be kept apart: {leak}; {fix}")
 
 
-def routing_note(model: PreTrainedModel) -> str:
-    """A note for a model with experts that trains without a loss that balances them."""
-    text = f"{type(model).__name__} trains without a balancing loss, so its router may end up using few of its experts"
-    coefficient = getattr(model.config, "router_aux_loss_coef", None)  # None: the class has no such loss
-    if coefficient is not None and getattr(model.config, "output_router_logits", None) is False:
-        text += ". Set output_router_logits: true in model.config, or in model.config_overrides, to add one"
-    elif coefficient == 0:
-        text += ". Its router_aux_loss_coef is 0"
-    return text
-
-
 def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float = 0.0) -> bool:
     """Make a model compute its loss in chunks when it is called with labels, if that gives the same loss.
 
@@ -168,7 +157,7 @@ def examine_loss(model: Any) -> StepLoss:
     the labels; if not, it computes another loss. All ranks must call it, after `use_chunked_loss`.
     """
     network = causal_lm(model)
-    coefficient = next((getattr(network, name) for name in _COEFFICIENTS if hasattr(network, name)), 0.0)
+    coefficient = next((getattr(network, name) for name in COEFFICIENTS if hasattr(network, name)), 0.0)
     first, second = (_find_added_loss(model, coefficient, shift) for shift in (0, 7))
     # `not <=` and not `>`, so that NaN counts as a difference.
     if first is None or second is None or not abs(first.not_in_outputs - second.not_in_outputs) <= _TOLERANCE:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, linear, pad
 
+from hfpretrain.modeling.routers import RouterRecorder
 from hfpretrain.modeling.structure import causal_lm
 from hfpretrain.recipe.labels import IGNORE_INDEX
 
@@ -75,6 +76,8 @@ class StepLoss:
     labels)."""
     coefficient: float = 0.0
     """Weight with which the class adds its output `aux_loss`, the balancing loss of a router."""
+    recorder: RouterRecorder | None = None
+    """Computes the balancing loss of the routers, which replaces that of the class."""
     adds_own: bool = False
     """Whether the class adds a term that does not depend on the labels and is not in its outputs (Bamba's z-loss)."""
 
@@ -100,12 +103,13 @@ class StepLoss:
             part = summed_loss(outputs.logits, batch) / num_items
             return part, part + (loss - part) / num_micro_batches
         auxiliary = getattr(outputs, "aux_loss", None) if self.coefficient else None
-        if auxiliary is None:
-            return loss, loss
-        auxiliary = self.coefficient * auxiliary
-        if not self.from_logits:
-            loss = loss - auxiliary
-        return loss, loss + auxiliary / num_micro_batches
+        if auxiliary is not None:
+            auxiliary = self.coefficient * auxiliary
+            if not self.from_logits:
+                loss = loss - auxiliary
+        if self.recorder is not None and self.recorder.routers:
+            auxiliary = self.recorder.balancing_loss()
+        return loss, loss if auxiliary is None else loss + auxiliary / num_micro_batches
 
     @property
     def adds_term(self) -> bool:

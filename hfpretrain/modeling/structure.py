@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -94,13 +94,19 @@ def _idle_parameters(model: PreTrainedModel) -> int:
     return int(sum(experts.values()) * idle)
 
 
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """How many experts of a layer process a token, by the config of a text model; None if it does not say."""
+    return _first_number(config, _EXPERTS_PER_TOKEN_KEYS)
+
+
+def _first_number(config: PretrainedConfig, keys: Sequence[str]) -> int | None:
+    return next((n for n in (getattr(config, key, None) for key in keys) if isinstance(n, int) and n > 0), None)
+
+
 def _experts(model: PreTrainedModel) -> tuple[dict[int, int], Fraction]:
     """Numbers of parameters of the experts by the tensor's `id`, and the fraction that a token is not routed to."""
     config = model.config.get_text_config()
-    num_experts, chosen = (
-        next((n for n in (getattr(config, key, None) for key in keys) if isinstance(n, int) and n > 0), None)
-        for keys in (_NUM_EXPERTS_KEYS, _EXPERTS_PER_TOKEN_KEYS)
-    )
+    num_experts, chosen = _first_number(config, _NUM_EXPERTS_KEYS), experts_per_token(config)
     if num_experts is None or chosen is None:
         return {}, Fraction(0)
     experts: dict[int, int] = {}

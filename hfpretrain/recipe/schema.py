@@ -848,6 +848,18 @@ class TrainingSection(Section):
     """Weight of a term that is added to the trained loss to keep logits from drifting: the squared logarithm of each
     softmax's denominator. 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The reported loss does not include it. Needs
     the chunked loss, which tensor parallelism does not support."""
+    router_bias_rate: float | None = Field(default=None, ge=0)
+    """How much a step changes the bias of a router, for models whose routers have one that only the choice of experts
+    depends on (DeepSeek-V3, GLM-4.5, ERNIE 4.5, ...). The bias goes up for experts that got fewer tokens than the mean
+    of the step, over all processes, and down for the others (Wang et al. 2024, arXiv 2408.15664). null: 1e-3, as in
+    DeepSeek-V3. A learning rate that is high for the model needs a higher rate, for example 0.01. 0: the bias stays as
+    it is."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the loss that balances the experts of a model. null: that of the model's config
+    (`router_aux_loss_coef`), unless its routers have a bias for this; a model whose config has none needs a value here.
+    0: no such loss. The loss takes the counts of a whole step over all processes, as global-batch balancing does (Qiu
+    et al. 2025, arXiv 2501.11873), from the step before, so it does not depend on the size of a micro-batch or the
+    number of processes. The reported loss does not include it."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the decoder layers with `torch.compile`. All layers share one graph. `auto`: on GPUs with Triton under
     single, ddp and fsdp2, in a run of at least 2,000 micro-steps. On an H100, compiling GPT-2 124M took 2.4 s and made

@@ -80,12 +80,14 @@ def fit(
         # A rank that still waits for its data does not get here, so `Watch` sees that it is behind the others.
         watch.beat("train", state.step)
         engine.begin_step(state.step)
+        setup.router_recorder.begin_step()
         loss, grad_norm = compute_gradients(engine, setup.step_loss, step_data, before_micro_step)
         clock.mark("forward_backward")
         lr, lr_by_group = optim.scheduled_rate(setup.scheduler), setup.scheduler.get_last_lr()
         problem = stability.find_problem(loss, grad_norm)
         if problem is None:
             engine.update()
+            setup.router_recorder.finish_step(engine.total_loss)
         elif stability.handle(problem, step_data, loss, grad_norm):
             continue
         setup.scheduler.step()
@@ -112,7 +114,7 @@ def compute_gradients(
     for micro_step, batch in enumerate(map(engine.split_sequences, batches)):
         before_micro_step(micro_step)
         with engine.accumulate():
-            loss, objective = step_loss(engine.model, batch, num_items, len(batches) * engine.data_size)
+            loss, objective = step_loss(engine.model, batch, num_items, len(batches) * engine.loss_parts)
             engine.backward(objective)
             total += loss.detach()
     grad_norm = engine.clip_gradients()

@@ -111,21 +111,27 @@ def disk_problems(output_dir: Path, num_bytes: int) -> list[Problem]:
     return [Problem("output_dir", f"{message}; make room, lower checkpoint.keep_last or choose another disk")]
 
 
-def require_buildable_model(section: ModelSection, optimizer: OptimizerSection, gets_new_tokens: bool = False) -> None:
+def require_buildable_model(
+    section: ModelSection, optimizer: OptimizerSection, training: TrainingSection, gets_new_tokens: bool = False
+) -> None:
     """Build the recipe's model on the meta device, which takes a fraction of a second at any size.
 
-    Raises `RecipeError` if it can't be built or exported, if it does not fit the checkpoint's tensors, or if
-    `optimizer.no_decay` or `optimizer.groups` don't fit its parameters. A model with remote code is not built.
-    `gets_new_tokens`: also raise it if no tokens can be added to the pretrained model.
+    Raises `RecipeError` if it can't be built or exported, if it does not fit the checkpoint's tensors, if
+    `optimizer.no_decay` or `optimizer.groups` don't fit its parameters, or if nothing balances its experts. A model
+    with remote code is not built. `gets_new_tokens`: also raise it if no tokens can be added to the pretrained model.
     """
     from hfpretrain.modeling import optim
     from hfpretrain.modeling.build import require_same_tensors
     from hfpretrain.modeling.embeddings import require_two_embeddings
     from hfpretrain.modeling.groups import ParameterGroups
+    from hfpretrain.modeling.routers import find_routers, resolve_balance
 
     model = _build_model(section, "meta")
     if model is not None:
         require_same_tensors(section)
+        routers = find_routers(model)
+        if routers:  # whether a class without known routers balances them in its own way is tested later
+            resolve_balance(model, routers, False, training.router_bias_rate, training.router_aux_loss_coef)
         decayed = optim.decayed_names(model, optimizer.no_decay)
         ParameterGroups(model, optimizer, decayed, knows_vocabulary=False)
         if gets_new_tokens and section.pretrained is not None:
@@ -146,7 +152,8 @@ def check_small_model(
     from hfpretrain.modeling import checks
     from hfpretrain.modeling.config import override_notes
     from hfpretrain.modeling.rope import change_rope, rope_of_stages
-    from hfpretrain.modeling.structure import count_parameters, has_experts
+    from hfpretrain.modeling.routers import find_routers, resolve_balance
+    from hfpretrain.modeling.structure import count_parameters
 
     blueprint, notes = _build_model(section, "meta"), list(override_notes(section))
     stages = length_stages(data, training)
@@ -171,8 +178,11 @@ def check_small_model(
     step_loss = checks.examine_loss(model)
     if note := step_loss.note(type(model).__name__):
         notes.append(note)
-    if has_experts(model) and not step_loss.adds_term:
-        notes.append(checks.routing_note(model))
+    balance = resolve_balance(
+        model, find_routers(model), step_loss.adds_term, training.router_bias_rate, training.router_aux_loss_coef
+    )
+    if balance is not None:
+        notes.append(str(balance))
     if leak is not None and packs_documents is None:
         fix = "training.document_masking: false"
         notes.append(f"if a block contains several documents, training requires {fix}, since {leak}")

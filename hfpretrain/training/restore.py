@@ -100,6 +100,7 @@ def restore(
     except (KeyError, TypeError) as error:
         message = f"its train_state.json was written by an incompatible version of hfpretrain: {error}"
         raise RecipeError.at(str(path), message) from error
+    setup.router_recorder.restore(state.expert_counts)
     if not state.segments:  # an older version wrote it
         state.segments = [{**origin, "first_step": 1, "last_step": state.step}]
     _check_ledger(state, path, digest, data, setup.recipe.training.tokens_per_step, setup.prepared.path, watch)

@@ -50,6 +50,7 @@ class RunSaver:
     ):
         self._base = base
         self._engine, self._state, self._output_dir = setup.engine, state, setup.output_dir
+        self._recorder = setup.router_recorder
         self._publisher, self._records, self._stops, self._watch = publisher, records, stops, watch
         self._is_main, self._is_stream = setup.is_main, setup.recipe.data.streaming
         self._recipe = dump_recipe(setup.recipe).encode()
@@ -69,6 +70,7 @@ class RunSaver:
         """Write a checkpoint of the current state. All ranks must call it."""
         self._watch.beat("save", self._state.step)
         self._state.gather(self._engine)
+        self._state.expert_counts = self._recorder.state()
         content = {**self._state.to_dict(), **self._facts}
         self._saver.save(content, self._engine.state_to_save(), self._writers(), in_background)
         self.saved_step = self._state.step

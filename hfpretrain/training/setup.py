@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,6 @@ from hfpretrain.modeling.checks import (
     leak_reason,
     require_causal,
     resolve_document_masking,
-    routing_note,
     use_chunked_loss,
 )
 from hfpretrain.modeling.config import (
@@ -51,7 +50,16 @@ from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.groups import ParameterGroups, first_trained_step
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.rope import change_rope, rope_of_stages
-from hfpretrain.modeling.structure import FrozenPart, Parameters, count_parameters, frozen_part, has_experts
+from hfpretrain.modeling.routers import (
+    Balance,
+    RouterRecorder,
+    find_routers,
+    float32_biases,
+    keep_biases_whole,
+    resolve_balance,
+    set_float32_biases,
+)
+from hfpretrain.modeling.structure import FrozenPart, Parameters, count_parameters, frozen_part
 from hfpretrain.modeling.trainable import UntrainedParameters, freeze_outside_loss, train_padding_rows
 from hfpretrain.planning import devices
 from hfpretrain.recipe.redaction import redact_all
@@ -103,6 +111,8 @@ class Setup:
     """The config of the model that was built."""
     generation_config: GenerationConfig | None
     step_loss: StepLoss
+    router_recorder: RouterRecorder
+    """Counts the tokens of each expert, and balances them. It has no routers if the model has no experts."""
     stages: Stages
     """The stages with their block size and batch; a single one for most runs."""
     document_masking: bool
@@ -265,7 +275,9 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         notes.add(line)
     for row in train_padding_rows(model):
         notes.add(f"token {row} is padding in {config.model_type} and occurs in text, so its embedding is trained")
-    parameters, is_mixture = count_parameters(model), has_experts(model)
+    parameters, routers = count_parameters(model), find_routers(model)
+    keep_biases_whole(routers)
+    router_biases = float32_biases(routers)
 
     decayed, hidden = optim.decayed_names(model, recipe.optimizer.no_decay), optim.hidden_names(model)
     undecayed = optim.undecayed_matrices(model, decayed)
@@ -307,6 +319,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         max_grad_norm=training.max_grad_norm,
         all_get_gradients=untrained.is_known,
     )
+    set_float32_biases(routers, router_biases)
     network = probe = engine.unwrapped_model
     initial_weights = initialization.check_weights(
         engine.full_parameters(), weights.expected_moments() if weights else None, watch.unit_done
@@ -334,8 +347,12 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
     chunked_loss = use_chunked_loss(engine.model, training.chunked_loss, training.z_loss)
     step_loss = examine_loss(engine.model)
     notes.add(step_loss.note(type(network).__name__))
-    if is_mixture and not step_loss.adds_term:
-        notes.add(routing_note(network))
+    balance = resolve_balance(
+        network, routers, step_loss.adds_term, training.router_bias_rate, training.router_aux_loss_coef
+    )
+    notes.add(None if balance is None else str(balance))
+    recorder = RouterRecorder(routers, engine.device, balance or Balance())
+    step_loss = replace(step_loss, recorder=recorder)
     if is_compiled:
         compile_layers(network)
     for text in _stage_notes(stages, origin.step):
@@ -354,6 +371,7 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         config=model.config,
         generation_config=generation,
         step_loss=step_loss,
+        router_recorder=recorder,
         stages=stages,
         document_masking=document_masking,
         chunked_loss=chunked_loss,
@@ -535,7 +553,7 @@ def _check_model(recipe: Recipe, engine: Engine) -> None:
     if not any((Path(recipe.output_dir) / "checkpoints").glob("step-*")):
         with engine.plain_initialization():
             extends = recipe.tokenizer.extend is not None
-            preflight.require_buildable_model(recipe.model, recipe.optimizer, extends)
+            preflight.require_buildable_model(recipe.model, recipe.optimizer, recipe.training, extends)
 
 
 def _epochs(recipe: Recipe, prepared: PreparedData, first_sequence: int) -> list[float] | None:

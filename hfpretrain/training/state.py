@@ -45,6 +45,8 @@ class TrainState:
     """Data that rollbacks have left out, as `order.data_step` takes them."""
     segments: list[dict[str, Any]] = field(default_factory=list)
     """Ranges of steps with the settings they were trained under; see `segments.extend`."""
+    expert_counts: list[list[int]] = field(default_factory=list)
+    """Tokens of the last step by router and expert, if a balancing loss depends on them; see `RouterRecorder.state`."""
     trunks: list[dict[str, Any]] = field(default_factory=list)
     """Where the run branched off other runs, as `trunk.to_json` returns it; empty if it is no branch."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
@@ -84,8 +86,8 @@ class TrainState:
     def to_dict(self) -> dict[str, Any]:
         """The entries for `train_state.json`. Call `gather` first."""
         names = [entry.name for entry in fields(self) if entry.name not in ("consumption", "data_state")]
-        if not self.trunks:  # so that older versions can read the checkpoints of runs without a trunk
-            names.remove("trunks")
+        # Older versions can read the checkpoints of runs without these.
+        names = [name for name in names if name not in ("trunks", "expert_counts") or getattr(self, name)]
         return copy.deepcopy({name: getattr(self, name) for name in names}) | self.consumption.state()
 
     def restore(self, stored: dict[str, Any], checkpoint: Path) -> str:

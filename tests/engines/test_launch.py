@@ -133,7 +133,6 @@ def test_use_cpu_on_a_machine_with_an_accelerator_is_refused(ask, monkeypatch):
         ("sp", "llama", {"block_size": 31}, "data.block_size, 31"),
         ("sp", "gpt2", {}, "has no num_key_value_heads"),
         ("sp", "gemma3_text", {}, "DeepSpeed drops the mask of sliding_attention layers"),
-        ("sp", "mixtral", {"output_router_logits": True}, "set output_router_logits: false"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_cut_is_refused(dimension, model_type, changes, reason):

@@ -1,9 +1,8 @@
 import pytest
 import torch
 from tiny_models import GPT2, LLAMA, MOE, SMALL, build
-from transformers import AutoConfig
 
-from hfpretrain.modeling.checks import isolates_documents, leak_reason, routing_note
+from hfpretrain.modeling.checks import isolates_documents, leak_reason
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, MOE])
@@ -34,12 +33,6 @@ def test_rotary_embeddings_that_depend_on_the_longest_document_are_detected(rope
     assert isolates_documents(model, 32) == (rope_type == "yarn")
 
 
-def test_the_note_on_experts_names_the_key_that_balances_them():
-    assert "output_router_logits: true" in routing_note(build(MOE))
-    unweighted = build({**MOE, "output_router_logits": True, "router_aux_loss_coef": 0.0})
-    assert "router_aux_loss_coef is 0" in routing_note(unweighted)
-
-
 def test_packed_documents_get_no_gradient_from_each_other():
     model = build(LLAMA)
     embeddings = model.get_input_embeddings()(torch.arange(1, 33)[None]).detach().requires_grad_()
@@ -47,13 +40,3 @@ def test_packed_documents_get_no_gradient_from_each_other():
     logits = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
     logits[:, 16:].square().sum().backward()
     assert embeddings.grad[:, :16].abs().max() == 0 and embeddings.grad[:, 16:].abs().max() > 0
-
-
-def test_the_note_on_routing_advises_a_balancing_loss_only_where_the_class_has_one():
-    class Model:
-        def __init__(self, model_type):
-            self.config = AutoConfig.for_model(model_type, output_router_logits=False)
-
-    assert "output_router_logits" in routing_note(Model("qwen3_moe"))
-    note = routing_note(Model("deepseek_v3"))  # its router is balanced by a bias, which transformers does not update
-    assert "without a balancing loss" in note and "output_router_logits" not in note
