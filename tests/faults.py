@@ -7,6 +7,7 @@ The environment variable FAULT chooses the fault:
 - `slow:PHASE`: each call of `Watch.beat` in that phase takes half a second longer.
 - `units:SECONDS`: each call of `Watch.unit_done` takes that much longer, and so does preparing the data.
 - `SIGKILL:PHASE`, or any other signal: rank FAULT_RANK (default: the last) gets the signal when it enters the phase.
+- `flash_attention`: `model.attn_implementation: flash_attention_2` calls functions in PyTorch instead of its package.
 
 If PHASE_FILE is set, rank 0 writes its phase and step into that file.
 """
@@ -18,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import reference_kernels
 import torch
 
 from hfpretrain.data import batches, streaming
@@ -62,6 +64,9 @@ if kind in ("gradient", "loss", "jump") and LAST:
         return loss + extra, objective
 
     Engine.backward, StepLoss.__call__ = spoiled_backward, spoiled_loss
+
+if kind == "flash_attention":
+    reference_kernels.install_flash_attention()
 
 beat, run_on_main, finish = watchdog.Watch.beat, watchdog.Watch.run_on_main, Engine.finish
 

@@ -483,16 +483,8 @@ def test_a_model_class_with_another_loss_is_trained_on_the_next_token_loss(folde
 
 
 def test_a_model_that_cannot_mask_documents_is_refused_if_masking_is_required(folder):
-    opt = {
-        "model_type": "opt",
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "ffn_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    }
-    result = train(write_recipe(folder, model__config=opt, training__document_masking=True))
+    bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    result = train(write_recipe(folder, model__config=bloom, training__document_masking=True))
     assert result.returncode == 2 and "training.document_masking: packed documents can't be kept" in result.stderr
     assert "Traceback" not in result.stderr and "(got True)" in result.stderr
     result = train(folder / "recipe.yaml", "--training.document_masking=auto")

@@ -17,7 +17,7 @@ from hfpretrain.evaluation import lm_eval_tasks, sums
 from hfpretrain.evaluation.checkpoint import load_checkpoint, require_embedded
 from hfpretrain.evaluation.texts import Texts, checked_texts, recipe_texts
 from hfpretrain.evaluation.validation import ValidationSets
-from hfpretrain.modeling.checks import isolates_documents, use_chunked_loss
+from hfpretrain.modeling.checks import explain_leak, keep_documents_apart, use_chunked_loss
 from hfpretrain.modeling.structure import eval_mode
 from hfpretrain.recipe.schema import DataSection, LmEvalSection, Recipe, RecipeError, TrainingSection
 
@@ -107,7 +107,11 @@ def evaluate_prepared(
     """
     tokenizer, network = load_checkpoint(model)
     use_chunked_loss(network, "auto")
-    sets = ValidationSets(prepared)
+    sets, block_size = ValidationSets(prepared), prepared.manifest["block_size"]
+    leak = keep_documents_apart(network, block_size) if document_masking else None
+    if leak is not None:
+        message = f"the run kept documents apart, which can't be done here: {explain_leak(network, block_size, leak)}"
+        raise RecipeError.at("model", message)
     table = torch.from_numpy(token_bytes(tokenizer, network.config.vocab_size)).to(network.device)
     batches = sets.batches(batch_size=batch_size, process_index=0, num_processes=1, document_masking=document_masking)
     found = sums.loss_sums(network, batches, table, sets.num_documents)
@@ -179,7 +183,7 @@ def _score(model: str, texts: Texts, windows: Windows) -> Score:
 def _score_network(tokenizer: Any, network: Any, texts: Texts, windows: Windows) -> Score:
     device = network.device
     block_size, stride = _sizes(windows, getattr(network.config, "max_position_embeddings", None) or 1024)
-    masking = windows.document_masking and isolates_documents(network, block_size)
+    masking = windows.document_masking and keep_documents_apart(network, block_size) is None
     table = token_bytes(tokenizer, network.config.vocab_size)
     encode = Encoder(tokenizer, np.dtype(np.int64))
     streams = {

@@ -10,15 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from hfpretrain.modeling.build import model_error
+from hfpretrain.modeling.documents import (
+    WAYS,
+    Boundaries,
+    boundary_keywords,
+    boundary_masks,
+    layers_that_mix,
+    packages_to_keep_apart,
+    pass_boundaries,
+)
 from hfpretrain.modeling.loss import StepLoss, chunked_loss_installed, install_chunked_loss, summed_loss
 from hfpretrain.modeling.routers import COEFFICIENTS
-from hfpretrain.modeling.structure import causal_lm, eval_mode
+from hfpretrain.modeling.structure import causal_lm, decoder_layers, eval_mode
 from hfpretrain.recipe.labels import IGNORE_INDEX
 from hfpretrain.recipe.schema import ModelSection, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# What the code of a class raises for arguments that it does not expect.
+_CALL_ERRORS = (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError)
 _TOLERANCE = 2e-5  # nats; rounding a loss of about 10 nats to float32 changes it by a tenth of this
 
 
@@ -66,9 +77,41 @@ def require_causal(
         raise RecipeError.at("model.config" if section.pretrained is None else "model.pretrained", message)
 
 
-def isolates_documents(model: PreTrainedModel, block_size: int) -> bool:
-    """Whether packed documents don't affect each other; see `leak_reason`. All ranks must call it."""
-    return leak_reason(model, block_size) is None
+def keep_documents_apart(model: PreTrainedModel, block_size: int) -> str | None:
+    """Make packed documents not affect each other. Returns why that can't be done; None if it is done.
+
+    The positions of the tokens are enough for most models. Flash attention, gated delta rules and Mamba layers are told
+    where documents begin, see `documents.pass_boundaries`. All ranks must call it.
+    """
+    isolation = find_isolation(model, block_size)
+    if isolation.boundaries is not None:
+        pass_boundaries(model, isolation.boundaries)
+    return isolation.leak
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """Whether a model keeps packed documents apart, and what it needs for that."""
+
+    leak: str | None
+    """Why it can't; None if it can."""
+    boundaries: Boundaries | None = None
+    """How it must be told where documents begin, see `documents.pass_boundaries`; None if positions are enough."""
+
+
+def find_isolation(model: PreTrainedModel, block_size: int) -> Isolation:
+    """Find out how a model keeps packed documents apart. All ranks must call it."""
+    leak = leak_reason(model, block_size)
+    if leak is None:
+        return Isolation(None)
+    for boundaries in WAYS:
+        undo = pass_boundaries(model, boundaries)
+        try:
+            if leak_reason(model, block_size) is None:
+                return Isolation(None, boundaries)
+        finally:
+            undo()
+    return Isolation(leak)
 
 
 def leak_reason(model: PreTrainedModel, block_size: int) -> str | None:
@@ -78,16 +121,12 @@ def leak_reason(model: PreTrainedModel, block_size: int) -> str | None:
     the tokens of the first change. They must also stay the same if one position, in the first document or in another
     row, is set to the last position of a block. All ranks must call it.
     """
-    length = max(4, min(16, block_size, getattr(model.config, "max_position_embeddings", 16) or 16))
-    half = length // 2
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
     # Two rows, since some attention implementations isolate documents only in a batch of one.
-    input_ids = torch.randint(vocabulary, (2, length), generator=generator).to(device)
+    input_ids, positions = _two_documents(model, block_size)
+    length = positions.shape[1]
+    half = length // 2
     perturbed = input_ids.clone()
-    perturbed[:, :half] = (perturbed[:, :half] + 1) % vocabulary
-    positions = torch.cat([torch.arange(half), torch.arange(length - half)]).repeat(2, 1).to(device)
+    perturbed[:, :half] = (perturbed[:, :half] + 1) % model.config.vocab_size
     # Rotary frequencies may depend on the largest position (rope_type dynamic and longrope).
     long_row, long_document = positions.clone(), positions.clone()
     long_row[1] = torch.arange(length)
@@ -100,7 +139,7 @@ def leak_reason(model: PreTrainedModel, block_size: int) -> str | None:
         try:
             first, second = logits(input_ids, positions), logits(perturbed, positions)
             third, fourth = (logits(input_ids, changed)[0] for changed in (long_row, long_document))
-        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        except _CALL_ERRORS as error:
             text = " ".join(str(error).split())
             return f"{type(model).__name__} does not accept positions that restart at each document ({text:.100})"
     if not torch.equal(first, second):
@@ -111,22 +150,86 @@ def leak_reason(model: PreTrainedModel, block_size: int) -> str | None:
     return None
 
 
-def resolve_document_masking(wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool) -> bool:
+def _two_documents(model: PreTrainedModel, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of two rows of two documents each, which have half a row: two int64 (2, length)."""
+    length = max(4, min(16, block_size, getattr(model.config, "max_position_embeddings", 16) or 16))
+    half = length // 2
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (2, length), generator=generator).to(device)
+    return input_ids, torch.cat([torch.arange(half), torch.arange(length - half)]).repeat(2, 1).to(device)
+
+
+def explain_leak(model: PreTrainedModel, block_size: int, leak: str) -> str:
+    """`leak`, the `Isolation.leak` of a model, with the layers that mix documents and what would keep them apart.
+
+    All ranks must call it.
+    """
+    input_ids, positions = _two_documents(model, block_size)
+    keywords: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions, "use_cache": False}
+    keywords |= _accepted_masks(model, positions)
+    with torch.no_grad(), _comparable_experts(model):
+        mixing = layers_that_mix(model, lambda: model(**keywords), positions.shape[1] // 2)
+        missing, untold = packages_to_keep_apart(model, lambda: model(**keywords, **boundary_keywords(positions)))
+    name, number = type(model).__name__, len(decoder_layers(model))
+    which = f"the {' and '.join(sorted(set(mixing)))} layers of {name} ({len(mixing)} of {number})" if mixing else name
+    if untold:
+        names = " and ".join(f"`{function}`" for function in untold)
+        return f"{which} let packed documents see each other: transformers does not tell {names} where documents begin"
+    if missing:
+        return f"{which} can keep packed documents apart only on GPUs with {' and '.join(missing)} installed"
+    if 0 < len(mixing) < number:
+        return f"{which} let packed documents see each other, with {model.config._attn_implementation} attention"
+    return leak
+
+
+def _accepted_masks(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, Any]:
+    """The argument `attention_mask` that keeps documents apart, if the model accepts it."""
+    try:
+        masks = boundary_masks(model, positions)
+        with torch.no_grad(), _comparable_experts(model):
+            model(input_ids=positions, position_ids=positions, attention_mask=masks, use_cache=False)
+    except _CALL_ERRORS:
+        return {}
+    return {"attention_mask": masks}
+
+
+def isolating_attention(model: PreTrainedModel, block_size: int) -> str | None:
+    """The attention implementation, other than a model's own, with which it keeps packed documents apart, if any.
+
+    All ranks must call it.
+    """
+    own = model.config._attn_implementation
+    for name in ("sdpa", "eager"):
+        try:
+            model.set_attn_implementation(name)
+            if name != own and leak_reason(model, block_size) is None:
+                return name
+        except ValueError:  # the class does not support it
+            continue
+        finally:
+            model.set_attn_implementation(own)
+    return None
+
+
+def resolve_document_masking(
+    wanted: Literal["auto"] | bool, leak: str | None, packs_documents: bool, model: PreTrainedModel, block_size: int
+) -> bool:
     """Whether attention ends at document boundaries.
 
-    `wanted`: the recipe's `training.document_masking`. `leak`: the result of `leak_reason`. `packs_documents`: whether
-    a block may have several documents. Raises `RecipeError` if documents leak and `wanted` is true, or `wanted` is
-    `auto` and a block may have several documents.
+    `wanted`: the recipe's `training.document_masking`. `leak`: the `Isolation.leak` of `model`. `packs_documents`:
+    whether a block may have several documents. Raises `RecipeError` if documents leak and `wanted` is true, or `wanted`
+    is `auto` and a block may have several documents. All ranks must call it.
     """
     if wanted is False or leak is None:
         return wanted is not False
     if wanted == "auto" and not packs_documents:
         return False
-    fix = (
-        "set it to false to let documents see each other, or change the model or model.attn_implementation "
-        f"(got {wanted!r})"
-    )
-    raise RecipeError.at("training.document_masking", f"packed documents can't be kept apart: {leak}; {fix}")
+    other = isolating_attention(model, block_size)
+    fix = "use another model" if other is None else f"set model.attn_implementation: {other}, which keeps them apart"
+    fix = f"set it to false to let documents see each other, or {fix} (got {wanted!r})"
+    message = f"packed documents can't be kept apart: {explain_leak(model, block_size, leak)}; {fix}"
+    raise RecipeError.at("training.document_masking", message)
 
 
 def use_chunked_loss(model: Any, wanted: Literal["auto"] | bool, z_loss: float = 0.0) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from dataclasses import asdict, dataclass
@@ -269,7 +270,8 @@ def make_plan(
     training, longest = recipe.training, longest_stage(recipe.data, recipe.training)
     stages = length_stages(recipe.data, training)
     resolved = resolved or ResolvedSettings()
-    config = model_config(recipe) if resolved.config is None else resolved.config
+    # A copy, since building a model sets the attention implementation of its config.
+    config = model_config(recipe) if resolved.config is None else copy.deepcopy(resolved.config)
     hardware = devices.find_hardware(
         device, num_processes, resolved.mixed_precision or training.mixed_precision, resolved.cpu_peak_flops
     )
@@ -280,7 +282,7 @@ def make_plan(
     total_peak = None if peak is None else peak * (1 if on_cpu else num_processes)
     # Tensors without data need no scaled initial weights. The simulation is on a CPU, which can't run kernels for GPUs.
     section = recipe.model.model_copy(update={"pretrained": None, "depth_scaled_init": False})
-    if section.attn_implementation.startswith(("flash", "flex")):
+    if section.attention_has_kernels:
         section = section.model_copy(update={"attn_implementation": "auto"})
 
     if resolved.config is None:
@@ -378,7 +380,7 @@ def _notes(
         notes.append(f"parameters are counted for all tokens of tokenizer.{key}; training it may give fewer")
     if precision != "no" and any(engine.family == "replica" for engine in engines):
         notes.append("weights under single and ddp are in float32, and autocast makes 16-bit copies of them")
-    if recipe.model.attn_implementation.startswith(("flash", "flex")):
+    if recipe.model.attention_has_kernels:
         attention = recipe.model.attn_implementation
         notes.append(f"activations are simulated with sdpa attention; {attention} needs as much memory or less")
     if recipe.training.compile is True:

@@ -78,6 +78,11 @@ def _with_revision(given: Any) -> Any:
     return {**given, "pretrained": repo_id, "revision": revision}
 
 
+AttentionImplementation = Annotated[
+    str, Field(pattern=r"^(auto|sdpa|eager|flash_attention_[234]|flex_attention|kernels-community/[\w.-]+)$")
+]
+
+
 class ModelSection(Section):
     """The model: a new one from `config`, or an existing one from `pretrained`; exactly one of the two."""
 
@@ -101,11 +106,11 @@ class ModelSection(Section):
     """Names of tensors that only the checkpoint `pretrained` or only the model may have, for example
     `[lm_head.weight]`. `*` matches any characters. A tensor that the checkpoint lacks is drawn from the seed. A tensor
     that the model lacks is left out. Default: none, so that any missing or unexpected tensor is an error."""
-    attn_implementation: Literal[
-        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = "auto"
-    """Attention implementation, passed to transformers. `auto`: PyTorch's scaled dot product attention (`sdpa`) where
-    the model's class supports it, otherwise `eager`."""
+    attn_implementation: AttentionImplementation = "auto"
+    """Attention implementation, passed to transformers: `sdpa`, `eager`, `flash_attention_2`, `flash_attention_3`,
+    `flash_attention_4` or `flex_attention`. `auto`: PyTorch's scaled dot product attention (`sdpa`) where the model's
+    class supports it, otherwise `eager`. A name such as `kernels-community/flash-attn3` is a kernel of the
+    Hub (package `kernels`)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     use_liger_kernel: bool = False
@@ -143,6 +148,11 @@ class ModelSection(Section):
             if getattr(self, key) and self.pretrained is None:
                 raise ValueError(f"`{key}` belongs to `pretrained`, which is not given")
         return self
+
+    @property
+    def attention_has_kernels(self) -> bool:
+        """Whether the attention implementation has kernels of its own, which may not run on every machine."""
+        return self.attn_implementation not in ("auto", "sdpa", "eager")
 
 
 TOKENIZER_SAMPLE_BYTES = 2_000_000_000
@@ -837,9 +847,11 @@ class TrainingSection(Section):
     (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), otherwise float32."""
     document_masking: Literal["auto"] | bool = "auto"
     """Whether attention stops at the boundaries of documents within a block. A test at the start finds out whether the
-    model supports this. `auto`, the default: mask if the model supports it. If it doesn't, and every block holds one
-    document, train without masking. If it doesn't, and a block holds several documents or `data.streaming` is set, stop
-    the run. `true`: stop the run if the model doesn't support it. `false`: never mask."""
+    model supports this. Most models only need the positions of the tokens. Flash attention, and the kernels of gated
+    delta rules, Mamba-2 and causal convolutions, are told where documents begin; without these kernels, such layers mix
+    documents. `auto`, the default: mask if the model supports it. If it doesn't, and every block holds one document,
+    train without masking. If it doesn't, and a block holds several documents or `data.streaming` is set, stop the run.
+    `true`: stop the run if the model doesn't support it. `false`: never mask."""
     chunked_loss: Literal["auto"] | bool = "auto"
     """Compute the loss for one chunk of tokens after another, so that the logits of a whole batch are never in memory.
     `auto`: if a test at the start finds the same loss as the model's own. `true`: stop the run if it is not the same.

@@ -171,9 +171,9 @@ def check_small_model(
         if rope_parameters is not None:
             change_rope(model, rope_parameters)
         if training.document_masking is not False:
-            leak = leak or checks.leak_reason(model, data.longest_block_size)
+            leak = leak or checks.keep_documents_apart(model, data.longest_block_size)
     packs = leak is not None and _packs_documents(data) if packs_documents is None else packs_documents
-    checks.resolve_document_masking(training.document_masking, leak, packs)
+    checks.resolve_document_masking(training.document_masking, leak, packs, model, data.longest_block_size)
     checks.use_chunked_loss(model, training.chunked_loss, training.z_loss)
     step_loss = checks.examine_loss(model)
     if note := step_loss.note(type(model).__name__):
@@ -184,7 +184,7 @@ def check_small_model(
     if balance is not None:
         notes.append(str(balance))
     if leak is not None and packs_documents is None:
-        fix = "training.document_masking: false"
+        leak, fix = checks.explain_leak(model, data.longest_block_size, leak), "training.document_masking: false"
         notes.append(f"if a block contains several documents, training requires {fix}, since {leak}")
     return notes
 
@@ -200,7 +200,7 @@ def _build_model(section: ModelSection, device: str) -> PreTrainedModel | None:
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
     section = section.model_copy(update={"pretrained": None, "depth_scaled_init": False})
-    if section.attn_implementation.startswith(("flash", "flex")):  # which may not run on this machine
+    if section.attention_has_kernels:  # which may not run on this machine
         section = section.model_copy(update={"attn_implementation": "auto"})
     return build_model(section, config, device=device)
 

@@ -31,7 +31,9 @@ from hfpretrain.evaluation.validation import BaseVocabulary
 from hfpretrain.modeling import initialization, optim
 from hfpretrain.modeling.build import apply_liger_kernel, build_model, compile_layers, import_model_code, should_compile
 from hfpretrain.modeling.checks import (
+    Isolation,
     examine_loss,
+    find_isolation,
     leak_reason,
     require_causal,
     resolve_document_masking,
@@ -45,6 +47,7 @@ from hfpretrain.modeling.config import (
     override_notes,
     resolve_config,
 )
+from hfpretrain.modeling.documents import pass_boundaries
 from hfpretrain.modeling.embeddings import add_token_embeddings
 from hfpretrain.modeling.flops import model_flops_per_token
 from hfpretrain.modeling.groups import ParameterGroups, first_trained_step
@@ -336,12 +339,17 @@ def set_up(recipe: Recipe, engine: Engine, watch: Watch, before_building: Callab
         "look for blocks of several documents", lambda: recipe.data.streaming or prepared.packs_documents()
     )
     wanted = training.document_masking
-    leak = None if wanted is False else leak_reason(probe, longest)
+    isolation = Isolation(None) if wanted is False else find_isolation(probe, longest)
+    leak = isolation.leak
+    if isolation.boundaries is not None:
+        for one in {network, probe}:
+            pass_boundaries(one, isolation.boundaries)
+        logger.info("%s keeps packed documents apart by %s", type(network).__name__, isolation.boundaries)
     is_compiled = should_compile(training.compile, training.num_steps * max(micro_steps), engine.can_compile)
     stages = Stages(_stages(recipe, lengths, micro_steps, ropes, model.config, parameters, frozen), engine, is_compiled)
     if wanted is not False and leak is None:
         leak = _leak_of_later_stages(stages, probe, longest)
-    document_masking = resolve_document_masking(wanted, leak, packs)
+    document_masking = resolve_document_masking(wanted, leak, packs, probe, longest)
     if packs and not document_masking:
         notes.add("documents in a block are not masked from each other (training.document_masking)")
     chunked_loss = use_chunked_loss(engine.model, training.chunked_loss, training.z_loss)

@@ -368,3 +368,20 @@ def test_parameters_that_are_not_trained_keep_their_values(tmp_path, name, model
     assert {s: r["loss"] for s, r in rows(run, "loss").items()} == {s: r["loss"] for s, r in before.items()}
     resumed = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
     assert all(torch.equal(resumed[key], tensor) for key, tensor in exported.items())
+
+
+@pytest.mark.parametrize("engine", ["single", pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_flash_attention_keeps_documents_apart_to_the_end_of_a_run(folder, engine):
+    recipe = write_recipe(folder, training__micro_batch_size=4, training__max_steps=4, evaluation__every_steps=2)
+    overrides = ["--training.document_masking=true", "--logging.every_steps=1"]
+    runs = {"sdpa": folder / "sdpa", "flash_attention_2": folder / "flash"}
+    for attention, run in runs.items():
+        changes = [f"--model.attn_implementation={attention}", f"--output_dir={run}"]
+        result = train(recipe, *overrides, *changes, engine=engine, processes=2, fault="flash_attention")
+        assert result.returncode == 0, result.stderr
+    assert json.loads((runs["flash_attention_2"] / "environment.json").read_text())["document_masking"] is True
+    for key in ("loss", "eval/loss"):
+        sdpa, flash = (rows(run, key) for run in runs.values())
+        assert list(sdpa) == list(flash)
+        for step, row in sdpa.items():
+            assert flash[step][key] == pytest.approx(row[key], rel=1e-5)

@@ -3,11 +3,12 @@ import torch
 from conftest import ROOT, hfpretrain, write_recipe
 from seven_b import five_layers_on_eight_devices
 from tiny_models import MEDIUM, MEDIUM_LLAMA, MEDIUM_MIXTRAL, config_without_special_ids
+from transformers import AutoConfig
 
 from hfpretrain import load_recipe
 from hfpretrain.modeling.structure import parameters_of_config
 from hfpretrain.planning import memory
-from hfpretrain.planning.plan import make_plan
+from hfpretrain.planning.plan import ResolvedSettings, make_plan
 from hfpretrain.planning.table import format_plan
 from hfpretrain.recipe.schema import OptimizerSection, RecipeError
 
@@ -93,6 +94,14 @@ def test_a_plan_for_a_cpu_times_a_step_of_a_small_model_and_keeps_the_random_sta
     assert assumed.mfu_source == "assumed" and timed.seconds_per_step > 3 * assumed.seconds_per_step
     assert make_plan(recipe, engine="single", device="A100-80GB").mfu_source == "assumed"
     assert "a micro-step and an update of this model" in format_plan(timed)
+
+
+def test_a_plan_leaves_the_attention_of_the_runs_model_unchanged(folder):
+    recipe = load_recipe(write_recipe(folder, model__attn_implementation="flash_attention_2"))
+    config = AutoConfig.for_model(**recipe.model.config, vocab_size=300)
+    config._attn_implementation = "eager"
+    make_plan(recipe, num_processes=1, engine="single", resolved=ResolvedSettings(config))
+    assert config._attn_implementation == "eager"
 
 
 def test_a_batch_that_does_not_divide_is_refused_and_gets_no_time(folder):

@@ -133,8 +133,7 @@ def test_check_exits_with_2_and_reports_all_problems(folder):
     assert "--engine" in hfpretrain("check", str(write_recipe(folder)), "--engine", "ddpp").stderr
 
 
-OPT = {"model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 64, "hidden_size": 32,
-       "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+BLOOM = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
 
 def test_a_no_decay_pattern_without_a_match_fails_before_text_is_read(folder):
@@ -159,11 +158,11 @@ def test_check_runs_the_tests_of_training_on_a_small_model(folder):
 
     llama = recipe_mapping(folder)["model"]["config"]
     match = r"training\.document_masking: "
-    assert check(llama) == check(OPT, training__document_masking=False) == check(OPT, packs_documents=False) == []
+    assert check(llama) == check(BLOOM, training__document_masking=False) == check(BLOOM, packs_documents=False) == []
     with pytest.raises(RecipeError, match=match):
-        check(OPT)
+        check(BLOOM)
     with pytest.raises(RecipeError, match=match):
-        check(OPT, packs_documents=False, training__document_masking=True)
+        check(BLOOM, packs_documents=False, training__document_masking=True)
     (note,) = check({**llama, "vocab_size": 2**22})  # too large to build here
     assert "is tested when training starts" in note
     mixtral = {**llama, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -181,7 +180,7 @@ def test_check_runs_the_tests_of_training_on_a_small_model(folder):
 def test_check_reads_unprepared_text_to_find_blocks_of_several_documents(folder):
     def check(texts, packing="concat"):
         write_jsonl(folder / "corpus.jsonl", texts)
-        changes = {"model__config": OPT, "data__packing": packing}
+        changes = {"model__config": BLOOM, "data__packing": packing}
         recipe = Recipe.model_validate(recipe_mapping(folder, **changes))
         return check_small_model(recipe.model, recipe.training, recipe.data, None)
 
