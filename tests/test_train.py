@@ -14,12 +14,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hfpretrain import files, load_recipe, prepare
 from hfpretrain.cli import main as main_of_cli
+from hfpretrain.engines import pieces
 from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import dump_recipe
 from hfpretrain.train import main
 from hfpretrain.training import run_folder
 from hfpretrain.training.metrics_file import read_metrics
-from hfpretrain.training.restore import decay_note
+from hfpretrain.training.restore import decay_note, require_same_muon
 
 # Dropout makes the result depend on the random state, the short schedule on the step.
 DROPOUT_GPT2 = {
@@ -306,6 +307,16 @@ def test_a_resume_reports_a_weight_decay_that_differs_from_an_earlier_version(tm
     assert "h.0.q_norm.weight" in decay_note("adamw", tmp_path, [], now)
     with pytest.raises(RecipeError, match=r"optimizer\.name: .* earlier version"):
         decay_note("muon", tmp_path, [], now)
+
+
+def test_a_resume_is_refused_if_an_earlier_version_used_muon_for_other_parameters(tmp_path):
+    one = torch.ones(2, 2)
+    state = {"router": {"momentum_buffer": one}, "experts": {"exp_avg": one}, "q_proj": {"momentum_buffer": one}}
+    pieces.save({"optimizer": state}, tmp_path / "saved")
+    require_same_muon(tmp_path / "saved", [{"optimizer": "muon", "parameters": ["router", "q_proj", "later"]}])
+    require_same_muon(tmp_path / "saved", [{"optimizer": "adamw", "parameters": ["q_proj"]}])
+    with pytest.raises(RecipeError, match=r"optimizer\.name: .* differently for experts, router; "):
+        require_same_muon(tmp_path / "saved", [{"optimizer": "muon", "parameters": ["experts", "q_proj"]}])
 
 
 def test_a_resume_with_changed_text_is_refused(folder):

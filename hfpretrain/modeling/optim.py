@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from transformers import get_scheduler
 
 from hfpretrain.modeling.groups import Phases, phase_at
+from hfpretrain.modeling.muon import GateAndUp, Muon, MuonSizes, gate_and_up
+from hfpretrain.modeling.routers import find_routers, router_matrices
 from hfpretrain.recipe.schema import OptimizerSection, RecipeError, SchedulerSection
 
 # Parameters of state-space layers. Mamba's own code marks them with `_no_weight_decay`, that of transformers does not.
@@ -47,12 +49,32 @@ def undecayed_matrices(model: Any, decayed: set[str]) -> list[str]:
 
 
 def hidden_names(model: Any) -> set[str]:
-    """Names of the matrices that Muon trains: all but the input and output embeddings. Call it before sharding."""
+    """Names of the matrices and the stacks of experts' matrices that Muon trains. Call it before sharding.
+
+    AdamW trains the input and output embeddings, and matrices with one row or column, which are vectors. It also trains
+    the matrices that compute a router's logits: like those of the output embedding, their rows are classes, each of
+    which has gradients of its own size and frequency. Muon would give all directions of this matrix the same step, and
+    so move experts that are rarely chosen as much as others.
+    """
     outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     if (head := model.get_output_embeddings()) is not None:
         outside.add(id(head.weight))
+    routers = find_routers(model)
+    outside |= {id(matrix) for router in routers for matrix in router_matrices(model, router)}
+    numbers = {router.num_experts for router in routers}
     matrices = _matrix_names(model)
-    return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in outside and name in matrices}
+    found = set()
+    for name, parameter in model.named_parameters():
+        is_stack = parameter.ndim == 3 and parameter.shape[0] in numbers and not _is_convolution(model, name)
+        is_matrix = (parameter.ndim == 2 or is_stack) and min(parameter.shape[-2:]) > 1
+        if is_matrix and name in matrices and id(parameter) not in outside:
+            found.add(name)
+    return found
+
+
+def _is_convolution(model: Any, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
 
 
 def _matrix_names(model: Any) -> set[str]:
@@ -102,6 +124,16 @@ def moment_bytes(model: Any, section: OptimizerSection) -> int:
     return total
 
 
+def muon_sizes(model: Any, section: OptimizerSection) -> MuonSizes | None:
+    """The sizes of what Muon trains; None for other optimizers. Call it before sharding."""
+    if section.name != "muon":
+        return None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = [trained[name] for name in hidden_names(model) if name in trained]
+    matrices, stacks = ([p.numel() for p in found if p.ndim == number] for number in (2, 3))
+    return MuonSizes(len(matrices), sum(matrices), max(matrices, default=0), max(stacks, default=0))
+
+
 _LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
 
 
@@ -141,11 +173,19 @@ class _CombinedOptimizer(torch.optim.Optimizer):
 
 
 class MuonWithAdamW(_CombinedOptimizer):
-    """Muon for the parameter groups `hidden` and AdamW for the parameter groups `other`, as one optimizer."""
+    """Muon for the parameter groups `hidden` and AdamW for the parameter groups `other`, as one optimizer.
 
-    def __init__(self, hidden: list[dict[str, Any]], other: list[dict[str, Any]], section: OptimizerSection):
-        muon = torch.optim.Muon(hidden, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
-        super().__init__(muon, _adamw(other, section))
+    `layouts`: see `Muon`.
+    """
+
+    def __init__(
+        self,
+        hidden: list[dict[str, Any]],
+        other: list[dict[str, Any]],
+        section: OptimizerSection,
+        layouts: Sequence[Sequence[GateAndUp | None]],
+    ):
+        super().__init__(Muon(hidden, section.lr, section.momentum, layouts), _adamw(other, section))
 
 
 class AdamW8bit(_CombinedOptimizer):
@@ -307,7 +347,9 @@ def build_optimizer(
         ]
 
     if section.name == "muon":
-        return MuonWithAdamW(groups_of("muon"), groups_of("adamw"), section)
+        names = [group["parameters"] for group in named if group["optimizer"] == "muon"]
+        layouts = [[gate_and_up(model, name) for name in some] for some in names]
+        return MuonWithAdamW(groups_of("muon"), groups_of("adamw"), section, layouts)
     groups = groups_of(section.name)
     if section.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=section.lr, beta2_decay=section.beta2_decay, d=section.d)

@@ -69,6 +69,20 @@ def find_routers(model: PreTrainedModel) -> list[Router]:
     return found
 
 
+def router_matrices(model: PreTrainedModel, router: Router) -> list[torch.nn.Parameter]:
+    """The matrices that compute a router's logits, of shape (choices, inputs). Most routers have one."""
+    if router.logits is not None:
+        owners = list(router.logits[0].modules())
+    elif router.bias is not None:
+        owners = list(router.bias[0].modules())
+    else:
+        owners = list(model.get_submodule(router.name).modules())
+    experts = set(router.experts.modules()) if router.experts is not None else set()
+    numbers = (router.num_experts, router.num_choices)
+    own = [p for module in owners if module not in experts for p in module.parameters(recurse=False)]
+    return [parameter for parameter in own if parameter.ndim == 2 and parameter.shape[0] in numbers]
+
+
 def keep_biases_whole(routers: Sequence[Router]) -> None:
     """Make the bias of each router a buffer, which no engine shards and no optimizer trains.
 

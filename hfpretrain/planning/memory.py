@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hfpretrain.engines.deepspeed import REDUCE_BUCKET
 from hfpretrain.modeling import loss
+from hfpretrain.modeling.muon import MuonSizes
 from hfpretrain.recipe.schema import RecipeError
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class ModelSizes:
     """Bytes of what the optimizer keeps for all parameters."""
     frozen: int = 0
     """Number of parameters that no step trains. They have no gradients and no optimizer state."""
+    muon: MuonSizes | None = None
+    """None if the optimizer is not Muon."""
 
 
 @dataclass(frozen=True)
@@ -277,10 +280,10 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, cast[parameter])
 
 
-def model_sizes(model: PreTrainedModel, layers: Any, moments: int) -> ModelSizes:
+def model_sizes(model: PreTrainedModel, layers: Any, moments: int, muon: MuonSizes | None = None) -> ModelSizes:
     """The sizes of a model, which may be on the meta device.
 
-    `layers`: its decoder layers. `moments`: see `ModelSizes`.
+    `layers`: its decoder layers. `moments`, `muon`: see `ModelSizes`.
     """
     output = model.get_output_embeddings()
     return ModelSizes(
@@ -291,6 +294,7 @@ def model_sizes(model: PreTrainedModel, layers: Any, moments: int) -> ModelSizes
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         moments=moments,
         frozen=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        muon=muon,
     )
 
 
@@ -363,6 +367,7 @@ def process_memory(
     else:
         in_micro_step = gradients + micro_step.peak_without_gradients // activations_by + bucket
     in_update = gradients + update_bytes + (bucket if sharding.weights == "all" else 0)  # stage 3 keeps its bucket
+    orthogonalizing = 0 if sizes.muon is None else sizes.muon.update_bytes(optimizer_by, on_cpu)
     host, copy = 0, (4 * total + sizes.moments) // num_processes if saves_async else 0
     if sharding.offload and not on_cpu:  # on a CPU the device's memory is the host's
         host, update_bytes = weights + gradients + update_bytes + optimizer, 0
@@ -382,7 +387,7 @@ def process_memory(
         activations=micro_step.activations // activations_by,
         logits=micro_step.logits // activations_by,
         buffers=buffers + bucket,
-        peak=weights + optimizer + buffers + max(in_micro_step, in_update),
+        peak=weights + optimizer + buffers + max(in_micro_step, in_update + orthogonalizing),
         host=host,
     )
 

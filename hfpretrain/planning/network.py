@@ -7,6 +7,8 @@ all-gather or a reduce-scatter half of that (Patarasu and Yuan 2009). For Psi pa
 - `fsdp2`: in every micro-step, weights all-gathered for the forward pass and again for the backward pass (the output
   embedding only once), then float32 gradients reduce-scattered. That is 3 Psi, as in ZeRO. A 16-bit precision gathers
   16-bit weights.
+  With Muon, also the momentum of all single matrices, once a step: each device receives whole matrices and sends back
+  the update, in bf16, 2 Psi / n. Stacks of experts are not sent.
 - `hsdp`: the same within each group of devices that share one copy of the model, and in every micro-step an all-reduce
   of a shard's float32 gradients across groups.
 - `zero1`, `zero2`: gradients in the weights' precision (`zero1` once a step, `zero2` in every micro-step), and the new
@@ -112,6 +114,10 @@ def exchanges_per_step(
             Exchange(1, width * (total - sizes.output_embedding), num_collectives=units - 1, **every),
             Exchange(1, 4 * trained, num_collectives=units, **every),
         ]
+        if sizes.muon is not None:
+            # Both ways in bf16, a matrix to each device in a round.
+            group, rounds = every["group_size"], math.ceil(sizes.muon.num_matrices / every["group_size"])
+            exchanges.append(Exchange(1, 2 * 2 * sizes.muon.in_matrices / group, group, 2 * rounds))
         if engine == "hsdp":
             num_groups = num_devices // shard_size
             exchanges.append(Exchange(2, 4 * trained / shard_size, num_groups, units, micro_steps, stride=shard_size))

@@ -306,7 +306,8 @@ def make_plan(
             model.get_parameter(name).requires_grad_(False)
         return model
 
-    sizes = memory.model_sizes(model, decoder_layers(model), optim.moment_bytes(model, recipe.optimizer))
+    moments, muon = optim.moment_bytes(model, recipe.optimizer), optim.muon_sizes(model, recipe.optimizer)
+    sizes = memory.model_sizes(model, decoder_layers(model), moments, muon)
     chunked_loss = training.chunked_loss is not False if resolved.chunked_loss is None else resolved.chunked_loss
     chunked_loss = chunked_loss and loss.can_chunk(model)
     masking = resolved.document_masking

@@ -7,7 +7,7 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hfpretrain.checkpoints import resume, saver
 from hfpretrain.data.batches import StagedData, TrainingData
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.streaming import StreamingData
+from hfpretrain.engines import pieces
 from hfpretrain.modeling import optim
 from hfpretrain.recipe.schema import RecipeError
 from hfpretrain.recipe.yaml import CHANGEABLE_ON_RESUME, differences, read_recipe
@@ -86,6 +87,7 @@ def restore(
     undecayed = stored.pop("undecayed", [])
     if undecayed is not None:  # it is None at the start of a branch that changes `optimizer.no_decay`
         setup.notes.add(decay_note(setup.recipe.optimizer.name, path, undecayed, setup.undecayed))
+    require_same_muon(path, setup.optimizer_groups)
     # At the start of a branch that does not continue the data order of its trunk, it is None.
     if stored.pop("data") not in (None, setup.data_identity):
         is_first_version, add_bos = "segments" not in stored, setup.recipe.tokenizer.add_bos
@@ -162,6 +164,21 @@ def decay_note(optimizer: str, path: Path, before: list[str], now: list[str]) ->
         )
         raise RecipeError.at("optimizer.name", f"{message}; continue with that version, or choose a new output_dir")
     return f"this version of hfpretrain applies weight decay to other weights than the one that wrote {path}: {names}"
+
+
+def require_same_muon(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RecipeError` if the run at `path` used Muon for other parameters than `groups`, those of `named_groups`.
+
+    Earlier versions used it for routers and not for stacks of experts.
+    """
+    saved = pieces.names_in(path, "optimizer")
+    known = {name.partition(pieces.SEPARATOR)[0] for name in saved}
+    now = {name for group in groups if group["optimizer"] == "muon" for name in group["parameters"]}
+    before = {name for name in known if f"{name}{pieces.SEPARATOR}momentum_buffer" in saved}
+    if now and (changed := sorted((now & known) ^ before)):
+        names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        message = f"{path} is of an earlier version of hfpretrain, which used Muon differently for {names}"
+        raise RecipeError.at("optimizer.name", f"{message}; continue with that version, or choose a new output_dir")
 
 
 def _check_ledger(

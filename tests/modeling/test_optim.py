@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, recipe_mapping, write_recipe
 from pydantic import ValidationError
-from tiny_models import SMALL, SPECIAL
+from tiny_models import MOE, SMALL, SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
@@ -135,7 +135,17 @@ def build(name, lr=1e-3):
 
 @pytest.mark.parametrize("name", [*NAMES, *NAMES_OF_LIBRARIES])
 def test_moment_bytes_equals_the_size_of_the_optimizer_state(name):
-    model, optimizer = build(name)
+    check_moment_bytes(name, *build(name))
+
+
+def test_moment_bytes_of_muon_count_experts_once():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SPECIAL, **MOE}), dtype=torch.float32)
+    section = OptimizerSection(name="muon", lr=1e-3)
+    check_moment_bytes("muon", model, build_optimizer(model, section, decayed_names(model), hidden_names(model)))
+
+
+def check_moment_bytes(name, model, optimizer):
     train(model, optimizer, range(1))
     kept = [pieces.to_fragments(value) for state in optimizer.state.values() for value in state.values()]
     kept = [tensor for value in kept for tensor in (value.values() if isinstance(value, dict) else [value])]

@@ -1,0 +1,241 @@
+"""Muon for matrices and stacks of matrices, whole or sharded."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The defaults of torch.optim.Muon.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS, _EPS = 5, 1e-7
+
+
+@dataclass(frozen=True)
+class MuonSizes:
+    """Numbers of elements that the memory and the network of Muon's update depend on."""
+
+    num_matrices: int
+    """Number of parameters that are single matrices, which are exchanged if they are sharded."""
+    in_matrices: int
+    """Elements of these."""
+    largest_matrix: int
+    largest_stack: int
+
+    def update_bytes(self, num_shards: int, on_cpu: bool) -> int:
+        """Largest number of bytes that the update allocates on a process at one moment.
+
+        The momentum is float32. In the dtype of `compute_dtype` there are its copy, two iterates of a matrix and two
+        products with its transpose, and for a sharded matrix also what is sent and received.
+        """
+        width = 4 if on_cpu else 2
+        matrix = (4 + (7 if num_shards > 1 else 5) * width) * self.largest_matrix
+        return max(matrix, (4 + 5 * width) * self.largest_stack // num_shards)
+
+
+@dataclass(frozen=True)
+class GateAndUp:
+    """How a stack of experts stores the gate's and the up projection's matrices in one tensor of 3 dimensions."""
+
+    dim: int
+    """The dimension, 1 or 2, that has the outputs of both."""
+    interleaved: bool
+    """Whether their outputs take turns. Otherwise the gate's come first."""
+
+    def split(self, stack: torch.Tensor) -> torch.Tensor:
+        """A view of shape (experts, 2, rows, columns)."""
+        sizes, moved = ((-1, 2), self.dim + 1) if self.interleaved else ((2, -1), self.dim)
+        return stack.unflatten(self.dim, sizes).movedim(moved, 1)
+
+    def join(self, matrices: torch.Tensor) -> torch.Tensor:
+        """The reverse of `split`."""
+        moved = self.dim + 1 if self.interleaved else self.dim
+        return matrices.movedim(1, moved).flatten(self.dim, self.dim + 1)
+
+
+def gate_and_up(model: torch.nn.Module, name: str) -> GateAndUp | None:
+    """How the parameter `name` stores two matrices for each expert; None if it has one matrix for each.
+
+    It has two if it is called `gate_up_proj`, as in transformers 5, and has twice as many outputs as `down_proj` has
+    inputs. Most classes store (experts, outputs, inputs), Llama 4 and gpt-oss (experts, inputs, outputs).
+    """
+    owner_name, _, leaf = name.rpartition(".")
+    owner: Any = model.get_submodule(owner_name)
+    stack, down = getattr(owner, leaf), getattr(owner, "down_proj", None)
+    if leaf != "gate_up_proj" or stack.ndim != 3 or not isinstance(down, torch.Tensor) or down.ndim != 3:
+        return None
+    interleaved = not getattr(owner, "is_concatenated", True)
+    if tuple(stack.shape[1:]) == (2 * down.shape[2], down.shape[1]):
+        return GateAndUp(1, interleaved)
+    if tuple(stack.shape[1:]) == (down.shape[2], 2 * down.shape[1]):
+        return GateAndUp(2, interleaved)
+    return None
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix of each of `matrices` (..., rows, columns), approximately, in `dtype`.
+
+    The Newton-Schulz iteration of `torch.optim.Muon`, which takes one matrix at a time; this one takes a batch.
+    Singular values become 0.7 to 1.2. The result is transposed if the matrix is, so it does not matter whether a class
+    stores (inputs, outputs) or (outputs, inputs).
+    """
+    a, b, c = _COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    shape = matrices.mT.shape if tall else matrices.shape
+    x = (matrices.mT if tall else matrices).to(dtype).reshape(-1, *shape[-2:])
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.reshape(shape)
+    return x.mT if tall else x
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """The dtype in which matrices are orthogonalized on a type of device.
+
+    bfloat16 as in `torch.optim.Muon`, on CPUs float32. With bfloat16, the losses of one process and of two differ by
+    1e-4 after a few steps, with float32 by 1e-6. On a CPU without bfloat16 matrix units it would also be slower
+    (benchmarks/README.md, "Muon").
+    """
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), one update for each matrix.
+
+    Parameters have 2 dimensions, or 3: stacks of matrices, whose first dimension counts them, as experts in
+    transformers 5. For a matrix the update is that of `torch.optim.Muon`, with Nesterov momentum and
+    `adjust_lr_fn="match_rms_adamw"`: the learning rate is multiplied by 0.2 sqrt(max(rows, columns)), so that an
+    element of the update is about as large as AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982). For a stack,
+    rows and columns are those of one of its matrices.
+
+    A fused `gate_up_proj` of experts is two matrices for each expert, and each has an update of its own. The gate and
+    the up projection are two linear maps, which dense layers and the checkpoints of most classes store as two matrices;
+    one update for both would mix their singular vectors, and would depend on how the library stores them.
+
+    Of parameters that are sharded (`DTensor`), each process orthogonalizes a part of the whole matrices. A stack that
+    is sharded by its first dimension has whole matrices on each process already. Other matrices of the same shape are
+    exchanged in rounds of as many as there are processes: each process receives one whole matrix, in the dtype that it
+    is orthogonalized in, and sends back to every process its part of the result. With NCCL this is an all-to-all, and
+    gloo gathers the round's matrices on every process.
+
+    `layouts`: for each parameter of each group, the result of `gate_and_up`. State: `momentum_buffer`, like the
+    gradient.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        layouts: Sequence[Sequence[GateAndUp | None]],
+    ):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        self._layouts = layouts
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters that have gradients."""
+        assert closure is None
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            pairs = [(p, layout) for p, layout in zip(group["params"], layouts, strict=True) if p.grad is not None]
+            for parameters, layout in _rounds(pairs):
+                momenta = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+                for parameter, update in zip(parameters, _updates(momenta, layout), strict=True):
+                    rows, columns = parameter.shape[-2:]
+                    if layout is not None:
+                        rows, columns = (rows // 2, columns) if layout.dim == 1 else (rows, columns // 2)
+                    weights = _local(parameter)
+                    weights.mul_(1 - group["lr"] * group["weight_decay"])
+                    rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                    weights.add_(update.to(weights.device, weights.dtype), alpha=-rate)
+
+    def _momentum(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        """The gradient with Nesterov momentum."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+        state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum_buffer"], momentum)
+
+
+def _rounds(
+    pairs: list[tuple[torch.Tensor, GateAndUp | None]],
+) -> Iterator[tuple[list[torch.Tensor], GateAndUp | None]]:
+    """The parameters that are updated together, and their layout.
+
+    That is one parameter, or as many sharded matrices of one shape as there are shards.
+    """
+    alike: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for parameter, layout in pairs:
+        if parameter.ndim == 2 and _is_exchanged(parameter):
+            tensor: Any = parameter
+            alike[tensor.shape, tensor.device_mesh, tensor.placements].append(parameter)
+        else:
+            yield [parameter], layout
+    for (_, mesh, placements), parameters in alike.items():
+        number = math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+        for first in range(0, len(parameters), number):
+            yield parameters[first : first + number], None
+
+
+def _is_exchanged(tensor: torch.Tensor) -> bool:
+    """Whether each process gets whole matrices by an exchange. Tensors that are cut twice are gathered instead."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(tensor, DTensor):
+        return False
+    shards = [placement for placement in tensor.placements if not isinstance(placement, Replicate)]
+    return len(shards) == 1 and type(shards[0]) is Shard
+
+
+def _updates(momenta: list[torch.Tensor], layout: GateAndUp | None) -> list[torch.Tensor]:
+    """This process's part of the orthogonalized `momenta`, which are those of one round."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    first: Any = momenta[0]
+    if not isinstance(first, DTensor):
+        return [_orthogonalize(first, layout, first.device.type)]
+    mesh, dtype = first.device_mesh, compute_dtype(first.device_mesh.device_type)
+    # Offloaded parameters are on the CPU.
+    local = [_local(momentum).to(mesh.device_type, dtype) for momentum in momenta]
+
+    def as_sharded(tensor: torch.Tensor, placements: Sequence[Any], like: torch.Tensor) -> DTensor:
+        return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+    if not _is_exchanged(first):
+        everywhere = [Replicate()] * mesh.ndim
+        whole = as_sharded(local[0], first.placements, first).redistribute(placements=everywhere).to_local()
+        update = as_sharded(_orthogonalize(whole, layout, mesh.device_type), everywhere, first)
+        return [update.redistribute(placements=first.placements).to_local()]
+    batch, placements = local[0], list(first.placements)
+    like = torch.empty(first.shape, device="meta")
+    if first.ndim == 2:
+        batch, like = torch.stack(local), torch.empty((len(momenta), *first.shape), device="meta")
+        placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in placements]
+    by_matrix = [Shard(0) if isinstance(p, Shard) else p for p in placements]
+    whole = as_sharded(batch, placements, like).redistribute(placements=by_matrix).to_local()
+    update = as_sharded(_orthogonalize(whole, layout, mesh.device_type), by_matrix, like)
+    parts = update.redistribute(placements=placements).to_local()
+    return list(parts) if first.ndim == 2 else [parts]
+
+
+def _orthogonalize(matrices: torch.Tensor, layout: GateAndUp | None, device: str) -> torch.Tensor:
+    """See `orthogonalize`. `matrices`: one matrix, a stack of them, a stack in a layout, or a tensor without elements."""
+    if not matrices.numel():  # there are fewer matrices than processes
+        return matrices.to(compute_dtype(device))
+    split = matrices if layout is None else layout.split(matrices)
+    result = orthogonalize(split, compute_dtype(device))
+    return (result if layout is None else layout.join(result)).contiguous()
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """This process's part of a tensor, in the same memory."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
