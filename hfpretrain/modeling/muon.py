@@ -227,7 +227,7 @@ def _updates(momenta: list[torch.Tensor], layout: GateAndUp | None) -> list[torc
 
 
 def _orthogonalize(matrices: torch.Tensor, layout: GateAndUp | None, device: str) -> torch.Tensor:
-    """See `orthogonalize`. `matrices`: one matrix, a stack of them, a stack in a layout, or a tensor without elements."""
+    """See `orthogonalize`. `matrices`: one matrix, a stack of them, a stack in a layout, or no elements."""
     if not matrices.numel():  # there are fewer matrices than processes
         return matrices.to(compute_dtype(device))
     split = matrices if layout is None else layout.split(matrices)
