@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,8 @@ from hfpretrain.engines.pieces import Fragments, Piece, cut_into_boxes
 from hfpretrain.modeling import initialization
 from hfpretrain.modeling.groups import Phases, first_trained_step, phase_at
 from hfpretrain.modeling.initialization import Weights
+from hfpretrain.modeling.muon import FlatMatrix, flat_matrices, gate_and_up, whole_shape
+from hfpretrain.modeling.optim import MuonWithAdamW
 from hfpretrain.recipe.schema import Problem, RecipeError
 
 REDUCE_BUCKET = 500_000_000
@@ -104,11 +107,11 @@ class DeepSpeed(Engine):
 
     @classmethod
     def optimizer_problem(cls, optimizer: str) -> str | None:
-        """None for adamw. No other optimizer works."""
-        if optimizer == "adamw":
+        """None for adamw and muon. No other optimizer works."""
+        if optimizer in ("adamw", "muon"):
             return None
-        reason = "DeepSpeed shards flattened weights, and only adamw works on those"
-        return f"{reason}; use another engine, or adamw"
+        reason = "DeepSpeed shards flattened weights, and only adamw and muon work on those"
+        return f"{reason}; use another engine, or adamw or muon"
 
     @property
     def _name(self) -> str:
@@ -154,6 +157,7 @@ class DeepSpeed(Engine):
         # torch's AdamW updates offloaded states. DeepSpeed's CPU AdamW gives other results in bf16, and needs a
         # compiler.
         config["zero_force_ds_cpu_optimizer"] = False
+        config["zero_allow_untested_optimizer"] = True  # Muon of modeling/muon.py is ours
         # The default bucket takes a gigabyte even for the smallest model.
         num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_parameters))
@@ -199,6 +203,13 @@ class DeepSpeed(Engine):
             weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
         super()._wrap(model, build_optimizer, weights)
         self._watch_phases()
+        if isinstance(optimizer := self.model.optimizer.optimizer, MuonWithAdamW):
+            flat: dict[torch.Tensor, list[FlatMatrix]] = defaultdict(list)
+            for name, tensor, pieces_of_ranks in self._pieces():
+                shape = whole_shape(self.model.module.get_parameter(name))
+                if len(shape) in (2, 3):
+                    flat[tensor] += flat_matrices(shape, gate_and_up(self.model.module, name), pieces_of_ranks)
+            optimizer.muon.use_flat_tensors(flat, self.model.device, self.model.optimizer.dp_process_group)
         assert self.model.gradient_clipping() == (self.max_grad_norm or 0.0)
         assert self.model.gradient_accumulation_steps() == self.accelerator.gradient_accumulation_steps
         if weights is not None and is_cast:
@@ -302,7 +313,7 @@ class DeepSpeed(Engine):
     def _forget_moments(self, states: Any, parameter: torch.Tensor) -> None:
         if "step" in states[parameter]:
             states[parameter]["step"].zero_()  # DeepSpeed holds references to the moments
-        else:
+        elif "momentum_buffer" not in states[parameter]:
             super()._forget_moments(states, parameter)
 
     # Weights and state.
@@ -345,7 +356,8 @@ class DeepSpeed(Engine):
         """See `Engine`. DeepSpeed makes the state of all parameters at once; one that has no step yet is not saved."""
         found = super().state_to_save()
         for name, phases in self._phases.items():
-            if first_trained_step(phases) and not found["optimizer"][name]["step"].item():
+            state = found["optimizer"][name]  # Muon's has no number of steps, and begins with zeros
+            if first_trained_step(phases) and "step" in state and not state["step"].item():
                 del found["optimizer"][name]
         return found
 
@@ -355,7 +367,9 @@ class DeepSpeed(Engine):
         A branch may have other groups than its trunk, and DeepSpeed has one number for all parameters of a group.
         """
         saved = pieces.first_level_names(path, "optimizer")
-        flats = {name: id(flat) for name, _, flat, *_ in self._locations() if name in saved}
+        # Muon's state has no number of steps.
+        counted = {id(flat) for flat, state in self.model.optimizer.optimizer.state.items() if "step" in state}
+        flats = {n: id(flat) for n, _, flat, *_ in self._locations() if n in saved and id(flat) in counted}
         asked = {"optimizer": {name: {"step": torch.zeros(())} for name in flats}}
         found = pieces.load(asked, path, group)["optimizer"] if flats else {}
         first: dict[int, str] = {}
@@ -379,6 +393,19 @@ class DeepSpeed(Engine):
     def _trained(self) -> Iterator[tuple[str, Any]]:
         parameters = self.model.module.named_parameters()
         return ((name, parameter) for name, parameter in parameters if parameter.requires_grad)
+
+    def _pieces(self) -> Iterator[tuple[str, torch.Tensor, list[tuple[int, int, int, int]]]]:
+        """Name and flat tensor of each trained parameter, and the pieces of all ranks: see `flat_matrices`."""
+        optimizer, names = self.model.optimizer, {id(parameter): name for name, parameter in self._trained()}
+        for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            position, size = 0, flat.numel()
+            for parameter in group:
+                end, found = position + parameter.numel(), []
+                for rank in range(position // size, -(-end // size)):
+                    low, high = max(position, rank * size), min(end, (rank + 1) * size)
+                    found.append((rank, low - rank * size, low - position, high - low))
+                yield names[id(parameter)], flat, found
+                position = end
 
     def _locations(self) -> Iterable[_Location]:
         optimizer = self.model.optimizer
@@ -462,6 +489,14 @@ class ZeRO3(DeepSpeed):
         self.model.step()
         del optimizer._get_norm_groups
         assert optimizer.overflow
+
+    def _pieces(self) -> Iterator[tuple[str, torch.Tensor, list[tuple[int, int, int, int]]]]:
+        optimizer = self.model.optimizer
+        for name, parameter in self._trained():
+            group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            starts = range(0, parameter.ds_numel, size)
+            found = [(rank, start, first, min(size, parameter.ds_numel - first)) for rank, first in enumerate(starts)]
+            yield name, optimizer.fp32_partitioned_groups_flat[group], found
 
     def _locations(self) -> Iterable[_Location]:
         optimizer = self.model.optimizer

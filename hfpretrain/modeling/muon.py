@@ -13,6 +13,8 @@ import torch
 # The defaults of torch.optim.Muon.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS, _EPS = 5, 1e-7
+_ROUND = 2**22
+"""Elements of small matrices that a process orthogonalizes at once."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,21 @@ class MuonSizes:
     """Number of parameters that are single matrices, which are exchanged if they are sharded."""
     in_matrices: int
     """Elements of these."""
+    in_stacks: int
     largest_matrix: int
     largest_stack: int
 
-    def update_bytes(self, num_shards: int, on_cpu: bool) -> int:
+    def update_bytes(self, num_shards: int, on_cpu: bool, flat: bool) -> int:
         """Largest number of bytes that the update allocates on a process at one moment.
 
         The momentum is float32. In the dtype of `compute_dtype` there are its copy, two iterates of a matrix and two
-        products with its transpose, and for a sharded matrix also what is sent and received.
+        products with its transpose, and for a sharded matrix also what is sent and received. `flat`: whether the
+        momentum of all matrices is one flat tensor, as under ZeRO.
         """
         width = 4 if on_cpu else 2
+        if flat:
+            in_round = min(max(self.largest_matrix, _ROUND), self.in_matrices + self.in_stacks)
+            return 4 * (self.in_matrices + self.in_stacks) // num_shards + 7 * width * in_round
         matrix = (4 + (7 if num_shards > 1 else 5) * width) * self.largest_matrix
         return max(matrix, (4 + 5 * width) * self.largest_stack // num_shards)
 
@@ -65,15 +72,54 @@ def gate_and_up(model: torch.nn.Module, name: str) -> GateAndUp | None:
     """
     owner_name, _, leaf = name.rpartition(".")
     owner: Any = model.get_submodule(owner_name)
-    stack, down = getattr(owner, leaf), getattr(owner, "down_proj", None)
-    if leaf != "gate_up_proj" or stack.ndim != 3 or not isinstance(down, torch.Tensor) or down.ndim != 3:
+    stack, down = whole_shape(getattr(owner, leaf)), whole_shape(getattr(owner, "down_proj", None))
+    if leaf != "gate_up_proj" or len(stack) != 3 or len(down) != 3:
         return None
     interleaved = not getattr(owner, "is_concatenated", True)
-    if tuple(stack.shape[1:]) == (2 * down.shape[2], down.shape[1]):
+    if stack[1:] == (2 * down[2], down[1]):
         return GateAndUp(1, interleaved)
-    if tuple(stack.shape[1:]) == (down.shape[2], 2 * down.shape[1]):
+    if stack[1:] == (down[2], 2 * down[1]):
         return GateAndUp(2, interleaved)
     return None
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of a parameter, also of one that ZeRO-3 has emptied; () for what is no tensor."""
+    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "shape", ())))
+
+
+@dataclass(frozen=True)
+class FlatMatrix:
+    """A matrix whose elements are in the flat tensors of one or more processes, as under ZeRO."""
+
+    shape: tuple[int, int]
+    layout: GateAndUp | None
+    """If it is an expert's fused gate and up projection."""
+    pieces: tuple[tuple[int, int, int], ...]
+    """In the order of the matrix's elements: rank, first element in its flat tensor, number of elements."""
+    owner: int
+    """Rank of the process that orthogonalizes it."""
+
+
+def flat_matrices(
+    shape: Sequence[int], layout: GateAndUp | None, pieces: Sequence[tuple[int, int, int, int]]
+) -> Iterator[FlatMatrix]:
+    """The matrices of a parameter of 2 or 3 dimensions.
+
+    `pieces`: rank, first element in its flat tensor, first element in the parameter, number of elements. The process
+    with the most elements of a matrix owns it; of several, they take turns.
+    """
+    rows, columns = shape[-2:]
+    for number in range(math.prod(shape) // (rows * columns)):
+        first, end = number * rows * columns, (number + 1) * rows * columns
+        found = []
+        for rank, start, begin, size in pieces:
+            low, high = max(first, begin), min(end, begin + size)
+            if low < high:
+                found.append((rank, start + low - begin, high - low))
+        most = max(size for *_, size in found)
+        candidates = [rank for rank, _, size in found if size == most]
+        yield FlatMatrix((rows, columns), layout, tuple(found), candidates[number % len(candidates)])
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -124,6 +170,10 @@ class Muon(torch.optim.Optimizer):
     is orthogonalized in, and sends back to every process its part of the result. With NCCL this is an all-to-all, and
     gloo gathers the round's matrices on every process.
 
+    ZeRO's flat tensors have pieces of matrices (`FlatMatrix`). The pieces are sent to the process that owns a matrix,
+    and the result is sent back, in the dtype of the orthogonalization. Stages 1 and 2 cut only the matrices at the
+    borders of the processes' parts, so little is sent. Stage 3 cuts all of them.
+
     `layouts`: for each parameter of each group, the result of `gate_and_up`. State: `momentum_buffer`, like the
     gradient.
     """
@@ -137,23 +187,48 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
         self._layouts = layouts
+        self._flat: dict[torch.Tensor, list[FlatMatrix]] = {}
+        self._device, self._process_group = torch.device("cpu"), None
+
+    def use_flat_tensors(
+        self, flat: dict[torch.Tensor, list[FlatMatrix]], device: torch.device, process_group: Any
+    ) -> None:
+        """From now on, the parameters are flat tensors of ZeRO.
+
+        `flat`: the matrices of each, the same on all ranks. `device`: where matrices are orthogonalized.
+        """
+        self._flat, self._device, self._process_group = flat, device, process_group
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters that have gradients."""
         assert closure is None
+        if all(parameter.ndim == 1 for group in self.param_groups for parameter in group["params"]):
+            for group in self.param_groups:
+                self._step_flat(group)
+            return
         for group, layouts in zip(self.param_groups, self._layouts, strict=True):
             pairs = [(p, layout) for p, layout in zip(group["params"], layouts, strict=True) if p.grad is not None]
             for parameters, layout in _rounds(pairs):
                 momenta = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
                 for parameter, update in zip(parameters, _updates(momenta, layout), strict=True):
-                    rows, columns = parameter.shape[-2:]
-                    if layout is not None:
-                        rows, columns = (rows // 2, columns) if layout.dim == 1 else (rows, columns // 2)
+                    rows, columns = matrix_shape(parameter.shape, layout)
                     weights = _local(parameter)
                     weights.mul_(1 - group["lr"] * group["weight_decay"])
                     rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
                     weights.add_(update.to(weights.device, weights.dtype), alpha=-rate)
+
+    def _step_flat(self, group: dict[str, Any]) -> None:
+        """Update the flat tensors of a group that have gradients."""
+        for flat in group["params"]:
+            if flat.grad is None:
+                continue
+            momentum = self._momentum(flat, group["momentum"])
+            if flat in self._flat:  # DeepSpeed makes a step with zeros before it knows its flat tensors
+                flat.mul_(1 - group["lr"] * group["weight_decay"])
+                for start, update in _flat_updates(momentum, self._flat[flat], self._device, self._process_group):
+                    part = flat[start : start + len(update)]
+                    part.add_(update.to(flat.device, flat.dtype), alpha=-group["lr"])
 
     def _momentum(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
         """The gradient with Nesterov momentum."""
@@ -163,6 +238,85 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
         state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         return gradient.lerp(state["momentum_buffer"], momentum)
+
+
+def _flat_updates(
+    momentum: torch.Tensor, matrices: list[FlatMatrix], device: torch.device, process_group: Any
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """First element and values of each part of the update, with the factor of the learning rate."""
+    dtype, rank = compute_dtype(device.type), torch.distributed.get_rank(process_group)
+    ranks = range(torch.distributed.get_world_size(process_group))
+    for some in _flat_rounds(matrices, len(ranks)):
+        mine = [matrix for matrix in some if matrix.owner == rank]
+        sent = [[(s, n) for m in some if m.owner == to for r, s, n in m.pieces if r == rank] for to in ranks]
+        parts = [[momentum[s : s + n].to(device, dtype) for s, n in spans] for spans in sent]
+        sizes = [sum(n for m in mine for r, _, n in m.pieces if r == source) for source in ranks]
+        cut = any(len(matrix.pieces) > 1 for matrix in some)
+        received = _exchange(parts, sizes, process_group, momentum.new_empty(0, dtype=dtype, device=device), cut)
+        taken = [0] * len(ranks)
+        back: list[list[torch.Tensor]] = [[] for _ in ranks]
+        alike: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        for matrix in mine:
+            pieces = []
+            for source, _, number in matrix.pieces:
+                pieces.append(received[source][taken[source] : taken[source] + number])
+                taken[source] += number
+            alike[matrix.shape, matrix.layout].append(torch.cat(pieces).view(matrix.shape))
+        updates = {key: iter(_orthogonalize(torch.stack(same), key[1], device.type)) for key, same in alike.items()}
+        for matrix in mine:
+            rows, columns = matrix_shape(matrix.shape, matrix.layout)
+            update = next(updates[matrix.shape, matrix.layout]).flatten() * (0.2 * max(rows, columns) ** 0.5)
+            first = 0
+            for source, _, number in matrix.pieces:
+                back[source].append(update[first : first + number])
+                first += number
+        sizes = [sum(number for _, number in spans) for spans in sent]
+        results = _exchange(back, sizes, process_group, momentum.new_empty(0, dtype=dtype, device=device), cut)
+        for spans, result in zip(sent, results, strict=True):
+            first = 0
+            for start, number in spans:
+                yield start, result[first : first + number]
+                first += number
+
+
+def _flat_rounds(matrices: list[FlatMatrix], num_ranks: int) -> Iterator[list[FlatMatrix]]:
+    """The matrices that are orthogonalized at once.
+
+    For each process these are one or a few, with not many more elements than `_ROUND` or one matrix has. Matrices that
+    no process has whole are in rounds of their own.
+    """
+    for cut, number in ((False, 1), (True, num_ranks)):
+        some: list[FlatMatrix] = []
+        for matrix in matrices:
+            if (len(matrix.pieces) > 1) != cut:
+                continue
+            some.append(matrix)
+            if len(some) >= number and sum(math.prod(one.shape) for one in some) >= number * _ROUND:
+                yield some
+                some = []
+        if some:
+            yield some
+
+
+def _exchange(
+    parts: list[list[torch.Tensor]], sizes: list[int], process_group: Any, empty: torch.Tensor, cut: bool
+) -> list[torch.Tensor]:
+    """Send `parts` to each rank, and receive `sizes` elements from each. `cut`: whether any rank sends to another."""
+    flat = torch.cat([empty, *(part for some in parts for part in some)])
+    if not cut:  # all parts are for this process
+        return list(flat.split(sizes))
+    received = flat.new_empty(sum(sizes))
+    numbers = [sum(map(len, some)) for some in parts]
+    torch.distributed.all_to_all_single(received, flat, sizes, numbers, group=process_group)
+    return list(received.split(sizes))
+
+
+def matrix_shape(shape: Sequence[int], layout: GateAndUp | None) -> tuple[int, int]:
+    """Rows and columns of the matrices that have updates of their own, of a parameter of this shape."""
+    rows, columns = shape[-2:]
+    if layout is None:
+        return rows, columns
+    return (rows // 2, columns) if layout.dim == 1 else (rows, columns // 2)
 
 
 def _rounds(

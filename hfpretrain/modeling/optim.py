@@ -131,7 +131,7 @@ def muon_sizes(model: Any, section: OptimizerSection) -> MuonSizes | None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = [trained[name] for name in hidden_names(model) if name in trained]
     matrices, stacks = ([p.numel() for p in found if p.ndim == number] for number in (2, 3))
-    return MuonSizes(len(matrices), sum(matrices), max(matrices, default=0), max(stacks, default=0))
+    return MuonSizes(len(matrices), sum(matrices), sum(stacks), max(matrices, default=0), max(stacks, default=0))
 
 
 _LIBRARIES = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}
@@ -185,7 +185,18 @@ class MuonWithAdamW(_CombinedOptimizer):
         section: OptimizerSection,
         layouts: Sequence[Sequence[GateAndUp | None]],
     ):
-        super().__init__(Muon(hidden, section.lr, section.momentum, layouts), _adamw(other, section))
+        self.muon = Muon(hidden, section.lr, section.momentum, layouts)
+        super().__init__(self.muon, _adamw(other, section))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters of all groups in `param_groups`. DeepSpeed leaves one of them there at a time."""
+        assert closure is None
+        now = {id(group) for group in self.param_groups}
+        for part in self._parts:
+            groups = part.param_groups
+            part.param_groups = [group for group in groups if id(group) in now]
+            part.step()
+            part.param_groups = groups
 
 
 class AdamW8bit(_CombinedOptimizer):

@@ -367,7 +367,9 @@ def process_memory(
     else:
         in_micro_step = gradients + micro_step.peak_without_gradients // activations_by + bucket
     in_update = gradients + update_bytes + (bucket if sharding.weights == "all" else 0)  # stage 3 keeps its bucket
-    orthogonalizing = 0 if sizes.muon is None else sizes.muon.update_bytes(optimizer_by, on_cpu)
+    orthogonalizing = (
+        0 if sizes.muon is None else sizes.muon.update_bytes(optimizer_by, on_cpu, sharding.family == "deepspeed")
+    )
     host, copy = 0, (4 * total + sizes.moments) // num_processes if saves_async else 0
     if sharding.offload and not on_cpu:  # on a CPU the device's memory is the host's
         host, update_bytes = weights + gradients + update_bytes + optimizer, 0

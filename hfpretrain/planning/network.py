@@ -14,7 +14,8 @@ all-gather or a reduce-scatter half of that (Patarasu and Yuan 2009). For Psi pa
 - `zero1`, `zero2`: gradients in the weights' precision (`zero1` once a step, `zero2` in every micro-step), and the new
   weights gathered once a step. DeepSpeed all-reduces whole buckets (`use_multi_rank_bucket_allreduce`), so
   it sends 3 Psi. ZeRO's paper (Rajbhandari et al. 2020, section 7) reduce-scatters them and so sends 2 Psi.
-- `zero3`: the paper's 3 Psi in every micro-step, all in the weights' precision.
+  With Muon, also what two processes have parts of.
+- `zero3`: the paper's 3 Psi in every micro-step, all in the weights' precision. With Muon, also 2 Psi / n once a step.
 
 Times follow from bandwidth and latency by NCCL's own model (src/graph/tuning.cc, protocol Simple): each step in a ring
 takes one hop, and an all-reduce uses a tree where that is faster. Each device has its own network adapter and its own
@@ -125,10 +126,18 @@ def exchanges_per_step(
     if engine == "zero3":
         fetches = math.ceil(total / _PREFETCH_BUCKET)
         gathers = [Exchange(1, width * total, num_collectives=fetches, **every)] * 2
-        return [*gathers, Exchange(1, width * trained, num_collectives=buckets, **every)]
+        exchanges = [*gathers, Exchange(1, width * trained, num_collectives=buckets, **every)]
+        if sizes.muon is not None:
+            elements = sizes.muon.in_matrices + sizes.muon.in_stacks
+            rounds = math.ceil(elements / num_devices / max(sizes.muon.largest_matrix, 1))
+            exchanges.append(Exchange(1, 2 * 2 * elements / num_devices, num_devices, 2 * rounds))
+        return exchanges
     num_reductions = micro_steps if engine == "zero2" else 1
     reduction = Exchange(2, width * trained, num_devices, buckets, num_reductions)
-    return [reduction, Exchange(1, width * trained, num_devices, buckets)]
+    exchanges = [reduction, Exchange(1, width * trained, num_devices, buckets)]
+    if sizes.muon is not None:  # at most half of a matrix at each border of two processes' parts, and its update
+        exchanges.append(Exchange(1, 2 * 2 * sizes.muon.largest_matrix / 2, num_devices, 2))
+    return exchanges
 
 
 @dataclass(frozen=True)

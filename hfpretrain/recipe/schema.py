@@ -726,7 +726,7 @@ class OptimizerSection(Section):
     """`adamw`: `torch.optim.AdamW`. `muon`: Muon trains the matrices between the embedding and the head, and each
     matrix of a stack of experts, as `torch.optim.Muon` does. AdamW trains the rest, and the routers of experts. Muon's
     update is scaled, so `lr` and `weight_decay` mean the same as for AdamW (Liu et al. 2025, "Muon is Scalable for LLM
-    Training"). ZeRO is not supported, because ZeRO splits flattened matrices.
+    Training").
     `adafactor`: `torch.optim.Adafactor`, only on `single` and `ddp`, because it does not work on sharded matrices.
     `adamw_8bit`: `torchao.optim.AdamW8bit`, with moments in 8 bits, only on `single` and `ddp`, because a shard would
     be quantized in other blocks than the whole matrix. `adamw_schedule_free`: `schedulefree.AdamWScheduleFree`, for

@@ -27,7 +27,7 @@ ALL = {"adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"}
     [
         (("single", "ddp"), ALL),
         (("tp", "fsdp2", "fsdp2_offload", "hsdp"), {"adamw", "muon", "adamw_schedule_free"}),
-        (("zero1", "zero2", "zero3", "zero3_offload", "zero3_ulysses"), {"adamw"}),
+        (("zero1", "zero2", "zero3", "zero3_offload", "zero3_ulysses"), {"adamw", "muon"}),
     ],
 )
 def test_an_engine_refuses_the_optimizers_that_it_cannot_train_with(engines, possible):

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, hfpretrain, rows, small_text, train, write_jsonl, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_models import MOE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain import load_recipe
@@ -218,9 +219,11 @@ def resume_elsewhere(folder, name, max_loss, **changes):
 
 
 @pytest.mark.slow
-def test_muon_is_the_same_under_an_engine_that_shards(tmp_path):
-    # Muon's own products are in 16 bits.
-    resume_elsewhere(tmp_path, "fsdp2", 1e-4, optimizer__name="muon")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload", "zero3_ulysses"])
+def test_muon_trains_a_mixture_of_experts_the_same_under_every_engine(tmp_path, name):
+    config = {**MOE, "num_experts": 5, "head_dim": 8}
+    del config["vocab_size"]
+    resume_elsewhere(tmp_path, name, 1e-5, optimizer__name="muon", model__config=config)
 
 
 @pytest.mark.slow

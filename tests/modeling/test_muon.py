@@ -1,10 +1,12 @@
+import itertools
+
 import pytest
 import torch
 from tiny_models import MOE, SMALL, SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpretrain.modeling import muon
-from hfpretrain.modeling.muon import GateAndUp, Muon, gate_and_up, orthogonalize
+from hfpretrain.modeling.muon import GateAndUp, Muon, flat_matrices, gate_and_up, orthogonalize
 from hfpretrain.modeling.optim import build_optimizer, decayed_names, hidden_names
 from hfpretrain.recipe.schema import OptimizerSection
 
@@ -111,7 +113,50 @@ def compare_placements(rank, number, folder):
             second.step()
         for parameter, part in zip(whole, parts, strict=True):
             torch.testing.assert_close(part.detach().full_tensor(), parameter.detach(), rtol=0, atol=1e-5)
+    compare_flat(rank, number)
     torch.distributed.destroy_process_group()
+
+
+def compare_flat(rank, number):
+    """Pieces of matrices in flat tensors have the update of whole matrices, cut as in ZeRO-2 and as in ZeRO-3."""
+    layouts = [None, GateAndUp(1, False), GateAndUp(2, True), None]
+    torch.manual_seed(0)
+    whole = [torch.nn.Parameter(torch.randn(shape)) for shape in ((7, 12), (5, 12, 6), (3, 6, 12), (9, 4))]
+    sizes = [-(-p.numel() // number) for p in whole]
+    size = -(-sum(p.numel() for p in whole) // number)
+    one_after_another, each, first = [], [], 0
+    for parameter, layout, part, start in zip(whole, layouts, sizes, (0, *itertools.accumulate(sizes)), strict=False):
+        end, pieces = first + parameter.numel(), []
+        for other in range(first // size, -(-end // size)):
+            low, high = max(first, other * size), min(end, (other + 1) * size)
+            pieces.append((other, low - other * size, low - first, high - low))
+        one_after_another += flat_matrices(parameter.shape, layout, pieces)
+        pieces = [(r, start, r * part, min(part, parameter.numel() - r * part)) for r in range(number)]
+        each += flat_matrices(parameter.shape, layout, pieces)
+        first = end
+
+    def cut(tensors, by_parameter):
+        if not by_parameter:
+            together = torch.cat([tensor.flatten() for tensor in tensors])
+            return torch.nn.functional.pad(together, (0, size * number - len(together)))[size * rank :][:size].clone()
+        padded = (torch.nn.functional.pad(t.flatten(), (0, s * number)) for t, s in zip(tensors, sizes, strict=True))
+        return torch.cat([p[s * rank : s * (rank + 1)] for p, s in zip(padded, sizes, strict=True)])
+
+    flats = [torch.nn.Parameter(cut([p.detach() for p in whole], by_parameter)) for by_parameter in (False, True)]
+    first, second = (Muon([{"params": p, "weight_decay": 0.1}], 0.1, 0.9, [layouts]) for p in (whole, flats))
+    second.use_flat_tensors(
+        dict(zip(flats, (one_after_another, each), strict=True)), torch.device("cpu"), torch.distributed.group.WORLD
+    )
+    for _ in range(2):
+        for parameter in whole:
+            parameter.grad = torch.randn(parameter.shape)
+        for by_parameter, flat in enumerate(flats):
+            flat.grad = cut([p.grad for p in whole], by_parameter)
+        first.step()
+        second.step()
+    for by_parameter, flat in enumerate(flats):
+        expected = cut([p.detach() for p in whole], by_parameter)
+        torch.testing.assert_close(flat.detach(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [2, 4])

@@ -32,10 +32,11 @@ def test_an_engine_sends_the_bytes_of_its_collectives(engine, sent):
     sizes = memory.ModelSizes(1000, num_layers=2, largest_layer=300, output_embedding=200, buffers=0, moments=8000)
     exchanges = network.exchanges_per_step(engine, sizes, 4, 3, "bf16", shard_size=2)
     assert sum(exchange.sent_bytes for exchange in exchanges) == pytest.approx(sent)
-    muon = MuonSizes(num_matrices=6, in_matrices=600, largest_matrix=100, largest_stack=0)
+    muon = MuonSizes(num_matrices=6, in_matrices=600, in_stacks=200, largest_matrix=100, largest_stack=200)
     with_muon = network.exchanges_per_step(engine, replace(sizes, muon=muon), 4, 3, "bf16", shard_size=2)
-    more = {"fsdp2": 3 / 4 * 2 * 2 * 600 / 4, "hsdp": 1 / 2 * 2 * 2 * 600 / 2}.get(engine, 0)
-    assert sum(exchange.sent_bytes for exchange in with_muon) == pytest.approx(sent + more)
+    more = {"fsdp2": 3 / 4 * 4 * 600 / 4, "hsdp": 1 / 2 * 4 * 600 / 2, "zero3": 3 / 4 * 4 * 800 / 4}
+    more |= {"zero1": 3 / 4 * 4 * 50, "zero2": 3 / 4 * 4 * 50, "ddp": 0}
+    assert sum(exchange.sent_bytes for exchange in with_muon) == pytest.approx(sent + more[engine])
     alone = network.exchanges_per_step(engine, sizes, 1, 1, "bf16", shard_size=1)
     assert sum(exchange.sent_bytes for exchange in alone) == 0
 

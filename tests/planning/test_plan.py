@@ -63,7 +63,7 @@ def test_a_plan_that_cannot_run_gives_the_reason(folder):
     assert rows["single"].fits and "8 sequences" in rows["ddp"].reason and "two equal groups" in rows["hsdp"].reason
     muon = load_recipe(write_recipe(folder, optimizer__name="muon"))
     refused = [row.engine for row in make_plan(muon, num_processes=2, device="A100-80GB").engines if row.reason]
-    assert set(refused) == {"zero1", "zero2", "zero3", "zero3_offload", "zero3_ulysses", "hsdp"}
+    assert refused == ["hsdp"]
     with_z = load_recipe(write_recipe(folder, training__z_loss=1e-4))
     reason = make_plan(with_z, engine="tp", num_processes=2, device="A100-80GB").engines[0].reason
     assert "needs the chunked loss" in reason
