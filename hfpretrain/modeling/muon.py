@@ -30,7 +30,7 @@ class MuonSizes:
     largest_stack: int
 
     def update_bytes(self, num_shards: int, on_cpu: bool, flat: bool) -> int:
-        """Largest number of bytes that the update allocates on a process at one moment.
+        """An upper bound on the bytes that the update allocates on a process at one moment.
 
         The momentum is float32. In the dtype of `compute_dtype` there are its copy, two iterates of a matrix and two
         products with its transpose, and for a sharded matrix also what is sent and received. `flat`: whether the
@@ -144,9 +144,9 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def compute_dtype(device: str) -> torch.dtype:
     """The dtype in which matrices are orthogonalized on a type of device.
 
-    bfloat16 as in `torch.optim.Muon`, on CPUs float32. With bfloat16, the losses of one process and of two differ by
-    1e-4 after a few steps, with float32 by 1e-6. On a CPU without bfloat16 matrix units it would also be slower
-    (benchmarks/README.md, "Muon").
+    bfloat16 as in `torch.optim.Muon`, on CPUs float32. On a CPU without matrix units for bfloat16, bfloat16 is three to
+    four times slower than float32. It also makes losses depend more on the number of processes: one and two differ by
+    8e-6 after 8 steps, and by 4e-8 with float32 (benchmarks/README.md, "Muon on a mixture of experts").
     """
     return torch.float32 if device == "cpu" else torch.bfloat16
 

@@ -4,15 +4,16 @@ import pytest
 import torch
 from seven_b import SEVEN_B, five_layers_on_eight_devices
 from tiny_models import MEDIUM_GPT2, MEDIUM_LFM2, MEDIUM_LLAMA, MEDIUM_MIXTRAL, config_without_special_ids
+from transformers import AutoModelForCausalLM
 
 from hfpretrain import load_recipe
 from hfpretrain.engines import choose
-from hfpretrain.modeling import loss
+from hfpretrain.modeling import loss, optim
 from hfpretrain.modeling.build import build_model
 from hfpretrain.modeling.structure import decoder_layers
 from hfpretrain.planning import memory
 from hfpretrain.planning.plan import make_plan
-from hfpretrain.recipe.schema import ModelSection
+from hfpretrain.recipe.schema import ModelSection, OptimizerSection
 
 BATCH, BLOCK = 4, 128
 
@@ -207,3 +208,21 @@ def test_the_state_agrees_with_the_estimators_of_deepspeed():
     # DeepSpeed's estimator adds the update's 4 bytes of float32 gradients. Stage 3 makes them too
     # (`_prepare_fp32_grad_for_sub_group`), but its estimator counts 18 bytes, 2 fewer.
     assert ours["zero3"] - (zero3 - gathered) == pytest.approx(2 * total / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [MEDIUM_LLAMA, MEDIUM_MIXTRAL])
+def test_the_bytes_of_muons_update_are_an_upper_bound(config):
+    config = config_without_special_ids({**config, "num_hidden_layers": 1})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    section = OptimizerSection(name="muon", lr=1e-3)
+    optimizer = optim.build_optimizer(model, section, set(), optim.hidden_names(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tracker = memory._Tracker(model)
+    kept = [tensor for state in optimizer.muon.state.values() for tensor in state.values()]
+    tracker._weights.update(tensor.untyped_storage()._cdata for tensor in kept)  # these exist before the update
+    with tracker:
+        optimizer.muon.step()
+    planned = optim.muon_sizes(model, section).update_bytes(num_shards=1, on_cpu=True, flat=False)
+    assert tracker.tally.peak <= planned <= 2 * tracker.tally.peak
