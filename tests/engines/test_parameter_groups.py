@@ -136,7 +136,13 @@ def test_a_run_moves_from_engine_to_engine_across_the_switch(single, tmp_path, l
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [("muon", "fsdp2"), ("adafactor", "single"), ("adamw_8bit", "single"), ("adamw_schedule_free", "fsdp2")],
+    [
+        ("muon", "fsdp2"),
+        ("muon", "zero2"),
+        ("adafactor", "single"),
+        ("adamw_8bit", "single"),
+        ("adamw_schedule_free", "fsdp2"),
+    ],
 )
 def test_other_optimizers_resume_before_the_switch_as_if_not_stopped(tmp_path, name, engine):
     library = {"adamw_8bit": "torchao", "adamw_schedule_free": "schedulefree"}.get(name, "torch")
