@@ -240,14 +240,17 @@ class RouterRecorder:
         self.previous = torch.zeros_like(self.counts)
         """The same for the step before, summed over processes. Zeros in the first step."""
         self.window = torch.zeros_like(self.counts)
-        """The sum of `previous` since `take_window` was called."""
+        """The sum of the counts of all steps since `take_window` was called. It is summed over processes if the balance
+        needs `previous` in each step."""
+        self._z = torch.zeros(len(routers), 2, dtype=torch.float32, device=device)  # sum, and number of tokens
+        self._measures_z = False
         self._probabilities: dict[int, torch.Tensor] = {}
         for index, router in enumerate(self.routers):
             if router.experts is not None:
                 name = list(inspect.signature(router.experts.forward).parameters)[1]
                 count = self._counter(index, router, name)
                 router.experts.register_forward_pre_hook(count, with_kwargs=True)
-            if router.logits is not None and (balance.coefficient or router.experts is None):
+            if router.logits is not None:
                 router.logits[0].register_forward_hook(self._reader(index, router))
 
     def _counter(self, index: int, router: Router, name: str) -> Callable[..., None]:
@@ -269,14 +272,26 @@ class RouterRecorder:
         place, per_token = router.logits[1], router.experts_per_token
 
         def read(module: torch.nn.Module, _: Any, output: Any) -> None:
-            if not module.training or _is_repeated():
+            measures_z = self._measures_z or torch.compiler.is_compiling()  # so that layers are compiled only once
+            is_needed = self.balance.coefficient or measures_z or router.experts is None
+            if not is_needed or not module.training:
                 return
             logits = (output if isinstance(output, torch.Tensor) else output[place]).float()
             logits = logits.view(-1, logits.shape[-1])
+            is_repeated = _is_repeated()
+            if self.balance.coefficient:
+                # A repeated forward pass has to save the same tensors, so it computes this too.
+                probabilities = logits.softmax(-1).mean(0)
+                if not is_repeated:
+                    self._probabilities[index] = probabilities
+            if is_repeated:
+                return
             if router.experts is None:
                 self._add(index, logits.topk(per_token, dim=-1).indices)
-            if self.balance.coefficient:
-                self._probabilities[index] = logits.softmax(-1).mean(0)
+            if measures_z:
+                z = logits.detach().logsumexp(-1).square()
+                self._z[index, 0] += z.sum()
+                self._z[index, 1] += len(z)
 
         return read
 
@@ -284,10 +299,30 @@ class RouterRecorder:
         flat = chosen.detach().flatten()
         self.counts[index].scatter_add_(0, flat, torch.ones_like(flat))
 
-    def begin_step(self) -> None:
-        """Begin to count a step."""
+    def begin_step(self, measures_z: bool = False) -> None:
+        """Begin to count a step. `measures_z`: whether the z of the routers is measured too, see `take_window`."""
         self.counts.zero_()
+        self._z.zero_()
+        self._measures_z = measures_z
         self._probabilities.clear()
+
+    def take_window(self, total: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What was counted since the last call, over all processes, which must all call it.
+
+        Returns the number of tokens by router and choice, int64 (routers, choices), and for each router the mean of
+        the square of log(sum(exp(logits))) in the step that was done last, float32 (routers,). The second is None if
+        `begin_step` was not told to measure it.
+        """
+        counts = self.window.clone() if self._sums_each_step else total(self.window)
+        self.window.zero_()
+        if not self._measures_z:
+            return counts, None
+        z = total(self._z)
+        return counts, z[:, 0] / z[:, 1].clamp(min=1)
+
+    @property
+    def _sums_each_step(self) -> bool:
+        return bool(self.balance.bias_rate or self.balance.coefficient)
 
     def balancing_loss(self) -> torch.Tensor | None:
         """The balancing loss of the last forward pass, times its coefficient: float32 (). None if there is none.
@@ -314,6 +349,9 @@ class RouterRecorder:
     def finish_step(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sum the counts with `total` over all processes, and change the biases. Call it after an optimizer step."""
         if not self.routers:
+            return
+        if not self._sums_each_step:
+            self.window += self.counts
             return
         self.previous.copy_(total(self.counts))
         self.window += self.previous

@@ -31,9 +31,9 @@ from hfpretrain.recipe.redaction import redact, strip_folders
 from hfpretrain.recipe.schema import DataSection, Recipe, RecipeError, TokenizerSection
 from hfpretrain.recipe.yaml import dump_mapping, read_recipe
 from hfpretrain.training import run_folder, segments
-from hfpretrain.training.history import History
+from hfpretrain.training.history import EXPERTS, History
 from hfpretrain.training.metrics_file import iterate_metrics
-from hfpretrain.training.plot import plot_loss
+from hfpretrain.training.plot import plot_expert_load, plot_loss
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, RepoCard
@@ -162,10 +162,14 @@ def _write(records: _Records, model: Path, step: int | None, repo_id: str | None
     run = records.run
     name = repo_id or records.recipe.hub.repo_id
     title = (name or run.absolute().name) + ("" if step is None else f", step {step:,}")
-    plot_loss(records.history, model / "loss.png", title)
+    plots = [model / "loss.png"]
+    plot_loss(records.history, plots[0], title)
+    if records.history.expert_load.columns:
+        plots.append(model / "experts.png")
+        plot_expert_load(records.history, plots[1], title)
     if (model / files.SUMS).is_file():  # exports of older versions don't have the file
         try:
-            files.add_sums(model, [model / "loss.png"])
+            files.add_sums(model, plots)
         except ValueError as error:
             raise RecipeError.at(str(model), str(error)) from error
     text = _card(_metadata(records, title), _blocks(records, name, title, step))
@@ -363,6 +367,7 @@ def _blocks(records: _Records, name: str | None, title: str, step: int | None) -
             filter(None, ["## Results", _validation_table(records), _gains(records), _tasks_table(records)])
         ),
         "loss": "![Training and validation loss](loss.png)",
+        "experts": _experts(records.history),
         "use": f"{_use(records.data, name or title, step)}\n\n{_llama_cpp(recipe.tokenizer)}",
         "samples": "" if records.average else _samples(records, step),
         "data": f"## Data\n\n{_sources(records.data)}\n\n{_fenced(records.data['account'])}",
@@ -371,6 +376,20 @@ def _blocks(records: _Records, name: str | None, title: str, step: int | None) -
         "limits": _limits(records),
     }
     return {key: redact(text) for key, text in blocks.items() if text}
+
+
+def _experts(history: History) -> str:
+    """The plot of the experts' load, and its last figures; empty for a model without experts."""
+    if not history.expert_load.columns:
+        return ""
+    dead, entropy = (history.logged.get(f"{EXPERTS}{key}", [0.0]) for key in ("dead", "entropy"))
+    most = max(history.expert_load.columns[-1])
+    return (
+        "![Load of the most used expert by layer](experts.png)\n\n"
+        f"At the end, the most used expert of a layer has at most {most:.2f} times the mean number of tokens, "
+        f"{max(dead):.0%} or less of the experts of a layer have less than a tenth of the mean, and the entropy of the "
+        f"load is at least {min(entropy):.3f} of its maximum."
+    )
 
 
 def _summary(records: _Records, name: str | None, title: str, step: int | None) -> str:

@@ -15,6 +15,9 @@ from hfpretrain.training.metrics_file import iterate_metrics
 LOSS_WITH_CONTEXT = "eval/loss_with_context/"
 """Beginning of the keys of an evaluation's losses by the number of tokens that a prediction sees."""
 
+EXPERTS = "experts/"
+"""Beginning of the keys of the lists that have a value for each router; see `expert_load.load_figures`."""
+
 
 class Curve:
     """Points of a curve, added in the order of x.
@@ -51,6 +54,30 @@ class Curve:
         return [x for x, _, _ in self._parts for _ in range(2)], [y for _, *both in self._parts for y in both]
 
 
+class HeatMap:
+    """Columns of values, added in the order of x. Beyond 400 columns, neighbors are merged by their largest values."""
+
+    _MAX_COLUMNS = 400
+
+    def __init__(self) -> None:
+        self.x: list[float] = []
+        self.columns: list[list[float]] = []
+        self._size, self._count = 1, 0  # number of columns that are merged into one, and of all that were added
+
+    def add(self, x: float, column: list[float]) -> None:
+        """Add a column."""
+        if self._count % self._size == 0:
+            if len(self.columns) == self._MAX_COLUMNS:
+                pairs = zip(self.columns[::2], self.columns[1::2], strict=True)
+                self.columns = [list(map(max, *pair)) for pair in pairs]
+                self.x, self._size = self.x[1::2], self._size * 2
+            self.x.append(x)
+            self.columns.append(list(column))
+        else:
+            self.x[-1], self.columns[-1] = x, list(map(max, self.columns[-1], column))
+        self._count += 1
+
+
 class History:
     """What a summary, a model card and a plot need of the rows of a `metrics.jsonl`.
 
@@ -65,6 +92,8 @@ class History:
         """The rows of the first and of the last evaluation; one row if there was one evaluation."""
         self.base: str | None = None
         """The existing model that the run began with, as its recipe names it, if it was evaluated in this folder."""
+        self.expert_load = HeatMap()
+        """Tokens of the most used expert over the mean, by router, against tokens."""
         self.stage_ends: list[dict[str, Any]] = []
         """The rows of the evaluations where a stage ends and another follows."""
         self.logged: dict[str, Any] = {}
@@ -98,6 +127,8 @@ class History:
         if "lr" in row:
             self.loss.add(tokens, row.get("loss"))
             self.lr.add(tokens, row["lr"])
+            if f"{EXPERTS}max_over_mean" in row:
+                self.expert_load.add(tokens, row[f"{EXPERTS}max_over_mean"])
             self.figures |= {key: row[key] for key in ("step", "tokens", "loss", "lr") if key in row}
             return
         if "eval/loss" in row:

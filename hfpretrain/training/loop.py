@@ -80,7 +80,8 @@ def fit(
         # A rank that still waits for its data does not get here, so `Watch` sees that it is behind the others.
         watch.beat("train", state.step)
         engine.begin_step(state.step)
-        setup.router_recorder.begin_step()
+        logs_next = is_due(state.step + 1, recipe.logging.every_steps, last_step)
+        setup.router_recorder.begin_step(measures_z=logs_next)
         loss, grad_norm = compute_gradients(engine, setup.step_loss, step_data, before_micro_step)
         clock.mark("forward_backward")
         lr, lr_by_group = optim.scheduled_rate(setup.scheduler), setup.scheduler.get_last_lr()
@@ -94,7 +95,7 @@ def fit(
         clock.mark("optimizer")
         state.advance(step_data, loss, tokens_per_step, setup.settings, stages.number)
         records.advance_progress()
-        if is_due(state.step, recipe.logging.every_steps, last_step):
+        if logs_next:
             log.write(records, grad_norm, lr, lr_by_group)
 
 

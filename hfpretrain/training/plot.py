@@ -1,4 +1,4 @@
-"""The loss plot of a run."""
+"""The plots of a run: the loss, and the load of experts."""
 
 from __future__ import annotations
 
@@ -29,4 +29,23 @@ def plot_loss(history: History, path: Path, title: str) -> None:
     for axes in (loss_axes, lr_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def plot_expert_load(history: History, path: Path, title: str) -> None:
+    """Draw how many tokens the most used expert of each router has, over the mean, against tokens, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    load = history.expert_load
+    rows = list(zip(*load.columns, strict=True))
+    figure = Figure(figsize=(8, min(8, 2 + 0.16 * len(rows))), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    edges = [0.0, *load.x]
+    mesh = axes.pcolormesh(edges, range(len(rows) + 1), rows, cmap="viridis", vmin=1, rasterized=True)
+    axes.set(xlabel="tokens", ylabel="router, from the first layer", title=f"{title}: load of the most used expert")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(mesh, label="tokens over the mean (1: even)")
     figure.savefig(path)

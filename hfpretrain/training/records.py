@@ -16,9 +16,9 @@ from tqdm import tqdm
 from hfpretrain import files
 from hfpretrain.recipe.redaction import redact, redact_all
 from hfpretrain.training import console
-from hfpretrain.training.history import History
+from hfpretrain.training.history import EXPERTS, History
 from hfpretrain.training.metrics_file import MetricsFile
-from hfpretrain.training.plot import plot_loss
+from hfpretrain.training.plot import plot_expert_load, plot_loss
 
 
 class _Tracker:
@@ -155,6 +155,9 @@ class Records:
             if self._history is not None:
                 self._history.add(row)
         values = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        for key, by_layer in row.items():  # trackers take single numbers
+            if key.startswith(EXPERTS):
+                values |= {f"{key}/{number}": value for number, value in enumerate(by_layer)}
         self._send_to_trackers(values, row["step"])
 
     def history(self) -> History:
@@ -232,6 +235,8 @@ class Records:
             return
         try:
             plot_loss(self.history(), self._output_dir / "loss.png", self._output_dir.name)
+            if self.history().expert_load.columns:
+                plot_expert_load(self.history(), self._output_dir / "experts.png", self._output_dir.name)
         except OSError as error:
             self.print_line(f"the loss plot can't be written: {files.disk_error(error) or error}")
 

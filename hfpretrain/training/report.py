@@ -60,6 +60,7 @@ def environment(setup: Setup) -> dict[str, Any]:
             "frozen_by_class": setup.untrained.frozen_by_class,
             "outside_loss": setup.untrained.outside_loss,
         },
+        "routers": [router.name for router in setup.router_recorder.routers],
         "commit": commit(),
         "python": platform.python_version(),
         "versions": versions(),

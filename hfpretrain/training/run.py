@@ -31,6 +31,7 @@ from hfpretrain.recipe.redaction import redact_all
 from hfpretrain.recipe.schema import HubSection, Recipe, RecipeError, TrainingSection, longest_stage
 from hfpretrain.recipe.yaml import flatten
 from hfpretrain.training import report, run_folder
+from hfpretrain.training.expert_load import ExpertLoad
 from hfpretrain.training.feed import Feed
 from hfpretrain.training.loop import fit, rehearse
 from hfpretrain.training.profiler import Profiler
@@ -171,6 +172,7 @@ def _train(
                 peak_flops=setup.peak_flops,
                 peak_memory=setup.peak_memory,
                 last_step=setup.last_step,
+                expert_load=ExpertLoad(setup.router_recorder, setup.engine),
             ),
             profiler=profiler,
             watch=watch,

@@ -7,6 +7,7 @@ import math
 from hfpretrain.engines.base import Engine
 from hfpretrain.recipe.schema import TrainingSection
 from hfpretrain.training.clock import Clock
+from hfpretrain.training.expert_load import ExpertLoad
 from hfpretrain.training.peak_memory import PeakMemory
 from hfpretrain.training.records import Records
 from hfpretrain.training.stages import Stages
@@ -31,8 +32,9 @@ class StepLog:
         peak_flops: float | None,
         peak_memory: PeakMemory,
         last_step: int,
+        expert_load: ExpertLoad,
     ):
-        self._last_step = last_step
+        self._last_step, self._expert_load = last_step, expert_load
         self._state, self._engine, self._training, self._streaming = state, engine, training, streaming
         self._stages, self._peak_flops, self._peak_memory = stages, peak_flops, peak_memory
         self._first_step = state.step
@@ -77,6 +79,7 @@ class StepLog:
             "seconds_left": (self._last_step - state.step) * seconds_per_step,
             "ledger": state.consumption.ledger.digest,
             **state.consumption.by_source(),
+            **self._expert_load.figures(state.step, records),
         }
         if len(self._stages.all) > 1:
             row |= {"stage": self._stages.number + 1, "block_size": self._stages.current.block_size}

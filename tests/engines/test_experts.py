@@ -40,6 +40,9 @@ def check_equal(folder, other):
         found = rows(other, "loss")[step]
         assert found["loss"] == pytest.approx(row["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+        for key in ("max_over_mean", "entropy", "dead"):
+            assert found[f"experts/{key}"] == pytest.approx(row[f"experts/{key}"], rel=1e-9)
+        assert found["experts/router_z"] == pytest.approx(row["experts/router_z"], rel=1e-4)
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, other))
     if BIAS in ours:
         assert ours[BIAS].dtype == torch.float32 and len(ours[BIAS].unique()) > 1

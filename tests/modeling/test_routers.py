@@ -47,7 +47,7 @@ def record(model, balance, steps=1, rows=(0, 4)):
 def test_each_router_counts_the_experts_of_all_tokens(config, num_routers, has_bias):
     recorder = record(build(config), Balance())
     assert [router.bias is not None for router in recorder.routers] == [has_bias] * num_routers
-    for router, counts in zip(recorder.routers, recorder.previous, strict=True):
+    for router, counts in zip(recorder.routers, recorder.counts, strict=True):
         assert counts.sum() == 4 * LENGTH * router.experts_per_token and router.logits is not None
 
 
@@ -55,7 +55,7 @@ def test_evaluation_and_repeated_forward_passes_are_not_counted():
     model = build(MOE)
     model.gradient_checkpointing_enable()
     recorder = record(model, Balance())
-    expected = recorder.previous.clone()
+    expected = recorder.counts.clone()
     recorder.begin_step()
     ids = torch.randint(64, (4, LENGTH), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -66,9 +66,9 @@ def test_evaluation_and_repeated_forward_passes_are_not_counted():
 @pytest.mark.parametrize("config", [DEEPSEEK, ERNIE, ZAYA])
 def test_the_bias_balances_a_router_that_uses_few_experts(config):
     model = build({**config, "initializer_range": 0.1 if config is ZAYA else 0.5})
-    first = record(model, Balance()).previous.float()
+    first = record(model, Balance()).counts.float()
     recorder = record(model, Balance(bias_rate=0.01), steps=200)
-    last = recorder.previous.float()
+    last = recorder.counts.float()
     for router, before, after in zip(recorder.routers, first, last, strict=True):
         before, after = before[: router.num_experts], after[: router.num_experts]
         assert after.max() / after.mean() <= max(1.3, 0.7 * before.max() / before.mean())
