@@ -88,11 +88,8 @@ def main() -> None:
             *_, evaluated = rows(run, "eval/loss").values()
             loads = ", ".join(f"{value:.2f}" for value in last["experts/max_over_mean"])
             dead, entropy = max(last["experts/dead"]), min(last["experts/entropy"])
-            print(
-                f"| {model} | {KEYS[model]} {value:g} | {lr:g} | {seed} | {engine} | {loads} | {dead:.0%} | {entropy:.3f} "
-                f"| {evaluated['eval/loss']:.4f} |",
-                flush=True,
-            )
+            cells = [model, f"{KEYS[model]} {value:g}", f"{lr:g}", seed, engine, loads, f"{dead:.0%}", f"{entropy:.3f}"]
+            print(f"| {' | '.join(map(str, cells))} | {evaluated['eval/loss']:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -92,3 +92,13 @@ def test_extend_context_compares_two_runs_of_a_base(tmp_path):
     assert list(found) == ["base", "256 tokens", "1,024 tokens"]
     assert all(by_range["512-1023"] < found["base"]["512-1023"] for by_range in list(found.values())[1:])
     assert extend_context.table(found).count("\n") == 4
+
+
+@pytest.mark.slow
+def test_balance_prints_the_load_of_experts_with_and_without_a_balancing_loss(folder):
+    arguments = ["--models", "qwen3_moe", "--steps", "50", "--values", "0", "0.03"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "balance.py"), *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    _, _, without, balanced = ([*map(str.strip, line.split("|"))] for line in result.stdout.splitlines())
+    assert float(balanced[8]) > float(without[8])  # the entropy of the load

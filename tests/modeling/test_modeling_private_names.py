@@ -74,3 +74,17 @@ def test_a_view_on_the_meta_device_has_the_storage_of_its_base():
 def test_convolutions_have_a_common_class():
     message = "_ConvNd is gone: structure.has_experts uses it to distinguish convolutions from stacked experts"
     assert issubclass(torch.nn.Conv1d, torch.nn.modules.conv._ConvNd), message
+
+
+def test_a_backward_pass_has_a_task_id_and_classes_say_where_their_router_logits_are():
+    message = "torch._C._current_graph_task_id is gone: routers.py tells by it that a forward pass is repeated"
+    ids = []
+    value = torch.ones(1, requires_grad=True)
+    value.register_hook(lambda _: ids.append(torch._C._current_graph_task_id()))
+    value.sum().backward()
+    assert torch._C._current_graph_task_id() == -1 and ids[0] >= 0, message
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoePreTrainedModel, Qwen3MoeTopKRouter
+
+    recorder = getattr(Qwen3MoePreTrainedModel, "_can_record_outputs", {}).get("router_logits")
+    message = "_can_record_outputs has changed: routers.find_routers reads which module returns the router's logits"
+    assert recorder is not None and recorder.target_class is Qwen3MoeTopKRouter and recorder.index == 0, message
