@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,9 @@ from hfpretrain.recipe.schema import Problem, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_MAX_SAMPLE = 4096
+_CHANCE = 1e-9  # of refusing a small parameter although its distribution is right
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -27,13 +30,18 @@ class Moments:
     mean: float
     std: float
     checksum: str
+    sample: torch.Tensor | None = field(default=None, compare=False)
+    """The values in ascending order, float32 (n,), of a random parameter of at most 4,096 elements; else None."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Moments:
         """Compute them in float32, of a tensor of any shape and dtype."""
         values = tensor.detach().float()
-        std, mean = torch.std_mean(values, correction=0)
-        return cls(mean.item(), std.item(), xxhash.xxh3_128_hexdigest(values.contiguous().cpu().numpy().data))
+        found_std, found_mean = torch.std_mean(values, correction=0)
+        std, mean = found_std.item(), found_mean.item()
+        is_random = std > 1e-6 * abs(mean)  # rounding may give equal values a small standard deviation
+        sample = values.flatten().sort().values.cpu() if is_random and values.numel() <= _MAX_SAMPLE else None
+        return cls(mean, std, xxhash.xxh3_128_hexdigest(values.contiguous().cpu().numpy().data), sample)
 
 
 ExpectedMoments = dict[str, Moments]
@@ -302,11 +310,19 @@ def check_weights(
 
 
 def _differs(found: Moments, wanted: Moments, numel: int) -> bool:
-    """Whether the moments differ by more than chance.
+    """Whether two parameters of `numel` elements differ by more than chance.
 
-    Both are measured on `numel` elements, so a difference of six standard errors is allowed. A difference of 1% always
-    is, for weights in 16 bits and embeddings with a row of zeros.
+    Moments of a few elements say little if the distribution has a long tail, such as the logarithm of a uniform one.
+    Random parameters with few elements are therefore compared by the two-sample Kolmogorov-Smirnov test, which holds
+    for any distribution. Of others, the means and standard deviations may differ by six standard errors. A difference
+    of 1% is always allowed, for weights in 16 bits and embeddings with a row of zeros.
     """
+    if found.sample is not None and wanted.sample is not None:
+        values = torch.cat([found.sample, wanted.sample])
+        first, second = (torch.searchsorted(one, values, right=True) / numel for one in (found.sample, wanted.sample))
+        return (first - second).abs().max().item() > math.sqrt(-math.log(_CHANCE / 2) / numel)
+    if numel > 1 and (found.std == 0) != (wanted.std == 0):
+        return True
     error = 6 * math.sqrt(2 / numel)
     mean, std = abs(found.mean - wanted.mean), abs(found.std - wanted.std)
     return mean > error * wanted.std + 1e-6 * (1 + abs(wanted.mean)) or std > max(0.01, error) * wanted.std

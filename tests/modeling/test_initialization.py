@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpretrain.modeling.initialization import InitialWeights, check_weights
+from hfpretrain.modeling.initialization import InitialWeights, Moments, check_weights
 from hfpretrain.recipe.schema import RecipeError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -81,6 +81,24 @@ def test_depth_scaled_init_finds_residual_projections_by_structure(model_type, n
 def test_depth_scaled_init_is_refused_if_layers_do_not_have_two_residual_projections():
     with pytest.raises(RecipeError, match=r"depth_scaled_init: .*Mamba.* has 3 in 3 layers"):
         InitialWeights(meta("mamba"), 0, depth_scaled_init=True)
+
+
+def test_the_logarithm_of_a_few_uniform_values_is_not_refused():
+    """The chance of two draws that differ as much as these is small, but the moments of four elements say little."""
+    layer_types = ["linear_attention", "full_attention"]
+    model = meta("olmo_hybrid", num_hidden_layers=2, layer_types=layer_types, linear_num_value_heads=32,
+                 linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)  # fmt: skip
+    expected, name = InitialWeights(model, 0).expected_moments(), "model.layers.0.linear_attn.A_log"
+    assert check_weights(parameters(model).items(), expected)
+    heads = torch.Generator().manual_seed(0)
+    for number in (4, 256):
+        wanted = Moments.of(torch.empty(number).uniform_(0.01, 16, generator=heads).log())
+        for _ in range(200):
+            drawn = torch.empty(number).uniform_(0.01, 16, generator=heads).log()
+            assert check_weights([(name, drawn)], {name: wanted})
+    for wrong in (drawn.exp(), drawn.mul(0), drawn.neg(), drawn + 8):
+        with pytest.raises(RecipeError, match="A_log"):
+            check_weights([(name, wrong)], {name: wanted})
 
 
 NORM, LAST, EARLIER = "model.norm.weight", "model.layers.2.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
