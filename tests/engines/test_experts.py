@@ -53,7 +53,7 @@ def check_equal(folder, other):
     ("config", "changes"),
     [
         (DEEPSEEK, {"training__router_bias_rate": 0.01}),
-        (QWEN, {"training__router_aux_loss_coef": 0.5}),
+        pytest.param(QWEN, {"training__router_aux_loss_coef": 0.5}, marks=pytest.mark.slow),
     ],
     ids=["bias", "loss"],
 )

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny_models import MOE, build
 
 from hfpretrain import load_recipe
-from hfpretrain import train as train_here
 from hfpretrain.modeling.routers import Balance, RouterRecorder, find_routers
+from hfpretrain.train import train as train_here
 from hfpretrain.training.expert_load import ExpertLoad, load_figures
 from hfpretrain.training.history import HeatMap
 
