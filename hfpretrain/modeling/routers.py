@@ -33,9 +33,9 @@ class Router:
     num_experts: int
     num_choices: int
     experts_per_token: int
-    experts: torch.nn.Module | None
+    experts: Any
     """The module that is called with `(hidden_states, top_k_index, top_k_weights)`. None if the class has none."""
-    logits: tuple[torch.nn.Module, int] | None
+    logits: tuple[Any, int] | None
     """A module, and the index of the router's logits in its output."""
     bias: tuple[torch.nn.Module, str] | None
     """A module, and the name of its buffer that is added to the scores to choose the experts, and to nothing else."""
@@ -244,67 +244,73 @@ class RouterRecorder:
         needs `previous` in each step."""
         self._z = torch.zeros(len(routers), 2, dtype=torch.float32, device=device)  # sum, and number of tokens
         self._measures_z = False
-        self._probabilities: dict[int, torch.Tensor] = {}
+        # What differs between layers is in attributes of their modules, so that compiled layers share a graph.
         for index, router in enumerate(self.routers):
             if router.experts is not None:
                 name = list(inspect.signature(router.experts.forward).parameters)[1]
-                count = self._counter(index, router, name)
+                count = self._counter(name, router.num_experts if router.num_choices > router.num_experts else None)
+                router.experts.choice_counts = self.counts[index]
                 router.experts.register_forward_pre_hook(count, with_kwargs=True)
             if router.logits is not None:
-                router.logits[0].register_forward_hook(self._reader(index, router))
+                module, place = router.logits
+                module.choice_counts, module.squared_z = self.counts[index], self._z[index]
+                module.mean_probabilities = None
+                module.register_forward_hook(self._reader(place, router.experts is None, router.experts_per_token))
 
-    def _counter(self, index: int, router: Router, name: str) -> Callable[..., None]:
-        can_skip = router.num_choices > router.num_experts
+    def _counter(self, name: str, no_expert: int | None) -> Callable[..., None]:
+        """A hook that counts the chosen experts, the argument called `name`. `no_expert`: see `num_choices`."""
 
-        def count(module: torch.nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        def count(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             if not module.training or _is_repeated():
                 return
             chosen = args[1] if len(args) > 1 else keywords[name]
-            if can_skip:  # such a class gives the index 0 and the weight 0 to a token that goes to no expert
+            if no_expert is not None:  # such a class gives the index 0 and the weight 0 to a token without expert
                 weights = args[2] if len(args) > 2 else list(keywords.values())[-1]
-                chosen = chosen.masked_fill((weights == 0) & (chosen == 0), router.num_experts)
-            self._add(index, chosen)
+                chosen = chosen.masked_fill((weights == 0) & (chosen == 0), no_expert)
+            _add(module.choice_counts, chosen)
 
         return count
 
-    def _reader(self, index: int, router: Router) -> Callable[..., None]:
-        assert router.logits is not None
-        place, per_token = router.logits[1], router.experts_per_token
+    def _reader(self, place: int, counts_choices: bool, per_token: int) -> Callable[..., None]:
+        """A hook that reads the logits of a router, which are at `place` of its output."""
+        keeps_probabilities = self.balance.coefficient > 0
 
-        def read(module: torch.nn.Module, _: Any, output: Any) -> None:
-            measures_z = self._measures_z or torch.compiler.is_compiling()  # so that layers are compiled only once
-            is_needed = self.balance.coefficient or measures_z or router.experts is None
-            if not is_needed or not module.training:
+        def read(module: Any, _: Any, output: Any) -> None:
+            measures_z = torch.compiler.is_compiling() or self._measures_z  # so that layers are compiled only once
+            if not (keeps_probabilities or measures_z or counts_choices) or not module.training:
                 return
             logits = (output if isinstance(output, torch.Tensor) else output[place]).float()
             logits = logits.view(-1, logits.shape[-1])
             is_repeated = _is_repeated()
-            if self.balance.coefficient:
+            if keeps_probabilities:
                 # A repeated forward pass has to save the same tensors, so it computes this too.
                 probabilities = logits.softmax(-1).mean(0)
                 if not is_repeated:
-                    self._probabilities[index] = probabilities
+                    module.mean_probabilities = probabilities
             if is_repeated:
                 return
-            if router.experts is None:
-                self._add(index, logits.topk(per_token, dim=-1).indices)
+            if counts_choices:
+                _add(module.choice_counts, logits.topk(per_token, dim=-1).indices)
             if measures_z:
                 z = logits.detach().logsumexp(-1).square()
-                self._z[index, 0] += z.sum()
-                self._z[index, 1] += len(z)
+                module.squared_z += torch.stack([z.sum(), torch.full_like(z[0], len(z))])
 
         return read
-
-    def _add(self, index: int, chosen: torch.Tensor) -> None:
-        flat = chosen.detach().flatten()
-        self.counts[index].scatter_add_(0, flat, torch.ones_like(flat))
 
     def begin_step(self, measures_z: bool = False) -> None:
         """Begin to count a step. `measures_z`: whether the z of the routers is measured too, see `take_window`."""
         self.counts.zero_()
         self._z.zero_()
         self._measures_z = measures_z
-        self._probabilities.clear()
+        self._take_probabilities()
+
+    def _take_probabilities(self) -> dict[int, torch.Tensor]:
+        found = {}
+        for index, router in enumerate(self.routers):
+            if router.logits is not None and router.logits[0].mean_probabilities is not None:
+                found[index] = router.logits[0].mean_probabilities
+                router.logits[0].mean_probabilities = None
+        return found
 
     def take_window(self, total: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What was counted since the last call, over all processes, which must all call it.
@@ -334,16 +340,13 @@ class RouterRecorder:
         the size of a micro-batch. With the counts of whole steps (https://arxiv.org/abs/2501.11873) the mean over all
         micro-batches of a step does not.
         """
-        if not self._probabilities:
-            return None
         terms = []
-        for index, probabilities in self._probabilities.items():
+        for index, probabilities in self._take_probabilities().items():
             router, number = self.routers[index], len(probabilities)
             counts = self.previous[index, :number].float()
             fractions = torch.where(counts.sum() > 0, counts / counts.sum().clamp(min=1), 1 / number)
             terms.append(number * router.experts_per_token * (fractions * probabilities).sum())
-        self._probabilities.clear()
-        return self.balance.coefficient * torch.stack(terms).mean()
+        return self.balance.coefficient * torch.stack(terms).mean() if terms else None
 
     @torch.no_grad()
     def finish_step(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -376,6 +379,11 @@ class RouterRecorder:
         if state:
             self.previous.copy_(torch.tensor(state))
         self.window.zero_()
+
+
+def _add(counts: torch.Tensor, chosen: torch.Tensor) -> None:
+    flat = chosen.detach().flatten()
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _is_repeated() -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import LLAMA, MOE, SMALL, build
+from torch._dynamo.testing import CompileCounter
 
 from hfpretrain.modeling.loss import StepLoss
 from hfpretrain.modeling.routers import Balance, RouterRecorder, find_routers, keep_biases_whole, resolve_balance
@@ -125,3 +126,27 @@ def test_what_balances_a_model():
     with pytest.raises(RecipeError, match="set this key to the weight of a balancing loss"):
         resolve(DEEPSEEK_V2)
     assert resolve(DEEPSEEK_V2, coefficient=0.01) == Balance(coefficient=0.01)
+
+
+@pytest.mark.parametrize("config", [MOE, DEEPSEEK], ids=["loss", "bias"])
+def test_compiled_layers_share_their_graphs_and_a_log_step_adds_none(config):
+    ids = torch.randint(64, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    numbers = []
+    for num_layers in (2, 4):
+        torch._dynamo.reset()
+        model = build({**config, "num_hidden_layers": num_layers})
+        model.set_experts_implementation("batched_mm")
+        balance = Balance(coefficient=0.1) if config is MOE else Balance(bias_rate=0.01)
+        recorder = RouterRecorder(find_routers(model), torch.device("cpu"), balance)
+        counter = CompileCounter()
+        for layer in model.model.layers:
+            layer.compile(backend=counter)
+        for measures_z in (False, True):
+            recorder.begin_step(measures_z)
+            model(input_ids=ids, use_cache=False)
+            recorder.balancing_loss()
+            recorder.finish_step(lambda counts: counts)
+            assert recorder.counts.sum() == 2 * LENGTH * 2 * len(recorder.routers)
+            numbers.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert len(set(numbers)) == 1 and numbers[0] > 0
