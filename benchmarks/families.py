@@ -338,6 +338,8 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from hfpretrain import training_batches
+    from hfpretrain.modeling.checks import find_isolation
+    from hfpretrain.modeling.documents import pass_boundaries
     from hfpretrain.modeling.initialization import InitialWeights
 
     recorded = json.loads((run / "environment.json").read_text())
@@ -358,12 +360,18 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
         for name, value in weights.items():
             named[name].copy_(value)
     masking = recorded["document_masking"]
+    boundaries = find_isolation(model, BLOCK).boundaries if masking else None
+    if boundaries is not None:  # transformers' own masks or keywords, where positions are not enough
+        pass_boundaries(model, boundaries)
     batches = [
         {name: torch.cat([micro[name] for micro in step]) for name in step[0]}
         for step in training_batches(recipe, prepared, document_masking=bool(masking))
     ]
     _own_loss(family, model, batches[0])
-    _documents(family, model, masking, next(iter(training_batches(recipe, prepared)))[0])
+    if boundaries is not None and boundaries.masks:
+        family.documents = "apart by masks"  # positions may count on, so the logits of a document alone can differ
+    else:
+        _documents(family, model, masking, next(iter(training_batches(recipe, prepared)))[0])
     logged = rows(run, "loss")
     twin = copy.deepcopy(model)
     bare = dict(zip(("loss", "grad_norm"), _bare_loop(model, batches, recipe), strict=True))
@@ -387,6 +395,8 @@ def compare(family: Family, recipe: Any, prepared: Any, run: Path) -> None:
         except Exception as error:  # any code of any model runs here
             family.problems.append(f"export can't be loaded: {_one_line(error)}")
             return
+        if boundaries is not None:
+            pass_boundaries(reloaded, boundaries)
         if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
             family.problems.append(f"export loads with {dict(info)}"[:200])
         family.export = _relative(_token_loss(reloaded.eval(), batches[0]), _token_loss(model.eval(), batches[0]))

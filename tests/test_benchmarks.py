@@ -48,11 +48,13 @@ def test_defaults_compares_steps_with_and_without_a_default(folder):
 def test_families_compares_with_plain_transformers(tmp_path):
     found = {family.name: family for family in families.examine(["llama", "ernie4_5_moe", "bart"], None, tmp_path)}
     assert {name: family.result for name, family in found.items()} == dict.fromkeys(found, "equal"), found
-    assert found["llama"].documents == "apart" and found["bart"].documents == "mixed"
+    assert found["llama"].documents == "apart" and found["bart"].documents == "apart by masks"
     assert found["bart"].own_loss.startswith("another") and found["llama"].own_loss == "next token"
     # gemma4's norms amplify rounding. Plain transformers does not load an export of emu3.
     found |= {family.name: family for family in families.examine(["gemma4", "emu3"], None, tmp_path)}
-    assert found["gemma4"].result == "equal" and found["gemma4"].rounding["grad_norm"] >= found["gemma4"].grad_norm
+    assert found["gemma4"].result == "equal"
+    rounding = found["gemma4"].rounding  # empty where no later step differs
+    assert rounding.get("grad_norm", families.TOLERANCE["grad_norm"]) >= found["gemma4"].grad_norm
     assert found["emu3"].result == "refused"
     text = families.table(list(found.values()))
     assert "| equal | 4 |" in text and text.index("| bart |") < text.index("| llama |")
