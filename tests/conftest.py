@@ -188,9 +188,6 @@ def _launcher_environment(engine: str, processes: int) -> dict[str, str]:
     arguments += ["--num_processes", str(processes), "-m", "hfpretrain.train"]
     with mock.patch("torch.distributed.run.run", lambda _: found.update(os.environ)):
         launch_command(launch_command_parser().parse_args(arguments))
-    settings = yaml.safe_load((ROOT / "accelerate_configs" / f"{engine}.yaml").read_text())
-    if size := settings.get("parallelism_config", {}).get("parallelism_config_ep_size"):
-        found["PARALLELISM_CONFIG_EP_SIZE"] = str(size)  # a launcher's processes read it from the file
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 

@@ -17,7 +17,6 @@ from hfpretrain.engines import launch
 from hfpretrain.engines import precision as precisions
 from hfpretrain.engines.base import Engine
 from hfpretrain.engines.deepspeed import DeepSpeed, ZeRO3
-from hfpretrain.engines.expert_parallel import EPFSDP2
 from hfpretrain.engines.fsdp import FSDP2, HSDP
 from hfpretrain.engines.local import DDP, Single
 from hfpretrain.engines.tensor_parallel import TensorParallel
@@ -28,7 +27,7 @@ from hfpretrain.recipe.schema import MixedPrecision, RecipeError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ENGINES: tuple[type[Engine], ...] = (Single, DDP, TensorParallel, FSDP2, HSDP, EPFSDP2, DeepSpeed, ZeRO3, Ulysses)
+ENGINES: tuple[type[Engine], ...] = (Single, DDP, TensorParallel, FSDP2, HSDP, DeepSpeed, ZeRO3, Ulysses)
 
 
 def build_engine(
@@ -88,8 +87,6 @@ def engine_class(accelerator: Accelerator) -> type[Engine]:
             return Ulysses
         return ZeRO3 if state.deepspeed_plugin.zero_stage == 3 else DeepSpeed
     if accelerator.distributed_type == DistributedType.FSDP:
-        if launch.expert_parallel_size() > 1:
-            return EPFSDP2
         return HSDP if config and config.dp_replicate_enabled else FSDP2
     if config and config.tp_enabled:
         return TensorParallel

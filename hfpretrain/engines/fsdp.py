@@ -90,13 +90,10 @@ class FSDP2(Engine):
             shard(self.accelerator, model, weights)
 
     def _wrap(self, model: torch.nn.Module, build_optimizer: BuildOptimizer, weights: Weights | None) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        is_sharded = isinstance(model, FSDPModule)
         optimizer = build_optimizer(model)
         groups = [list(group["params"]) for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if is_sharded:
+        if weights is not None:
             # accelerate 1.15 identifies parameters by their address, and all empty shards have the same one. It can mix
             # them up, so the groups are set again.
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
@@ -216,7 +213,7 @@ def _classes_that_share_weights(model: torch.nn.Module, layers: set[str]) -> set
 def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Shard a model on the meta device, and fill it with this process's part of each of the `weights`."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # it is for models that have values already
@@ -229,7 +226,7 @@ def shard(accelerator: Accelerator, model: torch.nn.Module, weights: Iterable[tu
         with torch.no_grad():
             if isinstance(target, DTensor):
                 # Every process has drawn the same values, so they are not sent.
-                (chunk,) = target.__create_chunk_list__()
-                ends = map(sum, zip(chunk.offsets, chunk.sizes, strict=True))
-                value, target = value[tuple(map(slice, chunk.offsets, ends))], target.to_local()
+                value = value.to(target.device_mesh.device_type)
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
+                target = target.to_local()
             target.copy_(value)

@@ -134,24 +134,8 @@ def parallelism() -> dict[str, int]:
     return {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in _DIMENSIONS}
 
 
-def expert_parallel_size() -> int:
-    """Number of processes that divide the experts of a layer; 1 if the file does not set it.
-
-    accelerate 1.15 has no such setting and passes none on to the processes. So the key is read from the file. Where the
-    file can't be found, as under another launcher, the environment variable `PARALLELISM_CONFIG_EP_SIZE` sets it, named
-    like those of accelerate. Raises `RecipeError` if it is no number.
-    """
-    section = file_settings().get("parallelism_config") or {}
-    key = size_key("ep").rpartition(".")[2]
-    value = os.environ.get("PARALLELISM_CONFIG_EP_SIZE") or section.get(key) or 1
-    try:
-        return int(value)
-    except ValueError:
-        raise RecipeError.at(size_key("ep"), f"must be a number of processes (got {value!r})") from None
-
-
 def size_key(dimension: str) -> str:
-    """The key of the accelerate config file that sets a size of `parallelism`, or that of `ep`."""
+    """The key of the accelerate config file that sets a size of `parallelism`."""
     return f"parallelism_config.parallelism_config_{dimension}_size"
 
 
@@ -258,7 +242,7 @@ def _file_problems() -> Iterator[Problem]:
             yield Problem(section, message)
     for section in ("fsdp_config", "deepspeed_config", "parallelism_config"):
         for key in settings.get(section) or {}:
-            if key not in vars(options) and f"{section}.{key}" != size_key("ep"):
+            if key not in vars(options):
                 yield Problem(f"{section}.{key}", unknown_key_message(key, list(vars(options))))
 
 

@@ -363,13 +363,10 @@ def _updates(momenta: list[torch.Tensor], layout: GateAndUp | None) -> list[torc
     def as_sharded(tensor: torch.Tensor, placements: Sequence[Any], like: torch.Tensor) -> DTensor:
         return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
-    # Of a stack that is cut between matrices, maybe along several dimensions of the mesh, a process has whole ones.
-    by_first = [p if first.ndim == 3 and getattr(p, "dim", None) == 0 else Replicate() for p in first.placements]
-    if by_first == list(first.placements):
-        return [_orthogonalize(local[0], layout, mesh.device_type)]
     if not _is_exchanged(first):
-        whole = as_sharded(local[0], first.placements, first).redistribute(placements=by_first).to_local()
-        update = as_sharded(_orthogonalize(whole, layout, mesh.device_type), by_first, first)
+        everywhere = [Replicate()] * mesh.ndim
+        whole = as_sharded(local[0], first.placements, first).redistribute(placements=everywhere).to_local()
+        update = as_sharded(_orthogonalize(whole, layout, mesh.device_type), everywhere, first)
         return [update.redistribute(placements=first.placements).to_local()]
     batch, placements = local[0], list(first.placements)
     like = torch.empty(first.shape, device="meta")

@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import re
 import typing
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -348,7 +347,7 @@ def build_optimizer(
     `Engine.begin_step` read.
     """
     parameters = dict(model.named_parameters())
-    named = _divided_by_mesh(named_groups(model, section, decayed, hidden, phases), parameters)
+    named = named_groups(model, section, decayed, hidden, phases)
 
     def groups_of(optimizer: str) -> list[dict[str, Any]]:
         return [
@@ -370,19 +369,6 @@ def build_optimizer(
     if section.name == "adamw_schedule_free":
         return ScheduleFreeAdamW(groups, section)
     return _adamw(groups, section)
-
-
-def _divided_by_mesh(
-    groups: list[dict[str, Any]], parameters: Mapping[str, torch.nn.Parameter]
-) -> list[dict[str, Any]]:
-    """Groups of which each has parameters on one device mesh only. torch's fused kernels can't mix several."""
-    divided = []
-    for group in groups:
-        by_mesh: dict[Any, list[str]] = defaultdict(list)
-        for name in group["parameters"]:
-            by_mesh[getattr(parameters[name], "device_mesh", None)].append(name)
-        divided += [{**group, "parameters": names} for names in by_mesh.values()]
-    return divided
 
 
 def _adamw(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.AdamW:

@@ -99,11 +99,6 @@ def experts_per_token(config: PretrainedConfig) -> int | None:
     return _first_number(config, _EXPERTS_PER_TOKEN_KEYS)
 
 
-def num_experts(config: PretrainedConfig) -> int | None:
-    """How many experts a layer has, by the config of a text model; None if it does not say."""
-    return _first_number(config, _NUM_EXPERTS_KEYS)
-
-
 def _first_number(config: PretrainedConfig, keys: Sequence[str]) -> int | None:
     return next((n for n in (getattr(config, key, None) for key in keys) if isinstance(n, int) and n > 0), None)
 
@@ -111,18 +106,18 @@ def _first_number(config: PretrainedConfig, keys: Sequence[str]) -> int | None:
 def _experts(model: PreTrainedModel) -> tuple[dict[int, int], Fraction]:
     """Numbers of parameters of the experts by the tensor's `id`, and the fraction that a token is not routed to."""
     config = model.config.get_text_config()
-    number, chosen = num_experts(config), experts_per_token(config)
-    if number is None or chosen is None:
+    num_experts, chosen = _first_number(config, _NUM_EXPERTS_KEYS), experts_per_token(config)
+    if num_experts is None or chosen is None:
         return {}, Fraction(0)
     experts: dict[int, int] = {}
     layers = decoder_layers(model)
     for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == number and module is not layers:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_experts and module is not layers:
             experts.update({id(parameter): parameter.numel() for parameter in module.parameters()})
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter.shape[:1] == (number,)]
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.shape[:1] == (num_experts,)]
         if any(parameter.ndim == 3 for parameter in own):
             experts.update({id(parameter): parameter.numel() for parameter in own})
-    return experts, Fraction(number - chosen, number)
+    return experts, Fraction(num_experts - chosen, num_experts)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
@@ -16,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from hfpretrain.engines.deepspeed import REDUCE_BUCKET
 from hfpretrain.modeling import loss
 from hfpretrain.modeling.muon import MuonSizes
-from hfpretrain.modeling.routers import find_routers
 from hfpretrain.recipe.schema import RecipeError
 
 if TYPE_CHECKING:
@@ -51,9 +49,6 @@ class Sharding:
     offload: bool = False
     """Whether weights, gradients and optimizer state are kept in the host's memory and copied to the device when they
     are used."""
-    divides_experts: bool = False
-    """Whether groups of processes divide the experts. All parts of a model are then sharded over all processes, but a
-    process gathers only its own experts."""
     max_processes: int | None = None
 
     def num_shards(self, over: ShardedOver, num_processes: int) -> int:
@@ -75,30 +70,12 @@ SHARDINGS = (
     Sharding("fsdp2", "fsdp2", "all", "all", "all"),
     Sharding("fsdp2_offload", "fsdp2", "all", "all", "all", offload=True),
     Sharding("hsdp", "fsdp2", "half", "half", "half"),
-    Sharding("ep_fsdp2", "fsdp2", "all", "all", "all", divides_experts=True),
     Sharding("zero1", "deepspeed", optimizer="all"),
     Sharding("zero2", "deepspeed", gradients="all", optimizer="all"),
     Sharding("zero3", "deepspeed", "all", "all", "all"),
     Sharding("zero3_offload", "deepspeed", "all", "all", "all", offload=True),
     Sharding("zero3_ulysses", "deepspeed", "all", "all", "all", activations="all", splits="sequences"),
 )
-
-
-@dataclass(frozen=True)
-class ExpertSizes:
-    """The sizes of a model's experts, without those that process every token."""
-
-    total: int
-    """Number of parameters."""
-    in_largest_layer: int
-    """Number of parameters in the experts of the layer that has the most."""
-    num_layers: int
-    """Number of layers with experts."""
-    num_experts: int
-    """Number of experts in a layer."""
-    sent_by_token: int
-    """Numbers that a token's process sends to the processes of its experts in a layer: its hidden state, once for each
-    expert."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +95,6 @@ class ModelSizes:
     """Number of parameters that no step trains. They have no gradients and no optimizer state."""
     muon: MuonSizes | None = None
     """None if the optimizer is not Muon."""
-    experts: ExpertSizes | None = None
-    """None if the model has no experts."""
 
 
 @dataclass(frozen=True)
@@ -320,25 +295,7 @@ def model_sizes(model: PreTrainedModel, layers: Any, moments: int, muon: MuonSiz
         moments=moments,
         frozen=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
         muon=muon,
-        experts=_expert_sizes(model),
     )
-
-
-def _expert_sizes(model: PreTrainedModel) -> ExpertSizes | None:
-    routers = [router for router in find_routers(model) if router.experts is not None]
-    if not routers:
-        return None
-    config: Any = model.config.get_text_config()
-    by_layer = [sum(parameter.numel() for parameter in router.experts.parameters()) for router in routers]
-    first = routers[0]
-    sent = first.experts_per_token * config.hidden_size
-    return ExpertSizes(sum(by_layer), max(by_layer), len(by_layer), first.num_experts, sent)
-
-
-def expert_parallel_size(num_processes: int, num_experts: int, devices_per_node: int = 8) -> int:
-    """The largest number of processes on one machine that can divide the experts of a layer, if their number divides
-    `num_processes` too."""
-    return math.gcd(num_processes, num_experts, devices_per_node)
 
 
 def forward_precision(sharding: Sharding, mixed_precision: str) -> str:
@@ -359,13 +316,12 @@ def process_memory(
     accumulates: bool,
     on_cpu: bool,
     saves_async: bool,
-    ep_size: int = 1,
 ) -> Memory:
     """Memory of one process of an engine.
 
     `micro_step`: its simulated micro-step. `accumulates`: whether a step has several micro-steps. `saves_async`:
     whether checkpoints are written while training continues, from a copy of this process's shard of the state in the
-    host's memory. `ep_size`: number of processes that divide the experts of a layer.
+    host's memory.
 
     torch's DDP keeps buckets that hold the gradients. With several micro-steps, gradients are stored apart from the
     buckets until the last micro-step, so both count. FSDP2 shards float32 weights, gradients and moments, and gathers a
@@ -402,8 +358,7 @@ def process_memory(
         if sharding.family == "fsdp2":
             # `3 * width`: the gathered weights of a layer, those of the next layer, and the layer's gradients. `4`: the
             # float32 copy of these gradients, which is summed over processes.
-            in_others = 0 if sizes.experts is None else sizes.experts.in_largest_layer * (ep_size - 1) // ep_size
-            buffers += sizes.output_embedding * width + (sizes.largest_layer - in_others) * (3 * width + 4)
+            buffers += sizes.output_embedding * width + sizes.largest_layer * (3 * width + 4)
     if sharding.gradients == "one" and not sharding.keeps_gradients:
         in_micro_step = micro_step.peak // activations_by + (0 if on_cpu else bucket)
     elif on_cpu:

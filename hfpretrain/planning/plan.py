@@ -18,7 +18,6 @@ from hfpretrain.data.prepare import prepared_path
 from hfpretrain.data.prepared import PreparedData
 from hfpretrain.data.source_files import is_folder
 from hfpretrain.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_size
-from hfpretrain.engines import launch
 from hfpretrain.engines.choose import require_model, require_optimizer
 from hfpretrain.modeling import loss, optim
 from hfpretrain.modeling.build import build_model, require_same_tensors
@@ -309,8 +308,6 @@ def make_plan(
 
     moments, muon = optim.moment_bytes(model, recipe.optimizer), optim.muon_sizes(model, recipe.optimizer)
     sizes = memory.model_sizes(model, decoder_layers(model), moments, muon)
-    if engine is None and sizes.experts is None:
-        engines = [sharding for sharding in engines if not sharding.divides_experts]
     chunked_loss = training.chunked_loss is not False if resolved.chunked_loss is None else resolved.chunked_loss
     chunked_loss = chunked_loss and loss.can_chunk(model)
     masking = resolved.document_masking
@@ -371,12 +368,12 @@ def make_plan(
         prepared_source=prepared_source,
         keep_last=recipe.checkpoint.keep_last,
         engines=tuple(rows),
-        notes=tuple(_notes(recipe, engines, masking, chunked_loss, precision, planned_ep_size(sizes, num_processes))),
+        notes=tuple(_notes(recipe, engines, masking, chunked_loss, precision)),
     )
 
 
 def _notes(
-    recipe: Recipe, engines: list[Sharding], document_masking: bool, chunked_loss: bool, precision: str, ep_size: int
+    recipe: Recipe, engines: list[Sharding], document_masking: bool, chunked_loss: bool, precision: str
 ) -> list[str]:
     notes = list(override_notes(recipe.model))
     if vocabulary_may_shrink(recipe):
@@ -399,8 +396,6 @@ def _notes(
     whole = [engine.name for engine in engines if engine.splits == "tensors"]
     if chunked_loss and len(whole) < len(engines):
         notes.append(f"the loss is computed in chunks (training.chunked_loss){', except under tp' if whole else ''}")
-    if ep_size > 1 and any(engine.divides_experts for engine in engines):
-        notes.append(f"under ep_fsdp2, {ep_size} processes divide the experts (ep_size); each gets as many tokens")
     if document_masking:
         notes.append("attention does not cross document boundaries (training.document_masking)")
     return notes
@@ -433,17 +428,8 @@ class _RowMaker:
             return EngineRow(engine.name, number, reason=error.problems[0].message)
         section, num_steps = self.recipe.checkpoint, self.recipe.training.num_steps
         saves_async = section.async_save and section.every_steps is not None and section.every_steps < num_steps
-        needed = memory.process_memory(
-            engine,
-            self.sizes,
-            number,
-            self.precision,
-            micro_step,
-            accumulates=accumulates,
-            on_cpu=self.on_cpu,
-            saves_async=saves_async,
-            ep_size=planned_ep_size(self.sizes, number) if engine.divides_experts else 1,
-        )
+        settings = {"accumulates": accumulates, "on_cpu": self.on_cpu, "saves_async": saves_async}
+        needed = memory.process_memory(engine, self.sizes, number, self.precision, micro_step, **settings)
         # Processes on one CPU share its memory.
         usable = self.usable_memory * (self.num_processes / number if self.on_cpu else 1)
         disk = memory.checkpoint_and_export_bytes(self.sizes, self.recipe.model.dtype)
@@ -464,11 +450,7 @@ class _RowMaker:
         if engine.splits and number == 1:
             message = f"{engine.name} splits {engine.splits} across processes, so --num-processes must be at least 2"
             raise RecipeError.at("--num-processes", message)
-        if engine.divides_experts and self.sizes.experts and planned_ep_size(self.sizes, number) == 1:
-            experts = f"the model's {self.sizes.experts.num_experts} experts"
-            message = f"--num-processes {number} and {experts} have no common divisor, so they can't be divided evenly"
-            raise RecipeError.at("--num-processes", message)
-        if engine.splits or engine.divides_experts:
+        if engine.splits:
             for block_size in self.recipe.data.block_sizes:
                 require_model(engine.name, number, self.config, self.recipe.model.attn_implementation, block_size)
 
@@ -510,15 +492,6 @@ class _RowMaker:
         if isinstance(result, RecipeError):
             raise result
         return result
-
-
-def planned_ep_size(sizes: ModelSizes, num_processes: int) -> int:
-    """Number of processes that divide the experts: as in the accelerate file of this run, or else the largest possible
-    one up to 8."""
-    number = launch.expert_parallel_size()
-    if number > 1 or sizes.experts is None:
-        return number
-    return memory.expert_parallel_size(num_processes, sizes.experts.num_experts)
 
 
 def _prepared_bytes_and_source(recipe: Recipe, run_bytes: int) -> tuple[int, str]:

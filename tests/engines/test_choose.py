@@ -26,7 +26,7 @@ ALL = {"adamw", "muon", "adafactor", "adamw_8bit", "adamw_schedule_free"}
     ("engines", "possible"),
     [
         (("single", "ddp"), ALL),
-        (("tp", "fsdp2", "fsdp2_offload", "hsdp", "ep_fsdp2"), {"adamw", "muon", "adamw_schedule_free"}),
+        (("tp", "fsdp2", "fsdp2_offload", "hsdp"), {"adamw", "muon", "adamw_schedule_free"}),
         (("zero1", "zero2", "zero3", "zero3_offload", "zero3_ulysses"), {"adamw", "muon"}),
     ],
 )

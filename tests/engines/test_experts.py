@@ -68,7 +68,7 @@ def test_experts_are_balanced_alike_in_one_process_and_in_two(tmp_path, config, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "ep_fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize(
     ("config", "changes"),
     [

@@ -67,13 +67,6 @@ def ask(monkeypatch):
         (sizes(3, tp=2), "parallelism_config", "tp 2 need 2 processes, but num_processes is 3"),
         ({**FSDP, **sizes(2)}, "parallelism_config", "all sizes 1 need 1 processes, but num_processes is 2"),
         ({**FSDP, **sizes(4, dp_shard=2, tp=2)}, "parallelism_config.parallelism_config_tp_size", "use tp.yaml"),
-        ({"PARALLELISM_CONFIG_EP_SIZE": "2"}, "parallelism_config.parallelism_config_ep_size", "needs FSDP"),
-        ({**FSDP, **sizes(4, dp_shard=4, ep="all")}, "parallelism_config.parallelism_config_ep_size", "(got 'all')"),
-        ({**FSDP, **sizes(4, dp_shard=4, ep=3)}, "parallelism_config.parallelism_config_ep_size", "3 does not divide"),
-        ({**FSDP, **sizes(4, dp_replicate=2, dp_shard=2, ep=2)}, "parallelism_config.parallelism_config_ep_size",
-         "combined with parallelism_config.parallelism_config_dp_replicate_size"),
-        ({**FSDP, **sizes(2, dp_shard=2, ep=2), "FSDP_OFFLOAD_PARAMS": "true"},
-         "parallelism_config.parallelism_config_ep_size", "fsdp_offload_params"),
         (sizes(4, dp_replicate=2, tp=2), "parallelism_config.parallelism_config_tp_size", "use tp.yaml"),
         ({**FSDP, **sizes(2, dp_replicate=2)}, "parallelism_config.parallelism_config_dp_shard_size", "use ddp.yaml"),
         (sizes(2, dp_shard=2), "parallelism_config.parallelism_config_dp_shard_size", "set distributed_type to FSDP"),
@@ -115,7 +108,6 @@ def test_a_deepspeed_file_may_not_set_what_the_recipe_sets(ask, tmp_path):
         sizes(2, tp=2),
         {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", **sizes(4, dp_shard=2, sp=2)},
         {**FSDP, **sizes(4, dp_replicate=2, dp_shard=2)},
-        {**FSDP, **sizes(4, dp_shard=4, ep=2)},
     ],
 )
 def test_the_settings_of_the_shipped_files_are_accepted(ask, environment):
@@ -140,20 +132,15 @@ def test_use_cpu_on_a_machine_with_an_accelerator_is_refused(ask, monkeypatch):
         ("sp", "llama", {"attn": "eager"}, "set it to sdpa"),
         ("sp", "llama", {"block_size": 31}, "data.block_size, 31"),
         ("sp", "gpt2", {}, "has no num_key_value_heads"),
-        ("ep", "llama", {}, "has no experts"),
-        ("ep", "jetmoe", {}, "no expert parallel plan for jetmoe"),
-        ("ep", "qwen3_moe", {"num_experts": 9}, "9 experts"),
         ("sp", "gemma3_text", {}, "DeepSpeed drops the mask of sliding_attention layers"),
     ],
 )  # fmt: skip
-def test_a_model_that_cannot_be_cut_is_refused(monkeypatch, dimension, model_type, changes, reason):
-    monkeypatch.setenv("PARALLELISM_CONFIG_EP_SIZE", "2")
+def test_a_model_that_cannot_be_cut_is_refused(dimension, model_type, changes, reason):
     attention, block_size = changes.pop("attn", "sdpa"), changes.pop("block_size", 32)
     config = AutoConfig.for_model(model_type, **changes)
-    engine = {"tp": "tp", "sp": "zero3_ulysses", "ep": "ep_fsdp2"}[dimension]
     choose.require_model("ddp", 1, config, attention, block_size)
     with pytest.raises(RecipeError) as error:
-        choose.require_model(engine, 2, config, attention, block_size)
+        choose.require_model({"tp": "tp", "sp": "zero3_ulysses"}[dimension], 2, config, attention, block_size)
     key = f"parallelism_config.parallelism_config_{dimension}_size: "
     assert reason in str(error.value) and all(line.startswith(key) for line in str(error.value).splitlines())
 

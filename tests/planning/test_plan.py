@@ -36,7 +36,7 @@ def test_only_the_experts_that_a_token_is_routed_to_count_as_active():
 def test_a_plan_compares_the_engines():
     plan = five_layers_on_eight_devices()
     rows, total = {row.engine: row for row in plan.engines}, plan.parameters.total
-    assert list(rows) == [sharding.name for sharding in memory.SHARDINGS if not sharding.divides_experts]
+    assert list(rows) == [sharding.name for sharding in memory.SHARDINGS]
     assert {name for name, row in rows.items() if not row.fits} == {"single", "ddp"}
     assert rows["fsdp2"].memory.optimizer == 8 * total // 8
     # With several micro-steps DDP has buckets beside the gradients; FSDP2 divides the gradients in each.
@@ -147,19 +147,3 @@ def test_frozen_parameters_have_no_gradients_and_no_optimizer_state_in_a_plan(fo
         assert needed.peak < rows(whole)[name].peak, name
     (row,) = [row for row in part.engines if row.engine == "ddp"]
     assert row.checkpoint_bytes == 4 * total + 8 * trained
-
-
-def test_a_plan_counts_the_experts_that_a_process_gathers():
-    recipe = load_recipe(ROOT / "recipes" / "qwen3-moe.yaml")
-    plan = make_plan(recipe, num_processes=4, device="A100-40GB")
-    rows, experts = {row.engine: row.memory for row in plan.engines}, plan.sizes.experts
-    assert experts.total == experts.num_layers * experts.in_largest_layer < plan.sizes.total
-    state = ("weights", "gradients", "optimizer", "activations")
-    assert all(getattr(rows["ep_fsdp2"], part) == getattr(rows["fsdp2"], part) for part in state)
-    width = 2 if plan.mixed_precision == "bf16" else 4
-    assert rows["fsdp2"].buffers - rows["ep_fsdp2"].buffers == experts.in_largest_layer * 3 // 4 * (3 * width + 4)
-    assert any("under ep_fsdp2, 4 processes divide the experts" in note for note in plan.notes)
-    odd = make_plan(recipe, engine="ep_fsdp2", num_processes=3, device="A100-40GB").engines[0]
-    assert "--num-processes 3 and the model's" in odd.reason
-    dense = make_plan(load_recipe(ROOT / "recipes" / "quickstart.yaml"), engine="ep_fsdp2", device="A100-40GB")
-    assert "llama has no experts" in dense.engines[0].reason

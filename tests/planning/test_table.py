@@ -19,7 +19,7 @@ def test_the_command_prints_a_table_or_json(folder):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 120 and "measured with a matrix product" in result.stdout
-    names = [sharding.name for sharding in memory.SHARDINGS if not sharding.divides_experts]
+    names = [sharding.name for sharding in memory.SHARDINGS]
     assert [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in names] == names
     found = json.loads(hfpretrain("plan", recipe, "--engine", "zero2", "--device", "h200-141gb", "--json").stdout)
     assert found["parameters"]["total"] == 39_072 and found["mfu"] == 0.4 and found["peak_flops"] == 67e12
