@@ -99,17 +99,21 @@ class StepLoss:
         else:
             outputs = model(**batch, use_cache=False, num_items_in_batch=num_items)
             loss = outputs.loss
+        added: list[torch.Tensor] = []
+        auxiliary = getattr(outputs, "aux_loss", None) if self.coefficient else None
         if self.adds_own:
             part = summed_loss(outputs.logits, batch) / num_items
-            return part, part + (loss - part) / num_micro_batches
-        auxiliary = getattr(outputs, "aux_loss", None) if self.coefficient else None
-        if auxiliary is not None:
+            added.append(loss - part)
+            loss = part
+        elif auxiliary is not None:
             auxiliary = self.coefficient * auxiliary
             if not self.from_logits:
                 loss = loss - auxiliary
-        if self.recorder is not None and self.recorder.routers:
-            auxiliary = self.recorder.balancing_loss()
-        return loss, loss if auxiliary is None else loss + auxiliary / num_micro_batches
+            if self.recorder is None or not self.recorder.routers:
+                added.append(auxiliary)
+        if self.recorder is not None and (balancing := self.recorder.balancing_loss()) is not None:
+            added.append(balancing)
+        return loss, loss + sum(added) / num_micro_batches if added else loss
 
     @property
     def adds_term(self) -> bool:

@@ -24,8 +24,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes that hold
 class Router:
     """The router of one layer.
 
-    It chooses from `num_experts` experts. Some classes let it choose also an expert without weights, or none (LongCat,
-    Zaya); `num_choices` counts these too.
+    It chooses from `num_experts` experts. Zaya's may also choose none, which `num_choices` counts too.
     """
 
     name: str
@@ -217,7 +216,9 @@ def resolve_balance(
     if coefficient is None and (not biased or getattr(config, "output_router_logits", False)):
         coefficient = own
     if coefficient is None and not biased:
-        message = f"{name} has neither a balancing loss nor a bias for its router, which may end up using few experts"
+        message = (
+            f"{name} has no balancing loss with a weight and no router bias, so its router may end up using few experts"
+        )
         fix = "set this key to the weight of a balancing loss, for example 0.001, or to 0 to go on without one"
         raise RecipeError.at("training.router_aux_loss_coef", f"{message}; {fix}")
     if biased and bias_rate is None:

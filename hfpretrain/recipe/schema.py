@@ -865,8 +865,7 @@ class TrainingSection(Section):
     """How much a step changes the bias of a router, for models whose routers have one that only the choice of experts
     depends on (DeepSeek-V3, GLM-4.5, ERNIE 4.5, ...). The bias goes up for experts that got fewer tokens than the mean
     of the step, over all processes, and down for the others (Wang et al. 2024, arXiv 2408.15664). null: 1e-3, as in
-    DeepSeek-V3. A learning rate that is high for the model needs a higher rate, for example 0.01. 0: the bias stays as
-    it is."""
+    DeepSeek-V3. 0: the bias stays as it is."""
     router_aux_loss_coef: float | None = Field(default=None, ge=0)
     """Weight of the loss that balances the experts of a model. null: that of the model's config
     (`router_aux_loss_coef`), unless its routers have a bias for this; a model whose config has none needs a value here.

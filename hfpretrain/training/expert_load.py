@@ -76,5 +76,5 @@ class ExpertLoad:
     def _advice(self) -> str:
         balance = self._recorder.balance
         if any(router.bias is not None for router in self._recorder.routers):
-            return f"Raise training.router_bias_rate (now {balance.bias_rate:g}), or lower optimizer.lr"
-        return f"Raise training.router_aux_loss_coef (now {balance.coefficient:g}), or lower optimizer.lr"
+            return f"Raise training.router_bias_rate (now {balance.bias_rate:g})"
+        return f"Raise training.router_aux_loss_coef (now {balance.coefficient:g})"

@@ -129,9 +129,8 @@ def require_buildable_model(
     model = _build_model(section, "meta")
     if model is not None:
         require_same_tensors(section)
-        routers = find_routers(model)
-        if routers:  # whether a class without known routers balances them in its own way is tested later
-            resolve_balance(model, routers, False, training.router_bias_rate, training.router_aux_loss_coef)
+        # Whether a class without known routers balances its experts in its own way is tested later.
+        resolve_balance(model, find_routers(model), True, training.router_bias_rate, training.router_aux_loss_coef)
         decayed = optim.decayed_names(model, optimizer.no_decay)
         ParameterGroups(model, optimizer, decayed, knows_vocabulary=False)
         if gets_new_tokens and section.pretrained is not None:

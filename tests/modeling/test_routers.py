@@ -150,3 +150,15 @@ def test_compiled_layers_share_their_graphs_and_a_log_step_adds_none(config):
             numbers.append(counter.frame_count)
     torch._dynamo.reset()
     assert len(set(numbers)) == 1 and numbers[0] > 0
+
+
+def test_a_class_with_a_term_of_its_own_is_balanced_too():
+    ids = torch.randint(64, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    model = build({**MOE, "initializer_range": 0.5})
+    recorder = record(model, Balance(coefficient=0.1))
+    batch, number = {"input_ids": ids, "labels": ids}, torch.tensor(60)
+    loss, objective = StepLoss(recorder=recorder)(model, batch, number, 2)
+    own_loss, own_objective = StepLoss(adds_own=True, recorder=recorder)(model, batch, number, 2)
+    assert own_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert own_objective.item() == pytest.approx(objective.item(), rel=1e-6)
+    assert (own_objective - own_loss).item() > 0.05
