@@ -386,9 +386,9 @@ def _experts(history: History) -> str:
     most = max(history.expert_load.columns[-1])
     return (
         "![Load of the most used expert by layer](experts.png)\n\n"
-        f"At the end, the most used expert of a layer has at most {most:.2f} times the mean number of tokens, "
-        f"{max(dead):.0%} or less of the experts of a layer have less than a tenth of the mean, and the entropy of the "
-        f"load is at least {min(entropy):.3f} of its maximum."
+        f"Since the log step before the last, the most used expert of a layer got up to {most:.2f} times the mean "
+        f"number of tokens. In no layer did more than {max(dead):.0%} of the experts get less than a tenth of the mean. "
+        f"The entropy of the load is at least {min(entropy):.3f} of its maximum."
     )
 
 

@@ -40,12 +40,12 @@ def plot_expert_load(history: History, path: Path, title: str) -> None:
 
     load = history.expert_load
     rows = list(zip(*load.columns, strict=True))
-    figure = Figure(figsize=(8, min(8, 2 + 0.16 * len(rows))), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, min(8, 3 + 0.12 * len(rows))), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     edges = [0.0, *load.x]
     mesh = axes.pcolormesh(edges, range(len(rows) + 1), rows, cmap="viridis", vmin=1, rasterized=True)
-    axes.set(xlabel="tokens", ylabel="router, from the first layer", title=f"{title}: load of the most used expert")
+    axes.set(xlabel="tokens", ylabel="router", title=f"{title}: load of the most used expert")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(mesh, label="tokens over the mean (1: even)")
+    figure.colorbar(mesh, label="tokens over the mean")
     figure.savefig(path)
