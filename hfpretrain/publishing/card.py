@@ -387,8 +387,8 @@ def _experts(history: History) -> str:
     return (
         "![Load of the most used expert by layer](experts.png)\n\n"
         f"Since the log step before the last, the most used expert of a layer got up to {most:.2f} times the mean "
-        f"number of tokens. In no layer did more than {max(dead):.0%} of the experts get less than a tenth of the mean. "
-        f"The entropy of the load is at least {min(entropy):.3f} of its maximum."
+        f"number of tokens. In no layer did more than {max(dead):.0%} of the experts get less than a tenth of the "
+        f"mean. The entropy of the load is at least {min(entropy):.3f} of its maximum."
     )
 
 
