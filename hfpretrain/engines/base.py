@@ -479,6 +479,9 @@ class Engine:
         False if the checkpoint has no loss scale for fp16, which then starts from its initial value.
         """
         asked = self.state()
+        # Older versions kept the biases of some routers, which are buffers now, with the parameters.
+        for name in asked["buffers"].keys() & pieces.first_level_names(path, "model"):
+            asked["model"][name] = asked["buffers"].pop(name)
         begun = pieces.first_level_names(path, "optimizer")
         not_begun = [n for n, phases in self._phases.items() if first_trained_step(phases) and n not in begun]
         for name in not_begun:

@@ -5,6 +5,10 @@ import torch
 from conftest import rows, small_text, train, write_jsonl, write_recipe
 from safetensors.torch import load_file
 
+from hfpretrain import load_recipe
+from hfpretrain.engines.pieces import first_level_names
+from hfpretrain.train import train as train_here
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
          "max_position_embeddings": 64, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
          "intermediate_size": 32}  # fmt: skip
@@ -65,6 +69,18 @@ def test_experts_are_balanced_alike_in_one_process_and_in_two(tmp_path, config, 
     run(recipe, tmp_path / "ddp", "ddp", "--training.micro_batch_size=1", "--training.max_steps=2")
     run(recipe, tmp_path / "ddp", "ddp", "--training.micro_batch_size=1")
     check_equal(tmp_path / "single", tmp_path / "ddp")
+
+
+def test_a_run_that_an_older_version_began_with_the_bias_as_a_parameter_goes_on(tmp_path, monkeypatch):
+    ernie = {"model_type": "ernie4_5_moe", "moe_num_experts": 8, "moe_k": 2, "moe_layer_end_index": 1, **SIZES}
+    path = write(tmp_path, ernie, training__router_bias_rate=0.0)
+    with monkeypatch.context() as older:
+        older.setattr("hfpretrain.training.setup.keep_biases_whole", lambda routers: None)
+        train_here(load_recipe(path, ["--training.max_steps=2"]))
+    stored = first_level_names(tmp_path / "run" / "checkpoints" / "step-00000002", "model")
+    assert any(name.endswith("e_score_correction_bias") for name in stored)
+    train_here(load_recipe(path))
+    assert list(rows(tmp_path / "run", "loss")) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
